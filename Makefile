@@ -1,0 +1,40 @@
+# make train   a fresh machine to a trained Mixer: environment, data, training, test accuracy
+# make test    the environment, then the tests that need no accelerator
+SHELL := /bin/bash
+CONFIG ?= configs/digits.py
+# The first of these that is Python 3.11 to 3.13; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: train test test-all lint lock clean
+train: .venv/installed
+	.venv/bin/python train.py --config=$(CONFIG)
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+test-all: .venv/installed
+	.venv/bin/python -m pytest -m "not tpu_backend and not gpu"
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# The stamp is written last: an installation that was interrupted is taken up again.
+.venv/installed: requirements.txt pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11, 3.12 or 3.13 found on PATH; name one with PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no ensurepip (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Needs uv. The date keeps the lock the same whoever makes it.
+lock:
+	{ echo '# Exact versions of everything, for Python 3.11 to 3.13. Made from pyproject.toml by `make lock`.'; \
+	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --exclude-newer 2026-11-08 \
+		--extra dev --no-header --no-annotate --quiet pyproject.toml; } > requirements.txt.new
+	mv requirements.txt.new requirements.txt
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,108 @@
+"""Every key of a config, with its meaning. A config starts from `base()` and sets its own values.
+
+Configs import ml_collections and this file only, so that one can be read without JAX.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def base() -> ConfigDict:
+    """Returns a config with every key; those that have no sensible common value are empty."""
+    config = ConfigDict()
+    config.seed = 0  # of parameters, data order, augmentation and masks
+    config.total_steps = config_dict.placeholder(int)  # updates of the whole run
+    config.global_batch_size = config_dict.placeholder(int)  # images per update, all devices
+    config.image_size = config_dict.placeholder(int)  # side in pixels; the patch divides it
+    config.loss = "softmax"  # softmax or sigmoid (summed over classes)
+    # Devices along each axis; -1 is what the others leave.
+    config.mesh = dict(data=-1)
+    # A run, or a step of it (RUN/checkpoints/STEP, RUN/best/STEP), whose weights a new run
+    # starts from; empty starts from random ones.
+    config.init_from = ""
+
+    config.model = dict(
+        variant=config_dict.placeholder(str),  # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None
+        # What is set here replaces the variant's.
+        patch_size=config_dict.placeholder(int),  # P, pixels
+        hidden_dim=config_dict.placeholder(int),  # C
+        num_blocks=config_dict.placeholder(int),  # L
+        tokens_mlp_dim=config_dict.placeholder(int),  # D_S
+        channels_mlp_dim=config_dict.placeholder(int),  # D_C
+        num_classes=config_dict.placeholder(int),  # None: as many as the data has
+        gelu="tanh",  # tanh (the authors' code) or erf (timm)
+        stoch_depth=0.0,  # drop rate of the last block; falls linearly to 0 at the first
+        stoch_depth_rescale=False,  # False: the authors' code; True: timm's
+        dropout=0.0,
+        head_bias_init=0.0,
+        dtype="float32",  # of the computation: float32 or bfloat16; parameters are float32
+    )
+
+    config.dataset = dict(
+        name="",  # a TFDS name, "folder" or "synthetic"
+        data_dir="",  # the folder; for TFDS, empty is TFDS's own default
+        train_split="train",
+        val_split="validation",  # evaluated during training; empty: none
+        test_split="test",  # evaluated once, at the end; empty: none
+        train_preprocess="",  # steps of mixer/data/preprocess.py, joined by |
+        eval_preprocess="",
+        exclude="",  # list of images to leave out, made by mixer.tools.prepare check
+        # A TFDS set above 2 GiB is shuffled in groups of about this many examples, which stand in
+        # memory (two groups at a time); smaller sets and folders are shuffled whole.
+        shuffle_group_size=16384,
+        prefetch_batches=2,  # batches on their way to the device
+    )
+
+    config.optimizer = dict(
+        name="adamw",  # adamw or sgd (momentum b1)
+        peak_lr=1e-3,
+        b1=0.9,
+        b2=0.999,  # adamw only
+        eps=1e-8,  # adamw only
+        weight_decay=0.0,  # of kernels only; multiplied by the learning rate
+        grad_clip_norm=1.0,  # global norm of the gradient; 0: no clipping
+    )
+    config.schedule = dict(
+        decay="linear",  # linear, cosine or constant, after the warm-up
+        warmup_steps=0,  # linear, from 0
+        final_multiplier=0.0,  # of peak_lr, at the last step
+    )
+
+    config.log_every_steps = 50
+    config.eval_every_steps = config_dict.placeholder(int)  # None: at the end only
+    config.eval_batch_size = config_dict.placeholder(int)  # None: global_batch_size
+    config.checkpoint = dict(
+        every_steps=1000,  # and at the last step
+        keep_last=2,
+        keep_every_steps=config_dict.placeholder(int),  # keeps multiples of it for good
+        keep_best=True,  # the best by validation accuracy, in RUN/best
+    )
+    config.tensorboard = True
+    return config
+
+
+def parse_arg(arg: str, **defaults):
+    """Reads `key=value,key=value` of `--config=FILE:ARG`, typed as the defaults are.
+
+    Returns:
+      A ConfigDict of the defaults with what `arg` sets.
+
+    Raises:
+      ValueError: an unknown key, or a value of another type.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in defaults:
+            known = ", ".join(f"{name}=" for name in defaults) or "none"
+            raise ValueError(f"config argument {part!r} is not understood; accepted: {known}")
+        kind = type(defaults[key])
+        try:
+            if kind is bool:
+                values[key] = {"true": True, "false": False}[value.lower()]
+            else:
+                values[key] = kind(value)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"config argument {key}={value!r}: it must be of type {kind.__name__}"
+            ) from None
+    return ConfigDict(values)

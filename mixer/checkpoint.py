@@ -1,0 +1,372 @@
+"""Checkpoints of a run: written asynchronously, verified when read, damaged ones moved aside.
+
+Layout: `RUN/checkpoints/<step>/{state,info}` and `RUN/best/<step>/...`; `state` is the train state,
+`info` a JSON with its checksums, the versions of the libraries and the commit. All reading and
+writing of train states goes through this module.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from mixer.errors import UserError
+from mixer.train_state import TrainState, fingerprint
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written or used."""
+
+
+class Checkpoints:
+    """The checkpoints in one directory, by step."""
+
+    def __init__(
+        self, directory: epath.PathLike, *, keep_last: int, keep_every_steps: int | None = None
+    ):
+        policies = [ocp.checkpoint_managers.LatestN(keep_last)]
+        if keep_every_steps:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every_steps))
+        self.directory = epath.Path(directory)
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        handlers = {"state": ocp.StandardCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.directory, options=self._options, item_handlers=handlers)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, info: dict[str, Any]) -> None:
+        """Starts writing `state` under its step; returns once the device's memory is copied.
+
+        Raises:
+          CheckpointError: the state is not finite, or an earlier write has failed.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return  # the same bits: they are a function of the seed and the step
+        sums, finite = checksums(state)
+        if not finite:
+            raise CheckpointError(
+                f"step {step}: parameters or optimizer state hold NaN or infinity; nothing was "
+                f"saved. Last good checkpoint: {self.describe_last()}. Try a lower "
+                "optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
+            )
+        info = {**info, "step": step, "checksums": sums, "versions": versions()}
+        with self._reporting(step):
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)
+                ),
+            )
+        if not saved:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} was not written")
+
+    def describe_last(self) -> str:
+        """Path of the newest whole checkpoint, or "none"."""
+        return str(self.directory / str(self.steps[-1])) if self.steps else "none"
+
+    def delete_after(self, step: int) -> None:
+        """Deletes checkpoints of steps beyond `step`."""
+        for later in self.steps:
+            if later > step:
+                self._manager.delete(later)
+
+    def check(self) -> None:
+        """Raises CheckpointError if a write in the background has failed."""
+        with self._reporting(None):
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns once all writes are whole, or raises CheckpointError."""
+        with self._reporting(None):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _reporting(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            what = "" if step is None else f" at step {step}"
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.directory}{what}: {_reason(error)}; "
+                f"the last whole one is {self.describe_last()}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for writes and ends the manager's threads."""
+        self._manager.close()
+
+    def restore_latest(
+        self, abstract: TrainState, warn: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is whole.
+
+        A damaged one (missing or truncated files, changed bytes) is moved to
+        `RUN/damaged/`, with a warning, and the one before is tried.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+          warn: called with a line for each checkpoint that is moved aside.
+
+        Returns:
+          (state, info), or None where there is no usable checkpoint.
+
+        Raises:
+          CheckpointError: a whole checkpoint holds a state of other names or shapes.
+        """
+        for step in reversed(self.steps):
+            try:
+                with _quiet():
+                    return self._restore(step, abstract)
+            except (UserError, MemoryError, PermissionError):
+                raise
+            except Exception as error:  # whatever Orbax makes of the damage
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                with _quiet():
+                    aside = self._move_aside(step)
+                warn(
+                    f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}); "
+                    f"moved to {aside}, going back to the one before"
+                )
+        return None
+
+    def _move_aside(self, step: int) -> epath.Path:
+        """Renames a damaged step, so that the run can save that step again."""
+        self._manager.close()
+        aside = self.directory.parent / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(aside)
+        self._manager = self._open()
+        return aside
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        directory = self.directory / str(step)
+        check_tree(abstract, saved_shapes(directory), directory)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), info=ocp.args.JsonRestore()
+            ),
+        )
+        state, info = restored["state"], restored["info"]
+        _verify(state, info)
+        if int(state.step) != step:
+            raise ValueError(f"its state is of step {int(state.step)}")
+        return state, info
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Orbax's reading threads print about a damaged checkpoint beside the error itself.
+
+    One bad file makes every array that is being read fail too, each with a traceback of its own.
+    """
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+        logging.set_verbosity(level)
+
+
+def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
+    """Checksum of each leaf by its path, and whether every float is finite."""
+    sums, finite = jax.device_get(fingerprint(tree))
+    return dict(zip(_paths(tree), sums.tolist(), strict=True)), bool(finite)
+
+
+def _paths(tree: Any) -> list[str]:
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _verify(tree: Any, info: dict[str, Any], prefix: str = "") -> None:
+    sums, _ = checksums(tree)
+    wrong = [path for path, value in sums.items() if info["checksums"].get(prefix + path) != value]
+    if wrong:
+        raise ValueError(f"{len(wrong)} array(s) differ from their checksums, {wrong[0]} first")
+
+
+def saved_shapes(directory: epath.Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every saved leaf by its path, read without reading the leaves."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(directory / "state").item_metadata
+    if metadata is None:
+        raise ValueError("its list of arrays cannot be read")
+    tree = metadata.tree
+    return {
+        path: tuple(leaf.shape)
+        for path, leaf in zip(_paths(tree), jax.tree.leaves(tree), strict=True)
+    }
+
+
+def check_tree(wanted: Any, saved: dict[str, tuple[int, ...]], source: epath.PathLike) -> None:
+    """Raises CheckpointError that lists every missing, extra and mis-shaped leaf."""
+    shapes = {
+        path: tuple(leaf.shape)
+        for path, leaf in zip(_paths(wanted), jax.tree.leaves(wanted), strict=True)
+    }
+    faults = [f"{path}: missing" for path in shapes.keys() - saved.keys()]
+    faults += [f"{path}: not in the model" for path in saved.keys() - shapes.keys()]
+    faults += [
+        f"{path}: saved {saved[path]}, wanted {shapes[path]}"
+        for path in shapes.keys() & saved.keys()
+        if shapes[path] != saved[path]
+    ]
+    if faults:
+        listed = "; ".join(sorted(faults))
+        raise CheckpointError(f"{source} does not fit the model: {listed}")
+
+
+def find_step(path: epath.PathLike) -> epath.Path:
+    """Returns the checkpoint that `path` means: a step's directory, or the newest step of a run.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = epath.Path(path)
+    if (path / "state").is_dir():
+        return path
+    for directory in (path / "checkpoints", path):
+        if directory.is_dir():
+            steps = [int(step.name) for step in directory.iterdir() if step.name.isdigit()]
+            if steps:
+                return directory / str(max(steps))
+    raise CheckpointError(
+        f"no checkpoint in {path}; give a run (RUN), or a step of it (RUN/checkpoints/STEP, "
+        "RUN/best/STEP)"
+    )
+
+
+def restore_params(path: epath.PathLike, abstract_params: Any) -> Any:
+    """Restores the parameters alone, placed as `abstract_params` says.
+
+    Args:
+      path: what `find_step` takes.
+      abstract_params: shapes, dtypes and shardings.
+
+    Raises:
+      CheckpointError: no checkpoint there, one of another model, or a damaged one.
+    """
+    directory = find_step(path)
+    prefix = "params/"
+    try:
+        saved = saved_shapes(directory)
+        saved = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        check_tree(abstract_params, saved, directory)
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(
+                directory / "state",
+                ocp.args.PyTreeRestore(
+                    {"params": abstract_params},
+                    restore_args={
+                        "params": ocp.checkpoint_utils.construct_restore_args(abstract_params)
+                    },
+                    partial_restore=True,
+                ),
+            )
+        _verify(tree["params"], read_info(directory), prefix)
+    except (UserError, MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise CheckpointError(f"checkpoint {directory} is damaged: {_reason(error)}") from error
+    return tree["params"]
+
+
+def read_info(directory: epath.Path) -> dict[str, Any]:
+    """The JSON saved beside the state in a step's directory."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(directory / "info")
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return (text or type(error).__name__)[:300]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the libraries and of this code."""
+    found = {"python": sys.version.split()[0], "commit": commit()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def commit() -> str:
+    """The commit of this code, "+changes" where the working tree differs, or "unknown"."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    if head.returncode or changes.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+    """Holds the run directory for this process; the system lets go of it however the process ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    if "://" in str(workdir):  # an object store has no locks
+        yield
+        return
+    descriptor = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(descriptor, 64).decode() or "unknown"
+            raise UserError(
+                f"{workdir} is in use by another process (pid {owner}); wait for it, or give "
+                "another --workdir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

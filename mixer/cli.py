@@ -1,0 +1,139 @@
+"""What the entry points share: flags, and how a mistake or a signal ends the program."""
+
+import difflib
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+# Before TensorFlow or XLA is loaded: their start-up notices are not for the user.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mixer.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with an argument for it after a colon: FILE.py[:key=value,...]."
+)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Parses the flags and runs `main(arguments)`; a user's mistake ends in one line, code 2."""
+    name = os.path.basename(sys.argv[0])
+    if name == "__main__.py" or sys.modules["__main__"].__spec__ is not None:
+        name = sys.modules["__main__"].__spec__.name
+    logging.set_verbosity(logging.ERROR)
+    try:
+        app.run(main, flags_parser=_parse)
+    except UserError as error:
+        _end(name, str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _end(name, f"{error.strerror}: {error.filename or 'while writing'}", 2)
+    except KeyboardInterrupt:
+        _end(name, "interrupted", 128 + signal.SIGINT)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        sys.exit(code)
+
+
+def _end(name: str, message: str, code: int) -> None:
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def config() -> ConfigDict:
+    """The config that the flags describe.
+
+    Raises:
+      UserError: --config is missing or names no file.
+    """
+    value = CONFIG.value
+    if value is None:
+        raise UserError("--config is missing; for example --config=configs/digits.py")
+    return value
+
+
+def config_name() -> str:
+    """The config file's name without its ending."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; mistakes in --config and its overrides become one line."""
+    if any(arg in ("--help", "-h", "--helpfull", "--helpshort") for arg in argv):
+        argv = [arg for arg in argv if not arg.startswith("--config")]
+    for arg in argv[1:]:
+        match = re.fullmatch(r"--config=([^:]*)(:.*)?", arg)
+        if match and not os.path.isfile(match[1]):
+            raise UserError(f"--config={match[1]}: no such file; for example configs/digits.py")
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _flag_mistake(argv, error) from error
+
+
+def _flag_mistake(argv: list[str], error: Exception) -> Exception:
+    """Turns an error of absl or ml_collections into a UserError; a config's own fault stays."""
+    text = str(error)
+    if "Error whilst parsing config file" in text:
+        last = text.strip().splitlines()[-1]
+        if last.startswith("ValueError: config argument"):  # configs.common.parse_arg
+            return UserError(last.removeprefix("ValueError: "))
+        return error
+    config = next((arg for arg in argv if arg.startswith("--config=")), None)
+    if config is None and any(arg.startswith("--config.") for arg in argv):
+        return UserError("--config=FILE.py must stand before --config.KEY=VALUE")
+    if config is not None:
+        known = _known_keys(config.removeprefix("--config="))
+        for arg in argv:
+            if arg.startswith("--config."):
+                key, _, value = arg.removeprefix("--config.").partition("=")
+                if key not in known:
+                    return UserError(f"config has no key {key!r}.{_nearest_key(key, known)}")
+                kind = known[key]
+                if kind in (int, float, bool) and not _is(kind, value):
+                    return UserError(f"--config.{key}={value}: it must be of type {kind.__name__}")
+    return UserError(" ".join(text.split()))
+
+
+def _is(kind: type, value: str) -> bool:
+    try:
+        return value.lower() in ("true", "false", "1", "0") if kind is bool else bool([kind(value)])
+    except ValueError:
+        return False
+
+
+def _nearest_key(key: str, known: dict[str, type]) -> str:
+    """The nearest full key, compared whole and by last name."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        by_name = {name.rpartition(".")[2]: name for name in known}
+        match = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.3)
+        close = [by_name[match[0]]] if match else []
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}"
+
+
+def _known_keys(path: str) -> dict[str, type]:
+    parser = config_flags.config_flags.ConfigFileFlagParser("config")
+    return dict(_types(parser.parse(path)))
+
+
+def _types(config: ConfigDict, prefix: str = ""):
+    for key in config:
+        value = config.get_ref(key).get() if config.is_type_safe else config[key]
+        if isinstance(value, ConfigDict):
+            yield from _types(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, config.get_type(key)

@@ -1,0 +1,80 @@
+"""What a person sees of a run: a progress bar at a terminal, plain lines anywhere else."""
+
+import resource
+import sys
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Terminal:
+    """Shows the progress of `total_steps` updates from `start_step` on."""
+
+    def __init__(self, *, start_step: int, total_steps: int):
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._total = total_steps
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, status="")
+            self._bar.start()
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self._console.print(text, markup=False)
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
+        """Shows the metrics of a log step."""
+        status = (
+            f"loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.1%}  "
+            f"{metrics['perf/images_per_second']:,.0f} images/s  "
+            f"data wait {metrics['perf/data_wait_share']:.1%}  {memory()}"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=step, status=status)
+        else:
+            self.line(f"step {step}/{self._total}  {status}  left {duration(seconds_left)}")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Such as 1:02:03 or 0:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def memory() -> str:
+    """Peak memory: of the first device where it reports one, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return f"device memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"memory {peak / 2**30:.1f} GiB"

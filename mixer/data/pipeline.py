@@ -1,0 +1,195 @@
+"""Batches for training and evaluation, by the config's `dataset`.
+
+TensorFlow is imported only where the data needs it: synthetic data runs without.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mixer.data import folder as folder_lib
+from mixer.data import synthetic
+from mixer.errors import UserError, nearest
+
+Batches = Iterator[dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a data set, ready to be read.
+
+    Attributes:
+      name: data set and split, for messages.
+      num_examples: how many examples are read (excluded ones are not counted).
+      class_names: of the labels, in order.
+      fingerprint: changes when the examples or their labels do.
+      train_batches: (start_step=, seed=, global_batch_size=, process_index=, process_count=) ->
+        endless batches of this process's examples, {"image": (n, H, W, 3) uint8,
+        "label": (n,) int32}, from batch `start_step` on.
+      sequential_batches: (start=, stop=, batch_size=) -> examples start to stop in order, the last
+        batch short.
+    """
+
+    name: str
+    num_examples: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    train_batches: Callable[..., Batches]
+    sequential_batches: Callable[..., Batches]
+
+
+def open_split(
+    dataset: Any,
+    spec: str,
+    preprocess: str,
+    *,
+    image_size: tuple[int, int],
+    num_classes: int | None,
+    class_names: tuple[str, ...] | None = None,
+) -> Split:
+    """Opens split `spec` of the data set that a config names.
+
+    Args:
+      dataset: the config's `dataset`.
+      spec: such as "train" or "train[:98%]".
+      preprocess: the steps that each image takes.
+      image_size: (H, W) of the images that come out.
+      num_classes: the config's; the synthetic set has that many (10 where it is None).
+      class_names: those of the run; None takes the data set's own.
+
+    Raises:
+      UserError: no such data set or split, an empty one, other classes than the run's.
+    """
+    if dataset.name == "synthetic":
+        split = _open_synthetic(spec, image_size, num_classes or 10)
+    else:
+        split = _open_stored(dataset, spec, preprocess, image_size, class_names)
+    if not split.num_examples:
+        raise UserError(f"{split.name} is empty: no examples are left in this split")
+    if class_names is not None and split.class_names != tuple(class_names):
+        raise UserError(
+            f"{split.name} has other classes than the run: {_brief(split.class_names)} and not "
+            f"{_brief(class_names)}"
+        )
+    return split
+
+
+def _brief(names) -> str:
+    return f"{len(names)} ({', '.join(itertools.islice(names, 3))}, ...)"
+
+
+def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) -> Split:
+    if spec not in synthetic.SPLITS:
+        raise UserError(
+            f"split {spec!r}: synthetic data has {', '.join(synthetic.SPLITS)}."
+            f"{nearest(spec, synthetic.SPLITS)}"
+        )
+    task = dict(num_classes=num_classes, image_size=image_size)
+
+    def sequential(*, start: int, stop: int, batch_size: int) -> Batches:
+        places = np.arange(start, stop)
+        return synthetic.eval_batches(spec, places=places, batch_size=batch_size, **task)
+
+    return Split(
+        name=f"synthetic {spec}",
+        num_examples=synthetic.SPLITS[spec],
+        class_names=tuple(str(label) for label in range(num_classes)),
+        fingerprint=f"synthetic {spec} {num_classes}",
+        train_batches=functools.partial(synthetic.train_batches, spec, **task),
+        sequential_batches=sequential,
+    )
+
+
+def _open_stored(dataset, spec, preprocess, image_size, class_names) -> Split:
+    import tensorflow as tf
+
+    from mixer.data import sources
+    from mixer.data.preprocess import make_preprocess
+
+    tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
+    steps = make_preprocess(preprocess, image_size)
+    source = open_source(dataset, spec, class_names)
+    fingerprint = source.fingerprint
+    if dataset.exclude:
+        fingerprint += f" kept {zlib.crc32(source.kept.tobytes())}"
+    return Split(
+        name=source.name,
+        num_examples=len(source.kept),
+        class_names=source.class_names,
+        fingerprint=fingerprint,
+        train_batches=functools.partial(
+            sources.train_batches, source, steps, group_size=dataset.shuffle_group_size
+        ),
+        sequential_batches=functools.partial(sources.eval_batches, source, steps),
+    )
+
+
+def open_source(dataset, spec: str, class_names: tuple[str, ...] | None = None):
+    """Opens the stored examples of a split, without preprocessing."""
+    from mixer.data import sources
+
+    excluded = read_exclusions(dataset.exclude)
+    if dataset.name == "folder":
+        folder = _scan(dataset.data_dir)
+        names = folder.class_names if class_names is None else class_names
+        return sources.folder_source(folder, spec, names, excluded)
+    return sources.tfds_source(sources.tfds_builder(dataset.name, dataset.data_dir), spec, excluded)
+
+
+@functools.lru_cache(maxsize=1)
+def _scan(root: str) -> folder_lib.ImageFolder:
+    return folder_lib.scan(root)
+
+
+def read_exclusions(path: str) -> frozenset[str]:
+    """Names of the examples that a list made by `prepare check` leaves out."""
+    if not path:
+        return frozenset()
+    if not epath.Path(path).exists():
+        raise UserError(f"dataset.exclude={path}: no such file; `prepare check` writes one")
+    lines = epath.Path(path).read_text().splitlines()
+    try:
+        return frozenset(json.loads(line)["example"] for line in lines if line.strip())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'dataset.exclude={path}: each line must be like {{"example": "train/cat/1.jpg"}} '
+            f"({error})"
+        ) from None
+
+
+def eval_batches(
+    split: Split, *, global_batch_size: int, process_index: int, process_count: int
+) -> Batches:
+    """Yields a whole split once: every process the same number of full batches.
+
+    Each process reads its own run of the examples; what fills the last batches up has mask 0.
+
+    Returns:
+      Batches of global_batch_size / process_count examples, with "mask" (n,) float32.
+    """
+    size = global_batch_size // process_count
+    per_process = -(-split.num_examples // process_count)
+    start = min(process_index * per_process, split.num_examples)
+    stop = min(start + per_process, split.num_examples)
+    batches = split.sequential_batches(start=start, stop=stop, batch_size=size)
+    template = None
+    for _ in range(-(-per_process // size)):
+        batch = next(batches, None)
+        if batch is None:
+            if template is None:  # no example of its own: the shapes come from the first one
+                template = next(split.sequential_batches(start=0, stop=1, batch_size=1))
+            batch = {key: value[:0] for key, value in template.items()}
+        template = batch
+        count = len(batch["label"])
+        batch["mask"] = np.ones(count, np.float32)
+        yield {
+            key: np.pad(value, [(0, size - count)] + [(0, 0)] * (value.ndim - 1))
+            for key, value in batch.items()
+        }

@@ -1,0 +1,18 @@
+"""A user's mistake: one clear line, and no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What was wrong, the value, and what would be accepted, in one line.
+
+    The entry points print it without a traceback; every other exception is the program's own fault
+    and keeps its traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the closest of `known`, or "" where none is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

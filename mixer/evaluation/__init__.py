@@ -1,0 +1,1 @@
+"""Evaluators: each receives a prediction function and data; none knows the trainer."""

@@ -1,0 +1,86 @@
+"""Evaluates a run as `evaluate.py` does: a table on the terminal, `results.json` in the run."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from mixer import checkpoint, losses, run, sharding
+from mixer.errors import UserError
+from mixer.evaluation import classification
+from mixer.train_step import make_predict
+
+
+def evaluate_run(workdir: str, *, checkpoint_name: str, splits: Sequence[str]) -> None:
+    """Evaluates the weights of a run on `splits` ("train", "val", "test") of its config.
+
+    Args:
+      workdir: the run.
+      checkpoint_name: "last", "best" or a step's number.
+      splits: those that the config does not name are left out.
+
+    Raises:
+      UserError: no such run or checkpoint, or data that is not there or not the run's.
+    """
+    config, class_names = run.read_run(workdir)
+    directory = _checkpoint(epath.Path(workdir), checkpoint_name)
+    mesh = sharding.make_mesh(config.mesh)
+    batch_size = config.eval_batch_size or config.global_batch_size
+    sharding.check_batch_size("eval_batch_size", batch_size, mesh)
+    opened = {which: run.open_split(config, which, class_names) for which in splits}
+    opened = {which: split for which, split in opened.items() if split is not None}
+    if not opened:
+        raise UserError(f"the config of {workdir} names no split {' or '.join(splits)}")
+    model = run.build_model(config, class_names)
+    params = checkpoint.restore_params(directory, _abstract_params(model, config.image_size, mesh))
+    loss_fn = losses.make_loss(config.loss)
+    eval_step = classification.make_eval_step(make_predict(model), loss_fn, model.num_classes)
+
+    table = Table("split", "images", "top-1", "top-5", "loss", title=str(directory))
+    results = {}
+    for which, split in opened.items():
+        result = classification.evaluate(
+            eval_step,
+            params,
+            split,
+            global_batch_size=batch_size,
+            mesh=mesh,
+            prefetch_batches=config.dataset.prefetch_batches,
+        )
+        results[which] = dataclasses.asdict(result)
+        table.add_row(
+            f"{which} ({split.name})",
+            f"{result.count:,}",
+            f"{result.top1:.2%}",
+            f"{result.top5:.2%}",
+            f"{result.loss:.4f}",
+        )
+    path = epath.Path(workdir) / "results.json"
+    run.write_json(path, {"step": int(directory.name), "splits": results})
+    console = Console()
+    console.print(table)
+    console.print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def _checkpoint(workdir: epath.Path, name: str) -> epath.Path:
+    if name == "last":
+        return checkpoint.find_step(workdir)
+    if name == "best":
+        return checkpoint.find_step(workdir / "best")
+    for directory in (workdir / "checkpoints" / name, workdir / "best" / name):
+        if name.isdigit() and directory.is_dir():
+            return directory
+    raise UserError(f"--checkpoint={name}: {workdir} has no such step; last, best or a number")
+
+
+def _abstract_params(model, image_size: int, mesh):
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, image_size, image_size, 3)))
+    )["params"]
+    where = sharding.replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes
+    )

@@ -1,0 +1,243 @@
+"""MLP-Mixer (Tolstikhin et al., 2021, arXiv 2105.01601), section 2 and figure 1.
+
+Dimensions in the docstrings: N images, S tokens, C channels (`hidden_dim`), D_S (`tokens_mlp_dim`),
+D_C (`channels_mlp_dim`), P (`patch_size`). Parameters bear the names of the released checkpoints.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mixer.errors import UserError, nearest
+
+# Paper, table 1.
+_SIZES = {
+    "S": dict(num_blocks=8, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048),
+    "B": dict(num_blocks=12, hidden_dim=768, tokens_mlp_dim=384, channels_mlp_dim=3072),
+    "L": dict(num_blocks=24, hidden_dim=1024, tokens_mlp_dim=512, channels_mlp_dim=4096),
+    "H": dict(num_blocks=32, hidden_dim=1280, tokens_mlp_dim=640, channels_mlp_dim=5120),
+}
+VARIANTS = {
+    name: dict(_SIZES[name[0]], patch_size=int(name[2:]))
+    for name in ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
+}
+GELUS = ("tanh", "erf")
+DTYPES = ("float32", "bfloat16")
+
+
+def _example_keys(key: jax.Array, example_index: jax.Array) -> jax.Array:
+    """One key per example, from its place in the global batch: (N,) keys.
+
+    A mask drawn from it depends neither on how the batch is laid out over devices nor on how it is
+    cut for gradient accumulation.
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, example_index)
+
+
+def _drop(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """Dropout with one key per example. x: (N, ...)."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, Dense over the last axis: (..., D) -> (..., D). Paper, equation 1."""
+
+    mlp_dim: int
+    gelu: str
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Applies the MLP; `keys` (N,) draws the dropout masks, None leaves dropout out."""
+        dim = x.shape[-1]
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
+        x = nn.gelu(x, approximate=self.gelu == "tanh")
+        if keys is not None:
+            x = _drop(x, self.dropout, _fold(keys, 0))
+        x = nn.Dense(dim, dtype=self.dtype)(x)
+        if keys is not None:
+            x = _drop(x, self.dropout, _fold(keys, 1))
+        return x
+
+
+def _fold(keys: jax.Array, data: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+class MixerBlock(nn.Module):
+    """Token mixing, then channel mixing, each with its skip connection: (N, S, C) -> (N, S, C)."""
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    gelu: str
+    dropout: float
+    drop_path: float
+    drop_path_rescale: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Applies the block; `keys` (N,) draws all masks, None means no masks (evaluation)."""
+
+        def mlp(name: str, mlp_dim: int, x: jax.Array, branch: int) -> jax.Array:
+            branch_keys = None if keys is None or not self.dropout else _fold(keys, branch)
+            return MlpBlock(mlp_dim, self.gelu, self.dropout, self.dtype, name=name)(x, branch_keys)
+
+        def drop_path(x: jax.Array, branch: int) -> jax.Array:
+            if keys is None or not self.drop_path:
+                return x
+            draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.drop_path))
+            keep = draw(_fold(keys, 2 + branch))[:, None, None].astype(x.dtype)
+            return x * keep / (1 - self.drop_path) if self.drop_path_rescale else x * keep
+
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        y = mlp("token_mixing", self.tokens_mlp_dim, y.swapaxes(1, 2), 0).swapaxes(1, 2)
+        x = x + drop_path(y, 0)
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        y = mlp("channel_mixing", self.channels_mlp_dim, y, 1)
+        return x + drop_path(y, 1)
+
+
+class MlpMixer(nn.Module):
+    """The whole network.
+
+    Attributes:
+      num_classes: width of the head.
+      patch_size: P, the side of a square patch in pixels.
+      hidden_dim: C. num_blocks: L. tokens_mlp_dim: D_S. channels_mlp_dim: D_C.
+      gelu: "tanh" (the authors' code) or "erf" (timm).
+      stoch_depth: drop rate r of the last block; block i of L drops each of its two branches, per
+        example, with probability i / max(L - 1, 1) * r.
+      stoch_depth_rescale: False is the authors' code: a kept branch is left as it is, and
+        evaluation scales nothing. True divides a kept branch by its probability, as timm does.
+      dropout: rate after each of the two layers of every MLP; kept values are rescaled.
+      head_bias_init: first value of the head's bias (the authors' code starts the sigmoid loss at
+        -6.9 with 1,000 classes and at -10 with 21,843). The head's kernel starts at zero.
+      dtype: "float32" or "bfloat16" for the computation; parameters and logits are float32.
+    """
+
+    num_classes: int
+    patch_size: int
+    hidden_dim: int
+    num_blocks: int
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    gelu: str = "tanh"
+    stoch_depth: float = 0.0
+    stoch_depth_rescale: bool = False
+    dropout: float = 0.0
+    head_bias_init: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, example_index: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the logits and everything on the way to them.
+
+        Args:
+          images: (N, H, W, 3) float in [-1, 1]; H and W are multiples of P.
+          train: whether to draw stochastic depth and dropout; then `apply` needs
+            `rngs={"dropout": key}`.
+          example_index: (N,) place of each image in the global batch, which its masks are drawn
+            from; 0..N-1 where it is not given.
+
+        Returns:
+          `(logits, out)`: logits (N, num_classes) float32; out holds "stem" (N, H/P, W/P, C),
+          "block_0" ... (N, S, C), "pre_logits" (N, C) and "logits".
+
+        Raises:
+          UserError: the patch does not divide the image. (SAME padding in the authors' code takes
+            such an image and pads it without a word.)
+        """
+        dtype = jnp.dtype(self.dtype)
+        check_image_size(images.shape[1:3], self.patch_size)
+        keys = None
+        if train and (self.stoch_depth or self.dropout):
+            if example_index is None:
+                example_index = jnp.arange(images.shape[0])
+            key = self.make_rng("dropout")
+
+        out = {}
+        patch = (self.patch_size, self.patch_size)
+        x = nn.Conv(self.hidden_dim, patch, patch, "VALID", dtype=dtype, name="stem")(images)
+        out["stem"] = x
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        for i in range(self.num_blocks):
+            if train and (self.stoch_depth or self.dropout):
+                keys = _example_keys(jax.random.fold_in(key, i), example_index)
+            x = MixerBlock(
+                tokens_mlp_dim=self.tokens_mlp_dim,
+                channels_mlp_dim=self.channels_mlp_dim,
+                gelu=self.gelu,
+                dropout=self.dropout,
+                drop_path=i / max(self.num_blocks - 1, 1) * self.stoch_depth,
+                drop_path_rescale=self.stoch_depth_rescale,
+                dtype=dtype,
+                name=f"MixerBlock_{i}",
+            )(x, keys)
+            out[f"block_{i}"] = x
+        x = nn.LayerNorm(dtype=dtype, name="pre_head_layer_norm")(x)
+        x = out["pre_logits"] = jnp.mean(x, axis=1).astype(jnp.float32)
+        x = out["logits"] = nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.zeros,
+            bias_init=nn.initializers.constant(self.head_bias_init),
+            name="head",
+        )(x)
+        return x, out
+
+
+def check_image_size(size: tuple[int, int], patch_size: int) -> None:
+    """Raises UserError where `patch_size` does not divide both sides of `size` (H, W)."""
+    for side in size:
+        if side % patch_size or not side:
+            low = side // patch_size * patch_size
+            near = " or ".join(str(s) for s in (low, low + patch_size) if s)
+            raise UserError(
+                f"image {size[0]} x {size[1]}: the patch size {patch_size} does not divide {side}; "
+                f"the nearest sides that work are {near}"
+            )
+
+
+def make_model(*, variant: str | None = None, num_classes: int, **fields) -> MlpMixer:
+    """Builds a model from a variant's name, from explicit dimensions, or from both.
+
+    Args:
+      variant: one of `VARIANTS`, or None when every dimension is given.
+      num_classes: width of the head.
+      **fields: fields of `MlpMixer`; those that are not None replace the variant's.
+
+    Raises:
+      UserError: an unknown variant or field, a missing dimension or a value out of range.
+    """
+    known = {field.name for field in dataclasses.fields(MlpMixer)} - {"parent", "name"}
+    for name in fields:
+        if name not in known:
+            raise UserError(f"the model has no field {name!r}.{nearest(name, known)}")
+    if variant is not None and variant not in VARIANTS:
+        raise UserError(
+            f"unknown model variant {variant!r}; one of {', '.join(VARIANTS)}."
+            f"{nearest(variant, VARIANTS)}"
+        )
+    given = {name: value for name, value in fields.items() if value is not None}
+    fields = {**VARIANTS.get(variant, {}), **given}
+    dimensions = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
+    missing = [name for name in dimensions if name not in fields]
+    if missing:
+        raise UserError(f"the model needs a variant ({', '.join(VARIANTS)}) or {missing}")
+    for name in ("num_classes", *dimensions):
+        value = num_classes if name == "num_classes" else fields[name]
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"model.{name} is {value!r}; it must be a whole number of at least 1")
+    for name in ("stoch_depth", "dropout"):
+        if not 0 <= fields.get(name, 0) < 1:
+            raise UserError(f"model.{name} is {fields[name]}; it must be in [0, 1)")
+    for name, options in (("gelu", GELUS), ("dtype", DTYPES)):
+        if fields.get(name, options[0]) not in options:
+            raise UserError(f"model.{name} is {fields[name]!r}; one of {', '.join(options)}")
+    return MlpMixer(num_classes=num_classes, **fields)

@@ -1,0 +1,166 @@
+"""A run directory: the config and the data a run was started with, and what is built from them.
+
+`config.json` is the resolved config, `data.json` the class names and fingerprints of the data.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mixer.data import pipeline
+from mixer.errors import UserError
+from mixer.model import MlpMixer, make_model
+
+# What may change when a run is continued: it alters neither the parameters nor the data order.
+FREE_KEYS = (
+    "log_every_steps",
+    "eval_every_steps",
+    "eval_batch_size",
+    "checkpoint.",
+    "tensorboard",
+    "mesh.",
+    "dataset.data_dir",
+    "dataset.prefetch_batches",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The splits a config names; `val` and `test` are None where it names none."""
+
+    train: pipeline.Split
+    val: pipeline.Split | None
+    test: pipeline.Split | None
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for values that no later check would name as clearly."""
+    for key in ("total_steps", "global_batch_size", "image_size", "log_every_steps"):
+        _check_count(config, key)
+    for key in ("checkpoint.every_steps", "checkpoint.keep_last", "dataset.prefetch_batches"):
+        _check_count(config, key)
+    for key in ("eval_every_steps", "eval_batch_size", "checkpoint.keep_every_steps"):
+        _check_count(config, key, optional=True)
+    if not config.dataset.name:
+        raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
+
+
+def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
+    value = config
+    for part in key.split("."):
+        value = value[part]
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key} is {value}; it must be a whole number of at least 1")
+
+
+def build_model(config: ConfigDict, class_names: tuple[str, ...]) -> MlpMixer:
+    """Builds the config's model; UserError where its classes are not the data's."""
+    fields = config.model.to_dict()
+    if fields["num_classes"] is None:
+        fields["num_classes"] = len(class_names)
+    if fields["num_classes"] != len(class_names):
+        raise UserError(
+            f"model.num_classes={fields['num_classes']}, but the data has {len(class_names)} "
+            "classes; leave it out to take the data's"
+        )
+    return make_model(**fields)
+
+
+def open_split(
+    config: ConfigDict, which: str, class_names: tuple[str, ...] | None
+) -> pipeline.Split | None:
+    """Opens the split "train", "val" or "test" of the config, None where the config has none."""
+    spec = config.dataset[f"{which}_split"]
+    if not spec:
+        if which == "train":
+            raise UserError("dataset.train_split is empty; give a split such as train[:90%]")
+        return None
+    steps = config.dataset.train_preprocess if which == "train" else config.dataset.eval_preprocess
+    return pipeline.open_split(
+        config.dataset,
+        spec,
+        steps,
+        image_size=(config.image_size, config.image_size),
+        num_classes=config.model.num_classes,
+        class_names=class_names,
+    )
+
+
+def open_splits(config: ConfigDict, class_names: tuple[str, ...] | None) -> Splits:
+    """Opens all splits of the config, with the run's class names where it has some already."""
+    train = open_split(config, "train", class_names)
+    val, test = (open_split(config, which, train.class_names) for which in ("val", "test"))
+    return Splits(train, val, test)
+
+
+def data_record(splits: Splits) -> dict[str, Any]:
+    """What `data.json` holds."""
+    opened = {which: getattr(splits, which) for which in ("train", "val", "test")}
+    return {
+        "class_names": list(splits.train.class_names),
+        "splits": {
+            which: {
+                "name": split.name,
+                "num_examples": split.num_examples,
+                "fingerprint": split.fingerprint,
+            }
+            for which, split in opened.items()
+            if split is not None
+        },
+    }
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value, indent=2) + "\n")
+    new.replace(path)
+
+
+def read_json(workdir: epath.PathLike, name: str) -> dict[str, Any] | None:
+    """Reads a JSON file of a run, None where it has none."""
+    path = epath.Path(workdir) / name
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
+    """The config and the class names of a run.
+
+    Raises:
+      UserError: the directory is no run.
+    """
+    config, data = read_json(workdir, "config.json"), read_json(workdir, "data.json")
+    if config is None or data is None:
+        raise UserError(f"{workdir} is no run: it holds no config.json and data.json")
+    return ConfigDict(config), tuple(data["class_names"])
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines such as "schedule.decay: 'cosine' -> 'linear'" for each key that binds a run."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in FREE_KEYS)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            # JSON knows no tuples.
+            yield prefix + key, list(value) if isinstance(value, tuple) else value

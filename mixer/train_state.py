@@ -1,0 +1,99 @@
+"""What a run carries from update to update, born on the mesh."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mixer import sharding
+from mixer.model import MlpMixer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The whole state of training.
+
+    Attributes:
+      step: int32 scalar, the number of finished updates; data order, augmentation and masks of the
+        next update are functions of (seed, step).
+      params: parameters by their published names.
+      opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def abstract_state(
+    model: MlpMixer, tx: optax.GradientTransformation, image_size: tuple[int, int], mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    shapes = jax.eval_shape(_make_init(model, tx, image_size), jax.random.key(0))
+    shardings = sharding.state_shardings(mesh, shapes)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def init_state(
+    model: MlpMixer,
+    tx: optax.GradientTransformation,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    seed: int,
+) -> TrainState:
+    """Makes the state of step 0, each leaf directly where it belongs on the mesh."""
+    abstract = abstract_state(model, tx, image_size, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(_make_init(model, tx, image_size), out_shardings=shardings)
+    return init(jax.random.key(seed))
+
+
+def _make_init(model: MlpMixer, tx: optax.GradientTransformation, image_size: tuple[int, int]):
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    return init
+
+
+def with_params(state: TrainState, params: Any) -> TrainState:
+    """Starts `state` from other weights of the same shapes."""
+    return state.replace(params=params)
+
+
+@jax.jit
+def fingerprint(tree: Any) -> tuple[jax.Array, jax.Array]:
+    """A checksum of every leaf's bits, and whether every float in the tree is finite.
+
+    Each element's bits are mixed with its position and summed modulo 2^32: integer arithmetic, so
+    that neither the mesh nor the order of summation changes the result.
+
+    Returns:
+      (uint32 (number of leaves, 2), bool scalar).
+    """
+    sums, finite = [], jnp.bool_(True)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            finite &= jnp.all(jnp.isfinite(leaf))
+            unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+            leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
+        bits = leaf.astype(jnp.uint32)
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, size in enumerate(bits.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
+                jnp.uint32, bits.shape, axis
+            )
+        leaf_sums = []
+        for salt in (0x9E3779B9, 0x85EBCA6B):
+            mixed = (bits ^ (place * jnp.uint32(salt) + jnp.uint32(salt))) * jnp.uint32(0xC2B2AE35)
+            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x27D4EB2F)
+            leaf_sums.append(jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32))
+        sums.append(jnp.stack(leaf_sums))
+    return jnp.stack(sums), finite
