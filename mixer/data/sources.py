@@ -85,8 +85,13 @@ def folder_source(
     )
 
 
-def tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Finds a prepared TFDS data set; the digits, which need no download, are prepared here.
+def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.core.DatasetBuilder:
+    """Finds a TFDS data set; the digits, which need no download, are prepared here.
+
+    Args:
+      name: as TFDS knows it.
+      data_dir: where TFDS keeps its data; empty is TFDS's own default.
+      prepared: whether it has to be prepared already.
 
     Raises:
       UserError: no data set has the name, or it is not prepared.
@@ -100,13 +105,14 @@ def tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"dataset.name={name!r}: neither 'synthetic' nor 'folder' nor known to "
             f"tensorflow-datasets.{nearest(name, ['synthetic', 'folder', *tfds.list_builders()])}"
         ) from None
-    if not builder.is_prepared():
+    if prepared and not builder.is_prepared():
         if name != "digits":
             flag = f" --data_dir={data_dir}" if data_dir else ""
             raise UserError(
                 f"dataset {name!r} is not prepared: looked in {builder.data_dir}; prepare it with "
                 f"`python -m mixer.tools.prepare tfds {name}{flag}`"
             )
+        tfds.disable_progress_bar()
         builder.download_and_prepare()
     return builder
 
@@ -295,7 +301,8 @@ def _sequential(source: Source, start: int, stop: int) -> tf.data.Dataset:
         for (path, skip, _), begin, end in zip(source.files, first, first[1:], strict=False)
         if min(high, end) > max(low, begin)
     ]
-    paths, starts, counts = ([piece[i] for piece in pieces] for i in range(3))
+    paths = tf.constant([path for path, _, _ in pieces], tf.string)
+    starts, counts = (tf.constant([piece[i] for piece in pieces], tf.int64) for i in (1, 2))
     kept = tf.constant(np.isin(np.arange(low, high), numbers))
     return (
         tf.data.Dataset.from_tensor_slices((paths, starts, counts))

@@ -1,0 +1,39 @@
+"""A Mixer from scratch on your own images, in folders `<split>/<class>/<image>`.
+
+python train.py --config=configs/folder.py:res=64,patch=8 --config.dataset.data_dir=/data/pets
+
+The classes are the folders' names. 10 % of the training images, chosen by a hash of their names,
+are held out for validation; a folder test/ is evaluated at the end. For photographs of 64 pixels
+and more; expect what a small network reaches from scratch on the data at hand.
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(arg, res=64, patch=8)
+    config = common.base()
+    config.total_steps = 5000
+    config.global_batch_size = 128
+    config.image_size = arg.res
+    config.model.update(
+        patch_size=arg.patch,
+        hidden_dim=192,
+        num_blocks=8,
+        tokens_mlp_dim=96,
+        channels_mlp_dim=768,
+        stoch_depth=0.1,
+    )
+    config.dataset.update(
+        name="folder",
+        train_split="train[:90%]",
+        val_split="train[90%:]",
+        test_split="test",
+        train_preprocess=f"inception_crop({arg.res})|flip_lr",
+        eval_preprocess=f"decode|resize_small({arg.res * 8 // 7})|central_crop({arg.res})",
+    )
+    config.optimizer.update(peak_lr=1e-3, weight_decay=0.1)
+    config.schedule.update(decay="cosine", warmup_steps=500)
+    config.eval_every_steps = 500
+    config.checkpoint.every_steps = 500
+    return config

@@ -1,0 +1,95 @@
+"""What several tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from configs import common
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = Path(__file__).parent / "goldens"
+TINY = dict(patch_size=8, hidden_dim=24, num_blocks=3, tokens_mlp_dim=20, channels_mlp_dim=40)
+
+
+def golden(name):
+    return np.load(GOLDENS / f"mixer_tiny_{name}.npz", allow_pickle=False)
+
+
+def golden_params(name="official", prefix=""):
+    file = golden(name)
+    flat = {k.removeprefix(prefix): file[k] for k in file.files if k.startswith(prefix)}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def tiny_config(tfds_dir=None, **values):
+    """A config that trains in a second: synthetic data, or the digits of `tfds_dir`."""
+    config = common.base()
+    config.update(total_steps=12, global_batch_size=16, image_size=8, log_every_steps=2)
+    config.update(eval_every_steps=6, eval_batch_size=64, tensorboard=False)
+    config.model.update(
+        patch_size=2, hidden_dim=16, num_blocks=2, tokens_mlp_dim=8, channels_mlp_dim=24
+    )
+    config.model.update(stoch_depth=0.2, dropout=0.1)
+    config.optimizer.update(peak_lr=3e-3, weight_decay=0.1)
+    config.schedule.update(decay="cosine", warmup_steps=2)
+    config.checkpoint.update(every_steps=4)
+    if tfds_dir is None:
+        config.dataset.name = "synthetic"
+    else:
+        config.dataset.update(name="digits", data_dir=str(tfds_dir))
+        config.dataset.update(
+            train_preprocess="decode|random_crop(8, pad=1)", eval_preprocess="decode"
+        )
+    with config.unlocked():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config.lock()
+
+
+def leaves(tree):
+    """Arrays of a tree by path."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_same_bits(one, other):
+    one, other = leaves(one), leaves(other)
+    assert one.keys() == other.keys()
+    for path in one:
+        assert one[path].dtype == other[path].dtype, path
+        assert one[path].tobytes() == other[path].tobytes(), path
+
+
+def final_state(workdir, step=None):
+    """The arrays of a run's checkpoint, read without the model."""
+    import orbax.checkpoint as ocp
+
+    from mixer import checkpoint
+
+    directory = workdir / "checkpoints" / str(step) if step else checkpoint.find_step(workdir)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(directory / "state")
+
+
+def environment(**extra):
+    return {**os.environ, "PYTHONPATH": str(ROOT), **extra}
+
+
+def run_python(*arguments, timeout=300, check=True, **extra):
+    """Runs Python in the project's root; returns the finished process with its output."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -1,0 +1,415 @@
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from helpers import tiny_config
+from mixer import run
+from mixer.data import folder, pipeline, sources
+from mixer.data.preprocess import STEPS, make_preprocess
+from mixer.errors import UserError
+
+CLASSES = ("cat", "dog", "eel")
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """train/ and test/ of small images in all spellings of the endings; test/ lacks a class."""
+    rng = np.random.default_rng(0)
+    for split, classes, count in (("train", CLASSES, 10), ("test", CLASSES[1:], 4)):
+        for label in classes:
+            directory = tmp_path / split / label
+            directory.mkdir(parents=True)
+            for i in range(count):
+                ending = (".jpg", ".JPEG", ".png")[i % 3]
+                pixels = rng.integers(0, 256, (12, 12, 3), np.uint8)
+                Image.fromarray(pixels).save(directory / f"{i:04}{ending}")
+            (directory / "notes.txt").write_text("no image")
+            (directory / ".hidden.jpg").write_text("no image")
+    return tmp_path
+
+
+def _folder_config(path, **values):
+    config = tiny_config(dataset__name="folder", dataset__data_dir=str(path), image_size=8)
+    config.dataset.update(
+        train_preprocess="decode|random_crop(8)", eval_preprocess="decode|resize(8)"
+    )
+    config.dataset.update(train_split="train", val_split="", test_split="test")
+    config.dataset.update({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def _digits_config(tfds_dir, **values):
+    return tiny_config(tfds_dir, **values)
+
+
+def _take(split, count, start_step=0, batch=16, process_index=0, process_count=1, seed=0):
+    stream = split.train_batches(
+        start_step=start_step,
+        seed=seed,
+        global_batch_size=batch,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return list(itertools.islice(stream, count))
+
+
+def _assert_same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+# The digits.
+
+
+def test_digits_are_the_fixed_split_of_the_scans(tfds_dir):
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    order = np.random.default_rng(123).permutation(1797)
+    splits = run.open_splits(_digits_config(tfds_dir), None)
+    for split, rows in (
+        (splits.test, order[:360]),
+        (splits.val, order[360:540]),
+        (splits.train, order[540:]),
+    ):
+        assert split.num_examples == len(rows)
+        whole = next(split.sequential_batches(start=0, stop=len(rows), batch_size=len(rows)))
+        if split is splits.train:
+            continue  # its preprocessing is random
+        wanted = np.round(scans.images[rows] * 255 / 16).astype(np.uint8)
+        wanted = sorted((scans.target[r], i.tobytes()) for r, i in zip(rows, wanted, strict=True))
+        pairs = zip(whole["label"], whole["image"], strict=True)
+        found = sorted((label, image[..., 0].tobytes()) for label, image in pairs)
+        assert found == wanted
+
+
+@pytest.fixture(params=["memory", "groups", "folder", "synthetic"])
+def train_split(request, tfds_dir, image_folder, monkeypatch):
+    """A split for each way of reading."""
+    if request.param == "groups":
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    if request.param == "folder":
+        return run.open_split(_folder_config(image_folder), "train", None)
+    if request.param == "synthetic":
+        return run.open_split(tiny_config(), "train", None)
+    config = _digits_config(tfds_dir, dataset__shuffle_group_size=300)
+    config.dataset.train_split = "train[:40%]+validation"
+    return run.open_split(config, "train", None)
+
+
+def test_batch_k_is_the_same_streamed_from_0_and_from_k(train_split):
+    """Images, augmentation and labels, across the end of an epoch too."""
+    steps = train_split.num_examples // 16 + 3
+    whole = _take(train_split, steps)
+    assert whole[0]["image"].shape == (16, 8, 8, 3) and whole[0]["image"].dtype == np.uint8
+    assert whole[0]["label"].dtype == np.int32
+    for start in (1, steps // 2, steps - 2):
+        _assert_same(_take(train_split, steps - start, start_step=start), whole[start:])
+    other = _take(train_split, 2, seed=1)
+    assert any((a["image"] != b["image"]).any() for a, b in zip(other, whole, strict=False))
+
+
+def test_two_processes_read_the_batches_of_one(train_split, request):
+    if "groups" in request.node.callspec.id:  # its order depends on the number of processes
+        parts = [_take(train_split, 40, process_index=p, process_count=2) for p in (0, 1)]
+        images = np.concatenate([batch["image"] for part in parts for batch in part])
+        assert len({image.tobytes() for image in images}) > 300
+        return
+    whole = _take(train_split, 4)
+    parts = [_take(train_split, 4, process_index=p, process_count=2) for p in (0, 1)]
+    together = [
+        {key: np.concatenate([first[key], second[key]]) for key in first}
+        for first, second in zip(*parts, strict=True)
+    ]
+    _assert_same(together, whole)
+
+
+def test_an_epoch_in_order_holds_each_image_once(image_folder):
+    config = _folder_config(image_folder)
+    config.dataset.train_preprocess = "decode|resize(8)"
+    split = run.open_split(config, "train", None)
+    epoch = np.concatenate([b["image"] for b in _take(split, 15, batch=4)])  # two epochs of 30
+    one, two = ({image.tobytes() for image in part} for part in (epoch[:30], epoch[30:]))
+    assert len(one) == 30 and one == two
+    assert [i.tobytes() for i in epoch[:30]] != [i.tobytes() for i in epoch[30:]]
+
+
+# Folders.
+
+
+def test_folder_lists_classes_over_all_splits_and_images_of_any_case(image_folder):
+    (image_folder / "test" / "ant").mkdir()
+    found = folder.scan(str(image_folder))
+    assert found.class_names == ("ant", *CLASSES)
+    assert {split: len(files) for split, files in found.files.items()} == {"train": 30, "test": 8}
+
+
+def test_folder_labels_are_the_runs_own(image_folder):
+    split = run.open_split(_folder_config(image_folder), "test", ("ant", "bee", *CLASSES))
+    batch = next(split.sequential_batches(start=0, stop=8, batch_size=8))
+    assert sorted(batch["label"]) == [3] * 4 + [4] * 4
+
+
+def test_folder_parts_are_fair_samples(image_folder):
+    config = _folder_config(image_folder)
+    config.dataset.update(train_split="train[:80%]", val_split="train[80%:]")
+    splits = run.open_splits(config, None)
+    assert (splits.train.num_examples, splits.val.num_examples) == (24, 6)
+    labels = next(splits.train.sequential_batches(start=0, stop=24, batch_size=24))["label"]
+    assert set(labels) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(data_dir="/nowhere"), "dataset.data_dir=/nowhere is no folder.*train/cat"),
+        (dict(train_split="trian"), "split 'trian'.*train"),
+        (dict(train_split="train[:0]"), "is empty"),
+        (dict(name="cifar1O"), "cifar1O.*Did you mean 'cifar10'"),
+        (dict(name="cifar10"), r"not prepared: looked in .*cifar10.*mixer.tools.prepare tfds"),
+        (dict(train_preprocess="decode|flip"), "unknown step 'flip'.*flip_lr"),
+        (dict(train_preprocess="flip_lr"), "first step must be decode"),
+        (dict(train_preprocess="decode|resize"), "resize: missing a required argument: 'size'"),
+        (dict(train_preprocess="decode|resize(8"), "is no step"),
+        (dict(exclude="/nowhere.jsonl"), "no such file"),
+    ],
+)
+def test_mistakes_get_one_line(image_folder, values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run.open_split(_folder_config(image_folder, **values), "train", None)
+    assert "\n" not in str(caught.value)
+
+
+def test_synthetic_split_and_classes_are_checked():
+    with pytest.raises(UserError, match="validation"):
+        run.open_split(tiny_config(dataset__train_split="valid"), "train", None)
+    with pytest.raises(UserError, match="other classes than the run"):
+        run.open_split(tiny_config(), "train", ("a", "b"))
+
+
+def test_class_of_the_folder_that_the_run_lacks_is_refused(image_folder):
+    with pytest.raises(UserError, match=r"not trained on: \['eel'\]"):
+        run.open_split(_folder_config(image_folder), "train", ("cat", "dog"))
+
+
+# Unreadable images.
+
+
+def test_unreadable_image_stops_by_name_and_can_be_excluded(image_folder, tmp_path):
+    from mixer.tools import prepare
+
+    bad = image_folder / "train" / "dog" / "0003.jpg"
+    bad.write_bytes(bad.read_bytes()[:100])
+    empty = image_folder / "test" / "eel" / "0001.JPEG"
+    empty.write_bytes(b"")
+    config = _folder_config(image_folder)
+    with pytest.raises(UserError, match=r"cannot use train/dog/0003\.jpg") as caught:
+        _take(run.open_split(config, "train", None), 8)
+    assert "\n" not in str(caught.value)
+
+    output = tmp_path / "exclude.jsonl"
+    prepare.check(config, str(output))
+    listed = [json.loads(line)["example"] for line in output.read_text().splitlines()]
+    assert listed == ["test/eel/0001.JPEG", "train/dog/0003.jpg"]
+
+    before = run.open_split(config, "train", None)
+    config.dataset.exclude = str(output)
+    after = run.open_split(config, "train", None)
+    assert (before.num_examples, after.num_examples) == (30, 29)
+    assert before.fingerprint != after.fingerprint
+    _take(after, 8)
+
+
+def test_image_of_another_size_is_named(image_folder):
+    config = _folder_config(image_folder, train_preprocess="decode")
+    with pytest.raises(UserError, match=r"cannot use train/.*12.*8"):
+        _take(run.open_split(config, "train", None), 1)
+
+
+def test_file_that_vanished_is_named(image_folder):
+    split = run.open_split(_folder_config(image_folder), "train", None)
+    (image_folder / "train" / "cat" / "0000.jpg").unlink()
+    with pytest.raises(UserError, match=r"cat/0000\.jpg"):
+        _take(split, 8)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_records_can_be_excluded(tfds_dir, tmp_path, grouped, monkeypatch):
+    if grouped:
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    config = _digits_config(tfds_dir, dataset__train_split="validation")
+    config.dataset.train_preprocess = "decode"
+    whole = run.open_split(config, "train", None)
+    rows = next(whole.sequential_batches(start=0, stop=180, batch_size=180))["image"]
+    listed = [f"digits-validation.tfrecord-00000-of-00001:{i}" for i in (0, 17, 179)]
+    path = tmp_path / "exclude.jsonl"
+    path.write_text("".join(json.dumps({"example": name}) + "\n" for name in listed))
+    config.dataset.exclude = str(path)
+    split = run.open_split(config, "train", None)
+    assert split.num_examples == 177
+    kept = np.delete(rows, [0, 17, 179], axis=0)
+    found = next(split.sequential_batches(start=0, stop=177, batch_size=177))["image"]
+    np.testing.assert_array_equal(found, kept)
+    epoch = np.concatenate([b["image"] for b in _take(split, 59, batch=3)])
+    assert sorted(i.tobytes() for i in epoch) == sorted(i.tobytes() for i in kept)
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("process_count", [1, 2, 7])
+def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, monkeypatch):
+    if grouped:
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    split = run.open_split(_digits_config(tfds_dir), "val", None)
+    seen, counts = [], []
+    for process in range(process_count):
+        batches = list(
+            pipeline.eval_batches(
+                split,
+                global_batch_size=14 * process_count,
+                process_index=process,
+                process_count=process_count,
+            )
+        )
+        counts.append(len(batches))
+        for batch in batches:
+            assert batch["image"].shape == (14, 8, 8, 3)
+            seen += [i.tobytes() for i in batch["image"][batch["mask"] > 0]]
+            assert not batch["image"][batch["mask"] == 0].any()
+    assert len(set(counts)) == 1
+    whole = next(split.sequential_batches(start=0, stop=180, batch_size=180))["image"]
+    assert sorted(seen) == sorted(i.tobytes() for i in whole)
+
+
+def test_more_processes_than_examples():
+    split = run.open_split(tiny_config(), "test", None)
+    split = pipeline.dataclasses.replace(split, num_examples=3)
+    for process in range(4):
+        (batch,) = pipeline.eval_batches(
+            split, global_batch_size=8, process_index=process, process_count=4
+        )
+        assert batch["mask"].sum() == (process < 3) and batch["image"].shape == (2, 8, 8, 3)
+
+
+# Preprocessing, against NumPy and Pillow.
+
+KEY = tf.constant([1, 2], tf.int64)
+
+
+def _photo(height=60, width=80):
+    y, x = np.mgrid[:height, :width]
+    return np.stack(
+        [255 * y / height, 255 * x / width, 127 + 120 * np.sin(x / 9) * np.cos(y / 7)], -1
+    ).astype(np.uint8)
+
+
+def _encoded(pixels, kind):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return tf.constant(file.getvalue())
+
+
+def test_decode_is_exact_for_png_and_near_for_jpeg():
+    np.testing.assert_array_equal(STEPS["decode"](_encoded(_photo(), "PNG"), KEY), _photo())
+    jpeg = STEPS["decode"](_encoded(_photo(), "JPEG"), KEY).numpy().astype(int)
+    assert np.abs(jpeg - _photo()).mean() < 3
+    grey = STEPS["decode"](_encoded(_photo()[..., 0], "PNG"), KEY)
+    np.testing.assert_array_equal(grey, np.repeat(_photo()[..., :1], 3, -1))
+
+
+def test_resize_is_pillows_bilinear_when_it_enlarges():
+    found = STEPS["resize"](tf.constant(_photo(20, 30)), KEY, (40, 60)).numpy().astype(int)
+    wanted = np.asarray(Image.fromarray(_photo(20, 30)).resize((60, 40), Image.BILINEAR)).astype(
+        int
+    )
+    assert np.abs(found - wanted).max() <= 1
+
+
+def test_resize_small_takes_the_short_side_and_averages_areas():
+    found = STEPS["resize_small"](tf.constant(_photo(60, 80)), KEY, 30)
+    assert found.shape == (30, 40, 3)
+    wanted = np.round(_photo().reshape(30, 2, 40, 2, 3).astype(float).mean((1, 3)))
+    assert np.abs(found.numpy() - wanted).max() <= 1
+    assert STEPS["resize_small"](tf.constant(_photo(80, 60)), KEY, 30).shape == (40, 30, 3)
+
+
+def test_central_crop():
+    found = STEPS["central_crop"](tf.constant(_photo()), KEY, 20)
+    np.testing.assert_array_equal(found, _photo()[20:40, 30:50])
+
+
+def test_random_crop_takes_every_window_of_the_padded_image():
+    image = np.arange(1, 17, dtype=np.uint8).reshape(4, 4, 1).repeat(3, -1)
+    padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
+    windows = {padded[y : y + 4, x : x + 4].tobytes() for y in range(3) for x in range(3)}
+    found = {
+        STEPS["random_crop"](tf.constant(image), tf.constant([0, i]), 4, pad=1).numpy().tobytes()
+        for i in range(100)
+    }
+    assert found == windows
+
+
+def test_flip_mirrors_half_of_the_images():
+    image = tf.constant(_photo())
+    found = [STEPS["flip_lr"](image, tf.constant([0, i])).numpy() for i in range(200)]
+    flipped = [np.array_equal(each, _photo()[:, ::-1]) for each in found]
+    assert all(f or np.array_equal(each, _photo()) for f, each in zip(flipped, found, strict=True))
+    assert 70 < sum(flipped) < 130
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_inception_crop_windows(kind):
+    """Area and aspect stay in their ranges; the image encodes where each pixel came from."""
+    y, x = np.mgrid[:200, :240]
+    place = np.stack([y, x, 0 * x], -1).astype(np.uint8)
+    source = _encoded(place, kind)
+    areas = []
+    for i in range(60):
+        crop = STEPS["inception_crop"](source, tf.constant([0, i]), 64).numpy().astype(float)
+        assert crop.shape == (64, 64, 3)
+        height = (crop[-1, :, 0].mean() - crop[0, :, 0].mean()) * 64 / 63
+        width = (crop[:, -1, 1].mean() - crop[:, 0, 1].mean()) * 64 / 63
+        areas.append(height * width / (200 * 240))
+        assert 0.65 < width / height < 1.5
+    assert 0.03 < min(areas) < 0.2 and 0.8 < max(areas) < 1.1
+
+
+def test_inception_crop_of_a_jpeg_is_the_crop_of_the_decoded_image():
+    source = _encoded(_photo(), "JPEG")
+    decoded = STEPS["decode"](source, KEY)
+    for i in range(5):
+        key = tf.constant([3, i])
+        direct = STEPS["inception_crop"](source, key, 32).numpy().astype(int)
+        wanted = STEPS["inception_crop"](decoded, key, 32).numpy().astype(int)
+        assert np.abs(direct - wanted).mean() < 2
+
+
+def test_random_affine_is_the_identity_at_zero_and_a_rotation_otherwise():
+    image = tf.constant(_photo(32, 32))
+    np.testing.assert_array_equal(STEPS["random_affine"](image, KEY), image)
+    found = STEPS["random_affine"](image, KEY, degrees=30.0).numpy().astype(int)
+    angle = tf.random.stateless_uniform([6], KEY, -1.0, 1.0)[0].numpy() * 30
+    wanted = np.asarray(
+        Image.fromarray(_photo(32, 32)).rotate(angle, Image.BILINEAR, center=(16, 16))
+    ).astype(int)
+    middle = (slice(8, 24), slice(8, 24))
+    assert np.abs(found[middle] - wanted[middle]).mean() < 2
+    assert np.abs(found[middle] - _photo(32, 32)[middle]).mean() > 3
+
+
+def test_steps_are_functions_of_image_and_key():
+    steps = make_preprocess("inception_crop(16)|random_crop(16, pad=2)|flip_lr", (16, 16))
+    source = _encoded(_photo(), "JPEG")
+    first = steps(source, KEY)
+    np.testing.assert_array_equal(first, steps(source, KEY))
+    assert (first != steps(source, tf.constant([1, 3], tf.int64))).numpy().any()

@@ -1,0 +1,165 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from helpers import TINY, golden, golden_params
+from mixer.errors import UserError
+from mixer.model import VARIANTS, MlpBlock, MlpMixer, make_model
+
+# REFERENCE: parameters with 1,000 classes.
+COUNTS = {
+    "S/32": 19_104_624,
+    "S/16": 18_528_264,
+    "S/8": 20_646_504,
+    "B/32": 60_293_428,
+    "B/16": 59_880_472,
+    "L/32": 206_939_264,
+    "L/16": 208_196_168,
+    "H/14": 432_350_952,
+}
+
+
+def test_outputs_equal_the_reference_code():
+    answers = golden("outputs")
+    model = make_model(num_classes=7, **TINY)
+    logits, out = model.apply({"params": golden_params()}, answers["image"])
+    assert set(out) == set(answers.files) - {"image"}
+    for name in out:
+        np.testing.assert_allclose(out[name], answers[name], atol=1e-5, rtol=0, err_msg=name)
+    np.testing.assert_array_equal(logits, out["logits"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_has_the_published_size_and_names(variant):
+    model = make_model(variant=variant, num_classes=1000)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    assert sum(leaf.size for leaf in flat.values()) == COUNTS[variant]
+    assert len(flat) == 12 * model.num_blocks + 6
+    last = f"MixerBlock_{model.num_blocks - 1}"
+    tokens = (224 // model.patch_size) ** 2
+    assert flat[f"{last}/token_mixing/Dense_0/kernel"].shape == (tokens, model.tokens_mlp_dim)
+    assert flat[f"{last}/channel_mixing/Dense_1/kernel"].shape == (
+        model.channels_mlp_dim,
+        model.hidden_dim,
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in flat.values())
+    assert "stem/kernel" in flat and "pre_head_layer_norm/scale" in flat and "head/bias" in flat
+
+
+def _apply(images=None, train=False, seed=0, example_index=None, **fields):
+    model = make_model(num_classes=7, **{**TINY, **fields})
+    images = golden("outputs")["image"] if images is None else images
+    return model.apply(
+        {"params": golden_params()},
+        images,
+        train=train,
+        example_index=example_index,
+        rngs={"dropout": jax.random.key(seed)} if train else None,
+    )
+
+
+def test_gelu_kinds_differ_as_the_two_forms_do():
+    tanh, erf = _apply(gelu="tanh")[0], _apply(gelu="erf")[0]
+    assert 0 < np.abs(tanh - erf).max() < 0.05
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_logits():
+    logits, out = _apply(dtype="bfloat16")
+    assert out["block_2"].dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, golden("outputs")["logits"], atol=0.1)
+    model = make_model(num_classes=7, dtype="bfloat16", **TINY)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_head_starts_at_zero_and_at_its_bias():
+    model = make_model(num_classes=7, head_bias_init=-6.9, **TINY)
+    head = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]["head"]
+    assert not head["kernel"].any()
+    np.testing.assert_allclose(head["bias"], -6.9)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_stochastic_depth_drops_each_branch_per_example_at_the_linear_rate(rescale):
+    """Each kept branch enters with weight 1 (the authors') or 1 / (1 - rate) (timm's)."""
+    images = np.repeat(golden("outputs")["image"][:1], 512, axis=0)
+    rate = 0.6
+    _, out = _apply(images, train=True, stoch_depth=rate, stoch_depth_rescale=rescale)
+    _, whole = _apply(images[:1])
+    # Block 0 never drops: its rate is 0.
+    np.testing.assert_allclose(out["block_0"], np.repeat(whole["block_0"], 512, 0), atol=1e-5)
+    # Block 1 drops each branch with rate / 2: four kinds of outcome, as a product of two coins.
+    kinds, counts = np.unique(
+        np.round(np.asarray(out["block_1"]).reshape(512, -1)[:, :8], 4), axis=0, return_counts=True
+    )
+    assert len(kinds) == 4
+    keep = 1 - rate / 2
+    expected = sorted([keep**2, keep * (1 - keep), keep * (1 - keep), (1 - keep) ** 2])
+    np.testing.assert_allclose(sorted(counts / 512), expected, atol=0.07)
+    # Both branches dropped leaves the block's input; both kept gives the whole block.
+    flat = np.asarray(out["block_1"]).reshape(512, -1)
+    assert (np.abs(flat - np.ravel(whole["block_0"])).max(1) < 1e-5).any()
+    both_kept = (np.abs(flat - np.ravel(whole["block_1"])).max(1) < 1e-4).any()
+    assert both_kept != rescale
+
+
+def test_stochastic_depth_and_dropout_leave_evaluation_alone():
+    plain = _apply()[0]
+    np.testing.assert_array_equal(_apply(stoch_depth=0.5, dropout=0.5)[0], plain)
+
+
+def test_dropout_zeroes_at_its_rate_and_rescales_the_rest():
+    """Through the last layer of an MLP, whose masks multiply the output itself."""
+    x = jax.random.normal(jax.random.key(1), (256, 4, 6))
+    mlp = MlpBlock(mlp_dim=8, gelu="tanh", dropout=0.25, dtype=jnp.dtype("float32"))
+    params = mlp.init(jax.random.key(0), x, None)
+    params["params"]["Dense_1"]["kernel"] *= 0  # what is left of the output is its bias, 1
+    params["params"]["Dense_1"]["bias"] += 1
+    keys = jax.random.split(jax.random.key(2), 256)
+    values, counts = np.unique(mlp.apply(params, x, keys), return_counts=True)
+    np.testing.assert_allclose(values, [0, 1 / 0.75], rtol=1e-6)
+    np.testing.assert_allclose(counts[0] / counts.sum(), 0.25, atol=0.02)
+    assert _apply(train=True, dropout=0.25)[0].std() != _apply()[0].std()
+
+
+def test_masks_depend_on_the_place_in_the_global_batch_and_on_the_key_only():
+    images = np.repeat(golden("outputs")["image"], 4, axis=0)
+    settings = dict(train=True, stoch_depth=0.5, dropout=0.3)
+    whole = _apply(images, **settings)[0]
+    half = _apply(images[10:], example_index=jnp.arange(10, 20), **settings)[0]
+    np.testing.assert_allclose(half, whole[10:], atol=1e-6)
+    other = _apply(images, seed=1, **settings)[0]
+    assert np.abs(other - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [(33, 32), (32, 30), (4, 32)])
+def test_size_that_the_patch_does_not_divide_is_refused(size):
+    with pytest.raises(UserError, match="patch size 8 does not divide"):
+        _apply(np.zeros((1, *size, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(variant="B/17"), "unknown model variant 'B/17'.*'B/16'"),
+        (dict(variant="S/16", hiden_dim=3), "no field 'hiden_dim'.*'hidden_dim'"),
+        (dict(patch_size=4), "hidden_dim"),
+        (dict(variant="S/16", gelu="relu"), "tanh, erf"),
+        (dict(variant="S/16", dtype="float16"), "float32, bfloat16"),
+        (dict(variant="S/16", stoch_depth=1.0), r"in \[0, 1\)"),
+        (dict(variant="S/16", hidden_dim=0), "at least 1"),
+        (dict(variant="S/16", num_classes=0), "at least 1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_model(**{"num_classes": 10, **arguments})
+
+
+def test_explicit_dimensions_replace_the_variants():
+    model = make_model(variant="S/16", num_classes=10, hidden_dim=64, num_blocks=None)
+    assert isinstance(model, MlpMixer)
+    assert (model.hidden_dim, model.num_blocks, model.patch_size) == (64, 8, 16)
