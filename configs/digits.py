@@ -1,4 +1,12 @@
-"""A small Mixer on scikit-learn's handwritten digits: the first run on a new machine."""
+"""A small Mixer on scikit-learn's handwritten digits: the first run on a new machine.
+
+python train.py --config=configs/digits.py
+
+1,257 training images of 8 x 8 pixels, in about half a minute on two CPU cores; expect 98.5 to 99.5 %
+on the 360 test images. Shape and augmentation were chosen by 8-fold cross-validation over the 1,437
+images outside the test split (99.4 to 99.7 % there); the test split was never looked at. Small
+affine maps gave the most: shifts of one pixel alone reach 97.9 % in the same cross-validation.
+"""
 
 from configs import common
 
@@ -6,20 +14,21 @@ from configs import common
 def get_config(arg=""):
     common.parse_arg(arg)
     config = common.base()
-    config.total_steps = 1500
+    config.total_steps = 2800  # 143 epochs
     config.global_batch_size = 64
     config.image_size = 8
     config.model.update(
-        patch_size=1, hidden_dim=64, num_blocks=4, tokens_mlp_dim=64, channels_mlp_dim=128
+        patch_size=2, hidden_dim=64, num_blocks=4, tokens_mlp_dim=32, channels_mlp_dim=128
     )
     config.dataset.update(
         name="digits",
-        train_preprocess="decode|random_crop(8, pad=1)",
+        train_preprocess="decode|random_affine(degrees=12, translate=0.5, scale=0.12, shear=0.15)",
         eval_preprocess="decode",
     )
-    config.optimizer.update(peak_lr=3e-3, weight_decay=0.1)
-    config.schedule.update(decay="cosine", warmup_steps=100)
+    config.optimizer.update(peak_lr=4e-3, weight_decay=0.1)
+    config.schedule.update(decay="cosine", warmup_steps=140)
+    config.eval_batch_size = 180
     config.log_every_steps = 100
-    config.eval_every_steps = 500
-    config.checkpoint.every_steps = 500
+    config.eval_every_steps = 700
+    config.checkpoint.every_steps = 700
     return config

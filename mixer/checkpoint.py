@@ -8,11 +8,11 @@ writing of train states goes through this module.
 import contextlib
 import fcntl
 import importlib.metadata
+import itertools
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,19 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = {"state": ocp.StandardCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self.directory, options=self._options, item_handlers=handlers)
+        with _quiet():
+            return ocp.CheckpointManager(
+                self.directory, options=self._options, item_handlers=handlers
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """Waits for writes and ends the manager's threads."""
+        # When an exception is on its way, that one is the reason to be told.
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -118,10 +130,6 @@ class Checkpoints:
                 f"the last whole one is {self.describe_last()}"
             ) from error
 
-    def close(self) -> None:
-        """Waits for writes and ends the manager's threads."""
-        self._manager.close()
-
     def restore_latest(
         self, abstract: TrainState, warn: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
@@ -160,7 +168,12 @@ class Checkpoints:
     def _move_aside(self, step: int) -> epath.Path:
         """Renames a damaged step, so that the run can save that step again."""
         self._manager.close()
-        aside = self.directory.parent / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (f"{step}-{number}" for number in itertools.count(1))
+        aside = next(
+            path
+            for path in (self.directory.parent / "damaged" / name for name in names)
+            if not path.exists()
+        )
         aside.parent.mkdir(exist_ok=True)
         (self.directory / str(step)).rename(aside)
         self._manager = self._open()

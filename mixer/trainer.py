@@ -39,22 +39,34 @@ def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False
       UserError: a mistake of the user's, in one line.
       Stopped: SIGTERM or SIGINT; the state is saved.
     """
-    with catch_signals() as signals, checkpoint.locked(_make_directory(workdir)):
-        _train(config, epath.Path(workdir), allow_config_change, signals)
-
-
-def _train(config: ConfigDict, workdir: epath.Path, allow_change: bool, signals: "Signals") -> None:
-    started = time.perf_counter()
     run.check_config(config)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(catch_signals())
+        path = _make_directory(workdir)
+        stack.enter_context(checkpoint.locked(path))
+        manager = checkpoint.Checkpoints(
+            path / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+        )
+        best = checkpoint.Checkpoints(path / "best", keep_last=1)
+        stack.enter_context(manager)
+        stack.enter_context(best)
+        _train(config, path, allow_config_change, signals, manager, best)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: epath.Path,
+    allow_change: bool,
+    signals: "Signals",
+    manager: checkpoint.Checkpoints,
+    best: checkpoint.Checkpoints,
+) -> None:
+    started = time.perf_counter()
 
     # What a run in this directory was started with binds this one. The directory of a run that
     # never saved anything binds nothing.
-    manager = checkpoint.Checkpoints(
-        workdir / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-    )
-    best = checkpoint.Checkpoints(workdir / "best", keep_last=1)
     old = run.read_json(workdir, "config.json") if manager.steps else None
     old_data = run.read_json(workdir, "data.json") if manager.steps else None
 
@@ -263,8 +275,6 @@ def _train(config: ConfigDict, workdir: epath.Path, allow_change: bool, signals:
             writer.write(config.total_steps, _named("test", result))
         say(_sentence("test", result))
     writer.close()
-    manager.close()
-    best.close()
     run.write_json(workdir / "results.json", {"step": config.total_steps, "splits": results})
     pictures.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
     say(

@@ -78,7 +78,8 @@ def final_state(workdir, step=None):
 
 
 def environment(**extra):
-    return {**os.environ, "PYTHONPATH": str(ROOT), **extra}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "PYTHONPATH": paths, **extra}
 
 
 def run_python(*arguments, timeout=300, check=True, **extra):

@@ -1,0 +1,119 @@
+"""The rules that hold the house up: floors, TensorFlow-free imports, no hidden defaults."""
+
+import ast
+import re
+
+import pytest
+
+from helpers import ROOT, run_python
+
+# DESIGN: a file imports lower floors, or its own without a circle.
+FLOORS = {
+    "mixer": -1,
+    "mixer.errors": -1,
+    "mixer.data": -1,
+    "mixer.data.order": 0,
+    "mixer.data.preprocess": 0,
+    "mixer.data.synthetic": 0,
+    "mixer.data.folder": 0,
+    "mixer.data.digits": 0,
+    "mixer.data.sources": 1,
+    "mixer.model": 1,
+    "mixer.losses": 1,
+    "mixer.sharding": 1,
+    "mixer.metrics": 1,
+    "mixer.console": 1,
+    "mixer.optimizer": 2,
+    "mixer.train_state": 2,
+    "mixer.data.pipeline": 2,
+    "mixer.train_step": 3,
+    "mixer.checkpoint": 3,
+    "mixer.run": 3,
+    "mixer.evaluation": -1,
+    "mixer.evaluation.classification": 4,
+    "mixer.evaluation.report": 4,
+    "mixer.pictures": 4,
+    "mixer.trainer": 5,
+    "mixer.cli": 5,
+    "mixer.tools": -1,
+    "mixer.tools.prepare": 6,
+}
+
+
+def _modules():
+    for path in sorted((ROOT / "mixer").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def _imports(path):
+    """Imported module names, each with whether the import stands at the file's top level."""
+    tree = ast.parse(path.read_text())
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in top
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node in top
+
+
+def test_every_module_has_a_floor():
+    assert {name for name, _ in _modules()} == set(FLOORS)
+
+
+@pytest.mark.parametrize(("name", "path"), list(_modules()), ids=[n for n, _ in _modules()])
+def test_module_imports_lower_floors_only(name, path):
+    for imported, _ in _imports(path):
+        parts = imported.split(".")
+        while parts and ".".join(parts) not in FLOORS:
+            parts.pop()
+        if parts:
+            assert FLOORS[".".join(parts)] <= FLOORS[name], f"{name} imports {imported}"
+        assert not imported.startswith(("configs", "train.", "evaluate.")), imported
+
+
+@pytest.mark.parametrize(("name", "path"), list(_modules()), ids=[n for n, _ in _modules()])
+def test_tensorflow_is_imported_by_the_data_alone(name, path):
+    for imported, top in _imports(path):
+        needs = imported.startswith(
+            ("tensorflow", "clu.metric_writers", "clu.periodic_actions", "clu.preprocess_spec")
+        )
+        assert not (needs and top and not name.startswith("mixer.data.")), imported
+
+
+def test_configs_import_ml_collections_and_common_only():
+    for path in (ROOT / "configs").glob("*.py"):
+        for imported, _ in _imports(path):
+            assert imported.startswith(("ml_collections.", "configs.common")), (path, imported)
+
+
+def test_no_hidden_defaults_and_no_code_from_data():
+    for _, path in _modules():
+        text = path.read_text()
+        for forbidden in (r"config\.get\(", r"allow_pickle=True", r"\bpickle\b", r"\beval\("):
+            assert not re.search(forbidden, text), (path, forbidden)
+
+
+def test_training_on_synthetic_data_runs_without_tensorflow(tmp_path):
+    """As where TensorFlow is not installed: importing it, clu's writers or TFDS fails."""
+    code = f"""
+import sys
+for name in ("tensorflow", "tensorflow_datasets"):
+    sys.modules[name] = None
+sys.path.insert(0, "tests")
+from helpers import tiny_config
+from mixer import trainer
+from mixer.evaluation import report
+trainer.train(tiny_config(total_steps=4, tensorboard=True), {str(tmp_path)!r})
+report.evaluate_run({str(tmp_path)!r}, checkpoint_name="last", splits=["test"])
+"""
+    done = run_python("-c", code)
+    assert "test accuracy" in done.stdout and "written to" in done.stdout
+
+
+def test_import_mixer_is_cheap():
+    heavy = "('jax', 'flax', 'tensorflow')"
+    code = f"import sys, mixer; print([name for name in {heavy} if name in sys.modules])"
+    assert run_python("-c", code).stdout.strip() == "[]"

@@ -1,0 +1,366 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from helpers import ROOT, assert_same_bits, environment, final_state, run_python, tiny_config
+from mixer import trainer
+from mixer.errors import UserError
+from mixer.metrics import read_metrics
+
+
+def _metrics(workdir):
+    """The record without what depends on the clock."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")}
+        for row in read_metrics(workdir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tfds_dir):
+    """An uninterrupted run on the digits, with augmentation, stochastic depth and dropout."""
+    path = tmp_path_factory.mktemp("whole")
+    trainer.train(tiny_config(tfds_dir), path)
+    return path
+
+
+def test_run_leaves_everything_in_its_directory(whole, capsys):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {"checkpoints", "best", "config.json", "data.json", "metrics.jsonl"}
+    assert names >= {"results.json", "curves.png"}
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["12", "8"]
+    data = json.loads((whole / "data.json").read_text())
+    assert data["class_names"] == [str(digit) for digit in range(10)]
+    assert data["splits"]["train"]["num_examples"] == 1257
+    results = json.loads((whole / "results.json").read_text())
+    assert results["step"] == 12 and results["splits"]["test"]["count"] == 360
+    assert results["splits"]["val"]["count"] == 180
+    assert json.loads((whole / "config.json").read_text())["model"]["num_classes"] == 10
+
+
+def test_metrics_of_every_log_step_are_recorded(whole):
+    rows = read_metrics(whole)
+    logged = [row["step"] for row in rows if "train/loss" in row]
+    assert logged == [2, 4, 6, 8, 10, 12]
+    for row in rows:
+        if "train/loss" in row:
+            assert {"train/accuracy", "train/grad_norm", "train/param_norm"} <= set(row)
+            assert {"train/learning_rate", "perf/images_per_second_per_device"} <= set(row)
+            assert 0 <= row["perf/data_wait_share"] <= 1 and row["perf/images_per_second"] > 0
+            assert row["train/epoch"] == pytest.approx(row["step"] * 16 / 1257)
+    assert [row["step"] for row in rows if "val/top1" in row] == [6, 12]
+    assert [row["step"] for row in rows if "test/top1" in row] == [12]
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
+def test_stopped_and_continued_run_is_the_same_bit_for_bit(
+    tmp_path, tfds_dir, whole, stop_at, monkeypatch
+):
+    """SIGTERM is raised during step `stop_at`; parameters, optimizer and record are compared."""
+    config = tiny_config(tfds_dir)
+    _raise_at_step(monkeypatch, stop_at, signal.SIGTERM)
+    with pytest.raises(trainer.Stopped) as caught:
+        trainer.train(config, tmp_path)
+    assert caught.value.exit_code == 143
+    assert (tmp_path / "checkpoints" / str(stop_at)).is_dir()
+    monkeypatch.undo()
+    trainer.train(config, tmp_path)
+    assert_same_bits(final_state(tmp_path), final_state(whole))
+    assert _metrics(tmp_path) == _metrics(whole)
+
+
+def _raise_at_step(monkeypatch, step, signum):
+    """Sends this process a signal when the loop shows step `step`."""
+    shown = trainer.console.Terminal.step
+
+    def show(self, number):
+        if number == step:
+            os.kill(os.getpid(), signum)
+        shown(self, number)
+
+    monkeypatch.setattr(trainer.console.Terminal, "step", show)
+
+
+def test_crash_between_checkpoint_and_evaluation_is_made_good(
+    tmp_path, tfds_dir, whole, monkeypatch
+):
+    """A fault in an evaluator costs no training, and the evaluation is run on the next start."""
+    config = tiny_config(tfds_dir, checkpoint__every_steps=6)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no evaluation today")
+
+    monkeypatch.setattr(trainer.classification, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="no evaluation today"):
+        trainer.train(config, tmp_path)
+    assert (tmp_path / "checkpoints" / "6").is_dir()
+    monkeypatch.undo()
+    trainer.train(config, tmp_path)
+    assert_same_bits(final_state(tmp_path), final_state(whole))
+    assert _metrics(tmp_path) == _metrics(whole)
+
+
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path, tfds_dir, whole, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "12" / "state" / "d")
+    trainer.train(tiny_config(tfds_dir), tmp_path)
+    out = capsys.readouterr().out
+    assert "12 is damaged" in out and "continuing from step 8" in out
+    assert_same_bits(final_state(tmp_path), final_state(whole))
+    assert _metrics(tmp_path) == _metrics(whole)
+
+
+def test_half_written_record_is_cut(tmp_path, whole):
+    from mixer.metrics import MetricWriter
+
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 14, "train/lo')
+    assert len(read_metrics(tmp_path)) == len(read_metrics(whole))
+    writer = MetricWriter(tmp_path, last_step=6, tensorboard=False)
+    writer.write(8, {"train/loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 6, 6, 8]
+
+
+def test_finished_run_says_so_and_evaluates(whole, tfds_dir, capsys):
+    before = final_state(whole)
+    trainer.train(tiny_config(tfds_dir), whole)
+    out = capsys.readouterr().out
+    assert "finished already" in out and re.search(r"test accuracy \d+\.\d+% \(\d+ of 360\)", out)
+    assert_same_bits(final_state(whole), before)
+
+
+def test_finished_run_can_be_extended(tmp_path, tfds_dir, capsys):
+    trainer.train(tiny_config(total_steps=4), tmp_path)
+    trainer.train(tiny_config(total_steps=8), tmp_path)
+    assert "extending the finished run from step 4 to 8" in capsys.readouterr().out
+    assert int(final_state(tmp_path)["step"]) == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(model__hidden_dim=32),
+        dict(optimizer__peak_lr=1e-2),
+        dict(total_steps=6),
+        dict(global_batch_size=8),
+        dict(seed=1),
+        dict(schedule__decay="linear"),
+        dict(dataset__train_split="validation"),
+    ],
+    ids=str,
+)
+def test_other_config_is_refused_by_key(tmp_path_factory, change):
+    path = _short_run(tmp_path_factory)
+    key = next(iter(change)).replace("__", ".")
+    with pytest.raises(UserError, match=rf"{re.escape(key)}: .* -> .*--allow_config_change"):
+        trainer.train(tiny_config(**{"total_steps": 8, **change}), path)
+
+
+_SHORT = {}
+
+
+def _short_run(tmp_path_factory):
+    """A run of 8 steps stopped at step 4: unfinished."""
+    if not _SHORT:
+        path = tmp_path_factory.mktemp("short")
+        with pytest.MonkeyPatch.context() as patch:
+            _raise_at_step(patch, 4, signal.SIGINT)
+            with pytest.raises(trainer.Stopped) as caught:
+                trainer.train(tiny_config(total_steps=8), path)
+        assert caught.value.exit_code == 130
+        _SHORT["path"] = path
+    return _SHORT["path"]
+
+
+def test_longer_unfinished_run_is_refused_and_allowed_on_request(tmp_path_factory, tmp_path):
+    shutil.copytree(_short_run(tmp_path_factory), tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"total_steps: 8 -> 12"):
+        trainer.train(tiny_config(total_steps=12), tmp_path)
+    trainer.train(tiny_config(total_steps=12), tmp_path, allow_config_change=True)
+    assert int(final_state(tmp_path)["step"]) == 12
+
+
+def test_free_keys_may_change(tmp_path_factory, tmp_path):
+    shutil.copytree(_short_run(tmp_path_factory), tmp_path, dirs_exist_ok=True)
+    config = tiny_config(total_steps=8, log_every_steps=1, eval_every_steps=2)
+    config.checkpoint.update(every_steps=1, keep_last=1)
+    trainer.train(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["8"]
+
+
+def test_changed_data_is_refused(tmp_path, tmp_path_factory):
+    shutil.copytree(_short_run(tmp_path_factory), tmp_path, dirs_exist_ok=True)
+    data = json.loads((tmp_path / "data.json").read_text())
+    data["splits"]["train"]["fingerprint"] = "other"
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="training data has changed"):
+        trainer.train(tiny_config(total_steps=8), tmp_path)
+
+
+def test_best_checkpoint_is_kept(tmp_path):
+    config = tiny_config(total_steps=12, eval_every_steps=3, checkpoint__every_steps=12)
+    trainer.train(config, tmp_path)
+    tops = {row["step"]: row["val/top1"] for row in read_metrics(tmp_path) if "val/top1" in row}
+    best = max(tops, key=lambda step: (tops[step], -step))
+    assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
+
+
+def test_new_run_starts_from_another_runs_weights(whole, tfds_dir, tmp_path):
+    config = tiny_config(tfds_dir, init_from=str(whole), optimizer__peak_lr=0.0, total_steps=2)
+    config.schedule.warmup_steps = 0
+    trainer.train(config, tmp_path)
+    assert_same_bits(final_state(tmp_path)["params"], final_state(whole)["params"])
+    config = tiny_config(tfds_dir, init_from=str(whole), model__hidden_dim=8)
+    with pytest.raises(UserError, match=r"stem/bias: saved \(16,\), wanted \(8,\)"):
+        trainer.train(config, tmp_path / "other")
+
+
+def test_diverging_run_stops_by_name(tmp_path):
+    config = tiny_config(optimizer__peak_lr=1e30, optimizer__grad_clip_norm=0.0)
+    config.optimizer.name = "sgd"
+    with pytest.raises(UserError, match=r"(nan|NaN|inf).*peak_lr"):
+        trainer.train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(total_steps=0), "total_steps is 0"),
+        (dict(global_batch_size=None), "global_batch_size is None"),
+        (dict(mesh__data=3), r"mesh \{'data': 3\} does not fit 1 device"),
+        (dict(schedule__warmup_steps=12), r"warmup_steps=12 does not fit"),
+        (dict(model__num_classes=11, dataset__name="digits"), "num_classes=11.*data has 10"),
+        (dict(image_size=9), "patch size 2 does not divide 9.*8 or 10"),
+        (dict(dataset__name=""), "dataset.name is empty"),
+        (dict(dataset__train_split=""), "train_split is empty"),
+        (dict(loss="hinge"), "unknown loss 'hinge'"),
+    ],
+    ids=str,
+)
+def test_mistakes_stop_before_training(tmp_path, tfds_dir, values, message):
+    config = tiny_config(tfds_dir if values.get("dataset__name") == "digits" else None, **values)
+    with pytest.raises(UserError, match=message):
+        trainer.train(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+# train.py and evaluate.py as a user runs them.
+
+COMMAND = ["train.py", "--config=tests/tiny_digits.py"]
+
+
+def _popen(workdir, tfds_dir, *more):
+    return subprocess.Popen(
+        [sys.executable, *COMMAND, f"--workdir={workdir}", *more],
+        cwd=ROOT,
+        env=environment(TFDS_DIR=str(tfds_dir)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_command(tmp_path_factory, tfds_dir):
+    path = tmp_path_factory.mktemp("command")
+    done = run_python(*COMMAND, f"--workdir={path}", TFDS_DIR=str(tfds_dir))
+    assert done.stderr == ""
+    return path, done.stdout
+
+
+def test_plain_output_is_calm_and_ends_with_accuracy_and_place(whole_command):
+    path, out = whole_command
+    assert "\x1b" not in out and "\r" not in out
+    lines = out.splitlines()
+    assert re.match(r"test accuracy \d+\.\d\d% \(\d+ of 360\)", lines[-2])
+    assert lines[-1].startswith(f"run: {path}")
+    assert any(re.match(r"step 20/40 .*images/s .*data wait .*memory .*left", li) for li in lines)
+
+
+def test_killed_at_any_moment_ends_the_same_bit_for_bit(tmp_path, tfds_dir, whole_command):
+    """SIGKILL in the first steps, around a checkpoint and later; then once to the end."""
+    for wanted in (2, 11, 23):
+        process = _popen(tmp_path, tfds_dir)
+        for line in process.stdout:
+            step = re.match(r"step (\d+)/", line)
+            if step and int(step[1]) >= wanted:
+                break
+        time.sleep(0.05 * wanted % 0.13)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    run_python(*COMMAND, f"--workdir={tmp_path}", TFDS_DIR=str(tfds_dir))
+    assert_same_bits(final_state(tmp_path), final_state(whole_command[0]))
+    assert _metrics(tmp_path) == _metrics(whole_command[0])
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_says_so_and_exits_with_its_code(
+    tmp_path, tfds_dir, whole_command, signum, code
+):
+    process = _popen(tmp_path, tfds_dir, "--config.log_every_steps=1")
+    out = []
+    for line in process.stdout:
+        out.append(line)
+        if line.startswith("step 7/"):
+            process.send_signal(signum)
+    assert process.wait(60) == code, out
+    name = signal.Signals(signum).name
+    assert any(re.match(rf"{name}: saving step \d+", line) for line in out)
+    assert "Traceback" not in "".join(out)
+    saved = int(re.search(r"checkpoints/(\d+)", out[-1])[1])
+    assert 7 <= saved < 40
+    second = run_python(*COMMAND, f"--workdir={tmp_path}", TFDS_DIR=str(tfds_dir))
+    assert f"continuing from step {saved}" in second.stdout
+    assert_same_bits(final_state(tmp_path), final_state(whole_command[0]))
+
+
+def test_second_process_in_the_same_run_is_refused(tmp_path, tfds_dir):
+    first = _popen(tmp_path, tfds_dir)
+    try:
+        next(first.stdout)
+        second = run_python(*COMMAND, f"--workdir={tmp_path}", check=False, TFDS_DIR=str(tfds_dir))
+        assert second.returncode == 2
+        message = r"train\.py: .* in use by another process \(pid \d+\).*\n"
+        assert re.fullmatch(message, second.stderr)
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+
+
+def test_evaluate_prints_a_table_and_writes_json(whole_command):
+    path, out = whole_command
+    done = run_python("evaluate.py", f"--workdir={path}")
+    accuracy = re.search(r"test accuracy (\d+\.\d\d%)", out)[1]
+    assert accuracy in done.stdout and "360" in done.stdout and "180" in done.stdout
+    results = json.loads((path / "results.json").read_text())["splits"]
+    assert f"{results['test']['top1']:.2%}" == accuracy
+    assert results["test"]["count"] == 360 and results["val"]["count"] == 180
+    np.testing.assert_allclose(results["test"]["top1"], results["test"]["correct"] / 360)
+    best = run_python("evaluate.py", f"--workdir={path}", "--checkpoint=best", "--split=val")
+    assert "best" in best.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir=/nowhere"], "/nowhere is no run"),
+        (["--workdir=/nowhere", "--split=tset"], "tset"),
+    ],
+)
+def test_evaluate_mistakes(arguments, message):
+    done = run_python("evaluate.py", *arguments, check=False)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
