@@ -12,7 +12,17 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import checkpoint, console, losses, optimizer, pictures, run, sharding, train_state
+from mixer import (
+    checkpoint,
+    console,
+    losses,
+    memory,
+    optimizer,
+    pictures,
+    run,
+    sharding,
+    train_state,
+)
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.metrics import MetricWriter
@@ -71,6 +81,7 @@ def _train(
     old_data = run.read_json(workdir, "data.json") if manager.steps else None
 
     # Mesh, data, model, optimizer.
+    memory.keep_freed_memory()
     mesh = sharding.make_mesh(config.mesh)
     eval_batch_size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
