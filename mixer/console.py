@@ -1,9 +1,7 @@
 """What a person sees of a run: a progress bar at a terminal, plain lines anywhere else."""
 
-import resource
-import sys
-
 import jax
+import psutil
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -71,10 +69,8 @@ def duration(seconds: float) -> str:
 
 
 def memory() -> str:
-    """Peak memory: of the first device where it reports one, else of this process."""
+    """Peak memory of the first device where it reports one, else what this process holds."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return f"device memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB"
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"memory {peak / 2**30:.1f} GiB"
+    return f"memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import psutil
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -233,7 +234,8 @@ def _train(
                 state, metrics = train_step(state, batch)
                 if step == start_step + 1:
                     jax.block_until_ready(metrics)
-                    say(f"first step after {time.perf_counter() - started:.1f} s")
+                    age = time.time() - psutil.Process().create_time()
+                    say(f"first step done {age:.1f} s after the program's start")
                     meter.start(step)
                 terminal.step(step)
 

@@ -142,6 +142,35 @@ def test_an_epoch_in_order_holds_each_image_once(image_folder):
     assert [i.tobytes() for i in epoch[:30]] != [i.tobytes() for i in epoch[30:]]
 
 
+def test_files_before_the_step_are_not_opened(tmp_path, monkeypatch):
+    """A set of several files, those before the group of the step deleted."""
+    import tensorflow_datasets as tfds
+
+    from mixer.data import digits, order
+
+    builder = digits.Digits(data_dir=str(tmp_path))
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=8))
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    config = _digits_config(tmp_path, dataset__shuffle_group_size=100)
+    whole = _take(run.open_split(config, "train", None), 75)
+    groups = order.groups(
+        70,
+        seed=0,
+        file_sizes=builder.info.splits["train"].shard_lengths,
+        excluded={},
+        global_batch_size=16,
+        process_index=0,
+        process_count=1,
+        group_size=100,
+    )
+    needed = {piece.file for group in itertools.islice(groups, 2) for piece in group.pieces}
+    for number, path in enumerate(builder.info.splits["train"].filepaths):
+        if number not in needed:
+            path.unlink()
+    assert len(needed) <= 4
+    _assert_same(_take(run.open_split(config, "train", None), 2, start_step=70), whole[70:72])
+
+
 # Folders.
 
 
@@ -320,15 +349,15 @@ def _encoded(pixels, kind):
 
 
 def test_decode_is_exact_for_png_and_near_for_jpeg():
-    np.testing.assert_array_equal(STEPS["decode"](_encoded(_photo(), "PNG"), KEY), _photo())
-    jpeg = STEPS["decode"](_encoded(_photo(), "JPEG"), KEY).numpy().astype(int)
+    np.testing.assert_array_equal(STEPS["decode"](_encoded(_photo(), "PNG")), _photo())
+    jpeg = STEPS["decode"](_encoded(_photo(), "JPEG")).numpy().astype(int)
     assert np.abs(jpeg - _photo()).mean() < 3
-    grey = STEPS["decode"](_encoded(_photo()[..., 0], "PNG"), KEY)
+    grey = STEPS["decode"](_encoded(_photo()[..., 0], "PNG"))
     np.testing.assert_array_equal(grey, np.repeat(_photo()[..., :1], 3, -1))
 
 
 def test_resize_is_pillows_bilinear_when_it_enlarges():
-    found = STEPS["resize"](tf.constant(_photo(20, 30)), KEY, (40, 60)).numpy().astype(int)
+    found = STEPS["resize"](tf.constant(_photo(20, 30)), (40, 60)).numpy().astype(int)
     wanted = np.asarray(Image.fromarray(_photo(20, 30)).resize((60, 40), Image.BILINEAR)).astype(
         int
     )
@@ -336,15 +365,15 @@ def test_resize_is_pillows_bilinear_when_it_enlarges():
 
 
 def test_resize_small_takes_the_short_side_and_averages_areas():
-    found = STEPS["resize_small"](tf.constant(_photo(60, 80)), KEY, 30)
+    found = STEPS["resize_small"](tf.constant(_photo(60, 80)), 30)
     assert found.shape == (30, 40, 3)
     wanted = np.round(_photo().reshape(30, 2, 40, 2, 3).astype(float).mean((1, 3)))
     assert np.abs(found.numpy() - wanted).max() <= 1
-    assert STEPS["resize_small"](tf.constant(_photo(80, 60)), KEY, 30).shape == (40, 30, 3)
+    assert STEPS["resize_small"](tf.constant(_photo(80, 60)), 30).shape == (40, 30, 3)
 
 
 def test_central_crop():
-    found = STEPS["central_crop"](tf.constant(_photo()), KEY, 20)
+    found = STEPS["central_crop"](tf.constant(_photo()), 20)
     np.testing.assert_array_equal(found, _photo()[20:40, 30:50])
 
 
@@ -384,9 +413,25 @@ def test_inception_crop_windows(kind):
     assert 0.03 < min(areas) < 0.2 and 0.8 < max(areas) < 1.1
 
 
+def test_inception_crop_of_a_jpeg_decodes_the_window_alone():
+    steps = make_preprocess("inception_crop(32)", (32, 32))
+    graph = tf.function(steps).get_concrete_function(
+        tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64)
+    )
+    branches = {
+        function.name.decode() if isinstance(function.name, bytes) else str(function.name): function
+        for function in graph.graph._functions.values()
+    }
+    ops = [
+        {node.op for node in function.cached_definition.node_def} for function in branches.values()
+    ]
+    crops = [kinds for kinds in ops if "DecodeAndCropJpeg" in kinds]
+    assert crops and not any({"DecodeImage", "DecodeJpeg"} & kinds for kinds in crops)
+
+
 def test_inception_crop_of_a_jpeg_is_the_crop_of_the_decoded_image():
     source = _encoded(_photo(), "JPEG")
-    decoded = STEPS["decode"](source, KEY)
+    decoded = STEPS["decode"](source)
     for i in range(5):
         key = tf.constant([3, i])
         direct = STEPS["inception_crop"](source, key, 32).numpy().astype(int)

@@ -131,6 +131,29 @@ def test_half_written_record_is_cut(tmp_path, whole):
     assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 6, 6, 8]
 
 
+def _tensorboard(workdir):
+    """(step, value) of each tag in TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, float(event.tensor_proto.float_val[0])) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+
+
+def test_tensorboard_is_a_copy_of_the_record_without_what_was_cut(tmp_path):
+    config = tiny_config(tensorboard=True, checkpoint__every_steps=8)
+    trainer.train(config, tmp_path)
+    (tmp_path / "checkpoints" / "12").rename(tmp_path / "elsewhere")
+    trainer.train(config, tmp_path)  # from step 8 again
+    found = _tensorboard(tmp_path)
+    for tag in ("train/loss", "val/top1", "train/learning_rate", "test/top1"):
+        wanted = [(row["step"], row[tag]) for row in read_metrics(tmp_path) if tag in row]
+        np.testing.assert_allclose(found[tag], wanted, rtol=1e-6)
+
+
 def test_finished_run_says_so_and_evaluates(whole, tfds_dir, capsys):
     before = final_state(whole)
     trainer.train(tiny_config(tfds_dir), whole)

@@ -1,8 +1,8 @@
 """Preprocessing: steps on one image, named in the config and applied in the order written.
 
 A config says, for example, `"inception_crop(224)|flip_lr"`. A step is a pure function of the image
-and a stateless key: the same image with the same key gives the same pixels. Images stay uint8 all
-the way; the device turns them into floats.
+and, if it is random, of a stateless key: the same image with the same key gives the same pixels.
+Images stay uint8 all the way; the device turns them into floats.
 """
 
 import ast
@@ -15,9 +15,8 @@ import tensorflow as tf
 from mixer.errors import UserError, nearest
 
 
-def decode(image, key):
+def decode(image):
     """Encoded bytes (JPEG, PNG, BMP or GIF, its first frame) to (H, W, 3) uint8."""
-    del key
     image = tf.io.decode_image(image, channels=3, expand_animations=False)
     image.set_shape([None, None, 3])
     return image
@@ -52,30 +51,28 @@ def inception_crop(image, key, size, min_area=0.05, max_area=1.0):
         return tf.image.decode_and_crop_jpeg(image, box, channels=3)
 
     if image.dtype == tf.string:
-        image = tf.cond(tf.io.is_jpeg(image), from_jpeg, lambda: from_pixels(decode(image, key)))
+        image = tf.cond(tf.io.is_jpeg(image), from_jpeg, lambda: from_pixels(decode(image)))
     else:
         image = from_pixels(image)
-    return resize(image, key, size)
+    return resize(image, size)
 
 
-def resize(image, key, size, method="bilinear"):
+def resize(image, size, method="bilinear"):
     """To `size`: a side of a square, or (H, W). No antialiasing; values rounded to uint8."""
-    del key
     size = (size, size) if isinstance(size, int) else size
     image = tf.image.resize(tf.ensure_shape(image, [None, None, 3]), size, method=method)
     return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
 
 
-def resize_small(image, key, size, method="area"):
+def resize_small(image, size, method="area"):
     """Resizes so that the short side is `size`, keeping the aspect (evaluation: 256, area)."""
     shape = tf.cast(tf.shape(image)[:2], tf.float64)
     shape = tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32)
-    return resize(image, key, shape, method)
+    return resize(image, shape, method)
 
 
-def central_crop(image, key, size):
+def central_crop(image, size):
     """The window of `size` x `size` pixels in the middle."""
-    del key
     top, left = tf.unstack((tf.shape(image)[:2] - size) // 2)
     return _window(image, top, left, size)
 
@@ -174,11 +171,18 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
 
     def preprocess(image, key):
         for number, (step, args, kwargs) in enumerate(steps):
-            step_key = tf.random.experimental.stateless_fold_in(key, number)
-            image = step(image, step_key, *args, **kwargs)
+            if _is_random(step):
+                step_key = tf.random.experimental.stateless_fold_in(key, number)
+                image = step(image, step_key, *args, **kwargs)
+            else:
+                image = step(image, *args, **kwargs)
         return tf.ensure_shape(image, [*image_size, 3])
 
     return preprocess
+
+
+def _is_random(step: Callable) -> bool:
+    return "key" in inspect.signature(step).parameters
 
 
 def _parse_step(text: str, spec: str) -> tuple[Callable, list, dict]:
@@ -199,7 +203,8 @@ def _parse_step(text: str, spec: str) -> tuple[Callable, list, dict]:
             f"{nearest(name, STEPS)}"
         )
     try:
-        inspect.signature(STEPS[name]).bind(None, None, *args, **kwargs)
+        given = (None, None) if _is_random(STEPS[name]) else (None,)  # image, key
+        inspect.signature(STEPS[name]).bind(*given, *args, **kwargs)
     except TypeError as error:
         raise UserError(f"preprocessing {spec!r}: {name}: {error}") from None
     return STEPS[name], args, kwargs

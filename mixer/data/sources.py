@@ -31,10 +31,10 @@ class Source:
       kept: (n,) numbers of the examples that are not excluded, ascending.
       fingerprint: changes when the examples or their labels do.
       example_id: from a number to the name that messages and exclusion lists use.
-      read: graph function, number -> (encoded image, label), or None where records can only be read
-        one after the other.
-      files: (path, first record, number of records) of each stored file; empty where `read` is set.
-      parse: graph function, record -> (encoded image, label).
+      load: graph function to (encoded image, label): from an example's number or, where there are
+        `files`, from its record.
+      files: (path, first record, number of records) of each stored file, where records can only be
+        read one after the other; empty where any example can be loaded by its number.
     """
 
     name: str
@@ -42,9 +42,8 @@ class Source:
     kept: np.ndarray
     fingerprint: str
     example_id: Callable[[int], str]
-    read: Callable | None
+    load: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
     files: tuple[tuple[str, int, int], ...] = ()
-    parse: Callable | None = None
 
     @property
     def first_numbers(self) -> np.ndarray:
@@ -70,7 +69,7 @@ def folder_source(
     paths = tf.constant(files, tf.string)
     root, numbers = str(folder.root), tf.constant(labels)
 
-    def read(number):
+    def load(number):
         path = tf.strings.join([root, paths[number]], "/")
         return tf.io.read_file(path), numbers[number]
 
@@ -81,7 +80,7 @@ def folder_source(
         kept=np.flatnonzero(keep),
         fingerprint=digest.hexdigest(),
         example_id=lambda number: files[number],
-        read=read,
+        load=load,
     )
 
 
@@ -165,15 +164,14 @@ def tfds_source(builder: tfds.core.DatasetBuilder, spec: str, excluded: Collecti
         kept=np.flatnonzero(keep),
         fingerprint=digest.hexdigest(),
         example_id=example_id,
-        read=None,
+        load=parse,
         files=files,
-        parse=parse,
     )
     if total * bytes_per_example > IN_MEMORY_BYTES:
         return source
     pieces = [_read_piece(*file) for file in files]
     records = tf.concat(pieces, 0) if pieces else tf.constant([], tf.string)
-    return dataclasses.replace(source, read=lambda number: parse(records[number]), files=())
+    return dataclasses.replace(source, load=lambda number: parse(records[number]), files=())
 
 
 def _absolute(spec: str, sizes: dict[str, int]) -> list:
@@ -215,9 +213,9 @@ def _ordered(
     process_index: int,
     process_count: int,
 ) -> tf.data.Dataset:
-    """This process's examples from `start_step` on: (epoch, number, encoded image, label)."""
+    """This process's examples from `start_step` on: (epoch, number, what `load` takes)."""
     batch = dict(seed=seed, global_batch_size=global_batch_size)
-    if source.read is not None:
+    if not source.files:
         part = order.process_slice(global_batch_size, process_index, process_count)
 
         def batches():
@@ -226,11 +224,8 @@ def _ordered(
                 yield epoch[part], source.kept[place[part]]
 
         signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
-        return (
-            tf.data.Dataset.from_generator(batches, output_signature=signature)
-            .unbatch()
-            .map(lambda epoch, number: (epoch, number, *source.read(number)), AUTOTUNE)
-        )
+        numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
+        return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
 
     first = source.first_numbers
     kept = np.zeros(first[-1], bool)
@@ -283,17 +278,14 @@ def _ordered(
         .map(read_group)
         .prefetch(1)  # the next group is read while this one is trained on
         .unbatch()
-        .map(lambda epoch, number, record: (epoch, number, *source.parse(record)), AUTOTUNE)
     )
 
 
 def _sequential(source: Source, start: int, stop: int) -> tf.data.Dataset:
-    """Kept examples start to stop, in order: (epoch 0, number, encoded image, label)."""
+    """Kept examples start to stop, in order: (epoch 0, number, what `load` takes)."""
     numbers = source.kept[start:stop]
-    if source.read is not None:
-        return tf.data.Dataset.from_tensor_slices(numbers).map(
-            lambda number: (tf.constant(0, tf.int64), number, *source.read(number)), AUTOTUNE
-        )
+    if not source.files:
+        return tf.data.Dataset.from_tensor_slices((np.zeros_like(numbers), numbers, numbers))
     low, high = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
     first = source.first_numbers
     pieces = [
@@ -309,10 +301,7 @@ def _sequential(source: Source, start: int, stop: int) -> tf.data.Dataset:
         .flat_map(lambda path, start, count: tf.data.TFRecordDataset(path).skip(start).take(count))
         .enumerate()
         .filter(lambda place, record: kept[place])
-        .map(
-            lambda place, record: (tf.constant(0, tf.int64), place + low, *source.parse(record)),
-            AUTOTUNE,
-        )
+        .map(lambda place, record: (tf.constant(0, tf.int64), place + low, record))
     )
 
 
@@ -326,7 +315,8 @@ def _batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Preprocesses and batches `examples(0)`; `examples(k)` starts k batches later."""
 
-    def finish(epoch, number, image, label):
+    def finish(epoch, number, item):
+        image, label = source.load(item)
         # The key of an example depends on (seed, epoch, number) and on nothing else.
         key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
         key = tf.random.experimental.stateless_fold_in(key, number)
@@ -335,6 +325,7 @@ def _batches(
     batches = examples(0).map(finish, AUTOTUNE, deterministic=True).batch(batch_size).prefetch(2)
     options = tf.data.Options()
     options.deterministic = True
+    options.threading.max_intra_op_parallelism = 1
     done = 0
     try:
         for batch in batches.with_options(options).as_numpy_iterator():
@@ -344,9 +335,9 @@ def _batches(
         # TensorFlow does not say which image it was: take the batch's examples one by one.
         cause = error
         try:
-            for epoch, number, image, label in examples(done).take(batch_size):
+            for epoch, number, item in examples(done).take(batch_size):
                 try:
-                    finish(epoch, number, image, label)
+                    finish(epoch, number, item)
                 except tf.errors.OpError as fault:
                     raise unreadable(source, int(number), fault) from None
         except tf.errors.OpError as fault:
@@ -414,27 +405,14 @@ def check(source: Source) -> Iterator[tuple[int, str | None]]:
     """Decodes every example, several at a time; yields (number, fault or None)."""
 
     def fault(example) -> tuple[int, str | None]:
-        number, image = example
-        if isinstance(image, Exception):
-            return int(number), first_line(image)
+        _, number, item = example
         try:
-            tf.io.decode_image(image, channels=3, expand_animations=False)
+            tf.io.decode_image(source.load(item)[0], channels=3, expand_animations=False)
         except tf.errors.OpError as error:
             return int(number), first_line(error)
         return int(number), None
 
-    def examples():
-        if source.read is None:
-            for _, number, image, _ in _sequential(source, 0, len(source.kept)):
-                yield number, image
-            return
-        for number in source.kept:
-            try:
-                yield number, source.read(tf.constant(number))[0]
-            except tf.errors.OpError as error:
-                yield number, error
-
+    examples = iter(_sequential(source, 0, len(source.kept)))
     with ThreadPoolExecutor() as pool:
-        pending = examples()
-        while chunk := list(itertools.islice(pending, 1024)):
+        while chunk := list(itertools.islice(examples, 1024)):
             yield from pool.map(fault, chunk)

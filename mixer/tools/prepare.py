@@ -44,7 +44,12 @@ def prepare_tfds(name: str, data_dir: str) -> None:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     builder = sources.tfds_builder(name, data_dir, prepared=False)
-    builder.download_and_prepare(file_format=tfds.core.FileFormat.TFRECORD)
+    try:
+        builder.download_and_prepare(file_format=tfds.core.FileFormat.TFRECORD)
+    except (OSError, tfds.download.DownloadError, AssertionError) as error:
+        # No network, a moved file, or one that has to be fetched by hand: the message says where.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} could not be prepared in {builder.data_dir}: {reason}") from error
     sizes = ", ".join(
         f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items()
     )

@@ -1,0 +1,105 @@
+"""The README's commands that a laptop can run, run as written, in a fresh copy of the project."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+
+def _blocks(kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The tracked files, with this environment as its .venv."""
+    path = tmp_path_factory.mktemp("clone")
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, capture_output=True, text=True).stdout.split():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, path / name)
+    (path / ".venv").symlink_to(sys.prefix)
+    return path
+
+
+def _run(command, clone, timeout=400):
+    paths = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=clone,
+        env={**os.environ, "PATH": paths, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode in (0, 1 if "--help" in command else 0), output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.mark.slow
+def test_commands_run_as_written(clone):
+    (block,) = _blocks("bash")
+    outputs = {}
+    for command in block.strip().splitlines():
+        if command.startswith("source"):
+            continue
+        outputs.setdefault(command.split("#")[0].strip(), []).append(_run(command, clone))
+    (first, again) = outputs[
+        "python train.py --config=configs/digits.py --workdir=runs/seed1 --config.seed=1"
+    ]
+    accuracy = float(re.search(r"test accuracy ([\d.]+)%", first)[1])
+    assert accuracy >= 97.5
+    assert "finished already" in again and f"test accuracy {accuracy:.2f}%" in again
+    assert {path.name for path in (clone / "runs" / "seed1").iterdir()} >= {
+        "checkpoints",
+        "curves.png",
+        "metrics.jsonl",
+        "results.json",
+        "tensorboard",
+    }
+
+
+@pytest.mark.slow
+def test_python_examples_run(clone):
+    for block in _blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=clone, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_linked_file_exists():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), (page, target)
+
+
+def test_documented_keys_and_steps_exist():
+    """Keys in backticks and on command lines of README and docs are keys of the config."""
+    from configs import common
+    from mixer.data.preprocess import STEPS
+
+    keys = set(common.base().to_dict())
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for path in re.findall(r"--config\.([a-z_.0-9]+)=", page.read_text()):
+            node = common.base()
+            for part in path.split("."):
+                assert part in node, (page, path)
+                node = node[part]
+        for group, name in re.findall(
+            r"`(checkpoint|dataset|model|optimizer|schedule)\.(\w+)", page.read_text()
+        ):
+            assert name in common.base()[group], (page, group, name)
+    assert keys
+    text = (ROOT / "docs" / "data.md").read_text()
+    for step in STEPS:
+        assert f"`{step}" in text, step
