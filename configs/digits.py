@@ -20,6 +20,7 @@ def get_config(arg=""):
     config.model.update(
         patch_size=2, hidden_dim=64, num_blocks=4, tokens_mlp_dim=32, channels_mlp_dim=128
     )
+    config.model.num_classes = 10
     config.dataset.update(
         name="digits",
         train_preprocess="decode|random_affine(degrees=12, translate=0.5, scale=0.12, shear=0.15)",

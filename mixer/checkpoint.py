@@ -214,8 +214,9 @@ def _quiet() -> Iterator[None]:
 
 def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
     """Checksum of each leaf by its path, and whether every float is finite."""
-    sums, finite = jax.device_get(fingerprint(tree))
-    return dict(zip(_paths(tree), sums.tolist(), strict=True)), bool(finite)
+    results = jax.device_get([fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
+    sums = [sums.tolist() for sums, _ in results]
+    return dict(zip(_paths(tree), sums, strict=True)), all(finite for _, finite in results)
 
 
 def _paths(tree: Any) -> list[str]:

@@ -32,6 +32,10 @@ class Terminal:
                 console=self._console,
             )
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, status="")
+
+    def start(self) -> None:
+        """Shows the bar."""
+        if self._bar:
             self._bar.start()
 
     def line(self, text: str) -> None:

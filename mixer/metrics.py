@@ -1,11 +1,14 @@
 """Metrics of a run: `metrics.jsonl` is the record, TensorBoard a copy of it."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 
@@ -78,3 +81,43 @@ class MetricWriter:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class Meter:
+    """Rates since the last log step, without the time of evaluations and checkpoints."""
+
+    def __init__(self, global_batch_size: int):
+        self._batch_size = global_batch_size
+        self.seconds_per_step = 0.0
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Starts counting after `step`."""
+        self._step, self._time, self._waited, self._paused = step, time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def read(self, step: int) -> dict[str, float]:
+        """Rates from the last reading to now, `step` being done; starts counting anew."""
+        seconds = max(time.perf_counter() - self._time - self._paused, 1e-9)
+        self.seconds_per_step = seconds / max(step - self._step, 1)
+        rate = max(step - self._step, 1) * self._batch_size / seconds
+        share = min(self._waited / seconds, 1.0)
+        self.start(step)
+        return {
+            "perf/images_per_second": rate,
+            "perf/images_per_second_per_device": rate / jax.device_count(),
+            "perf/data_wait_share": share,
+        }

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mixer.data import pipeline
 from mixer.errors import UserError
-from mixer.model import MlpMixer, make_model
+from mixer.model import MlpMixer, check_image_size, make_model
 
 # What may change when a run is continued: it alters neither the parameters nor the data order.
 FREE_KEYS = (
@@ -59,17 +59,20 @@ def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
         raise UserError(f"{key} is {value}; it must be a whole number of at least 1")
 
 
-def build_model(config: ConfigDict, class_names: tuple[str, ...]) -> MlpMixer:
-    """Builds the config's model; UserError where its classes are not the data's."""
-    fields = config.model.to_dict()
-    if fields["num_classes"] is None:
-        fields["num_classes"] = len(class_names)
-    if fields["num_classes"] != len(class_names):
+def build_model(config: ConfigDict) -> MlpMixer:
+    """Builds the model of a config that says its number of classes."""
+    model = make_model(**config.model.to_dict())
+    check_image_size((config.image_size, config.image_size), model.patch_size)
+    return model
+
+
+def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
+    """Raises UserError where the model's classes are not as many as the data's."""
+    if config.model.num_classes != len(class_names):
         raise UserError(
-            f"model.num_classes={fields['num_classes']}, but the data has {len(class_names)} "
+            f"model.num_classes={config.model.num_classes}, but the data has {len(class_names)} "
             "classes; leave it out to take the data's"
         )
-    return make_model(**fields)
 
 
 def open_split(
@@ -97,6 +100,27 @@ def open_splits(config: ConfigDict, class_names: tuple[str, ...] | None) -> Spli
     train = open_split(config, "train", class_names)
     val, test = (open_split(config, which, train.class_names) for which in ("val", "test"))
     return Splits(train, val, test)
+
+
+def check_same_config(workdir: epath.Path, old: dict[str, Any], new: ConfigDict) -> None:
+    """Raises UserError that names every key by which `new` would change a run begun with `old`."""
+    changed = changes(old, new.to_dict())
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with another config: {'; '.join(changed)}. Give another "
+            "--workdir, or --allow_config_change to continue it with the new values"
+        )
+
+
+def check_same_data(workdir: epath.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises UserError where the training data is not what the run was begun with."""
+    old, new = old["splits"]["train"], new["splits"]["train"]
+    if old["fingerprint"] != new["fingerprint"]:
+        raise UserError(
+            f"the training data has changed since {workdir} was started: {old['name']} with "
+            f"{old['num_examples']:,} examples, now {new['name']} with {new['num_examples']:,}. "
+            "Bring it back, give another --workdir, or --allow_config_change"
+        )
 
 
 def data_record(splits: Splits) -> dict[str, Any]:

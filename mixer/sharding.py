@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -77,21 +77,25 @@ def prefetch(
     put: Callable[[Mapping[str, np.ndarray]], Any],
     depth: int,
 ) -> Iterator[Any]:
-    """Keeps `depth` batches on their way to the device, made and sent by a thread of their own."""
+    """Keeps `depth` batches on their way to the device, made and sent by a thread of their own.
+
+    It starts at once; the thread ends with the iterator.
+    """
     end = object()
 
     def fetch():
         batch = next(batches, end)
         return batch if batch is end else put(batch)
 
-    with ThreadPoolExecutor(1, "prefetch") as thread:
-        pending: collections.deque[Future] = collections.deque()
+    thread = ThreadPoolExecutor(1, "prefetch")
+    pending = collections.deque(thread.submit(fetch) for _ in range(depth))
+
+    def fetched():
         try:
-            for _ in range(max(depth, 1)):
-                pending.append(thread.submit(fetch))
             while (batch := pending.popleft().result()) is not end:
                 pending.append(thread.submit(fetch))
                 yield batch
         finally:
-            for future in pending:
-                future.cancel()
+            thread.shutdown(cancel_futures=True)
+
+    return fetched()

@@ -69,31 +69,28 @@ def with_params(state: TrainState, params: Any) -> TrainState:
 
 
 @jax.jit
-def fingerprint(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """A checksum of every leaf's bits, and whether every float in the tree is finite.
+def fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A checksum of an array's bits, and whether all of it is finite.
 
     Each element's bits are mixed with its position and summed modulo 2^32: integer arithmetic, so
-    that neither the mesh nor the order of summation changes the result.
+    that neither the mesh nor the order of summation changes the result. One program per shape, of
+    which a Mixer has few.
 
     Returns:
-      (uint32 (number of leaves, 2), bool scalar).
+      (uint32 (2,), bool scalar).
     """
-    sums, finite = [], jnp.bool_(True)
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            finite &= jnp.all(jnp.isfinite(leaf))
-            unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-            leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
-        bits = leaf.astype(jnp.uint32)
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        leaf_sums = []
-        for salt in (0x9E3779B9, 0x85EBCA6B):
-            mixed = (bits ^ (place * jnp.uint32(salt) + jnp.uint32(salt))) * jnp.uint32(0xC2B2AE35)
-            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x27D4EB2F)
-            leaf_sums.append(jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32))
-        sums.append(jnp.stack(leaf_sums))
+    finite = jnp.bool_(True)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        finite = jnp.all(jnp.isfinite(leaf))
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
+    bits = leaf.astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    sums = []
+    for salt in (0x9E3779B9, 0x85EBCA6B):
+        mixed = (bits ^ (place * jnp.uint32(salt) + jnp.uint32(salt))) * jnp.uint32(0xC2B2AE35)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x27D4EB2F)
+        sums.append(jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32))
     return jnp.stack(sums), finite

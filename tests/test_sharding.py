@@ -18,7 +18,8 @@ from mixer.train_step import make_train_step
 name = sys.argv[1]
 config = tiny_config(image_size=8, global_batch_size=16)
 split = run.open_split(config, "train", None)
-model = run.build_model(config, split.class_names)
+config.model.num_classes = len(split.class_names)
+model = run.build_model(config)
 assert model.dropout and model.stoch_depth
 schedule = optimizer.make_schedule(peak_lr=0.1 if name == "sgd" else 1e-3, total_steps=10,
     decay="constant", warmup_steps=0, final_multiplier=0.0)

@@ -24,6 +24,7 @@ FLOORS = {
     "mixer.metrics": 1,
     "mixer.console": 1,
     "mixer.memory": 1,
+    "mixer.signals": 1,
     "mixer.optimizer": 2,
     "mixer.train_state": 2,
     "mixer.data.pipeline": 2,

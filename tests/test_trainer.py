@@ -14,6 +14,7 @@ from helpers import ROOT, assert_same_bits, environment, final_state, run_python
 from mixer import trainer
 from mixer.errors import UserError
 from mixer.metrics import read_metrics
+from mixer.signals import Stopped
 
 
 def _metrics(workdir):
@@ -67,7 +68,7 @@ def test_stopped_and_continued_run_is_the_same_bit_for_bit(
     """SIGTERM is raised during step `stop_at`; parameters, optimizer and record are compared."""
     config = tiny_config(tfds_dir)
     _raise_at_step(monkeypatch, stop_at, signal.SIGTERM)
-    with pytest.raises(trainer.Stopped) as caught:
+    with pytest.raises(Stopped) as caught:
         trainer.train(config, tmp_path)
     assert caught.value.exit_code == 143
     assert (tmp_path / "checkpoints" / str(stop_at)).is_dir()
@@ -165,7 +166,7 @@ def test_finished_run_says_so_and_evaluates(whole, tfds_dir, capsys):
 def test_finished_run_can_be_extended(tmp_path, tfds_dir, capsys):
     trainer.train(tiny_config(total_steps=4), tmp_path)
     trainer.train(tiny_config(total_steps=8), tmp_path)
-    assert "extending the finished run from step 4 to 8" in capsys.readouterr().out
+    assert "continuing from step 4\nthe finished run is extended" in capsys.readouterr().out
     assert int(final_state(tmp_path)["step"]) == 8
 
 
@@ -198,7 +199,7 @@ def _short_run(tmp_path_factory):
         path = tmp_path_factory.mktemp("short")
         with pytest.MonkeyPatch.context() as patch:
             _raise_at_step(patch, 4, signal.SIGINT)
-            with pytest.raises(trainer.Stopped) as caught:
+            with pytest.raises(Stopped) as caught:
                 trainer.train(tiny_config(total_steps=8), path)
         assert caught.value.exit_code == 130
         _SHORT["path"] = path

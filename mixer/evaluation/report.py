@@ -35,7 +35,7 @@ def evaluate_run(workdir: str, *, checkpoint_name: str, splits: Sequence[str]) -
     opened = {which: split for which, split in opened.items() if split is not None}
     if not opened:
         raise UserError(f"the config of {workdir} names no split {' or '.join(splits)}")
-    model = run.build_model(config, class_names)
+    model = run.build_model(config)
     params = checkpoint.restore_params(directory, _abstract_params(model, config.image_size, mesh))
     loss_fn = losses.make_loss(config.loss)
     eval_step = classification.make_eval_step(make_predict(model), loss_fn, model.num_classes)
