@@ -143,11 +143,14 @@ class Checkpoints:
           warn: called with a line for each checkpoint that is moved aside.
 
         Returns:
-          (state, info), or None where there is no usable checkpoint.
+          (state, info), or None where there is no checkpoint.
 
         Raises:
-          CheckpointError: a whole checkpoint holds a state of other names or shapes.
+          CheckpointError: a whole checkpoint holds a state of other names or shapes, or all were
+            damaged.
         """
+        if not self.steps:
+            return None
         for step in reversed(self.steps):
             try:
                 with _quiet():
@@ -163,7 +166,10 @@ class Checkpoints:
                     f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}); "
                     f"moved to {aside}, going back to the one before"
                 )
-        return None
+        raise CheckpointError(
+            f"none of the checkpoints in {self.directory} can be read; they are in {aside.parent}. "
+            "The same command now starts from step 0"
+        )
 
     def _move_aside(self, step: int) -> epath.Path:
         """Renames a damaged step, so that the run can save that step again."""

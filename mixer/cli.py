@@ -8,6 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from mixer import memory
+
+memory.keep_freed_memory()
 # Before TensorFlow or XLA is loaded: their start-up notices are not for the user.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,8 @@ def catch() -> Iterator[Signals]:
         del frame
         signals.received = signum
         restore()
+        # Written past Python's buffers, which the signal may have interrupted.
+        os.write(1, f"{signals.name}: saving as soon as the step is done\n".encode())
 
     def restore() -> None:
         for each, handler in previous.items():

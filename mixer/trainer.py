@@ -1,5 +1,6 @@
 """The training run, from a config and a directory to a trained model: read from top to bottom."""
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -18,7 +19,6 @@ from mixer import (
     checkpoint,
     console,
     losses,
-    memory,
     optimizer,
     pictures,
     run,
@@ -72,7 +72,6 @@ def _train(
     old_config = run.read_json(workdir, "config.json") if begun else None
     old_data = run.read_json(workdir, "data.json") if begun else None
 
-    memory.keep_freed_memory()
     mesh = sharding.make_mesh(config.mesh)
     eval_batch_size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
@@ -174,6 +173,7 @@ def _train(
     evaluated = {row["step"] for row in writer.rows if "val/top1" in row}
     if start_step and evaluation_is_due(start_step) and start_step not in evaluated:
         validate(state, start_step)
+        _leave_if_asked(caught, checkpoints, terminal)
 
     if start_step == config.total_steps:
         terminal.line(f"finished already: {workdir} is at step {start_step}")
@@ -221,7 +221,8 @@ def _train(
         row = next((row for row in reversed(writer.rows) if "val/top1" in row), {})
         results["val"] = {key[4:]: row[key] for key in row if key.startswith("val/")}
     if splits.test is not None:
-        result = evaluate(state, splits.test)
+        result = evaluate(state, splits.test, should_stop=lambda: bool(caught))
+        _leave_if_asked(caught, checkpoints, terminal)
         results["test"] = dataclasses.asdict(result)
         if not any(row["step"] == config.total_steps and "test/top1" in row for row in writer.rows):
             writer.write(config.total_steps, _named("test", result))
@@ -253,6 +254,7 @@ def _loop(
     """Updates `state` until the run is complete; raises Stopped when a signal ends it."""
     start_step, started = int(state.step), time.perf_counter()
     meter = Meter(config.global_batch_size)
+    in_flight: collections.deque[jax.Array] = collections.deque()
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def log() -> None:
@@ -281,8 +283,13 @@ def _loop(
             with meter.waiting():
                 batch = next(stream)
 
-            # Dispatched, not awaited: the device computes while the host goes on.
+            # Dispatched, not awaited: the device computes while the host goes on, two steps ahead
+            # at most. A host further ahead would hold more batches and wait for data that the
+            # device has no need of yet.
             state, metrics = train_step(state, batch)
+            in_flight.append(metrics["loss"])
+            if len(in_flight) > 2:
+                jax.block_until_ready(in_flight.popleft())
             terminal.step(step)
             if step == start_step + 1:
                 jax.block_until_ready(metrics)
@@ -311,17 +318,22 @@ def _loop(
                         stop = True
                         save(state)
 
-            # Leave once the checkpoint is whole on disk.
             if stop:
                 terminal.line(f"{caught.name}: saving step {step}")
-                checkpoints.wait()
-                terminal.line(
-                    f"saved {checkpoints.directory / str(step)}; the same command continues from it"
-                )
-                raise signals.Stopped(caught.received)
+                _leave_if_asked(caught, checkpoints, terminal)
     seconds = console.duration(time.perf_counter() - started)
     terminal.line(f"trained to step {config.total_steps} in {seconds}")
     return state
+
+
+def _leave_if_asked(
+    caught: signals.Signals, checkpoints: checkpoint.Checkpoints, terminal: console.Terminal
+) -> None:
+    """Raises Stopped where a signal has arrived, once the last checkpoint is whole on disk."""
+    if caught:
+        checkpoints.wait()
+        terminal.line(f"saved {checkpoints.describe_last()}; the same command continues from it")
+        raise signals.Stopped(caught.received)
 
 
 def _make_directory(workdir: str) -> epath.Path:

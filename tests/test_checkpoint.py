@@ -174,14 +174,16 @@ def test_every_damaged_file_is_noticed_or_harmless(tmp_path, capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_all_damaged_leaves_none(tmp_path):
+def test_all_damaged_stops_and_says_so(tmp_path):
     _, abstract, _ = _save(tmp_path / "checkpoints")
     for step in ("20", "30"):
         _flip(_data_file(tmp_path / "checkpoints" / step))
     lines = []
     with _open(tmp_path / "checkpoints") as manager:
+        with pytest.raises(UserError, match=r"none of the checkpoints .* starts from step 0"):
+            manager.restore_latest(abstract, lines.append)
+        assert len(lines) == 2
         assert manager.restore_latest(abstract, lines.append) is None
-    assert len(lines) == 2
 
 
 def test_state_of_another_model_is_refused_and_stays(tmp_path):

@@ -184,7 +184,8 @@ def _absolute(spec: str, sizes: dict[str, int]) -> list:
         known = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
         reason = str(error).splitlines()[0] if str(error) else "not understood"
         raise UserError(
-            f"split {spec!r}: {reason}; the splits are {known}, and parts such as train[:90%]"
+            f"split {spec!r}: {reason}; the splits are {known}, and parts such as train[:90%] "
+            "(an empty val_split or test_split means none)"
         ) from None
     return instructions
 

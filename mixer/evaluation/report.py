@@ -8,7 +8,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from mixer import checkpoint, losses, memory, run, sharding
+from mixer import checkpoint, losses, run, sharding
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.train_step import make_predict
@@ -27,7 +27,6 @@ def evaluate_run(workdir: str, *, checkpoint_name: str, splits: Sequence[str]) -
     """
     config, class_names = run.read_run(workdir)
     directory = _checkpoint(epath.Path(workdir), checkpoint_name)
-    memory.keep_freed_memory()
     mesh = sharding.make_mesh(config.mesh)
     batch_size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("eval_batch_size", batch_size, mesh)
