@@ -86,10 +86,10 @@ class MetricWriter:
 class Meter:
     """Rates since the last log step, without the time of evaluations and checkpoints."""
 
-    def __init__(self, global_batch_size: int):
+    def __init__(self, global_batch_size: int, start_step: int):
         self._batch_size = global_batch_size
         self.seconds_per_step = 0.0
-        self.start(0)
+        self.start(start_step)
 
     def start(self, step: int) -> None:
         """Starts counting after `step`."""

@@ -253,7 +253,7 @@ def _loop(
 ) -> train_state.TrainState:
     """Updates `state` until the run is complete; raises Stopped when a signal ends it."""
     start_step, started = int(state.step), time.perf_counter()
-    meter = Meter(config.global_batch_size)
+    meter = Meter(config.global_batch_size, start_step)
     in_flight: collections.deque[jax.Array] = collections.deque()
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -295,7 +295,8 @@ def _loop(
                 jax.block_until_ready(metrics)
                 age = time.time() - psutil.Process().create_time()
                 terminal.line(f"first step done {age:.1f} s after the program's start")
-                meter.start(step)
+                if step % config.log_every_steps and step < config.total_steps:
+                    meter.start(step)  # the first batch's way is no part of the rate
 
             # A log step's metrics are fetched one step late, when the device is done with them.
             log()

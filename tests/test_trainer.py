@@ -349,6 +349,31 @@ def test_signal_saves_says_so_and_exits_with_its_code(
     assert_same_bits(final_state(tmp_path), final_state(whole_command[0]))
 
 
+@pytest.mark.slow
+def test_progress_bar_at_a_terminal(tmp_path, tfds_dir):
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        env=environment(TFDS_DIR=str(tfds_dir), TERM="xterm-256color", COLUMNS="200"),
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    out = b""
+    while True:
+        try:
+            out += os.read(ours, 65536)
+        except OSError:  # the other side is closed
+            break
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.decode())
+    assert re.search(r"training .*40/40 loss \d.* accuracy .*images/s .*data wait .* left", text)
+    assert re.search(r"test accuracy \d+", text) and "Traceback" not in text
+
+
 def test_second_process_in_the_same_run_is_refused(tmp_path, tfds_dir):
     first = _popen(tmp_path, tfds_dir)
     try:
