@@ -52,7 +52,7 @@ class Checkpoints:
         handlers = {"state": ocp.StandardCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
         with _quiet():
             return ocp.CheckpointManager(
-                self.directory, options=self._options, item_handlers=handlers
+                _absolute(self.directory), options=self._options, item_handlers=handlers
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -225,6 +225,11 @@ def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
     return dict(zip(_paths(tree), sums, strict=True)), all(finite for _, finite in results)
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax takes no relative paths."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+
+
 def _paths(tree: Any) -> list[str]:
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -242,7 +247,7 @@ def _verify(tree: Any, info: dict[str, Any], prefix: str = "") -> None:
 def saved_shapes(directory: epath.Path) -> dict[str, tuple[int, ...]]:
     """Shape of every saved leaf by its path, read without reading the leaves."""
     with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(directory / "state").item_metadata
+        metadata = checkpointer.metadata(_absolute(directory) / "state").item_metadata
     if metadata is None:
         raise ValueError("its list of arrays cannot be read")
     tree = metadata.tree
@@ -308,7 +313,7 @@ def restore_params(path: epath.PathLike, abstract_params: Any) -> Any:
         check_tree(abstract_params, saved, directory)
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(
-                directory / "state",
+                _absolute(directory) / "state",
                 ocp.args.PyTreeRestore(
                     {"params": abstract_params},
                     restore_args={
@@ -330,15 +335,15 @@ def restore_params(path: epath.PathLike, abstract_params: Any) -> Any:
 def read_info(directory: epath.Path) -> dict[str, Any]:
     """The JSON saved beside the state in a step's directory."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(directory / "info")
+        return checkpointer.restore(_absolute(directory) / "info")
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line."""
+    """The innermost cause, in one line; a long one without its middle."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
-    return (text or type(error).__name__)[:300]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else f"{text[:120]} ... {text[-170:]}"
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     name = os.path.basename(sys.argv[0])
     if name == "__main__.py" or sys.modules["__main__"].__spec__ is not None:
         name = sys.modules["__main__"].__spec__.name
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what matters is raised, and told in one line
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:

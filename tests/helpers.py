@@ -82,11 +82,11 @@ def environment(**extra):
     return {**os.environ, "PYTHONPATH": paths, **extra}
 
 
-def run_python(*arguments, timeout=300, check=True, **extra):
-    """Runs Python in the project's root; returns the finished process with its output."""
+def run_python(*arguments, timeout=300, check=True, cwd=ROOT, **extra):
+    """Runs Python, in the project's root by default; returns the process with its output."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(**extra),
         capture_output=True,
         text=True,

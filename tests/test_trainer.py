@@ -296,10 +296,12 @@ def _popen(workdir, tfds_dir, *more):
 
 @pytest.fixture(scope="module")
 def whole_command(tmp_path_factory, tfds_dir):
-    path = tmp_path_factory.mktemp("command")
-    done = run_python(*COMMAND, f"--workdir={path}", TFDS_DIR=str(tfds_dir))
+    """Without --workdir, from another directory: the run is in runs/<config name> there."""
+    cwd = tmp_path_factory.mktemp("command")
+    command = [ROOT / "train.py", f"--config={ROOT / 'tests' / 'tiny_digits.py'}"]
+    done = run_python(*command, cwd=cwd, TFDS_DIR=str(tfds_dir))
     assert done.stderr == ""
-    return path, done.stdout
+    return cwd / "runs" / "tiny_digits", done.stdout
 
 
 def test_plain_output_is_calm_and_ends_with_accuracy_and_place(whole_command):
@@ -307,7 +309,7 @@ def test_plain_output_is_calm_and_ends_with_accuracy_and_place(whole_command):
     assert "\x1b" not in out and "\r" not in out
     lines = out.splitlines()
     assert re.match(r"test accuracy \d+\.\d\d% \(\d+ of 360\)", lines[-2])
-    assert lines[-1].startswith(f"run: {path}")
+    assert lines[-1].startswith("run: runs/tiny_digits") and path.is_dir()
     assert any(re.match(r"step 20/40 .*images/s .*data wait .*memory .*left", li) for li in lines)
 
 
@@ -390,7 +392,7 @@ def test_second_process_in_the_same_run_is_refused(tmp_path, tfds_dir):
 
 def test_evaluate_prints_a_table_and_writes_json(whole_command):
     path, out = whole_command
-    done = run_python("evaluate.py", f"--workdir={path}")
+    done = run_python(ROOT / "evaluate.py", "--workdir=runs/tiny_digits", cwd=path.parent.parent)
     accuracy = re.search(r"test accuracy (\d+\.\d\d%)", out)[1]
     assert accuracy in done.stdout and "360" in done.stdout and "180" in done.stdout
     results = json.loads((path / "results.json").read_text())["splits"]
