@@ -18,17 +18,25 @@ SPLIT = flags.DEFINE_enum(
     "split", "all", ["all", "val", "test", "train"], "Which split of the config; all: val and test."
 )
 
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where the data is now, if it has moved since the training."
+)
+
 
 def main(argv: list[str]) -> None:
     """Evaluates what the flags say."""
     if len(argv) > 1:
         raise cli.UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
+    if cli.CONFIG.value is not None:
+        raise cli.UserError("--config is not accepted: a run is evaluated with its own config")
     if not WORKDIR.value:
         raise cli.UserError("--workdir is missing; for example --workdir=runs/digits")
     from mixer.evaluation import report
 
     splits = ["val", "test"] if SPLIT.value == "all" else [SPLIT.value]
-    report.evaluate_run(WORKDIR.value, checkpoint_name=CHECKPOINT.value, splits=splits)
+    report.evaluate_run(
+        WORKDIR.value, checkpoint_name=CHECKPOINT.value, splits=splits, data_dir=DATA_DIR.value
+    )
 
 
 if __name__ == "__main__":

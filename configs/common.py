@@ -77,7 +77,7 @@ def base() -> ConfigDict:
         keep_best=True,  # the best by validation accuracy, in RUN/best
     )
     config.tensorboard = True
-    return config
+    return config.lock()  # a config that sets an unknown key is told so
 
 
 def parse_arg(arg: str, **defaults):

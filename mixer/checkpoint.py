@@ -7,8 +7,11 @@ writing of train states goes through this module.
 
 import contextlib
 import fcntl
+import functools
+import gc
 import importlib.metadata
 import itertools
+import logging as python_logging
 import os
 import subprocess
 import sys
@@ -47,6 +50,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = self._open()
+        versions()  # now: the files may change under a run that lasts
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = {"state": ocp.StandardCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
@@ -56,20 +60,25 @@ class Checkpoints:
             )
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet = _quiet()
+        self._quiet.__enter__()
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         """Waits for writes and ends the manager's threads."""
         # When an exception is on its way, that one is the reason to be told.
-        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
-            self._manager.close()
+        try:
+            with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+                self._manager.close()
+        finally:
+            self._quiet.__exit__(None, None, None)
 
     @property
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, info: dict[str, Any]) -> None:
+    def save(self, state: TrainState) -> None:
         """Starts writing `state` under its step; returns once the device's memory is copied.
 
         Raises:
@@ -85,7 +94,7 @@ class Checkpoints:
                 f"saved. Last good checkpoint: {self.describe_last()}. Try a lower "
                 "optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
             )
-        info = {**info, "step": step, "checksums": sums, "versions": versions()}
+        info = {"step": step, "checksums": sums, "versions": versions()}
         with self._reporting(step):
             saved = self._manager.save(
                 step,
@@ -153,15 +162,13 @@ class Checkpoints:
             return None
         for step in reversed(self.steps):
             try:
-                with _quiet():
-                    return self._restore(step, abstract)
-            except (UserError, MemoryError, PermissionError):
+                return self._restore(step, abstract)
+            except (UserError, MemoryError):
                 raise
             except Exception as error:  # whatever Orbax makes of the damage
-                if "RESOURCE_EXHAUSTED" in str(error):
+                if _is_of_the_machine(error):
                     raise
-                with _quiet():
-                    aside = self._move_aside(step)
+                aside = self._move_aside(step)
                 warn(
                     f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}); "
                     f"moved to {aside}, going back to the one before"
@@ -203,17 +210,21 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what Orbax's reading threads print about a damaged checkpoint beside the error itself.
+    """Drops what Orbax's threads print about a failure beside the error that they raise.
 
-    One bad file makes every array that is being read fail too, each with a traceback of its own.
+    One bad file, or a full disk, makes every array under way fail, each with a traceback of its
+    own. What the main thread raises leaves this context first, and is shown.
     """
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
-    level = logging.get_verbosity()
+    level, asyncio_logger = logging.get_verbosity(), python_logging.getLogger("asyncio")
     logging.set_verbosity(logging.FATAL)
+    asyncio_logger.disabled = True
     try:
         yield
     finally:
+        gc.collect()  # asyncio tells of a failed task when it is collected
+        asyncio_logger.disabled = False
         sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
         logging.set_verbosity(level)
 
@@ -323,10 +334,10 @@ def restore_params(path: epath.PathLike, abstract_params: Any) -> Any:
                 ),
             )
         _verify(tree["params"], read_info(directory), prefix)
-    except (UserError, MemoryError, PermissionError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if _is_of_the_machine(error):
             raise
         raise CheckpointError(f"checkpoint {directory} is damaged: {_reason(error)}") from error
     return tree["params"]
@@ -338,6 +349,14 @@ def read_info(directory: epath.Path) -> dict[str, Any]:
         return checkpointer.restore(_absolute(directory) / "info")
 
 
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether a failed read tells of memory, rights or the network, and not of damaged files."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    codes = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    return any(code in str(error) for code in codes)
+
+
 def _reason(error: BaseException) -> str:
     """The innermost cause, in one line; a long one without its middle."""
     while error.__cause__ is not None:
@@ -346,8 +365,9 @@ def _reason(error: BaseException) -> str:
     return text if len(text) < 300 else f"{text[:120]} ... {text[-170:]}"
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python, of the libraries and of this code."""
+    """Versions of Python, of the libraries and of this code, as they were at the first call."""
     found = {"python": sys.version.split()[0], "commit": commit()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -73,6 +73,13 @@ def config_name() -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; mistakes in --config and its overrides become one line."""
+    joined: list[str] = []  # absl takes `--config FILE` too
+    for arg in argv:
+        if joined and joined[-1] == "--config":
+            joined[-1] = f"--config={arg}"
+        else:
+            joined.append(arg)
+    argv = joined
     if any(arg in ("--help", "-h", "--helpfull", "--helpshort") for arg in argv):
         argv = [arg for arg in argv if not arg.startswith("--config")]
     for arg in argv[1:]:
@@ -90,6 +97,10 @@ def _parse(argv: list[str]) -> list[str]:
 def _flag_mistake(argv: list[str], error: Exception) -> Exception:
     """Turns an error of absl or ml_collections into a UserError; a config's own fault stays."""
     text = str(error)
+    if "has no attribute 'get_config'" in text:
+        return UserError(
+            "--config: the file defines no get_config(); for example configs/digits.py"
+        )
     if "Error whilst parsing config file" in text:
         last = text.strip().splitlines()[-1]
         if last.startswith("ValueError: config argument"):  # configs.common.parse_arg

@@ -1,5 +1,8 @@
 """What a person sees of a run: a progress bar at a terminal, plain lines anywhere else."""
 
+import os
+import sys
+
 import jax
 import psutil
 from rich.console import Console
@@ -13,11 +16,19 @@ from rich.progress import (
 )
 
 
+class _Console(Console):
+    """A console whose reader may go away, as `tee` does at Ctrl-C, before the run is saved."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Terminal:
     """Shows the progress of `total_steps` updates from `start_step` on."""
 
     def __init__(self, *, start_step: int, total_steps: int):
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = _Console(highlight=False, soft_wrap=True)
         self._total = total_steps
         self._bar = None
         if self._console.is_terminal:

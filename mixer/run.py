@@ -41,10 +41,18 @@ def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that no later check would name as clearly."""
     for key in ("total_steps", "global_batch_size", "image_size", "log_every_steps"):
         _check_count(config, key)
-    for key in ("checkpoint.every_steps", "checkpoint.keep_last", "dataset.prefetch_batches"):
+    for key in ("checkpoint.every_steps", "checkpoint.keep_last"):
+        _check_count(config, key)
+    for key in ("dataset.prefetch_batches", "dataset.shuffle_group_size"):
         _check_count(config, key)
     for key in ("eval_every_steps", "eval_batch_size", "checkpoint.keep_every_steps"):
         _check_count(config, key, optional=True)
+    for key, value in (
+        ("seed", config.seed),
+        ("optimizer.grad_clip_norm", config.optimizer.grad_clip_norm),
+    ):
+        if value < 0:
+            raise UserError(f"{key} is {value}; it must be 0 or more")
     if not config.dataset.name:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
 
@@ -76,15 +84,22 @@ def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
 
 
 def open_split(
-    config: ConfigDict, which: str, class_names: tuple[str, ...] | None
+    config: ConfigDict,
+    which: str,
+    class_names: tuple[str, ...] | None,
+    *,
+    augment: bool = False,
 ) -> pipeline.Split | None:
-    """Opens the split "train", "val" or "test" of the config, None where the config has none."""
+    """Opens the split "train", "val" or "test" of the config, None where the config has none.
+
+    `augment` takes the preprocessing of training instead of that of evaluation.
+    """
     spec = config.dataset[f"{which}_split"]
     if not spec:
         if which == "train":
             raise UserError("dataset.train_split is empty; give a split such as train[:90%]")
         return None
-    steps = config.dataset.train_preprocess if which == "train" else config.dataset.eval_preprocess
+    steps = config.dataset.train_preprocess if augment else config.dataset.eval_preprocess
     return pipeline.open_split(
         config.dataset,
         spec,
@@ -97,7 +112,7 @@ def open_split(
 
 def open_splits(config: ConfigDict, class_names: tuple[str, ...] | None) -> Splits:
     """Opens all splits of the config, with the run's class names where it has some already."""
-    train = open_split(config, "train", class_names)
+    train = open_split(config, "train", class_names, augment=True)
     val, test = (open_split(config, which, train.class_names) for which in ("val", "test"))
     return Splits(train, val, test)
 
@@ -147,6 +162,21 @@ def write_json(path: epath.Path, value: Any) -> None:
     new.replace(path)
 
 
+def record_result(
+    workdir: epath.PathLike, name: str, step: int, which: str, result: dict[str, Any]
+) -> epath.Path:
+    """Enters the result over one split in `results.json`, or `results_<name>.json` if not "last".
+
+    Results over other splits stay, where they are of the same step.
+    """
+    file = "results.json" if name == "last" else f"results_{name}.json"
+    old = read_json(workdir, file)
+    splits = old["splits"] if old and old["step"] == step else {}
+    path = epath.Path(workdir) / file
+    write_json(path, {"step": step, "splits": {**splits, which: result}})
+    return path
+
+
 def read_json(workdir: epath.PathLike, name: str) -> dict[str, Any] | None:
     """Reads a JSON file of a run, None where it has none."""
     path = epath.Path(workdir) / name
@@ -174,9 +204,9 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines such as "schedule.decay: 'cosine' -> 'linear'" for each key that binds a run."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        f"{key}: {before[key]!r} -> {after.get(key)!r}"
+        for key in sorted(before)  # a key that later code has added says nothing of the run
+        if before[key] != after.get(key)
         and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in FREE_KEYS)
     ]
 

@@ -41,7 +41,8 @@ def catch() -> Iterator[Signals]:
         signals.received = signum
         restore()
         # Written past Python's buffers, which the signal may have interrupted.
-        os.write(1, f"{signals.name}: saving as soon as the step is done\n".encode())
+        with contextlib.suppress(OSError):  # `| tee` gets the same Ctrl-C and is gone
+            os.write(1, f"{signals.name}: saving as soon as the step is done\n".encode())
 
     def restore() -> None:
         for each, handler in previous.items():

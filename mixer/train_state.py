@@ -63,9 +63,9 @@ def _make_init(model: MlpMixer, tx: optax.GradientTransformation, image_size: tu
     return init
 
 
-def with_params(state: TrainState, params: Any) -> TrainState:
-    """Starts `state` from other weights of the same shapes."""
-    return state.replace(params=params)
+def abstract_params(model: MlpMixer, image_size: tuple[int, int], mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters alone."""
+    return abstract_state(model, optax.identity(), image_size, mesh).params
 
 
 @jax.jit

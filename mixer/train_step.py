@@ -15,8 +15,8 @@ Batch = dict[str, jax.Array]
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1], the published models' input: (N, H, W, 3)."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    """uint8 pixels (N, H, W, 3) to float32 in [-1, 1], the published models' input; floats stay."""
+    return images if images.dtype != jnp.uint8 else images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def make_train_step(
@@ -29,13 +29,15 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the update `(state, batch) -> (state, metrics)`, not yet compiled.
 
-    The batch holds "image" (N, H, W, 3) uint8 and "label" (N,) int32. Metrics are scalars: loss and
-    top-1 accuracy of the batch before the update, norms of gradient (before clipping) and
-    parameters, and the learning rate.
+    The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and "label" (N,) int32 or
+    (N, K) soft. Metrics are scalars: loss and top-1 accuracy of the batch before the update, norms
+    of gradient (before clipping) and parameters, and the learning rate.
     """
 
     def train_step(state: TrainState, batch: Batch):
-        labels = jax.nn.one_hot(batch["label"], model.num_classes)
+        labels = batch["label"]
+        if labels.ndim == 1:
+            labels = jax.nn.one_hot(labels, model.num_classes)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def mean_loss(params: Any):
@@ -49,7 +51,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
+            "accuracy": jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(labels, -1)),
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "learning_rate": schedule(state.step),

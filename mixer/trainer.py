@@ -114,7 +114,8 @@ def _train(
             state = train_state.init_state(model, tx, image_size, mesh, config.seed)
             if config.init_from:
                 params = checkpoint.restore_params(config.init_from, abstract.params)
-                state = train_state.with_params(state, params)
+                state = state.replace(params=params)
+            best.delete_after(-1)
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
     data = run.data_record(splits)
@@ -156,18 +157,16 @@ def _train(
             return  # it is due still, and will be run when the run continues
         so_far = [row["val/top1"] for row in writer.rows if "val/top1" in row]
         if config.checkpoint.keep_best and result.top1 > max(so_far, default=-1):
-            best.delete_after(step)  # of a future that this run has not reached
-            best.save(state, {"val/top1": result.top1})
+            # Others of this step and beyond are of a run that was here before.
+            best.delete_after(step - 1)
+            best.save(state)
+            best.wait()  # the line below says that it is whole
         writer.write(step, _named("val", result))
         terminal.line(f"step {step}: {_sentence('validation', result)}")
 
     def evaluation_is_due(step: int) -> bool:
         every = config.eval_every_steps or config.total_steps
         return splits.val is not None and (step % every == 0 or step == config.total_steps)
-
-    def save(state: train_state.TrainState) -> None:
-        best.wait()  # so that a checkpoint says that the best one before it is whole
-        checkpoints.save(state, {"total_steps": config.total_steps})
 
     # An evaluation that was due at the checkpoint's step, and that the run did not live to see.
     evaluated = {row["step"] for row in writer.rows if "val/top1" in row}
@@ -208,27 +207,25 @@ def _train(
             terminal=terminal,
             checkpoints=checkpoints,
             caught=caught,
-            save=save,
             validate=validate,
             evaluation_is_due=evaluation_is_due,
         )
 
     # The end: everything whole on disk, the test split, the curves, and where it all is.
     checkpoints.wait()
-    best.wait()
-    results = {}
-    if splits.val is not None:
-        row = next((row for row in reversed(writer.rows) if "val/top1" in row), {})
-        results["val"] = {key[4:]: row[key] for key in row if key.startswith("val/")}
-    if splits.test is not None:
-        result = evaluate(state, splits.test, should_stop=lambda: bool(caught))
+    for which, split in (("val", splits.val), ("test", splits.test)):
+        if split is None:
+            continue
+        result = evaluate(state, split, should_stop=lambda: bool(caught))
         _leave_if_asked(caught, checkpoints, terminal)
-        results["test"] = dataclasses.asdict(result)
-        if not any(row["step"] == config.total_steps and "test/top1" in row for row in writer.rows):
-            writer.write(config.total_steps, _named("test", result))
-        terminal.line(_sentence("test", result))
+        run.record_result(workdir, "last", config.total_steps, which, dataclasses.asdict(result))
+        recorded = any(
+            row["step"] == config.total_steps and f"{which}/top1" in row for row in writer.rows
+        )
+        if not recorded:
+            writer.write(config.total_steps, _named(which, result))
+        terminal.line(_sentence({"val": "validation"}.get(which, which), result))
     writer.close()
-    run.write_json(workdir / "results.json", {"step": config.total_steps, "splits": results})
     pictures.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
     terminal.line(
         f"run: {workdir} (checkpoints/{config.total_steps}, metrics.jsonl, results.json, "
@@ -247,7 +244,6 @@ def _loop(
     terminal: console.Terminal,
     checkpoints: checkpoint.Checkpoints,
     caught: signals.Signals,
-    save: Callable,
     validate: Callable,
     evaluation_is_due: Callable,
 ) -> train_state.TrainState:
@@ -309,7 +305,7 @@ def _loop(
             if stop or step % config.checkpoint.every_steps == 0 or step == config.total_steps:
                 log()
                 with meter.paused():
-                    save(state)
+                    checkpoints.save(state)
 
             if not stop and evaluation_is_due(step):
                 log()
@@ -317,7 +313,7 @@ def _loop(
                     validate(state, step)
                     if caught:
                         stop = True
-                        save(state)
+                        checkpoints.save(state)
 
             if stop:
                 terminal.line(f"{caught.name}: saving step {step}")
@@ -338,7 +334,7 @@ def _leave_if_asked(
 
 
 def _make_directory(workdir: str) -> epath.Path:
-    path = epath.Path(workdir)
+    path = epath.Path(workdir).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -58,7 +58,7 @@ def _save(path, steps=(10, 20, 30), **options):
     state, abstract = _states()
     with _open(path, **options) as manager:
         for step in steps:
-            manager.save(_at(state, step), {"note": step})
+            manager.save(_at(state, step))
         manager.wait()
         return state, abstract, manager.steps
 
@@ -68,7 +68,7 @@ def test_round_trip_is_exact_and_saves_versions(tmp_path):
     with _open(tmp_path / "checkpoints") as manager:
         restored, info = manager.restore_latest(abstract, warn=pytest.fail)
     assert_same_bits(restored, _at(state, 30))
-    assert info["note"] == 30 and info["step"] == 30
+    assert info["step"] == 30
     assert {"python", "commit", "jax", "flax", "optax", "orbax-checkpoint"} <= set(info["versions"])
 
 
@@ -86,7 +86,7 @@ def test_saving_goes_on_while_the_state_changes(tmp_path):
         for _ in range(8):
             state = add(state)
             wanted[int(state.step)] = jax.device_get(checkpoint.checksums(state)[0])
-            manager.save(state, {})
+            manager.save(state)
             for _ in range(5):
                 state = add(state)
         manager.wait()
@@ -146,7 +146,7 @@ def test_damaged_newest_is_moved_aside_and_saved_again(tmp_path, damage, capfd):
         restored, _ = manager.restore_latest(abstract, lines.append)
         assert int(restored.step) == 20
         assert_same_bits(restored, _at(state, 20))
-        manager.save(_at(state, 30), {})
+        manager.save(_at(state, 30))
         manager.wait()
         assert manager.steps == [20, 30]
     if lines:  # an empty directory is no checkpoint to Orbax, and needs no warning
@@ -203,7 +203,7 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path):
     broken = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
     with _open(tmp_path / "checkpoints") as manager:
         with pytest.raises(UserError, match=r"NaN.*nothing was saved.*peak_lr"):
-            manager.save(broken, {})
+            manager.save(broken)
         assert manager.steps == []
 
 
@@ -223,10 +223,10 @@ def test_failed_background_save_stops_with_its_reason(tmp_path, small_files):
         pytest.raises(UserError, match="could not be written to") as caught,
         _open(tmp_path / "checkpoints") as manager,
     ):
-        manager.save(_at(state, 10), {})
+        manager.save(_at(state, 10))
         manager.wait()
         small_files()
-        manager.save(_at(state, 20), {})
+        manager.save(_at(state, 20))
         manager.wait()
     assert "File too large" in str(caught.value) and "checkpoints/10" in str(caught.value)
 

@@ -22,28 +22,20 @@ def _schedule(**changes):
 
 
 def test_three_updates_equal_the_reference_chain():
-    """The chain, the schedule and the loss; the goldens' images and labels are floats."""
+    """The step itself, with the authors' chain, schedule and loss."""
     steps = golden("adam_steps")
     model = make_model(num_classes=7, **TINY)
-    tx = optimizer.make_optimizer(_schedule(), **PUBLISHED)
+    schedule = _schedule()
+    tx = optimizer.make_optimizer(schedule, **PUBLISHED)
     params = jax.tree.map(jnp.asarray, golden_params())
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def update(params, opt_state, images, labels):
-        def mean_loss(params):
-            logits, _ = model.apply({"params": params}, images, train=True)
-            return jnp.mean(losses.sigmoid(logits, labels))
-
-        loss, grads = jax.value_and_grad(mean_loss)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    update = jax.jit(make_train_step(model, tx, schedule, losses.sigmoid, seed=0))
     for i in range(3):
-        params, opt_state, loss = update(params, opt_state, steps["image"][i], steps["labels"][i])
-        np.testing.assert_allclose(loss, steps["loss"][i], rtol=1e-6)
+        state, metrics = update(state, {"image": steps["image"][i], "label": steps["labels"][i]})
+        np.testing.assert_allclose(metrics["loss"], steps["loss"][i], rtol=1e-6)
+        np.testing.assert_allclose(metrics["learning_rate"], 1e-3 * steps["lr_multiplier"][i])
     wanted = leaves(golden_params("adam_steps", "final/"))
-    for path, value in leaves(params).items():
+    for path, value in leaves(state.params).items():
         noise = "token_mixing" in path and "Dense_1" in path and "bias" in path
         np.testing.assert_allclose(value, wanted[path], atol=1e-3 if noise else 1e-6, err_msg=path)
 

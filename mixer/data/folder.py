@@ -49,8 +49,12 @@ def scan(root: str) -> ImageFolder:
     Raises:
       UserError: the folder does not exist or is not laid out as `<split>/<class>/<image>`.
     """
-    root = epath.Path(root)
     layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
+    if not root:
+        raise UserError(
+            f"dataset.data_dir is empty; give --config.dataset.data_dir=FOLDER; {layout}"
+        )
+    root = epath.Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"dataset.data_dir={root} is no folder; {layout}")
     files: dict[str, list[str]] = {}

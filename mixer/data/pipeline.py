@@ -152,9 +152,13 @@ def read_exclusions(path: str) -> frozenset[str]:
     """Names of the examples that a list made by `prepare check` leaves out."""
     if not path:
         return frozenset()
-    if not epath.Path(path).exists():
-        raise UserError(f"dataset.exclude={path}: no such file; `prepare check` writes one")
-    lines = epath.Path(path).read_text().splitlines()
+    try:
+        lines = epath.Path(path).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise UserError(
+            f"dataset.exclude={path} cannot be read: {reason}; `prepare check` writes such a list"
+        ) from None
     try:
         return frozenset(json.loads(line)["example"] for line in lines if line.strip())
     except (ValueError, KeyError, TypeError) as error:

@@ -163,7 +163,8 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
       A function (encoded bytes, key (2,) int) -> (H, W, 3) uint8.
 
     Raises:
-      UserError: an unknown step, wrong arguments, or a first step that does not decode.
+      UserError: an unknown step, wrong arguments, a first step that does not decode, or images of
+        another size.
     """
     steps = [_parse_step(text, spec) for text in spec.split("|")]
     if steps[0][0] not in (decode, inception_crop):
@@ -178,6 +179,16 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
                 image = step(image, *args, **kwargs)
         return tf.ensure_shape(image, [*image_size, 3])
 
+    try:
+        tf.function(preprocess).get_concrete_function(
+            tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64)
+        )
+    except (ValueError, TypeError) as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+        raise UserError(
+            f"preprocessing {spec!r} gives no images of image_size={image_size[0]}: "
+            f"{reason.strip()}"
+        ) from error
     return preprocess
 
 

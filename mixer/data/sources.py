@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -98,12 +99,15 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
     if name == "digits":
         from mixer.data import digits  # noqa: F401 (registers the builder)
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
     except tfds.core.registered.DatasetNotFoundError:
         raise UserError(
             f"dataset.name={name!r}: neither 'synthetic' nor 'folder' nor known to "
             f"tensorflow-datasets.{nearest(name, ['synthetic', 'folder', *tfds.list_builders()])}"
         ) from None
+    except (ValueError, AssertionError, KeyError) as error:  # a version or a config it has not
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"dataset.name={name!r}: {reason}") from None
     if prepared and not builder.is_prepared():
         if name != "digits":
             flag = f" --data_dir={data_dir}" if data_dir else ""
@@ -169,7 +173,10 @@ def tfds_source(builder: tfds.core.DatasetBuilder, spec: str, excluded: Collecti
     )
     if total * bytes_per_example > IN_MEMORY_BYTES:
         return source
-    pieces = [_read_piece(*file) for file in files]
+    try:
+        pieces = [_read_piece(*file) for file in files]
+    except tf.errors.OpError as error:
+        raise UserError(f"{source.name} cannot be read: {first_line(error)}") from None
     records = tf.concat(pieces, 0) if pieces else tf.constant([], tf.string)
     return dataclasses.replace(source, load=lambda number: parse(records[number]), files=())
 
@@ -180,7 +187,7 @@ def _absolute(spec: str, sizes: dict[str, int]) -> list:
         instructions = tfds.core.ReadInstruction.from_spec(spec).to_absolute(
             {split: _SplitSize(size) for split, size in sizes.items()}
         )
-    except (ValueError, AssertionError, KeyError) as error:
+    except (ValueError, AssertionError, KeyError, AttributeError) as error:
         known = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
         reason = str(error).splitlines()[0] if str(error) else "not understood"
         raise UserError(
@@ -402,13 +409,16 @@ def eval_batches(
     return _batches(source, examples, preprocess, seed=0, batch_size=batch_size)
 
 
-def check(source: Source) -> Iterator[tuple[int, str | None]]:
-    """Decodes every example, several at a time; yields (number, fault or None)."""
+def check(source: Source, preprocess: Preprocess) -> Iterator[tuple[int, str | None]]:
+    """Preprocesses every example, several at a time; yields (number, fault or None)."""
+    key = tf.constant([0, 0], tf.int64)
 
     def fault(example) -> tuple[int, str | None]:
         _, number, item = example
         try:
-            tf.io.decode_image(source.load(item)[0], channels=3, expand_animations=False)
+            image, _ = source.load(item)
+            tf.io.decode_image(image, channels=3, expand_animations=False)  # all of it
+            preprocess(image, key)
         except tf.errors.OpError as error:
             return int(number), first_line(error)
         return int(number), None

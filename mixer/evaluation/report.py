@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 from etils import epath
 from rich.console import Console
 from rich.table import Table
@@ -11,21 +10,27 @@ from rich.table import Table
 from mixer import checkpoint, losses, run, sharding
 from mixer.errors import UserError
 from mixer.evaluation import classification
+from mixer.train_state import abstract_params
 from mixer.train_step import make_predict
 
 
-def evaluate_run(workdir: str, *, checkpoint_name: str, splits: Sequence[str]) -> None:
+def evaluate_run(
+    workdir: str, *, checkpoint_name: str, splits: Sequence[str], data_dir: str | None = None
+) -> None:
     """Evaluates the weights of a run on `splits` ("train", "val", "test") of its config.
 
     Args:
       workdir: the run.
       checkpoint_name: "last", "best" or a step's number.
       splits: those that the config does not name are left out.
+      data_dir: where the data is now, None where it was in training.
 
     Raises:
       UserError: no such run or checkpoint, or data that is not there or not the run's.
     """
     config, class_names = run.read_run(workdir)
+    if data_dir is not None:
+        config.dataset.data_dir = data_dir
     directory = _checkpoint(epath.Path(workdir), checkpoint_name)
     mesh = sharding.make_mesh(config.mesh)
     batch_size = config.eval_batch_size or config.global_batch_size
@@ -35,12 +40,13 @@ def evaluate_run(workdir: str, *, checkpoint_name: str, splits: Sequence[str]) -
     if not opened:
         raise UserError(f"the config of {workdir} names no split {' or '.join(splits)}")
     model = run.build_model(config)
-    params = checkpoint.restore_params(directory, _abstract_params(model, config.image_size, mesh))
+    params = checkpoint.restore_params(
+        directory, abstract_params(model, (config.image_size, config.image_size), mesh)
+    )
     loss_fn = losses.make_loss(config.loss)
     eval_step = classification.make_eval_step(make_predict(model), loss_fn, model.num_classes)
 
     table = Table("split", "images", "top-1", "top-5", "loss", title=str(directory))
-    results = {}
     for which, split in opened.items():
         result = classification.evaluate(
             eval_step,
@@ -50,7 +56,9 @@ def evaluate_run(workdir: str, *, checkpoint_name: str, splits: Sequence[str]) -
             mesh=mesh,
             prefetch_batches=config.dataset.prefetch_batches,
         )
-        results[which] = dataclasses.asdict(result)
+        path = run.record_result(
+            workdir, checkpoint_name, int(directory.name), which, dataclasses.asdict(result)
+        )
         table.add_row(
             f"{which} ({split.name})",
             f"{result.count:,}",
@@ -58,8 +66,6 @@ def evaluate_run(workdir: str, *, checkpoint_name: str, splits: Sequence[str]) -
             f"{result.top5:.2%}",
             f"{result.loss:.4f}",
         )
-    path = epath.Path(workdir) / "results.json"
-    run.write_json(path, {"step": int(directory.name), "splits": results})
     console = Console()
     console.print(table)
     console.print(f"written to {path}", highlight=False, soft_wrap=True)
@@ -74,13 +80,3 @@ def _checkpoint(workdir: epath.Path, name: str) -> epath.Path:
         if name.isdigit() and directory.is_dir():
             return directory
     raise UserError(f"--checkpoint={name}: {workdir} has no such step; last, best or a number")
-
-
-def _abstract_params(model, image_size: int, mesh):
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, image_size, image_size, 3)))
-    )["params"]
-    where = sharding.replicated(mesh)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes
-    )

@@ -11,6 +11,7 @@ a config's splits and lists those that cannot be read; a run with
 
 import json
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -62,14 +63,25 @@ def check(config, output: str) -> None:
     from rich.progress import track
 
     from mixer.data import pipeline, sources
+    from mixer.data.preprocess import make_preprocess
 
+    if config.dataset.name == "synthetic":
+        raise UserError("synthetic data has no images to check")
     console = Console(highlight=False, soft_wrap=True)
     faults: dict[str, str] = {}
     seen = 0
-    specs = [config.dataset[f"{split}_split"] for split in ("train", "val", "test")]
-    for spec in dict.fromkeys(filter(None, specs)):
+    try:
+        Path(output).write_text("")  # tried before the long work, not after it
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
+    size = (config.image_size, config.image_size)
+    for which in ("train", "val", "test"):
+        spec = config.dataset[f"{which}_split"]
+        if not spec:
+            continue
+        steps = config.dataset["train_preprocess" if which == "train" else "eval_preprocess"]
         source = pipeline.open_source(config.dataset, spec, None)
-        results = sources.check(source)
+        results = sources.check(source, make_preprocess(steps, size))
         if console.is_terminal:
             results = track(results, f"checking {spec}", len(source.kept), console=console)
         for number, fault in results:
