@@ -59,7 +59,9 @@ def test_every_key_has_a_comment():
     """A key without a meaning written beside it is a hidden default."""
     lines = (ROOT / "configs" / "common.py").read_text().splitlines()
     body = lines[lines.index("def base() -> ConfigDict:") :]
-    body = body[: next(i for i, line in enumerate(body) if line.strip() == "return config")]
+    body = body[
+        : next(i for i, line in enumerate(body) if line.strip().startswith("return config"))
+    ]
     obvious = {"dropout", "peak_lr", "keep_last", "tensorboard", "eval_preprocess"}
     for before, line in itertools.pairwise(body):
         key = re.match(r"\s+(?:config\.)?(\w+)\s?=", line)

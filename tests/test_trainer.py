@@ -135,11 +135,15 @@ def test_half_written_record_is_cut(tmp_path, whole):
 def _tensorboard(workdir):
     """(step, value) of each tag in TensorBoard's files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
 
     events = EventAccumulator(str(workdir / "tensorboard"))
     events.Reload()
     return {
-        tag: [(event.step, float(event.tensor_proto.float_val[0])) for event in events.Tensors(tag)]
+        tag: [
+            (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
+            for event in events.Tensors(tag)
+        ]
         for tag in events.Tags()["tensors"]
     }
 
