@@ -67,7 +67,7 @@ def base() -> ConfigDict:
         final_multiplier=0.0,  # of peak_lr, at the last step
     )
 
-    config.log_every_steps = 50
+    config.log_every_steps = 50  # a line of metrics.jsonl
     config.eval_every_steps = config_dict.placeholder(int)  # None: at the end only
     config.eval_batch_size = config_dict.placeholder(int)  # None: global_batch_size
     config.checkpoint = dict(

@@ -62,7 +62,7 @@ def test_every_key_has_a_comment():
     body = body[
         : next(i for i, line in enumerate(body) if line.strip().startswith("return config"))
     ]
-    obvious = {"dropout", "peak_lr", "keep_last", "tensorboard", "eval_preprocess"}
+    obvious = {"dropout", "keep_last", "tensorboard", "eval_preprocess"}
     for before, line in itertools.pairwise(body):
         key = re.match(r"\s+(?:config\.)?(\w+)\s?=", line)
         if key and "dict(" not in line and key[1] not in obvious | {"config"}:
