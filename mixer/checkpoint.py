@@ -175,7 +175,7 @@ class Checkpoints:
                 )
         raise CheckpointError(
             f"none of the checkpoints in {self.directory} can be read; they are in {aside.parent}. "
-            "The same command now starts from step 0"
+            "The same command now starts from step 0; weights in best/ can be a new run's init_from"
         )
 
     def _move_aside(self, step: int) -> epath.Path:
@@ -219,12 +219,12 @@ def _quiet() -> Iterator[None]:
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
     level, asyncio_logger = logging.get_verbosity(), python_logging.getLogger("asyncio")
     logging.set_verbosity(logging.FATAL)
-    asyncio_logger.disabled = True
+    was_disabled, asyncio_logger.disabled = asyncio_logger.disabled, True
     try:
         yield
     finally:
         gc.collect()  # asyncio tells of a failed task when it is collected
-        asyncio_logger.disabled = False
+        asyncio_logger.disabled = was_disabled
         sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
         logging.set_verbosity(level)
 

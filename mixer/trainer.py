@@ -115,7 +115,6 @@ def _train(
             if config.init_from:
                 params = checkpoint.restore_params(config.init_from, abstract.params)
                 state = state.replace(params=params)
-            best.delete_after(-1)
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
     data = run.data_record(splits)
@@ -162,6 +161,7 @@ def _train(
             best.save(state)
             best.wait()  # the line below says that it is whole
         writer.write(step, _named("val", result))
+        run.record_result(workdir, "last", step, "val", dataclasses.asdict(result))
         terminal.line(f"step {step}: {_sentence('validation', result)}")
 
     def evaluation_is_due(step: int) -> bool:
@@ -214,8 +214,8 @@ def _train(
     # The end: everything whole on disk, the test split, the curves, and where it all is.
     checkpoints.wait()
     for which, split in (("val", splits.val), ("test", splits.test)):
-        if split is None:
-            continue
+        if split is None or (which == "val" and start_step < config.total_steps):
+            continue  # none, or evaluated by the loop at its last step
         result = evaluate(state, split, should_stop=lambda: bool(caught))
         _leave_if_asked(caught, checkpoints, terminal)
         run.record_result(workdir, "last", config.total_steps, which, dataclasses.asdict(result))
