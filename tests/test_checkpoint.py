@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import assert_same_bits
+from helpers import assert_same_bits, run_python
 from mixer import checkpoint, optimizer, sharding, train_state
 from mixer.errors import UserError
 from mixer.model import make_model
@@ -102,10 +102,6 @@ def _files(directory):
     )
 
 
-def _largest(directory):
-    return max(_files(directory), key=os.path.getsize)
-
-
 def _flip(path):
     data = bytearray(Path(path).read_bytes())
     for i in range(len(data) // 3, min(len(data) // 3 + 64, len(data))):
@@ -113,16 +109,19 @@ def _flip(path):
     Path(path).write_bytes(data)
 
 
-def _data_file(directory):
-    """The file with the arrays' bytes."""
-    inside = [path for path in _files(directory) if f"{os.sep}d{os.sep}" in path]
-    return max(inside, key=os.path.getsize)
+def _each_data_file(directory, damage):
+    """All of them: which ones hold the arrays, and which are left over, is a race of threads."""
+    for path in _files(directory):
+        if f"{os.sep}d{os.sep}" in path:
+            damage(path)
 
 
 DAMAGE = {
-    "truncated data": lambda d: os.truncate(_data_file(d), os.path.getsize(_data_file(d)) // 2),
-    "flipped data": lambda d: _flip(_data_file(d)),
-    "missing data": lambda d: os.remove(_data_file(d)),
+    "truncated data": lambda d: _each_data_file(
+        d, lambda f: os.truncate(f, os.path.getsize(f) // 2)
+    ),
+    "flipped data": lambda d: _each_data_file(d, _flip),
+    "missing data": lambda d: _each_data_file(d, os.remove),
     "flipped list of arrays": lambda d: _flip(d / "state" / "_METADATA"),
     "empty list of arrays": lambda d: os.truncate(d / "state" / "_METADATA", 0),
     "flipped database": lambda d: _flip(d / "state" / "manifest.ocdbt"),
@@ -177,7 +176,7 @@ def test_every_damaged_file_is_noticed_or_harmless(tmp_path, capfd):
 def test_all_damaged_stops_and_says_so(tmp_path):
     _, abstract, _ = _save(tmp_path / "checkpoints")
     for step in ("20", "30"):
-        _flip(_data_file(tmp_path / "checkpoints" / step))
+        _each_data_file(tmp_path / "checkpoints" / step, _flip)
     lines = []
     with _open(tmp_path / "checkpoints") as manager:
         with pytest.raises(UserError, match=r"none of the checkpoints .* starts from step 0"):
@@ -207,28 +206,29 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path):
         assert manager.steps == []
 
 
-@pytest.fixture
-def small_files():
-    """Files of this process may not grow beyond 2 kB: what a full disk does to a write."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, handler)
+def save_on_a_full_disk(directory):
+    """Run as a process of its own: from the second checkpoint on no file may outgrow 2 kB.
 
-
-def test_failed_background_save_stops_with_its_reason(tmp_path, small_files):
+    The limit is the whole process's: in pytest it would also cut off the log of the tests.
+    """
     state, _ = _states()
-    with (
-        pytest.raises(UserError, match="could not be written to") as caught,
-        _open(tmp_path / "checkpoints") as manager,
-    ):
-        manager.save(_at(state, 10))
-        manager.wait()
-        small_files()
-        manager.save(_at(state, 20))
-        manager.wait()
-    assert "File too large" in str(caught.value) and "checkpoints/10" in str(caught.value)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with _open(directory) as manager:
+            manager.save(_at(state, 10))
+            manager.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+            manager.save(_at(state, 20))
+            manager.wait()
+    except UserError as error:
+        print("UserError:", error)
+
+
+def test_failed_background_save_stops_with_its_reason(tmp_path):
+    code = "import sys, test_checkpoint as t; t.save_on_a_full_disk(t.Path(sys.argv[1]))"
+    text = run_python("-c", code, tmp_path / "checkpoints").stdout
+    assert "UserError: " in text and "could not be written to" in text
+    assert "File too large" in text and "checkpoints/10" in text
 
 
 def test_parameters_alone(tmp_path):
@@ -242,7 +242,7 @@ def test_parameters_alone(tmp_path):
         checkpoint.restore_params(tmp_path / "nowhere", abstract.params)
     with pytest.raises(UserError, match=r"stem/bias: saved \(16,\), wanted \(24,\)"):
         checkpoint.restore_params(tmp_path / "run", _states(hidden_dim=24)[1].params)
-    _flip(_data_file(tmp_path / "run" / "checkpoints" / "30"))
+    _each_data_file(tmp_path / "run" / "checkpoints" / "30", _flip)
     with pytest.raises(UserError, match="30 is damaged"):
         checkpoint.restore_params(tmp_path / "run", abstract.params)
 
