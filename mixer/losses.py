@@ -20,6 +20,21 @@ def sigmoid(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
 
 
+def dense_labels(batch: dict[str, jax.Array], num_classes: int) -> jax.Array:
+    """The labels of a batch as (N, K) float32.
+
+    "label" is (N,) int32; or (N, M) int32, several an image, -1 where an image has fewer, with
+    their weights in "label_weight" (N, M) float32; or (N, K) floats, which stay as they are.
+    """
+    label = batch["label"]
+    if jnp.issubdtype(label.dtype, jnp.floating):
+        return label
+    labels = jax.nn.one_hot(label, num_classes)  # a row of zeros for -1
+    if label.ndim == 1:
+        return labels
+    return jnp.max(labels * batch["label_weight"][..., None], axis=1)  # (N, M, K) is never stored
+
+
 LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
 
 
