@@ -1,25 +1,42 @@
 """Prepares data before a run, and checks it.
 
   python -m mixer.tools.prepare tfds cifar10
+  python -m mixer.tools.prepare imagenet21k --source=/data/fall11_whole.tar --data_dir=/data/tfds
   python -m mixer.tools.prepare check --config=configs/folder.py \
       --config.dataset.data_dir=/data/pets --output=pets_exclude.jsonl
 
-`tfds NAME` downloads and prepares a data set of tensorflow-datasets. `check` decodes every image of
-a config's splits and lists those that cannot be read; a run with
+`tfds NAME` downloads and prepares a data set of tensorflow-datasets. `imagenet21k` makes one of the
+official tar files (docs/imagenet21k.md); stopped or killed, the same command goes on. `check`
+decodes every image of a config's splits and lists those that cannot be read; a run with
 --config.dataset.exclude=pets_exclude.jsonl leaves them out before anything is ordered.
 """
 
+import contextlib
 import json
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from mixer import cli
 from mixer.errors import UserError
 
-DATA_DIR = flags.DEFINE_string("data_dir", "", "tfds: where to; TFDS's own default if not given.")
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "tfds, imagenet21k: where to; TFDS's own default if not given."
+)
+SOURCE = flags.DEFINE_string("source", "", "imagenet21k: a folder or a tar file.")
+RELEASE = flags.DEFINE_enum(
+    "release",
+    "",
+    ["", "fall11", "winter21", "winter21_p"],
+    "imagenet21k: which it is, where its name does not tell.",
+)
 OUTPUT = flags.DEFINE_string("output", "exclude.jsonl", "check: the list to write.")
+LINE_SECS = 60.0
 
 
 def main(argv: list[str]) -> None:
@@ -27,12 +44,14 @@ def main(argv: list[str]) -> None:
     match argv[1:]:
         case ["tfds", name]:
             prepare_tfds(name, DATA_DIR.value)
+        case ["imagenet21k"]:
+            prepare_imagenet21k(SOURCE.value, DATA_DIR.value, RELEASE.value)
         case ["check"]:
             check(cli.config(), OUTPUT.value)
         case other:
             raise UserError(
-                f"{' '.join(other) or 'no command'}: expected `tfds NAME` or `check --config=...`; "
-                "see python -m mixer.tools.prepare --help"
+                f"{' '.join(other) or 'no command'}: expected `tfds NAME`, `imagenet21k "
+                "--source=...` or `check --config=...`; see python -m mixer.tools.prepare --help"
             )
 
 
@@ -42,6 +61,11 @@ def prepare_tfds(name: str, data_dir: str) -> None:
 
     from mixer.data import sources
 
+    if name.partition("/")[0] == "imagenet21k":
+        raise UserError(
+            "imagenet21k is not downloaded: get its tar files from image-net.org, then "
+            "`python -m mixer.tools.prepare imagenet21k --source=TAR_OR_FOLDER`"
+        )
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     builder = sources.tfds_builder(name, data_dir, prepared=False)
@@ -51,6 +75,80 @@ def prepare_tfds(name: str, data_dir: str) -> None:
         # No network, a moved file, or one that has to be fetched by hand: the message says where.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} could not be prepared in {builder.data_dir}: {reason}") from error
+    _print_prepared(builder)
+
+
+def prepare_imagenet21k(source: str, data_dir: str, release: str) -> None:
+    """Prepares ImageNet-21k from its tar files, or goes on where it was stopped."""
+    import tensorflow as tf
+
+    from mixer.data import imagenet21k, imagenet21k_source
+
+    tf.config.set_visible_devices([], "GPU")  # TensorFlow would take all of its memory
+    found = imagenet21k_source.find_source(source, release)
+    print(f"{found.path}: {found.release}, {found.num_bytes / 1e9:,.1f} GB", flush=True)
+    try:
+        with _progress() as report:
+            summary = imagenet21k.prepare(found, data_dir, report=report)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on, but for the last seconds", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    if summary is not None:
+        expected = imagenet21k_source.RELEASES[found.release]
+        print(
+            f"{summary.synsets:,} of {expected:,} synsets present, {summary.damaged:,} damaged; "
+            f"{summary.skipped:,} faults in {summary.skipped_path}"
+        )
+    _print_prepared(imagenet21k.builder(found.release, data_dir))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Any], None]]:
+    """Shows how far a preparation is: a bar at a terminal, else a line a minute."""
+    from rich import progress
+    from rich.console import Console
+
+    from mixer.console import duration
+
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[status]}"),
+    )
+    bar = progress.Progress(*columns, console=console) if console.is_terminal else None
+    tasks = {}
+    begun = {}  # by stage: when this process came to it, and how far it was
+    shown = time.monotonic()
+
+    def report(now: Any) -> None:
+        nonlocal shown
+        clock = time.monotonic()
+        since, first = begun.setdefault(now.stage, (clock, now))
+        if clock - shown < (0.2 if bar else LINE_SECS):
+            return
+        shown = clock
+        seconds = max(clock - since, 1e-9)
+        rate = (now.images - first.images) / seconds
+        speed = (now.done_bytes - first.done_bytes) / seconds
+        # What a packed file holds is a little more than its size.
+        left_bytes = max(now.total_bytes - now.done_bytes, 0)
+        left = duration(left_bytes / speed) if speed else "?"
+        status = f"{now.images:,} images  {rate:,.0f} images/s  {now.skipped:,} faults  left {left}"
+        if bar:
+            if now.stage not in tasks:
+                tasks[now.stage] = bar.add_task(now.stage, total=now.total_bytes, status="")
+            bar.update(tasks[now.stage], completed=now.done_bytes, status=status)
+        else:
+            share = 1 - left_bytes / now.total_bytes
+            console.print(f"{now.stage} {share:.1%}  {status}")
+
+    with bar or contextlib.nullcontext():
+        yield report
+
+
+def _print_prepared(builder) -> None:
     sizes = ", ".join(
         f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items()
     )
@@ -80,7 +178,7 @@ def check(config, output: str) -> None:
         if not spec:
             continue
         steps = config.dataset["train_preprocess" if which == "train" else "eval_preprocess"]
-        source = pipeline.open_source(config.dataset, spec, None)
+        source = pipeline.open_source(config.dataset, spec, None, config.model.num_classes)
         results = sources.check(source, make_preprocess(steps, size))
         if console.is_terminal:
             results = track(results, f"checking {spec}", len(source.kept), console=console)
