@@ -1,16 +1,13 @@
-import io
 import itertools
 import json
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 from helpers import tiny_config
 from mixer import run
 from mixer.data import folder, pipeline, sources
-from mixer.data.preprocess import STEPS, make_preprocess
 from mixer.errors import UserError
 
 CLASSES = ("cat", "dog", "eel")
@@ -177,10 +174,36 @@ def test_files_before_the_step_are_not_opened(tmp_path, monkeypatch):
 
 
 def test_folder_lists_classes_over_all_splits_and_images_of_any_case(image_folder):
-    (image_folder / "test" / "ant").mkdir()
+    for split in ("train", "test"):  # without images in train/
+        (image_folder / split / "ant").mkdir()
+    for ending in ("bmp", "GIF", "webp"):
+        Image.new("RGB", (12, 12)).save(image_folder / "test" / "ant" / f"1.{ending}")
     found = folder.scan(str(image_folder))
-    assert found.class_names == ("ant", *CLASSES)
-    assert {split: len(files) for split, files in found.files.items()} == {"train": 30, "test": 8}
+    assert found.class_names == ("ant", *CLASSES) and found.undecodable == ()
+    assert {split: len(files) for split, files in found.files.items()} == {"train": 30, "test": 11}
+    split = run.open_split(_folder_config(image_folder), "test", None)
+    batch = next(split.sequential_batches(start=0, stop=11, batch_size=11))
+    assert not batch["image"][batch["label"] == 0].any() and sum(batch["label"] == 0) == 3
+
+
+def test_class_without_any_image_is_refused(image_folder):
+    (image_folder / "train" / "fox").mkdir()
+    (image_folder / "test" / "fox").mkdir()
+    with pytest.raises(UserError, match="1 of 4 classes have no image in any split: fox"):
+        folder.scan(str(image_folder))
+
+
+def test_image_that_cannot_be_decoded_is_told_before_the_run(image_folder, tmp_path):
+    from mixer.tools import prepare
+
+    Image.new("RGB", (12, 12)).save(image_folder / "train" / "cat" / "a.tif")
+    config = _folder_config(image_folder)
+    with pytest.raises(UserError, match=r"holds 1 images .*train/cat/a\.tif.*\.jpg") as caught:
+        run.open_split(config, "train", None, augment=True)
+    assert "\n" not in str(caught.value)
+    prepare.check(config, str(tmp_path / "list.jsonl"))
+    config.dataset.exclude = str(tmp_path / "list.jsonl")
+    assert run.open_split(config, "train", None, augment=True).num_examples == 30
 
 
 def test_folder_labels_are_the_runs_own(image_folder):
@@ -215,6 +238,7 @@ def test_folder_parts_are_fair_samples(image_folder):
         (dict(train_preprocess="decode|resize(7)"), "gives no images of image_size=8"),
         (dict(name="digits", data_dir="/tmp/none", train_split="train[:1shard]"), "split"),
         (dict(name="mnist:9.9.9"), "mnist:9.9.9"),
+        (dict(label_key="label"), "label_key='label' is for a TFDS set"),
     ],
 )
 def test_mistakes_get_one_line(image_folder, values, message):
@@ -334,133 +358,3 @@ def test_more_processes_than_examples():
             split, global_batch_size=8, process_index=process, process_count=4
         )
         assert batch["mask"].sum() == (process < 3) and batch["image"].shape == (2, 8, 8, 3)
-
-
-# Preprocessing, against NumPy and Pillow.
-
-KEY = tf.constant([1, 2], tf.int64)
-
-
-def _photo(height=60, width=80):
-    y, x = np.mgrid[:height, :width]
-    return np.stack(
-        [255 * y / height, 255 * x / width, 127 + 120 * np.sin(x / 9) * np.cos(y / 7)], -1
-    ).astype(np.uint8)
-
-
-def _encoded(pixels, kind):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
-    return tf.constant(file.getvalue())
-
-
-def test_decode_is_exact_for_png_and_near_for_jpeg():
-    np.testing.assert_array_equal(STEPS["decode"](_encoded(_photo(), "PNG")), _photo())
-    jpeg = STEPS["decode"](_encoded(_photo(), "JPEG")).numpy().astype(int)
-    assert np.abs(jpeg - _photo()).mean() < 3
-    grey = STEPS["decode"](_encoded(_photo()[..., 0], "PNG"))
-    np.testing.assert_array_equal(grey, np.repeat(_photo()[..., :1], 3, -1))
-
-
-def test_resize_is_pillows_bilinear_when_it_enlarges():
-    found = STEPS["resize"](tf.constant(_photo(20, 30)), (40, 60)).numpy().astype(int)
-    wanted = np.asarray(Image.fromarray(_photo(20, 30)).resize((60, 40), Image.BILINEAR)).astype(
-        int
-    )
-    assert np.abs(found - wanted).max() <= 1
-
-
-def test_resize_small_takes_the_short_side_and_averages_areas():
-    found = STEPS["resize_small"](tf.constant(_photo(60, 80)), 30)
-    assert found.shape == (30, 40, 3)
-    wanted = np.round(_photo().reshape(30, 2, 40, 2, 3).astype(float).mean((1, 3)))
-    assert np.abs(found.numpy() - wanted).max() <= 1
-    assert STEPS["resize_small"](tf.constant(_photo(80, 60)), 30).shape == (40, 30, 3)
-
-
-def test_central_crop():
-    found = STEPS["central_crop"](tf.constant(_photo()), 20)
-    np.testing.assert_array_equal(found, _photo()[20:40, 30:50])
-
-
-def test_random_crop_takes_every_window_of_the_padded_image():
-    image = np.arange(1, 17, dtype=np.uint8).reshape(4, 4, 1).repeat(3, -1)
-    padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
-    windows = {padded[y : y + 4, x : x + 4].tobytes() for y in range(3) for x in range(3)}
-    found = {
-        STEPS["random_crop"](tf.constant(image), tf.constant([0, i]), 4, pad=1).numpy().tobytes()
-        for i in range(100)
-    }
-    assert found == windows
-
-
-def test_flip_mirrors_half_of_the_images():
-    image = tf.constant(_photo())
-    found = [STEPS["flip_lr"](image, tf.constant([0, i])).numpy() for i in range(200)]
-    flipped = [np.array_equal(each, _photo()[:, ::-1]) for each in found]
-    assert all(f or np.array_equal(each, _photo()) for f, each in zip(flipped, found, strict=True))
-    assert 70 < sum(flipped) < 130
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_inception_crop_windows(kind):
-    """Area and aspect stay in their ranges; the image encodes where each pixel came from."""
-    y, x = np.mgrid[:200, :240]
-    place = np.stack([y, x, 0 * x], -1).astype(np.uint8)
-    source = _encoded(place, kind)
-    areas = []
-    for i in range(60):
-        crop = STEPS["inception_crop"](source, tf.constant([0, i]), 64).numpy().astype(float)
-        assert crop.shape == (64, 64, 3)
-        height = (crop[-1, :, 0].mean() - crop[0, :, 0].mean()) * 64 / 63
-        width = (crop[:, -1, 1].mean() - crop[:, 0, 1].mean()) * 64 / 63
-        areas.append(height * width / (200 * 240))
-        assert 0.65 < width / height < 1.5
-    assert 0.03 < min(areas) < 0.2 and 0.8 < max(areas) < 1.1
-
-
-def test_inception_crop_of_a_jpeg_decodes_the_window_alone():
-    steps = make_preprocess("inception_crop(32)", (32, 32))
-    graph = tf.function(steps).get_concrete_function(
-        tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64)
-    )
-    branches = {
-        function.name.decode() if isinstance(function.name, bytes) else str(function.name): function
-        for function in graph.graph._functions.values()
-    }
-    ops = [
-        {node.op for node in function.cached_definition.node_def} for function in branches.values()
-    ]
-    crops = [kinds for kinds in ops if "DecodeAndCropJpeg" in kinds]
-    assert crops and not any({"DecodeImage", "DecodeJpeg"} & kinds for kinds in crops)
-
-
-def test_inception_crop_of_a_jpeg_is_the_crop_of_the_decoded_image():
-    source = _encoded(_photo(), "JPEG")
-    decoded = STEPS["decode"](source)
-    for i in range(5):
-        key = tf.constant([3, i])
-        direct = STEPS["inception_crop"](source, key, 32).numpy().astype(int)
-        wanted = STEPS["inception_crop"](decoded, key, 32).numpy().astype(int)
-        assert np.abs(direct - wanted).mean() < 2
-
-
-def test_random_affine_is_the_identity_at_zero_and_a_rotation_otherwise():
-    image = tf.constant(_photo(32, 32))
-    np.testing.assert_array_equal(STEPS["random_affine"](image, KEY), image)
-    found = STEPS["random_affine"](image, KEY, degrees=30.0).numpy().astype(int)
-    angle = tf.random.stateless_uniform([6], KEY, -1.0, 1.0)[0].numpy() * 30
-    wanted = np.asarray(
-        Image.fromarray(_photo(32, 32)).rotate(angle, Image.BILINEAR, center=(16, 16))
-    ).astype(int)
-    middle = (slice(8, 24), slice(8, 24))
-    assert np.abs(found[middle] - wanted[middle]).mean() < 2
-    assert np.abs(found[middle] - _photo(32, 32)[middle]).mean() > 3
-
-
-def test_steps_are_functions_of_image_and_key():
-    steps = make_preprocess("inception_crop(16)|random_crop(16, pad=2)|flip_lr", (16, 16))
-    source = _encoded(_photo(), "JPEG")
-    first = steps(source, KEY)
-    np.testing.assert_array_equal(first, steps(source, KEY))
-    assert (first != steps(source, tf.constant([1, 3], tf.int64))).numpy().any()

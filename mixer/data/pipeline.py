@@ -30,9 +30,13 @@ class Split:
       num_examples: how many examples are read (excluded ones are not counted).
       class_names: of the labels, in order.
       fingerprint: changes when the examples or their labels do.
+      example_spec: of one example as batched: name -> (shape, dtype), such as
+        {"image": ((224, 224, 3), "uint8"), "label": ((), "int32")}; labels of several an image are
+        (M,), -1 where it has fewer, with "label_weight" ((M,), "float32").
+      multi_label: whether an image may have several labels, or none.
       train_batches: (start_step=, seed=, global_batch_size=, process_index=, process_count=) ->
-        endless batches of this process's examples, {"image": (n, H, W, 3) uint8,
-        "label": (n,) int32}, from batch `start_step` on.
+        endless batches of this process's examples from batch `start_step` on: arrays (n, *shape)
+        of what `example_spec` names.
       sequential_batches: (start=, stop=, batch_size=) -> examples start to stop in order, the last
         batch short.
     """
@@ -41,6 +45,8 @@ class Split:
     num_examples: int
     class_names: tuple[str, ...]
     fingerprint: str
+    example_spec: dict[str, tuple[tuple[int, ...], str]]
+    multi_label: bool
     train_batches: Callable[..., Batches]
     sequential_batches: Callable[..., Batches]
 
@@ -67,10 +73,15 @@ def open_split(
     Raises:
       UserError: no such data set or split, an empty one, other classes than the run's.
     """
+    for key, of in (("label_file", "folder"), ("label_key", "a TFDS set")):
+        if dataset[key] and (dataset.name == "folder") != (of == "folder"):
+            raise UserError(
+                f"dataset.{key}={dataset[key]!r} is for {of}; dataset.name is {dataset.name!r}"
+            )
     if dataset.name == "synthetic":
         split = _open_synthetic(spec, image_size, num_classes or 10)
     else:
-        split = _open_stored(dataset, spec, preprocess, image_size, class_names)
+        split = _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names)
     if not split.num_examples:
         raise UserError(f"{split.name} is empty: no examples are left in this split")
     if class_names is not None and split.class_names != tuple(class_names):
@@ -102,20 +113,24 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
         num_examples=synthetic.SPLITS[spec],
         class_names=tuple(str(label) for label in range(num_classes)),
         fingerprint=f"synthetic {spec} {num_classes}",
+        example_spec={"image": ((*image_size, 3), "uint8"), "label": ((), "int32")},
+        multi_label=False,
         train_batches=functools.partial(synthetic.train_batches, spec, **task),
         sequential_batches=sequential,
     )
 
 
-def _open_stored(dataset, spec, preprocess, image_size, class_names) -> Split:
+def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names) -> Split:
     import tensorflow as tf
 
     from mixer.data import sources
-    from mixer.data.preprocess import make_preprocess
+    from mixer.data.preprocess import make_preprocess, output_spec
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
     steps = make_preprocess(preprocess, image_size)
-    source = open_source(dataset, spec, class_names)
+    source = open_source(dataset, spec, class_names, num_classes)
+    if dataset.name == "folder" and not dataset.label_file:
+        _check_decodable(_scan(dataset.data_dir), read_exclusions(dataset.exclude))
     fingerprint = source.fingerprint
     if dataset.exclude:
         fingerprint += f" kept {zlib.crc32(source.kept.tobytes())}"
@@ -124,6 +139,8 @@ def _open_stored(dataset, spec, preprocess, image_size, class_names) -> Split:
         num_examples=len(source.kept),
         class_names=source.class_names,
         fingerprint=fingerprint,
+        example_spec=output_spec(steps, source.example_spec),
+        multi_label=source.max_labels is not None,
         train_batches=functools.partial(
             sources.train_batches, source, steps, group_size=dataset.shuffle_group_size
         ),
@@ -131,21 +148,46 @@ def _open_stored(dataset, spec, preprocess, image_size, class_names) -> Split:
     )
 
 
-def open_source(dataset, spec: str, class_names: tuple[str, ...] | None = None):
+def open_source(
+    dataset,
+    spec: str,
+    class_names: tuple[str, ...] | None = None,
+    num_classes: int | None = None,
+):
     """Opens the stored examples of a split, without preprocessing."""
     from mixer.data import sources
 
     excluded = read_exclusions(dataset.exclude)
-    if dataset.name == "folder":
-        folder = _scan(dataset.data_dir)
-        names = folder.class_names if class_names is None else class_names
-        return sources.folder_source(folder, spec, names, excluded)
-    return sources.tfds_source(sources.tfds_builder(dataset.name, dataset.data_dir), spec, excluded)
+    if dataset.name != "folder":
+        builder = sources.tfds_builder(dataset.name, dataset.data_dir)
+        return sources.tfds_source(builder, spec, excluded, dataset.label_key)
+    if dataset.label_file:
+        listing = _read_label_file(dataset.label_file, dataset.data_dir)
+        names = listing.names(num_classes) if class_names is None else class_names
+        return sources.label_file_source(listing, spec, names, excluded)
+    folder = _scan(dataset.data_dir)
+    names = folder.class_names if class_names is None else class_names
+    return sources.folder_source(folder, spec, names, excluded)
 
 
 @functools.lru_cache(maxsize=1)
 def _scan(root: str) -> folder_lib.ImageFolder:
     return folder_lib.scan(root)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_label_file(file: str, root: str) -> folder_lib.LabelFile:
+    return folder_lib.read_label_file(file, root)
+
+
+def _check_decodable(folder: folder_lib.ImageFolder, excluded: frozenset[str]) -> None:
+    left = [file for file in folder.undecodable if file not in excluded]
+    if left:
+        raise UserError(
+            f"{folder.root} holds {len(left):,} images that TensorFlow cannot decode, such as "
+            f"{left[0]}; convert them (accepted: {', '.join(folder_lib.ENDINGS)}), or leave them "
+            "out with the list that `python -m mixer.tools.prepare check` writes"
+        )
 
 
 def read_exclusions(path: str) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Where examples are stored, read with TensorFlow: TFDS records and folders of images."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -13,13 +14,20 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mixer.data import folder as folder_lib
+from mixer.data import labels as labels_lib
 from mixer.data import order
+from mixer.data.preprocess import decode
 from mixer.errors import UserError, nearest
 
 # A TFDS split of up to this size is held in memory, encoded as it is on disk, and shuffled whole.
 IN_MEMORY_BYTES = 2 << 30
+# The most labels of an image in a larger split: to find the true number would mean to read it all.
+MOST_LABELS = 128
+# What TFDS's pixels are multiplied by; dSprites' are 0 and 1.
+PIXEL_SCALE = {"dsprites": 255}
 AUTOTUNE = tf.data.AUTOTUNE
-Preprocess = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+Example = dict[str, tf.Tensor]
+Preprocess = Callable[[Example, tf.Tensor], Example]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +40,12 @@ class Source:
       kept: (n,) numbers of the examples that are not excluded, ascending.
       fingerprint: changes when the examples or their labels do.
       example_id: from a number to the name that messages and exclusion lists use.
-      load: graph function to (encoded image, label): from an example's number or, where there are
-        `files`, from its record.
+      load: graph function to an example: from its number or, where there are `files`, from its
+        record. It is {"image": encoded bytes, "label": () int32} or, with `max_labels`,
+        {"image", "label": (M,) int32 padded with -1, "label_weight": (M,) float32}.
       files: (path, first record, number of records) of each stored file, where records can only be
         read one after the other; empty where any example can be loaded by its number.
+      max_labels: M, where an image has any number of labels; None where each has one.
     """
 
     name: str
@@ -43,8 +53,21 @@ class Source:
     kept: np.ndarray
     fingerprint: str
     example_id: Callable[[int], str]
-    load: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+    load: Callable[[tf.Tensor], Example]
     files: tuple[tuple[str, int, int], ...] = ()
+    max_labels: int | None = None
+
+    @property
+    def example_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """What `load` gives: name -> (shape, dtype)."""
+        if self.max_labels is None:
+            return {"image": ((), "string"), "label": ((), "int32")}
+        several = (self.max_labels,)
+        return {
+            "image": ((), "string"),
+            "label": (several, "int32"),
+            "label_weight": (several, "float32"),
+        }
 
     @property
     def first_numbers(self) -> np.ndarray:
@@ -72,7 +95,7 @@ def folder_source(
 
     def load(number):
         path = tf.strings.join([root, paths[number]], "/")
-        return tf.io.read_file(path), numbers[number]
+        return {"image": tf.io.read_file(path), "label": numbers[number]}
 
     keep = np.array([file not in excluded for file in files], bool)
     return Source(
@@ -83,6 +106,73 @@ def folder_source(
         example_id=lambda number: files[number],
         load=load,
     )
+
+
+def label_file_source(
+    listing: folder_lib.LabelFile,
+    spec: str,
+    class_names: Sequence[str],
+    excluded: Collection[str],
+) -> Source:
+    """The images of a split such as "train[:90%]" of a label file."""
+    instructions = _absolute(spec, {split: len(rows) for split, rows in listing.splits.items()})
+    images = np.concatenate(
+        [listing.splits[part.splitname][part.from_ : part.to] for part in instructions]
+        or [np.zeros(0, np.int64)]
+    )
+    counts = np.diff(listing.label_starts)[images]
+    firsts = listing.label_starts[images] - (np.cumsum(counts) - counts)
+    entries = np.repeat(firsts, counts) + np.arange(counts.sum())  # of the split's images
+    numbers = listing.numbers(class_names, entries)
+    digest = hashlib.blake2b(digest_size=16)
+    for values in (listing.path_hashes[images], counts, numbers[entries], listing.weights[entries]):
+        digest.update(values.tobytes())
+    most = max(int(counts.max(initial=0)), 1) if listing.several else None
+    root, images_tensor = str(listing.root), tf.constant(images)
+    paths, path_starts, label_starts = _tensors(listing)
+    labels, weights = tf.constant(numbers), tf.constant(listing.weights)
+
+    def load(number):
+        image = images_tensor[number]
+        start, stop = path_starts[image], path_starts[image + 1]
+        path = tf.strings.join([root, tf.strings.substr(paths, start, stop - start)], "/")
+        start, stop = label_starts[image], label_starts[image + 1]
+        if most is None:
+            return {"image": tf.io.read_file(path), "label": labels[start]}
+        padded = _padded(labels[start:stop], weights[start:stop], most)
+        return {"image": tf.io.read_file(path), **padded}
+
+    keep = np.ones(len(images), bool)
+    if excluded:
+        keep = np.array([listing.path(image) not in excluded for image in images], bool)
+    return Source(
+        name=f"{listing.root} {spec} with {listing.file.name}",
+        class_names=tuple(class_names),
+        kept=np.flatnonzero(keep),
+        fingerprint=digest.hexdigest(),
+        example_id=lambda number: listing.path(images[number]),
+        load=load,
+        max_labels=most,
+    )
+
+
+@functools.lru_cache(maxsize=1)  # its splits share them
+def _tensors(listing: folder_lib.LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    return tuple(
+        tf.constant(each) for each in (listing.paths, listing.path_starts, listing.label_starts)
+    )
+
+
+def _padded(label, weight, most: int) -> dict[str, tf.Tensor]:
+    """The labels (n,) of an image and their weights, filled up to (most,)."""
+    count = tf.size(label)
+    fits = tf.debugging.Assert(count <= most, [count, f"labels, where at most {most} are read"])
+    with tf.control_dependencies([fits]):
+        room = [[0, tf.maximum(most - count, 0)]]
+    return {
+        "label": tf.ensure_shape(tf.pad(label, room, constant_values=-1), [most]),
+        "label_weight": tf.ensure_shape(tf.pad(weight, room), [most]),
+    }
 
 
 def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.core.DatasetBuilder:
@@ -98,6 +188,8 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
     """
     if name == "digits":
         from mixer.data import digits  # noqa: F401 (registers the builder)
+    if name.startswith("imagenet21k"):
+        from mixer.data import imagenet21k  # noqa: F401
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
     except tfds.core.registered.DatasetNotFoundError:
@@ -110,25 +202,39 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
         raise UserError(f"dataset.name={name!r}: {reason}") from None
     if prepared and not builder.is_prepared():
         if name != "digits":
+            what = f"tfds {name}"
+            if name.startswith("imagenet21k"):
+                what = "imagenet21k --source=TAR_OR_FOLDER"
             flag = f" --data_dir={data_dir}" if data_dir else ""
             raise UserError(
                 f"dataset {name!r} is not prepared: looked in {builder.data_dir}; prepare it with "
-                f"`python -m mixer.tools.prepare tfds {name}{flag}`"
+                f"`python -m mixer.tools.prepare {what}{flag}`"
             )
         tfds.disable_progress_bar()
         builder.download_and_prepare()
     return builder
 
 
-def tfds_source(builder: tfds.core.DatasetBuilder, spec: str, excluded: Collection[str]) -> Source:
-    """A split such as "train[:98%]" of a prepared TFDS data set stored as TFRecords."""
+def tfds_source(
+    builder: tfds.core.DatasetBuilder, spec: str, excluded: Collection[str], label_key: str = ""
+) -> Source:
+    """A split such as "train[:98%]" of a prepared TFDS data set stored as TFRecords.
+
+    Args:
+      builder: of the data set.
+      spec: the split.
+      excluded: names of examples to leave out.
+      label_key: a feature with one class or a sequence of classes, or a name of labels.DERIVED;
+        empty is the set's own label.
+
+    Raises:
+      UserError: no such label or split, another format, files that cannot be read.
+    """
     info = builder.info
-    image_key, label_key = info.supervised_keys or ("image", "label")
-    missing = [key for key in (image_key, label_key) if key not in info.features]
-    if missing or not isinstance(info.features[label_key], tfds.features.ClassLabel):
-        raise UserError(
-            f"dataset {builder.name!r} is no image classification: it has {list(info.features)}"
-        )
+    image_key, own_label = info.supervised_keys or ("image", "label")
+    label_key = label_key or own_label
+    _check_keys(builder, image_key, label_key)
+    derived = labels_lib.DERIVED.get(label_key)
     if info.file_format != tfds.core.file_adapters.FileFormat.TFRECORD:
         raise UserError(
             f"dataset {builder.name!r} in {builder.data_dir} is stored as "
@@ -141,12 +247,30 @@ def tfds_source(builder: tfds.core.DatasetBuilder, spec: str, excluded: Collecti
         for i in instructions
     )
     ends = np.cumsum([count for _, _, count in files])
-    features = info.features
+    # Only what is needed is parsed, and the image is left to the preprocessing.
+    keys = (image_key, *(derived.features if derived else (label_key,)))
+    features = tfds.decode.PartialDecoding(dict.fromkeys(keys, True)).extract_features(
+        info.features
+    )
     decoders = {image_key: tfds.decode.SkipDecoding()}
+    several = derived is None and isinstance(features[label_key], tfds.features.Sequence)
+    if derived:
+        class_names = derived.class_names
+    else:
+        class_names = (features[label_key].feature if several else features[label_key]).names
 
     def parse(record):
         example = features.deserialize_example(record, decoders=decoders)
-        return example[image_key], tf.cast(example[label_key], tf.int32)
+        label = derived.compute(example) if derived else tf.cast(example[label_key], tf.int32)
+        image = example[image_key]
+        if builder.name in PIXEL_SCALE:
+            image = tf.io.encode_png(tf.io.decode_png(image) * PIXEL_SCALE[builder.name])
+        return {"image": image, "label": _checked(label, len(class_names))}
+
+    def parse_several(record, most):
+        example = parse(record)
+        weight = tf.ones_like(example["label"], tf.float32)
+        return {"image": example["image"], **_padded(example["label"], weight, most)}
 
     def example_id(number):
         file = int(np.searchsorted(ends, number, "right"))
@@ -160,16 +284,19 @@ def tfds_source(builder: tfds.core.DatasetBuilder, spec: str, excluded: Collecti
     base = sum(info.splits[split].num_examples for split in info.splits)
     bytes_per_example = sum(info.splits[split].num_bytes for split in info.splits) / max(base, 1)
     digest = hashlib.blake2b(f"{info.full_name} {spec} ".encode(), digest_size=16)
+    if label_key != own_label:
+        digest.update(f"{label_key} ".encode())
     for path, skip, count in files:
         digest.update(f"{epath.Path(path).name} {skip} {count}\n".encode())
     source = Source(
         name=f"{info.full_name} {spec}",
-        class_names=tuple(info.features[label_key].names),
+        class_names=tuple(class_names),
         kept=np.flatnonzero(keep),
         fingerprint=digest.hexdigest(),
         example_id=example_id,
-        load=parse,
+        load=functools.partial(parse_several, most=MOST_LABELS) if several else parse,
         files=files,
+        max_labels=MOST_LABELS if several else None,
     )
     if total * bytes_per_example > IN_MEMORY_BYTES:
         return source
@@ -178,7 +305,50 @@ def tfds_source(builder: tfds.core.DatasetBuilder, spec: str, excluded: Collecti
     except tf.errors.OpError as error:
         raise UserError(f"{source.name} cannot be read: {first_line(error)}") from None
     records = tf.concat(pieces, 0) if pieces else tf.constant([], tf.string)
-    return dataclasses.replace(source, load=lambda number: parse(records[number]), files=())
+    if not several:
+        return dataclasses.replace(source, load=lambda number: parse(records[number]), files=())
+
+    def count(record):
+        return tf.size(features.deserialize_example(record, decoders=decoders)[label_key])
+
+    counts = tf.data.Dataset.from_tensor_slices(records).map(count, AUTOTUNE)
+    most = max([1, *map(int, counts.as_numpy_iterator())])
+    return dataclasses.replace(
+        source,
+        load=lambda number: parse_several(records[number], most),
+        files=(),
+        max_labels=most,
+    )
+
+
+def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: str) -> None:
+    """Raises UserError where a data set has no such image or label."""
+    features = dict(builder.info.features)
+    choices = [key for key, feature in features.items() if _is_label(feature)]
+    choices += [key for key, each in labels_lib.DERIVED.items() if each.dataset == builder.name]
+    is_image = isinstance(features.get(image_key), tfds.features.Image)
+    if not is_image or label_key not in choices:
+        raise UserError(
+            f"dataset {builder.name!r} has no image {image_key!r} with label {label_key!r}; for "
+            f"dataset.label_key it has: {', '.join(choices) or 'none'}."
+            f"{nearest(label_key, choices)}"
+        )
+
+
+def _is_label(feature) -> bool:
+    if isinstance(feature, tfds.features.Sequence):
+        feature = feature.feature
+    return isinstance(feature, tfds.features.ClassLabel)
+
+
+def _checked(label, num_classes: int) -> tf.Tensor:
+    """`label`, of any shape, as it is; fails in the graph where one is no class."""
+    assertion = tf.debugging.Assert(
+        tf.reduce_all((label >= 0) & (label < num_classes)),
+        ["label", label, f"where the classes are 0 to {num_classes - 1}"],
+    )
+    with tf.control_dependencies([assertion]):
+        return tf.identity(label)
 
 
 def _absolute(spec: str, sizes: dict[str, int]) -> list:
@@ -324,11 +494,10 @@ def _batches(
     """Preprocesses and batches `examples(0)`; `examples(k)` starts k batches later."""
 
     def finish(epoch, number, item):
-        image, label = source.load(item)
         # The key of an example depends on (seed, epoch, number) and on nothing else.
         key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
         key = tf.random.experimental.stateless_fold_in(key, number)
-        return {"image": preprocess(image, key), "label": label}
+        return preprocess(source.load(item), key)
 
     batches = examples(0).map(finish, AUTOTUNE, deterministic=True).batch(batch_size).prefetch(2)
     options = tf.data.Options()
@@ -366,6 +535,9 @@ def first_line(error: Exception) -> str:
     """TensorFlow's message without its op names and node traces."""
     text = getattr(error, "message", None) or str(error)
     text = text.replace("{{function_node __wrapped__", "").strip()
+    if "Summarized data: " in text:  # an assertion outside of a graph: one value a line
+        values = text.split("Summarized data: ")[1].splitlines()
+        return " ".join(value.removeprefix("b'").removesuffix("'") for value in values)[:300]
     line = text.splitlines()[0] if text else type(error).__name__
     return line.split("}}")[-1].split(" [Op:")[0].strip()[:300]
 
@@ -413,17 +585,18 @@ def check(source: Source, preprocess: Preprocess) -> Iterator[tuple[int, str | N
     """Preprocesses every example, several at a time; yields (number, fault or None)."""
     key = tf.constant([0, 0], tf.int64)
 
-    def fault(example) -> tuple[int, str | None]:
-        _, number, item = example
+    def fault(element) -> tuple[int, str | None]:
+        _, number, item = element
         try:
-            image, _ = source.load(item)
-            tf.io.decode_image(image, channels=3, expand_animations=False)  # all of it
-            preprocess(image, key)
+            example = source.load(item)
+            # All of it, where a crop would decode its window only.
+            decode(example["image"])
+            preprocess(example, key)
         except tf.errors.OpError as error:
             return int(number), first_line(error)
         return int(number), None
 
-    examples = iter(_sequential(source, 0, len(source.kept)))
+    elements = iter(_sequential(source, 0, len(source.kept)))
     with ThreadPoolExecutor() as pool:
-        while chunk := list(itertools.islice(examples, 1024)):
+        while chunk := list(itertools.islice(elements, 1024)):
             yield from pool.map(fault, chunk)

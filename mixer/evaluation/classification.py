@@ -1,4 +1,8 @@
-"""Top-1, top-5 and loss over a whole split, every example counted once."""
+"""Top-1, top-5 and loss over a whole split, every example counted once.
+
+Of images with several labels a guess that is any of them is a hit; an image without labels counts
+in the loss alone, as in ImageNet-ReaL (Beyer et al., 2020, arXiv 2006.07159).
+"""
 
 import collections
 import dataclasses
@@ -10,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mixer import sharding
+from mixer import losses, sharding
 from mixer.data import pipeline
 
 
@@ -19,12 +23,14 @@ class Classification:
     """Result over one split.
 
     Attributes:
-      count: number of examples. correct: how many of them the first guess hit.
-      top1, top5: shares in 0..1; top5 counts a hit among the first min(5, K) guesses.
-      loss: mean of the training loss.
+      count: number of examples. labelled: how many of them have a label.
+      correct: how many of these the first guess hit.
+      top1, top5: shares of them in 0..1; top5 counts a hit among the first min(5, K) guesses.
+      loss: mean of the training loss over all.
     """
 
     count: int
+    labelled: int
     correct: int
     top1: float
     top5: float
@@ -32,18 +38,37 @@ class Classification:
 
 
 def make_eval_step(predict: Callable, loss_fn: Callable, num_classes: int) -> Callable:
-    """Returns the compiled `(params, batch) -> (count, top-1 hits, top-5 hits, sum of losses)`."""
+    """Returns the compiled `(params, batch) -> (5,)` sums over a batch.
+
+    They are: examples, those with a label, top-1 hits, top-5 hits, losses.
+    """
 
     @jax.jit
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        logits, label, mask = predict(params, batch["image"]), batch["label"], batch["mask"]
+        logits, mask = predict(params, batch["image"]), batch["mask"]
+        labels = losses.dense_labels(batch, num_classes)
         _, guesses = jax.lax.top_k(logits, min(5, num_classes))
-        hits = guesses == label[:, None]
-        loss = loss_fn(logits, jax.nn.one_hot(label, num_classes))
-        columns = (jnp.ones_like(mask), hits[:, 0], hits.any(-1), loss)
+        hits = jnp.take_along_axis(labels, guesses, axis=1) > _threshold(batch, labels)
+        columns = (
+            jnp.ones_like(mask),
+            jnp.any(labels > 0, axis=1),
+            hits[:, 0],
+            hits.any(axis=1),
+            loss_fn(logits, labels),
+        )
         return jnp.stack([jnp.sum(jnp.where(mask > 0, column, 0)) for column in columns])
 
     return eval_step
+
+
+def _threshold(batch: dict[str, jax.Array], labels: jax.Array) -> jax.Array | float:
+    """What the target of a label exceeds: 0, or half the row's largest where rows come dense.
+
+    `one_hot` may leave something for the other classes, which makes them no labels.
+    """
+    if jnp.issubdtype(batch["label"].dtype, jnp.floating):
+        return jnp.max(labels, axis=1, keepdims=True) / 2
+    return 0.0
 
 
 def evaluate(
@@ -68,7 +93,7 @@ def evaluate(
         process_count=jax.process_count(),
     )
     stream = sharding.prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
-    total = np.zeros(4)
+    total = np.zeros(5)
     for sums in _lagging(eval_step(params, batch) for batch in stream):
         total += jax.device_get(sums).astype(np.float64)
         if should_stop():
@@ -76,12 +101,14 @@ def evaluate(
     count = round(total[0])
     if count != split.num_examples:
         raise RuntimeError(f"{split.name}: {count} examples counted of {split.num_examples}")
+    labelled = round(total[1])
     return Classification(
         count=count,
-        correct=round(total[1]),
-        top1=total[1] / count,
-        top5=total[2] / count,
-        loss=total[3] / count,
+        labelled=labelled,
+        correct=round(total[2]),
+        top1=total[2] / max(labelled, 1),
+        top5=total[3] / max(labelled, 1),
+        loss=total[4] / count,
     )
 
 

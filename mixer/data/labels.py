@@ -1,0 +1,134 @@
+"""Labels that are computed from what TFDS stores: the tasks of VTAB that are no plain class.
+
+Each is a pure function of one example, read by `dataset.label_key`. The definitions are those of
+the benchmark (Zhai et al., 2019, arXiv 1910.04867), its numbers as in its public code
+(google-research/task_adaptation, `data/{clevr,dsprites,kitti}.py`) [read]. The benchmark's other
+sets have a stored label, such as `label_key="label"`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import tensorflow as tf
+
+# Distances of the closest object, in CLEVR's units of depth: class i is (THRESHOLD[i],
+# THRESHOLD[i + 1]].
+CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
+CLEVR_FEWEST_OBJECTS, CLEVR_MOST_OBJECTS = 3, 10
+# Metres to the closest vehicle along the camera's axis; the last class is "no vehicle".
+KITTI_DISTANCES = (-100.0, 8.0, 20.0, 999.0)
+KITTI_NO_VEHICLE = 1000.0  # metres, beyond the last threshold
+KITTI_VEHICLE_TYPES = 3  # types 0, 1 and 2 are car, van and truck
+DSPRITES_BINS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A label that is computed.
+
+    Attributes:
+      dataset: TFDS name of the set that has it.
+      features: of an example, that it is computed from.
+      class_names: in order.
+      compute: graph function from {feature: value} to a () int32. It gives a number that is no
+        class where the example has no such label, as in CLEVR's test split without annotations.
+    """
+
+    dataset: str
+    features: tuple[str, ...]
+    class_names: tuple[str, ...]
+    compute: Callable[[dict[str, tf.Tensor]], tf.Tensor]
+
+
+def clevr_count(example):
+    """Number of objects in the scene, 3 to 10: 8 classes."""
+    return tf.size(example["objects"]["size"]) - CLEVR_FEWEST_OBJECTS
+
+
+def clevr_distance(example):
+    """Depth of the closest object, in 6 intervals."""
+    return _interval(tf.reduce_min(example["objects"]["pixel_coords"][:, 2]), CLEVR_DISTANCES)
+
+
+def kitti_distance(example):
+    """Distance of the closest car, van or truck in 3 intervals, or none: 4 classes."""
+    is_vehicle = example["objects"]["type"] < KITTI_VEHICLE_TYPES
+    depths = tf.boolean_mask(example["objects"]["location"][:, 2], is_vehicle)
+    return _interval(tf.reduce_min(tf.concat([depths, [KITTI_NO_VEHICLE]], 0)), KITTI_DISTANCES)
+
+
+def dsprites_position(example):
+    """Horizontal place of the sprite: 32 steps in 16 classes."""
+    return _bin(example["label_x_position"], 32)
+
+
+def dsprites_orientation(example):
+    """Angle of the sprite: 40 steps in 16 classes, of 3, 2, 3, 2, ... steps."""
+    return _bin(example["label_orientation"], 40)
+
+
+def smallnorb_azimuth(example):
+    """Azimuth of the camera: 18 classes, 20 degrees apart."""
+    return tf.cast(example["label_azimuth"], tf.int32)
+
+
+def smallnorb_elevation(example):
+    """Elevation of the camera: 9 classes, 5 degrees apart."""
+    return tf.cast(example["label_elevation"], tf.int32)
+
+
+def _interval(value, thresholds) -> tf.Tensor:
+    """Number i of the interval (thresholds[i], thresholds[i + 1]] that a () float32 lies in."""
+    below = tf.searchsorted(tf.constant(thresholds), value[None], side="left")
+    return below[0] - 1
+
+
+def _bin(value, steps: int) -> tf.Tensor:
+    return tf.cast(value, tf.int32) * DSPRITES_BINS // steps
+
+
+def _interval_names(thresholds) -> tuple[str, ...]:
+    return tuple(f"{low:g} to {high:g}" for low, high in itertools.pairwise(thresholds))
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(count))
+
+
+DERIVED = {
+    "clevr_count": Derived(
+        "clevr",
+        ("objects",),
+        tuple(str(count) for count in range(CLEVR_FEWEST_OBJECTS, CLEVR_MOST_OBJECTS + 1)),
+        clevr_count,
+    ),
+    "clevr_distance": Derived(
+        "clevr", ("objects",), _interval_names(CLEVR_DISTANCES), clevr_distance
+    ),
+    "kitti_distance": Derived(
+        "kitti",
+        ("objects",),
+        (*_interval_names((0.0, *KITTI_DISTANCES[1:3])), "above 20", "none"),
+        kitti_distance,
+    ),
+    "dsprites_position": Derived(
+        "dsprites", ("label_x_position",), _numbers(DSPRITES_BINS), dsprites_position
+    ),
+    "dsprites_orientation": Derived(
+        "dsprites", ("label_orientation",), _numbers(DSPRITES_BINS), dsprites_orientation
+    ),
+    # The degrees are recalled from the set's page and not re-checked.
+    "smallnorb_azimuth": Derived(
+        "smallnorb",
+        ("label_azimuth",),
+        tuple(f"{degrees} degrees" for degrees in range(0, 360, 20)),
+        smallnorb_azimuth,
+    ),
+    "smallnorb_elevation": Derived(
+        "smallnorb",
+        ("label_elevation",),
+        tuple(f"{degrees} degrees" for degrees in range(30, 75, 5)),
+        smallnorb_elevation,
+    ),
+}

@@ -1,0 +1,507 @@
+"""Label files, several labels an image, derived labels, and how they are counted in evaluation."""
+
+import itertools
+import json
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from helpers import tiny_config
+from mixer import losses, run, sharding
+from mixer.data import folder, labels, sources
+from mixer.data.preprocess import make_preprocess
+from mixer.errors import UserError
+from mixer.evaluation import classification
+
+LINES = [
+    {"path": "a/0.png", "labels": ["dog", "animal"], "weights": [0.75, 1.0]},
+    {"path": "a/1.png", "labels": ["cat"]},
+    {"path": "b/2.png", "labels": []},
+    {"path": "b/3.png", "labels": ["eel", "animal", "fish"], "split": "test"},
+    {"path": "b/4.png", "labels": "zebra", "split": "train"},
+]
+NAMES = ("animal", "cat", "dog", "eel", "fish", "zebra")
+# (labels, weights) of image i
+WANTED = {
+    0: {2: 0.75, 0: 1.0},
+    1: {1: 1.0},
+    2: {},
+    3: {3: 1.0, 0: 1.0, 4: 1.0},
+    4: {5: 1.0},
+}
+
+
+def _config(directory, lines, **values):
+    """A config of images, image i all of brightness 10 * i, with the label file `lines`."""
+    for i in range(5):
+        path = directory / ("a" if i < 2 else "b") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * i,) * 3).save(path)
+    file = directory / "labels.jsonl"
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    file.write_text("\n".join(text) + "\n")
+    config = tiny_config(loss="sigmoid", dataset__name="folder", dataset__data_dir=str(directory))
+    config.dataset.update(
+        label_file=str(file), train_preprocess="decode", eval_preprocess="decode", val_split=""
+    )
+    with config.unlocked():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def _labels_by_image(batch):
+    """{image's number: {label: weight}} of a batch of several labels an image."""
+    numbers = batch["image"][:, 0, 0, 0] // 10
+    found = {}
+    for number, label, weight in zip(numbers, batch["label"], batch["label_weight"], strict=True):
+        assert not weight[label < 0].any()
+        found[int(number)] = dict(zip(label[label >= 0], weight[label >= 0], strict=True))
+    return found
+
+
+# Label files.
+
+
+def test_labels_and_weights_reach_the_batches(tmp_path):
+    config = _config(tmp_path, LINES)
+    splits = run.open_splits(config, None)
+    assert splits.train.class_names == splits.test.class_names == NAMES
+    assert splits.train.multi_label and splits.train.num_examples == 4
+    for split, most, images in ((splits.train, 2, (0, 1, 2, 4)), (splits.test, 3, (3,))):
+        assert split.example_spec == {
+            "image": ((8, 8, 3), "uint8"),
+            "label": ((most,), "int32"),
+            "label_weight": ((most,), "float32"),
+        }
+        count = len(images)
+        batch = next(split.sequential_batches(start=0, stop=count, batch_size=count))
+        assert {key: (value.shape[1:], value.dtype.name) for key, value in batch.items()} == (
+            split.example_spec
+        )
+        assert _labels_by_image(batch) == {i: WANTED[i] for i in images}
+    stream = splits.train.train_batches(
+        start_step=0, seed=0, global_batch_size=4, process_index=0, process_count=1
+    )
+    for batch in itertools.islice(stream, 3):
+        assert _labels_by_image(batch) == {i: WANTED[i] for i in (0, 1, 2, 4)}
+
+
+def test_labels_become_the_rows_of_the_loss(tmp_path):
+    config = _config(tmp_path, LINES, dataset__val_split="train")
+    split = run.open_split(config, "val", None)
+    batch = next(split.sequential_batches(start=0, stop=4, batch_size=4))
+    rows = losses.dense_labels({k: jnp.asarray(v) for k, v in batch.items()}, len(NAMES))
+    for number, row in zip(batch["image"][:, 0, 0, 0] // 10, rows, strict=True):
+        wanted = np.zeros(len(NAMES))
+        for label, weight in WANTED[int(number)].items():
+            wanted[label] = weight
+        np.testing.assert_array_equal(row, wanted)
+    config.dataset.eval_preprocess = "decode|one_hot(6)"
+    split = run.open_split(config, "val", None)
+    assert split.multi_label and split.example_spec["label"] == ((6,), "float32")
+    dense = next(split.sequential_batches(start=0, stop=4, batch_size=4))
+    assert dense.keys() == {"image", "label"}
+    np.testing.assert_array_equal(dense["label"], rows)
+
+
+def test_one_label_an_image_is_plain_classification(tmp_path):
+    lines = [{"path": line["path"], "labels": i % 3} for i, line in enumerate(LINES)]
+    split = run.open_split(_config(tmp_path, lines), "train", None)
+    assert split.class_names == ("0", "1", "2") and not split.multi_label
+    batch = next(split.sequential_batches(start=0, stop=5, batch_size=5))
+    assert batch.keys() == {"image", "label"} and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] // 10 % 3)
+
+
+def test_numbers_take_the_class_count_of_the_model(tmp_path):
+    lines = [{"path": line["path"], "labels": [7]} for line in LINES]
+    config = _config(tmp_path, lines, model__num_classes=18291)
+    assert len(run.open_split(config, "train", None).class_names) == 18291
+    config.model.num_classes = 7
+    with pytest.raises(UserError, match=r"labels\.jsonl, line 1: label 7 is none of the 7 classes"):
+        run.open_split(config, "train", None)
+
+
+def test_labels_are_numbered_as_the_run_numbers_them(tmp_path):
+    config = _config(tmp_path, LINES, dataset__test_split="test")
+    names = ("bee", *NAMES[::-1])
+    split = run.open_split(config, "test", names)
+    batch = next(split.sequential_batches(start=0, stop=1, batch_size=1))
+    assert sorted(names[i] for i in batch["label"][0]) == ["animal", "eel", "fish"]
+    with pytest.raises(UserError, match="line 4: label 'eel' is none of the 2 classes cat, animal"):
+        run.open_split(config, "test", ("cat", "animal"))
+
+
+def test_order_and_fingerprint_are_of_the_content(tmp_path):
+    listings = []
+    for name, lines in (("one", LINES), ("two", LINES[::-1]), ("three", LINES[1:])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        listings.append(folder.read_label_file(str(path), str(tmp_path)))
+    ordered = [[listing.path(image) for image in listing.splits["train"]] for listing in listings]
+    assert ordered[0] == ordered[1] and set(ordered[0]) - set(ordered[2]) == {"a/0.png"}
+    assert [path for path in ordered[0] if path != "a/0.png"] == ordered[2]
+    prints = [
+        sources.label_file_source(listing, "train", NAMES, ()).fingerprint for listing in listings
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_images_of_a_label_file_can_be_excluded(tmp_path):
+    exclude = tmp_path / "exclude.jsonl"
+    exclude.write_text('{"example": "b/2.png"}\n')
+    config = _config(tmp_path, LINES, dataset__exclude=str(exclude))
+    split = run.open_split(config, "train", None)
+    batch = next(split.sequential_batches(start=0, stop=3, batch_size=3))
+    assert _labels_by_image(batch) == {i: WANTED[i] for i in (0, 1, 4)}
+
+
+def test_missing_image_is_named(tmp_path):
+    config = _config(tmp_path, [{"path": "nowhere.png", "labels": "cat"}])
+    split = run.open_split(config, "train", None)
+    with pytest.raises(UserError, match=r"cannot use nowhere\.png"):
+        next(split.sequential_batches(start=0, stop=1, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"path": "c.png", "labels": ["cat"]', "line 3: no JSON"),
+        ("[1, 2]", "line 3: no object"),
+        (b"\xff\xfe{}", "line 3: no JSON"),
+        ({"labels": ["cat"]}, "line 3: 'path' is missing"),
+        ({"path": "c.png"}, "line 3: 'labels' is missing"),
+        ({"path": "c.png", "labels": ["cat"], "weight": [1]}, "unknown key 'weight'.*'weights'"),
+        ({"path": "/c.png", "labels": ["cat"]}, "path '/c.png' must be text, relative"),
+        ({"path": "\ud800.png", "labels": ["cat"]}, "line 3: .*surrogates not allowed"),
+        ({"path": "c.png", "labels": [3]}, "line 3: labels are names in some lines"),
+        ({"path": "c.png", "labels": ["cat", 3]}, r"labels \['cat', 3\] must be names, or numbers"),
+        ({"path": "c.png", "labels": [True]}, "must be names, or numbers"),
+        ({"path": "c.png", "labels": None}, "must be names, or numbers"),
+        ({"path": "c.png", "labels": [-1]}, r"labels \[-1\] must be numbers from 0"),
+        ({"path": "c.png", "labels": ["cat", "cat"]}, "have one twice"),
+        ({"path": "c.png", "labels": ["cat"], "weights": [1, 1]}, "line 3: 2 weights for 1 labels"),
+        ({"path": "c.png", "labels": ["cat"], "weights": [1.5]}, "must be numbers from 0 to 1"),
+        ('{"path": "c.png", "labels": ["cat"], "weights": [NaN]}', "must be numbers from 0 to 1"),
+        ({"path": "c.png", "labels": ["cat"], "split": "a b"}, "split 'a b' must be a name"),
+        ({"path": "a/0.png", "labels": []}, r"line 3: 'a/0\.png' stands in line 1 already"),
+    ],
+)
+def test_faults_are_told_by_line(tmp_path, line, message):
+    path = tmp_path / "labels.jsonl"
+    line = (
+        line
+        if isinstance(line, bytes)
+        else (line if isinstance(line, str) else json.dumps(line)).encode()
+    )
+    path.write_bytes(json.dumps(LINES[0]).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(UserError, match=message) as caught:
+        folder.read_label_file(str(path), str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_mistakes_with_label_files_get_one_line(tmp_path):
+    config = _config(tmp_path, LINES)
+    for values, message in (
+        (dict(label_file=str(tmp_path / "no.jsonl")), "no.jsonl cannot be read: No such file"),
+        (dict(data_dir="/nowhere"), "data_dir=/nowhere is no folder"),
+        (dict(train_split="validation"), r"split 'validation'.*train \(4\), test \(1\)"),
+        (dict(train_split="train[:0]"), "is empty"),
+        (dict(name="digits"), "label_file='.*' is for folder; dataset.name is 'digits'"),
+    ):
+        wrong = config.copy_and_resolve_references()
+        wrong.dataset.update(values)
+        with pytest.raises(UserError, match=message):
+            run.open_split(wrong, "train", None)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('\n{"path": "a/0.png", "labels": []}\n')
+    with pytest.raises(UserError, match="holds 1 images and no label"):
+        folder.read_label_file(str(empty), str(tmp_path))
+    empty.write_text('{"path": "a/0.png", "labels": [1871234567]}')
+    with pytest.raises(UserError, match="line 1: label 1,871,234,567 would make"):
+        folder.read_label_file(str(empty), str(tmp_path)).names(None)
+
+
+# TFDS sets.
+
+
+def _build(directory, name, features, examples, supervised_keys=None):
+    """Prepares a TFDS set called `name` with `examples` as its training split."""
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=supervised_keys,
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate(examples)
+
+    Tiny.name = name
+    builder = Tiny(data_dir=str(directory))
+    builder.download_and_prepare()
+    return builder
+
+
+def _read(source, count, spec="decode", size=8):
+    batches = sources.eval_batches(
+        source, make_preprocess(spec, (size, size)), start=0, stop=count, batch_size=count
+    )
+    return next(batches)
+
+
+def _image(value=0, size=8, channels=3):
+    return np.full((size, size, channels), value, np.uint8)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_sequence_of_classes_of_a_tfds_set(tmp_path, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(sources, "MOST_LABELS", 5)
+    wanted = [[2, 0], [1], [], [0, 1, 2]]
+    features = {
+        "image": tfds.features.Image(shape=(8, 8, 3)),
+        "tags": tfds.features.Sequence(tfds.features.ClassLabel(names=["a", "b", "c"])),
+        "kind": tfds.features.ClassLabel(num_classes=2),
+    }
+    examples = [{"image": _image(), "tags": tags, "kind": i % 2} for i, tags in enumerate(wanted)]
+    builder = _build(tmp_path, "tiny_tags", features, examples)
+    source = sources.tfds_source(builder, "train", (), "tags")
+    assert source.class_names == ("a", "b", "c") and source.max_labels == (3 if in_memory else 5)
+    batch = _read(source, 4)
+    for label, weight, tags in zip(batch["label"], batch["label_weight"], wanted, strict=True):
+        assert label[: len(tags)].tolist() == tags and (label[len(tags) :] == -1).all()
+        np.testing.assert_array_equal(weight, np.arange(len(label)) < len(tags))
+    plain = sources.tfds_source(builder, "train", (), "kind")
+    assert plain.max_labels is None and plain.fingerprint != source.fingerprint
+    np.testing.assert_array_equal(_read(plain, 4)["label"], [0, 1, 0, 1])
+    with pytest.raises(UserError, match=r"no image 'image' with label 'tag'; .*: tags, kind.*Did"):
+        sources.tfds_source(builder, "train", (), "tag")
+    if not in_memory:
+        monkeypatch.setattr(sources, "MOST_LABELS", 2)
+        short = sources.tfds_source(builder, "train", (), "tags")
+        with pytest.raises(UserError, match=r"tfrecord.*:3: 3 labels, where at most 2 are read"):
+            _read(short, 4)
+
+
+def test_label_outside_the_classes_is_named(tmp_path):
+    """As in the test split of ImageNet, whose labels are -1."""
+    features = {
+        "image": tfds.features.Image(shape=(8, 8, 3)),
+        "label": tfds.features.ClassLabel(num_classes=3),
+    }
+    examples = [{"image": _image(), "label": label} for label in (0, 2, -1)]
+    source = sources.tfds_source(_build(tmp_path, "tiny_labels", features, examples), "train", ())
+    with pytest.raises(UserError, match=r":2: label -1 where the classes are 0 to 2") as caught:
+        _read(source, 3)
+    assert "\n" not in str(caught.value)
+    faults = dict(sources.check(source, make_preprocess("decode", (8, 8))))
+    assert faults[0] is None and faults[1] is None and "label -1" in faults[2]
+
+
+def test_unprepared_imagenet21k_names_its_own_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mixer.data.imagenet21k", types.ModuleType("stand_in"))
+    builder = types.SimpleNamespace(is_prepared=lambda: False, data_dir="/nowhere/imagenet21k")
+    monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
+    with pytest.raises(UserError, match="prepare imagenet21k --source=TAR_OR_FOLDER --data_dir=/nowhere"):
+        sources.tfds_builder("imagenet21k/fall11", "/nowhere")
+
+
+# Derived labels, against NumPy.
+
+
+def _reference(name, example):
+    """The label from the arrays of an example, written with comparisons in NumPy."""
+    if name == "clevr_count":
+        return len(example["objects"]["size"]) - 3
+    if name == "clevr_distance":
+        nearest = np.min(example["objects"]["pixel_coords"][:, 2])
+        return int(sum(nearest > edge for edge in (8, 8.5, 9, 9.5, 10)))
+    if name == "kitti_distance":
+        objects = zip(example["objects"]["type"], example["objects"]["location"], strict=True)
+        depths = [place[2] for kind, place in objects if kind in (0, 1, 2)]
+        if not depths:
+            return 3
+        return int(sum(min(depths) > edge for edge in (8, 20)))
+    if name == "dsprites_position":
+        return int(np.floor(example["label_x_position"] / 2))
+    if name == "dsprites_orientation":
+        return int(np.floor(example["label_orientation"] / 2.5))
+    return int(example["label" + name.removeprefix("smallnorb")])
+
+
+def _mock_examples(name):
+    rng = np.random.default_rng(0)
+    if name.startswith("clevr"):
+        edges = [7.9, 8.0, 8.2, 8.5, 9.0, 9.3, 9.75, 10.0, 12.0]
+        for count, edge in zip((3, 4, 5, 6, 7, 8, 9, 10, 3), edges, strict=True):
+            depths = np.full((count, 3), edge, np.float32)
+            depths[1:, 2] += rng.uniform(0, 3, count - 1)
+            yield {"objects": {"size": np.zeros(count, np.int64), "pixel_coords": depths}}
+    elif name.startswith("kitti"):
+        for kinds in ([0, 3], [5], [1, 2, 7], [], [2], [3, 4], [6, 0]):
+            for scale in (8.0, 20.0, 60.0):
+                places = rng.uniform(0, scale, (len(kinds), 3)).astype(np.float32)
+                places[:1, 2] = scale
+                yield {"objects": {"type": np.array(kinds, np.int64), "location": places}}
+    else:
+        feature = labels.DERIVED[name].features[0]
+        steps = dict(label_x_position=32, label_orientation=40, label_azimuth=18, label_elevation=9)
+        for value in range(steps[feature]):
+            yield {feature: np.int64(value)}
+
+
+@pytest.mark.parametrize("name", list(labels.DERIVED))
+def test_derived_label_is_the_benchmarks(name):
+    derived = labels.DERIVED[name]
+    count = dict(clevr_count=8, clevr_distance=6, kitti_distance=4, dsprites_position=16)
+    count.update(dsprites_orientation=16, smallnorb_azimuth=18, smallnorb_elevation=9)
+    assert len(derived.class_names) == count[name] == len(set(derived.class_names))
+    compute, found = tf.function(derived.compute, reduce_retracing=True), set()
+    for example in _mock_examples(name):
+        label = compute(jax.tree.map(tf.constant, example))
+        assert label.dtype == tf.int32 and label.shape == ()
+        assert int(label) == _reference(name, example), example
+        found.add(int(label))
+    assert found == set(range(count[name]))
+
+
+def test_scene_without_annotations_has_no_class():
+    """As in CLEVR's test split: no class is made up."""
+    empty = {"size": np.zeros(0, np.int64), "pixel_coords": np.zeros((0, 3), np.float32)}
+    for name in ("clevr_count", "clevr_distance"):
+        label = int(labels.DERIVED[name].compute({"objects": jax.tree.map(tf.constant, empty)}))
+        assert not 0 <= label < len(labels.DERIVED[name].class_names)
+
+
+def test_derived_label_of_a_stored_set(tmp_path):
+    features = {
+        "image": tfds.features.Image(shape=(8, 8, 3)),
+        "objects": tfds.features.Sequence(
+            {
+                "type": tfds.features.ClassLabel(num_classes=8),
+                "location": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+            }
+        ),
+    }
+    examples = [{"image": _image(), **example} for example in _mock_examples("kitti_distance")]
+    builder = _build(tmp_path, "kitti", features, examples)
+    source = sources.tfds_source(builder, "train", (), "kitti_distance")
+    assert source.class_names == labels.DERIVED["kitti_distance"].class_names
+    wanted = [_reference("kitti_distance", example) for example in examples]
+    np.testing.assert_array_equal(_read(source, len(wanted))["label"], wanted)
+    with pytest.raises(UserError, match=r"with label 'label'; .* it has: kitti_distance"):
+        sources.tfds_source(builder, "train", ())
+    with pytest.raises(UserError, match="with label 'clevr_count'"):
+        sources.tfds_source(builder, "train", (), "clevr_count")
+
+
+def test_dsprites_are_white_on_black(tmp_path):
+    """TFDS stores their pixels as 0 and 1."""
+    features = {
+        "image": tfds.features.Image(shape=(64, 64, 1)),
+        "label_x_position": tfds.features.ClassLabel(num_classes=32),
+    }
+    sprite = (np.arange(64 * 64).reshape(64, 64, 1) % 3 == 0).astype(np.uint8)
+    builder = _build(tmp_path, "dsprites", features, [{"image": sprite, "label_x_position": 31}])
+    batch = _read(sources.tfds_source(builder, "train", (), "dsprites_position"), 1, size=64)
+    assert batch["label"].tolist() == [15]
+    np.testing.assert_array_equal(batch["image"][0], np.repeat(sprite * 255, 3, -1))
+
+
+# Evaluation.
+
+
+def _dense(label, weight, num_classes):
+    rows = np.zeros((len(label), num_classes), np.float32)
+    for row, places, values in zip(rows, label, weight, strict=True):
+        for place, value in zip(places[places >= 0], values[places >= 0], strict=True):
+            row[place] = value
+    return rows
+
+
+def test_a_guess_among_the_labels_is_a_hit():
+    rng = np.random.default_rng(0)
+    size, num_classes = 200, 12
+    label = np.where(
+        rng.random((size, 3)) < 0.5,
+        rng.permuted(np.tile(np.arange(12), (size, 1)), axis=1)[:, :3],
+        -1,
+    )
+    weight = np.where(label >= 0, rng.choice([0.25, 1.0], (size, 3)), 0)
+    logits = rng.normal(size=(size, num_classes)).astype(np.float32)
+    mask = (np.arange(size) < 180).astype(np.float32)
+    rows = _dense(label, weight, num_classes)
+    step = classification.make_eval_step(lambda params, image: image, losses.sigmoid, num_classes)
+    batch = {"image": logits, "label": label.astype(np.int32), "mask": mask}
+    found = step(None, {**batch, "label_weight": weight.astype(np.float32)})
+
+    guesses = np.argsort(-logits, axis=1)[:180]
+    sets = [set(row[row >= 0]) for row in label[:180]]
+    top1 = sum(row[0] in wanted for row, wanted in zip(guesses, sets, strict=True))
+    top5 = sum(bool(set(row[:5]) & wanted) for row, wanted in zip(guesses, sets, strict=True))
+    loss = np.sum(np.logaddexp(0, logits) - rows * logits, axis=1)[:180].sum()
+    labelled = sum(map(bool, sets))
+    assert 0 < labelled < 180
+    np.testing.assert_allclose(found, [180, labelled, top1, top5, loss], rtol=1e-5)
+
+
+def test_the_three_forms_of_a_label_count_alike():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(50, 7)).astype(np.float32)
+    label = rng.integers(0, 7, 50).astype(np.int32)
+    step = classification.make_eval_step(lambda params, image: image, losses.softmax, 7)
+    batch = {"image": logits, "mask": np.ones(50, np.float32)}
+    plain = step(None, {**batch, "label": label})
+    assert plain[2] == np.sum(logits.argmax(1) == label)
+    one_hot = np.eye(7, dtype=np.float32)[label]
+    np.testing.assert_array_equal(step(None, {**batch, "label": one_hot}), plain)
+    several = np.stack([label, np.full(50, -1, np.int32)], 1)
+    weight = (several >= 0).astype(np.float32)
+    np.testing.assert_array_equal(
+        step(None, {**batch, "label": several, "label_weight": weight}), plain
+    )
+    smoothed = step(None, {**batch, "label": 0.9 * one_hot + 0.01})  # as one_hot(7, 0.91, 0.01)
+    np.testing.assert_array_equal(smoothed[:4], plain[:4])
+
+
+def test_images_without_labels_are_left_out_of_the_accuracy(tmp_path):
+    """Over a whole split: the guess is always class 0, "animal"."""
+    config = _config(tmp_path, LINES)
+    split = run.open_split(config, "train", None)
+    step = classification.make_eval_step(
+        lambda params, image: jnp.tile(params, (len(image), 1)), losses.sigmoid, len(NAMES)
+    )
+    result = classification.evaluate(
+        step,
+        jnp.arange(6.0, 0.0, -1.0),
+        split,
+        global_batch_size=8,
+        mesh=sharding.make_mesh({"data": -1}),
+        prefetch_batches=1,
+    )
+    assert (result.count, result.labelled, result.correct) == (4, 3, 1)
+    assert result.top1 == 1 / 3 and result.top5 == 2 / 3  # "zebra" is the sixth guess
+
+
+def test_softmax_on_several_labels_is_refused(tmp_path):
+    config = _config(tmp_path, LINES)
+    config.loss = "softmax"
+    with pytest.raises(UserError, match="several labels an image, or none; .*loss=sigmoid"):
+        run.open_split(config, "train", None)
