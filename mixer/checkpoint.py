@@ -306,41 +306,57 @@ def find_step(path: epath.PathLike) -> epath.Path:
     )
 
 
-def restore_params(path: epath.PathLike, abstract_params: Any) -> Any:
+def restore_params(
+    path: epath.PathLike, abstract_params: Any, *, item: str = "params", without: str = ""
+) -> Any:
     """Restores the parameters alone, placed as `abstract_params` says.
 
     Args:
       path: what `find_step` takes.
       abstract_params: shapes, dtypes and shardings.
+      item: "params", or "ema_params" for their moving average.
+      without: a part that is left where it is, such as "head"; `abstract_params` does not have it.
 
     Raises:
       CheckpointError: no checkpoint there, one of another model, or a damaged one.
     """
     directory = find_step(path)
-    prefix = "params/"
+    saved = saved_params(directory, item)
+    if without:
+        saved = {k: v for k, v in saved.items() if not k.startswith(f"{without}/")}
+    check_tree(abstract_params, saved, directory)
+    with _reading(directory), _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(
+            _absolute(directory) / "state",
+            ocp.args.PyTreeRestore(
+                {item: abstract_params},
+                restore_args={item: ocp.checkpoint_utils.construct_restore_args(abstract_params)},
+                partial_restore=True,
+            ),
+        )
+        _verify(tree[item], read_info(directory), f"{item}/")
+    return tree[item]
+
+
+def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple[int, ...]]:
+    """Shape of every saved parameter by its name; CheckpointError where it is damaged."""
+    prefix = f"{item}/"
+    with _reading(directory):
+        shapes = saved_shapes(directory)
+    return {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def _reading(directory: epath.Path) -> Iterator[None]:
+    """Whatever Orbax makes of damaged files becomes a CheckpointError."""
     try:
-        saved = saved_shapes(directory)
-        saved = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-        check_tree(abstract_params, saved, directory)
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore(
-                _absolute(directory) / "state",
-                ocp.args.PyTreeRestore(
-                    {"params": abstract_params},
-                    restore_args={
-                        "params": ocp.checkpoint_utils.construct_restore_args(abstract_params)
-                    },
-                    partial_restore=True,
-                ),
-            )
-        _verify(tree["params"], read_info(directory), prefix)
+        yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
         if _is_of_the_machine(error):
             raise
         raise CheckpointError(f"checkpoint {directory} is damaged: {_reason(error)}") from error
-    return tree["params"]
 
 
 def read_info(directory: epath.Path) -> dict[str, Any]:

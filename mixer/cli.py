@@ -62,7 +62,29 @@ def config() -> ConfigDict:
     value = CONFIG.value
     if value is None:
         raise UserError("--config is missing; for example --config=configs/digits.py")
+    # A length given on the command line takes the place of the config file's in another unit.
+    overrides = [
+        key.removeprefix("config.")
+        for key in config_flags.get_override_values(flags.FLAGS["config"])
+    ]
+    for key in overrides:
+        stem, _, unit = key.rpartition("_")
+        if unit in UNITS:
+            for other in UNITS:
+                name = f"{stem}_{other}"
+                if name not in overrides and _has(value, name):
+                    value.update_from_flattened_dict({name: None})
     return value
+
+
+UNITS = ("steps", "epochs", "examples")
+
+
+def _has(config: ConfigDict, key: str) -> bool:
+    *groups, last = key.split(".")
+    for group in groups:
+        config = config[group]
+    return last in config
 
 
 def config_name() -> str:

@@ -1,6 +1,7 @@
 """Learning-rate schedule and the optax chain (REFERENCE: big_vision `mlp_mixer_i1k`)."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,19 +12,33 @@ from mixer.errors import UserError, nearest
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-DECAYS = ("linear", "cosine", "constant")
+DECAYS = ("linear", "cosine", "constant", "rsqrt")
+WEIGHT_DECAY_FORMS = ("lr", "schedule", "l2")
+Rules = Sequence[tuple[str, float]]
 
 
 def make_schedule(
-    *, peak_lr: float, total_steps: int, decay: str, warmup_steps: int, final_multiplier: float
+    *,
+    peak_lr: float,
+    total_steps: int,
+    decay: str,
+    warmup_steps: int,
+    final_multiplier: float,
+    rsqrt_timescale: int,
+    cooldown_steps: int,
 ) -> Schedule:
     """Returns the learning rate of update number `step` (from 0).
 
-    Linear warm-up from 0 over `warmup_steps`, which multiplies a decay from `peak_lr` at the end of
-    the warm-up to `final_multiplier * peak_lr` at `total_steps`; big_vision's form.
+    The product of `peak_lr` and of
+    - a linear warm-up from 0 to 1 over `warmup_steps`;
+    - a decay: linear or cosine, from 1 at the end of the warm-up to `final_multiplier` at
+      `total_steps`; constant; or rsqrt, sqrt(timescale / (timescale + step - warmup_steps)) from
+      the end of the warm-up on (Zhai et al., 2022, "Scaling vision transformers");
+    - a linear cool-down from 1 to 0 over the last `cooldown_steps`.
+    Warm-up and decay multiply as in big_vision.
 
     Raises:
-      UserError: an unknown decay, or a warm-up that does not fit the run.
+      UserError: an unknown decay, or parts that do not fit the run.
     """
     if decay not in DECAYS:
         raise UserError(
@@ -34,6 +49,13 @@ def make_schedule(
             f"schedule.warmup_steps={warmup_steps} does not fit total_steps={total_steps}; "
             f"it must be in 0..{total_steps - 1}"
         )
+    if not 0 <= cooldown_steps <= total_steps - warmup_steps:
+        raise UserError(
+            f"schedule.cooldown_steps={cooldown_steps} does not fit total_steps={total_steps} "
+            f"after {warmup_steps} steps of warm-up; it must be in 0..{total_steps - warmup_steps}"
+        )
+    if rsqrt_timescale < 1:
+        raise UserError(f"schedule.rsqrt_timescale is {rsqrt_timescale}; it must be at least 1")
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -43,10 +65,15 @@ def make_schedule(
         elif decay == "cosine":
             cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
             multiplier = final_multiplier + (1 - final_multiplier) * cosine
+        elif decay == "rsqrt":
+            beyond = jnp.maximum(step - warmup_steps, 0.0)
+            multiplier = jnp.sqrt(rsqrt_timescale / (rsqrt_timescale + beyond))
         else:
             multiplier = jnp.ones_like(progress)
         if warmup_steps:
             multiplier *= jnp.minimum(1.0, step / warmup_steps)
+        if cooldown_steps:
+            multiplier *= jnp.clip((total_steps - step) / cooldown_steps, 0.0, 1.0)
         return peak_lr * multiplier
 
     return schedule
@@ -57,36 +84,130 @@ def kernels(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def multipliers(params: Any, rules: Rules) -> Any:
+    """The learning-rate multiplier of each leaf.
+
+    Args:
+      params: parameters, or their shapes.
+      rules: (regex, multiplier): the first regex that matches the leaf's whole name, such as
+        "MixerBlock_0/token_mixing/Dense_0/kernel", decides; 1 where none does.
+
+    Raises:
+      UserError: a rule that is no rule, or that no parameter's name matches.
+    """
+    compiled = []
+    for rule in rules:
+        try:
+            pattern, multiplier = rule
+            compiled.append((re.compile(pattern), float(multiplier)))
+        except (TypeError, ValueError, re.error) as error:
+            raise UserError(
+                f"optimizer.lr_multipliers: {rule!r} is no (regex, multiplier): {error}"
+            ) from None
+        if compiled[-1][1] < 0:
+            raise UserError(f"optimizer.lr_multipliers: {rule!r}: it must be 0 (frozen) or more")
+    matched = set()
+
+    def find(path: Any, _: Any) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for number, (pattern, multiplier) in enumerate(compiled):
+            if pattern.fullmatch(name):
+                matched.add(number)
+                return multiplier
+        return 1.0
+
+    found = jax.tree.map_with_path(find, params)
+    for number, rule in enumerate(rules):
+        if number not in matched:
+            names = [
+                jax.tree_util.keystr(path, simple=True, separator="/")
+                for path, _ in jax.tree_util.tree_leaves_with_path(params)
+            ]
+            raise UserError(
+                f"optimizer.lr_multipliers: {rule[0]!r} decides for no parameter; names are like "
+                f"{names[0]}, {names[-1]} and are matched whole, earlier rules first"
+            )
+    return found
+
+
+def describe_multipliers(params: Any, rules: Rules) -> list[str]:
+    """A line for each multiplier other than 1: how many parameters have it."""
+    sizes: dict[float, int] = {}
+    found = jax.tree.leaves(multipliers(params, rules))
+    for leaf, multiplier in zip(jax.tree.leaves(params), found, strict=True):
+        sizes[multiplier] = sizes.get(multiplier, 0) + leaf.size
+    return [
+        f"learning rate x {multiplier:g}{'' if multiplier else ' (frozen)'}: {size:,} parameters"
+        for multiplier, size in sorted(sizes.items())
+        if multiplier != 1
+    ]
+
+
 def make_optimizer(
     schedule: Schedule,
     *,
     name: str,
+    peak_lr: float,
     b1: float,
     b2: float,
     eps: float,
+    momentum_dtype: str,
     weight_decay: float,
+    weight_decay_form: str,
     grad_clip_norm: float,
+    lr_multipliers: Rules,
 ) -> optax.GradientTransformation:
     """Builds: clip by global norm, adamw or sgd with momentum, weight decay, learning rate.
 
-    The decay added to a kernel's update is `lr * weight_decay * kernel` ("decoupled", and times the
-    learning rate, schedule included). The published recipe's 1e-4 beside a learning rate of 1e-3
-    is `weight_decay=0.1` here.
+    What a kernel loses to weight decay in an update, by `weight_decay_form`:
+    - "lr": lr * weight_decay * kernel, lr being the schedule's value (AdamW; torch's AdamW);
+    - "schedule": lr / peak_lr * weight_decay * kernel, the authors' code. Its published 1e-4 beside
+      a peak of 1e-3 is `weight_decay=0.1` in the form "lr";
+    - "l2": weight_decay * kernel is added to the clipped gradient, before momentum and Adam.
+
+    A multiplier scales the whole update of a parameter, decay included. A parameter with
+    multiplier 0 never changes and has no optimizer state.
 
     Raises:
-      UserError: an unknown optimizer.
+      UserError: an unknown optimizer, form or dtype.
     """
     directions = {
-        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
-        "sgd": lambda: optax.trace(b1),
+        "adamw": lambda: optax.scale_by_adam(b1, b2, eps, mu_dtype=momentum_dtype),
+        "sgd": lambda: optax.trace(b1, accumulator_dtype=momentum_dtype),
     }
-    if name not in directions:
-        raise UserError(
-            f"optimizer.name={name!r}; one of {', '.join(directions)}.{nearest(name, directions)}"
-        )
-    return optax.chain(
+    for key, value, known in (
+        ("name", name, directions),
+        ("weight_decay_form", weight_decay_form, WEIGHT_DECAY_FORMS),
+        ("momentum_dtype", momentum_dtype, ("float32", "bfloat16")),
+    ):
+        if value not in known:
+            raise UserError(
+                f"optimizer.{key}={value!r}; one of {', '.join(known)}.{nearest(value, known)}"
+            )
+    if weight_decay_form == "schedule":
+        weight_decay = weight_decay / peak_lr
+    decay = optax.add_decayed_weights(weight_decay, kernels) if weight_decay else optax.identity()
+    steps = [directions[name](), decay]
+    tx = optax.chain(
         optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity(),
-        directions[name](),
-        optax.add_decayed_weights(weight_decay, kernels) if weight_decay else optax.identity(),
+        *(reversed(steps) if weight_decay_form == "l2" else steps),
         optax.scale_by_learning_rate(schedule),
     )
+    if not lr_multipliers:
+        return tx
+
+    def scale(updates: Any, _: Any = None) -> Any:
+        return jax.tree.map(
+            lambda update, multiplier: multiplier * update,
+            updates,
+            multipliers(updates, lr_multipliers),
+        )
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map(
+            lambda multiplier: "trained" if multiplier else "frozen",
+            multipliers(params, lr_multipliers),
+        )
+
+    trained = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+    return optax.chain(trained, optax.stateless(scale))

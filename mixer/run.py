@@ -5,27 +5,40 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import optax
 from etils import epath
 from ml_collections import ConfigDict
 
 from mixer.data import pipeline
 from mixer.errors import UserError
+from mixer.losses import make_loss
+from mixer.mixup import make_mix
 from mixer.model import MlpMixer, check_image_size, make_model
+from mixer.optimizer import Schedule, make_optimizer, make_schedule
+from mixer.train_step import make_train_step
 
 # What may change when a run is continued: it alters neither the parameters nor the data order.
 FREE_KEYS = (
     "log_every_steps",
     "eval_every_steps",
+    "eval_every_epochs",
+    "eval_every_examples",
     "eval_batch_size",
     "checkpoint.",
     "tensorboard",
     "mesh.",
     "dataset.data_dir",
+    "dataset.label_file",  # the data's fingerprint is of what it says
     "dataset.prefetch_batches",
 )
+
+UNITS = ("steps", "epochs", "examples")
+# What is given in one of the units.
+LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
+HEADS = ("keep", "reset", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +52,79 @@ class Splits:
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that no later check would name as clearly."""
-    for key in ("total_steps", "global_batch_size", "image_size", "log_every_steps"):
+    for key in ("global_batch_size", "image_size", "log_every_steps"):
         _check_count(config, key)
     for key in ("checkpoint.every_steps", "checkpoint.keep_last"):
         _check_count(config, key)
     for key in ("dataset.prefetch_batches", "dataset.shuffle_group_size"):
         _check_count(config, key)
-    for key in ("eval_every_steps", "eval_batch_size", "checkpoint.keep_every_steps"):
+    for key in ("eval_batch_size", "checkpoint.keep_every_steps"):
         _check_count(config, key, optional=True)
+    _check_count(config, "optimizer.accumulate_steps")
     for key, value in (
         ("seed", config.seed),
+        ("optimizer.peak_lr", config.optimizer.peak_lr),
+        ("optimizer.weight_decay", config.optimizer.weight_decay),
         ("optimizer.grad_clip_norm", config.optimizer.grad_clip_norm),
+        ("optimizer.sam_rho", config.optimizer.sam_rho),
     ):
-        if value < 0:
+        if not value >= 0:  # NaN is not
             raise UserError(f"{key} is {value}; it must be 0 or more")
+    for key, value in (
+        ("label_smoothing", config.label_smoothing),
+        ("optimizer.ema_decay", config.optimizer.ema_decay),
+    ):
+        if not 0 <= value < 1:
+            raise UserError(f"{key} is {value}; it must be in [0, 1)")
+    if config.global_batch_size % config.optimizer.accumulate_steps:
+        raise UserError(
+            f"optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "
+            f"global_batch_size={config.global_batch_size}"
+        )
+    if config.init_head not in HEADS:
+        raise UserError(f"init_head={config.init_head!r}; one of {', '.join(HEADS)}")
+    for stem in LENGTHS:
+        given = lengths_given(config, stem)
+        if len(given) > 1:
+            both = " and ".join(f"{key}={value}" for key, value in given.items())
+            raise UserError(f"{both} are set; give one of them")
+        for key, value in given.items():
+            if not value >= (0 if stem.startswith("schedule.") else 1e-9):
+                raise UserError(f"{key} is {value}; it must be more than 0")
+    if not lengths_given(config, "total_"):
+        raise UserError("no length of the run: give total_steps, total_epochs or total_examples")
     if not config.dataset.name:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
+
+
+def lengths_given(config: ConfigDict, stem: str) -> dict[str, float]:
+    """The keys `stem` + steps, epochs or examples that are set, with their values."""
+    keys = [f"{stem}{unit}" for unit in UNITS]
+    flat = dict(_flatten(config.to_dict()))
+    return {key: flat[key] for key in keys if flat[key] is not None}
+
+
+def needs_epochs(config: ConfigDict) -> bool:
+    """Whether a length of the config is in epochs, which only the data can turn into steps."""
+    return any(key.endswith("epochs") for stem in LENGTHS for key in lengths_given(config, stem))
+
+
+def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
+    """Sets every `..._steps` that the config gives in epochs or examples.
+
+    Rounded to the nearest step, at least 1. `num_examples` is the size of the training split, and
+    may be None where `needs_epochs` is false.
+    """
+    for stem in LENGTHS:
+        given = lengths_given(config, stem)
+        steps = None if stem == "eval_every_" else 0
+        for key, value in given.items():
+            if key.endswith("steps"):
+                steps = value
+            else:
+                examples = value * num_examples if key.endswith("epochs") else value
+                steps = max(round(examples / config.global_batch_size), 1) if value else 0
+        config.update_from_flattened_dict({f"{stem}steps": steps})
 
 
 def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
@@ -72,6 +142,38 @@ def build_model(config: ConfigDict) -> MlpMixer:
     model = make_model(**config.model.to_dict())
     check_image_size((config.image_size, config.image_size), model.patch_size)
     return model
+
+
+def build_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:
+    """Builds schedule and optimizer of a config whose lengths are resolved."""
+    keys = ("decay", "warmup_steps", "final_multiplier", "rsqrt_timescale", "cooldown_steps")
+    schedule = make_schedule(
+        peak_lr=config.optimizer.peak_lr,
+        total_steps=config.total_steps,
+        **{key: config.schedule[key] for key in keys},
+    )
+    around = ("sam_rho", "ema_decay", "accumulate_steps")  # what the step does around the chain
+    chain = {key: value for key, value in config.optimizer.items() if key not in around}
+    return schedule, make_optimizer(schedule, **chain)
+
+
+def build_train_step(
+    config: ConfigDict, model: MlpMixer, schedule: Schedule, tx: optax.GradientTransformation
+) -> Callable:
+    """Builds the update `(state, batch) -> (state, metrics)`, not yet compiled."""
+    return make_train_step(
+        model,
+        tx,
+        schedule,
+        make_loss(config.loss),
+        seed=config.seed,
+        mix=make_mix(**config.mixup),
+        label_smoothing=config.label_smoothing,
+        lr_multipliers=config.optimizer.lr_multipliers,
+        sam_rho=config.optimizer.sam_rho,
+        ema_decay=config.optimizer.ema_decay,
+        accumulate_steps=config.optimizer.accumulate_steps,
+    )
 
 
 def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
@@ -100,7 +202,7 @@ def open_split(
             raise UserError("dataset.train_split is empty; give a split such as train[:90%]")
         return None
     steps = config.dataset.train_preprocess if augment else config.dataset.eval_preprocess
-    return pipeline.open_split(
+    split = pipeline.open_split(
         config.dataset,
         spec,
         steps,
@@ -108,6 +210,11 @@ def open_split(
         num_classes=config.model.num_classes,
         class_names=class_names,
     )
+    if split.multi_label and config.loss == "softmax":
+        raise UserError(
+            f"{split.name} has several labels an image, or none; softmax needs one: set loss=sigmoid"
+        )
+    return split
 
 
 def open_splits(config: ConfigDict, class_names: tuple[str, ...] | None) -> Splits:
@@ -216,5 +323,4 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            # JSON knows no tuples.
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
+            yield prefix + key, json.loads(json.dumps(value))  # JSON knows no tuples

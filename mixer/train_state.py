@@ -21,18 +21,25 @@ class TrainState:
         next update are functions of (seed, step).
       params: parameters by their published names.
       opt_state: of the optimizer.
+      ema_params: moving average of the parameters; None where the run keeps none.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema_params: Any = None
 
 
 def abstract_state(
-    model: MlpMixer, tx: optax.GradientTransformation, image_size: tuple[int, int], mesh: Mesh
+    model: MlpMixer,
+    tx: optax.GradientTransformation,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(_make_init(model, tx, image_size), jax.random.key(0))
+    shapes = jax.eval_shape(_make_init(model, tx, image_size, ema), jax.random.key(0))
     shardings = sharding.state_shardings(mesh, shapes)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -47,18 +54,23 @@ def init_state(
     image_size: tuple[int, int],
     mesh: Mesh,
     seed: int,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Makes the state of step 0, each leaf directly where it belongs on the mesh."""
-    abstract = abstract_state(model, tx, image_size, mesh)
+    abstract = abstract_state(model, tx, image_size, mesh, ema=ema)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(_make_init(model, tx, image_size), out_shardings=shardings)
+    init = jax.jit(_make_init(model, tx, image_size, ema), out_shardings=shardings)
     return init(jax.random.key(seed))
 
 
-def _make_init(model: MlpMixer, tx: optax.GradientTransformation, image_size: tuple[int, int]):
+def _make_init(
+    model: MlpMixer, tx: optax.GradientTransformation, image_size: tuple[int, int], ema: bool
+):
     def init(key: jax.Array) -> TrainState:
         params = model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
     return init
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mixer.losses import dense_labels
+from mixer.mixup import Mix
 from mixer.model import MlpMixer
-from mixer.optimizer import Schedule
+from mixer.optimizer import Rules, Schedule, multipliers
 from mixer.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -26,39 +28,111 @@ def make_train_step(
     loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     seed: int,
+    mix: Mix,
+    label_smoothing: float,
+    lr_multipliers: Rules,
+    sam_rho: float,
+    ema_decay: float,
+    accumulate_steps: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the update `(state, batch) -> (state, metrics)`, not yet compiled.
 
-    The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and "label" (N,) int32 or
-    (N, K) soft. Metrics are scalars: loss and top-1 accuracy of the batch before the update, norms
-    of gradient (before clipping) and parameters, and the learning rate.
+    The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and labels as `dense_labels`
+    takes them. Metrics are scalars: loss and top-1 accuracy of the (mixed) batch before the update,
+    norms of gradient (before clipping) and parameters, and the learning rate.
+
+    Args:
+      model: what is trained.
+      tx: the optimizer.
+      schedule: for the metric; the optimizer has its own.
+      loss_fn: (logits, labels) -> one value an example.
+      seed: of the run; masks and mixing are functions of (seed, step).
+      mix: mixup and CutMix of the whole batch.
+      label_smoothing: s; labels become (1 - s) * labels + s / K.
+      lr_multipliers: as `make_optimizer` has them; what they freeze takes no gradient.
+      sam_rho: radius of SAM's ascent step (Foret et al., 2021): the gradient is taken at
+        params + rho * g / |g|, g being that of the same batch, masks and mixing; over the global
+        batch. 0: none.
+      ema_decay: d of the moving average, ema <- d * ema + (1 - d) * params after every update.
+      accumulate_steps: the gradient is the mean over this many parts of the batch, one after the
+        other. Mixing and masks are the whole batch's, so the update is the same.
     """
 
-    def train_step(state: TrainState, batch: Batch):
-        labels = batch["label"]
-        if labels.ndim == 1:
-            labels = jax.nn.one_hot(labels, model.num_classes)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        mask_key, mix_key = jax.random.split(key)
+        labels = dense_labels(batch, model.num_classes)
+        if label_smoothing:
+            labels = (1 - label_smoothing) * labels + label_smoothing / model.num_classes
+        images, labels = mix(mix_key, normalize(batch["image"]), labels)
+        whole = images, labels, jnp.arange(images.shape[0])
+        trained = jax.tree.map(bool, multipliers(state.params, lr_multipliers))
 
-        def mean_loss(params: Any):
+        def mean_loss(params: Any, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            images, labels, example_index = part
             logits, _ = model.apply(
-                {"params": params}, normalize(batch["image"]), train=True, rngs={"dropout": key}
+                {"params": params},
+                images,
+                train=True,
+                example_index=example_index,
+                rngs={"dropout": mask_key},
             )
-            return jnp.mean(loss_fn(logits, labels)), logits
+            guess = jnp.argmax(logits, -1, keepdims=True)
+            weight = jnp.take_along_axis(labels, guess, -1)[:, 0]
+            hits = (weight > 0) & (weight == jnp.max(labels, -1))
+            return jnp.mean(loss_fn(logits, labels)), jnp.mean(hits)
 
-        (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        def gradient(params: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+            """((loss, accuracy), gradient), which is 0 for what is frozen."""
+
+            def of_part(part: tuple[jax.Array, ...]) -> Any:
+                def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+                    moving = jax.tree.map(
+                        lambda p, moves: p if moves else jax.lax.stop_gradient(p), params, trained
+                    )
+                    return mean_loss(moving, part)
+
+                return jax.value_and_grad(loss, has_aux=True)(params)
+
+            if accumulate_steps == 1:
+                return of_part(whole)
+            parts = jax.tree.map(lambda x: _parts(x, accumulate_steps), whole)
+
+            def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, of_part(part)), None
+
+            zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+            total, _ = jax.lax.scan(add, zeros, parts)
+            return jax.tree.map(lambda x: x / accumulate_steps, total)
+
+        (loss, accuracy), grads = gradient(state.params)
+        if sam_rho:
+            radius = sam_rho / (optax.tree.norm(grads) + 1e-12)
+            _, grads = gradient(jax.tree.map(lambda p, g: p + radius * g, state.params, grads))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_decay:
+            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
         metrics = {
             "loss": loss,
-            "accuracy": jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(labels, -1)),
+            "accuracy": accuracy,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "learning_rate": schedule(state.step),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
     return train_step
+
+
+def _parts(x: jax.Array, count: int) -> jax.Array:
+    """Cuts the batch axis: (N, ...) to (count, N / count, ...).
+
+    Every count-th example makes a part, so that each device's share of a part lies in its own share
+    of the batch, and nothing moves between devices.
+    """
+    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
 
 def make_predict(model: MlpMixer) -> Callable[[Any, jax.Array], jax.Array]:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from mixer import (
     checkpoint,
     console,
+    load,
     losses,
     optimizer,
     pictures,
@@ -29,7 +30,7 @@ from mixer import (
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.metrics import Meter, MetricWriter
-from mixer.train_step import make_predict, make_train_step
+from mixer.train_step import make_predict
 
 
 def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> None:
@@ -76,6 +77,9 @@ def _train(
     eval_batch_size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
     sharding.check_batch_size("eval_batch_size", eval_batch_size, mesh)
+    if config.optimizer.accumulate_steps > 1:
+        part = config.global_batch_size // config.optimizer.accumulate_steps
+        sharding.check_batch_size("global_batch_size / optimizer.accumulate_steps", part, mesh)
 
     # The data is opened by a thread: importing TensorFlow takes seconds, in which the model's
     # first program is compiled, where the config says how many classes there are.
@@ -85,15 +89,14 @@ def _train(
         config = config.copy_and_resolve_references()
         if config.model.num_classes is None:
             config.model.num_classes = len(opening.result().train.class_names)
+        sized = opening.result().train.num_examples if run.needs_epochs(config) else None
+        run.resolve_lengths(config, sized)
         model = run.build_model(config)
         loss_fn = losses.make_loss(config.loss)
-        schedule = optimizer.make_schedule(
-            peak_lr=config.optimizer.peak_lr, total_steps=config.total_steps, **config.schedule
-        )
-        options = {key: value for key, value in config.optimizer.items() if key != "peak_lr"}
-        tx = optimizer.make_optimizer(schedule, **options)
+        schedule, tx = run.build_optimizer(config)
         image_size = (config.image_size, config.image_size)
-        abstract = train_state.abstract_state(model, tx, image_size, mesh)
+        ema = bool(config.optimizer.ema_decay)
+        abstract = train_state.abstract_state(model, tx, image_size, mesh, ema=ema)
 
         # A finished run may be given more steps; any other change of what binds it is refused.
         extended = (
@@ -102,7 +105,7 @@ def _train(
         )
         if old_config and not allow_config_change:
             if extended:
-                old_config["total_steps"] = config.total_steps
+                old_config.update({f"total_{unit}": config[f"total_{unit}"] for unit in run.UNITS})
             run.check_same_config(workdir, old_config, config)
 
         # The state: restored, or of step 0.
@@ -111,10 +114,14 @@ def _train(
             state, info = restored
             _warn_of_versions(info["versions"])
         else:
-            state = train_state.init_state(model, tx, image_size, mesh, config.seed)
+            state = train_state.init_state(model, tx, image_size, mesh, config.seed, ema=ema)
             if config.init_from:
-                params = checkpoint.restore_params(config.init_from, abstract.params)
-                state = state.replace(params=params)
+                params, head = load.initial_params(
+                    config.init_from, state.params, head=config.init_head
+                )
+                average = jax.tree.map(jnp.copy, params) if ema else None
+                state = state.replace(params=params, ema_params=average)
+                _say(f"first weights: {config.init_from}, head {head}")
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
     data = run.data_record(splits)
@@ -138,31 +145,50 @@ def _train(
     # Evaluation, by schedule and at the end the same code.
     eval_step = classification.make_eval_step(make_predict(model), loss_fn, model.num_classes)
 
-    def evaluate(state: train_state.TrainState, split, should_stop=lambda: False):
-        return classification.evaluate(
-            eval_step,
-            state.params,
-            split,
-            global_batch_size=eval_batch_size,
-            mesh=mesh,
-            prefetch_batches=config.dataset.prefetch_batches,
-            should_stop=should_stop,
-        )
+    def evaluate(state: train_state.TrainState, which: str, split) -> dict[str, Any] | None:
+        """Results of the parameters, and of their average as `which` + "_ema" where there is one.
+
+        None where a signal has ended it early.
+        """
+        results = {}
+        for name, params in ((which, state.params), (f"{which}_ema", state.ema_params)):
+            if params is not None:
+                results[name] = classification.evaluate(
+                    eval_step,
+                    params,
+                    split,
+                    global_batch_size=eval_batch_size,
+                    mesh=mesh,
+                    prefetch_batches=config.dataset.prefetch_batches,
+                    should_stop=lambda: bool(caught),
+                )
+                if results[name] is None:
+                    return None
+        return results
 
     def validate(state: train_state.TrainState, step: int) -> None:
         """Evaluates on the validation split; keeps the weights if they are the best so far."""
-        result = evaluate(state, splits.val, should_stop=lambda: bool(caught))
-        if result is None:
+        results = evaluate(state, "val", splits.val)
+        if results is None:
             return  # it is due still, and will be run when the run continues
-        so_far = [row["val/top1"] for row in writer.rows if "val/top1" in row]
-        if config.checkpoint.keep_best and result.top1 > max(so_far, default=-1):
+        judged = "val_ema" if ema else "val"
+        so_far = [row[f"{judged}/top1"] for row in writer.rows if f"{judged}/top1" in row]
+        if config.checkpoint.keep_best and results[judged].top1 > max(so_far, default=-1):
             # Others of this step and beyond are of a run that was here before.
             best.delete_after(step - 1)
             best.save(state)
             best.wait()  # the line below says that it is whole
-        writer.write(step, _named("val", result))
-        run.record_result(workdir, "last", step, "val", dataclasses.asdict(result))
-        terminal.line(f"step {step}: {_sentence('validation', result)}")
+        record(step, results)
+        for name, result in results.items():
+            terminal.line(f"step {step}: {_sentence(name, result)}")
+
+    def record(step: int, results: dict[str, Any]) -> None:
+        """Enters results in the record, unless they are in it, and in results.json."""
+        if not any(row["step"] == step and f"{min(results)}/top1" in row for row in writer.rows):
+            rows = (_named(name, result) for name, result in results.items())
+            writer.write(step, {key: value for row in rows for key, value in row.items()})
+        for name, result in results.items():
+            run.record_result(workdir, "last", step, name, dataclasses.asdict(result))
 
     def evaluation_is_due(step: int) -> bool:
         every = config.eval_every_steps or config.total_steps
@@ -191,10 +217,8 @@ def _train(
         # Compiled ahead, so that its time is taken for no step's; the first batches are on their
         # way meanwhile.
         train_step = (
-            jax.jit(
-                make_train_step(model, tx, schedule, loss_fn, seed=config.seed), donate_argnums=0
-            )
-            .lower(abstract, _abstract_batch(config.global_batch_size, image_size, mesh))
+            jax.jit(run.build_train_step(config, model, schedule, tx), donate_argnums=0)
+            .lower(abstract, _abstract_batch(config.global_batch_size, splits.train, mesh))
             .compile()
         )
         state = _loop(
@@ -216,15 +240,11 @@ def _train(
     for which, split in (("val", splits.val), ("test", splits.test)):
         if split is None or (which == "val" and start_step < config.total_steps):
             continue  # none, or evaluated by the loop at its last step
-        result = evaluate(state, split, should_stop=lambda: bool(caught))
+        results = evaluate(state, which, split)
         _leave_if_asked(caught, checkpoints, terminal)
-        run.record_result(workdir, "last", config.total_steps, which, dataclasses.asdict(result))
-        recorded = any(
-            row["step"] == config.total_steps and f"{which}/top1" in row for row in writer.rows
-        )
-        if not recorded:
-            writer.write(config.total_steps, _named(which, result))
-        terminal.line(_sentence({"val": "validation"}.get(which, which), result))
+        record(config.total_steps, results)
+        for name, result in results.items():
+            terminal.line(_sentence(name, result))
     writer.close()
     pictures.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
     terminal.line(
@@ -342,16 +362,20 @@ def _make_directory(workdir: str) -> epath.Path:
     return path
 
 
-def _abstract_batch(batch_size: int, image_size: tuple[int, int], mesh) -> dict[str, Any]:
+def _abstract_batch(batch_size: int, split: Any, mesh: Any) -> dict[str, Any]:
     where = sharding.batch_sharding(mesh)
     return {
-        "image": jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.uint8, sharding=where),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=where),
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=where)
+        for name, (shape, dtype) in split.example_spec.items()
     }
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _warn(line: str) -> None:
-    print(f"warning: {line}", flush=True)
+    _say(f"warning: {line}")
 
 
 def _warn_of_versions(saved: dict[str, str]) -> None:
@@ -374,16 +398,18 @@ def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
     )
     say(f"data: {splits.train.name}, {splits.train.num_examples:,} examples")
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} (mesh: {shape})")
-    if config.init_from:
-        say(f"first weights: {config.init_from}")
+    for line in optimizer.describe_multipliers(abstract.params, config.optimizer.lr_multipliers):
+        say(line)
 
 
 def _named(prefix: str, result: classification.Classification) -> dict[str, float]:
     return {f"{prefix}/{key}": value for key, value in dataclasses.asdict(result).items()}
 
 
-def _sentence(split: str, result: classification.Classification) -> str:
+def _sentence(name: str, result: classification.Classification) -> str:
+    which, _, average = name.partition("_")
+    split = {"val": "validation"}.get(which, which) + (" (average)" if average else "")
     return (
-        f"{split} accuracy {result.top1:.2%} ({result.correct:,} of {result.count:,}), top-5 "
+        f"{split} accuracy {result.top1:.2%} ({result.correct:,} of {result.labelled:,}), top-5 "
         f"{result.top5:.2%}, loss {result.loss:.4f}"
     )

@@ -26,6 +26,17 @@ def golden_params(name="official", prefix=""):
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+# The published optimizer, and what `make_train_step` takes when nothing is added to it.
+PUBLISHED = dict(
+    **dict(name="adamw", peak_lr=1e-3, b1=0.9, b2=0.999, eps=1e-8, momentum_dtype="float32"),
+    **dict(weight_decay=0.1, weight_decay_form="lr", grad_clip_norm=1.0, lr_multipliers=()),
+)
+PLAIN_STEP = dict(
+    **dict(mix=lambda key, images, labels: (images, labels), label_smoothing=0.0),
+    **dict(lr_multipliers=(), sam_rho=0.0, ema_decay=0.0, accumulate_steps=1),
+)
+
+
 def tiny_config(tfds_dir=None, **values):
     """A config that trains in a second: synthetic data, or the digits of `tfds_dir`."""
     config = common.base()
@@ -41,6 +52,8 @@ def tiny_config(tfds_dir=None, **values):
     if tfds_dir is None:
         config.dataset.name = "synthetic"
     else:
+        config.mixup.alpha = 0.2
+        config.optimizer.ema_decay = 0.9
         config.dataset.update(name="digits", data_dir=str(tfds_dir))
         config.dataset.update(
             train_preprocess="decode|random_crop(8, pad=1)", eval_preprocess="decode"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import assert_same_bits, run_python
+from helpers import PUBLISHED, assert_same_bits, run_python
 from mixer import checkpoint, optimizer, sharding, train_state
 from mixer.errors import UserError
 from mixer.model import make_model
@@ -26,15 +26,7 @@ def _model(**fields):
     )
 
 
-TX = optimizer.make_optimizer(
-    lambda step: 1e-3,
-    name="adamw",
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    weight_decay=0.1,
-    grad_clip_norm=1.0,
-)
+TX = optimizer.make_optimizer(lambda step: 1e-3, **PUBLISHED)
 
 
 def _states(**fields):

@@ -12,26 +12,31 @@ sys.path.insert(0, "tests")
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
 from helpers import tiny_config, leaves
-from mixer import losses, optimizer, run, sharding, train_state
-from mixer.train_step import make_train_step
+from mixer import run, sharding, train_state
 
-name = sys.argv[1]
-config = tiny_config(image_size=8, global_batch_size=16)
+config = tiny_config(image_size=8, global_batch_size=16, total_steps=10)
+config.schedule.update(decay="constant", warmup_steps=0, cooldown_steps=0)
+config.optimizer.name = sys.argv[1]
+config.optimizer.peak_lr = 0.1 if sys.argv[1] == "sgd" else 1e-3
+mixing, parts = sys.argv[2] == "mixing", (1, 1)
+if mixing:
+    config.mixup.update(alpha=0.5, per_example=True, cutmix_alpha=1.0, cutmix_prob=0.5)
+    config.optimizer.update(sam_rho=0.05, ema_decay=0.5)
+    config.label_smoothing = 0.1
+    parts = (4, 2)  # the batch in four parts on one device, in two on eight
 split = run.open_split(config, "train", None)
 config.model.num_classes = len(split.class_names)
 model = run.build_model(config)
 assert model.dropout and model.stoch_depth
-schedule = optimizer.make_schedule(peak_lr=0.1 if name == "sgd" else 1e-3, total_steps=10,
-    decay="constant", warmup_steps=0, final_multiplier=0.0)
-tx = optimizer.make_optimizer(schedule, name=name, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1,
-    grad_clip_norm=1.0)
 results = []
-for devices in (jax.devices()[:1], jax.devices()):
+for devices, accumulate_steps in zip((jax.devices()[:1], jax.devices()), parts):
+    config.optimizer.accumulate_steps = accumulate_steps
+    schedule, tx = run.build_optimizer(config)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-    state = train_state.init_state(model, tx, (8, 8), mesh, seed=0)
+    state = train_state.init_state(model, tx, (8, 8), mesh, seed=0, ema=mixing)
     start = leaves(state.params)
     assert all(len(leaf.sharding.device_set) == len(devices) for leaf in jax.tree.leaves(state))
-    step = jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=0), donate_argnums=0)
+    step = jax.jit(run.build_train_step(config, model, schedule, tx), donate_argnums=0)
     stream = split.train_batches(start_step=0, seed=0, global_batch_size=16, process_index=0,
         process_count=1)
     losses_seen = []
@@ -40,19 +45,26 @@ for devices in (jax.devices()[:1], jax.devices()):
         assert batch["image"].addressable_shards[0].data.shape[0] == 16 // len(devices)
         state, metrics = step(state, batch)
         losses_seen.append(float(metrics["loss"]))
-    results.append((losses_seen, leaves(state.params)))
+    results.append((losses_seen, leaves((state.params, state.ema_params))))
 (loss_1, params_1), (loss_8, params_8) = results
-assert max(np.abs(params_1[k] - start[k]).max() for k in start) > 1e-3  # something moved
+moved = leaves(state.params)
+assert max(np.abs(moved[k] - start[k]).max() for k in start) > 1e-3
 print(max(abs(a - b) for a, b in zip(loss_1, loss_8)),
       max(np.abs(params_1[k] - params_8[k]).max() for k in params_1))
 """
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("sgd", 1e-6), ("adamw", 1e-4)])
-def test_one_device_and_eight_give_the_same_numbers(name, tolerance):
-    """Stochastic depth and dropout included; without warm-up, so that everything moves."""
+@pytest.mark.parametrize(
+    ("name", "mixing", "tolerance"),
+    [("sgd", "plain", 1e-6), ("adamw", "plain", 1e-4), ("sgd", "mixing", 1e-6)],
+)
+def test_one_device_and_eight_give_the_same_numbers(name, mixing, tolerance):
+    """Stochastic depth and dropout included; without warm-up, so that everything moves.
+
+    "mixing" adds per-example mixup, CutMix, label smoothing, SAM, the average and accumulation.
+    """
     flags = "--xla_force_host_platform_device_count=8"
-    done = run_python("-c", ONE_AGAINST_EIGHT, name, XLA_FLAGS=flags)
+    done = run_python("-c", ONE_AGAINST_EIGHT, name, mixing, XLA_FLAGS=flags)
     loss, params = map(float, done.stdout.split())
     assert loss <= 1e-5 and params <= tolerance
 

@@ -27,7 +27,7 @@ def _metrics(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tfds_dir):
-    """An uninterrupted run on the digits, with augmentation, stochastic depth and dropout."""
+    """An uninterrupted run on the digits: augmentation, mixup, masks and an average."""
     path = tmp_path_factory.mktemp("whole")
     trainer.train(tiny_config(tfds_dir), path)
     return path
@@ -253,6 +253,36 @@ def test_new_run_starts_from_another_runs_weights(whole, tfds_dir, tmp_path):
         trainer.train(config, tmp_path / "other")
 
 
+def test_lengths_in_epochs_and_examples(tmp_path):
+    """2,048 synthetic images, batch 16: 128 steps an epoch."""
+    config = tiny_config(total_steps=None, total_epochs=0.0625, eval_every_steps=None)
+    config.update(eval_every_epochs=0.03125, log_every_steps=1)
+    config.schedule.update(warmup_steps=None, warmup_examples=33)
+    trainer.train(config, tmp_path)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "val/top1" in row] == [4, 8]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["total_steps"] == 8 and saved["total_epochs"] == 0.0625
+    assert saved["schedule"]["warmup_steps"] == 2 and saved["schedule"]["cooldown_steps"] == 0
+    rates = [row["train/learning_rate"] for row in rows if "train/loss" in row]
+    np.testing.assert_allclose(rates[:3], [0, 1.5e-3, 3e-3], rtol=1e-6)
+    config.total_epochs = 0.125  # a finished run, extended
+    trainer.train(config, tmp_path)
+    assert int(final_state(tmp_path)["step"]) == 16
+
+
+def test_average_is_evaluated_beside_the_parameters(whole):
+    from mixer.evaluation import report
+
+    (row,) = (row for row in read_metrics(whole) if row["step"] == 12 and "val/top1" in row)
+    assert row["val_ema/loss"] != row["val/loss"] and row["val_ema/count"] == 180
+    before = json.loads((whole / "results.json").read_text())["splits"]
+    assert set(before) == {"val", "val_ema", "test", "test_ema"}
+    report.evaluate_run(str(whole), checkpoint_name="last", splits=["test"])
+    after = json.loads((whole / "results.json").read_text())["splits"]
+    assert after == before and after["test_ema"]["loss"] != after["test"]["loss"]
+
+
 def test_diverging_run_stops_by_name(tmp_path):
     config = tiny_config(optimizer__peak_lr=1e30, optimizer__grad_clip_norm=0.0)
     config.optimizer.name = "sgd"
@@ -264,6 +294,15 @@ def test_diverging_run_stops_by_name(tmp_path):
     ("values", "message"),
     [
         (dict(total_steps=0), "total_steps is 0"),
+        (dict(total_steps=None), "no length of the run: give total_steps, total_epochs"),
+        (dict(total_epochs=2.0), "total_steps=12 and total_epochs=2.0 are set"),
+        (dict(schedule__cooldown_epochs=-1.0), "cooldown_epochs is -1.0"),
+        (dict(optimizer__accumulate_steps=3), "accumulate_steps=3 does not divide.*=16"),
+        (dict(optimizer__ema_decay=1.0), r"ema_decay is 1.0; it must be in \[0, 1\)"),
+        (dict(label_smoothing=1.5), r"label_smoothing is 1.5; it must be in \[0, 1\)"),
+        (dict(optimizer__peak_lr=float("nan")), "peak_lr is nan"),
+        (dict(optimizer__lr_multipliers=(("hed/.*", 0.0),)), "'hed/.*' decides for no parameter"),
+        (dict(mixup__cutmix_prob=0.5), "cutmix_alpha"),
         (dict(global_batch_size=None), "global_batch_size is None"),
         (dict(mesh__data=3), r"mesh \{'data': 3\} does not fit 1 device"),
         (dict(schedule__warmup_steps=12), r"warmup_steps=12 does not fit"),
@@ -312,7 +351,8 @@ def test_plain_output_is_calm_and_ends_with_accuracy_and_place(whole_command):
     path, out = whole_command
     assert "\x1b" not in out and "\r" not in out
     lines = out.splitlines()
-    assert re.match(r"test accuracy \d+\.\d\d% \(\d+ of 360\)", lines[-2])
+    assert re.match(r"test accuracy \d+\.\d\d% \(\d+ of 360\)", lines[-3])
+    assert lines[-2].startswith("test (average) accuracy")
     assert lines[-1].startswith("run: runs/tiny_digits") and path.is_dir()
     assert any(re.match(r"step 20/40 .*images/s .*data wait .*memory .*left", li) for li in lines)
 

@@ -19,6 +19,8 @@ def evaluate_run(
 ) -> None:
     """Evaluates the weights of a run on `splits` ("train", "val", "test") of its config.
 
+    A run that keeps a moving average of its parameters has a second row for each split, "val_ema".
+
     Args:
       workdir: the run.
       checkpoint_name: "last", "best" or a step's number.
@@ -40,32 +42,36 @@ def evaluate_run(
     if not opened:
         raise UserError(f"the config of {workdir} names no split {' or '.join(splits)}")
     model = run.build_model(config)
-    params = checkpoint.restore_params(
-        directory, abstract_params(model, (config.image_size, config.image_size), mesh)
-    )
+    abstract = abstract_params(model, (config.image_size, config.image_size), mesh)
+    items = {"": "params"}
+    if config.optimizer.ema_decay:
+        items["_ema"] = "ema_params"
     loss_fn = losses.make_loss(config.loss)
     eval_step = classification.make_eval_step(make_predict(model), loss_fn, model.num_classes)
 
     table = Table("split", "images", "top-1", "top-5", "loss", title=str(directory))
-    for which, split in opened.items():
-        result = classification.evaluate(
-            eval_step,
-            params,
-            split,
-            global_batch_size=batch_size,
-            mesh=mesh,
-            prefetch_batches=config.dataset.prefetch_batches,
-        )
-        path = run.record_result(
-            workdir, checkpoint_name, int(directory.name), which, dataclasses.asdict(result)
-        )
-        table.add_row(
-            f"{which} ({split.name})",
-            f"{result.count:,}",
-            f"{result.top1:.2%}",
-            f"{result.top5:.2%}",
-            f"{result.loss:.4f}",
-        )
+    for suffix, item in items.items():
+        params = checkpoint.restore_params(directory, abstract, item=item)
+        for which, split in opened.items():
+            result = classification.evaluate(
+                eval_step,
+                params,
+                split,
+                global_batch_size=batch_size,
+                mesh=mesh,
+                prefetch_batches=config.dataset.prefetch_batches,
+            )
+            name = which + suffix
+            path = run.record_result(
+                workdir, checkpoint_name, int(directory.name), name, dataclasses.asdict(result)
+            )
+            table.add_row(
+                f"{name} ({split.name})",
+                f"{result.count:,}",
+                f"{result.top1:.2%}",
+                f"{result.top5:.2%}",
+                f"{result.loss:.4f}",
+            )
     console = Console()
     console.print(table)
     console.print(f"written to {path}", highlight=False, soft_wrap=True)

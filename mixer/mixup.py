@@ -1,0 +1,75 @@
+"""Mixup and CutMix on the device: on the global batch, anew in every step.
+
+The partner of image i is image i - 1 of the global batch, the last one for the first: the authors'
+form of mixup (big_vision). Everything is a function of the step's key and of the places in the
+global batch, so that the number of devices changes nothing.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mixer.errors import UserError
+
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def make_mix(*, alpha: float, per_example: bool, cutmix_alpha: float, cutmix_prob: float) -> Mix:
+    """Returns `(key, images (N, H, W, 3) float, labels (N, K)) -> (images, labels)`, mixed.
+
+    Args:
+      alpha: mixup's lambda is max(u, 1 - u), u from Beta(alpha, alpha), so that an image keeps the
+        larger share of itself (Zhang et al., 2018; the maximum is the authors'); 0: no mixup.
+      per_example: whether each image draws its own lambda or window; else all share the step's.
+      cutmix_alpha: CutMix pastes a window of the partner whose share of the area is drawn from
+        Beta(cutmix_alpha, cutmix_alpha), around a uniform place, cut off at the border; labels are
+        mixed by the area that is left (Yun et al., 2019).
+      cutmix_prob: share of the steps (of the images, with `per_example`) that take CutMix; the
+        others take mixup.
+
+    Raises:
+      UserError: a value out of its range.
+    """
+    for name, value in (("alpha", alpha), ("cutmix_alpha", cutmix_alpha)):
+        if value < 0:
+            raise UserError(f"mixup.{name} is {value}; it must be 0 (off) or more")
+    if not 0 <= cutmix_prob <= 1 or bool(cutmix_prob) != bool(cutmix_alpha):
+        raise UserError(
+            f"mixup.cutmix_prob={cutmix_prob} and mixup.cutmix_alpha={cutmix_alpha}: the first is "
+            "in [0, 1], and both are 0 or neither"
+        )
+
+    def mix(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if not alpha and not cutmix_alpha:
+            return images, labels
+        count = (images.shape[0] if per_example else 1,)
+        keys = jax.random.split(key, 4)
+        own = jnp.ones((*count, 1, 1, 1))  # share of the image itself, by pixel
+        if alpha:
+            u = jax.random.beta(keys[0], alpha, alpha, count)
+            own = jnp.maximum(u, 1 - u)[:, None, None, None]
+        label_share = own[:, 0, 0]
+        if cutmix_alpha:
+            area = jax.random.beta(keys[1], cutmix_alpha, cutmix_alpha, count)
+            outside = ~_window(keys[2], area, images.shape[1:3])
+            chosen = jax.random.bernoulli(keys[3], cutmix_prob, count)
+            own = jnp.where(chosen[:, None, None, None], outside[..., None], own)
+            label_share = jnp.where(
+                chosen[:, None], jnp.mean(outside, (1, 2))[:, None], label_share
+            )
+        mixed = own * images + (1 - own) * jnp.roll(images, 1, axis=0)
+        return mixed, label_share * labels + (1 - label_share) * jnp.roll(labels, 1, axis=0)
+
+    return mix
+
+
+def _window(key: jax.Array, area: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Windows of the image's aspect and of share `area` (n,) of it: (n, H, W) bool."""
+    inside = []
+    for axis, side in enumerate(size):
+        middle = jax.random.uniform(jax.random.fold_in(key, axis), area.shape, maxval=side)
+        half = jnp.sqrt(area) * side / 2
+        place = jnp.arange(side) + 0.5
+        inside.append(jnp.abs(place - middle[:, None]) < half[:, None])
+    return inside[0][:, :, None] & inside[1][:, None, :]

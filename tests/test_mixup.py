@@ -1,0 +1,111 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixer.errors import UserError
+from mixer.mixup import make_mix
+
+OFF = dict(alpha=0.0, per_example=False, cutmix_alpha=0.0, cutmix_prob=0.0)
+N = 64
+
+
+@functools.cache
+def _compiled(**options):
+    return jax.jit(make_mix(**{**OFF, **options}))
+
+
+def _mixed(seed=0, size=(8, 12), **options):
+    """Image i is constant i + 1, its label one-hot i; so the mixture can be read off."""
+    images = jnp.broadcast_to(jnp.arange(1.0, N + 1)[:, None, None, None], (N, *size, 3))
+    images, labels = _compiled(**options)(jax.random.key(seed), images, jnp.eye(N))
+    return np.asarray(images), np.asarray(labels)
+
+
+def _shares(labels):
+    """Share of the image itself in its label; the rest has to be its partner's."""
+    own = np.diagonal(labels)
+    partner = labels[np.arange(N), np.arange(N) - 1]
+    np.testing.assert_allclose(own + partner, 1, atol=1e-6)
+    np.testing.assert_allclose(labels.sum(-1), 1, atol=1e-6)
+    return own
+
+
+def test_nothing_is_mixed_when_off():
+    images, labels = _mixed()
+    np.testing.assert_array_equal(labels, np.eye(N))
+    np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(1, N + 1))
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_mixup_of_image_and_label(per_example):
+    images, labels = _mixed(alpha=0.5, per_example=per_example)
+    own = _shares(labels)
+    values = np.arange(1, N + 1)
+    wanted = own * values + (1 - own) * np.roll(values, 1)
+    np.testing.assert_allclose(images, np.broadcast_to(wanted[:, None, None, None], images.shape))
+    assert own.min() >= 0.5
+    assert len(np.unique(own.round(5))) == (1 if not per_example else N)
+
+
+def test_lambda_has_the_distribution_of_beta():
+    """The mean of max(u, 1 - u), u from Beta(0.5, 0.5), is 1/2 + 1/pi."""
+    lambdas = np.concatenate(
+        [_shares(_mixed(seed, alpha=0.5, per_example=True)[1]) for seed in range(30)]
+    )
+    assert abs(lambdas.mean() - (0.5 + 1 / np.pi)) < 0.02
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_cutmix_pastes_a_window_and_weighs_labels_by_its_area(per_example):
+    images, labels = _mixed(cutmix_alpha=1.0, cutmix_prob=1.0, per_example=per_example)
+    own = _shares(labels)
+    values = np.arange(1, N + 1)
+    windows = set()
+    for i in range(N):
+        mine = images[i, ..., 0] == values[i]
+        assert (images[i, ..., 0][~mine] == values[i - 1]).all()
+        np.testing.assert_allclose(mine.mean(), own[i], atol=1e-6)
+        rows, columns = (~mine).any(1), (~mine).any(0)
+        np.testing.assert_array_equal(~mine, rows[:, None] & columns)  # a rectangle
+        for side in (rows, columns):
+            assert (np.diff(np.flatnonzero(side)) == 1).all()
+        windows.add(mine.tobytes())
+    assert len(windows) == 1 if not per_example else len(windows) > N // 2
+
+
+def test_area_of_cutmix():
+    """A window around the middle of a large image covers the area drawn, of any share."""
+    from mixer.mixup import _window
+
+    area = jnp.linspace(0.01, 0.99, 200)
+    found = np.asarray(_window(jax.random.key(0), area, (200, 300))).mean((1, 2))
+    inside = found > 0.95 * area  # not cut off at the border
+    assert (found <= area * 1.1).all() and inside[:60].mean() > 0.25
+    np.testing.assert_allclose(found[inside], area[inside], rtol=0.1)
+
+
+def test_share_of_the_steps_that_take_cutmix():
+    kinds = []
+    for seed in range(60):
+        images, _ = _mixed(seed, size=(4, 4), alpha=0.5, cutmix_alpha=1.0, cutmix_prob=0.5)
+        blended = images[5, ..., 0] % 1 != 0
+        assert blended.all() or not blended.any()
+        kinds.append(bool(blended.any()))
+    assert 18 < sum(kinds) < 42
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(alpha=-1.0), "alpha is -1"),
+        (dict(cutmix_prob=0.5), "both are 0 or neither"),
+        (dict(cutmix_alpha=1.0), "both are 0 or neither"),
+        (dict(cutmix_alpha=1.0, cutmix_prob=1.5), r"in \[0, 1\]"),
+    ],
+)
+def test_wrong_values_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        make_mix(**{**OFF, **options})
