@@ -147,3 +147,159 @@ def parse_arg(arg: str, **defaults):
                 f"config argument {key}={value!r}: it must be of type {kind.__name__}"
             ) from None
     return ConfigDict(values)
+
+
+# The models that the recipes' `model=` takes; mixer/model.py has their dimensions.
+VARIANTS = ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
+MODES = ("tpu", "gpu8", "smoke")
+PUBLISHED_BATCH = 4096  # of every pre-training run of the paper
+
+
+def check_choice(key: str, value, known) -> None:
+    """Raises ValueError where the config argument `key` has a value that is not in `known`."""
+    if value not in known:
+        raise ValueError(
+            f"config argument {key}={value!r}: it must be one of {', '.join(map(str, known))}"
+        )
+
+
+def check_positive(key: str, value: float) -> None:
+    """Raises ValueError where the config argument `key` is not a number above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"config argument {key}={value}: it must be above 0")
+
+
+def check_res(res: int, patch_size: int) -> None:
+    """Raises ValueError where `patch_size` does not divide the image's side `res` (pixels)."""
+    check_positive("res", res)
+    if res % patch_size:
+        low = res // patch_size * patch_size
+        near = " or ".join(str(side) for side in (low, low + patch_size) if side)
+        raise ValueError(
+            f"config argument res={res}: patches of {patch_size} pixels do not divide it; the "
+            f"nearest sizes are {near}"
+        )
+
+
+def check_model(model: str, res: int) -> None:
+    """Raises ValueError where `model` is no variant, or its patch does not divide `res`."""
+    check_choice("model", model, VARIANTS)
+    check_res(res, int(model.partition("/")[2]))
+
+
+def eval_preprocess(res: int) -> str:
+    """Short side to 8/7 of `res` (256 for 224) by area averaging, then the middle [read: BV]."""
+    return f"decode|resize_small({res * 8 // 7}, method='area')|central_crop({res})"
+
+
+def make_smoke(config: ConfigDict, *, num_classes: int | None) -> None:
+    """Cuts a recipe to 8 steps of 16 synthetic images and a model of 2 blocks.
+
+    Widths, loss, mixing, optimizer and the shape of the schedule stay the recipe's.
+    """
+    config.dataset.update(
+        name="synthetic",
+        train_split="train",
+        val_split="validation",
+        test_split="test",
+        label_key="",
+    )
+    config.model.update(num_blocks=2, num_classes=num_classes)
+    config.update(
+        total_steps=8,
+        total_epochs=None,
+        global_batch_size=16,
+        eval_batch_size=64,
+        tensorboard=False,
+    )
+    config.update(log_every_steps=2, eval_every_steps=None, eval_every_examples=None)
+    config.schedule.update(warmup_steps=2, warmup_examples=None)
+
+
+def pretraining(
+    arg: ConfigDict,
+    *,
+    dataset: str,
+    num_classes: int | None,
+    train_split: str,
+    val_split: str,
+    test_split: str,
+    augment: str,
+    peak_lr: float,
+    weight_decay: float,
+    head_bias_init: float,
+    mixup: float = 0.0,
+    stoch_depth: float = 0.0,
+) -> ConfigDict:
+    """The paper's pre-training: what its recipes share, and their arguments.
+
+    Sigmoid loss, Adam (0.9, 0.999) with decoupled weight decay, clipping at global norm 1, warm-up
+    over 10,000 steps, linear decay to 1e-5 of the peak, inception crop [read: BV, mlp_mixer_i1k].
+    `weight_decay` is multiplied by the learning rate: BV's 1e-4 at a peak of 1e-3, in the form
+    "schedule", is 0.1 here in the form "lr".
+
+    The recipes' arguments:
+      model: any variant, with the recipe's own values for all the rest.
+      res: the images' side in pixels, any that the patch divides.
+      mode: how it is run, tpu, gpu8 or smoke.
+        tpu: the published batch of 4096, float32 (whose products a TPU computes in bfloat16).
+        gpu8: one host with 8 GPUs, batch 1024, bfloat16. Batch b instead of 4096 means peak_lr
+          times sqrt(b / 4096) (Adam's rule: Malladi et al., 2022, recalled); warm-up over as many
+          images, hence 4096 / b times the steps; weight_decay times sqrt(b / 4096), so that an
+          epoch takes as much from a kernel as before. So: 5e-4, 40,000 steps and 0.05 for 1e-3,
+          10,000 and 0.1. The rule is not measured. Where memory is short, add
+          --config.optimizer.accumulate_steps=2 (or more): the update stays the same.
+        smoke: 8 steps of synthetic images with 2 blocks, whatever `data` and `epochs` say: the
+          same path through the code on a laptop (B/16: 75 s of CPU time, 2.5 GB).
+      epochs: the length; the warm-up stays as long as it is.
+      data: the data set: a TFDS name, folder (give --config.dataset.data_dir) or synthetic.
+
+    Args:
+      arg: the arguments above, as parsed.
+      dataset: the recipe's own data.
+      num_classes: of that data; None, and for other `data`: as many as the data has.
+      train_split: likewise of that data, as are val_split and test_split.
+      val_split: evaluated during training.
+      test_split: evaluated at the end.
+      augment: steps after the crop.
+      peak_lr: of batch 4096.
+      weight_decay: of batch 4096.
+      head_bias_init: first bias of the head: about -log(classes).
+      mixup: Beta's parameter; 0: none.
+      stoch_depth: drop rate of the last block.
+
+    Raises:
+      ValueError: an argument out of range.
+    """
+    check_model(arg.model, arg.res)
+    check_choice("mode", arg.mode, MODES)
+    check_positive("epochs", arg.epochs)
+    config = base()
+    config.total_epochs = arg.epochs
+    config.global_batch_size = 1024 if arg.mode == "gpu8" else PUBLISHED_BATCH
+    config.image_size = arg.res
+    config.loss = "sigmoid"
+    config.model.update(variant=arg.model, stoch_depth=stoch_depth, head_bias_init=head_bias_init)
+    config.model.dtype = "bfloat16" if arg.mode == "gpu8" else "float32"
+    if arg.data == dataset:
+        config.model.num_classes = num_classes
+    config.dataset.update(
+        name=arg.data,
+        train_split=train_split,
+        val_split=val_split,
+        test_split=test_split,
+        train_preprocess=f"inception_crop({arg.res})|{augment}",
+        eval_preprocess=eval_preprocess(arg.res),
+    )
+    if arg.data == "synthetic":
+        config.dataset.update(train_split="train", val_split="validation", test_split="test")
+    config.mixup.alpha = mixup
+    scale = (config.global_batch_size / PUBLISHED_BATCH) ** 0.5
+    config.optimizer.update(peak_lr=peak_lr * scale, weight_decay=weight_decay * scale)
+    config.schedule.update(
+        decay="linear", warmup_examples=10_000 * PUBLISHED_BATCH, final_multiplier=1e-5
+    )
+    config.eval_every_examples = 2500 * PUBLISHED_BATCH  # [read: BV]
+    if arg.mode == "smoke":
+        make_smoke(config, num_classes=num_classes)
+    return config

@@ -1,0 +1,37 @@
+"""Mixer-L/16 on ImageNet-1k, from scratch.
+
+python train.py --config=configs/mixer_l16_i1k.py
+python train.py --config=configs/mixer_l16_i1k.py:mode=gpu8
+python train.py --config=configs/mixer_l16_i1k.py:mode=smoke      # on a laptop, no data
+
+Expected at 224 px: 71.76 % after 300 epochs [paper], below B/16: so large a Mixer overfits
+ImageNet-1k. Hardware: TPUs with batch 4096; time not given. None of it is measured here.
+
+Values: the paper's table has the same for B and L on ImageNet-1k [paper]; what it leaves open
+(bias of the head, splits, end of the decay) is B/16's [read: BV `mlp_mixer_i1k`].
+Data: python -m mixer.tools.prepare tfds imagenet2012
+
+Arguments (`pretraining` in configs/common.py explains them): model= res= mode= epochs= data=
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(
+        arg, model="L/16", res=224, mode="tpu", epochs=300.0, data="imagenet2012"
+    )
+    return common.pretraining(
+        arg,
+        dataset="imagenet2012",
+        num_classes=1000,
+        train_split="train[:99%]",
+        val_split="train[99%:]",
+        test_split="validation",
+        augment="flip_lr|randaugment(2, 15)",
+        peak_lr=1e-3,
+        weight_decay=0.1,
+        head_bias_init=-6.9,
+        mixup=0.5,
+        stoch_depth=0.1,
+    )

@@ -1,0 +1,37 @@
+"""Mixer-S/16 pre-trained on weakly labelled images, several labels an image: the JFT-300M recipe.
+
+python train.py --config=configs/mixer_s16_jft.py --config.dataset.data_dir=/data/web \
+    --config.dataset.label_file=/data/web/labels.jsonl
+python train.py --config=configs/mixer_s16_jft.py:data=NAME --config.dataset.label_key=labels
+python train.py --config=configs/mixer_s16_jft.py:mode=smoke      # on a laptop, no data
+
+JFT-300M (300 M images, 18,291 classes) is not public: bring a folder with a label file, or a TFDS
+set whose `label_key` is a list of classes; docs/data.md has the formats.
+Expected with JFT: no figure in our references.
+Hardware: TPUs with batch 4096; time not given.
+
+Values: 5 epochs of batches of 4096, Adam at 3e-3, weight decay 0.03, warm-up 10,000 steps, linear
+decay, inception crop and flip, no other regularization [paper]. Of ours: the head's first bias,
+-10, about -log(18,291); the last 1 % of the training split to validate on and no test split. An
+epoch is one of your data: JFT's 5 epochs are about 366,000 steps, so set epochs= to match.
+
+Arguments (`pretraining` in configs/common.py explains them): model= res= mode= epochs= data=
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(arg, model="S/16", res=224, mode="tpu", epochs=5.0, data="folder")
+    return common.pretraining(
+        arg,
+        dataset="folder",
+        num_classes=None,
+        train_split="train[:99%]",
+        val_split="train[99%:]",
+        test_split="",
+        augment="flip_lr",
+        peak_lr=3e-3,
+        weight_decay=0.03,
+        head_bias_init=-10.0,
+    )

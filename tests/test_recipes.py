@@ -1,0 +1,268 @@
+"""The recipes' values against the published ones (REFERENCE.md, section 2), and their arguments."""
+
+import importlib
+
+import pytest
+
+from configs import common, finetune
+
+# Examples of the sets in TFDS. VTAB's test splits have the sizes in its paper's table.
+SIZES = {
+    "caltech101": dict(train=3059, test=6084),
+    "cifar10": dict(train=50_000, test=10_000),
+    "cifar100": dict(train=50_000, test=10_000),
+    "clevr": dict(train=70_000, validation=15_000, test=15_000),
+    "diabetic_retinopathy_detection/btgraham-300": dict(
+        train=35_126, validation=10_906, test=42_670
+    ),
+    "dmlab": dict(train=65_550, validation=22_628, test=22_735),
+    "dsprites": dict(train=737_280),
+    "dtd": dict(train=1880, validation=1880, test=1880),
+    "eurosat/rgb": dict(train=27_000),
+    "imagenet2012": dict(train=1_281_167, validation=50_000),
+    "kitti": dict(train=6347, validation=423, test=711),
+    "oxford_flowers102": dict(train=1020, validation=1020, test=6149),
+    "oxford_iiit_pet": dict(train=3680, test=3669),
+    "patch_camelyon": dict(train=262_144, validation=32_768, test=32_768),
+    "resisc45": dict(train=31_500),
+    "smallnorb": dict(train=24_300, test=24_300),
+    "sun397/tfds": dict(train=76_128, validation=10_875, test=21_750),
+    "svhn_cropped": dict(train=73_257, test=26_032),
+}
+VTAB_TEST_SIZES = {
+    "caltech101": 6084,
+    "cifar100": 10_000,
+    "dtd": 1880,
+    "flowers102": 6149,
+    "pets": 3669,
+    "sun397": 21_750,
+    "svhn": 26_032,
+    "camelyon": 32_768,
+    "eurosat": 5400,
+    "resisc45": 6300,
+    "retinopathy": 42_670,
+    "clevr_count": 15_000,
+    "clevr_distance": 15_000,
+    "dmlab": 22_735,
+    "dsprites_location": 73_728,
+    "dsprites_orientation": 73_728,
+    "kitti_distance": 711,
+    "smallnorb_azimuth": 12_150,
+    "smallnorb_elevation": 12_150,
+}
+
+
+def build(name, arg=""):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def resolve(config, num_examples):
+    """The config with its lengths in steps, and its learning rate."""
+    from mixer import run
+
+    run.resolve_lengths(config, num_examples)
+    return config, run.build_optimizer(config)[0]
+
+
+# The paper's table and REFERENCE's: model, epochs, lr, weight decay, RandAugment's magnitude,
+# mixup, stochastic depth, first bias of the head.
+PRETRAINING = {
+    "mixer_b16_i1k": ("B/16", 300, 1e-3, 0.1, 15, 0.5, 0.1, -6.9),
+    "mixer_l16_i1k": ("L/16", 300, 1e-3, 0.1, 15, 0.5, 0.1, -6.9),
+    "mixer_b16_i21k": ("B/16", 300, 1e-3, 0.1, 10, 0.2, 0.1, -10.0),
+    "mixer_l16_i21k": ("L/16", 300, 1e-3, 0.1, 20, 0.5, 0.1, -10.0),
+    "mixer_s16_jft": ("S/16", 5, 3e-3, 0.03, None, 0.0, 0.0, -10.0),
+    "mixer_b16_jft": ("B/16", 7, 3e-3, 0.03, None, 0.0, 0.0, -10.0),
+    "mixer_l16_jft": ("L/16", 14, 1e-3, 0.03, None, 0.0, 0.0, -10.0),
+    "mixer_h14_jft": ("H/14", 14, 1e-3, 0.03, None, 0.0, 0.0, -10.0),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_is_the_papers(name):
+    model, epochs, lr, decay, magnitude, mixup, depth, bias = PRETRAINING[name]
+    config = build(name)
+    augment = f"|randaugment(2, {magnitude})" if magnitude else ""
+    assert config.dataset.train_preprocess == f"inception_crop(224)|flip_lr{augment}"
+    assert config.dataset.eval_preprocess.startswith("decode|resize_small(256")
+    found = config.model
+    assert (found.variant, found.stoch_depth, found.head_bias_init) == (model, depth, bias)
+    found = config.optimizer
+    assert (found.name, found.b1, found.b2, found.grad_clip_norm) == ("adamw", 0.9, 0.999, 1.0)
+    assert (found.peak_lr, found.weight_decay, found.weight_decay_form) == (lr, decay, "lr")
+    assert (config.mixup.alpha, config.mixup.per_example, config.mixup.cutmix_prob) == (
+        mixup,
+        False,
+        0.0,
+    )
+    assert (config.loss, config.global_batch_size) == ("sigmoid", 4096)
+    assert (config.total_epochs, config.label_smoothing, config.model.dropout) == (epochs, 0, 0)
+
+
+def test_b16_i1k_takes_the_published_steps_and_learning_rates():
+    config, schedule = resolve(build("mixer_b16_i1k"), round(0.99 * 1_281_167))
+    assert (config.total_steps, config.schedule.warmup_steps) == (92_897, 10_000)
+    assert config.eval_every_steps == 2500
+    for step, lr in ((0, 0.0), (5000, 0.5e-3), (10_000, 1e-3), (92_897, 1e-8)):
+        assert float(schedule(step)) == pytest.approx(lr, rel=1e-3, abs=1e-12), step
+    assert float(schedule((10_000 + 92_897) // 2)) == pytest.approx(0.5e-3, rel=1e-3)
+    # The authors' decay of 1e-4 at the peak.
+    assert config.optimizer.peak_lr * config.optimizer.weight_decay == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_8_gpus_see_the_same_images_in_warm_up_and_lose_the_same_to_decay(name):
+    (large, _), (small, _) = (
+        resolve(build(name, f"mode={m}"), 10_000_000) for m in ("tpu", "gpu8")
+    )
+    assert (small.global_batch_size, small.model.dtype) == (1024, "bfloat16")
+    assert small.schedule.warmup_steps == 40_000 == 4 * large.schedule.warmup_steps
+    assert small.total_steps == pytest.approx(4 * large.total_steps, abs=4)
+    assert small.optimizer.peak_lr == pytest.approx(large.optimizer.peak_lr / 2)
+
+    def decay_per_image(config):
+        return config.optimizer.peak_lr * config.optimizer.weight_decay / config.global_batch_size
+
+    assert decay_per_image(small) == pytest.approx(decay_per_image(large))
+
+
+def test_the_records_recipe_keeps_its_proportions():
+    for epochs in (300, 5):
+        config, schedule = resolve(build("cifar10", f"recipe=record,epochs={epochs}"), 49_000)
+        steps = round(epochs * 49_000 / 128)
+        warmup = config.schedule.warmup_steps
+        assert config.total_steps == steps and warmup == pytest.approx(steps / 60, abs=1)
+        assert float(schedule(warmup)) == pytest.approx(1e-3)
+        assert float(schedule(steps)) == pytest.approx(1e-6)
+    found = config.optimizer
+    assert (found.b1, found.b2, found.weight_decay_form) == (0.9, 0.99, "l2")
+    assert (found.weight_decay, found.grad_clip_norm, config.label_smoothing) == (5e-5, 0, 0.1)
+    assert (config.mixup.cutmix_alpha, config.mixup.cutmix_prob, config.mixup.alpha) == (1, 0.5, 0)
+    assert config.dataset.train_preprocess.count("random_crop(32, pad=4)") == 2
+    assert "flip" not in config.dataset.train_preprocess
+
+
+@pytest.mark.parametrize("arg", ["", "recipe=record"])
+def test_the_cifar_model_is_the_records(arg):
+    import jax
+
+    from mixer import run
+
+    config = build("cifar10", arg)
+    config.model.num_classes = 10
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+    shapes = jax.eval_shape(run.build_model(config).init, jax.random.key(0), images)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_132_170
+
+
+# Fine-tuning.
+
+
+@pytest.mark.parametrize("dataset", finetune.SETS)
+def test_fine_tuning_is_the_authors(dataset):
+    steps, warmup = {
+        "imagenet2012": (20_000, 500),
+        "cifar10": (10_000, 500),
+        "cifar100": (10_000, 500),
+        "oxford_iiit_pet": (500, 100),
+        "oxford_flowers102": (500, 100),
+        "folder": (2500, 200),
+    }[dataset]
+    config = build("finetune", f"dataset={dataset},lr=0.01,init=weights.npz")
+    assert (config.total_steps, config.schedule.warmup_steps) == (steps, warmup)
+    assert (config.schedule.decay, config.schedule.final_multiplier) == ("cosine", 0.0)
+    found = config.optimizer
+    assert (found.name, found.b1, found.momentum_dtype) == ("sgd", 0.9, "bfloat16")
+    assert (found.peak_lr, found.weight_decay, found.grad_clip_norm) == (0.01, 0.0, 1.0)
+    assert (config.loss, config.global_batch_size) == ("softmax", 512)
+    assert (config.init_from, config.init_head) == ("weights.npz", "auto")
+    assert build("finetune").optimizer.peak_lr == 0.03
+
+
+def examples(spec, sizes):
+    """The examples of a split spec as (split, number), by TFDS's own grammar."""
+    from mixer.data.sources import _absolute
+
+    return {
+        (part.splitname, number)
+        for part in _absolute(spec, sizes)
+        for number in range(part.from_ or 0, part.to or sizes[part.splitname])
+    }
+
+
+@pytest.mark.parametrize("dataset", [*finetune.SETS, *(f"vtab/{task}" for task in finetune.VTAB)])
+def test_splits_of_fine_tuning_are_whole_and_apart(dataset):
+    config = build("finetune", f"dataset={dataset}").dataset
+    sizes = SIZES.get(config.name, dict(train=1000, test=100))  # a folder's are the user's
+    train, val, test = (
+        examples(config[f"{which}_split"], sizes) for which in ("train", "val", "test")
+    )
+    assert train and val and test
+    assert not train & val and not train & test and not val & test
+    if dataset.startswith("vtab/"):
+        assert (len(train), len(val)) == (800, 200)
+        assert len(test) == VTAB_TEST_SIZES[dataset.removeprefix("vtab/")]
+        final = build("finetune", f"dataset={dataset},split=1000").dataset
+        assert examples(final.train_split, sizes) == train | val
+        assert (final.val_split, final.test_split) == ("", config.test_split)
+
+
+@pytest.mark.parametrize("dataset", [*finetune.SETS, *(f"vtab/{task}" for task in finetune.VTAB)])
+def test_sets_and_labels_of_fine_tuning_are_known(dataset, tmp_path):
+    import tensorflow_datasets as tfds
+
+    from mixer.data import labels
+
+    config = build("finetune", f"dataset={dataset}").dataset
+    if config.name == "folder":
+        return
+    features = tfds.builder(config.name, data_dir=tmp_path).info.features
+    if config.label_key:
+        derived = labels.DERIVED[config.label_key]
+        assert derived.dataset == config.name
+        assert set(derived.features) <= set(features)
+    else:
+        assert isinstance(features["label"], tfds.features.ClassLabel)
+    assert isinstance(features["image"], tfds.features.Image)
+
+
+def test_names_are_those_of_the_model():
+    from mixer.model import VARIANTS
+
+    assert tuple(VARIANTS) == common.VARIANTS
+    assert len(finetune.VTAB) == 19
+
+
+# Wrong arguments: one line, with what would be accepted.
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "message"),
+    [
+        ("mixer_b16_i1k", "model=B/17", "model='B/17': it must be one of S/32, S/16"),
+        ("mixer_b16_i1k", "mode=gpu9", "mode='gpu9': it must be one of tpu, gpu8, smoke"),
+        ("mixer_b16_i1k", "res=225", "res=225: .* nearest sizes are 224 or 240"),
+        ("mixer_h14_jft", "res=256", "nearest sizes are 252 or 266"),
+        ("mixer_b16_i1k", "res=10", "nearest sizes are 16$"),
+        ("mixer_b16_i1k", "res=0", "res=0: it must be above 0"),
+        ("mixer_b16_i1k", "epochs=0", "epochs=0.0: it must be above 0"),
+        ("mixer_b16_i1k", "epochs=nan", "epochs=nan: it must be above 0"),
+        ("mixer_b16_i1k", "epochs=ten", "epochs='ten': it must be of type float"),
+        ("mixer_b16_i1k", "size=224", "'size=224' is not understood; accepted: model="),
+        ("finetune", "dataset=vtab/typo", "dataset='vtab/typo': it must be one of .*vtab/dtd"),
+        ("finetune", "model=b16", "model='b16'"),
+        ("finetune", "res=100", "nearest sizes are 96 or 112"),
+        ("finetune", "lr=-1", "lr=-1.0: it must be above 0"),
+        ("finetune", "dataset=vtab/dtd,split=900", "split=900: it must be one of 800, 1000"),
+        ("finetune", "split=1000", "split=1000: cifar10 is no vtab/ task"),
+        ("finetune", "mode=smoke,init=w.npz", "init=: mode=smoke"),
+        ("cifar10", "recipe=theirs", "recipe='theirs': it must be one of ours, record"),
+        ("cifar10", "epochs=0", "epochs=0: it must be above 0"),
+        ("folder", "res=33", "res=33: .* nearest sizes are 32 or 40"),
+        ("folder", "patch=0", "patch=0: it must be above 0"),
+    ],
+)
+def test_wrong_argument_says_what_is_accepted(name, arg, message):
+    with pytest.raises(ValueError, match=f"^config argument .*{message}") as error:
+        build(name, arg)
+    assert "\n" not in str(error.value)
