@@ -10,11 +10,12 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 train: .venv/installed
 	.venv/bin/python train.py --config=$(CONFIG)
 
+# Two processes: most tests compile small programs, which keeps one core busy.
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 test-all: .venv/installed
-	.venv/bin/python -m pytest -m "not tpu_backend and not gpu"
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not tpu_backend and not gpu"
 
 lint: .venv/installed
 	.venv/bin/ruff check .

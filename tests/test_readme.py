@@ -95,9 +95,9 @@ def test_documented_keys_and_steps_exist():
                 assert part in node, (page, path)
                 node = node[part]
         for group, name in re.findall(
-            r"`(checkpoint|dataset|model|optimizer|schedule)\.(?!py\b)(\w+)", page.read_text()
+            r"`(checkpoint|dataset|mixup|model|optimizer|schedule)\.(?!py\b)(\w+)", page.read_text()
         ):
             assert name in common.base()[group], (page, group, name)
-    text = (ROOT / "docs" / "data.md").read_text()
+    text = (ROOT / "docs" / "preprocessing.md").read_text()
     for step in STEPS:
         assert f"`{step}" in text, step
