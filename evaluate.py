@@ -21,6 +21,9 @@ SPLIT = flags.DEFINE_enum(
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where the data is now, if it has moved since the training."
 )
+LABEL_FILE = flags.DEFINE_string(
+    "label_file", None, "Where its file of labels is now, if that has moved."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +38,11 @@ def main(argv: list[str]) -> None:
 
     splits = ["val", "test"] if SPLIT.value == "all" else [SPLIT.value]
     report.evaluate_run(
-        WORKDIR.value, checkpoint_name=CHECKPOINT.value, splits=splits, data_dir=DATA_DIR.value
+        WORKDIR.value,
+        checkpoint_name=CHECKPOINT.value,
+        splits=splits,
+        data_dir=DATA_DIR.value,
+        label_file=LABEL_FILE.value,
     )
 
 

@@ -23,14 +23,15 @@ policy after the flip, CutMix as in `record`, a peak of 1e-3, and an average of 
 
 Both hold 2 % of the training images out for validation and evaluate the test split once, at the
 end. The record trains on all 50,000 and watches the test split: for that, add
---config.dataset.train_split=train --config.dataset.val_split=
+--config.dataset.train_split=train --config.dataset.val_split=test
 
 `record`: Adam (0.9, 0.99) with L2 of 5e-5 in the gradient, batch 128, warm-up over the first
 1/60 of the run (5 epochs of 300), cosine from 1e-3 to 1e-6, label smoothing 0.1, CutMix with
-probability 0.5 and Beta(1, 1), AutoAugment's CIFAR policy between two random crops of padding 4,
-no flip, no clipping. Three things are not as there: the learning rate moves each step and not each
+probability 0.5 and Beta(1, 1), two random crops of padding 4 and then AutoAugment's CIFAR policy,
+no flip, no clipping, GELU by erf. Not as there: the learning rate moves each step and not each
 epoch (there the first epoch trains at 0), L2 is of kernels only and not of biases and LayerNorm,
-and pixels are scaled to [-1, 1] and not by the set's mean and deviation.
+pixels are scaled to [-1, 1] and not by the set's mean and deviation, weights start as Flax's
+(the head at 0) and not as PyTorch's, LayerNorm's epsilon is 1e-6 and not 1e-5, and it is float32.
 """
 
 from configs import common
@@ -69,8 +70,9 @@ def get_config(arg=""):
             config.optimizer.update(peak_lr=1e-3, ema_decay=0.999)
     else:
         config.dataset.train_preprocess = (
-            "decode|random_crop(32, pad=4)|autoaugment_cifar|random_crop(32, pad=4)"
+            "decode|random_crop(32, pad=4)|random_crop(32, pad=4)|autoaugment_cifar"
         )
+        config.model.gelu = "erf"
         config.mixup.update(cutmix_alpha=1.0, cutmix_prob=0.5)
         config.optimizer.update(
             peak_lr=1e-3, b2=0.99, weight_decay=5e-5, weight_decay_form="l2", grad_clip_norm=0.0

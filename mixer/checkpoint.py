@@ -292,7 +292,7 @@ def find_step(path: epath.PathLike) -> epath.Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     if (path / "state").is_dir():
         return path
     for directory in (path / "checkpoints", path):

@@ -5,6 +5,7 @@ form of mixup (big_vision). Everything is a function of the step's key and of th
 global batch, so that the number of devices changes nothing.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -32,7 +33,7 @@ def make_mix(*, alpha: float, per_example: bool, cutmix_alpha: float, cutmix_pro
       UserError: a value out of its range.
     """
     for name, value in (("alpha", alpha), ("cutmix_alpha", cutmix_alpha)):
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise UserError(f"mixup.{name} is {value}; it must be 0 (off) or more")
     if not 0 <= cutmix_prob <= 1 or bool(cutmix_prob) != bool(cutmix_alpha):
         raise UserError(

@@ -1,5 +1,6 @@
 """Learning-rate schedule and the optax chain (REFERENCE: big_vision `mlp_mixer_i1k`)."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,7 +105,7 @@ def multipliers(params: Any, rules: Rules) -> Any:
             raise UserError(
                 f"optimizer.lr_multipliers: {rule!r} is no (regex, multiplier): {error}"
             ) from None
-        if compiled[-1][1] < 0:
+        if not 0 <= compiled[-1][1] < math.inf:
             raise UserError(f"optimizer.lr_multipliers: {rule!r}: it must be 0 (frozen) or more")
     matched = set()
 
@@ -127,6 +128,8 @@ def multipliers(params: Any, rules: Rules) -> Any:
                 f"optimizer.lr_multipliers: {rule[0]!r} decides for no parameter; names are like "
                 f"{names[0]}, {names[-1]} and are matched whole, earlier rules first"
             )
+    if not any(jax.tree.leaves(found)):
+        raise UserError("optimizer.lr_multipliers freezes every parameter")
     return found
 
 
@@ -184,8 +187,13 @@ def make_optimizer(
             raise UserError(
                 f"optimizer.{key}={value!r}; one of {', '.join(known)}.{nearest(value, known)}"
             )
+    for key, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            raise UserError(f"optimizer.{key} is {value}; it must be in [0, 1)")
+    if not 0 < eps < math.inf:
+        raise UserError(f"optimizer.eps is {eps}; it must be more than 0")
     if weight_decay_form == "schedule":
-        weight_decay = weight_decay / peak_lr
+        weight_decay = weight_decay / peak_lr if peak_lr else 0.0
     decay = optax.add_decayed_weights(weight_decay, kernels) if weight_decay else optax.identity()
     steps = [directions[name](), decay]
     tx = optax.chain(

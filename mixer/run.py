@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,12 @@ UNITS = ("steps", "epochs", "examples")
 # What is given in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
 HEADS = ("keep", "reset", "auto")
+# Keys that evaluation reads and runs begun before they existed lack, with what those runs did.
+ADDED = (
+    ("dataset", "label_key", ""),
+    ("dataset", "label_file", ""),
+    ("optimizer", "ema_decay", 0.0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +75,7 @@ def check_config(config: ConfigDict) -> None:
         ("optimizer.grad_clip_norm", config.optimizer.grad_clip_norm),
         ("optimizer.sam_rho", config.optimizer.sam_rho),
     ):
-        if not value >= 0:  # NaN is not
+        if not 0 <= value < math.inf:  # NaN is not
             raise UserError(f"{key} is {value}; it must be 0 or more")
     for key, value in (
         ("label_smoothing", config.label_smoothing),
@@ -89,8 +96,9 @@ def check_config(config: ConfigDict) -> None:
             both = " and ".join(f"{key}={value}" for key, value in given.items())
             raise UserError(f"{both} are set; give one of them")
         for key, value in given.items():
-            if not value >= (0 if stem.startswith("schedule.") else 1e-9):
-                raise UserError(f"{key} is {value}; it must be more than 0")
+            may_be_0 = stem.startswith("schedule.")
+            if not 0 <= value < math.inf or (value == 0 and not may_be_0):
+                raise UserError(f"{key} is {value}; it must be {'0 or ' * may_be_0}more than 0")
     if not lengths_given(config, "total_"):
         raise UserError("no length of the run: give total_steps, total_epochs or total_examples")
     if not config.dataset.name:
@@ -212,13 +220,15 @@ def open_split(
     )
     if split.multi_label and config.loss == "softmax":
         raise UserError(
-            f"{split.name} has several labels an image, or none; softmax needs one: set loss=sigmoid"
+            f"{split.name} has several labels an image, or none; softmax needs one: set "
+            "loss=sigmoid"
         )
     return split
 
 
 def open_splits(config: ConfigDict, class_names: tuple[str, ...] | None) -> Splits:
     """Opens all splits of the config, with the run's class names where it has some already."""
+    pipeline.forget_listings()
     train = open_split(config, "train", class_names, augment=True)
     val, test = (open_split(config, which, train.class_names) for which in ("val", "test"))
     return Splits(train, val, test)
@@ -304,12 +314,16 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     config, data = read_json(workdir, "config.json"), read_json(workdir, "data.json")
     if config is None or data is None:
         raise UserError(f"{workdir} is no run: it holds no config.json and data.json")
+    for group, key, neutral in ADDED:
+        config[group].setdefault(key, neutral)
     return ConfigDict(config), tuple(data["class_names"])
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines such as "schedule.decay: 'cosine' -> 'linear'" for each key that binds a run."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
+    for key in [f"{stem}{unit}" for stem in LENGTHS for unit in UNITS[1:]]:
+        before.pop(key, None)  # the steps that came of them bind the run
     return [
         f"{key}: {before[key]!r} -> {after.get(key)!r}"
         for key in sorted(before)  # a key that later code has added says nothing of the run

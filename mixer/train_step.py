@@ -62,8 +62,6 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mask_key, mix_key = jax.random.split(key)
         labels = dense_labels(batch, model.num_classes)
-        if label_smoothing:
-            labels = (1 - label_smoothing) * labels + label_smoothing / model.num_classes
         images, labels = mix(mix_key, normalize(batch["image"]), labels)
         whole = images, labels, jnp.arange(images.shape[0])
         trained = jax.tree.map(bool, multipliers(state.params, lr_multipliers))
@@ -80,6 +78,8 @@ def make_train_step(
             guess = jnp.argmax(logits, -1, keepdims=True)
             weight = jnp.take_along_axis(labels, guess, -1)[:, 0]
             hits = (weight > 0) & (weight == jnp.max(labels, -1))
+            if label_smoothing:
+                labels = (1 - label_smoothing) * labels + label_smoothing / model.num_classes
             return jnp.mean(loss_fn(logits, labels)), jnp.mean(hits)
 
         def gradient(params: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:

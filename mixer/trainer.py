@@ -105,7 +105,9 @@ def _train(
         )
         if old_config and not allow_config_change:
             if extended:
-                old_config.update({f"total_{unit}": config[f"total_{unit}"] for unit in run.UNITS})
+                old_config["total_steps"] = config.total_steps
+                for key in ("warmup_steps", "cooldown_steps"):
+                    old_config["schedule"][key] = config.schedule[key]
             run.check_same_config(workdir, old_config, config)
 
         # The state: restored, or of step 0.
@@ -116,12 +118,12 @@ def _train(
         else:
             state = train_state.init_state(model, tx, image_size, mesh, config.seed, ema=ema)
             if config.init_from:
-                params, head = load.initial_params(
+                params, how = load.initial_params(
                     config.init_from, state.params, head=config.init_head
                 )
                 average = jax.tree.map(jnp.copy, params) if ema else None
                 state = state.replace(params=params, ema_params=average)
-                _say(f"first weights: {config.init_from}, head {head}")
+                _say(f"first weights: {config.init_from}, {how}")
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
     data = run.data_record(splits)

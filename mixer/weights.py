@@ -1,6 +1,7 @@
 """Weights in the published npz layout: arrays by their names, such as "head/kernel"."""
 
 import zipfile
+import zlib
 from typing import Any
 
 import jax
@@ -25,7 +26,9 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:  # text, objects, one bare array
+        raise UserError(f"{path} is no npz file of arrays: {error}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is no npz file of arrays: {error}") from None
 
 
@@ -50,6 +53,12 @@ def fit(arrays: dict[str, np.ndarray], like: Any, source: epath.PathLike) -> Any
             faults.append(f"{name}: its dtype is {arrays[name].dtype}, and no float")
         elif not np.isfinite(arrays[name]).all():
             faults.append(f"{name}: holds NaN or infinity")
+    if faults and all("/token_mixing/Dense_" in fault for fault in faults):
+        name = "MixerBlock_0/token_mixing/Dense_0/kernel"
+        raise UserError(
+            f"{source} is for images of {arrays[name].shape[0]} patches, and the model has "
+            f"{wanted[name].shape[0]}: image_size has to be that of the weights"
+        )
     if faults:
         raise UserError(f"{source} does not fit the model: {'; '.join(sorted(faults))}")
     placed = {

@@ -53,7 +53,8 @@ def tiny_config(tfds_dir=None, **values):
         config.dataset.name = "synthetic"
     else:
         config.mixup.alpha = 0.2
-        config.optimizer.ema_decay = 0.9
+        config.optimizer.update(ema_decay=0.9, accumulate_steps=2, momentum_dtype="bfloat16")
+        config.optimizer.lr_multipliers = (("stem/bias", 0.0), ("head/.*", 2.0))
         config.dataset.update(name="digits", data_dir=str(tfds_dir))
         config.dataset.update(
             train_preprocess="decode|random_crop(8, pad=1)", eval_preprocess="decode"

@@ -112,7 +112,8 @@ def test_labels_become_the_rows_of_the_loss(tmp_path):
 
 
 def test_one_label_an_image_is_plain_classification(tmp_path):
-    lines = [{"path": line["path"], "labels": i % 3} for i, line in enumerate(LINES)]
+    lines = [{"path": line["path"], "labels": [i % 3]} for i, line in enumerate(LINES)]
+    lines[0]["labels"] = 0
     split = run.open_split(_config(tmp_path, lines), "train", None)
     assert split.class_names == ("0", "1", "2") and not split.multi_label
     batch = next(split.sequential_batches(start=0, stop=5, batch_size=5))
@@ -319,7 +320,9 @@ def test_unprepared_imagenet21k_names_its_own_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "mixer.data.imagenet21k", types.ModuleType("stand_in"))
     builder = types.SimpleNamespace(is_prepared=lambda: False, data_dir="/nowhere/imagenet21k")
     monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
-    with pytest.raises(UserError, match="prepare imagenet21k --source=TAR_OR_FOLDER --data_dir=/nowhere"):
+    with pytest.raises(
+        UserError, match="prepare imagenet21k --source=TAR_OR_FOLDER --data_dir=/nowhere"
+    ):
         sources.tfds_builder("imagenet21k/fall11", "/nowhere")
 
 
@@ -503,5 +506,17 @@ def test_images_without_labels_are_left_out_of_the_accuracy(tmp_path):
 def test_softmax_on_several_labels_is_refused(tmp_path):
     config = _config(tmp_path, LINES)
     config.loss = "softmax"
-    with pytest.raises(UserError, match="several labels an image, or none; .*loss=sigmoid"):
+    with pytest.raises(UserError, match=r"several labels an image, or none; .*loss=sigmoid"):
         run.open_split(config, "train", None)
+
+
+def test_one_hot_of_other_classes_is_refused(tmp_path):
+    lines = [{"path": line["path"], "labels": i % 3} for i, line in enumerate(LINES)]
+    config = _config(tmp_path, lines)
+    spec = config.dataset.train_preprocess
+    config.dataset.train_preprocess = f"{spec}|one_hot(5)"
+    with pytest.raises(UserError, match=r"one_hot gives 5 classes, but .* has 3"):
+        run.open_split(config, "train", None, augment=True)
+    config.dataset.train_preprocess = f"{spec}|one_hot(3)"
+    split = run.open_split(config, "train", None, augment=True)
+    assert split.example_spec["label"] == ((3,), "float32")

@@ -32,7 +32,7 @@ def _write(path, arrays):
 
 def test_published_file_is_taken_whole(published):
     params, head = load.initial_params(published, _params(), head="auto")
-    assert head == "kept"
+    assert head == "head kept"
     assert_same_bits(params, golden_params())
 
 
@@ -40,7 +40,7 @@ def test_published_file_is_taken_whole(published):
 def test_head_of_other_classes_is_reset(published, mode):
     fresh = _params(num_classes=10)
     params, head = load.initial_params(published, fresh, head=mode)
-    assert head == "reset" and not np.any(params["head"]["kernel"])
+    assert head == "head reset" and not np.any(params["head"]["kernel"])
     assert params["head"]["kernel"].shape == (24, 10)
     assert_same_bits(params["MixerBlock_2"], golden_params()["MixerBlock_2"])
     with pytest.raises(UserError, match=r"head/bias: in the file \(7,\), wanted \(10,\)"):
@@ -64,7 +64,15 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "text.npz").write_text("no arrays")
     np.savez(tmp_path / "pickled.npz", a=np.array([{}], dtype=object))
     (tmp_path / "empty.npz").write_bytes(b"")
+    with (tmp_path / "bare.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    np.savez_compressed(tmp_path / "flipped.npz", a=np.random.default_rng(0).normal(size=300))
+    data = bytearray((tmp_path / "flipped.npz").read_bytes())
+    data[200] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(data)
     for name, message in (
+        ("bare", "no npz file"),
+        ("flipped", "no npz file|damaged"),
         ("text", "no npz file"),
         ("pickled", "no npz file.*pickle"),
         ("empty", "no npz file"),
@@ -72,6 +80,18 @@ def test_files_that_are_none(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load.initial_params(tmp_path / f"{name}.npz", _params(), head="auto")
+
+
+def test_weights_for_another_image_size_say_so(published):
+    arrays = read_npz(published)
+    params = _params()
+    for block in range(3):
+        mixing = params[f"MixerBlock_{block}"]["token_mixing"]
+        mixing["Dense_0"]["kernel"] = jax.numpy.zeros((64, 20))
+        mixing["Dense_1"] = {"kernel": jax.numpy.zeros((20, 64)), "bias": jax.numpy.zeros(64)}
+    with pytest.raises(UserError, match="for images of 16 patches, and the model has 64"):
+        load.initial_params(published, params, head="auto")
+    assert arrays["MixerBlock_0/token_mixing/Dense_0/kernel"].shape == (16, 20)
 
 
 def test_weights_lie_where_the_model_lies(published):

@@ -101,6 +101,7 @@ def test_share_of_the_steps_that_take_cutmix():
     ("options", "message"),
     [
         (dict(alpha=-1.0), "alpha is -1"),
+        (dict(alpha=float("nan")), "alpha is nan"),
         (dict(cutmix_prob=0.5), "both are 0 or neither"),
         (dict(cutmix_alpha=1.0), "both are 0 or neither"),
         (dict(cutmix_alpha=1.0, cutmix_prob=1.5), r"in \[0, 1\]"),

@@ -147,6 +147,13 @@ def test_multipliers_first_match_wins_and_whole_names_count():
         (lambda: optimizer.multipliers({"a": 1}, (("(", 0.0),)), "no .regex, multiplier"),
         (lambda: optimizer.multipliers({"a": 1}, ("a",)), "no .regex, multiplier"),
         (lambda: optimizer.multipliers({"a": 1}, (("a", -1.0),)), "0 .frozen. or more"),
+        (lambda: optimizer.multipliers({"a": 1}, (("a", float("nan")),)), "0 .frozen. or more"),
+        (lambda: optimizer.multipliers({"a": 1}, ((".*", 0.0),)), "freezes every parameter"),
+        (
+            lambda: optimizer.make_optimizer(None, **{**PUBLISHED, "b1": 2.0}),
+            r"b1 is 2.0.*\[0, 1\)",
+        ),
+        (lambda: optimizer.make_optimizer(None, **{**PUBLISHED, "eps": 0.0}), "eps is 0.0"),
     ],
 )
 def test_wrong_settings_are_named(build, message):

@@ -83,6 +83,20 @@ def test_every_linked_file_exists():
                 assert (page.parent / target).exists(), (page, target)
 
 
+def test_configs_on_command_lines_can_be_built():
+    """With their arguments, as they stand in README and docs."""
+    import importlib
+
+    found = set()
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        found |= set(
+            re.findall(r"--config=configs/([a-z]\w*)\.py(?::([^\s`]+))?", page.read_text())
+        )
+    assert len(found) > 15
+    for name, arg in found:
+        importlib.import_module(f"configs.{name}").get_config(arg)
+
+
 def test_documented_keys_and_steps_exist():
     """Keys in backticks and on command lines of README and docs are keys of the config."""
     from configs import common

@@ -138,8 +138,9 @@ def test_the_records_recipe_keeps_its_proportions():
     assert (found.b1, found.b2, found.weight_decay_form) == (0.9, 0.99, "l2")
     assert (found.weight_decay, found.grad_clip_norm, config.label_smoothing) == (5e-5, 0, 0.1)
     assert (config.mixup.cutmix_alpha, config.mixup.cutmix_prob, config.mixup.alpha) == (1, 0.5, 0)
-    assert config.dataset.train_preprocess.count("random_crop(32, pad=4)") == 2
-    assert "flip" not in config.dataset.train_preprocess
+    crop = "random_crop(32, pad=4)"
+    assert config.dataset.train_preprocess == f"decode|{crop}|{crop}|autoaugment_cifar"
+    assert config.model.gelu == "erf"
 
 
 @pytest.mark.parametrize("arg", ["", "recipe=record"])

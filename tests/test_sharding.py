@@ -18,6 +18,7 @@ config = tiny_config(image_size=8, global_batch_size=16, total_steps=10)
 config.schedule.update(decay="constant", warmup_steps=0, cooldown_steps=0)
 config.optimizer.name = sys.argv[1]
 config.optimizer.peak_lr = 0.1 if sys.argv[1] == "sgd" else 1e-3
+config.mixup.alpha = 0.5 if sys.argv[1] == "adamw" else 0.0
 mixing, parts = sys.argv[2] == "mixing", (1, 1)
 if mixing:
     config.mixup.update(alpha=0.5, per_example=True, cutmix_alpha=1.0, cutmix_prob=0.5)

@@ -47,6 +47,7 @@ FLOORS = {
     "mixer.cli": 5,
     "mixer.tools": -1,
     "mixer.tools.prepare": 6,
+    "mixer.tools.benchmark": 6,
 }
 
 

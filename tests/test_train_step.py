@@ -215,6 +215,25 @@ def test_labels_may_be_several_and_weighted():
     np.testing.assert_array_equal(losses.dense_labels({"label": soft}, 3), soft)
 
 
+def test_smoothing_is_of_the_loss_and_not_of_the_accuracy():
+    """An image without labels is no hit, whatever smoothing makes of its row."""
+    model = make_model(num_classes=7, **{**TINY, "num_blocks": 1})
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    schedule = lambda step: jnp.float32(0)  # noqa: E731
+    tx = optimizer.make_optimizer(schedule, **PUBLISHED)
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    options = {**PLAIN_STEP, "label_smoothing": 0.1}
+    step = jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=0, **options))
+    batch = {
+        "image": np.zeros((2, 32, 32, 3), np.uint8),
+        "label": np.array([[-1], [0]]),
+        "label_weight": np.array([[0.0], [1.0]], np.float32),
+    }
+    metrics = step(state, batch)[1]
+    np.testing.assert_allclose(metrics["accuracy"], 0.5)  # the first guess of zeros is class 0
+    np.testing.assert_allclose(metrics["loss"], np.log(7) * (0.1 + 1.0) / 2, rtol=1e-5)
+
+
 def test_float_images_go_to_the_model_as_they_are():
     floats = jnp.linspace(-2, 2, 12).reshape(1, 2, 2, 3)
     np.testing.assert_array_equal(normalize(floats), floats)

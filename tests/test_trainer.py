@@ -266,7 +266,8 @@ def test_lengths_in_epochs_and_examples(tmp_path):
     assert saved["schedule"]["warmup_steps"] == 2 and saved["schedule"]["cooldown_steps"] == 0
     rates = [row["train/learning_rate"] for row in rows if "train/loss" in row]
     np.testing.assert_allclose(rates[:3], [0, 1.5e-3, 3e-3], rtol=1e-6)
-    config.total_epochs = 0.125  # a finished run, extended
+    config.total_epochs = 0.125  # a finished run, extended, its warm-up with it
+    config.schedule.warmup_examples = 66
     trainer.train(config, tmp_path)
     assert int(final_state(tmp_path)["step"]) == 16
 
@@ -296,7 +297,9 @@ def test_diverging_run_stops_by_name(tmp_path):
         (dict(total_steps=0), "total_steps is 0"),
         (dict(total_steps=None), "no length of the run: give total_steps, total_epochs"),
         (dict(total_epochs=2.0), "total_steps=12 and total_epochs=2.0 are set"),
-        (dict(schedule__cooldown_epochs=-1.0), "cooldown_epochs is -1.0"),
+        (dict(schedule__cooldown_epochs=-1.0), "cooldown_epochs is -1.0; it must be 0 or more"),
+        (dict(total_steps=None, total_epochs=float("inf")), "total_epochs is inf; it must be more"),
+        (dict(dataset__label_key="x"), "label_key='x' is for a TFDS set; .* is 'synthetic'"),
         (dict(optimizer__accumulate_steps=3), "accumulate_steps=3 does not divide.*=16"),
         (dict(optimizer__ema_decay=1.0), r"ema_decay is 1.0; it must be in \[0, 1\)"),
         (dict(label_smoothing=1.5), r"label_smoothing is 1.5; it must be in \[0, 1\)"),

@@ -305,8 +305,8 @@ def _parse_line(row: bytes) -> _LabelledImage:
     if not isinstance(split, str) or not split.isidentifier():
         raise ValueError(f"split {split!r} must be a name such as 'train'")
     labels, weights = line["labels"], line.get("weights")
-    several = isinstance(labels, list) or weights is not None
     labels = labels if isinstance(labels, list) else [labels]
+    several = weights is not None or len(labels) != 1
     kinds = {type(label) for label in labels}
     if not (kinds <= {str} or kinds <= {int}):
         raise ValueError(f"labels {line['labels']!r} must be names, or numbers from 0")

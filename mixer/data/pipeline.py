@@ -73,8 +73,11 @@ def open_split(
     Raises:
       UserError: no such data set or split, an empty one, other classes than the run's.
     """
-    for key, of in (("label_file", "folder"), ("label_key", "a TFDS set")):
-        if dataset[key] and (dataset.name == "folder") != (of == "folder"):
+    for key, of, fits in (
+        ("label_file", "folder", dataset.name == "folder"),
+        ("label_key", "a TFDS set", dataset.name not in ("folder", "synthetic")),
+    ):
+        if dataset[key] and not fits:
             raise UserError(
                 f"dataset.{key}={dataset[key]!r} is for {of}; dataset.name is {dataset.name!r}"
             )
@@ -131,6 +134,13 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
     source = open_source(dataset, spec, class_names, num_classes)
     if dataset.name == "folder" and not dataset.label_file:
         _check_decodable(_scan(dataset.data_dir), read_exclusions(dataset.exclude))
+    example_spec = output_spec(steps, source.example_spec)
+    shape, dtype = example_spec["label"]
+    if dtype == "float32" and shape != (len(source.class_names),):
+        raise UserError(
+            f"preprocessing {preprocess!r}: one_hot gives {shape[0]} classes, but {source.name} "
+            f"has {len(source.class_names)}"
+        )
     fingerprint = source.fingerprint
     if dataset.exclude:
         fingerprint += f" kept {zlib.crc32(source.kept.tobytes())}"
@@ -139,7 +149,7 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
         num_examples=len(source.kept),
         class_names=source.class_names,
         fingerprint=fingerprint,
-        example_spec=output_spec(steps, source.example_spec),
+        example_spec=example_spec,
         multi_label=source.max_labels is not None,
         train_batches=functools.partial(
             sources.train_batches, source, steps, group_size=dataset.shuffle_group_size
@@ -178,6 +188,12 @@ def _scan(root: str) -> folder_lib.ImageFolder:
 @functools.lru_cache(maxsize=1)
 def _read_label_file(file: str, root: str) -> folder_lib.LabelFile:
     return folder_lib.read_label_file(file, root)
+
+
+def forget_listings() -> None:
+    """Lets folders and label files be read anew: they may have changed since the last run."""
+    _scan.cache_clear()
+    _read_label_file.cache_clear()
 
 
 def _check_decodable(folder: folder_lib.ImageFolder, excluded: frozenset[str]) -> None:

@@ -1,8 +1,9 @@
-"""Preprocessing: steps on one image, named in the config and applied in the order written.
+"""Preprocessing: steps on one example, named in the config and applied in the order written.
 
 A config says, for example, `"inception_crop(224)|flip_lr"`. A step is a pure function of the image
-and, if it is random, of a stateless key: the same image with the same key gives the same pixels.
-Images stay uint8 all the way; the device turns them into floats.
+(or, where its first parameter is `example`, of the whole example) and, if it is random, of a
+stateless key: the same image with the same key gives the same pixels. Images stay uint8 all the
+way, unless `value_range` ends the steps; the device turns them into floats.
 """
 
 import ast
@@ -12,22 +13,101 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from mixer.data.autoaugment import autoaugment_cifar
+from mixer.data.randaugment import randaugment
 from mixer.errors import UserError, nearest
+
+ORIENTATION = 0x0112  # number of the EXIF tag
+# How files begin that TensorFlow does not decode, or decodes wrongly; \C is any byte.
+REFUSED = {
+    "TIFF": rb"(II\*\x00|MM\x00\*)\C*",
+    "JPEG 2000": rb"\x00\x00\x00\x0cjP\C*",
+    "HEIC or AVIF": rb"\C{4}ftyp\C*",
+    "BMP of less than 24 bits a pixel": rb"BM\C{26}[\x01-\x10]\C*",
+}
 
 
 def decode(image):
-    """Encoded bytes (JPEG, PNG, BMP or GIF, its first frame) to (H, W, 3) uint8."""
-    image = tf.io.decode_image(image, channels=3, expand_animations=False)
-    image.set_shape([None, None, 3])
-    return image
+    """Encoded bytes (JPEG, PNG, GIF, WebP or BMP) to (H, W, 3) uint8, upright.
+
+    Grey images get three equal channels, CMYK becomes RGB, of 16 bits the 8 high ones are kept,
+    palettes become their colours, and an alpha channel is dropped (as Pillow's convert("RGB")
+    does). Of an animation the first frame is taken. A JPEG's EXIF orientation is applied.
+    """
+
+    def other():
+        start, kind = tf.strings.substr(image, 0, 30), tf.constant("")
+        for name, pattern in REFUSED.items():
+            kind = tf.where(tf.strings.regex_full_match(start, pattern), name, kind)
+        assertion = tf.debugging.Assert(
+            kind == "", [kind, "files are not decoded; use JPEG, PNG, GIF, WebP or BMP"]
+        )
+        with tf.control_dependencies([assertion]):
+            return tf.io.decode_image(image, channels=3, expand_animations=False)
+
+    def jpeg():
+        return _upright(tf.io.decode_jpeg(image, channels=3), _orientation(image))
+
+    return tf.ensure_shape(tf.cond(tf.io.is_jpeg(image), jpeg, other), [None, None, 3])
+
+
+def _orientation(image):
+    """EXIF orientation of a JPEG, 1 (upright) to 8; 1 where there is none."""
+    # Most have no segment that could hold it: from a JFIF header, if any, straight to the tables.
+    start = tf.strings.substr(image, 0, 22)
+    plain = (tf.strings.substr(start, 0, 4) == b"\xff\xd8\xff\xdb") | (
+        (tf.strings.substr(start, 0, 6) == b"\xff\xd8\xff\xe0\x00\x10")
+        & (tf.strings.substr(start, -2, 2) == b"\xff\xdb")
+    )
+    return tf.cond(plain, lambda: 1, lambda: _exif_orientation(image))
+
+
+def _exif_orientation(image):
+    """As `_orientation`, from the first EXIF segment of the file's first 128 kB."""
+    start = tf.strings.substr(image, 0, 1 << 17)
+    parts = tf.raw_ops.StringSplitV2(input=start[None], sep="Exif\0\0", maxsplit=1).values
+    # The zeros let a broken segment be read to its end.
+    tiff = tf.cast(tf.io.decode_raw(tf.strings.join([parts[-1], bytes(8)]), tf.uint8), tf.int32)
+    little = tiff[0] == ord("I")  # the byte order; "M" else
+
+    def number(places):  # unsigned, 16 bits
+        places = tf.minimum(places, tf.size(tiff) - 2)
+        first, second = tf.gather(tiff, places), tf.gather(tiff, places + 1)
+        return tf.where(little, first + 256 * second, 256 * first + second)
+
+    # A segment is shorter than 64 kB, so the directory's place is in the low half of its four
+    # bytes. It begins with the number of its entries, of 12 bytes each.
+    directory = number(tf.where(little, 4, 6))
+    entries = directory + 2 + 12 * tf.range(tf.minimum(number(directory), 1000))
+    value = tf.reduce_max(tf.where(number(entries) == ORIENTATION, number(entries + 8), 0))
+    before = tf.strings.substr(tf.strings.join(["    ", parts[0]]), -4, 2)
+    is_exif = (tf.size(parts) == 2) & (before == b"\xff\xe1")
+    return tf.where(is_exif & (value >= 1) & (value <= 8), value, 1)
+
+
+def _upright(image, orientation):
+    """Undoes an EXIF orientation (the exchange of the axes first, then the mirrors)."""
+
+    def turn():
+        turned = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+        rows = tf.reduce_any(orientation == [3, 4, 7, 8])
+        columns = tf.reduce_any(orientation == [2, 3, 6, 7])
+        return tf.raw_ops.Reverse(tensor=turned, dims=tf.stack([rows, columns, False]))
+
+    return tf.cond(orientation == 1, lambda: image, turn)
 
 
 def inception_crop(image, key, size, min_area=0.05, max_area=1.0):
     """A random window of 5 to 100 % of the area and aspect 3/4 to 4/3, resized to `size`.
 
-    From the bytes of a JPEG it decodes the window alone. Bilinear without antialiasing (Szegedy et
-    al., 2014; big_vision, `mlp_mixer_i1k`).
+    From the bytes of an upright JPEG it decodes the window alone. Bilinear without antialiasing
+    (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`).
     """
+    return resize(inception_window(image, key, min_area, max_area), size)
+
+
+def inception_window(image, key, min_area=0.05, max_area=1.0):
+    """The window of `inception_crop` before it is resized, (h, w, 3) uint8."""
 
     def window(shape):
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -50,17 +130,27 @@ def inception_crop(image, key, size, min_area=0.05, max_area=1.0):
         box = tf.stack(window(tf.io.extract_jpeg_shape(image)))
         return tf.image.decode_and_crop_jpeg(image, box, channels=3)
 
+    def upright():
+        return tf.cond(tf.io.is_jpeg(image), lambda: _orientation(image) == 1, lambda: False)
+
     if image.dtype == tf.string:
-        image = tf.cond(tf.io.is_jpeg(image), from_jpeg, lambda: from_pixels(decode(image)))
-    else:
-        image = from_pixels(image)
-    return resize(image, size)
+        return tf.cond(upright(), from_jpeg, lambda: from_pixels(decode(image)))
+    return from_pixels(image)
 
 
 def resize(image, size, method="bilinear"):
     """To `size`: a side of a square, or (H, W). No antialiasing; values rounded to uint8."""
     size = (size, size) if isinstance(size, int) else size
-    image = tf.image.resize(tf.ensure_shape(image, [None, None, 3]), size, method=method)
+    image = tf.ensure_shape(image, [None, None, 3])
+    if method == "bilinear":
+        # From float32 the kernel takes half the time; of large images the copy eats that up.
+        image = tf.cond(
+            tf.size(image) < 1 << 20,
+            lambda: tf.image.resize(tf.cast(image, tf.float32), size),
+            lambda: tf.image.resize(image, size),
+        )
+        return tf.cast(tf.round(image), tf.uint8)
+    image = tf.image.resize(image, size, method=method)
     return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
 
 
@@ -137,6 +227,73 @@ def random_affine(image, key, degrees=0.0, translate=0.0, scale=0.0, shear=0.0):
     return tf.cast(tf.round(image), tf.uint8)
 
 
+def random_erasing(
+    image, key, prob=0.25, min_area=0.02, max_area=1 / 3, min_aspect=0.3, fill="noise"
+):
+    """Erases a random rectangle (Zhong et al., 2020) of some of the images.
+
+    Args:
+      image: (H, W, 3) uint8.
+      key: stateless key.
+      prob: share of the images that lose a rectangle.
+      min_area: of the rectangle, as a share of the image's; uniform up to `max_area`.
+      max_area: see `min_area`.
+      min_aspect: height / width lies between this and its inverse, uniform in the logarithm (timm;
+        the paper draws the ratio itself). The first of ten rectangles that fits is taken.
+      fill: "noise", a random value for each pixel and channel, or a constant 0 to 255.
+    """
+    if fill != "noise" and fill not in range(256):
+        raise ValueError(f"fill={fill!r} is neither 'noise' nor a value 0 to 255")
+    keys = tf.random.experimental.stateless_split(key, 2)
+    height, width = tf.unstack(tf.shape(image)[:2])
+    draws = tf.random.stateless_uniform([41], keys[0])
+    area, aspect, top, left = tf.unstack(tf.reshape(draws[1:], [4, 10]))
+    area = (min_area + area * (max_area - min_area)) * tf.cast(height * width, tf.float32)
+    aspect = tf.exp((2 * aspect - 1) * math.log(min_aspect))
+    high = tf.cast(tf.round(tf.sqrt(area * aspect)), tf.int32)
+    wide = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
+    fits = (high < height) & (wide < width)
+
+    def erased():
+        first = tf.argmax(fits)
+        h, w = high[first], wide[first]
+        y = tf.cast(top[first] * tf.cast(height - h + 1, tf.float32), tf.int32)
+        x = tf.cast(left[first] * tf.cast(width - w + 1, tf.float32), tf.int32)
+        rows = (tf.range(height) >= y) & (tf.range(height) < y + h)
+        columns = (tf.range(width) >= x) & (tf.range(width) < x + w)
+        if fill == "noise":
+            noise = tf.random.stateless_uniform(tf.shape(image), keys[1], 0, 256, tf.int32)
+            value = tf.cast(noise, tf.uint8)
+        else:
+            value = tf.constant(fill, tf.uint8)
+        return tf.where((rows[:, None] & columns)[..., None], value, image)
+
+    return tf.cond((draws[0] < prob) & tf.reduce_any(fits), erased, lambda: image)
+
+
+def value_range(image, low=-1.0, high=1.0):
+    """Maps 0 to `low` and 255 to `high`, as float32. Without it the device maps to [-1, 1]."""
+    return tf.cast(image, tf.float32) * ((high - low) / 255) + low
+
+
+def one_hot(example, num_classes, on=1.0, off=0.0):
+    """Turns the label into a row of `num_classes` float32: `on` at the label, `off` elsewhere.
+
+    Of several labels each gets its weight's share of the way from `off` to `on`.
+    """
+    labels = tf.reshape(example["label"], [-1])
+    weights = example.get("label_weight", tf.ones(tf.shape(labels)))
+    assertion = tf.debugging.Assert(
+        tf.reduce_all((labels < num_classes) & ((labels >= 0) | (weights == 0))),
+        ["a label outside 0 to", num_classes - 1, ":", labels],
+    )
+    with tf.control_dependencies([assertion]):
+        rows = tf.maximum(labels, 0)[:, None]  # the padding is -1, of weight 0
+    share = tf.tensor_scatter_nd_max(tf.zeros([num_classes]), rows, weights)
+    rest = {name: value for name, value in example.items() if name != "label_weight"}
+    return {**rest, "label": off + share * (on - off)}
+
+
 STEPS = {
     step.__name__: step
     for step in (
@@ -148,6 +305,11 @@ STEPS = {
         random_crop,
         flip_lr,
         random_affine,
+        randaugment,
+        autoaugment_cifar,
+        random_erasing,
+        value_range,
+        one_hot,
     )
 }
 
@@ -160,29 +322,33 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
       image_size: (H, W) that every image must have in the end.
 
     Returns:
-      A function (encoded bytes, key (2,) int) -> (H, W, 3) uint8.
+      A function (example, key (2,) int64) -> example. An example is a dict; its "image" comes as
+      encoded bytes and leaves as (H, W, 3) uint8, or float32 after `value_range`.
 
     Raises:
       UserError: an unknown step, wrong arguments, a first step that does not decode, or images of
         another size.
     """
-    steps = [_parse_step(text, spec) for text in spec.split("|")]
+    steps = [parse_step(text, spec) for text in spec.split("|")]
     if steps[0][0] not in (decode, inception_crop):
         raise UserError(f"preprocessing {spec!r}: the first step must be decode or inception_crop")
+    image_steps = [step for step, _, _ in steps if not _takes_example(step)]
+    if value_range in image_steps[:-1]:
+        raise UserError(f"preprocessing {spec!r}: no step on the image may follow value_range")
 
-    def preprocess(image, key):
+    @tf.autograph.experimental.do_not_convert  # plain Python that builds the graph
+    def preprocess(example, key):
         for number, (step, args, kwargs) in enumerate(steps):
             if _is_random(step):
-                step_key = tf.random.experimental.stateless_fold_in(key, number)
-                image = step(image, step_key, *args, **kwargs)
+                args = (tf.random.experimental.stateless_fold_in(key, number), *args)
+            if _takes_example(step):
+                example = step(example, *args, **kwargs)
             else:
-                image = step(image, *args, **kwargs)
-        return tf.ensure_shape(image, [*image_size, 3])
+                example = {**example, "image": step(example["image"], *args, **kwargs)}
+        return {**example, "image": tf.ensure_shape(example["image"], [*image_size, 3])}
 
     try:
-        tf.function(preprocess).get_concrete_function(
-            tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64)
-        )
+        output_spec(preprocess, {"image": ((), "string"), "label": ((), "int32")})
     except (ValueError, TypeError) as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
         raise UserError(
@@ -192,11 +358,34 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
     return preprocess
 
 
+def output_spec(preprocess: Callable, example_spec: dict) -> dict:
+    """What examples are after preprocessing.
+
+    Args:
+      preprocess: made by `make_preprocess`.
+      example_spec: name -> (shape, dtype's name) of what it gets: the image is ((), "string").
+
+    Returns:
+      The same of what it gives.
+    """
+    inputs = {name: tf.TensorSpec(*spec) for name, spec in example_spec.items()}
+    graph = tf.function(preprocess).get_concrete_function(inputs, tf.TensorSpec([2], tf.int64))
+    return {
+        name: (tuple(spec.shape), spec.dtype.name)
+        for name, spec in graph.structured_outputs.items()
+    }
+
+
 def _is_random(step: Callable) -> bool:
     return "key" in inspect.signature(step).parameters
 
 
-def _parse_step(text: str, spec: str) -> tuple[Callable, list, dict]:
+def _takes_example(step: Callable) -> bool:
+    return next(iter(inspect.signature(step).parameters)) == "example"
+
+
+def parse_step(text: str, spec: str) -> tuple[Callable, list, dict]:
+    """The function, positional and named arguments of one step of `spec`."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if isinstance(call, ast.Name):

@@ -15,7 +15,12 @@ from mixer.train_step import make_predict
 
 
 def evaluate_run(
-    workdir: str, *, checkpoint_name: str, splits: Sequence[str], data_dir: str | None = None
+    workdir: str,
+    *,
+    checkpoint_name: str,
+    splits: Sequence[str],
+    data_dir: str | None = None,
+    label_file: str | None = None,
 ) -> None:
     """Evaluates the weights of a run on `splits` ("train", "val", "test") of its config.
 
@@ -26,6 +31,7 @@ def evaluate_run(
       checkpoint_name: "last", "best" or a step's number.
       splits: those that the config does not name are left out.
       data_dir: where the data is now, None where it was in training.
+      label_file: likewise of the file of labels.
 
     Raises:
       UserError: no such run or checkpoint, or data that is not there or not the run's.
@@ -33,6 +39,8 @@ def evaluate_run(
     config, class_names = run.read_run(workdir)
     if data_dir is not None:
         config.dataset.data_dir = data_dir
+    if label_file is not None:
+        config.dataset.label_file = label_file
     directory = _checkpoint(epath.Path(workdir), checkpoint_name)
     mesh = sharding.make_mesh(config.mesh)
     batch_size = config.eval_batch_size or config.global_batch_size
