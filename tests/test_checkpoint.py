@@ -148,6 +148,7 @@ def test_damaged_newest_is_moved_aside_and_saved_again(tmp_path, damage, capfd):
         assert int(manager.restore_latest(abstract, pytest.fail)[0].step) == 30
 
 
+@pytest.mark.slow
 def test_every_damaged_file_is_noticed_or_harmless(tmp_path, capfd):
     """Each file of a checkpoint in turn: the state that comes back is always one that was saved."""
     state, abstract, _ = _save(tmp_path / "whole", steps=(20, 30))

@@ -82,9 +82,9 @@ def autoaugment_cifar(image, key):
     chosen = tf.cast(draws[0] * len(CIFAR_POLICY), tf.int32)
     taken = tf.where(draws[1:3] < chances[chosen], numbers[chosen], 0)
     signs = tf.where(draws[3:5] < 0.5, -1.0, 1.0)
+    branches = [lambda image, sign: tf.identity(image)]
+    for name, level in kinds:
+        branches.append(functools.partial(apply_level, name=name, level=levels[name, level]))
     for which, sign in zip(tf.unstack(taken), tf.unstack(signs), strict=True):
-        branches = [functools.partial(tf.identity, image)]
-        for name, level in kinds:
-            branches.append(functools.partial(apply_level, image, name, levels[name, level], sign))
-        image = tf.ensure_shape(tf.switch_case(which, branches), [None, None, 3])
+        image = ops.choose(which, branches, image, sign=sign)
     return image
