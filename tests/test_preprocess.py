@@ -283,9 +283,9 @@ def goldens():
 def test_randaugment_equals_the_published_recipe(goldens, magnitude):
     """Every pixel, but for the few that rounding moves.
 
-    Those are 0.1 % where geometry is computed, and up to 2 % of sharpness, by up to 3: there the
-    order of the convolution's sums decides about quotients that are whole numbers. TensorFlow's
-    oneDNN kernels, which these tests switch off, give the published pixels exactly.
+    None but in sharpness, where it is up to 2 %, by up to 3: at quotients that are whole numbers the
+    published code's convolution ends just below them or not, by the order of its sums; ours divides
+    exactly. Where geometry is computed 0.1 % are left to other processors' rounding.
     """
     names = [name for name in goldens if name.endswith(f"_{magnitude}")]
     assert len(names) == 15
