@@ -50,7 +50,15 @@ def test_fault_in_a_config_keeps_its_traceback(tmp_path):
     assert "Traceback" in done.stderr and "invalid literal" in done.stderr
 
 
-@pytest.mark.parametrize("program", [["train.py"], ["evaluate.py"], ["-m", "mixer.tools.prepare"]])
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["train.py"],
+        ["evaluate.py"],
+        ["-m", "mixer.tools.prepare"],
+        ["-m", "mixer.tools.benchmark"],
+    ],
+)
 def test_help_shows_an_example(program):
     done = run_python(*program, "--help", check=False)
     assert re.search(r"^ +python .*(--config=|--workdir=|tfds)", done.stdout, re.MULTILINE)

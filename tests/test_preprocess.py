@@ -283,9 +283,9 @@ def goldens():
 def test_randaugment_equals_the_published_recipe(goldens, magnitude):
     """Every pixel, but for the few that rounding moves.
 
-    None but in sharpness, where it is up to 2 %, by up to 3: at quotients that are whole numbers the
-    published code's convolution ends just below them or not, by the order of its sums; ours divides
-    exactly. Where geometry is computed 0.1 % are left to other processors' rounding.
+    None but in sharpness, where it is up to 2 %, by up to 3: at quotients that are whole numbers
+    the published code's convolution ends just below them or not, by the order of its sums; ours
+    divides exactly. Where geometry is computed 0.1 % are left to other processors' rounding.
     """
     names = [name for name in goldens if name.endswith(f"_{magnitude}")]
     assert len(names) == 15
