@@ -16,3 +16,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest of `known`, or "" where none is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """TensorFlow's message without its op names and node traces."""
+    text = getattr(error, "message", None) or str(error)
+    text = text.replace("{{function_node __wrapped__", "").strip()
+    if "Summarized data: " in text:  # an assertion outside of a graph: one value a line
+        values = text.split("Summarized data: ")[1].splitlines()
+        return " ".join(value.removeprefix("b'").removesuffix("'") for value in values)[:300]
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line.split("}}")[-1].split(" [Op:")[0].strip()[:300]

@@ -46,7 +46,7 @@ def test_mixup_of_image_and_label(per_example):
     values = np.arange(1, N + 1)
     wanted = own * values + (1 - own) * np.roll(values, 1)
     wanted = np.broadcast_to(wanted[:, None, None, None], images.shape)
-    np.testing.assert_allclose(images, wanted, rtol=1e-5)
+    np.testing.assert_allclose(images, wanted, rtol=1e-6)
     assert own.min() >= 0.5
     assert len(np.unique(own.round(5))) == (1 if not per_example else N)
 

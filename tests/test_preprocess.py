@@ -14,8 +14,7 @@ from helpers import GOLDENS
 from mixer.data import autoaugment
 from mixer.data import randaugment as ops
 from mixer.data.preprocess import STEPS, make_preprocess, output_spec
-from mixer.data.sources import first_line
-from mixer.errors import UserError
+from mixer.errors import UserError, first_line
 
 KEY = tf.constant([1, 2], tf.int64)
 

@@ -37,9 +37,7 @@ def test_three_updates_equal_the_reference_chain(decay):
     for i in range(3):
         state, metrics = update(state, {"image": steps["image"][i], "label": steps["labels"][i]})
         np.testing.assert_allclose(metrics["loss"], steps["loss"][i], rtol=1e-6)
-        np.testing.assert_allclose(
-            metrics["learning_rate"], 1e-3 * steps["lr_multiplier"][i], rtol=1e-6
-        )
+        np.testing.assert_allclose(metrics["learning_rate"], 1e-3 * steps["lr_multiplier"][i])
     wanted = leaves(golden_params("adam_steps", "final/"))
     for path, value in leaves(state.params).items():
         noise = "token_mixing" in path and "Dense_1" in path and "bias" in path
@@ -82,7 +80,7 @@ def test_step_counts_learns_and_reports():
     np.testing.assert_allclose(first["loss"], np.log(7), rtol=1e-5)  # the head starts at zero
     assert metrics["loss"] < 0.5 * first["loss"]
     assert metrics["accuracy"] > 0.8
-    np.testing.assert_allclose(metrics["learning_rate"], 3e-3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["learning_rate"], 3e-3)
     np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(state.params), rtol=1e-6)
 
 
@@ -149,7 +147,7 @@ def test_accumulation_gives_the_update_of_the_whole_batch(sam_rho):
     assert max(np.abs(moved[k] - leaves(whole[0].params)[k]).max() for k in moved) > 1e-3
     cut, other = _run(sam_rho=sam_rho, accumulate_steps=3)
     for path, value in leaves(cut[-1]).items():
-        np.testing.assert_allclose(value, leaves(whole[-1])[path], atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(value, leaves(whole[-1])[path], atol=2e-6, err_msg=path)
     np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(other["accuracy"], metrics["accuracy"], rtol=1e-5)
 
@@ -182,7 +180,7 @@ def test_sam_takes_the_gradient_at_the_ascended_parameters():
     second = jax.grad(loss)(ascended)
     wanted = leaves(jax.tree.map(lambda p, g: p - 0.05 * g, start.params, second))
     for path, value in leaves(end.params).items():
-        np.testing.assert_allclose(value, wanted[path], atol=5e-6, err_msg=path)
+        np.testing.assert_allclose(value, wanted[path], atol=1e-6, err_msg=path)
     worst = leaves(jax.tree.map(lambda p, g: p - 0.05 * g, start.params, first))
     assert max(np.abs(worst[k] - wanted[k]).max() for k in worst) > 1e-4  # it is not plain SGD
 
@@ -201,7 +199,7 @@ def test_frozen_parameters_and_multipliers():
     free, free_metrics = _run(1, optimizer_changes=dict(grad_clip_norm=0.0), **masks)
     for path, share in (("['head']['bias']", 0.1), ("['head']['kernel']", 1.0)):
         wanted = share * (leaves(free[1].params)[path] - before[path])
-        np.testing.assert_allclose(after[path] - before[path], wanted, atol=1e-6)
+        np.testing.assert_allclose(after[path] - before[path], wanted, atol=1e-7)
     assert metrics["grad_norm"] < 0.9 * free_metrics["grad_norm"]  # of what moves alone
 
 

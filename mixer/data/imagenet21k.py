@@ -35,7 +35,7 @@ import tensorflow_datasets as tfds
 
 from mixer.data import imagenet21k_source
 from mixer.data.imagenet21k_source import End, Fault, Member, Source, synsets
-from mixer.errors import UserError
+from mixer.errors import UserError, first_line
 
 SHARD_BYTES = 200 * 10**6
 BUCKET_BYTES = 4 << 30  # sorted by an index, so memory need not hold one; the page cache should
@@ -133,8 +133,7 @@ def _encode(
     try:
         tf.io.decode_image(event.data, channels=3, expand_animations=False)
     except tf.errors.OpError as error:
-        reason = error.message.split("}}")[-1].split(" [Op:")[0].strip().splitlines()[0]
-        return Fault(event.split, event.synset, event.name, reason), None
+        return Fault(event.split, event.synset, event.name, first_line(error)), None
     example = features.encode_example(
         {"image": io.BytesIO(event.data), "label": event.synset, "file_name": event.name}
     )

@@ -17,7 +17,7 @@ from mixer.data import folder as folder_lib
 from mixer.data import labels as labels_lib
 from mixer.data import order
 from mixer.data.preprocess import decode
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, first_line, nearest
 
 # A TFDS split of up to this size is held in memory, encoded as it is on disk, and shuffled whole.
 IN_MEMORY_BYTES = 2 << 30
@@ -529,17 +529,6 @@ def unreadable(source: Source, number: int, fault: Exception) -> UserError:
         "`python -m mixer.tools.prepare check` finds all such images and writes a list to leave "
         "them out"
     )
-
-
-def first_line(error: Exception) -> str:
-    """TensorFlow's message without its op names and node traces."""
-    text = getattr(error, "message", None) or str(error)
-    text = text.replace("{{function_node __wrapped__", "").strip()
-    if "Summarized data: " in text:  # an assertion outside of a graph: one value a line
-        values = text.split("Summarized data: ")[1].splitlines()
-        return " ".join(value.removeprefix("b'").removesuffix("'") for value in values)[:300]
-    line = text.splitlines()[0] if text else type(error).__name__
-    return line.split("}}")[-1].split(" [Op:")[0].strip()[:300]
 
 
 def train_batches(

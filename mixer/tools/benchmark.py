@@ -161,9 +161,9 @@ def write_photographs(directory: Path) -> float:
 
     def encode(quality: int) -> list[bytes]:
         files = []
-        for number in range(len(windows)):
+        for picture in windows:
             encoded = io.BytesIO()
-            windows[number].save(encoded, "JPEG", quality=quality)
+            picture.save(encoded, "JPEG", quality=quality)
             files.append(encoded.getvalue())
         return files
 
