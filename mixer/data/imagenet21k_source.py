@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import lzma
 import os
@@ -13,6 +12,7 @@ import zlib
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from mixer.data import imagenet_names
 from mixer.errors import UserError
 
 # Synsets of each release: those of image-net.org's list of fall 2011, those left in winter 2021
@@ -38,15 +38,12 @@ _EXPECTED = (
 )
 
 
-@functools.cache
 def synsets() -> tuple[str, ...]:
     """The 21,843 WordNet ids in the class order of the published checkpoints, all ids sorted.
 
-    They are the 21,841 of fall11 and two that have no images, n03931044 and n09859684. The file
-    holds the differences of successive ids, one a line.
+    They are the 21,841 of fall11 and two that have no images, n03931044 and n09859684.
     """
-    steps = lzma.decompress(Path(__file__).with_name("imagenet21k_synsets.xz").read_bytes())
-    return tuple(f"n{number:08}" for number in itertools.accumulate(map(int, steps.split())))
+    return imagenet_names.synsets("imagenet21k")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,11 +138,16 @@ def inception_window(image, key, min_area=0.05, max_area=1.0):
     return from_pixels(image)
 
 
-def resize(image, size, method="bilinear"):
-    """To `size`: a side of a square, or (H, W). No antialiasing; values rounded to uint8."""
+def resize(image, size, method="bilinear", antialias=False):
+    """To `size`: a side of a square, or (H, W); values rounded to uint8.
+
+    With `antialias` a smaller image takes in all of the larger one's pixels, as Pillow's resize
+    does ("bilinear", "bicubic"; timm's preprocessing); without, as the authors' code, only those
+    next to each point. "area" averages as it is.
+    """
     size = (size, size) if isinstance(size, int) else size
     image = tf.ensure_shape(image, [None, None, 3])
-    if method == "bilinear":
+    if method == "bilinear" and not antialias:
         # From float32 the kernel takes half the time; of large images the copy eats that up.
         image = tf.cond(
             tf.size(image) < 1 << 20,
@@ -150,15 +155,15 @@ def resize(image, size, method="bilinear"):
             lambda: tf.image.resize(image, size),
         )
         return tf.cast(tf.round(image), tf.uint8)
-    image = tf.image.resize(image, size, method=method)
+    image = tf.image.resize(image, size, method=method, antialias=antialias)
     return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
 
 
-def resize_small(image, size, method="area"):
+def resize_small(image, size, method="area", antialias=False):
     """Resizes so that the short side is `size`, keeping the aspect (evaluation: 256, area)."""
     shape = tf.cast(tf.shape(image)[:2], tf.float64)
     shape = tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32)
-    return resize(image, shape, method)
+    return resize(image, shape, method, antialias)
 
 
 def central_crop(image, size):

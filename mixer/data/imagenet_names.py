@@ -1,0 +1,67 @@
+"""Classes of the ImageNet label lists: WordNet ids and names, in the order of published weights.
+
+Ids and names are those of the public package timm (Apache-2.0), files `imagenet_synsets.txt`,
+`imagenet21k_goog_synsets.txt`, `imagenet21k_miil_synsets.txt` and `imagenet_synset_to_lemma.txt`;
+the names are WordNet's lemmas. `imagenet_classes.xz` is made of them: a line for each id in
+ascending order, with tabs between the difference to the id before, the lists that have it, added up
+(1, 2 and 4 for the LISTS), and its names. The ids of every list ascend, so this is its order too.
+"""
+
+import functools
+import itertools
+import lzma
+from pathlib import Path
+
+from mixer.errors import UserError, nearest
+
+# The classes of ImageNet-1k; those of the published ImageNet-21k checkpoints; those that the miil
+# weights keep of them (Ridnik et al., 2021, arXiv 2104.10972).
+LISTS = {"imagenet1k": 1_000, "imagenet21k": 21_843, "imagenet21k_miil": 11_221}
+
+
+@functools.cache
+def _classes(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Ids and names of a list."""
+    if name not in LISTS:
+        raise UserError(
+            f"no list of classes is called {name!r}; one of {', '.join(LISTS)}."
+            f"{nearest(name, LISTS)}"
+        )
+    text = lzma.decompress(Path(__file__).with_name("imagenet_classes.xz").read_bytes()).decode()
+    steps, lists, names = zip(*(line.split("\t") for line in text.splitlines()), strict=True)
+    ids = itertools.accumulate(map(int, steps))
+    bit = 1 << list(LISTS).index(name)
+    rows = [
+        (f"n{i:08}", n) for i, held, n in zip(ids, lists, names, strict=True) if int(held) & bit
+    ]
+    return tuple(zip(*rows, strict=True))
+
+
+def synsets(name: str) -> tuple[str, ...]:
+    """WordNet ids of a list, such as "n01440764", in label order; each is there once.
+
+    All of "imagenet21k_miil" and 999 of "imagenet1k" are in "imagenet21k": it lacks n04399382.
+
+    Args:
+      name: a key of LISTS.
+
+    Raises:
+      UserError: no list of that name.
+    """
+    return _classes(name)[0]
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """Names of a list's classes, such as "tench, Tinca tinca", in label order.
+
+    They are not unique: ImageNet-1k has "crane" twice, the bird and the machine, and of
+    ImageNet-21k's names 525 stand for two classes or more. Where classes have to be told apart take
+    the label or `synsets`.
+
+    Args:
+      name: a key of LISTS.
+
+    Raises:
+      UserError: no list of that name.
+    """
+    return _classes(name)[1]

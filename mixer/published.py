@@ -1,0 +1,307 @@
+"""Published weights: where they are, how large they are, and what a source's name says of them.
+
+Nothing here is downloaded (`mixer.remote` does) or read from the arrays (`mixer.loading` does).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from mixer.data.imagenet_names import LISTS
+from mixer.errors import UserError, nearest
+from mixer.model import VARIANTS
+
+BUCKET = "https://storage.googleapis.com/mixer_models/"
+IMAGE_SIZE = 224  # of all of them
+# What an npz or safetensors file holds beside the values: names, headers, the index.
+MAX_OVERHEAD = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A file that the authors released.
+
+    Attributes:
+      url: its https address.
+      variant: such as "B/16"; the weights are for 224 x 224 pixels.
+      num_classes: width of the head.
+      class_names: the list its labels follow, "imagenet1k" or "imagenet21k".
+    """
+
+    url: str
+    variant: str
+    num_classes: int
+    class_names: str
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, with the head."""
+        dims = VARIANTS[self.variant]
+        p, c, num_blocks = dims["patch_size"], dims["hidden_dim"], dims["num_blocks"]
+        s, d_s, d_c = (IMAGE_SIZE // p) ** 2, dims["tokens_mlp_dim"], dims["channels_mlp_dim"]
+        tokens, channels = (2 * s + 1) * d_s + s, (2 * c + 1) * d_c + c
+        stem, norm, head = (3 * p * p + 1) * c, 2 * c, (c + 1) * self.num_classes
+        return stem + num_blocks * (tokens + channels + 2 * norm) + norm + head
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the name of a source, or timm's config.json beside it, says of weights.
+
+    Attributes:
+      class_names: name of a list, names in label order, or None where not known.
+      preprocess: from the image size (H, W) to evaluation steps of `mixer.data.preprocess`, or None
+        where not known or, for that size, not expressible.
+      note: a line for the log; "" for none.
+    """
+
+    class_names: str | tuple[str, ...] | None
+    preprocess: Callable[[tuple[int, int]], str | None]
+    note: str = ""
+
+
+def _released(folder: str, variants: str, class_names: str) -> dict[str, Published]:
+    """Entries such as "B/16-i1k" for the files of one folder of the bucket."""
+    label = {"imagenet1k": "i1k", "imagenet21k": "i21k"}.get(folder, folder)
+    return {
+        f"{variant}-{label}": Published(
+            url=f"{BUCKET}{folder}/Mixer-{variant.replace('/', '_')}.npz",
+            variant=variant,
+            num_classes=LISTS[class_names],
+            class_names=class_names,
+        )
+        for variant in variants.split()
+    }
+
+
+# The bucket's files [read: VT, BV]. Weights from JFT, and any H/14, were never released.
+CHECKPOINTS: dict[str, Published] = {
+    **_released("imagenet1k", "B/16 L/16", "imagenet1k"),
+    **_released("imagenet21k", "B/16 L/16", "imagenet21k"),
+    **_released("sam", "B/16 B/32", "imagenet1k"),
+    **_released("gsam", "S/8 S/16 S/32 B/16 B/32", "imagenet1k"),
+}
+# big_vision's names for the four files it knows.
+ALIASES = {
+    f"{size}-{label}/16": f"{size}/16-{label}" for size in ("B", "L") for label in ("i1k", "i21k")
+}
+_SHORT_NAME = re.compile(r"[A-Za-z](-\w+)?/\d+(-\w+)?")
+
+
+def by_short_name(path: epath.PathLike) -> Published | None:
+    """The checkpoint that a short name such as "B/16-i21k" or "B-i21k/16" stands for.
+
+    None for anything that does not look like one, and where a file or folder has that name.
+
+    Raises:
+      UserError: it looks like one, and there is none.
+    """
+    name = str(path)
+    if not _SHORT_NAME.fullmatch(name) or epath.Path(name).exists():
+        return None
+    if name not in CHECKPOINTS and name not in ALIASES:
+        raise UserError(
+            f"{name!r} is no file or run, and no published checkpoint; those are "
+            f"{', '.join(CHECKPOINTS)}.{nearest(name, [*CHECKPOINTS, *ALIASES])}"
+        )
+    return CHECKPOINTS[ALIASES.get(name, name)]
+
+
+def find(source: epath.PathLike) -> Published | None:
+    """The published checkpoint that a short name or an address (https:// or gs://) stands for."""
+    url = https_address(str(source))
+    for published in CHECKPOINTS.values():
+        if published.url == url:
+            return published
+    return by_short_name(source)
+
+
+def https_address(path: str) -> str:
+    """Of a file in the authors' public bucket the https address, which asks for no credentials."""
+    inside = path.removeprefix("gs://mixer_models/")
+    return path if inside == path else BUCKET + inside
+
+
+def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:
+    """Checks a file against what was released under its address.
+
+    Args:
+      published: what it should be.
+      shapes: shape of each array in the file, by name.
+      num_bytes: size of the file.
+
+    Raises:
+      UserError: another number of parameters, or of bytes.
+    """
+    num_params = sum(math.prod(shape) for shape in shapes.values())
+    if num_params != published.num_params:
+        raise UserError(
+            f"{published.url} should hold {published.num_params:,} parameters ({published.variant},"
+            f" {published.num_classes:,} classes), and the file has {num_params:,}"
+        )
+    low = 4 * published.num_params
+    if not low <= num_bytes <= low + MAX_OVERHEAD:
+        raise UserError(
+            f"{published.url} should have {low:,} to {low + MAX_OVERHEAD:,} bytes (4 a parameter), "
+            f"and the file has {num_bytes:,}"
+        )
+
+
+# Names of timm's models; of several in a path the last is the file's or the nearest folder's.
+_TIMM_MODEL = re.compile(
+    r"(?<![a-z])(?:jx_)?(?P<kind>mixer|gmixer|resmlp|gmlp)_(?:big_)?[a-z]*\d+_[a-z0-9_]+(?:\.\w+)?"
+)
+_OTHER_MODELS = {"gmixer": "GLU-Mixer", "resmlp": "ResMLP", "gmlp": "gMLP"}
+_NOT_21K = (
+    "timm's goog_in21k_ft_in1k are in truth the authors' ImageNet-1k weights, not ImageNet-21k "
+    "weights fine-tuned (timm pull request 651)"
+)
+_TANH = "the authors trained these with the tanh form of GELU, and timm computes the erf form"
+
+
+def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
+    """What the name of a source says of its weights; what it does not say stays None.
+
+    Args:
+      source: the path as it was given: a file, an address, hf://owner/name or a short name.
+      layout: "timm", or that of an npz file, "published" or "legacy".
+      num_classes: width of the head that the file has.
+
+    Raises:
+      UserError: timm's name of a model that is no MLP-Mixer.
+    """
+    refuse_other_models(source)
+    lists = {size: name for name, size in LISTS.items()}
+    if layout == "timm":
+        origin = _timm_origin(str(source))
+        if origin is None or num_classes not in lists:
+            return Facts(_only_21k(num_classes), _unknown)
+        steps = _timm_steps("bicubic", 0.875, (0.5, 0.5))
+        if origin == "miil":
+            steps = _timm_steps("bilinear", 0.875, (0.0, 1.0))
+        return Facts(lists[num_classes], steps, _timm_note(origin, num_classes))
+    published = find(source)
+    named_so = re.fullmatch(r"Mixer-[SBL]_(8|16|32)\.npz", epath.Path(source).name)
+    if (published or named_so) and num_classes in (1000, 21843):
+        return Facts(lists[num_classes], _authors_steps)
+    return Facts(_only_21k(num_classes), _unknown)
+
+
+def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes: int) -> Facts:
+    """What timm's config.json (Hugging Face's layout) says of the weights beside it.
+
+    Args:
+      fields: the JSON object.
+      source: the file or repository, for messages.
+      num_classes: width of the head that the weights have.
+
+    Raises:
+      UserError: the config of another model, or a damaged one.
+    """
+    inner = fields.get("pretrained_cfg", fields)  # early exports have one level only
+    name = f"{fields.get('architecture', '')}.{inner.get('tag', '')}"
+    refuse_other_models(name)
+    try:
+        mean, std = ({float(x) for x in inner[key]} for key in ("mean", "std"))
+        crop_pct, interpolation = float(inner["crop_pct"]), inner["interpolation"]
+        crop_mode = inner.get("crop_mode", "center")
+        if not mean or not min(std) > 0 or not 0 < crop_pct <= 1:
+            raise ValueError(f"mean {mean}, std {std}, crop_pct {crop_pct}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json of {source} is not as timm writes it: {error!r}") from None
+
+    note = _timm_note(_timm_origin(name), num_classes)
+    if len(mean) > 1 or len(std) > 1:
+        reason = f"a mean and std for each channel ({sorted(mean)}, {sorted(std)})"
+    elif interpolation not in ("bilinear", "bicubic") or crop_mode != "center":
+        reason = f"{interpolation} interpolation with crop mode {crop_mode}"
+    else:
+        steps = _timm_steps(interpolation, crop_pct, (mean.pop(), std.pop()))
+        return Facts(_timm_class_names(fields, inner, num_classes), steps, note)
+    refused = f"config.json of {source} asks for {reason}, which has no preprocessing step here"
+    names = _timm_class_names(fields, inner, num_classes)
+    return Facts(names, _unknown, "; ".join(filter(None, (note, refused))))
+
+
+def refuse_other_models(source: epath.PathLike) -> None:
+    """Raises UserError where a path or address names a model of timm that is no MLP-Mixer."""
+    names = list(_TIMM_MODEL.finditer(str(source)))
+    if names and names[-1]["kind"] in _OTHER_MODELS:
+        name = names[-1][0].removesuffix(".safetensors").removesuffix(".")
+        raise UserError(
+            f"{name} is {_OTHER_MODELS[names[-1]['kind']]}, another model than MLP-Mixer; timm's "
+            "MLP-Mixers are named mixer_*"
+        )
+
+
+def _timm_origin(source: str) -> str | None:
+    """Who trained timm's weights of this name: "goog", "miil", or None for anybody else.
+
+    The tags in timm 1.0: goog_in21k, goog_in21k_ft_in1k (B/16, L/16), miil_in21k,
+    miil_in21k_ft_in1k (B/16). Before tags the authors' files were jx_mixer_*.
+    """
+    names = [match[0] for match in _TIMM_MODEL.finditer(source)]
+    if not names:
+        return None
+    if names[-1].startswith("jx_") or ".goog_in21k" in names[-1]:
+        return "goog"
+    return "miil" if re.search(r"[._]miil", names[-1]) else None
+
+
+def _timm_note(origin: str | None, num_classes: int) -> str:
+    if origin != "goog":
+        return ""
+    return f"{_NOT_21K}; {_TANH}" if num_classes == 1000 else _TANH
+
+
+def _timm_class_names(
+    fields: Mapping[str, Any], inner: Mapping[str, Any], num_classes: int
+) -> str | tuple[str, ...] | None:
+    """Names that timm's config.json gives, or the list that its tag names."""
+    names = fields.get("label_names") or inner.get("label_names")
+    if isinstance(names, list) and len(names) == num_classes:
+        return tuple(map(str, names))
+    if num_classes == 1000 and str(inner.get("tag", "")).endswith("in1k"):
+        return "imagenet1k"
+    return _only_21k(num_classes)
+
+
+def _only_21k(num_classes: int) -> str | None:
+    """The list that a count alone tells: 1,000 classes may be any."""
+    return {21843: "imagenet21k", 11221: "imagenet21k_miil"}.get(num_classes)
+
+
+def _unknown(image_size: tuple[int, int]) -> None:
+    return None
+
+
+def _authors_steps(image_size: tuple[int, int]) -> str | None:
+    """Short side at 8/7 of the model's by area averaging, then the middle [read: BV]."""
+    height, width = image_size
+    if height != width:
+        return None
+    return f"decode|resize_small({height * 8 // 7}, method='area')|central_crop({height})"
+
+
+def _timm_steps(
+    interpolation: str, crop_pct: float, mean_std: tuple[float, float]
+) -> Callable[[tuple[int, int]], str | None]:
+    """As timm evaluates: short side at size / crop_pct, resized as Pillow does, then its middle."""
+    mean, std = mean_std
+    low, high = (int(x) if x == int(x) else x for x in (-mean / std, (1 - mean) / std))
+    ending = "" if (low, high) == (-1, 1) else f"|value_range({low}, {high})"
+
+    def steps(image_size: tuple[int, int]) -> str | None:
+        height, width = image_size
+        if height != width:
+            return None
+        return (
+            f"decode|resize_small({math.floor(height / crop_pct)}, method='{interpolation}', "
+            f"antialias=True)|central_crop({height}){ending}"
+        )
+
+    return steps

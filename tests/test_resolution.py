@@ -1,0 +1,204 @@
+"""Weights for another image size: the paper's growth, and interpolation."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from mixer import resolution
+from mixer.errors import UserError
+from mixer.model import make_model
+
+P = 2
+SMALL = dict(patch_size=P, hidden_dim=8, num_blocks=2, channels_mlp_dim=12, num_classes=5)
+
+
+def random_params(model, size, seed=0):
+    """Flat parameters, every leaf random and none zero."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *size, 3), np.float32))
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(0.5 if name.endswith("scale") else 0, 0.5, leaf.shape).astype(np.float32)
+        for name, leaf in traverse_util.flatten_dict(shapes["params"], sep="/").items()
+    }
+
+
+def outputs(params, images, gelu="tanh"):
+    """The last block, pre-logits and logits of flat parameters; the token MLP's width is theirs."""
+    width = len(params["MixerBlock_0/token_mixing/Dense_0/bias"])
+    model = make_model(**SMALL, tokens_mlp_dim=width, gelu=gelu)
+    tree = traverse_util.unflatten_dict(params, sep="/")
+    logits, out = jax.jit(model.apply)({"params": tree}, images)
+    return np.asarray(out["block_1"]), np.asarray(out["pre_logits"]), np.asarray(logits)
+
+
+def grow_all(params, grid, factors):
+    return {
+        name: resolution.grow(name, array, grid=grid, factors=factors)
+        for name, array in params.items()
+    }
+
+
+def random_images(n, size):
+    return np.random.default_rng(1).normal(0, 1, (n, *size, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("grid", "factors", "gelu"),
+    [
+        ((2, 2), (2, 2), "tanh"),
+        ((2, 2), (2, 2), "erf"),
+        ((2, 3), (3, 3), "tanh"),
+        ((3, 2), (1, 2), "erf"),
+        ((2, 3), (3, 2), "tanh"),
+    ],
+)
+def test_grown_model_is_the_mean_over_the_tiles(grid, factors, gelu):
+    size = (grid[0] * P, grid[1] * P)
+    model = make_model(**SMALL, tokens_mlp_dim=7, gelu=gelu)
+    params = random_params(model, size)
+    k_h, k_w = factors
+    images = random_images(3, (k_h * size[0], k_w * size[1]))
+    tiles = images.reshape(3, k_h, size[0], k_w, size[1], 3).swapaxes(2, 3)
+    tile_tokens, *tile_outputs = outputs(params, tiles.reshape(-1, *size, 3), gelu)
+
+    grown = grow_all(params, grid, factors)
+    for name, array in grown.items():
+        assert array.shape == resolution.grown_shape(name, params[name].shape, factors), name
+    tokens, *large_outputs = outputs(grown, images, gelu)
+    # The last LayerNorm removes what b2 adds, so that only the tokens show where it went.
+    tokens = tokens.reshape(3, k_h, grid[0], k_w, grid[1], -1).swapaxes(2, 3)
+    np.testing.assert_allclose(tokens.reshape(tile_tokens.shape), tile_tokens, rtol=0, atol=1e-4)
+    for large, small in zip(large_outputs, tile_outputs, strict=True):
+        mean = small.reshape(3, k_h * k_w, -1).mean(1)
+        assert np.abs(mean).max() > 0.1
+        np.testing.assert_allclose(large, mean, rtol=0, atol=1e-4)
+
+
+def test_growing_twice_by_two_is_growing_by_four():
+    grid = (1, 2)
+    params = random_params(make_model(**SMALL, tokens_mlp_dim=3), (P, 2 * P))
+    images = random_images(2, (4 * P, 8 * P))
+    twice = grow_all(grow_all(params, grid, (2, 2)), (2, 4), (2, 2))
+    once = grow_all(params, grid, (4, 4))
+    for one, other in zip(outputs(twice, images), outputs(once, images), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("leaf", ["Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel"])
+def test_growth_copies_bits_and_keeps_the_dtype(leaf):
+    name = f"MixerBlock_11/token_mixing/{leaf}"
+    shape = {"Dense_0/kernel": (6, 4), "Dense_0/bias": (4,), "Dense_1/kernel": (4, 6)}[leaf]
+    bits = np.random.default_rng(0).integers(1, 2**15, shape, np.uint16)
+    grown = resolution.grow(name, bits.view(ml_dtypes.bfloat16), grid=(2, 3), factors=(2, 1))
+    assert grown.dtype == ml_dtypes.bfloat16
+    values, counts = np.unique(grown.view(np.uint16), return_counts=True)
+    expected = np.concatenate([bits.ravel()] * 2)
+    zeros = grown.size - expected.size
+    assert (counts[0] if values[0] == 0 else 0) == zeros
+    np.testing.assert_array_equal(np.sort(grown.view(np.uint16).ravel())[zeros:], np.sort(expected))
+
+
+@pytest.mark.parametrize(
+    "name", ["stem/kernel", "MixerBlock_0/channel_mixing/Dense_0/kernel", "head/bias"]
+)
+def test_other_leaves_are_returned_as_they_are(name):
+    array = np.ones((4, 4), np.float32)
+    assert resolution.grow(name, array, grid=(2, 2), factors=(2, 2)) is array
+    assert resolution.grown_shape(name, array.shape, (2, 2)) == (4, 4)
+    assert resolution.interpolate(name, array, grid=(2, 2), new_grid=(3, 3)) is array
+    assert resolution.interpolated_shape(name, array.shape, (2, 2), (3, 3)) == (4, 4)
+
+
+def test_factors():
+    assert resolution.factors((224, 224), (448, 672), 16) == (2, 3)
+    assert resolution.factors((224, 224), (224, 224), 16) == (1, 1)
+    assert resolution.factors((224, 224), (336, 448), 16) is None
+    assert resolution.factors((224, 224), (112, 224), 16) is None
+    assert resolution.check((224, 160), (224, 320), 16) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("new", "near"),
+    [
+        ((384, 384), "the nearest are (224 or 448) x (224 or 448);"),
+        ((448, 500), "the nearest are 448 x (448 or 672);"),
+        ((112, 224), "the nearest are 224 x 224;"),
+    ],
+)
+def test_sizes_that_cannot_be_grown_to_are_refused(new, near):
+    with pytest.raises(UserError) as error:
+        resolution.check((224, 224), new, 16)
+    message = str(error.value)
+    assert f"cannot be grown to {new[0]} x {new[1]}" in message and near in message
+    assert "resize='interpolate'" in message and "patch size 16" in message
+
+
+def token_leaves(grid, width, seed=0):
+    """Random weights of a token MLP by name."""
+    rng = np.random.default_rng(seed)
+    tokens = grid[0] * grid[1]
+    shapes = {
+        "Dense_0/kernel": (tokens, width),
+        "Dense_0/bias": (width,),
+        "Dense_1/kernel": (width, tokens),
+        "Dense_1/bias": (tokens,),
+    }
+    return {
+        f"MixerBlock_0/token_mixing/{name}": rng.normal(size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("grid", "new_grid"), [((3, 4), (5, 7)), ((7, 6), (4, 3)), ((4, 4), (8, 3))]
+)
+def test_interpolation_keeps_what_even_tokens_give(grid, new_grid):
+    """Tokens all alike: the same hidden units; weights alike for all tokens: the same output."""
+    old = token_leaves(grid, width=9)
+    new = {
+        name: resolution.interpolate(name, array, grid=grid, new_grid=new_grid)
+        for name, array in old.items()
+    }
+    for name, array in new.items():
+        wanted = resolution.interpolated_shape(name, old[name].shape, grid, new_grid)
+        assert array.shape == wanted and array.dtype == np.float32, name
+    kernel = "MixerBlock_0/token_mixing/Dense_0/kernel"
+    field = np.full((2, old[kernel].shape[0]), 1.7, np.float32)
+    new_field = np.full((2, new[kernel].shape[0]), 1.7, np.float32)
+    np.testing.assert_allclose(new_field @ new[kernel], field @ old[kernel], rtol=0, atol=1e-5)
+
+    kernel = "MixerBlock_0/token_mixing/Dense_1/kernel"
+    even = np.repeat(old[kernel][:, :1], old[kernel].shape[1], axis=1)
+    even = resolution.interpolate(kernel, even, grid=grid, new_grid=new_grid)
+    np.testing.assert_allclose(even, np.repeat(old[kernel][:, :1], even.shape[1], 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("new_grid", [(6, 10), (2, 3)])
+def test_interpolation_is_the_resizing_of_images(new_grid):
+    """Dense_1 is resized as an image is; Dense_0 sees the new tokens resized to the old grid."""
+    grid = (3, 5)
+    leaves = token_leaves(grid, width=4)
+    new = {
+        name.removeprefix("MixerBlock_0/token_mixing/"): resolution.interpolate(
+            name, array, grid=grid, new_grid=new_grid
+        )
+        for name, array in leaves.items()
+    }
+    old = list(leaves.values())
+    image = jax.image.resize(old[2].reshape(4, *grid), (4, *new_grid), "bilinear")
+    np.testing.assert_allclose(new["Dense_1/kernel"].reshape(image.shape), image, atol=1e-5)
+    image = jax.image.resize(old[3].reshape(grid), new_grid, "bilinear")
+    np.testing.assert_allclose(new["Dense_1/bias"].reshape(image.shape), image, atol=1e-5)
+
+    tokens = np.random.default_rng(1).normal(size=new_grid).astype(np.float32)
+    resized = np.asarray(jax.image.resize(tokens, grid, "bilinear"))
+    np.testing.assert_allclose(
+        tokens.ravel() @ new["Dense_0/kernel"], resized.ravel() @ old[0], rtol=0, atol=1e-5
+    )
+
+
+def test_interpolation_to_the_same_size_changes_nothing():
+    for name, array in token_leaves((3, 4), width=5).items():
+        assert resolution.interpolate(name, array, grid=(3, 4), new_grid=(3, 4)) is array
