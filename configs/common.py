@@ -21,20 +21,27 @@ def base() -> ConfigDict:
     # Devices along each axis; -1 is what the others leave.
     config.mesh = dict(data=-1)
     # Whose weights a new run starts from: a run, a step of it (RUN/checkpoints/STEP,
-    # RUN/best/STEP), or an npz file of the published layout; empty starts from random ones.
+    # RUN/best/STEP), a file (.npz or .safetensors), an address, or a published checkpoint's short
+    # name such as B/16-i21k (docs/weights.md); empty starts from random ones.
     config.init_from = ""
     config.init_head = "auto"  # keep (it must fit), reset (zeros), auto (reset if it does not fit)
+    # Weights for images of another size: grow (whole factors; the paper's) or interpolate (any
+    # size; not the paper's). Growing by K takes K^2 times the model's tokens_mlp_dim.
+    config.init_resize = "grow"
+    config.init_image_size = config_dict.placeholder(int)  # of those weights; None: as they say
 
     config.model = dict(
-        variant=config_dict.placeholder(str),  # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None
-        # What is set here replaces the variant's.
+        # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None. What is set of the five dimensions below
+        # replaces the variant's; with neither, the model is that of init_from.
+        variant=config_dict.placeholder(str),
         patch_size=config_dict.placeholder(int),  # P, pixels
         hidden_dim=config_dict.placeholder(int),  # C
         num_blocks=config_dict.placeholder(int),  # L
         tokens_mlp_dim=config_dict.placeholder(int),  # D_S
         channels_mlp_dim=config_dict.placeholder(int),  # D_C
         num_classes=config_dict.placeholder(int),  # None: as many as the data has
-        gelu="tanh",  # tanh (the authors' code) or erf (timm)
+        # tanh (the authors' code) or erf (timm); None: that of init_from, tanh without one.
+        gelu=config_dict.placeholder(str),
         stoch_depth=0.0,  # drop rate of the last block; falls linearly to 0 at the first
         stoch_depth_rescale=False,  # False: the authors' code; True: timm's
         dropout=0.0,

@@ -1,9 +1,10 @@
 """Fine-tuning a Mixer, as the authors did: ImageNet, CIFAR, Pets, Flowers, VTAB-1k, own images.
 
-python train.py --config=configs/finetune.py:model=B/16,dataset=cifar10,init=Mixer-B_16.npz
+python train.py --config=configs/finetune.py:dataset=cifar10,init=Mixer-B_16.npz
 python train.py --config=configs/finetune.py:dataset=vtab/dmlab,split=1000,lr=0.01,init=runs/mine
 python train.py --config=configs/finetune.py:dataset=folder,init=FILE \
     --config.dataset.data_dir=/data/pets
+python train.py --config=configs/finetune.py:dataset=imagenet2012,res=448,init=L/16-i21k
 python train.py --config=configs/finetune.py:dataset=cifar10,mode=smoke    # no data, no weights
 
 Expected on CIFAR-10 at 224 px, lr 0.03: from ImageNet-1k weights B/16 96.72 %, L/16 96.59 %; from
@@ -12,16 +13,18 @@ images]. On ImageNet from ImageNet-21k weights: B/16 80.64 %, L/16 82.89 % [pape
 time are not given. None of it is measured here.
 
 Arguments:
-  model=    the variant of the weights, B/16 if not given.
+  model=    the variant; not given: what the weights are (without weights B/16).
   dataset=  imagenet2012, cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, folder, or
             vtab/TASK with TASK one of caltech101, cifar100, dtd, flowers102, pets, sun397, svhn,
             camelyon, eurosat, resisc45, retinopathy, clevr_count, clevr_distance, dmlab,
             dsprites_location, dsprites_orientation, kitti_distance, smallnorb_azimuth,
             smallnorb_elevation.
-  res=      side in pixels, 224 if not given; any that the patch divides.
-  init=     first weights: an npz file of the published layout, a run, or a step of one; empty
-            starts from scratch, for which these values are not meant. A head of another number of
-            classes starts at zero (`init_head`).
+  res=      side in pixels, 224 if not given. Weights for another size are grown to it, by a whole
+            factor as in the paper: from 224 to 448 (docs/weights.md); --config.init_resize=
+            interpolate takes any size that the patch divides, which is not the paper's.
+  init=     first weights: a file (npz, safetensors), an address, a published checkpoint's short
+            name, a run, or a step of one; empty starts from scratch, for which these values are
+            not meant. A head of another number of classes starts at zero (`init_head`).
   lr=       peak learning rate. The authors chose from 0.003, 0.01, 0.03 and 0.06 on the validation
             split; 0.03 is VT's for Mixers.
   split=    VTAB only. 800: trained on 800 images, validated on 200 others, to choose lr by; 1000:
@@ -93,9 +96,12 @@ VTAB = {
 
 def get_config(arg=""):
     arg = common.parse_arg(
-        arg, model="B/16", dataset="cifar10", res=224, init="", lr=0.03, split=800, mode="tpu"
+        arg, model="", dataset="cifar10", res=224, init="", lr=0.03, split=800, mode="tpu"
     )
-    common.check_model(arg.model, arg.res)
+    model = arg.model or ("" if arg.init else "B/16")
+    if model:
+        common.check_model(model, arg.res)
+    common.check_positive("res", arg.res)
     common.check_choice("dataset", arg.dataset, (*SETS, *(f"vtab/{task}" for task in VTAB)))
     common.check_positive("lr", arg.lr)
     common.check_choice("split", arg.split, (800, 1000))
@@ -122,7 +128,7 @@ def get_config(arg=""):
     config.global_batch_size = 512
     config.image_size = arg.res
     config.init_from = arg.init
-    config.model.variant = arg.model
+    config.model.variant = model or None
     config.model.dtype = "bfloat16" if arg.mode == "gpu8" else "float32"
     config.dataset.update(
         name=name,

@@ -1,1 +1,15 @@
-"""MLP-Mixer in JAX/Flax: train, fine-tune, evaluate and use."""
+"""MLP-Mixer in JAX/Flax: train, fine-tune, evaluate and use.
+
+`import mixer; model, params = mixer.load("RUN_OR_FILE")` (mixer/loading.py). JAX is imported when
+`load` is first asked for.
+"""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load":
+        raise AttributeError(f"module 'mixer' has no attribute {name!r}")
+    from mixer.loading import load
+
+    return load

@@ -341,7 +341,7 @@ def restore_params(
 def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple[int, ...]]:
     """Shape of every saved parameter by its name; CheckpointError where it is damaged."""
     prefix = f"{item}/"
-    with _reading(directory):
+    with _reading(directory), _quiet():
         shapes = saved_shapes(directory)
     return {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
 

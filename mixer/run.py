@@ -13,11 +13,12 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
+from mixer import loading, resolution, weights
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.losses import make_loss
 from mixer.mixup import make_mix
-from mixer.model import MlpMixer, check_image_size, make_model
+from mixer.model import VARIANTS, MlpMixer, check_image_size, make_model
 from mixer.optimizer import Schedule, make_optimizer, make_schedule
 from mixer.train_step import make_train_step
 
@@ -39,7 +40,6 @@ FREE_KEYS = (
 UNITS = ("steps", "epochs", "examples")
 # What is given in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
-HEADS = ("keep", "reset", "auto")
 # Keys that evaluation reads and runs begun before they existed lack, with what those runs did.
 ADDED = (
     ("dataset", "label_key", ""),
@@ -88,8 +88,9 @@ def check_config(config: ConfigDict) -> None:
             f"optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "
             f"global_batch_size={config.global_batch_size}"
         )
-    if config.init_head not in HEADS:
-        raise UserError(f"init_head={config.init_head!r}; one of {', '.join(HEADS)}")
+    for key, known in (("init_head", loading.HEADS), ("init_resize", loading.RESIZES)):
+        if config[key] not in known:
+            raise UserError(f"{key}={config[key]!r}; one of {', '.join(known)}")
     for stem in LENGTHS:
         given = lengths_given(config, stem)
         if len(given) > 1:
@@ -143,6 +144,69 @@ def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
         return
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{key} is {value}; it must be a whole number of at least 1")
+
+
+def find_initial(config: ConfigDict) -> loading.Found | None:
+    """The weights that a new run starts from, not read yet; None where it starts from none.
+
+    Raises:
+      UserError: none there, or not for square images, which are all that training takes.
+    """
+    if not config.init_from:
+        return None
+    found = loading.find(config.init_from, image_size=config.init_image_size, log=print)
+    height, width = found.card.image_size
+    if height != width:
+        raise UserError(
+            f"init_from={config.init_from} is for images of {height} x {width}; training takes "
+            "square ones"
+        )
+    if config.init_image_size not in (None, height):
+        raise UserError(
+            f"init_image_size={config.init_image_size}, and init_from={config.init_from} is for "
+            f"images of {height} x {width}"
+        )
+    return found
+
+
+def resolve_model(
+    config: ConfigDict, found: loading.Found | None, old: dict[str, Any] | None
+) -> None:
+    """Sets what of the model the first weights decide.
+
+    That is their GELU and, where the config has no variant and no dimensions, all of these; and the
+    grown D_S at a larger image.
+
+    Args:
+      config: of the run; as its own command line has it.
+      found: its first weights.
+      old: config of the run that is continued, whose first weights need not be there any more.
+    """
+    if old:
+        gelu, size = old["model"]["gelu"], old.get("init_image_size")
+    else:
+        gelu, size = (found.card.gelu, found.card.image_size[0]) if found else ("tanh", None)
+    if config.model.gelu is None:
+        config.model.gelu = gelu
+    if config.init_image_size is None:
+        config.init_image_size = size
+    model = config.model
+    keys = weights.DIMENSIONS
+    if config.init_from and all(model[key] is None for key in ("variant", *keys)):
+        if old:
+            model.update({key: old["model"][key] for key in keys})
+            return  # grown already, where it was
+        model.update({key: getattr(found.card, key) for key in keys})
+    if config.init_image_size in (None, config.image_size) or config.init_resize != "grow":
+        return
+    # The grown MLP is K^2 times as wide, whatever width the weights have.
+    width, patch_size = model.tokens_mlp_dim, model.patch_size
+    if model.variant in VARIANTS:
+        width = width or VARIANTS[model.variant]["tokens_mlp_dim"]
+        patch_size = patch_size or VARIANTS[model.variant]["patch_size"]
+    if width and patch_size:
+        old, new = ((side, side) for side in (config.init_image_size, config.image_size))
+        model.tokens_mlp_dim = width * math.prod(resolution.check(old, new, patch_size))
 
 
 def build_model(config: ConfigDict) -> MlpMixer:
@@ -314,9 +378,19 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     config, data = read_json(workdir, "config.json"), read_json(workdir, "data.json")
     if config is None or data is None:
         raise UserError(f"{workdir} is no run: it holds no config.json and data.json")
+    check_trained(workdir, config)
     for group, key, neutral in ADDED:
         config[group].setdefault(key, neutral)
     return ConfigDict(config), tuple(data["class_names"])
+
+
+def check_trained(workdir: epath.PathLike, config: dict[str, Any]) -> None:
+    """Raises UserError where `workdir` holds weights that mixer.tools.convert has put there."""
+    if "total_steps" not in config:
+        raise UserError(
+            f"{workdir} holds converted weights and no training run; they can be the first weights "
+            f"of one: --config.init_from={workdir} with another --workdir"
+        )
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

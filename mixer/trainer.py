@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mixer import (
     checkpoint,
     console,
-    load,
+    loading,
     losses,
     optimizer,
     pictures,
@@ -72,6 +72,8 @@ def _train(
     begun = bool(checkpoints.steps)
     old_config = run.read_json(workdir, "config.json") if begun else None
     old_data = run.read_json(workdir, "data.json") if begun else None
+    if old_config:
+        run.check_trained(workdir, old_config)
 
     mesh = sharding.make_mesh(config.mesh)
     eval_batch_size = config.eval_batch_size or config.global_batch_size
@@ -91,6 +93,8 @@ def _train(
             config.model.num_classes = len(opening.result().train.class_names)
         sized = opening.result().train.num_examples if run.needs_epochs(config) else None
         run.resolve_lengths(config, sized)
+        found = None if begun else run.find_initial(config)
+        run.resolve_model(config, found, old_config)
         model = run.build_model(config)
         loss_fn = losses.make_loss(config.loss)
         schedule, tx = run.build_optimizer(config)
@@ -117,13 +121,19 @@ def _train(
             _warn_of_versions(info["versions"])
         else:
             state = train_state.init_state(model, tx, image_size, mesh, config.seed, ema=ema)
-            if config.init_from:
-                params, how = load.initial_params(
-                    config.init_from, state.params, head=config.init_head
+            if found:
+                params, how = loading.initial_params(
+                    found,
+                    state.params,
+                    image_size=image_size,
+                    head=config.init_head,
+                    resize=config.init_resize,
                 )
                 average = jax.tree.map(jnp.copy, params) if ema else None
                 state = state.replace(params=params, ema_params=average)
-                _say(f"first weights: {config.init_from}, {how}")
+                _say(f"first weights: {config.init_from}: {found.about}; {how}")
+                if model.gelu != found.card.gelu:
+                    _warn(f"those weights are for GELU {found.card.gelu}; model.gelu={model.gelu}")
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
     data = run.data_record(splits)

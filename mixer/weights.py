@@ -1,68 +1,507 @@
-"""Weights in the published npz layout: arrays by their names, such as "head/kernel"."""
+"""Files of weights: the published npz layout, the legacy one, and timm's names in safetensors.
 
+Whatever the layout, arrays are known by the names of the released checkpoints, joined by "/", such
+as "MixerBlock_0/token_mixing/Dense_0/kernel". Nothing is unpickled.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
+import ml_dtypes
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from mixer.errors import UserError
+from mixer.model import GELUS, VARIANTS, MlpMixer, make_model
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# By layout: the ending of its files, and the GELU of the code whose layout it is.
+ENDINGS = {"published": ".npz", "legacy": ".npz", "timm": ".safetensors"}
+GELU_OF = {"published": "tanh", "legacy": "tanh", "timm": "erf"}
+DTYPES = ("float32", "float16", "bfloat16")  # exact in float32
+DIMENSIONS = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
+HEAD = ("head/kernel", "head/bias")
+FORMAT = "mlp-mixer weights, 1"  # what the JSON beside a file says of itself
 
 
-def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """Reads the arrays of an npz file by name. Nothing is unpickled.
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What weights are: recognised from their shapes, a run's config, or the JSON beside a file.
+
+    Attributes:
+      variant: such as "B/16"; None: other dimensions. Grown to a larger image, a variant has a
+        multiple of its tokens_mlp_dim.
+      patch_size: P. hidden_dim: C. num_blocks: L. tokens_mlp_dim: D_S. channels_mlp_dim: D_C.
+      num_classes: width of the head.
+      image_size: (H, W) in pixels.
+      gelu: "tanh" or "erf".
+      preprocess: the steps of evaluation, of mixer/data/preprocess.py; None: not known.
+      class_names: in label order, or the name of a list of mixer/data/imagenet_names.py; None: not
+        known.
+      source: where the weights come from.
+    """
+
+    variant: str | None
+    patch_size: int
+    hidden_dim: int
+    num_blocks: int
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    num_classes: int
+    image_size: tuple[int, int]
+    gelu: str
+    preprocess: str | None
+    class_names: str | tuple[str, ...] | None
+    source: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along each side of the image, (H/P, W/P)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """What the values 0 and 255 of a pixel become for the model."""
+        low, high = -1.0, 1.0  # where no `value_range(low, high)` ends the preprocessing
+        match = re.search(r"value_range\((.+)\)\s*$", self.preprocess or "")
+        for place, argument in enumerate(match[1].split(",") if match else ()):
+            name, _, value = argument.rpartition("=")
+            if name.strip() == "high" or (not name and place == 1):
+                high = float(value)
+            else:
+                low = float(value)
+        return low, high
+
+    def model(self, **fields: Any) -> MlpMixer:
+        """The model of these weights; `fields` replace its own."""
+        own = {name: getattr(self, name) for name in (*DIMENSIONS, "num_classes", "gelu")}
+        return make_model(**own | fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """An opened file: names and shapes; an array is read when it is asked for.
+
+    Attributes:
+      path: where it is.
+      layout: a key of ENDINGS.
+      shapes: by published name; an array that the layout does not have goes by its own.
+      read: an array by that name, turned as published, in the file's dtype.
+      notes: what was passed over or taken off, for the log.
+    """
+
+    path: epath.Path
+    layout: str
+    shapes: Shapes
+    read: Callable[[str], np.ndarray]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """An array as it lies in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def open_file(path: epath.PathLike) -> File:
+    """Opens a file of weights and recognises its layout from its names.
 
     Raises:
-      UserError: no such file, or none that NumPy can read without unpickling.
+      UserError: no such file, one of another kind, another model, or an array of another dtype.
     """
+    path = epath.Path(path).expanduser()
+    match path.suffix:
+        case ".npz":
+            arrays = _npz_arrays(path)
+        case ".safetensors":
+            arrays = _safetensors_arrays(path)
+        case ".pth" | ".pt" | ".bin" | ".tar" | ".ckpt" | ".pkl":
+            raise UserError(
+                f"{path} is a pickled file, which can run code, and is not opened; with PyTorch: "
+                f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+                f"'{path.stem}.safetensors')"
+            )
+        case _:
+            raise UserError(f"{path} is no file of weights; .npz and .safetensors are read")
+    arrays, notes = _unwrapped(arrays)
+    layout = _recognise(arrays, path)
+    faults = [
+        f"{name}: its dtype is {array.dtype}; {', '.join(DTYPES)} are read"
+        for name, array in arrays.items()
+        if array.dtype not in DTYPES
+    ]
+    if faults:
+        raise UserError(f"{path}: {'; '.join(sorted(faults))}")
+
+    numbers = re.findall(r"(?:MixerBlock_|encoderblock_|blocks\.)(\d+)", " ".join(arrays))
+    places = {}  # published name -> the file's
+    for name in leaf_names(max(map(int, numbers), default=-1) + 1):
+        if _stored_name(name, layout) in arrays:
+            places[name] = _stored_name(name, layout)
+    places |= {name: name for name in arrays.keys() - set(places.values())}
+    return File(
+        path,
+        layout,
+        {name: _published_shape(name, arrays[old].shape, layout) for name, old in places.items()},
+        lambda name: _published(name, arrays[places[name]].read(), layout),
+        notes,
+    )
+
+
+def leaf_names(num_blocks: int) -> Iterator[str]:
+    """The published names of a Mixer's arrays."""
+    for module in ("stem", "head", "pre_head_layer_norm"):
+        yield from (f"{module}/{leaf}" for leaf in _leaves(module))
+    for block in range(num_blocks):
+        for norm, mlp in (("LayerNorm_0", "token_mixing"), ("LayerNorm_1", "channel_mixing")):
+            for module in (norm, f"{mlp}/Dense_0", f"{mlp}/Dense_1"):
+                yield from (f"MixerBlock_{block}/{module}/{leaf}" for leaf in _leaves(module))
+
+
+def _leaves(module: str) -> tuple[str, str]:
+    return ("scale" if "norm" in module.lower() else "kernel"), "bias"
+
+
+def _stored_name(name: str, layout: str) -> str:
+    """The name in a file of `layout` of the array that is published as `name`."""
+    if layout == "legacy":  # the code before Linen (big_vision converts its files)
+        name = re.sub("^stem/", "embedding/", name)
+        name = re.sub("^pre_head_layer_norm/", "Mixer/encoder_norm/", name)
+        name = re.sub("^MixerBlock_", "Mixer/encoderblock_", name)
+        return re.sub(
+            r"_mixing/Dense_(\d)/(\w+)",
+            lambda match: f"_mixing_phase_0/{match[2]}{int(match[1]) + 1}",
+            name,
+        )
+    if layout == "timm":  # timm's MlpMixer
+        name = re.sub("^stem/", "stem.proj.", name)
+        name = re.sub("^pre_head_layer_norm/", "norm.", name)
+        name = re.sub(r"^MixerBlock_(\d+)/", r"blocks.\1.", name)
+        name = re.sub(r"LayerNorm_(\d)/", lambda match: f"norm{int(match[1]) + 1}.", name)
+        name = re.sub(
+            r"(token|channel)_mixing/Dense_(\d)/",
+            lambda match: f"mlp_{match[1]}s.fc{int(match[2]) + 1}.",
+            name,
+        )
+        return re.sub("(kernel|scale)$", "weight", name).replace("/", ".")
+    return name
+
+
+def _published(name: str, array: np.ndarray, layout: str) -> np.ndarray:
+    """Turns an array as it lies in a file of `layout` to the published orientation."""
+    if layout == "timm" and name.endswith("kernel"):
+        return array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
+    if "_mixing/Dense_" in name:  # the legacy layout has a unit axis before the others
+        shape = list(array.shape)
+        while 1 in shape and len(shape) > (2 if name.endswith("kernel") else 1):
+            shape.remove(1)
+        return array.reshape(shape)
+    return array
+
+
+def _published_shape(name: str, shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    return _published(name, np.broadcast_to(np.float32(0), shape), layout).shape  # no memory
+
+
+def _stored(name: str, array: np.ndarray, layout: str) -> np.ndarray:
+    """The inverse of `_published`."""
+    if layout == "timm" and name.endswith("kernel"):
+        return np.ascontiguousarray(array.transpose((3, 2, 0, 1) if array.ndim == 4 else None))
+    return array[None] if layout == "legacy" and "_mixing/Dense_" in name else array
+
+
+def _npz_arrays(path: epath.Path) -> dict[str, _Array]:
+    """The arrays of an npz file by name; only their headers are read."""
+    with _reading(path, "npz"):
+        archive = zipfile.ZipFile(path.open("rb"))
+        arrays = {}
+        for member in archive.namelist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, _, dtype = read_header(file)
+            if dtype.hasobject:
+                raise ValueError(f"{member} holds Python objects, which would have to be unpickled")
+            dtype = _real_dtype(dtype)
+            read = functools.partial(_read_npy, path, archive, member, dtype)
+            arrays[member.removesuffix(".npy")] = _Array(shape, dtype.name, read)
+        return arrays
+
+
+def _real_dtype(dtype: np.dtype) -> np.dtype:
+    """In this machine's byte order; NumPy writes bfloat16 as two bytes without a type."""
+    return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype.newbyteorder("=")
+
+
+def _read_npy(
+    path: epath.Path, archive: zipfile.ZipFile, member: str, dtype: np.dtype
+) -> np.ndarray:
+    with _reading(path, "npz"), archive.open(member) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    return array.view(dtype) if array.dtype.kind == "V" else array.astype(dtype, copy=False)
+
+
+def _safetensors_arrays(path: epath.Path) -> dict[str, _Array]:
+    """The arrays of a safetensors file by name; only its header is read."""
+    import safetensors
+
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+    def read(name: str) -> np.ndarray:
+        with _reading(path, "safetensors"):
+            return file.get_tensor(name)
+
+    with _reading(path, "safetensors"):
+        path.stat()  # its message is clearer than the library's
+        file = safetensors.safe_open(path, framework="numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: _Array(
+                tuple(array.get_shape()),
+                names.get(array.get_dtype(), array.get_dtype()),
+                functools.partial(read, name),
+            )
+            for name, array in slices.items()
+        }
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path, kind: str) -> Iterator[None]:
+    """Whatever the libraries make of a file that is none of its kind becomes a UserError."""
+    import safetensors
+
+    damage = (ValueError, TypeError, AttributeError, KeyError, EOFError, NotImplementedError)
+    damage += (RuntimeError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError)
     try:
-        with (
-            epath.Path(path).expanduser().open("rb") as file,
-            np.load(file, allow_pickle=False) as arrays,
-        ):
-            return {name: arrays[name] for name in arrays.files}
+        yield
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, AttributeError) as error:  # text, objects, one bare array
-        raise UserError(f"{path} is no npz file of arrays: {error}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is no npz file of arrays: {error}") from None
+    except damage as error:
+        raise UserError(f"{path} is no {kind} file of arrays, or damaged: {error}") from None
 
 
-def fit(arrays: dict[str, np.ndarray], like: Any, source: epath.PathLike) -> Any:
-    """Arranges `arrays` as the tree `like` and places them as its leaves are.
+# What training programs wrap weights in, of several the first; then what they put before names.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "params", "opt/target")
+_PREFIXES = ("module", "_orig_mod")
+_FIRST_PARTS = {"stem", "embedding", "Mixer", "blocks"}
 
-    Args:
-      arrays: by name.
-      like: parameters, or their shapes, dtypes and shardings.
-      source: where the arrays are from, for messages.
+
+def _unwrapped(arrays: dict[str, _Array]) -> tuple[dict[str, _Array], tuple[str, ...]]:
+    """Takes the weights out of a training program's state: (arrays, what was done)."""
+    notes = []
+
+    def inside(name: str, wrapper: str) -> bool:
+        return name.startswith((f"{wrapper}/", f"{wrapper}."))
+
+    for wrapper in _WRAPPERS:
+        kept = {name: array for name, array in arrays.items() if inside(name, wrapper)}
+        if kept and not any(re.split("[/.]", name)[0] in _FIRST_PARTS for name in arrays):
+            notes.append(f"taken out of {wrapper!r}")
+            if len(arrays) > len(kept):
+                notes.append(f"{len(arrays) - len(kept)} arrays beside it passed over")
+            arrays = {name[len(wrapper) + 1 :]: array for name, array in kept.items()}
+    for prefix in _PREFIXES * 2:  # each may stand before the other
+        if arrays and all(inside(name, prefix) for name in arrays):
+            notes.append(f"{prefix!r} taken off the names")
+            arrays = {name[len(prefix) + 1 :]: array for name, array in arrays.items()}
+    return arrays, tuple(notes)
+
+
+def _recognise(arrays: Mapping[str, _Array], path: epath.Path) -> str:
+    """The layout; UserError for another model, by its name, or for none."""
+    if "stem/kernel" in arrays:
+        return "published"
+    if any(name.startswith(("embedding/", "Mixer/")) for name in arrays):
+        return "legacy"
+    if not any(name.startswith(("stem.", "blocks.")) for name in arrays):
+        some = ", ".join(sorted(arrays)[:4]) or "none"
+        raise UserError(
+            f"{path} holds no MLP-Mixer: a published file has stem/kernel, a legacy one "
+            f"embedding/kernel, timm's stem.proj.weight; this one has {some}"
+            f"{' ...' if len(arrays) > 4 else ''}"
+        )
+    wide, narrow = (arrays.get(f"blocks.0.mlp_tokens.fc{n}.weight") for n in (1, 2))
+    other = None
+    if any(name.startswith("blocks.0.linear_tokens.") for name in arrays):
+        other = "a ResMLP"
+    elif any(".gate." in name for name in arrays):
+        other = "a gMLP"
+    elif wide and narrow and wide.shape[0] == 2 * narrow.shape[-1]:
+        other = "a gMixer, with gated MLPs"
+    if other:
+        raise UserError(f"{path} is {other}: another model; timm's MLP-Mixers are its mixer_*")
+    return "timm"
+
+
+def dimensions(shapes: Shapes, source: epath.PathLike) -> dict[str, int]:
+    """The model's dimensions, by its field names, from the shapes of its weights.
+
+    "num_tokens" is S; "num_classes" is 0 where there is no head.
 
     Raises:
-      UserError: a name is missing or too many, a shape differs, or a value is not finite.
+      UserError: the arrays that tell are not there, or have other axes.
     """
-    wanted = traverse_util.flatten_dict(like, sep="/")
-    faults = [f"{name}: missing" for name in wanted.keys() - arrays.keys()]
-    faults += [f"{name}: not in the model" for name in arrays.keys() - wanted.keys()]
-    for name in wanted.keys() & arrays.keys():
-        if arrays[name].shape != wanted[name].shape:
-            faults.append(f"{name}: in the file {arrays[name].shape}, wanted {wanted[name].shape}")
-        elif not np.issubdtype(arrays[name].dtype, np.floating):
-            faults.append(f"{name}: its dtype is {arrays[name].dtype}, and no float")
-        elif not np.isfinite(arrays[name]).all():
-            faults.append(f"{name}: holds NaN or infinity")
-    if faults and all("/token_mixing/Dense_" in fault for fault in faults):
-        name = "MixerBlock_0/token_mixing/Dense_0/kernel"
-        raise UserError(
-            f"{source} is for images of {arrays[name].shape[0]} patches, and the model has "
-            f"{wanted[name].shape[0]}: image_size has to be that of the weights"
-        )
-    if faults:
-        raise UserError(f"{source} does not fit the model: {'; '.join(sorted(faults))}")
-    placed = {
-        name: jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding)
-        for name, leaf in wanted.items()
+    tell = {
+        "stem/kernel": 4,
+        "MixerBlock_0/token_mixing/Dense_0/kernel": 2,
+        "MixerBlock_0/channel_mixing/Dense_0/kernel": 2,
     }
-    return traverse_util.unflatten_dict(placed, sep="/")
+    faults = [f"{name}: missing" for name in tell if name not in shapes]
+    faults += [
+        f"{name}: {shapes[name]} has not {axes} axes"
+        for name, axes in tell.items()
+        if name in shapes and len(shapes[name]) != axes
+    ]
+    if faults:
+        raise UserError(f"{source} is no whole MLP-Mixer: {'; '.join(faults)}")
+    patch_size, _, _, hidden_dim = shapes["stem/kernel"]
+    num_tokens, tokens_mlp_dim = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
+    _, channels_mlp_dim = shapes["MixerBlock_0/channel_mixing/Dense_0/kernel"]
+    blocks = [int(n) for n in re.findall(r"(?:^|\s)MixerBlock_(\d+)/", " ".join(shapes))]
+    return {
+        "patch_size": patch_size,
+        "hidden_dim": hidden_dim,
+        "num_blocks": max(blocks) + 1,
+        "tokens_mlp_dim": tokens_mlp_dim,
+        "channels_mlp_dim": channels_mlp_dim,
+        "num_tokens": num_tokens,
+        "num_classes": shapes.get("head/kernel", (0,))[-1],
+    }
+
+
+def find_variant(dims: Mapping[str, int]) -> str | None:
+    """The variant of these dimensions; its tokens_mlp_dim may be a multiple, from growth."""
+    for name, variant in VARIANTS.items():
+        rest = {key: value for key, value in variant.items() if key != "tokens_mlp_dim"}
+        same = all(dims[key] == value for key, value in rest.items())
+        if same and dims["tokens_mlp_dim"] % variant["tokens_mlp_dim"] == 0:
+            return name
+    return None
+
+
+def square_side(num_tokens: int, patch_size: int) -> int | None:
+    """Side in pixels of the square image of `num_tokens` patches; None where there is none."""
+    side = math.isqrt(num_tokens)
+    return side * patch_size if side * side == num_tokens else None
+
+
+def read_card(path: epath.PathLike) -> dict[str, Any] | None:
+    """The JSON beside a file of weights (`name.json`), None where there is none of ours.
+
+    Raises:
+      UserError: it is damaged, or has a value that no card has.
+    """
+    path = epath.Path(path).with_suffix(".json")
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        return None
+    wanted = {field.name for field in dataclasses.fields(Card)}
+    if missing := sorted(wanted - values.keys()):
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    if values["gelu"] not in GELUS:
+        raise UserError(f"{path}: gelu is {values['gelu']!r}; one of {', '.join(GELUS)}")
+    card = {name: values[name] for name in wanted}
+    card["image_size"] = tuple(card["image_size"])
+    if isinstance(card["class_names"], list):
+        card["class_names"] = tuple(card["class_names"])
+    return card
+
+
+def write_file(
+    path: epath.PathLike, arrays: Mapping[str, Any], card: Card, *, layout: str
+) -> epath.Path:
+    """Writes a file of weights and its JSON, each whole or not at all.
+
+    The bytes are a function of the arrays alone.
+
+    Args:
+      path: ends as ENDINGS says for the layout.
+      arrays: by published name, float32.
+      card: for the JSON, which has the arguments of timm's MlpMixer too.
+      layout: "published", "legacy" or "timm".
+
+    Returns:
+      The path of the JSON.
+
+    Raises:
+      UserError: a value is NaN or infinite, or the ending is another layout's.
+    """
+    path = epath.Path(path)
+    if path.suffix != ENDINGS[layout]:
+        raise UserError(f"{path}: files in the {layout} layout end in {ENDINGS[layout]}")
+    stored = {}
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        if fault := not_finite(array):
+            raise UserError(f"{path} is not written: {name} {fault}")
+        stored[_stored_name(name, layout)] = _stored(name, array, layout)
+    new = path.with_name(path.name + ".new")
+    if layout == "timm":
+        import safetensors.numpy
+
+        new.write_bytes(safetensors.numpy.save(stored, {"gelu": card.gelu}))
+    else:
+        with new.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+            for name, array in stored.items():
+                # A ZipInfo of its own: savez would write the time of day.
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+    new.replace(path)
+    values = {"format": FORMAT, "layout": layout} | dataclasses.asdict(card)
+    values["timm"] = timm_arguments(card)
+    beside = path.with_suffix(".json")
+    new = beside.with_name(beside.name + ".new")
+    new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    new.replace(beside)
+    return beside
+
+
+def timm_arguments(card: Card) -> dict[str, Any]:
+    """The arguments of timm.models.mlp_mixer.MlpMixer that make the model of `card`.
+
+    `act_layer` is a name for timm.layers.get_act_layer.
+    """
+
+    def ratio(width: int) -> float:  # timm cuts ratio * embed_dim down to a whole number
+        found = width / card.hidden_dim
+        while int(found * card.hidden_dim) < width:
+            found = math.nextafter(found, math.inf)
+        return found
+
+    return {
+        "num_classes": card.num_classes,
+        "img_size": list(card.image_size),
+        "patch_size": card.patch_size,
+        "num_blocks": card.num_blocks,
+        "embed_dim": card.hidden_dim,
+        "mlp_ratio": [ratio(card.tokens_mlp_dim), ratio(card.channels_mlp_dim)],
+        "act_layer": "gelu" if card.gelu == "erf" else "gelu_tanh",
+    }
+
+
+def not_finite(array: np.ndarray) -> str:
+    """Says how much of `array` is NaN or infinite; "" where all of it is finite."""
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    return f"holds NaN or infinity in {bad:,} of {array.size:,} places" if bad else ""

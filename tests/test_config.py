@@ -114,6 +114,7 @@ SHIPPED = {
         *(f"mode={mode}" for mode in common.MODES),
         "split=800",
         "model=L/16,res=448,init=Mixer-L_16.npz,lr=0.003",
+        "dataset=folder,res=448,init=L/16-i21k",
     ],
     "mixer_b16_i1k": PRETRAINING,
     "mixer_l16_i1k": PRETRAINING,
@@ -263,7 +264,8 @@ def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
     config = build(name, arg)
     config.model.num_classes = config.model.num_classes or 10
     run.check_config(config)
-    run.build_model(config)  # its own dimensions fit together and the image
+    if config.model.variant or config.model.patch_size:  # else they are those of init_from
+        run.build_model(config)  # its own dimensions fit together and the image
     data = common.base().dataset.to_dict()
     config.dataset.update(
         data | dict(name="synthetic", train_split="train", val_split="", test_split="")

@@ -18,6 +18,7 @@ FLOORS = {
     "mixer.data.folder": 0,
     "mixer.data.digits": 0,
     "mixer.data.labels": 0,
+    "mixer.data.imagenet_names": 0,
     "mixer.data.randaugment": 0,
     "mixer.data.autoaugment": 0,
     "mixer.data.imagenet21k_source": 0,
@@ -31,23 +32,31 @@ FLOORS = {
     "mixer.console": 1,
     "mixer.memory": 1,
     "mixer.signals": 1,
+    "mixer.published": 1,
+    "mixer.resolution": 1,
     "mixer.optimizer": 2,
     "mixer.train_state": 2,
     "mixer.weights": 2,
+    "mixer.remote": 2,
     "mixer.data.pipeline": 2,
     "mixer.train_step": 3,
     "mixer.checkpoint": 3,
-    "mixer.load": 3,
+    "mixer.loading": 3,
     "mixer.run": 3,
     "mixer.evaluation": -1,
     "mixer.evaluation.classification": 4,
     "mixer.evaluation.report": 4,
     "mixer.pictures": 4,
+    "mixer.prediction": 4,
+    "mixer.serving": 4,
     "mixer.trainer": 5,
     "mixer.cli": 5,
     "mixer.tools": -1,
     "mixer.tools.prepare": 6,
     "mixer.tools.benchmark": 6,
+    "mixer.tools.convert": 6,
+    "mixer.tools.predict": 6,
+    "mixer.tools.export": 6,
 }
 
 
@@ -76,7 +85,9 @@ def test_every_module_has_a_floor():
 
 @pytest.mark.parametrize(("name", "path"), list(_modules()), ids=[n for n, _ in _modules()])
 def test_module_imports_lower_floors_only(name, path):
-    for imported, _ in _imports(path):
+    for imported, top in _imports(path):
+        if name == "mixer" and not top:
+            continue  # mixer.load, which is imported when it is asked for
         parts = imported.split(".")
         while parts and ".".join(parts) not in FLOORS:
             parts.pop()

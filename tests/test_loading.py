@@ -1,0 +1,584 @@
+"""`mixer.load`, and the first weights of a run: what is recognised, taken, grown and refused."""
+
+import dataclasses
+import json
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+import mixer
+from helpers import (
+    GOLDENS,
+    TINY,
+    assert_same_bits,
+    final_state,
+    golden,
+    golden_params,
+    leaves,
+    run_python,
+    tiny_config,
+)
+from mixer import loading, run, sharding, trainer, weights
+from mixer.errors import UserError
+from mixer.model import make_model
+from mixer.train_state import init_state
+
+PUBLISHED = GOLDENS / "mixer_tiny_official.npz"
+LEGACY = GOLDENS / "mixer_tiny_legacy.npz"
+TIMM = GOLDENS / "mixer_tiny_timm.safetensors"
+
+
+def load(path, **options):
+    """(model, params, what was logged)."""
+    lines = []
+    model, params = mixer.load(path, log=lines.append, **options)
+    assert len(lines) == 1 and str(path) in lines[0]
+    return model, params, lines[0]
+
+
+def arrays_of(path):
+    if str(path).endswith(".npz"):
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    return safetensors.numpy.load_file(path)
+
+
+def write(path, arrays):
+    if str(path).endswith(".npz"):
+        np.savez(path, **arrays)
+    else:
+        safetensors.numpy.save_file(arrays, path)
+    return path
+
+
+def refused(path, match, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        mixer.load(path, log=lambda line: None, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What is recognised.
+
+
+@pytest.mark.parametrize(
+    ("path", "outputs", "gelu"),
+    [
+        (PUBLISHED, "outputs", "tanh"),
+        (LEGACY, "outputs", "tanh"),
+        (TIMM, "timm_outputs", "erf"),
+    ],
+)
+def test_goldens_give_the_reference_logits(path, outputs, gelu):
+    model, params, line = load(path)
+    logits, out = model.apply({"params": params}, golden(outputs)["image"])
+    np.testing.assert_allclose(logits, golden(outputs)["logits"], atol=1e-5)
+    assert model.gelu == gelu and f"GELU {gelu} (the " in line
+    assert "32 x 32, 7 classes" in line and "head kept" in line
+    if outputs == "outputs":
+        np.testing.assert_allclose(out["block_2"], golden(outputs)["block_2"], atol=1e-5)
+
+
+def test_the_other_gelu_can_be_asked_for_and_differs():
+    images = golden("outputs")["image"]
+    model, params, line = load(PUBLISHED, gelu="erf")
+    assert model.gelu == "erf" and "GELU erf (as asked)" in line
+    difference = np.abs(model.apply({"params": params}, images)[0] - golden("outputs")["logits"])
+    assert 1e-5 < difference.max() < 0.1
+
+
+def test_variants_are_recognised_from_their_shapes():
+    for variant, side in (("S/32", 64), ("B/16", 32), ("H/14", 28)):
+        model = make_model(variant=variant, num_classes=3)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+        flat = traverse_util.flatten_dict(shapes["params"], sep="/")
+        dims = weights.dimensions({name: leaf.shape for name, leaf in flat.items()}, "x")
+        assert weights.find_variant(dims) == variant
+        assert (dims["num_tokens"], dims["num_classes"]) == (4, 3)
+        grown = dims | {"tokens_mlp_dim": 4 * dims["tokens_mlp_dim"]}
+        assert weights.find_variant(grown) == variant
+        assert weights.find_variant(dims | {"num_blocks": 3}) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "wrapper", "beside"),
+    [
+        (TIMM, "state_dict.", ()),
+        (TIMM, "state_dict_ema.module.", ("state_dict.stem.proj.weight",)),
+        (TIMM, "model.", ("optimizer.lr",)),
+        (TIMM, "module._orig_mod.", ()),
+        (TIMM, "_orig_mod.module.", ()),
+        (PUBLISHED, "params/", ("opt/0/mu/stem/kernel", "extra/steps")),
+        (PUBLISHED, "opt/target/", ("opt/state/step",)),
+    ],
+)
+def test_weights_are_taken_out_of_a_training_programs_state(tmp_path, path, wrapper, beside):
+    wrapped = {wrapper + name: array for name, array in arrays_of(path).items()}
+    wrapped |= {name: np.zeros(1, np.float32) for name in beside}
+    _, params, line = load(write(tmp_path / f"wrapped{path.suffix}", wrapped))
+    assert_same_bits(params, load(path)[1])
+    assert ("taken out of" in line) == (not wrapper.startswith(("module", "_orig")))
+    assert ("passed over" in line) == bool(beside)
+
+
+def test_bfloat16_without_a_type_and_other_byte_orders(tmp_path):
+    arrays = {k: v.astype(ml_dtypes.bfloat16) for k, v in arrays_of(PUBLISHED).items()}
+    np.savez(tmp_path / "void.npz", **arrays)
+    with np.load(tmp_path / "void.npz") as file:
+        assert file["head/bias"].dtype == np.dtype("V2")  # what NumPy makes of it
+    _, params, _ = load(tmp_path / "void.npz")
+    wanted = {k: v.astype(np.float32) for k, v in arrays.items()}
+    assert_same_bits(params, traverse_util.unflatten_dict(wanted, sep="/"))
+
+    swapped = {k: v.astype(">f4") for k, v in arrays_of(PUBLISHED).items()}
+    assert_same_bits(load(write(tmp_path / "swapped.npz", swapped))[1], golden_params())
+    half = {k: v.astype(np.float16) for k, v in arrays_of(TIMM).items()}
+    _, params, _ = load(write(tmp_path / "half.safetensors", half))
+    assert params["stem"]["bias"].dtype == np.float32
+    np.testing.assert_array_equal(params["stem"]["bias"], half["stem.proj.bias"])
+
+
+def test_the_dtype_of_the_computation_is_a_choice():
+    model, params, _ = load(PUBLISHED, dtype=jnp.bfloat16)
+    assert model.dtype == "bfloat16" and params["stem"]["kernel"].dtype == np.float32
+    refused(PUBLISHED, "dtype is 'float16'; one of float32, bfloat16", dtype="float16")
+
+
+def test_patches_that_make_no_square_need_a_size(tmp_path):
+    wide = loading.read(PUBLISHED, image_size=(32, 96), log=print)
+    arrays = traverse_util.flatten_dict(wide.params, sep="/")
+    np.savez(tmp_path / "wide.npz", **arrays)
+    refused(tmp_path / "wide.npz", r"48 patches, which make no square; image_size=\(H, W\)")
+    _, params, line = load(tmp_path / "wide.npz", image_size=(32, 96))
+    assert "32 x 96" in line and "image size as asked" in line
+    assert_same_bits(params, wide.params)
+    # With the JSON beside it nothing needs to be said.
+    weights.write_file(tmp_path / "said.npz", arrays, wide.card, layout="published")
+    assert loading.read(tmp_path / "said.npz", log=print).card.image_size == (32, 96)
+
+
+def test_the_json_beside_a_file_is_believed_and_checked(tmp_path):
+    loaded = loading.read(TIMM, log=print)
+    card = dataclasses.replace(
+        loaded.card, preprocess="decode|resize(32)|value_range(0, 1)", class_names=tuple("abcdefg")
+    )
+    path = tmp_path / "mine.npz"
+    beside = weights.write_file(
+        path, traverse_util.flatten_dict(loaded.params, sep="/"), card, layout="published"
+    )
+    again = loading.read(path, log=print)
+    assert again.card == card and again.model.gelu == "erf"  # not the layout's
+    assert again.card.value_range == (0, 1) and loaded.card.value_range == (-1, 1)
+    values = json.loads(beside.read_text())
+    for change, message in (
+        ({"num_classes": 8}, "says num_classes=8, and the arrays of mine.npz have 7"),
+        ({"gelu": "relu"}, "gelu is 'relu'; one of tanh, erf"),
+    ):
+        beside.write_text(json.dumps(values | change))
+        refused(path, message)
+    del values["gelu"]
+    beside.write_text(json.dumps(values))
+    refused(path, "mine.json lacks gelu")
+    beside.write_text("{")
+    refused(path, "mine.json is damaged")
+    beside.write_text('{"some": "notes"}')  # not ours
+    assert load(path)[0].gelu == "tanh"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("stem.proj.weight", "blocks.0.linear_tokens.weight", "blocks.0.ls1"), "a ResMLP"),
+        (("stem.proj.weight", "blocks.0.mlp_channels.gate.proj.weight"), "a gMLP"),
+        (("patch_embed.proj.weight", "blocks_0"), "no MLP-Mixer: a published file has"),
+        ((), "no MLP-Mixer"),
+    ],
+)
+def test_other_models_are_refused_by_name(tmp_path, names, message):
+    arrays = {name: np.zeros((2, 2), np.float32) for name in names}
+    refused(write(tmp_path / "other.safetensors", arrays), message)
+
+
+def test_gmixers_are_refused_by_their_gated_mlps(tmp_path):
+    arrays = arrays_of(TIMM)
+    for block in range(3):
+        name = f"blocks.{block}.mlp_tokens.fc2.weight"
+        arrays[name] = np.ascontiguousarray(arrays[name][:, :10])
+    refused(write(tmp_path / "x.safetensors", arrays), "a gMixer, with gated MLPs: another model")
+    (tmp_path / "gmixer_24_224.ra3_in1k").mkdir()
+    path = write(tmp_path / "gmixer_24_224.ra3_in1k" / "model.safetensors", arrays_of(TIMM))
+    refused(path, "another model")
+
+
+def test_every_misfit_is_listed(tmp_path):
+    arrays = arrays_of(PUBLISHED)
+    del arrays["MixerBlock_1/LayerNorm_0/bias"], arrays["head/bias"]
+    arrays["MixerBlock_2/channel_mixing/Dense_1/kernel"] = np.zeros((40, 23), np.float32)
+    arrays["extra"] = np.zeros(1, np.float32)
+    text = refused(write(tmp_path / "bad.npz", arrays), "does not fit the model")
+    assert "MixerBlock_1/LayerNorm_0/bias: missing" in text
+    assert "head/bias: missing" in text and "extra: not in the model" in text
+    assert "Dense_1/kernel: in the file (40, 23), wanted (40, 24)" in text
+    del arrays["stem/kernel"]
+    refused(write(tmp_path / "bad.npz", arrays | {"embedding/kernel": np.zeros(1, "f4")}), "stem/")
+    legacy = arrays_of(LEGACY)
+    del legacy["Mixer/encoder_norm/scale"]
+    refused(write(tmp_path / "old.npz", legacy), "pre_head_layer_norm/scale: missing")
+
+
+def test_values_that_are_not_finite_are_listed(tmp_path):
+    arrays = arrays_of(PUBLISHED)
+    arrays["stem/bias"] = arrays["stem/bias"] * np.nan
+    arrays["head/kernel"][0, :2] = np.inf
+    text = refused(
+        write(tmp_path / "bad.npz", arrays), "stem/bias holds NaN or infinity in 24 of 24"
+    )
+    assert "head/kernel holds NaN or infinity in 2 of 168 places" in text
+    # Not where the head is not taken.
+    arrays["stem/bias"][:] = 0
+    load(write(tmp_path / "bad.npz", arrays), head="reset")
+
+
+def test_other_dtypes_are_refused(tmp_path):
+    arrays = arrays_of(PUBLISHED)
+    arrays["stem/bias"] = arrays["stem/bias"].astype(np.float64)
+    arrays["head/bias"] = np.arange(7)
+    text = refused(write(tmp_path / "bad.npz", arrays), "stem/bias: its dtype is float64")
+    assert "head/bias: its dtype is int64; float32, float16, bfloat16 are read" in text
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "text.npz").write_text("no arrays")
+    np.savez(tmp_path / "pickled.npz", a=np.array([{}], dtype=object))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with (tmp_path / "bare.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    data = bytearray(PUBLISHED.read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(data)
+    (tmp_path / "short.npz").write_bytes(data[:5000])
+    with zipfile.ZipFile(tmp_path / "zip.npz", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    (tmp_path / "short.safetensors").write_bytes(TIMM.read_bytes()[:-4])
+    (tmp_path / "text.safetensors").write_text("no arrays")
+    (tmp_path / "model.pth").write_bytes(b"\x80\x04.")
+    for name, message in (
+        ("bare.npz", "no npz file"),
+        ("flipped.npz", "no npz file of arrays, or damaged: .*CRC"),
+        ("short.npz", "no npz file"),
+        ("zip.npz", "no npz file"),
+        ("text.npz", "no npz file"),
+        ("pickled.npz", "would have to be unpickled"),
+        ("empty.npz", "no npz file"),
+        ("missing.npz", "cannot be read: No such file"),
+        ("short.safetensors", "no safetensors file of arrays, or damaged"),
+        ("text.safetensors", "no safetensors file of arrays, or damaged"),
+        ("missing.safetensors", "cannot be read: No such file"),
+        ("model.pth", "is a pickled file, which can run code, and is not opened; .*safetensors"),
+        ("weights.h5", "no file of weights; .npz and .safetensors are read"),
+        ("nothing", "no such run or file; expected a run, .* B/16-i21k"),
+        (".", "no checkpoint in"),
+    ):
+        refused(tmp_path / name, message)
+    refused("B/16-i22k", "Did you mean 'B/16-i21k'")
+
+
+# The head.
+
+
+def test_head_is_kept_or_reset_and_always_told():
+    model, params, line = load(PUBLISHED, num_classes=7)
+    assert "head kept" in line
+    model, params, line = load(PUBLISHED, num_classes=10)
+    assert model.num_classes == 10 and "head reset (7 -> 10)" in line
+    assert params["head"]["kernel"].shape == (24, 10) and not np.any(params["head"]["kernel"])
+    assert not np.any(params["head"]["bias"])
+    assert_same_bits(params["MixerBlock_2"], golden_params()["MixerBlock_2"])
+    _, params, line = load(PUBLISHED, head="reset")
+    assert "head reset (7 -> 7)" in line and not np.any(params["head"]["bias"])
+    text = refused(PUBLISHED, r"head/bias: in the file \(7,\), wanted", num_classes=9, head="keep")
+    assert "head/kernel: in the file (24, 7), wanted (24, 9)" in text
+    refused(PUBLISHED, "head='drop'; one of keep, reset, auto", head="drop")
+
+
+def test_weights_without_a_head(tmp_path):
+    arrays = {k: v for k, v in arrays_of(PUBLISHED).items() if not k.startswith("head/")}
+    path = write(tmp_path / "headless.npz", arrays)
+    refused(path, "has no head; num_classes says")
+    _, params, line = load(path, num_classes=4)
+    assert params["head"]["kernel"].shape == (24, 4) and "head reset" in line
+    refused(path, "head/kernel: missing", num_classes=4, head="keep")
+
+
+# Higher resolution.
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (3, 3), (1, 2)])
+def test_grown_weights_give_the_mean_over_the_tiles(factors):
+    model, params, _ = load(PUBLISHED)
+    large, grown, line = load(PUBLISHED, image_size=(32 * factors[0], 32 * factors[1]))
+    assert f"grown to {32 * factors[0]} x {32 * factors[1]}" in line
+    assert large.tokens_mlp_dim == 20 * factors[0] * factors[1]
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 32 * factors[0], 32 * factors[1], 3))
+    tiles = images.reshape(2, factors[0], 32, factors[1], 32, 3).swapaxes(2, 3)
+    small = model.apply({"params": params}, tiles.reshape(-1, 32, 32, 3).astype(np.float32))
+    logits, out = large.apply({"params": grown}, images.astype(np.float32))
+    for got, wanted in ((logits, small[0]), (out["pre_logits"], small[1]["pre_logits"])):
+        mean = wanted.reshape(2, -1, wanted.shape[-1]).mean(1)
+        np.testing.assert_allclose(got, mean, atol=1e-4)
+
+
+def test_sizes_that_weights_cannot_be_grown_to():
+    refused(PUBLISHED, r"the nearest are \(32 or 64\) x \(32 or 64\)", image_size=48)
+    refused(PUBLISHED, "the patch size 8 does not divide 50", image_size=50)
+    refused(PUBLISHED, "the patch size 8 does not divide 50", image_size=50, resize="interpolate")
+    refused(PUBLISHED, "resize='crop'; one of grow, interpolate", image_size=48, resize="crop")
+    refused(PUBLISHED, "image_size=0: a side in pixels", image_size=0)
+    model, params, line = load(PUBLISHED, image_size=48, resize="interpolate")
+    assert "interpolated to 48 x 48" in line and model.tokens_mlp_dim == 20
+    assert params["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"].shape == (36, 20)
+    logits, _ = model.apply({"params": params}, jnp.zeros((1, 48, 48, 3)))
+    assert np.isfinite(logits).all()
+    load(PUBLISHED, image_size=16, resize="interpolate")  # lower, too
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with a moving average, in bfloat16; and one without, of other dimensions."""
+    path = tmp_path_factory.mktemp("runs")
+    short = dict(dataset__val_split="", dataset__test_split="", model__num_blocks=1)
+    average = dict(optimizer__ema_decay=0.9, model__dtype="bfloat16", model__gelu="erf")
+    trainer.train(tiny_config(**short, **average), str(path / "average"))
+    trainer.train(tiny_config(**short | {"dataset__val_split": "validation"}), str(path / "plain"))
+    return path
+
+
+def test_a_run_is_loaded_as_its_config_says(finished):
+    model, params, line = load(finished / "average")
+    assert (model.dtype, model.gelu, model.num_classes) == ("bfloat16", "erf", 10)
+    assert "run, step 12" in line and "moving average" in line and "GELU erf (its config)" in line
+    assert_same_bits(params, final_state(finished / "average")["ema_params"])
+    assert load(finished / "average", dtype="float32")[0].dtype == "float32"
+    model, params, line = load(finished / "plain")
+    assert_same_bits(params, final_state(finished / "plain")["params"])
+    assert "average" not in line.split(":", 1)[1] and model.gelu == "tanh"
+
+
+def test_steps_and_best_of_a_run(finished):
+    _, params, line = load(finished / "plain" / "checkpoints" / "8")
+    assert_same_bits(params, final_state(finished / "plain", 8)["params"])
+    assert "run, step 8" in line
+    loaded = loading.read(finished / "plain" / "best", log=print)
+    assert loaded.card.image_size == (8, 8) and len(loaded.card.class_names) == 10
+    new_head = loading.read(finished / "plain", num_classes=3, log=print)
+    assert new_head.card.class_names is None and new_head.card.num_classes == 3
+    refused(finished / "plain" / "checkpoints" / "9", "no such run or file|no checkpoint")
+
+
+def test_a_run_grows_and_its_head_is_reset(finished):
+    _, params, line = load(finished / "plain", image_size=16, num_classes=3)
+    assert "grown to 16 x 16, head reset (10 -> 3)" in line
+    small = load(finished / "plain")[1]["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"]
+    grown = params["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"]
+    assert grown.shape == (64, 32)
+    assert sorted(set(np.ravel(grown))) == sorted({0.0, *np.ravel(small)})
+
+
+def test_a_run_without_its_config_is_assumed_aloud(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "plain" / "checkpoints", tmp_path / "checkpoints")
+    _, params, line = load(tmp_path)
+    assert "no config.json: the authors' GELU and a square image assumed" in line
+    assert_same_bits(params, final_state(finished / "plain")["params"])
+
+
+def test_weights_lie_on_the_mesh():
+    mesh = sharding.make_mesh({"data": -1})
+    _, params, _ = load(PUBLISHED, mesh=mesh, num_classes=3)
+    for leaf in jax.tree.leaves(params):
+        assert leaf.sharding == sharding.replicated(mesh)
+    assert_same_bits(params["stem"], golden_params()["stem"])
+
+
+def test_load_needs_no_tensorflow_and_prints_one_line(finished):
+    code = f"""
+import sys
+for name in ("tensorflow", "tensorflow_datasets"):
+    sys.modules[name] = None
+import mixer
+for path in ({str(finished / "plain")!r}, {str(PUBLISHED)!r}):
+    mixer.load(path)
+try:
+    mixer.lode
+except AttributeError as error:
+    print(error)
+"""
+    done = run_python("-c", code)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and lines[2] == "module 'mixer' has no attribute 'lode'"
+    assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
+
+
+@pytest.mark.slow
+def test_memory_stays_below_1_3_times_the_file(tmp_path):
+    """S/32 with 1,000 classes, 76 MB, in a process of its own."""
+    model = make_model(variant="S/32", num_classes=1000)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    np.savez(tmp_path / "s32.npz", **traverse_util.flatten_dict(params, sep="/"))
+    code = f"""
+import resource, jax, mixer
+from mixer import loading
+mixer.load({str(PUBLISHED)!r})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model, params = mixer.load({str(tmp_path / "s32.npz")!r})
+jax.block_until_ready(params)
+print((peak() - before) / {(tmp_path / "s32.npz").stat().st_size})
+"""
+    share = float(run_python("-c", code).stdout.splitlines()[-1])
+    assert 0.5 < share < 1.3
+
+
+# The first weights of a run.
+
+
+def _params(num_classes=7, **fields):
+    import optax
+
+    model = make_model(num_classes=num_classes, **{**TINY, **fields})
+    mesh = sharding.make_mesh({"data": -1})
+    return init_state(model, optax.identity(), (32, 32), mesh, seed=0).params
+
+
+def _initial(path, params, **options):
+    options = dict(image_size=(32, 32), head="auto", resize="grow") | options
+    return loading.initial_params(loading.find(path), params, **options)
+
+
+def test_first_weights_lie_where_the_model_lies():
+    params, how = _initial(PUBLISHED, _params())
+    assert how == "head kept"
+    assert_same_bits(params, golden_params())
+    where = jax.tree.map(lambda x: x.sharding, _params())
+    assert jax.tree.map(lambda x: x.sharding, params) == where
+    assert leaves(params).keys() == leaves(_params()).keys()
+
+
+def test_a_head_that_is_not_kept_stays_the_new_models():
+    fresh = _params(num_classes=10, head_bias_init=-6.9)
+    params, how = _initial(PUBLISHED, fresh)
+    assert how == "head reset (7 -> 10)"
+    np.testing.assert_array_equal(params["head"]["bias"], np.full(10, -6.9, np.float32))
+    with pytest.raises(UserError, match=r"head/bias: in the file \(7,\), wanted \(10,\)"):
+        _initial(PUBLISHED, fresh, head="keep")
+    with pytest.raises(UserError, match=r"stem/kernel: in the file \(8, 8, 3, 24\), wanted"):
+        _initial(PUBLISHED, _params(hidden_dim=16))
+
+
+@pytest.fixture(scope="module")
+def small_file(finished, tmp_path_factory):
+    """The run's weights in timm's layout: erf, 8 pixels."""
+    loaded = loading.read(finished / "average", log=print)
+    path = tmp_path_factory.mktemp("files") / "small.safetensors"
+    flat = traverse_util.flatten_dict(loaded.params, sep="/")
+    weights.write_file(path, flat, loaded.card, layout="timm")
+    return path
+
+
+def _fine_tune(path, **values):
+    short = dict(dataset__val_split="", dataset__test_split="", model__num_blocks=1)
+    values = short | dict(total_steps=4, checkpoint__every_steps=2) | values
+    return tiny_config(init_from=str(path), image_size=16, **values)
+
+
+def test_a_run_starts_from_weights_of_half_its_size(small_file, tmp_path, capsys):
+    trainer.train(_fine_tune(small_file), str(tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert f"first weights: {small_file}: timm layout; " in printed
+    assert "GELU erf (its JSON)" in printed and "grown to 16 x 16, head kept" in printed
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["tokens_mlp_dim"] == 4 * 8 and config["model"]["gelu"] == "erf"
+    assert config["init_image_size"] == 8
+    model = load(tmp_path / "run")[0]
+    assert model.tokens_mlp_dim == 32 and model.gelu == "erf"
+
+
+def test_a_grown_run_goes_on_bit_for_bit_without_the_file(small_file, tmp_path):
+    import shutil
+
+    moved = shutil.copy(small_file, tmp_path / "here.safetensors")
+    shutil.copy(small_file.with_suffix(".json"), tmp_path / "here.json")
+    trainer.train(_fine_tune(moved), str(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    moved = str(moved)
+    (tmp_path / "here.safetensors").unlink()
+    trainer.train(_fine_tune(moved), str(tmp_path / "again"))
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "again"))
+    with pytest.raises(UserError, match="tokens_mlp_dim: 32 -> 64"):
+        trainer.train(_fine_tune(moved, model__tokens_mlp_dim=16), str(tmp_path / "again"))
+
+
+def test_fine_tuning_takes_the_model_of_the_weights(small_file, tmp_path):
+    from configs import finetune
+
+    config = finetune.get_config(f"dataset=folder,res=24,init={small_file}")
+    assert config.model.variant is None
+    run.resolve_model(config, run.find_initial(config), None)
+    assert config.model.tokens_mlp_dim == 9 * 8 and config.model.hidden_dim == 16
+    assert (config.model.num_blocks, config.model.patch_size, config.model.gelu) == (1, 2, "erf")
+    # Continued, the run's own config says it all.
+    again = finetune.get_config(f"dataset=folder,res=24,init={small_file}")
+    run.resolve_model(again, None, config.to_dict())
+    assert run.changes(config.to_dict(), again.to_dict()) == []
+
+
+def test_what_the_config_asks_of_first_weights_is_done_and_told(small_file, tmp_path, capsys):
+    config = _fine_tune(small_file, model__gelu="tanh", init_resize="interpolate")
+    trainer.train(config, str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "interpolated to 16 x 16" in printed
+    assert "those weights are for GELU erf; model.gelu=tanh" in printed
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["model"]["gelu"], saved["model"]["tokens_mlp_dim"]) == ("tanh", 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(image_size=12), r"cannot be grown to 12 x 12: .*\(8 or 16\) x \(8 or 16\)"),
+        (dict(init_image_size=16), "init_image_size=16, and .* is for images of 8 x 8"),
+        (dict(init_resize="crop"), "init_resize='crop'; one of grow, interpolate"),
+        (dict(init_from="no.npz"), "no.npz cannot be read: No such file"),
+        (dict(init_from="WIDE"), "is for images of 8 x 16; training takes square ones"),
+    ],
+)
+def test_first_weights_that_cannot_be_are_refused(small_file, tmp_path, values, message):
+    config = _fine_tune(small_file, **{k: v for k, v in values.items() if k == "init_resize"})
+    if values.get("init_from") == "WIDE":
+        wide = loading.read(small_file, image_size=(8, 16), log=print)
+        flat = traverse_util.flatten_dict(wide.params, sep="/")
+        weights.write_file(tmp_path / "wide.npz", flat, wide.card, layout="published")
+        values = dict(init_from=str(tmp_path / "wide.npz"))
+    config.update(values)
+    with pytest.raises(UserError, match=message):
+        run.check_config(config)
+        run.resolve_model(config, run.find_initial(config), None)
+
+
+def test_another_width_than_the_grown_one_is_listed(small_file, tmp_path):
+    with pytest.raises(UserError, match=r"resized \(32,\), wanted \(36,\)"):
+        trainer.train(_fine_tune(small_file, model__tokens_mlp_dim=9), str(tmp_path))
