@@ -1,0 +1,342 @@
+"""Classes and features of pictures: the logic of `python -m mixer.tools.predict`."""
+
+import collections
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.table import Table
+from rich.text import Text
+
+from mixer.data import folder, imagenet_names
+from mixer.errors import UserError, first_line, nearest
+from mixer.loading import Loaded
+from mixer.train_step import normalize
+from mixer.weights import Card
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of an image.
+
+    Attributes:
+      image: path.
+      classes: (k,) labels, the most probable first.
+      probabilities: (k,) float32, theirs.
+      features: float32, the layer that was asked for; None: none was.
+    """
+
+    image: str
+    classes: np.ndarray
+    probabilities: np.ndarray
+    features: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be read, and why."""
+
+    image: str
+    reason: str
+
+
+def list_images(arguments: Iterable[str]) -> list[str]:
+    """Paths of the images that the arguments name, in their order.
+
+    Args:
+      arguments: files, folders (the images below, known by their endings, sorted; what is hidden
+        is passed over) and "@FILE", which holds a path of either kind a line.
+
+    Raises:
+      UserError: nothing is given or there, or a folder holds no image.
+    """
+    images: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            images += _images_at(argument, "")
+            continue
+        try:
+            text = Path(argument[1:]).expanduser().read_text("utf-8", "surrogateescape")
+        except OSError as error:
+            raise UserError(f"{argument}: the list cannot be read: {error.strerror}") from None
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                images += _images_at(line.strip(), f"{argument} line {number}: ")
+    if not images:
+        raise UserError("no images: give files, folders, or @list.txt with a path a line")
+    return images
+
+
+def _images_at(name: str, place: str) -> list[str]:
+    path = os.path.expanduser(name)
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
+            raise UserError(f"{place}{displayed(name)[:200]}: no such file or folder")
+        return [path]
+    endings = _endings()
+    found = []
+    for parent, folders, files in os.walk(path):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        found += [
+            os.path.join(parent, file)
+            for file in files
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in endings
+        ]
+    if not found:
+        raise UserError(f"{place}{displayed(name)}: the folder holds no images")
+    return sorted(found)
+
+
+def _endings() -> set[str]:
+    """Endings of image files; of those that cannot be read here too, so that they are named."""
+    known = Image.registered_extensions().items()
+    # Pillow also knows films, PostScript and scientific data.
+    pictures = {e for e, kind in known if Image.MIME.get(kind, "").startswith("image/")}
+    return pictures.union(folder.ENDINGS, folder.UNDECODABLE)
+
+
+def displayed(text: str) -> str:
+    """The text with bytes of a file name that are no UTF-8 written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def names_of(card: Card) -> tuple[str, ...] | None:
+    """The class names of a card in label order; None: they are not known."""
+    if isinstance(card.class_names, str):
+        return imagenet_names.class_names(card.class_names)
+    return card.class_names
+
+
+def predict(
+    loaded: Loaded,
+    images: Sequence[str],
+    *,
+    preprocess: str | None,
+    top: int,
+    batch_size: int,
+    layer: str | None = None,
+) -> Iterator[Prediction | Unreadable]:
+    """Predicts images from files, several being read while others are computed.
+
+    A probability is the softmax of the logits. Its order is that of the logits, so with weights
+    that were trained by a sigmoid loss it is their order too; how sure these are of a class by
+    itself is the sigmoid of its logit.
+
+    Args:
+      loaded: what computes.
+      images: paths.
+      preprocess: steps of mixer/data/preprocess.py. uint8 pixels that come of them are mapped to
+        [-1, 1], floats (after `value_range`) are the model's input as they are.
+      top: number of classes to tell of each; all of them if the model has fewer.
+      batch_size: images computed at once; the last batch is padded, so that one program serves all.
+      layer: a name of the model's `out`, to get its values too.
+
+    Returns:
+      For each image in turn a `Prediction`, or what is wrong with it.
+
+    Raises:
+      UserError: no steps are known, they do not give the weights' image size, or an unknown layer.
+    """
+    card = loaded.card
+    height, width = card.image_size
+    if not preprocess:
+        example = f"decode|resize(({height}, {width}))"
+        if height == width:
+            example = f"decode|resize_small({height * 8 // 7})|central_crop({height})"
+        raise UserError(
+            f"{card.source}: how images are to be made {height} x {width} is not known; say it, as "
+            f"in --preprocess='{example}'"
+        )
+    layers = ("stem", *(f"block_{i}" for i in range(card.num_blocks)), "pre_logits", "logits")
+    if layer is not None and layer not in layers:
+        raise UserError(
+            f"--layer={layer}: the model has stem, block_0 to block_{card.num_blocks - 1}, "
+            f"pre_logits and logits.{nearest(layer, layers)}"
+        )
+    read = make_reader(preprocess, card.image_size)
+    batch_size = min(batch_size, len(images))
+
+    @jax.jit
+    def compute(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:
+        logits, out = loaded.model.apply({"params": params}, normalize(pixels))
+        # Ordered by the logits: small probabilities may all be 0.
+        best, classes = jax.lax.top_k(logits, min(top, card.num_classes))
+        probabilities = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        return classes, probabilities, *([out[layer].astype(jnp.float32)] if layer else [])
+
+    def predicted(batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction]:
+        pixels = np.zeros((batch_size, *batch[0][1].shape), batch[0][1].dtype)
+        pixels[: len(batch)] = [each for _, each in batch]
+        classes, probabilities, *features = jax.device_get(compute(loaded.params, pixels))
+        for i, (image, _) in enumerate(batch):
+            chosen = features[0][i] if features else None
+            yield Prediction(image, classes[i], probabilities[i], chosen)
+
+    def results() -> Iterator[Prediction | Unreadable]:
+        batch = []
+        for result in _ahead(read, images, 2 * batch_size):
+            if isinstance(result, Unreadable):
+                yield result
+                continue
+            batch.append(result)
+            if len(batch) == batch_size:
+                yield from predicted(batch)
+                batch = []
+        if batch:
+            yield from predicted(batch)
+
+    return results()
+
+
+def _ahead(read: Callable, images: Iterable[str], count: int) -> Iterator:
+    """`read` of each image in turn, `count` of them being begun before they are asked for."""
+    pool = ThreadPoolExecutor(thread_name_prefix="read")
+    try:
+        rest = iter(images)
+        begun = collections.deque(pool.submit(read, i) for i in itertools.islice(rest, count))
+        while begun:
+            result = begun.popleft().result()
+            begun.extend(pool.submit(read, image) for image in itertools.islice(rest, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def make_reader(
+    preprocess: str, image_size: tuple[int, int]
+) -> Callable[[str], tuple[str, np.ndarray] | Unreadable]:
+    """Returns `path -> (path, pixels (H, W, 3))`, uint8 or float32, or what is wrong with it.
+
+    What `mixer.data.preprocess.decode` takes goes through the steps as it is; anything else is
+    handed to them as the BMP of what Pillow reads. It may be called in several threads.
+    """
+    import tensorflow as tf
+
+    from mixer.data.preprocess import make_preprocess
+
+    tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
+    warnings.filterwarnings("ignore", module="PIL")  # odd metadata; what matters is raised
+    steps = make_preprocess(preprocess, image_size)
+
+    def pixels(data):
+        example = {"image": data, "label": tf.constant(0)}  # a label for `one_hot`
+        return steps(example, tf.zeros([2], tf.int64))["image"]
+
+    traced = tf.function(pixels).get_concrete_function(tf.TensorSpec([], tf.string))
+
+    def read(path: str) -> tuple[str, np.ndarray] | Unreadable:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            return Unreadable(path, error.strerror)
+        with contextlib.suppress(tf.errors.OpError):  # then Pillow may read it, or says why not
+            return path, traced(tf.constant(data)).numpy()
+        try:
+            picture = tf.constant(as_bmp(data))
+        except UnidentifiedImageError:
+            return Unreadable(path, "no image, or of a format that Pillow does not read")
+        except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
+            return Unreadable(path, first_line(error))
+        with contextlib.suppress(tf.errors.OpError):
+            return path, traced(picture).numpy()
+        try:  # again, step by step: the message of a graph does not say what was wrong
+            return path, pixels(picture).numpy()
+        except tf.errors.OpError as error:
+            return Unreadable(path, first_line(error))
+
+    return read
+
+
+def as_bmp(data: bytes) -> bytes:
+    """Any image that Pillow reads as the BMP of its upright RGB pixels, which loses nothing.
+
+    As `mixer.data.preprocess.decode` does it: of an animation the first frame, of 16 bits the 8
+    high ones, palettes become their colours, and an alpha channel is dropped.
+
+    Raises:
+      ValueError: pixels whose range of brightness no one defines (32 bits, floats).
+      Exception: whatever Pillow raises for what is damaged or no image.
+    """
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"its pixels lie in {values.min()} to {values.max()}; 8 or 16 bits are read"
+            )
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "BMP")
+    return file.getvalue()
+
+
+def as_json(prediction: Prediction, names: Sequence[str] | None) -> dict[str, Any]:
+    """What a line of --json holds; a name is None where the names are not known."""
+    return {
+        "image": prediction.image,
+        "top": [
+            {
+                "class": int(label),
+                "name": names and names[label],
+                # The shortest that is the same float32.
+                "probability": float(str(probability)),
+            }
+            for label, probability in zip(prediction.classes, prediction.probabilities, strict=True)
+        ],
+    }
+
+
+def as_table(predictions: Iterable[Prediction], names: Sequence[str] | None) -> Table:
+    """A rich table: a line for each of an image's classes, a column of names if they are known."""
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("probability", justify="right")
+    table.add_column("class", justify="right")
+    if names is not None:
+        table.add_column("name", overflow="fold")
+    for prediction in predictions:
+        image = displayed(prediction.image)
+        for row in as_json(prediction, names)["top"]:
+            cells = [image, f"{row['probability']:.1%}", str(row["class"]), row["name"]]
+            table.add_row(*(Text(cell) for cell in cells if cell is not None))
+            image = ""
+        table.add_section()
+    return table
+
+
+def check_output(path: str) -> None:
+    """Raises UserError where no file can be written, before the long work and not after it."""
+    target = Path(path).expanduser()
+    if not target.parent.is_dir():
+        raise UserError(f"--features={path}: there is no folder {target.parent}")
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UserError(f"--features={path} cannot be written; give a file in a folder of yours")
+
+
+def write_features(path: str, features: np.ndarray, images: Sequence[str]) -> None:
+    """Writes an npz file, whole or not at all; a file of that name is replaced.
+
+    Args:
+      path: of the file.
+      features: (n, ...) float32, saved as "features".
+      images: n paths, saved as "images", an array of strings that loads without unpickling.
+    """
+    target = Path(path).expanduser()
+    new = target.with_name(f"{target.name}.new")
+    try:
+        with new.open("wb") as file:
+            np.savez(file, features=features, images=np.array(images, np.str_))
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,67 @@
+"""Exports a model for serving: a StableHLO program that runs without this package.
+
+  python -m mixer.tools.export runs/digits digits.stablehlo
+  python -m mixer.tools.export Mixer-B_16.npz B16.stablehlo --weights=beside --dtype=bfloat16
+
+WEIGHTS is a run, a step of it, a file or a short name, whatever `mixer.load` takes. The program
+takes uint8 images of any number and returns float32 logits; a JSON beside it tells what it takes,
+what it returns and how it is called from Python. docs/export.md shows how it is loaded.
+"""
+
+from absl import flags
+
+from mixer import cli
+from mixer.errors import UserError
+
+WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    "inside",
+    ["inside", "beside"],
+    "Weights as constants of the program, or in a safetensors file that it is called with.",
+)
+PLATFORMS = flags.DEFINE_list(
+    "platforms", ["cpu", "cuda", "tpu"], "What it is to run on, of cpu, cuda, rocm, tpu."
+)
+OUTPUT = flags.DEFINE_enum(
+    "output", "logits", ["logits", "pre_logits"], "What it returns: logits, or features."
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of the computation; the run's own if not given."
+)
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size",
+    None,
+    "Side of the images in pixels; larger than the weights', they are grown to it.",
+    lower_bound=1,
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Fixes the number of images; any number if not given.", lower_bound=1
+)
+
+
+def main(argv: list[str]) -> None:
+    """Exports the weights that the first argument names to the file that the second names."""
+    if len(argv) != 3:
+        raise UserError(
+            f"{' '.join(argv[1:]) or 'no arguments'}: expected WEIGHTS OUT.stablehlo; see "
+            "python -m mixer.tools.export --help"
+        )
+    from mixer import loading, serving
+
+    platforms = list(dict.fromkeys(PLATFORMS.value))
+    paths = serving.check(argv[2], weights=WEIGHTS.value, platforms=platforms)
+    loaded = loading.read(argv[1], image_size=IMAGE_SIZE.value, dtype=DTYPE.value)
+    serving.write(
+        loaded,
+        paths,
+        output=OUTPUT.value,
+        platforms=platforms,
+        batch_size=BATCH_SIZE.value,
+    )
+    for path in (paths.program, paths.weights, paths.card):
+        if path is not None:
+            print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,191 @@
+"""Programs for serving: they give the model's outputs where this package cannot be imported."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from helpers import GOLDENS, ROOT, run_python
+from mixer import loading, serving
+from mixer.errors import UserError
+
+WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
+SHAPE = (32, 32, 3)
+# As on a server: neither the package nor what it is built on.
+ALONE = """
+import sys
+for name in ("mixer", "flax", "tensorflow", "orbax", "optax", "etils"):
+    sys.modules[name] = None
+"""
+
+
+def read(**options):
+    return loading.read(WEIGHTS, log=lambda line: None, **options)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The tiny golden model, with a range of its own: pixels become 0 to 1."""
+    card = dataclasses.replace(
+        read().card,
+        preprocess="decode|resize(32)|value_range(0, 1)",
+        class_names=tuple("abcdefg"),
+    )
+    return dataclasses.replace(read(), card=card)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (8, *SHAPE), np.uint8)
+
+
+def outputs(loaded, images, low=-1.0, high=1.0):
+    pixels = images / np.float32(255) * (high - low) + low
+    return jax.jit(loaded.model.apply)({"params": loaded.params}, pixels)[1]
+
+
+def make(loaded, **options):
+    return serving.make_program(loaded, serving.served_weights(loaded), **options)
+
+
+def run_alone(code, folder, images):
+    """Runs `code`, whose `call` is then called with 1, 3 and 8 images, where only JAX is."""
+    np.save(folder / "images.npy", images)
+    code += """
+images = numpy.load("images.npy")
+arguments = (weights,) if "weights" in dir() else ()
+numpy.savez("out.npz", **{str(n): call(*arguments, images[:n]) for n in (1, 3, 8)})
+"""
+    run_python("-c", ALONE + "import numpy\n" + code, cwd=folder, PYTHONPATH="")
+    return np.load(folder / "out.npz")
+
+
+def test_weights_inside_run_alone_as_the_docs_say(tmp_path, images):
+    tool = ["-m", "mixer.tools.export", WEIGHTS, tmp_path / "B16.stablehlo"]
+    done = run_python(*tool)
+    assert "B16.stablehlo: " in done.stdout and "B16.json: " in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"B16.stablehlo", "B16.json"}
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)[0]
+    got = run_alone(code + "\nassert logits.shape == (8, 7)\n", tmp_path, images)
+    expected = outputs(read(), images)["logits"]
+    for n in (1, 3, 8):
+        np.testing.assert_allclose(got[str(n)], expected[:n], rtol=0, atol=1e-5)
+
+    done = run_python(*tool, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("B16.json exists; move it away, or choose another name")
+
+
+def test_weights_beside_run_alone_as_the_json_says(tmp_path, loaded, images):
+    paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
+    serving.write(loaded, paths, platforms=["cpu"])
+    names = {"tiny.stablehlo", "tiny.json", "tiny.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    about = json.loads((tmp_path / "tiny.json").read_text())
+    assert about["weights"] == "tiny.safetensors" and about["platforms"] == ["cpu"]
+    assert about["inputs"]["images"] == {"shape": ["b", 32, 32, 3], "dtype": "uint8"}
+    head = {"shape": [24, 7], "dtype": "float32"}
+    assert about["inputs"]["weights"]["head/kernel"] == head
+    assert about["output"] == {"shape": ["b", 7], "dtype": "float32"}
+    assert about["jax"] == jax.__version__ and about["classes"] == list("abcdefg")
+    assert about["card"] == json.loads(json.dumps(dataclasses.asdict(loaded.card)))
+    got = run_alone("\n".join(about["call"]), tmp_path, images)
+    expected = outputs(loaded, images, 0.0, 1.0)["logits"]
+    for n in (1, 3, 8):
+        np.testing.assert_allclose(got[str(n)], expected[:n], rtol=0, atol=1e-5)
+    (model, params) = loading.load(tmp_path / "tiny.safetensors", log=lambda line: None)
+    assert model == loaded.model
+    jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
+
+
+@pytest.mark.parametrize("weights", serving.WEIGHTS)
+def test_every_platform_is_lowered_for_without_having_it(loaded, images, weights):
+    program = make(loaded, weights=weights, platforms=serving.PLATFORMS)
+    assert program.platforms == serving.PLATFORMS
+    arguments = (serving.served_weights(loaded),) if weights == "beside" else ()
+    got = program.call(*arguments, images[:2])
+    expected = outputs(loaded, images[:2], 0.0, 1.0)["logits"]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    for platform in ("cuda", "tpu"):
+        assert make(loaded, weights=weights, platforms=[platform]).platforms == (platform,)
+
+
+def test_fixed_batch_on_one_platform_is_static(loaded, images):
+    program = make(loaded, output="pre_logits", platforms=["cpu"], batch_size=4)
+    text = program.mlir_module()
+    assert "tensor<4x32x32x3xui8>" in text
+    assert "custom_call" not in text and "tensor<?" not in text
+    expected = outputs(loaded, images[:4], 0.0, 1.0)["pre_logits"]
+    np.testing.assert_allclose(program.call(images[:4]), expected, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_stores_what_is_rounded_anyway(images):
+    loaded = read(dtype="bfloat16")
+    arrays = serving.served_weights(loaded)
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    assert dtypes["stem/kernel"] == dtypes["MixerBlock_1/token_mixing/Dense_0/bias"]
+    assert dtypes["stem/kernel"] == ml_dtypes.bfloat16
+    assert dtypes["head/kernel"] == dtypes["MixerBlock_1/LayerNorm_0/scale"] == np.float32
+    got = serving.make_program(loaded, arrays, weights="beside").call(arrays, images)
+    expected = np.asarray(outputs(loaded, images)["logits"])
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    full = outputs(read(), images)["logits"]
+    assert 1e-3 < np.abs(got - full).max() < 0.1  # else it was computed in float32, or is wrong
+
+
+def test_written_whole_or_not_at_all(tmp_path, loaded, monkeypatch):
+    def disk_is_full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jax.export.Exported, "serialize", disk_is_full)
+    paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
+    with pytest.raises(OSError, match="No space left"):
+        serving.write(loaded, paths)
+    assert not list(tmp_path.iterdir())
+
+
+def test_known_lists_of_classes_are_written_out(loaded, monkeypatch):
+    monkeypatch.setattr(serving.imagenet_names, "class_names", lambda name: (name, "two"))
+    card = dataclasses.replace(loaded.card, class_names="imagenet1k")
+    one = dataclasses.replace(loaded, card=card)
+    program = make(one, batch_size=2)
+    paths = serving.check("tiny.stablehlo", weights="inside", platforms=["cpu"])
+    about = serving.describe(one, program, {}, paths)
+    assert about["classes"] == ("imagenet1k", "two")
+    assert about["inputs"] == {"images": {"shape": [2, 32, 32, 3], "dtype": "uint8"}}
+    assert "images = numpy.zeros((2, 32, 32, 3), numpy.uint8)" in about["call"]
+
+
+@pytest.mark.parametrize(
+    ("name", "platforms", "message"),
+    [
+        ("tiny.npz", ["cpu"], r"tiny\.npz: the file to write has to end in \.stablehlo"),
+        ("none/tiny.stablehlo", ["cpu"], r"there is no folder .*none"),
+        ("tiny.stablehlo", ["gpu"], r"unknown platform 'gpu'; any of cpu, cuda, rocm, tpu"),
+        ("tiny.stablehlo", [], r"unknown platform ''"),
+        ("old.stablehlo", ["cpu"], r"old\.safetensors exists; move it away"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_read(tmp_path, name, platforms, message):
+    (tmp_path / "old.safetensors").touch()
+    with pytest.raises(UserError, match=message):
+        serving.check(tmp_path / name, weights="beside", platforms=platforms)
+
+
+def test_weights_too_large_to_be_inside_are_refused(loaded, monkeypatch):
+    monkeypatch.setattr(serving, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match=r"do not fit inside a program.*--weights=beside"):
+        make(loaded)
+    make(loaded, weights="beside")
+
+
+def test_missing_weights_are_one_line(tmp_path):
+    out = tmp_path / "tiny.stablehlo"
+    done = run_python("-m", "mixer.tools.export", tmp_path / "no.npz", out, check=False)
+    assert done.returncode == 2 and "no.npz" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""The notebooks: every code cell runs in order, on a run that was trained for a few seconds."""
+
+import base64
+import json
+import shutil
+
+import pytest
+
+from helpers import ROOT, run_python
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# Runs a notebook's code cells as Jupyter would, without Jupyter, then one line more.
+RUN = """
+import json, sys
+sys.modules["tensorflow"] = None
+cells = json.load(open(sys.argv[1]))["cells"]
+space = {"__name__": "__main__"}
+for cell in cells:
+    if cell["cell_type"] == "code":
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), space)
+exec(sys.argv[2], space)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tfds_dir):
+    """A folder with runs/digits, of `configs/digits.py` cut short, and the notebooks."""
+    from configs import digits
+    from mixer import trainer
+
+    path = tmp_path_factory.mktemp("notebooks")
+    config = digits.get_config()
+    config.update(total_steps=120, eval_every_steps=120, tensorboard=False)
+    config.schedule.warmup_steps = 10
+    config.dataset.update(data_dir=str(tfds_dir), train_preprocess="decode")
+    trainer.train(config, path / "runs" / "digits")
+    shutil.copytree(ROOT / "notebooks", path / "notebooks")
+    return path
+
+
+def _run(place, name, last, **replaced):
+    """Runs a notebook, with values of its own replaced; returns what `last` prints as JSON."""
+    path = place / "notebooks" / f"{name}.ipynb"
+    text = (ROOT / "notebooks" / path.name).read_text()
+    for old, new in replaced.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    done = run_python("-c", RUN, path.name, last, cwd=path.parent, MPLBACKEND="Agg")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_use_a_checkpoint(place):
+    last = "print(json.dumps([int(correct[test].sum()), accuracy, units.shape, len(least_sure)]))"
+    correct, accuracy, units, shown = _run(place, "use_a_checkpoint", "import json; " + last)
+    results = json.loads((place / "runs" / "digits" / "results.json").read_text())
+    # The notebook's split, pixels and model are the run's: the same images are right.
+    assert correct == results["splits"]["test"]["correct"] > 0.8 * 360
+    assert units == [32, 4, 4] and shown == 12
+    for shots in ("1", "2", "5"):
+        pixels, features = accuracy[shots]
+        assert features > pixels + 0.02 and features > 0.6
+
+
+LAST = (
+    "import json; right = float(np.mean(predicted == test_labels)); "
+    "print(json.dumps([difference, right, curve.tolist(), from_scratch.tolist()]))"
+)
+
+
+def _check_fine_tuned(place, difference, right, curve, steps):
+    assert 0 < difference < 1e-4  # the paper's identity of growing
+    assert curve[-1] == [steps, pytest.approx(right, abs=1e-6)]
+    card = json.loads((place / "runs" / "letters.json").read_text())
+    assert "".join(card["class_names"]) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert card["image_size"] == [16, 16] and card["tokens_mlp_dim"] == 4 * 32
+
+
+def test_fine_tune_cut_short(place):
+    shorter = {"STEPS, BATCH = 200, 32": "STEPS, BATCH = 40, 32"}
+    shorter |= {"(TRAIN, 10, rng)": "(TRAIN, 3, rng)", "(TEST, 5, rng)": "(TEST, 2, rng)"}
+    difference, right, curve, _ = _run(place, "fine_tune", LAST, **shorter)
+    _check_fine_tuned(place, difference, right, curve, 40)
+    assert right > 0.1  # 0.04 by chance
+
+
+@pytest.mark.slow
+def test_fine_tune(place):
+    difference, right, curve, from_scratch = _run(place, "fine_tune", LAST)
+    _check_fine_tuned(place, difference, right, curve, 200)
+    assert right > 0.5 and right > from_scratch[-1][1] + 0.05
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_shipped_with_its_outputs(path):
+    text = path.read_text()
+    notebook = json.loads(text)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len(text) < 300_000 and not any(word in text for word in ("/tmp/", "/home/", "/work/"))
+    cells = notebook["cells"]
+    ids = [cell["id"] for cell in cells]
+    assert len(set(ids)) == len(ids)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert all(
+        output.get("name") == "stdout" or "image/png" in output["data"] for output in outputs
+    )
+    pictures = [output["data"]["image/png"] for output in outputs if "data" in output]
+    assert len(pictures) == text.count("plt.show()")
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_fine_tuning_takes_ten_cells():
+    cells = json.loads((ROOT / "notebooks" / "fine_tune.ipynb").read_text())["cells"]
+    assert sum(cell["cell_type"] == "code" for cell in cells) == 10

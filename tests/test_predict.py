@@ -1,0 +1,411 @@
+"""Prediction from files: pictures of every kind, weights of every kind, and the command."""
+
+import dataclasses
+import io
+import itertools
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from helpers import GOLDENS, golden_params, run_python, tiny_config
+from mixer import loading, prediction, trainer
+from mixer.data import imagenet_names
+from mixer.errors import UserError
+
+WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
+STEPS = "decode|resize(32)"
+
+
+def _picture(height=40, width=47, seed=0):
+    """A smooth picture without symmetry."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return loading.read(WEIGHTS, log=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def reference(loaded):
+    """What the model says of images in [-1, 1]."""
+    apply = jax.jit(loaded.model.apply)
+    return lambda images: apply({"params": golden_params()}, images)
+
+
+@pytest.fixture(scope="module")
+def read():
+    """Pixels as they are decoded, of pictures of 40 x 47."""
+    return prediction.make_reader("decode", (40, 47))
+
+
+def _pixels(read, path):
+    result = read(str(path))
+    assert not isinstance(result, prediction.Unreadable), result
+    assert result[1].dtype == np.uint8
+    return result[1].astype(int)
+
+
+def _predict(loaded, images, **options):
+    options = {"preprocess": STEPS, "top": 7, "batch_size": 4, **options}
+    return list(prediction.predict(loaded, [str(image) for image in images], **options))
+
+
+# Pictures.
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending", "options", "tolerance"),
+    [
+        ("RGB", "tif", {}, 0),
+        ("RGB", "tif", {"compression": "tiff_lzw"}, 0),
+        ("CMYK", "tif", {}, 0),
+        ("P", "tif", {}, 0),
+        ("P", "bmp", {}, 0),
+        ("1", "bmp", {}, 0),
+        ("L", "bmp", {}, 0),
+        ("RGB", "ppm", {}, 0),
+        ("RGBA", "ico", {"sizes": [(47, 40)]}, 0),
+        ("RGBA", "tga", {}, 0),
+        ("P", "png", {}, 0),
+        ("LA", "png", {}, 0),
+        ("CMYK", "jpg", {"quality": 95}, 12),
+        ("RGB", "webp", {"lossless": True}, 0),
+    ],
+)
+def test_any_picture_is_read_as_pillow_does(read, tmp_path, mode, ending, options, tolerance):
+    path = tmp_path / f"picture.{ending}"
+    _picture().convert(mode).save(path, **options)
+    wanted = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.ptp(wanted) > 100
+    assert np.abs(_pixels(read, path) - wanted).max() <= tolerance
+
+
+@pytest.mark.parametrize("ending", ["jp2", "avif"])
+def test_formats_that_a_pillow_may_lack(read, tmp_path, ending):
+    path = tmp_path / f"picture.{ending}"
+    try:
+        _picture().save(path)
+    except (KeyError, OSError, ValueError):
+        pytest.skip(f"Pillow cannot write {ending} here")
+    np.testing.assert_array_equal(_pixels(read, path), Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_of_16_bits_the_high_ones_are_taken(read, tmp_path, ending):
+    values = np.random.default_rng(0).integers(0, 1 << 16, (40, 47), np.uint16)
+    path = tmp_path / f"picture.{ending}"
+    Image.fromarray(values).save(path)
+    wanted = np.repeat((values >> 8)[..., None], 3, -1)
+    np.testing.assert_array_equal(_pixels(read, path), wanted)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("ending", "options"), [("tif", {}), ("jpg", {"quality": 95})])
+def test_pictures_are_turned_upright(read, tmp_path, orientation, ending, options):
+    upright, path = _picture(), tmp_path / f"picture.{ending}"
+    stored = next(  # the picture that its orientation turns into the upright one
+        turned
+        for turn in (None, *Image.Transpose)
+        for turned in [upright.copy() if turn is None else upright.transpose(turn)]
+        if _turned(turned, orientation).tobytes() == upright.tobytes()
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif, **options)
+    apart = np.abs(_pixels(read, path) - np.asarray(upright).astype(int))
+    assert apart.mean() < (1 if ending == "tif" else 4)
+    # Of the JPEG, Pillow's path too: with TIFF Pillow does it by itself.
+    handed_on = Image.open(io.BytesIO(prediction.as_bmp(path.read_bytes())))
+    assert np.abs(np.asarray(handed_on).astype(int) - np.asarray(upright)).mean() < 4
+
+
+def _turned(image, orientation):
+    image.getexif()[0x0112] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+@pytest.mark.parametrize("ending", ["gif", "tif"])
+def test_the_first_frame_is_taken(read, tmp_path, ending):
+    red, blue = (Image.new("RGB", (47, 40), color) for color in ("red", "blue"))
+    path = tmp_path / f"film.{ending}"
+    red.save(path, save_all=True, append_images=[blue])
+    np.testing.assert_array_equal(_pixels(read, path), np.asarray(red))
+
+
+def test_float_steps_give_floats(tmp_path):
+    _picture().save(tmp_path / "a.png")
+    read = prediction.make_reader("decode|value_range(0, 1)", (40, 47))
+    found = read(str(tmp_path / "a.png"))[1]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.asarray(_picture()) / 255, atol=1e-6)
+
+
+def test_what_cannot_be_read_says_why(read, tmp_path):
+    file = io.BytesIO()
+    _picture().save(file, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-300])
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    _picture().convert("F").save(tmp_path / "float.tif")
+    _picture(20, 20).save(tmp_path / "small.png")
+    for name, reason in (
+        ("cut.jpg", "truncated"),
+        ("text.jpg", "no image, or of a format that Pillow does not read"),
+        ("empty.png", "no image"),
+        ("float.tif", "8 or 16 bits are read"),
+        ("small.png", "[20,20,3]"),
+        ("none.png", "No such file"),
+    ):
+        result = read(str(tmp_path / name))
+        assert isinstance(result, prediction.Unreadable), name
+        assert reason in result.reason and "\n" not in result.reason, result
+
+
+# Lists of images.
+
+
+def test_folders_files_and_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.JPG", "b/10.tif", "a.png", ".hidden.png", ".git/c.png", "b/d.heic", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "list.txt").write_text("b/2.JPG\r\n\n e.txt\nb\n")
+    inside = ["b/10.tif", "b/2.JPG", "b/d.heic"]
+    assert prediction.list_images(["."]) == [f"./{name}" for name in ["a.png", *inside]]
+    assert prediction.list_images(["b", "a.png", "e.txt"]) == [*inside, "a.png", "e.txt"]
+    assert prediction.list_images(["@list.txt", "a.png"]) == ["b/2.JPG", "e.txt", *inside, "a.png"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "bad.txt").write_text("a.png\nmissing.png\n")
+    for arguments, message in (
+        ([], "no images: give files"),
+        (["x.png"], "x.png: no such file or folder"),
+        (["c"], "c: the folder holds no images"),
+        (["@bad.txt"], "@bad.txt line 2: missing.png: no such file or folder"),
+        (["@none.txt"], "@none.txt: the list cannot be read: No such file"),
+    ):
+        with pytest.raises(UserError) as caught:
+            prediction.list_images(arguments)
+        assert message in str(caught.value)
+
+
+# Predictions.
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Ten pictures of 32 x 32 and an unreadable one among them, with the pixels of the ten."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(10):
+        ending = ("png", "tif")[number % 2]
+        _picture(32, 32, seed=number).save(folder / f"{number}.{ending}")
+    (folder / "4x.png").write_text("no picture")
+    pixels = np.stack([np.asarray(_picture(32, 32, seed=number)) for number in range(10)])
+    return sorted(folder.iterdir()), pixels
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_probabilities_are_the_models_own(loaded, reference, pictures, batch_size):
+    paths, pixels = pictures
+    logits, out = reference(pixels / np.float32(127.5) - 1)
+    wanted = np.asarray(jax.nn.softmax(logits))
+    results = _predict(loaded, paths, batch_size=batch_size, layer="block_1")
+    faults = [result for result in results if isinstance(result, prediction.Unreadable)]
+    results = [result for result in results if isinstance(result, prediction.Prediction)]
+    assert [fault.image for fault in faults] == [str(paths[5])] and "4x.png" in str(paths[5])
+    assert [result.image for result in results] == [str(p) for p in paths if "4x" not in p.name]
+    for result, row, features in zip(results, wanted, out["block_1"], strict=True):
+        assert (np.diff(result.probabilities) <= 0).all()
+        np.testing.assert_allclose(result.probabilities, row[result.classes], atol=1e-5)
+        assert sorted(result.classes) == list(range(7))
+        np.testing.assert_allclose(result.features, features, atol=1e-4)
+
+
+def test_one_program_serves_all_batches(loaded, pictures):
+    with jax.log_compiles(), _Records() as records:
+        _predict(loaded, pictures[0], batch_size=3, top=2)
+    compiled = [
+        line for line in records.lines if "Finished XLA compilation of jit(compute)" in line
+    ]
+    assert len(compiled) == 1
+
+
+class _Records:
+    """The lines that JAX logs."""
+
+    def __enter__(self):
+        self.lines, self.handler = [], logging.Handler()
+        self.handler.emit = lambda record: self.lines.append(record.getMessage())
+        logging.getLogger("jax").addHandler(self.handler)
+        return self
+
+    def __exit__(self, *_):
+        logging.getLogger("jax").removeHandler(self.handler)
+
+
+def test_floats_reach_the_model_as_they_are(loaded, reference, pictures):
+    paths, pixels = pictures
+    logits, _ = reference(pixels / np.float32(255))
+    (result,) = _predict(loaded, paths[:1], preprocess="decode|value_range(0, 1)")
+    row = np.asarray(jax.nn.softmax(logits))[0]
+    np.testing.assert_allclose(result.probabilities, row[result.classes], atol=1e-5)
+
+
+def test_mistakes_are_named(loaded, pictures):
+    for options, message in (
+        (dict(preprocess=None), r"32 x 32 is not known; .*resize_small\(36\)\|central_crop\(32\)'"),
+        (dict(layer="prelogits"), r"block_0 to block_2, pre_logits .* mean 'pre_logits'"),
+        (dict(layer="block_3"), r"--layer=block_3: the model has stem"),
+        (dict(preprocess="decode|resize(64)"), "gives no images of image_size=32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _predict(loaded, pictures[0], **options)
+
+
+def test_a_runs_own_preprocessing_and_class_names(tmp_path):
+    """A run that learned to tell two colours names them in new pictures of another size."""
+    rng = np.random.default_rng(0)
+    colours = {"auburn": (165, 42, 42), "teal": (0, 128, 128)}
+
+    def save(colour, path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(-20, 20, (size, size, 3))
+        Image.fromarray(np.clip(colours[colour] + noise, 0, 255).astype(np.uint8)).save(path)
+
+    for colour, number in itertools.product(colours, range(16)):
+        save(colour, tmp_path / "data" / "train" / colour / f"{number}.png", 8)
+    config = tiny_config(dataset__name="folder", dataset__data_dir=str(tmp_path / "data"))
+    config.update(total_steps=30, eval_every_steps=None)
+    config.checkpoint.every_steps = 30
+    config.model.update(num_blocks=1, stoch_depth=0.0, dropout=0.0)  # compiles quickly
+    config.dataset.update(val_split="", test_split="")
+    config.dataset.update(train_preprocess="decode", eval_preprocess="decode|resize(8)")
+    trainer.train(config, str(tmp_path / "run"))
+
+    loaded = loading.read(str(tmp_path / "run"), log=lambda line: None)
+    names = prediction.names_of(loaded.card)
+    assert names == ("auburn", "teal")
+    order = ["teal", "auburn", "auburn", "teal"]
+    paths = [tmp_path / "new" / f"{number}.tif" for number in range(4)]
+    for colour, path in zip(order, paths, strict=True):
+        save(colour, path, 50)
+    results = _predict(loaded, paths, preprocess=loaded.card.preprocess)
+    found = [prediction.as_json(result, names) for result in results]
+    assert [each["top"][0]["name"] for each in found] == order
+    assert all(sum(c["probability"] for c in each["top"]) == pytest.approx(1) for each in found)
+
+
+# Output.
+
+
+def _prediction(image, features=None):
+    return prediction.Prediction(
+        image, np.array([134, 517]), np.array([0.7, 0.1], np.float32), features
+    )
+
+
+def test_names_of_a_shipped_list_and_none(loaded):
+    names = prediction.names_of(dataclasses.replace(loaded.card, class_names="imagenet1k"))
+    assert names == imagenet_names.class_names("imagenet1k")
+    assert prediction.as_json(_prediction("a"), names) == {
+        "image": "a",
+        "top": [
+            {"class": 134, "name": "crane", "probability": 0.7},
+            {"class": 517, "name": "crane", "probability": 0.1},
+        ],
+    }
+    assert prediction.names_of(loaded.card) is None
+    assert prediction.as_json(_prediction("a"), None)["top"][0]["name"] is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_table(known):
+    from rich.console import Console
+
+    names = imagenet_names.class_names("imagenet1k") if known else None
+    image = "[red]:smile:\udcff.jpg"
+    file = io.StringIO()
+    Console(file=file, width=100).print(prediction.as_table([_prediction(image)], names))
+    lines = [line.split("│")[1:-1] for line in file.getvalue().splitlines() if "%" in line]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert cells[0] == [r"[red]:smile:\udcff.jpg", "70.0%", "134", *["crane"] * known]
+    assert cells[1] == ["", "10.0%", "517", *["crane"] * known]
+
+
+def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "features.npz"
+    features = np.arange(6, dtype=np.float32).reshape(2, 3)
+    prediction.write_features(str(path), features, ["a/ü.jpg", "long name.png"])
+    with np.load(path, allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["features"], features)
+        assert file["features"].dtype == np.float32
+        assert file["images"].tolist() == ["a/ü.jpg", "long name.png"]
+    before = path.read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        prediction.write_features(str(path), features, ["a", "b"])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_where_features_cannot_go_is_said_first(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        prediction.check_output(str(tmp_path / "none" / "out.npz"))
+    with pytest.raises(UserError, match="cannot be written"):
+        prediction.check_output(str(tmp_path))
+
+
+# The command.
+
+PROGRAM = ["-m", "mixer.tools.predict"]
+
+
+def test_command_with_json_and_features(loaded, pictures, tmp_path):
+    paths, _ = pictures
+    output = tmp_path / "features.npz"
+    done = run_python(
+        *PROGRAM,
+        paths[0].parent,
+        f"--weights={WEIGHTS}",
+        f"--preprocess={STEPS}",
+        *("--json", "--top=2", "--batch_size=4", f"--features={output}"),
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    expected = _predict(loaded, paths, top=2, layer="pre_logits")
+    expected = [each for each in expected if isinstance(each, prediction.Prediction)]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [each.image for each in expected]
+    for line, each in zip(lines, expected, strict=True):
+        assert [top["class"] for top in line["top"]] == each.classes.tolist()
+        np.testing.assert_allclose(
+            [top["probability"] for top in line["top"]], each.probabilities, rtol=1e-5
+        )
+    with np.load(output, allow_pickle=False) as file:
+        assert file["images"].tolist() == [each.image for each in expected]
+        np.testing.assert_allclose(file["features"], [e.features for e in expected], atol=1e-5)
+    assert done.stderr.count("names of the classes are not known") == 1
+    assert f"{paths[5]}: no image, or of a format that Pillow does not read" in done.stderr
+    assert "1 of 11 images could not be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.png"], "--weights is missing; give a run or a file"),
+        (["a.png", "--weights=x.npz", "--layer=stem"], "give --features=OUT.npz too"),
+        (["--weights=x.npz", "--top=0"], "top"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    done = run_python(*PROGRAM, *arguments, check=False)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
