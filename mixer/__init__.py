@@ -7,6 +7,10 @@
 from typing import Any
 
 
+def __dir__() -> list[str]:
+    return [*globals(), "load"]
+
+
 def __getattr__(name: str) -> Any:
     if name != "load":
         raise AttributeError(f"module 'mixer' has no attribute {name!r}")

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import types
 from collections.abc import Callable, Sequence
 
 from mixer import memory
@@ -31,12 +32,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if name == "__main__.py" or sys.modules["__main__"].__spec__ is not None:
         name = sys.modules["__main__"].__spec__.name
     logging.set_verbosity(logging.FATAL)  # what matters is raised, and told in one line
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         _end(name, str(error), 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
             raise
         _end(name, f"{error.strerror}: {error.filename or 'while writing'}", 2)
     except KeyboardInterrupt:
@@ -46,6 +48,20 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         if code is None:
             raise
         sys.exit(code)
+
+
+def _interrupt(signum: int, frame: types.FrameType | None) -> None:
+    """Raises KeyboardInterrupt, a moment later where it would be lost.
+
+    JAX has a callback in the garbage collector, and what is raised there is printed and forgotten.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "_xla_gc_callback":
+            signal.signal(signal.SIGALRM, _interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _end(name: str, message: str, code: int) -> None:
@@ -85,6 +101,19 @@ def _has(config: ConfigDict, key: str) -> bool:
     for group in groups:
         config = config[group]
     return last in config
+
+
+def image_size(flag: str, sides: list[str] | None) -> tuple[int, int] | None:
+    """(H, W) of a list flag that has a side in pixels, or two; None where it is not given.
+
+    Raises:
+      UserError: it has something else.
+    """
+    if sides is None:
+        return None
+    if len(sides) not in (1, 2) or not all(re.fullmatch("[1-9][0-9]*", side) for side in sides):
+        raise UserError(f"--{flag}={','.join(sides)}: a side in pixels, or HEIGHT,WIDTH")
+    return int(sides[0]), int(sides[-1])
 
 
 def config_name() -> str:
@@ -151,12 +180,27 @@ def _is(kind: type, value: str) -> bool:
         return False
 
 
+# What other programs call keys whose names here are not alike.
+USUAL_NAMES = {
+    "batch_size": "global_batch_size",
+    "batch": "global_batch_size",
+    "lr": "optimizer.peak_lr",
+    "learning_rate": "optimizer.peak_lr",
+    "epochs": "total_epochs",
+    "num_epochs": "total_epochs",
+    "steps": "total_steps",
+    "num_steps": "total_steps",
+}
+
+
 def _nearest_key(key: str, known: dict[str, type]) -> str:
-    """The nearest full key, compared whole and by last name."""
+    """The nearest full key: by another program's name for it, compared whole, or by last name."""
+    if key in USUAL_NAMES:
+        return f" Did you mean {USUAL_NAMES[key]!r}?"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         by_name = {name.rpartition(".")[2]: name for name in known}
-        match = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.3)
+        match = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)
         close = [by_name[match[0]]] if match else []
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}"
 

@@ -14,8 +14,9 @@ class UserError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest of `known`, or "" where none is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    lowered = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
+    return f" Did you mean {lowered[close[0]]!r}?" if close else ""
 
 
 def first_line(error: Exception) -> str:

@@ -7,7 +7,9 @@ module is not called load: the function `mixer.load` has that name.)
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +19,10 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mixer import checkpoint, published, remote, resolution, sharding, weights
+from mixer import checkpoint, memory, published, remote, resolution, sharding, weights
+from mixer.data import imagenet_names
 from mixer.errors import UserError
-from mixer.model import MlpMixer, check_image_size
+from mixer.model import DTYPES, VARIANTS, MlpMixer, check_image_size
 from mixer.weights import Card, Shapes
 
 HEADS = ("keep", "reset", "auto")
@@ -31,6 +34,7 @@ class Found:
     """Weights that were found and recognised, and are not read yet.
 
     Attributes:
+      path: as it was given.
       card: what they are.
       shapes: of the arrays, by published name.
       dtype: of the computation that they were trained or saved with.
@@ -40,6 +44,7 @@ class Found:
       about: what was recognised and what assumed, for the log.
     """
 
+    path: str
     card: Card
     shapes: Shapes
     dtype: str
@@ -57,25 +62,47 @@ class Loaded:
     card: Card
 
 
-def load(path: epath.PathLike, **options: Any) -> tuple[MlpMixer, Any]:
+def load(
+    path: epath.PathLike,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    dtype: Any = None,
+    gelu: str | None = None,
+    head: str = "auto",
+    resize: str = "grow",
+    mesh: Mesh | None = None,
+    log: Callable[[str], None] = print,
+) -> tuple[MlpMixer, Any]:
     """Loads weights: `model, params = mixer.load("RUN_OR_FILE")`.
 
     `logits, out = model.apply({"params": params}, images)` then takes images (N, H, W, 3) in
-    [-1, 1].
+    [-1, 1], or the range that the line of the log says.
 
     Args:
       path: a run, a step of it (RUN/best, RUN/checkpoints/1000), an npz file in the published or
         the legacy layout, a safetensors file with timm's names, each local or at gs://; a file at
         https://; hf://owner/name; or a published checkpoint's short name, such as "B/16-i21k". Of a
         run that keeps a moving average of its parameters, the average.
-      **options: those of `read`, which also says what the weights are.
+      num_classes: width of the head; None: that of the weights.
+      image_size: side in pixels of square images, or (H, W); None: that of the weights.
+      dtype: of the computation, "float32" or "bfloat16"; None: the run's own, float32 for a file.
+      gelu: "tanh" or "erf"; None: the run's own; of a file, what the JSON beside it says, else
+        that of the code whose layout it is.
+      head: "keep": the saved head has to fit; "reset": zeros; "auto": zeros if it does not fit.
+      resize: for another image size: "grow": by whole factors, as the paper does; "interpolate":
+        to any size that the patch divides (mixer/resolution.py).
+      mesh: where to; each device gets its part as it is read. None: the default device.
+      log: gets one line: what was recognised, what was assumed, what became of the head.
 
     Returns:
       The Flax module, and its parameters as nested dicts of float32 arrays.
 
     Raises:
-      UserError: see `read`.
+      UserError: nothing there, another model, or weights that do not fit; every misfit is listed.
     """
+    options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype, gelu=gelu)
+    options |= dict(head=head, resize=resize, mesh=mesh, log=log)
     loaded = read(path, **options)
     return loaded.model, loaded.params
 
@@ -92,37 +119,25 @@ def read(
     mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
 ) -> Loaded:
-    """Loads weights, and says what they are.
-
-    Args:
-      path: as for `load`.
-      num_classes: width of the head; None: that of the weights.
-      image_size: side in pixels of square images, or (H, W); None: that of the weights.
-      dtype: of the computation, "float32" or "bfloat16"; None: the run's own, float32 for a file.
-      gelu: "tanh" or "erf"; None: the run's own; of a file, what the JSON beside it says, else
-        that of the code whose layout it is.
-      head: "keep": the saved head has to fit; "reset": zeros; "auto": zeros if it does not fit.
-      resize: for another image size: "grow": by whole factors, as the paper does; "interpolate":
-        to any size that the patch divides (mixer/resolution.py).
-      mesh: where to; each device gets its part as it is read. None: the default device.
-      log: gets one line: what was recognised, what was assumed, what became of the head.
-
-    Raises:
-      UserError: nothing there, another model, or weights that do not fit; every misfit is listed.
-    """
+    """As `load`, and says what the weights are."""
     _check_choice("head", head, HEADS)
     _check_choice("resize", resize, RESIZES)
     found = find(path, image_size=image_size, gelu=gelu, log=log)
     size = found.card.image_size if image_size is None else _size(image_size)
     check_image_size(size, found.card.patch_size)
     card = resized(found, size, resize)
-    classes = num_classes or found.card.num_classes
-    if not classes:
-        raise UserError(f"{path} has no head; num_classes says how wide a new one is to be")
+    classes = found.card.num_classes if num_classes is None else num_classes
+    if num_classes is None and not classes:
+        raise UserError(f"{path} has no head; mixer.load(..., num_classes=...) makes a new one")
     # The model is made before the arrays are checked: it says what they should be.
-    dtype = found.dtype if dtype is None else jnp.dtype(dtype).name
+    try:
+        dtype = found.dtype if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        raise UserError(f"dtype={dtype!r}; one of {', '.join(DTYPES)}") from None
     model = card.model(num_classes=classes, dtype=dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    memory.check_room(4 * count, f"{path} for images of {size[0]} x {size[1]}")
     where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     if mesh is not None:
         where = sharding.state_shardings(mesh, shapes)
@@ -141,7 +156,13 @@ def read(
 
 
 def initial_params(
-    found: Found, params: Any, *, image_size: tuple[int, int], head: str, resize: str
+    found: Found,
+    params: Any,
+    *,
+    image_size: tuple[int, int],
+    class_names: Sequence[str],
+    head: str,
+    resize: str,
 ) -> tuple[Any, str]:
     """Replaces a new model's parameters by those that were found.
 
@@ -149,8 +170,10 @@ def initial_params(
       found: by `find`.
       params: freshly initialised, where they belong on the mesh; a head that is not kept stays.
       image_size: (H, W) that `params` are for.
-      head: as for `read`, as is `resize`.
-      resize: as for `read`.
+      class_names: of the new model's data. With head="auto" the head of other classes is not kept,
+        however many they are.
+      head: as for `load`, as is `resize`.
+      resize: as for `load`.
 
     Returns:
       The parameters, and what was done with size and head.
@@ -158,8 +181,28 @@ def initial_params(
     Raises:
       UserError: weights that do not fit; every misfit is listed.
     """
+    other = _other_classes(found.card, class_names)
+    if head == "auto" and other:
+        head = "reset"
     taken, how = fit(found, params, image_size=image_size, head=head, resize=resize)
+    if other:
+        how += f", its classes were others ({other})"
     return {**params, **taken}, how
+
+
+def _other_classes(card: Card, class_names: Sequence[str]) -> str:
+    """Some of the names of a head's classes where they are not `class_names`; "" if unknown."""
+    if card.class_names is None or not class_names:
+        return ""
+    if isinstance(card.class_names, str):
+        # TFDS has the ids of ImageNet's classes for names.
+        lists = imagenet_names.class_names, imagenet_names.synsets
+        known = [names(card.class_names) for names in lists]
+    else:
+        known = [card.class_names]
+    if tuple(class_names) in known:
+        return ""
+    return ", ".join(known[0][:3]) + ", ..." * (len(known[0]) > 3)
 
 
 def fit(
@@ -178,7 +221,7 @@ def fit(
         wanted = {name: leaf for name, leaf in wanted.items() if name not in weights.HEAD}
         shapes = {name: shape for name, shape in shapes.items() if name not in weights.HEAD}
     shape_of, turn = _resizing(card, image_size, resize)
-    _check_shapes(shapes, wanted, shape_of, card.source)
+    _check_shapes(shapes, wanted, shape_of, found.path)
     arrays = found.restore(wanted, turn)
     how = []
     if image_size != card.image_size:
@@ -237,7 +280,7 @@ def _check_shapes(
             grown = "" if fitted == saved else f", resized {fitted}"
             faults.append(f"{name}: in the file {saved}{grown}, wanted {wanted[name].shape}")
     if faults:
-        raise UserError(f"{source} does not fit the model: {'; '.join(sorted(faults))}")
+        raise UserError(f"{source} does not fit the model: {weights.listed(faults)}")
 
 
 def find(
@@ -251,16 +294,17 @@ def find(
 
     Args:
       path: as for `load`.
-      image_size: where neither the weights nor what stands beside them says it: the size they are
-        for, if it has as many patches as they have tokens.
+      image_size: where no JSON beside a file says its own: the size that the weights are for, if it
+        has as many patches as they have tokens.
       gelu: as for `read`.
       log: gets a line on what is fetched.
     """
     local = remote.fetch(path, log=log) if remote.is_remote_file(path) else None
     local = epath.Path(path).expanduser() if local is None else local
     if local.is_dir():
-        return _find_run(local, gelu)
-    if not local.exists() and not local.suffix:
+        return _find_run(str(path), local, gelu)
+    endings = (".npz", ".safetensors")
+    if not local.exists() and local.suffix.lower() not in endings:
         raise UserError(
             f"{path}: no such run or file; expected a run, a step of it, an .npz or .safetensors "
             f"file, or one of {', '.join(published.CHECKPOINTS)}"
@@ -272,6 +316,8 @@ def _find_file(
     source: str, path: epath.Path, image_size: int | tuple[int, int] | None, gelu: str | None
 ) -> Found:
     file = weights.open_file(path)
+    # A local file's own name may say what it is; that of its folder is its owner's affair.
+    name = source if remote.is_remote_file(source) else path.name
     if released := published.find(source):
         try:
             published.check(released, file.shapes, path.stat().length)
@@ -279,16 +325,26 @@ def _find_file(
             raise UserError(f"{error}; delete {path} to fetch it anew") from None
     dims = weights.dimensions(file.shapes, source)
     num_tokens, num_classes = dims.pop("num_tokens"), dims["num_classes"]
-    says = weights.read_card(path) or {}
-    facts = published.facts(source, layout=file.layout, num_classes=num_classes)
+    says, checksum = weights.read_card(path) or ({}, None)
+    facts = published.facts(name, layout=file.layout, num_classes=num_classes)
     if file.layout == "timm" and (config := _timm_config(path)):
         facts = published.timm_facts(config, source=source, num_classes=num_classes)
     for name, value in dims.items():
         if says and says[name] != value:
             raise UserError(
-                f"{path.with_suffix('.json')} says {name}={says[name]}, and the arrays of "
+                f"{weights.card_path(path)} says {name}={says[name]}, and the arrays of "
                 f"{path.name} have {value}"
             )
+    if says and math.prod(says["image_size"]) != num_tokens * dims["patch_size"] ** 2:
+        raise UserError(
+            f"{weights.card_path(path)} says image_size={says['image_size']}, and the arrays of "
+            f"{path.name} are for {num_tokens} patches of {dims['patch_size']} pixels"
+        )
+    if says and checksum != weights.checksum(file.read, file.shapes):
+        raise UserError(
+            f"{weights.card_path(path)} was written for other weights than {path.name} has now; "
+            "remove it, or bring it up to date"
+        )
     about = [f"{file.layout} layout", *file.notes]
 
     # The arrays tell the number of patches, and no more of the image's size.
@@ -297,17 +353,18 @@ def _find_file(
     side = weights.square_side(num_tokens, patch_size)
     if says:
         size = says["image_size"]
+    elif asked and math.prod(asked) == num_tokens * patch_size**2:
+        size = asked  # no other weights could be grown to it
+        about.append("image size as asked")
     elif side:
         size = (side, side)
-    elif asked and asked[0] * asked[1] == num_tokens * patch_size**2:
-        size = asked
-        about.append("image size as asked")
+        about.append("a square image assumed")
     else:
         raise UserError(
             f"{source} is for images of {num_tokens} patches, which make no square; image_size="
             "(H, W) says which they are"
         )
-    kind = gelu or says.get("gelu") or weights.GELU_OF[file.layout]
+    kind = gelu or says.get("gelu") or file.gelu or weights.GELU_OF[file.layout]
     card = Card(
         variant=weights.find_variant(dims),
         **dims,
@@ -317,7 +374,9 @@ def _find_file(
         class_names=says["class_names"] if says else facts.class_names,
         source=says.get("source", source),
     )
-    why = "as asked" if gelu else "its JSON" if says else f"the {file.layout} layout's"
+    why = f"the {file.layout} layout's"
+    if gelu or says or file.gelu:
+        why = "as asked" if gelu else "its JSON" if says else "its header"
     about += _described(card, f"{kind} ({why})")
     if facts.note and not says:
         about.append(facts.note)
@@ -328,16 +387,17 @@ def _find_file(
             array = file.read(name)
             if fault := weights.not_finite(array):
                 faults.append(f"{name} {fault}")
+            array = array.astype(leaf.dtype, copy=False)
             array = array if turn is None else turn(name, array)
             placed[name] = _place(array, leaf)
         if faults:
-            raise UserError(f"{source}: {'; '.join(faults)}")
+            raise UserError(f"{source}: {weights.listed(faults)}")
         return placed
 
     def preprocess_at(size: tuple[int, int]) -> str | None:
         return None if says else facts.preprocess(size)
 
-    return Found(card, file.shapes, "float32", preprocess_at, restore, "; ".join(about))
+    return Found(source, card, file.shapes, "float32", preprocess_at, restore, "; ".join(about))
 
 
 def _timm_config(path: epath.Path) -> dict[str, Any] | None:
@@ -350,7 +410,7 @@ def _timm_config(path: epath.Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and "architecture" in config else None
 
 
-def _find_run(path: epath.Path, gelu: str | None) -> Found:
+def _find_run(source: str, path: epath.Path, gelu: str | None) -> Found:
     step = checkpoint.find_step(path)
     item, about = "params", [f"run, step {step.name}"]
     if shapes := checkpoint.saved_params(step, "ema_params"):
@@ -397,6 +457,7 @@ def _find_run(path: epath.Path, gelu: str | None) -> Found:
         )
         tree = checkpoint.restore_params(step, abstract, item=item, without=without)
         arrays = traverse_util.flatten_dict(tree, sep="/")
+        del tree
         if turn is None:
             return arrays
         # Taken out one by one, so that the old ones go as the new ones come.
@@ -407,7 +468,13 @@ def _find_run(path: epath.Path, gelu: str | None) -> Found:
 
     # The run's own steps name sizes of their own, which nobody else can change.
     return Found(
-        card, shapes, fields.get("dtype", "float32"), lambda size: None, restore, "; ".join(about)
+        source,
+        card,
+        shapes,
+        fields.get("dtype", "float32"),
+        lambda size: None,
+        restore,
+        "; ".join(about),
     )
 
 
@@ -426,16 +493,22 @@ def _names(names: Any) -> str | tuple[str, ...] | None:
 def _described(card: Card, gelu: str) -> list[str]:
     dims = ", ".join(f"{name}={getattr(card, name)}" for name in weights.DIMENSIONS)
     what = dims if card.variant is None else card.variant
+    if card.variant and card.tokens_mlp_dim != VARIANTS[card.variant]["tokens_mlp_dim"]:
+        what += f" with tokens_mlp_dim={card.tokens_mlp_dim}"
+    low, high = card.value_range
     return [
         f"{what}, {card.image_size[0]} x {card.image_size[1]}, {card.num_classes:,} classes, "
-        f"GELU {gelu}"
+        f"GELU {gelu}" + f", pixels in [{low:g}, {high:g}]" * ((low, high) != (-1, 1))
     ]
 
 
 def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of a side or of both."""
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    try:
+        sides = tuple(map(operator.index, np.broadcast_to(image_size, (2,))))
+    except (TypeError, ValueError):
+        sides = (0, 0)
+    if min(sides) < 1:
         raise UserError(f"image_size={image_size!r}: a side in pixels, or (height, width)")
     return sides
 

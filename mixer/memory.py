@@ -1,9 +1,11 @@
-"""Freed memory is kept, on CPU hosts: XLA there takes its buffers anew from malloc every step."""
+"""Memory of CPU hosts: freed blocks are kept, and what cannot fit is refused."""
 
 import ctypes
 import glob
 import os
 import sys
+
+from mixer.errors import UserError
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -13,6 +15,7 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/k
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed, under Linux and where there is no accelerator.
 
+    XLA there takes its buffers anew from malloc every step.
     By default glibc hands large freed blocks back to the system, which clears them page by page at
     the next step: a third of the time of the digits' step (docs/performance.md). It keeps blocks
     up to 64 MiB only, unless all threads share one arena (MALLOC_ARENA_MAX=1), which speeds larger
@@ -27,3 +30,18 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 256 << 20)
+
+
+def check_room(num_bytes: int, what: str) -> None:
+    """Raises UserError where `what` takes more memory than is free, and it is the host's.
+
+    An accelerator's own allocator says so itself; a host would be killed without a word.
+    """
+    import jax
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if jax.default_backend() == "cpu" and num_bytes > free:
+        raise UserError(
+            f"{what} takes {num_bytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
+        )

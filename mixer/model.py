@@ -151,10 +151,16 @@ class MlpMixer(nn.Module):
           "block_0" ... (N, S, C), "pre_logits" (N, C) and "logits".
 
         Raises:
-          UserError: the patch does not divide the image. (SAME padding in the authors' code takes
-            such an image and pads it without a word.)
+          UserError: images of another form or of whole numbers, or the patch does not divide them.
+            (SAME padding in the authors' code takes such an image and pads it without a word.)
         """
         dtype = jnp.dtype(self.dtype)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(f"images are {images.shape}; (N, H, W, 3) is taken, RGB last")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype}; floats are taken, as a rule images / 127.5 - 1"
+            )
         check_image_size(images.shape[1:3], self.patch_size)
         keys = None
         if train and (self.stoch_depth or self.dropout):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.table import Table
 from rich.text import Text
 
+from mixer import files
 from mixer.data import folder, imagenet_names
 from mixer.errors import UserError, first_line, nearest
 from mixer.loading import Loaded
@@ -86,11 +88,11 @@ def _images_at(name: str, place: str) -> list[str]:
         return [path]
     endings = _endings()
     found = []
-    for parent, folders, files in os.walk(path):
+    for parent, folders, names in os.walk(path):
         folders[:] = [each for each in folders if not each.startswith(".")]
         found += [
             os.path.join(parent, file)
-            for file in files
+            for file in names
             if not file.startswith(".") and os.path.splitext(file)[1].lower() in endings
         ]
     if not found:
@@ -253,7 +255,15 @@ def make_reader(
         try:  # again, step by step: the message of a graph does not say what was wrong
             return path, pixels(picture).numpy()
         except tf.errors.OpError as error:
-            return Unreadable(path, first_line(error))
+            made = re.search(r"tensor input \[(\d+),(\d+),3\] is not compatible", str(error))
+            if not made:
+                return Unreadable(path, first_line(error))
+            height, width = image_size
+            return Unreadable(
+                path,
+                f"the steps {preprocess!r} make {made[1]} x {made[2]} of it, and the weights are "
+                f"for {height} x {width}; give --preprocess='decode|resize(({height}, {width}))'",
+            )
 
     return read
 
@@ -333,10 +343,5 @@ def write_features(path: str, features: np.ndarray, images: Sequence[str]) -> No
       images: n paths, saved as "images", an array of strings that loads without unpickling.
     """
     target = Path(path).expanduser()
-    new = target.with_name(f"{target.name}.new")
-    try:
-        with new.open("wb") as file:
-            np.savez(file, features=features, images=np.array(images, np.str_))
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
+    with files.whole(target) as new, new.open("wb") as file:
+        np.savez(file, features=features, images=np.array(images, np.str_))

@@ -187,7 +187,8 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
     published = find(source)
     named_so = re.fullmatch(r"Mixer-[SBL]_(8|16|32)\.npz", epath.Path(source).name)
     if (published or named_so) and num_classes in (1000, 21843):
-        return Facts(lists[num_classes], _authors_steps)
+        note = "" if published else f"taken for the authors' {lists[num_classes]} by its name"
+        return Facts(lists[num_classes], _authors_steps, note)
     return Facts(_only_21k(num_classes), _unknown)
 
 
@@ -247,9 +248,9 @@ def _timm_origin(source: str) -> str | None:
     names = [match[0] for match in _TIMM_MODEL.finditer(source)]
     if not names:
         return None
-    if names[-1].startswith("jx_") or ".goog_in21k" in names[-1]:
-        return "goog"
-    return "miil" if re.search(r"[._]miil", names[-1]) else None
+    # Whatever goes on after the tag is somebody's own.
+    tag = re.search(r"[._](goog|miil)(_in21k(_ft_in1k)?)?$", names[-1].removesuffix(".safetensors"))
+    return "goog" if names[-1].startswith("jx_") else tag and tag[1]
 
 
 def _timm_note(origin: str | None, num_classes: int) -> str:

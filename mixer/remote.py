@@ -26,7 +26,7 @@ from etils import epath
 from rich import progress
 from rich.console import Console
 
-from mixer import published
+from mixer import files, published
 from mixer.errors import UserError, first_line
 
 ENDINGS = (".npz", ".safetensors")
@@ -54,7 +54,7 @@ def is_remote_file(path: epath.PathLike) -> bool:
 def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     """Returns a local file with what is at `path`; fetches it where it is not cached.
 
-    The JSON beside it (same stem, .json; of safetensors config.json too) comes with it where there
+    The JSON beside it (its name and .json; for safetensors config.json too) comes too where there
     is one.
 
     Args:
@@ -94,24 +94,13 @@ def _fetch_into(target: Path, address: str) -> None:
     """Fetches a file and the JSON beside it; the file gets its name once all of it is there."""
     get = _download if address.startswith(("http://", "https://")) else _copy
     try:
-        with _whole(target) as new:
+        with files.whole(target) as new:
             get(address, new)
             for name in () if published.find(address) else _beside(target.name):
-                with contextlib.suppress(_NotThereError), _whole(target.parent / name) as beside:
-                    get(_sibling(address, name), beside)
+                with contextlib.suppress(_NotThereError), files.whole(target.parent / name) as it:
+                    get(_sibling(address, name), it)
     except _NotThereError as error:
         raise UserError(str(error)) from None
-
-
-@contextlib.contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `target` where nothing goes wrong."""
-    new = target.with_name(target.name + ".new")
-    try:
-        yield new
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def cache_dir() -> Path:
@@ -131,7 +120,7 @@ def _check_ending(name: str, address: str) -> None:
 def _beside(name: str) -> list[str]:
     """Names of the JSON files that may describe the weights `name`."""
     config = ["config.json"] if name.endswith(".safetensors") else []
-    return [Path(name).stem + ".json", *config]
+    return [f"{name}.json", *config]
 
 
 def _sibling(address: str, name: str) -> str:
@@ -218,7 +207,10 @@ def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         reason = getattr(reason, "strerror", None) or reason
-        raise UserError(f"{address} cannot be reached: {reason}") from None
+        raise UserError(
+            f"{address} cannot be reached: {reason}; a file that was fetched elsewhere can be "
+            "given by its path"
+        ) from None
 
 
 def _copy(address: str, target: Path) -> None:
@@ -239,8 +231,8 @@ def _copy(address: str, target: Path) -> None:
         raise UserError(f"{address} cannot be read: {first_line(error)}") from None
     if not found:
         raise _NotThereError(f"{address}: no such file")
-    if target.stat().st_size != length:
-        raise UserError(f"{address}: {target.stat().st_size:,} of {length:,} bytes came; try again")
+    if target.stat().length != length:
+        raise UserError(f"{address}: {target.stat().length:,} of {length:,} bytes came; try again")
 
 
 def _fetch_from_hub(rest: str, log: Callable[[str], None]) -> epath.Path:

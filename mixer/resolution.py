@@ -14,6 +14,7 @@ Both work leaf by leaf, by published names, on NumPy arrays. Sizes are (H, W) in
 
 import math
 
+import jax
 import numpy as np
 
 from mixer.errors import UserError
@@ -41,8 +42,8 @@ def check(old: tuple[int, int], new: tuple[int, int], patch_size: int) -> tuple[
     near = " x ".join(_near(o, n) for o, n in zip(old, new, strict=True))
     raise UserError(
         f"weights for {old[0]} x {old[1]} images cannot be grown to {new[0]} x {new[1]}: each side "
-        f"has to be a whole multiple of theirs, and the nearest are {near}; resize='interpolate' "
-        f"(not the paper's) takes every multiple of the patch size {patch_size}"
+        f"has to be a whole multiple of theirs, and the nearest are {near}; interpolation, which "
+        f"is not the paper's, takes every multiple of the patch size {patch_size} (docs/weights.md)"
     )
 
 
@@ -155,8 +156,4 @@ def interpolate(
 
 def _bilinear(old: int, new: int) -> np.ndarray:
     """The matrix (new, old) that resamples `old` points to `new`; every row sums to one."""
-    step = old / new
-    centres = (np.arange(new) + 0.5) * step - 0.5
-    distance = np.abs(centres[:, None] - np.arange(old)) / max(step, 1)
-    weights = np.maximum(1 - distance, 0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (new, old), "bilinear"))

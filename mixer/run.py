@@ -13,7 +13,7 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import loading, resolution, weights
+from mixer import files, loading, resolution, weights
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.losses import make_loss
@@ -338,9 +338,8 @@ def data_record(splits: Splits) -> dict[str, Any]:
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(value, indent=2) + "\n")
-    new.replace(path)
+    with files.whole(path) as new:
+        new.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def record_result(

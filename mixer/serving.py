@@ -1,5 +1,6 @@
 """A model as a StableHLO program that runs without this package (docs/export.md)."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -13,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jax import export
 
+from mixer import files
 from mixer.data import imagenet_names
 from mixer.errors import UserError
 from mixer.loading import Loaded
@@ -45,7 +47,7 @@ def check(path: str | Path, *, weights: str, platforms: Sequence[str]) -> Paths:
     if program.suffix != ".stablehlo":
         raise UserError(f"{path}: the file to write has to end in .stablehlo")
     beside = program.with_suffix(".safetensors") if weights == "beside" else None
-    paths = Paths(program, program.with_suffix(".json"), beside)
+    paths = Paths(program, program.with_name(f"{program.name}.json"), beside)
     for file in _present(paths):
         if file.exists():
             raise UserError(f"{file} exists; move it away, or choose another name")
@@ -164,23 +166,21 @@ def write(
         batch_size=batch_size,
     )
     described = json.dumps(describe(loaded, program, arrays, paths), indent=2, ensure_ascii=False)
-    new = {path: path.with_name(f"{path.name}.new") for path in _present(paths)}
-    try:
+    with contextlib.ExitStack() as stack:
+        # Names are given last first, so the program's comes when the others are there.
+        new = {path: stack.enter_context(files.whole(path)) for path in _present(paths)[::-1]}
         new[paths.card].write_text(described + "\n")
         if paths.weights is not None:
             import safetensors.numpy
 
-            safetensors.numpy.save_file(arrays, new[paths.weights])
+            # Loaded again, the weights say themselves which GELU they are for.
+            safetensors.numpy.save_file(arrays, new[paths.weights], {"gelu": loaded.card.gelu})
+            files.open_up(new[paths.weights], 0o666)
         else:
             # The traced module holds the weights once more, and is of no use from here on.
             jax.clear_caches()
             gc.collect()
         new[paths.program].write_bytes(program.serialize())
-        for path, written in new.items():
-            written.replace(path)
-    finally:
-        for written in new.values():
-            written.unlink(missing_ok=True)
 
 
 def describe(

@@ -20,6 +20,7 @@ from mixer import (
     console,
     loading,
     losses,
+    memory,
     optimizer,
     pictures,
     run,
@@ -27,6 +28,7 @@ from mixer import (
     signals,
     train_state,
 )
+from mixer.data.steps import pixel_range
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.metrics import Meter, MetricWriter
@@ -93,7 +95,7 @@ def _train(
             config.model.num_classes = len(opening.result().train.class_names)
         sized = opening.result().train.num_examples if run.needs_epochs(config) else None
         run.resolve_lengths(config, sized)
-        found = None if begun else run.find_initial(config)
+        found = None if old_config else run.find_initial(config)
         run.resolve_model(config, found, old_config)
         model = run.build_model(config)
         loss_fn = losses.make_loss(config.loss)
@@ -101,6 +103,14 @@ def _train(
         image_size = (config.image_size, config.image_size)
         ema = bool(config.optimizer.ema_decay)
         abstract = train_state.abstract_state(model, tx, image_size, mesh, ema=ema)
+
+        # Parameters, optimizer state and gradients; activations come on top.
+        num_bytes = sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves((abstract, abstract.params))
+        )
+        grown = f", grown from {config.init_image_size}" if config.init_image_size else ""
+        what = f"training {_count(abstract):,} parameters for {config.image_size} px{grown}"
+        memory.check_room(num_bytes, what)
 
         # A finished run may be given more steps; any other change of what binds it is refused.
         extended = (
@@ -126,6 +136,7 @@ def _train(
                     found,
                     state.params,
                     image_size=image_size,
+                    class_names=opening.result().train.class_names,
                     head=config.init_head,
                     resize=config.init_resize,
                 )
@@ -134,6 +145,12 @@ def _train(
                 _say(f"first weights: {config.init_from}: {found.about}; {how}")
                 if model.gelu != found.card.gelu:
                     _warn(f"those weights are for GELU {found.card.gelu}; model.gelu={model.gelu}")
+                seen = pixel_range(config.dataset.train_preprocess)
+                if seen != found.card.value_range:
+                    _warn(
+                        f"those weights are for pixels in {list(found.card.value_range)}, and "
+                        f"dataset.train_preprocess gives them in {list(seen)}"
+                    )
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
     data = run.data_record(splits)
@@ -400,13 +417,16 @@ def _warn_of_versions(saved: dict[str, str]) -> None:
         )
 
 
+def _count(state: train_state.TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
 def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     say(f"run {workdir}: {config.total_steps} steps of {config.global_batch_size} images")
     say(
-        f"model: {count:,} parameters, {model.num_blocks} blocks, {config.image_size} px, patch "
-        f"{model.patch_size}, {model.num_classes} classes"
+        f"model: {_count(abstract):,} parameters, {model.num_blocks} blocks, {config.image_size} "
+        f"px, patch {model.patch_size}, {model.num_classes} classes"
     )
     say(f"data: {splits.train.name}, {splits.train.num_examples:,} examples")
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} (mesh: {shape})")

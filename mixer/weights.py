@@ -12,13 +12,16 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from mixer import files
+from mixer.data.imagenet_names import LISTS
+from mixer.data.steps import pixel_range
 from mixer.errors import UserError
 from mixer.model import GELUS, VARIANTS, MlpMixer, make_model
 
@@ -71,15 +74,7 @@ class Card:
     @property
     def value_range(self) -> tuple[float, float]:
         """What the values 0 and 255 of a pixel become for the model."""
-        low, high = -1.0, 1.0  # where no `value_range(low, high)` ends the preprocessing
-        match = re.search(r"value_range\((.+)\)\s*$", self.preprocess or "")
-        for place, argument in enumerate(match[1].split(",") if match else ()):
-            name, _, value = argument.rpartition("=")
-            if name.strip() == "high" or (not name and place == 1):
-                high = float(value)
-            else:
-                low = float(value)
-        return low, high
+        return pixel_range(self.preprocess)
 
     def model(self, **fields: Any) -> MlpMixer:
         """The model of these weights; `fields` replace its own."""
@@ -96,6 +91,7 @@ class File:
       layout: a key of ENDINGS.
       shapes: by published name; an array that the layout does not have goes by its own.
       read: an array by that name, turned as published, in the file's dtype.
+      gelu: what its own header says; None: nothing.
       notes: what was passed over or taken off, for the log.
     """
 
@@ -103,6 +99,7 @@ class File:
     layout: str
     shapes: Shapes
     read: Callable[[str], np.ndarray]
+    gelu: str | None
     notes: tuple[str, ...]
 
 
@@ -121,12 +118,12 @@ def open_file(path: epath.PathLike) -> File:
     Raises:
       UserError: no such file, one of another kind, another model, or an array of another dtype.
     """
-    path = epath.Path(path).expanduser()
-    match path.suffix:
+    path, gelu = epath.Path(path).expanduser(), None
+    match path.suffix.lower():
         case ".npz":
             arrays = _npz_arrays(path)
         case ".safetensors":
-            arrays = _safetensors_arrays(path)
+            arrays, gelu = _safetensors_arrays(path)
         case ".pth" | ".pt" | ".bin" | ".tar" | ".ckpt" | ".pkl":
             raise UserError(
                 f"{path} is a pickled file, which can run code, and is not opened; with PyTorch: "
@@ -143,7 +140,7 @@ def open_file(path: epath.PathLike) -> File:
         if array.dtype not in DTYPES
     ]
     if faults:
-        raise UserError(f"{path}: {'; '.join(sorted(faults))}")
+        raise UserError(f"{path}: {listed(faults)}")
 
     numbers = re.findall(r"(?:MixerBlock_|encoderblock_|blocks\.)(\d+)", " ".join(arrays))
     places = {}  # published name -> the file's
@@ -156,6 +153,7 @@ def open_file(path: epath.PathLike) -> File:
         layout,
         {name: _published_shape(name, arrays[old].shape, layout) for name, old in places.items()},
         lambda name: _published(name, arrays[places[name]].read(), layout),
+        gelu,
         notes,
     )
 
@@ -225,7 +223,7 @@ def _stored(name: str, array: np.ndarray, layout: str) -> np.ndarray:
 def _npz_arrays(path: epath.Path) -> dict[str, _Array]:
     """The arrays of an npz file by name; only their headers are read."""
     with _reading(path, "npz"):
-        archive = zipfile.ZipFile(path.open("rb"))
+        archive = zipfile.ZipFile(path)
         arrays = {}
         for member in archive.namelist():
             with archive.open(member) as file:
@@ -256,8 +254,8 @@ def _read_npy(
     return array.view(dtype) if array.dtype.kind == "V" else array.astype(dtype, copy=False)
 
 
-def _safetensors_arrays(path: epath.Path) -> dict[str, _Array]:
-    """The arrays of a safetensors file by name; only its header is read."""
+def _safetensors_arrays(path: epath.Path) -> tuple[dict[str, _Array], str | None]:
+    """The arrays of a safetensors file by name, and its "gelu"; only its header is read."""
     import safetensors
 
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -270,7 +268,10 @@ def _safetensors_arrays(path: epath.Path) -> dict[str, _Array]:
         path.stat()  # its message is clearer than the library's
         file = safetensors.safe_open(path, framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
+        gelu = (file.metadata() or {}).get("gelu")
+        if gelu not in (None, *GELUS):
+            raise ValueError(f"its header says gelu={gelu!r}; one of {', '.join(GELUS)}")
+        arrays = {
             name: _Array(
                 tuple(array.get_shape()),
                 names.get(array.get_dtype(), array.get_dtype()),
@@ -278,6 +279,7 @@ def _safetensors_arrays(path: epath.Path) -> dict[str, _Array]:
             )
             for name, array in slices.items()
         }
+        return arrays, gelu
 
 
 @contextlib.contextmanager
@@ -297,30 +299,31 @@ def _reading(path: epath.Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path} is no {kind} file of arrays, or damaged: {error}") from None
 
 
-# What training programs wrap weights in, of several the first; then what they put before names.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "params", "opt/target")
-_PREFIXES = ("module", "_orig_mod")
+# What training programs put around weights: of several the first, an average before the rest.
+_AROUND = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "_orig_mod")
+_AROUND += ("params", "opt/target", "target")
 _FIRST_PARTS = {"stem", "embedding", "Mixer", "blocks"}
 
 
 def _unwrapped(arrays: dict[str, _Array]) -> tuple[dict[str, _Array], tuple[str, ...]]:
     """Takes the weights out of a training program's state: (arrays, what was done)."""
     notes = []
-
-    def inside(name: str, wrapper: str) -> bool:
-        return name.startswith((f"{wrapper}/", f"{wrapper}."))
-
-    for wrapper in _WRAPPERS:
-        kept = {name: array for name, array in arrays.items() if inside(name, wrapper)}
-        if kept and not any(re.split("[/.]", name)[0] in _FIRST_PARTS for name in arrays):
-            notes.append(f"taken out of {wrapper!r}")
-            if len(arrays) > len(kept):
-                notes.append(f"{len(arrays) - len(kept)} arrays beside it passed over")
-            arrays = {name[len(wrapper) + 1 :]: array for name, array in kept.items()}
-    for prefix in _PREFIXES * 2:  # each may stand before the other
-        if arrays and all(inside(name, prefix) for name in arrays):
-            notes.append(f"{prefix!r} taken off the names")
-            arrays = {name[len(prefix) + 1 :]: array for name, array in arrays.items()}
+    while not any(re.split("[/.]", name)[0] in _FIRST_PARTS for name in arrays):
+        for around in _AROUND:
+            inside = {
+                name[len(around) + 1 :]: array
+                for name, array in arrays.items()
+                if name.startswith((f"{around}/", f"{around}."))
+            }
+            if any(_FIRST_PARTS.intersection(re.split("[/.]", name)) for name in inside):
+                break
+        else:
+            break  # no Mixer's
+        beside = len(arrays) - len(inside)
+        notes.append(
+            f"taken out of {around!r}" + f", {beside} arrays beside it left" * bool(beside)
+        )
+        arrays = inside
     return arrays, tuple(notes)
 
 
@@ -369,6 +372,8 @@ def dimensions(shapes: Shapes, source: epath.PathLike) -> dict[str, int]:
         for name, axes in tell.items()
         if name in shapes and len(shapes[name]) != axes
     ]
+    if "head/kernel" in shapes and len(shapes["head/kernel"]) != 2:
+        faults.append(f"head/kernel: {shapes['head/kernel']} has not 2 axes")
     if faults:
         raise UserError(f"{source} is no whole MLP-Mixer: {'; '.join(faults)}")
     patch_size, _, _, hidden_dim = shapes["stem/kernel"]
@@ -402,31 +407,69 @@ def square_side(num_tokens: int, patch_size: int) -> int | None:
     return side * patch_size if side * side == num_tokens else None
 
 
-def read_card(path: epath.PathLike) -> dict[str, Any] | None:
-    """The JSON beside a file of weights (`name.json`), None where there is none of ours.
+def card_path(path: epath.PathLike) -> epath.Path:
+    """Where the JSON of a file of weights is: its name and ".json"."""
+    path = epath.Path(path)
+    return path.with_name(path.name + ".json")
+
+
+def read_card(path: epath.PathLike) -> tuple[dict[str, Any], int] | None:
+    """The JSON beside a file of weights: a card's values, and a checksum of the arrays.
+
+    None where there is none of ours.
 
     Raises:
-      UserError: it is damaged, or has a value that no card has.
+      UserError: it is damaged, of a later version, or has a value that no card has.
     """
-    path = epath.Path(path).with_suffix(".json")
+    path = card_path(path)
     if not path.exists():
         return None
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    found = values.get("format") if isinstance(values, dict) else None
+    if not str(found).startswith(FORMAT.rpartition(",")[0]):
         return None
-    wanted = {field.name for field in dataclasses.fields(Card)}
-    if missing := sorted(wanted - values.keys()):
+    if found != FORMAT:
+        raise UserError(f"{path} is of the format {found!r}, and {FORMAT!r} is read")
+    wanted = [field.name for field in dataclasses.fields(Card)]
+    if missing := [name for name in (*wanted, "checksum") if name not in values]:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-    if values["gelu"] not in GELUS:
-        raise UserError(f"{path}: gelu is {values['gelu']!r}; one of {', '.join(GELUS)}")
     card = {name: values[name] for name in wanted}
-    card["image_size"] = tuple(card["image_size"])
-    if isinstance(card["class_names"], list):
-        card["class_names"] = tuple(card["class_names"])
-    return card
+    names, size = card["class_names"], card["image_size"]
+    if isinstance(names, list):
+        named = len(names) == card["num_classes"] and all(isinstance(n, str) for n in names)
+    else:
+        named = names is None or LISTS.get(str(names)) == card["num_classes"]
+    sized = isinstance(size, list) and len(size) == 2
+    for name, good in (
+        ("gelu", card["gelu"] in GELUS),
+        ("image_size", sized and all(isinstance(side, int) and side > 0 for side in size)),
+        ("class_names", named),
+        ("preprocess", card["preprocess"] is None or _are_steps(card["preprocess"])),
+        ("source", isinstance(card["source"], str)),
+    ):
+        if not good:
+            raise UserError(f"{path} says {name}={str(card[name])[:80]}, which cannot be")
+    card["image_size"] = tuple(size)
+    card["class_names"] = tuple(names) if isinstance(names, list) else names
+    return card, values["checksum"]
+
+
+def _are_steps(preprocess: Any) -> bool:
+    try:
+        pixel_range(preprocess)
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def checksum(read: Callable[[str], np.ndarray], shapes: Shapes) -> int:
+    """A sum over a few small arrays: other weights of the same shapes have another."""
+    names = ("stem/bias", "pre_head_layer_norm/scale", "pre_head_layer_norm/bias", "head/bias")
+    data = [read(name).astype("<f4").tobytes() for name in names if name in shapes]
+    return zlib.crc32(b"".join(data))
 
 
 def write_file(
@@ -457,25 +500,28 @@ def write_file(
         if fault := not_finite(array):
             raise UserError(f"{path} is not written: {name} {fault}")
         stored[_stored_name(name, layout)] = _stored(name, array, layout)
-    new = path.with_name(path.name + ".new")
-    if layout == "timm":
-        import safetensors.numpy
-
-        new.write_bytes(safetensors.numpy.save(stored, {"gelu": card.gelu}))
-    else:
-        with new.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-            for name, array in stored.items():
-                # A ZipInfo of its own: savez would write the time of day.
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-    new.replace(path)
     values = {"format": FORMAT, "layout": layout} | dataclasses.asdict(card)
+    values["checksum"] = checksum(lambda name: np.asarray(arrays[name]), arrays)
     values["timm"] = timm_arguments(card)
-    beside = path.with_suffix(".json")
-    new = beside.with_name(beside.name + ".new")
-    new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    new.replace(beside)
-    return beside
+    # The JSON gets its name first: arrays without it could be taken for something else.
+    with files.whole(path) as new, files.whole(card_path(path)) as new_card:
+        new_card.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        if layout == "timm":
+            import safetensors.numpy
+
+            safetensors.numpy.save_file(stored, new, {"gelu": card.gelu})
+            files.open_up(new, 0o666)
+        else:
+            _write_npz(new, stored)
+    return card_path(path)
+
+
+def _write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            # With a ZipInfo of its own: savez would write the time of day.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def timm_arguments(card: Card) -> dict[str, Any]:
@@ -505,3 +551,10 @@ def not_finite(array: np.ndarray) -> str:
     """Says how much of `array` is NaN or infinite; "" where all of it is finite."""
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     return f"holds NaN or infinity in {bad:,} of {array.size:,} places" if bad else ""
+
+
+def listed(faults: Iterable[str], most: int = 40) -> str:
+    """The faults in one line, in order; of very many the first."""
+    faults = sorted(faults)
+    rest = f"; and {len(faults) - most} more" if len(faults) > most else ""
+    return "; ".join(faults[:most]) + rest

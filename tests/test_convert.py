@@ -147,8 +147,7 @@ def command(*arguments, cwd, code=0):
 def test_the_command_converts_reports_and_grows(tmp_path):
     out, err = command(PUBLISHED, "large.safetensors", "--image_size=64", "--report", cwd=tmp_path)
     assert "grown to 64 x 64, head kept" in err and "published layout" in err
-    written = "written: large.safetensors (timm layout, 42,247 parameters, 0.2 MB), large.json"
-    assert written in out
+    assert "written: large.safetensors (timm layout, 42,247 parameters, 0.2 MB)," in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert rows["params"][1] == "42,247"  # 13,123 and 9,708 more a block
     assert "MixerBlock_2" in rows
@@ -156,19 +155,19 @@ def test_the_command_converts_reports_and_grows(tmp_path):
     with np.load(PUBLISHED) as file:
         norm = np.linalg.norm(file["stem/kernel"].astype(np.float64))
     assert f"{norm:.4g}" in out
-    card = json.loads((tmp_path / "large.json").read_text())
+    card = json.loads((tmp_path / "large.safetensors.json").read_text())
     assert card["image_size"] == [64, 64] and card["tokens_mlp_dim"] == 80
     assert card["source"] == str(PUBLISHED) and card["gelu"] == "tanh"
 
 
 def test_mistakes_get_one_line(tmp_path):
     (tmp_path / "there.npz").write_bytes(b"")
-    (tmp_path / "beside.json").write_text("{}")
+    (tmp_path / "beside.npz.json").write_text("{}")
     for arguments, message in (
         ((PUBLISHED,), "expected IN OUT, or IN --report"),
         ((PUBLISHED, "x.h5"), "x.h5: an .npz or .safetensors file can be written, or a run"),
         ((PUBLISHED, "there.npz"), "there.npz exists already"),
-        ((PUBLISHED, "beside.npz"), "beside.json exists already"),
+        ((PUBLISHED, "beside.npz"), "beside.npz.json exists already"),
     ):
         _, err = command(*arguments, cwd=tmp_path, code=2)
         assert len(err.splitlines()) == 1 and message in err, err

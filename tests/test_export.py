@@ -67,8 +67,8 @@ numpy.savez("out.npz", **{str(n): call(*arguments, images[:n]) for n in (1, 3, 8
 def test_weights_inside_run_alone_as_the_docs_say(tmp_path, images):
     tool = ["-m", "mixer.tools.export", WEIGHTS, tmp_path / "B16.stablehlo"]
     done = run_python(*tool)
-    assert "B16.stablehlo: " in done.stdout and "B16.json: " in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"B16.stablehlo", "B16.json"}
+    assert "B16.stablehlo: " in done.stdout and "B16.stablehlo.json: " in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"B16.stablehlo", "B16.stablehlo.json"}
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)[0]
     got = run_alone(code + "\nassert logits.shape == (8, 7)\n", tmp_path, images)
     expected = outputs(read(), images)["logits"]
@@ -77,15 +77,17 @@ def test_weights_inside_run_alone_as_the_docs_say(tmp_path, images):
 
     done = run_python(*tool, check=False)
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("B16.json exists; move it away, or choose another name")
+    assert done.stderr.strip().endswith(
+        "B16.stablehlo.json exists; move it away, or choose another name"
+    )
 
 
 def test_weights_beside_run_alone_as_the_json_says(tmp_path, loaded, images):
     paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
     serving.write(loaded, paths, platforms=["cpu"])
-    names = {"tiny.stablehlo", "tiny.json", "tiny.safetensors"}
+    names = {"tiny.stablehlo", "tiny.stablehlo.json", "tiny.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    about = json.loads((tmp_path / "tiny.json").read_text())
+    about = json.loads((tmp_path / "tiny.stablehlo.json").read_text())
     assert about["weights"] == "tiny.safetensors" and about["platforms"] == ["cpu"]
     assert about["inputs"]["images"] == {"shape": ["b", 32, 32, 3], "dtype": "uint8"}
     head = {"shape": [24, 7], "dtype": "float32"}

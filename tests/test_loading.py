@@ -25,6 +25,7 @@ from helpers import (
     tiny_config,
 )
 from mixer import loading, run, sharding, trainer, weights
+from mixer.data.steps import pixel_range
 from mixer.errors import UserError
 from mixer.model import make_model
 from mixer.train_state import init_state
@@ -114,6 +115,10 @@ def test_variants_are_recognised_from_their_shapes():
         (TIMM, "model.", ("optimizer.lr",)),
         (TIMM, "module._orig_mod.", ()),
         (TIMM, "_orig_mod.module.", ()),
+        (TIMM, "module.model.", ("module.head_2.weight",)),
+        (TIMM, "state_dict.model_ema.module.", ("state_dict.model.stem.proj.weight",)),
+        (TIMM, "module.", ("n_averaged",)),
+        (PUBLISHED, "params/params/", ()),
         (PUBLISHED, "params/", ("opt/0/mu/stem/kernel", "extra/steps")),
         (PUBLISHED, "opt/target/", ("opt/state/step",)),
     ],
@@ -123,8 +128,9 @@ def test_weights_are_taken_out_of_a_training_programs_state(tmp_path, path, wrap
     wrapped |= {name: np.zeros(1, np.float32) for name in beside}
     _, params, line = load(write(tmp_path / f"wrapped{path.suffix}", wrapped))
     assert_same_bits(params, load(path)[1])
-    assert ("taken out of" in line) == (not wrapper.startswith(("module", "_orig")))
-    assert ("passed over" in line) == bool(beside)
+    for part in wrapper.rstrip("./").replace("opt/", "opt+").replace("/", ".").split("."):
+        assert f"taken out of {part.replace('+', '/')!r}" in line
+    assert ("beside it left" in line) == bool(beside)
 
 
 def test_bfloat16_without_a_type_and_other_byte_orders(tmp_path):
@@ -148,6 +154,7 @@ def test_the_dtype_of_the_computation_is_a_choice():
     model, params, _ = load(PUBLISHED, dtype=jnp.bfloat16)
     assert model.dtype == "bfloat16" and params["stem"]["kernel"].dtype == np.float32
     refused(PUBLISHED, "dtype is 'float16'; one of float32, bfloat16", dtype="float16")
+    refused(PUBLISHED, "dtype='bf16'; one of float32, bfloat16", dtype="bf16")
 
 
 def test_patches_that_make_no_square_need_a_size(tmp_path):
@@ -158,6 +165,14 @@ def test_patches_that_make_no_square_need_a_size(tmp_path):
     _, params, line = load(tmp_path / "wide.npz", image_size=(32, 96))
     assert "32 x 96" in line and "image size as asked" in line
     assert_same_bits(params, wide.params)
+    # As many patches as a square has: the square is assumed, aloud.
+    odd = loading.read(PUBLISHED, image_size=(32, 32 * 4), log=print)
+    np.savez(tmp_path / "odd.npz", **traverse_util.flatten_dict(odd.params, sep="/"))
+    assert "a square image assumed; " in load(tmp_path / "odd.npz")[2]
+    assert "64 x 64" in load(tmp_path / "odd.npz")[2]
+    _, params, line = load(tmp_path / "odd.npz", image_size=(32, 128))
+    assert "32 x 128" in line and "assumed" not in line
+    assert_same_bits(params, odd.params)
     # With the JSON beside it nothing needs to be said.
     weights.write_file(tmp_path / "said.npz", arrays, wide.card, layout="published")
     assert loading.read(tmp_path / "said.npz", log=print).card.image_size == (32, 96)
@@ -177,18 +192,69 @@ def test_the_json_beside_a_file_is_believed_and_checked(tmp_path):
     assert again.card.value_range == (0, 1) and loaded.card.value_range == (-1, 1)
     values = json.loads(beside.read_text())
     for change, message in (
-        ({"num_classes": 8}, "says num_classes=8, and the arrays of mine.npz have 7"),
-        ({"gelu": "relu"}, "gelu is 'relu'; one of tanh, erf"),
+        ({"num_classes": 8, "class_names": None}, "says num_classes=8, and the arrays of mine.npz"),
+        ({"gelu": "relu"}, "says gelu=relu, which cannot be"),
+        ({"image_size": [32]}, r"says image_size=\[32\], which cannot be"),
+        ({"image_size": [32, 32.0]}, "which cannot be"),
+        ({"image_size": [64, 64]}, r"says image_size=\(64, 64\), and .* are for 16 patches of 8"),
+        ({"class_names": ["a", "b"]}, "says class_names=.*, which cannot be"),
+        ({"class_names": "imagenet1k"}, "says class_names=imagenet1k, which cannot be"),
+        ({"preprocess": 3}, "says preprocess=3, which cannot be"),
+        ({"preprocess": "value_range(x)"}, "says preprocess=value_range.*, which cannot be"),
+        ({"source": None}, "says source=None, which cannot be"),
+        ({"format": "mlp-mixer weights, 2"}, "format 'mlp-mixer weights, 2', and .* is read"),
+        ({"checksum": 1}, "was written for other weights than mine.npz has now"),
     ):
         beside.write_text(json.dumps(values | change))
         refused(path, message)
     del values["gelu"]
     beside.write_text(json.dumps(values))
-    refused(path, "mine.json lacks gelu")
+    refused(path, "mine.npz.json lacks gelu")
     beside.write_text("{")
-    refused(path, "mine.json is damaged")
+    refused(path, "mine.npz.json is damaged")
+    beside.unlink()
+    beside.mkdir()
+    refused(path, "mine.npz.json is damaged")
+    beside.rmdir()
     beside.write_text('{"some": "notes"}')  # not ours
     assert load(path)[0].gelu == "tanh"
+
+
+def test_the_header_of_our_safetensors_says_its_gelu(tmp_path):
+    loaded = loading.read(PUBLISHED, log=print)
+    path = tmp_path / "tanh.safetensors"
+    flat = traverse_util.flatten_dict(loaded.params, sep="/")
+    weights.write_file(path, flat, loaded.card, layout="timm").unlink()
+    model, params, line = load(path)
+    assert model.gelu == "tanh" and "GELU tanh (its header)" in line
+    assert_same_bits(params, loaded.params)
+    safetensors.numpy.save_file({"stem/bias": np.zeros(1, "f4")}, path, {"gelu": "relu"})
+    refused(path, "its header says gelu='relu'")
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "low_high"),
+    [
+        (None, (-1, 1)),
+        ("decode|resize(32)", (-1, 1)),
+        ("decode|value_range", (-1, 1)),
+        ("decode|value_range(0, 1)", (0, 1)),
+        ("decode | value_range(high=2)", (-1, 2)),
+        ("decode|value_range(-2, high=2)|one_hot(num_classes=5)", (-2, 2)),
+    ],
+)
+def test_the_range_of_pixels_is_read_off_the_steps(preprocess, low_high):
+    assert pixel_range(preprocess) == low_high
+
+
+def test_another_range_of_pixels_is_told(tmp_path):
+    config = {"architecture": "mixer_s16_224", "pretrained_cfg": {"mean": [0] * 3, "std": [1] * 3}}
+    config["pretrained_cfg"] |= {"crop_pct": 0.875, "interpolation": "bilinear"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = write(tmp_path / "model.safetensors", arrays_of(TIMM))
+    assert "GELU erf (the timm layout's), pixels in [0, 1]" in load(path)[2]
+    (tmp_path / "config.json").write_text("{")
+    refused(path, "config.json is damaged")
 
 
 # What is refused.
@@ -214,9 +280,11 @@ def test_gmixers_are_refused_by_their_gated_mlps(tmp_path):
         name = f"blocks.{block}.mlp_tokens.fc2.weight"
         arrays[name] = np.ascontiguousarray(arrays[name][:, :10])
     refused(write(tmp_path / "x.safetensors", arrays), "a gMixer, with gated MLPs: another model")
-    (tmp_path / "gmixer_24_224.ra3_in1k").mkdir()
-    path = write(tmp_path / "gmixer_24_224.ra3_in1k" / "model.safetensors", arrays_of(TIMM))
-    refused(path, "another model")
+    path = write(tmp_path / "gmixer_24_224.ra3_in1k.safetensors", arrays_of(TIMM))
+    refused(path, "gmixer_24_224.ra3_in1k is .*, another model")
+    # The name of a local folder is its owner's affair.
+    (tmp_path / "gmlp_s16_224_against").mkdir()
+    load(write(tmp_path / "gmlp_s16_224_against" / "mine.safetensors", arrays_of(TIMM)))
 
 
 def test_every_misfit_is_listed(tmp_path):
@@ -270,6 +338,7 @@ def test_files_that_are_none(tmp_path):
         archive.writestr("readme.txt", "hello")
     (tmp_path / "short.safetensors").write_bytes(TIMM.read_bytes()[:-4])
     (tmp_path / "text.safetensors").write_text("no arrays")
+    (tmp_path / "text.csv").write_text("1, 2")
     (tmp_path / "model.pth").write_bytes(b"\x80\x04.")
     for name, message in (
         ("bare.npz", "no npz file"),
@@ -284,7 +353,9 @@ def test_files_that_are_none(tmp_path):
         ("text.safetensors", "no safetensors file of arrays, or damaged"),
         ("missing.safetensors", "cannot be read: No such file"),
         ("model.pth", "is a pickled file, which can run code, and is not opened; .*safetensors"),
-        ("weights.h5", "no file of weights; .npz and .safetensors are read"),
+        ("text.csv", "no file of weights; .npz and .safetensors are read"),
+        ("lr0.03", "no such run or file"),
+        ("weights.h5", "no such run or file"),
         ("nothing", "no such run or file; expected a run, .* B/16-i21k"),
         (".", "no checkpoint in"),
     ):
@@ -313,7 +384,7 @@ def test_head_is_kept_or_reset_and_always_told():
 def test_weights_without_a_head(tmp_path):
     arrays = {k: v for k, v in arrays_of(PUBLISHED).items() if not k.startswith("head/")}
     path = write(tmp_path / "headless.npz", arrays)
-    refused(path, "has no head; num_classes says")
+    refused(path, "has no head; mixer.load")
     _, params, line = load(path, num_classes=4)
     assert params["head"]["kernel"].shape == (24, 4) and "head reset" in line
     refused(path, "head/kernel: missing", num_classes=4, head="keep")
@@ -342,7 +413,9 @@ def test_sizes_that_weights_cannot_be_grown_to():
     refused(PUBLISHED, "the patch size 8 does not divide 50", image_size=50)
     refused(PUBLISHED, "the patch size 8 does not divide 50", image_size=50, resize="interpolate")
     refused(PUBLISHED, "resize='crop'; one of grow, interpolate", image_size=48, resize="crop")
-    refused(PUBLISHED, "image_size=0: a side in pixels", image_size=0)
+    for size in (0, 64.0, (32, 32, 32), "large"):
+        refused(PUBLISHED, "image_size=.*: a side in pixels, or", image_size=size)
+    assert "grown to 64 x 64" in load(PUBLISHED, image_size=np.int64(64))[2]
     model, params, line = load(PUBLISHED, image_size=48, resize="interpolate")
     assert "interpolated to 48 x 48" in line and model.tokens_mlp_dim == 20
     assert params["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"].shape == (36, 20)
@@ -413,6 +486,31 @@ def test_weights_lie_on_the_mesh():
     assert_same_bits(params["stem"], golden_params()["stem"])
 
 
+def test_each_of_eight_devices_gets_its_part(finished):
+    code = f"""
+import jax, mixer, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from mixer import sharding
+
+def columns(mesh, tree):
+    spec = lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1), "columns")
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), tree)
+
+sharding.state_shardings = columns
+mesh = sharding.make_mesh({{"data": 4, "columns": 2}})
+for path, size in (({str(PUBLISHED)!r}, 32), ({str(finished / "plain")!r}, 16)):
+    one, many = (
+        mixer.load(path, image_size=size, num_classes=8, mesh=where)[1] for where in (None, mesh)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert {{part.data.shape[-1] for part in b.addressable_shards}} == {{a.shape[-1] // 2}}
+print("same", len(b.addressable_shards))
+"""
+    done = run_python("-c", code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.stdout.splitlines()[-1] == "same 8"
+
+
 def test_load_needs_no_tensorflow_and_prints_one_line(finished):
     code = f"""
 import sys
@@ -452,6 +550,23 @@ print((peak() - before) / {(tmp_path / "s32.npz").stat().st_size})
     assert 0.5 < share < 1.3
 
 
+def test_what_cannot_fit_into_memory_is_refused(finished, tmp_path, monkeypatch):
+    import psutil
+
+    room = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=60_000))
+    assert load(PUBLISHED)  # 53 kB
+    refused(
+        PUBLISHED,
+        "for images of 64 x 64 takes 0.0 GB of memory, and 0.0 GB are free",
+        image_size=64,
+    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=10_000))
+    config = _fine_tune(finished / "plain")
+    with pytest.raises(UserError, match=r"training .* parameters for 16 px, grown from 8 takes"):
+        trainer.train(config, str(tmp_path))
+
+
 # The first weights of a run.
 
 
@@ -464,7 +579,7 @@ def _params(num_classes=7, **fields):
 
 
 def _initial(path, params, **options):
-    options = dict(image_size=(32, 32), head="auto", resize="grow") | options
+    options = dict(image_size=(32, 32), class_names=(), head="auto", resize="grow") | options
     return loading.initial_params(loading.find(path), params, **options)
 
 
@@ -488,6 +603,29 @@ def test_a_head_that_is_not_kept_stays_the_new_models():
         _initial(PUBLISHED, _params(hidden_dim=16))
 
 
+def test_a_head_of_other_classes_is_not_kept(tmp_path):
+    """Of as many classes; the issue's CIFAR-10 in two halves is such a case."""
+    loaded = loading.read(PUBLISHED, log=print)
+    names = tuple("abcdefg")
+    card = dataclasses.replace(loaded.card, class_names=names)
+    path = tmp_path / "named.npz"
+    flat = traverse_util.flatten_dict(loaded.params, sep="/")
+    weights.write_file(path, flat, card, layout="published")
+    params, how = _initial(path, _params(), class_names=names)
+    assert how == "head kept"
+    params, how = _initial(path, _params(), class_names=names[::-1])
+    assert how == "head reset (7 -> 7), its classes were others (a, b, c, ...)"
+    assert not np.any(params["head"]["kernel"])
+    _, how = _initial(path, _params(), class_names=names[::-1], head="keep")
+    assert how == "head kept, its classes were others (a, b, c, ...)"
+    _, how = _initial(PUBLISHED, _params(), class_names=names)  # nothing known
+    assert how == "head kept"
+    lists = loading.imagenet_names
+    for known in (lists.class_names("imagenet1k"), lists.synsets("imagenet1k")):  # as TFDS has them
+        card = dataclasses.replace(loaded.card, class_names="imagenet1k")
+        assert loading._other_classes(card, known) == ""
+
+
 @pytest.fixture(scope="module")
 def small_file(finished, tmp_path_factory):
     """The run's weights in timm's layout: erf, 8 pixels."""
@@ -500,8 +638,8 @@ def small_file(finished, tmp_path_factory):
 
 def _fine_tune(path, **values):
     short = dict(dataset__val_split="", dataset__test_split="", model__num_blocks=1)
-    values = short | dict(total_steps=4, checkpoint__every_steps=2) | values
-    return tiny_config(init_from=str(path), image_size=16, **values)
+    short |= dict(total_steps=4, checkpoint__every_steps=2, image_size=16)
+    return tiny_config(init_from=str(path), **short | values)
 
 
 def test_a_run_starts_from_weights_of_half_its_size(small_file, tmp_path, capsys):
@@ -520,7 +658,7 @@ def test_a_grown_run_goes_on_bit_for_bit_without_the_file(small_file, tmp_path):
     import shutil
 
     moved = shutil.copy(small_file, tmp_path / "here.safetensors")
-    shutil.copy(small_file.with_suffix(".json"), tmp_path / "here.json")
+    shutil.copy(weights.card_path(small_file), tmp_path / "here.safetensors.json")
     trainer.train(_fine_tune(moved), str(tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
@@ -530,6 +668,29 @@ def test_a_grown_run_goes_on_bit_for_bit_without_the_file(small_file, tmp_path):
     assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "again"))
     with pytest.raises(UserError, match="tokens_mlp_dim: 32 -> 64"):
         trainer.train(_fine_tune(moved, model__tokens_mlp_dim=16), str(tmp_path / "again"))
+
+
+def test_weights_for_another_range_of_pixels_are_told(small_file, tmp_path, capsys):
+    loaded = loading.read(small_file, log=print)
+    card = dataclasses.replace(loaded.card, preprocess="decode|resize(8)|value_range(0, 1)")
+    flat = traverse_util.flatten_dict(loaded.params, sep="/")
+    weights.write_file(tmp_path / "w.npz", flat, card, layout="published")
+    trainer.train(_fine_tune(tmp_path / "w.npz", image_size=8), str(tmp_path / "r"))
+    printed = capsys.readouterr().out
+    assert "for pixels in [0.0, 1.0], and dataset.train_preprocess gives them in [-1" in printed
+
+
+def test_a_run_whose_config_is_lost_takes_it_from_the_weights_again(small_file, tmp_path):
+    none = {f"model__{name}": None for name in weights.DIMENSIONS}
+    config = _fine_tune(small_file, **none)
+    trainer.train(config, str(tmp_path))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    whole = final_state(tmp_path)
+    (tmp_path / "config.json").unlink()
+    trainer.train(_fine_tune(small_file, **none), str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text()) == saved
+    assert saved["model"]["gelu"] == "erf"
+    assert_same_bits(final_state(tmp_path), whole)
 
 
 def test_fine_tuning_takes_the_model_of_the_weights(small_file, tmp_path):

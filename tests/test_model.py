@@ -61,6 +61,20 @@ def _apply(images=None, train=False, seed=0, example_index=None, **fields):
     )
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 32, 32, 3), np.uint8), "images are uint8; floats are taken"),
+        (np.zeros((1, 3, 32, 32), np.float32), r"\(1, 3, 32, 32\); \(N, H, W, 3\) is taken"),
+        (np.zeros((32, 32, 3), np.float32), r"images are \(32, 32, 3\); \(N, H, W, 3\)"),
+    ],
+)
+def test_images_of_another_form_are_refused(images, message):
+    model = make_model(num_classes=7, **TINY)
+    with pytest.raises(UserError, match=message):
+        model.apply({"params": golden_params()}, images)
+
+
 def test_gelu_kinds_differ_as_the_two_forms_do():
     tanh, erf = _apply(gelu="tanh")[0], _apply(gelu="erf")[0]
     assert 0 < np.abs(tanh - erf).max() < 0.05

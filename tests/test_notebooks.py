@@ -71,7 +71,7 @@ LAST = (
 def _check_fine_tuned(place, difference, right, curve, steps):
     assert 0 < difference < 1e-4  # the paper's identity of growing
     assert curve[-1] == [steps, pytest.approx(right, abs=1e-6)]
-    card = json.loads((place / "runs" / "letters.json").read_text())
+    card = json.loads((place / "runs" / "letters.npz.json").read_text())
     assert "".join(card["class_names"]) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert card["image_size"] == [16, 16] and card["tokens_mlp_dim"] == 4 * 32
 

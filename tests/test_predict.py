@@ -159,7 +159,7 @@ def test_what_cannot_be_read_says_why(read, tmp_path):
         ("text.jpg", "no image, or of a format that Pillow does not read"),
         ("empty.png", "no image"),
         ("float.tif", "8 or 16 bits are read"),
-        ("small.png", "[20,20,3]"),
+        ("small.png", "make 20 x 20 of it, and the weights are for 40 x 47"),
         ("none.png", "No such file"),
     ):
         result = read(str(tmp_path / name))
@@ -224,6 +224,34 @@ def test_probabilities_are_the_models_own(loaded, reference, pictures, batch_siz
         np.testing.assert_allclose(result.probabilities, row[result.classes], atol=1e-5)
         assert sorted(result.classes) == list(range(7))
         np.testing.assert_allclose(result.features, features, atol=1e-4)
+
+
+def test_images_of_another_size_than_the_weights_say_so(loaded, tmp_path):
+    Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(tmp_path / "x.png")
+    (result,) = _predict(loaded, [tmp_path / "x.png"], preprocess="decode")
+    assert "the steps 'decode' make 40 x 32 of it, and the weights are for 32 x 32" in result.reason
+    assert "--preprocess='decode|resize((32, 32))'" in result.reason
+
+
+def test_an_interrupt_is_not_lost_in_jaxs_callback():
+    import signal
+    import sys
+    import time
+
+    from mixer import cli
+
+    def _xla_gc_callback():
+        cli._interrupt(signal.SIGINT, sys._getframe())
+
+    old = signal.getsignal(signal.SIGALRM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _xla_gc_callback()  # what is raised here would be lost
+            time.sleep(5)
+        with pytest.raises(KeyboardInterrupt):
+            cli._interrupt(signal.SIGINT, sys._getframe())
+    finally:
+        signal.signal(signal.SIGALRM, old)
 
 
 def test_one_program_serves_all_batches(loaded, pictures):

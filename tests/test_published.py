@@ -90,7 +90,9 @@ def test_short_names(tmp_path, monkeypatch):
 )
 def test_facts_of_npz_files(source, num_classes, class_names, steps):
     found = facts(source, layout="published", num_classes=num_classes)
-    assert (found.class_names, found.preprocess((224, 224)), found.note) == (class_names, steps, "")
+    assert (found.class_names, found.preprocess((224, 224))) == (class_names, steps)
+    by_name = steps is not None and source.startswith("/")  # not by its address
+    assert found.note == "taken for the authors' imagenet1k by its name" * by_name
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,7 @@ def test_facts_of_npz_files(source, num_classes, class_names, steps):
         ("hf://timm/mixer_b16_224.miil_in21k", 11221, "imagenet21k_miil", MIIL_STEPS, ""),
         ("/w/mixer_b16_224.miil_in21k_ft_in1k.safetensors", 1000, "imagenet1k", MIIL_STEPS, ""),
         ("/w/mixer_b16_224_miil-9229a591.safetensors", 1000, "imagenet1k", MIIL_STEPS, ""),
+        ("mixer_b16_224.goog_in21k_tuned.safetensors", 1000, None, None, ""),  # somebody's own
         ("/w/jx_mixer_b16_224-76587d61.safetensors", 1000, "imagenet1k", TIMM_STEPS, "651 tanh"),
         (HUB_CACHE + "/model.safetensors", 21843, "imagenet21k", TIMM_STEPS, "tanh"),
         ("/w/mixer_b16_224.goog_in21k_ft_in1k/model.safetensors", 37, None, None, ""),
@@ -261,10 +264,10 @@ def _cached():
 
 
 def test_download_is_cached_under_its_own_name_with_its_json(server):
-    server.files = {"a/Mixer-B_16.npz": DATA, "a/Mixer-B_16.json": b'{"x": 1}'}
+    server.files = {"a/Mixer-B_16.npz": DATA, "a/Mixer-B_16.npz.json": b'{"x": 1}'}
     path, line = _fetch(server.url("a/Mixer-B_16.npz?download=true"))
     assert path.read_bytes() == DATA and path.name == "Mixer-B_16.npz"
-    assert json.loads(path.with_suffix(".json").read_text()) == {"x": 1}
+    assert json.loads(path.with_name(path.name + ".json").read_text()) == {"x": 1}
     assert server.url("a/Mixer-B_16.npz") in line and str(path) in line
     asked = len(server.asked)
     again, line = _fetch(server.url("a/Mixer-B_16.npz?download=true"))
@@ -275,12 +278,12 @@ def test_download_is_cached_under_its_own_name_with_its_json(server):
 
 def test_file_without_json_and_safetensors_with_timms_config(server):
     server.files = {"x.npz": DATA, "m/model.safetensors": DATA, "m/config.json": b"{}"}
-    server.rules = {"x.json": dict(code=403)}
+    server.rules = {"x.npz.json": dict(code=403)}
     path, _ = _fetch(server.url("x.npz"))
     assert sorted(_cached()) == [".lock", "x.npz"]
     path, _ = _fetch(server.url("m/model.safetensors"))
     assert (path.parent / "config.json").read_text() == "{}"
-    assert not (path.parent / "model.json").exists()
+    assert not (path.parent / "model.safetensors.json").exists()
 
 
 def test_connection_that_breaks_off_is_taken_up_where_it_ended(server):
@@ -318,7 +321,7 @@ def test_length_that_the_server_does_not_tell(server):
     ids=str,
 )
 def test_what_does_not_come_whole_leaves_nothing(server, rule, message):
-    server.files, server.rules = {"x.npz": DATA, "x.json": b"{}"}, {"x.npz": rule}
+    server.files, server.rules = {"x.npz": DATA, "x.npz.json": b"{}"}, {"x.npz": rule}
     with pytest.raises(UserError, match=message):
         remote.fetch(server.url("x.npz"), log=print)
     assert _cached() == [".lock"]
@@ -326,8 +329,8 @@ def test_what_does_not_come_whole_leaves_nothing(server, rule, message):
 
 def test_json_that_fails_leaves_nothing(server):
     """Weights must not be cached without the JSON that says what they are."""
-    server.files, server.rules = {"x.npz": DATA}, {"x.json": dict(code=500)}
-    with pytest.raises(UserError, match=r"x.json was refused: 500"):
+    server.files, server.rules = {"x.npz": DATA}, {"x.npz.json": dict(code=500)}
+    with pytest.raises(UserError, match=r"x.npz.json was refused: 500"):
         remote.fetch(server.url("x.npz"), log=print)
     assert _cached() == [".lock"]
 
@@ -407,9 +410,9 @@ def storage(tmp_path, monkeypatch):
 
 def test_cloud_storage(storage):
     (storage / "x.npz").write_bytes(DATA)
-    (storage / "x.json").write_text("{}")
+    (storage / "x.npz.json").write_text("{}")
     path, line = _fetch("gs://bucket/x.npz")
-    assert path.read_bytes() == DATA and path.with_suffix(".json").read_text() == "{}"
+    assert path.read_bytes() == DATA and path.with_name(path.name + ".json").read_text() == "{}"
     assert line.startswith("gs://bucket/x.npz: fetched 0.0 MB")
     with pytest.raises(UserError, match=r"gs://bucket/y\.npz: no such file"):
         remote.fetch("gs://bucket/y.npz", log=print)
@@ -484,9 +487,14 @@ def test_hub_out_of_reach_with_weights_in_the_cache(hub):
     (hub.folder / "config.json").write_text("{}")
     hub.fault, hub.offline = hub.errors.LocalEntryNotFoundError("x"), True
     path, line = _fetch("hf://timm/mixer_b16_224.goog_in21k")
-    assert path.read_bytes() == DATA and "whether it has model.json cannot be asked" in line
+    assert (
+        path.read_bytes() == DATA
+        and "whether it has model.safetensors.json cannot be asked" in line
+    )
     (hub.folder / "config.json").unlink()
-    assert "model.json and config.json" in _fetch("hf://timm/mixer_b16_224.goog_in21k")[1]
+    assert (
+        "model.safetensors.json and config.json" in _fetch("hf://timm/mixer_b16_224.goog_in21k")[1]
+    )
 
 
 def test_hub_says_what_is_wrong_in_one_line(hub, monkeypatch):

@@ -11,8 +11,10 @@ from helpers import ROOT, run_python
 FLOORS = {
     "mixer": -1,
     "mixer.errors": -1,
+    "mixer.files": -1,
     "mixer.data": -1,
     "mixer.data.order": 0,
+    "mixer.data.steps": 0,
     "mixer.data.preprocess": 0,
     "mixer.data.synthetic": 0,
     "mixer.data.folder": 0,

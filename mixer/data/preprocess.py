@@ -6,7 +6,6 @@ stateless key: the same image with the same key gives the same pixels. Images st
 way, unless `value_range` ends the steps; the device turns them into floats.
 """
 
-import ast
 import inspect
 import math
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import tensorflow as tf
 
 from mixer.data.autoaugment import autoaugment_cifar
 from mixer.data.randaugment import randaugment
+from mixer.data.steps import parse_call
 from mixer.errors import UserError, nearest
 
 ORIENTATION = 0x0112  # number of the EXIF tag
@@ -392,13 +392,8 @@ def _takes_example(step: Callable) -> bool:
 def parse_step(text: str, spec: str) -> tuple[Callable, list, dict]:
     """The function, positional and named arguments of one step of `spec`."""
     try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Name):
-            call = ast.Call(call, [], [])
-        name = call.func.id
-        args = [ast.literal_eval(arg) for arg in call.args]
-        kwargs = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, AttributeError, ValueError):
+        name, args, kwargs = parse_call(text)
+    except ValueError:
         raise UserError(
             f"preprocessing {spec!r}: {text.strip()!r} is no step; write name(arguments)"
         ) from None

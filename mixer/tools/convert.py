@@ -15,6 +15,7 @@ changed: a round trip gives the same bits.
 
 import math
 import sys
+import tempfile
 
 from absl import flags
 from etils import epath
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> None:
     """Converts what the arguments name."""
     match argv[1:]:
         case [source, out]:
-            layout = _layout(epath.Path(out))
+            out = epath.Path(out).expanduser()
+            layout = _layout(out)
         case [source] if REPORT.value:
             out = None
         case _:
@@ -53,14 +55,9 @@ def main(argv: list[str]) -> None:
             )
     from mixer import loading
 
-    size = IMAGE_SIZE.value
-    if size is not None:
-        if len(size) > 2 or not all(side.isdigit() for side in size):
-            raise UserError(f"--image_size={','.join(size)}: a side in pixels, or HEIGHT,WIDTH")
-        size = int(size[0]) if len(size) == 1 else (int(size[0]), int(size[1]))
     loaded = loading.read(
         source,
-        image_size=size,
+        image_size=cli.image_size("image_size", IMAGE_SIZE.value),
         gelu=GELU.value,
         resize=RESIZE.value,
         head="keep",
@@ -69,7 +66,7 @@ def main(argv: list[str]) -> None:
     if REPORT.value:
         report(loaded.params)
     if out is not None:
-        write(epath.Path(out), loaded, layout)
+        write(out, loaded, layout)
 
 
 def _layout(out: epath.Path) -> str:
@@ -83,10 +80,14 @@ def _layout(out: epath.Path) -> str:
     layout = layouts[out.suffix]
     if LAYOUT.value == "legacy" and layout != "legacy":
         raise UserError(f"--layout=legacy is for .npz files, and not for {out}")
-    for path in (out, out.with_suffix(".json")) if out.suffix else (out,):
+    from mixer import weights
+
+    if "://" in str(out):
+        raise UserError(f"{out}: give a local path, and copy what is written there")
+    for path in (out, weights.card_path(out)) if out.suffix else (out,):
         if path.exists():
             raise UserError(f"{path} exists already; remove it, or give another name")
-    if not out.expanduser().parent.is_dir():
+    if not out.parent.is_dir():
         raise UserError(f"{out.parent} is no directory to write {out.name} in")
     return layout
 
@@ -106,19 +107,34 @@ def write(out: epath.Path, loaded, layout: str) -> None:
     count = sum(array.size for array in arrays.values())
     size = out.stat().length / 1e6
     print(f"written: {out} ({layout} layout, {count:,} parameters, {size:,.1f} MB), {beside.name}")
+    theirs = weights.GELU_OF[layout]
+    if loaded.card.gelu != theirs:
+        whose = "timm" if layout == "timm" else "vision_transformer and big_vision"
+        note = f"note: these weights are for GELU {loaded.card.gelu}; {whose} compute {theirs}"
+        print(f"{note}, unless told otherwise", file=sys.stderr)
 
 
 def write_run(out: epath.Path, loaded) -> None:
     """Writes weights as a run of no steps, whole or not at all."""
+    from mixer import files
+
+    new = epath.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _fill_run(new, loaded)
+        files.open_up(new, 0o777)
+        new.rename(out)
+    finally:
+        if new.exists():
+            new.rmtree()
+
+
+def _fill_run(new: epath.Path, loaded) -> None:
     import jax.numpy as jnp
 
     from mixer import checkpoint, run, weights
     from mixer.train_state import TrainState
 
     card = loaded.card
-    new = out.with_name(out.name + ".new")
-    if new.exists():
-        new.rmtree()
     with checkpoint.Checkpoints(new / "checkpoints", keep_last=1) as checkpoints:
         checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()))
         checkpoints.wait()
@@ -132,7 +148,6 @@ def write_run(out: epath.Path, loaded) -> None:
     }
     run.write_json(new / "config.json", config)
     run.write_json(new / "data.json", {"class_names": card.class_names})
-    new.rename(out)
 
 
 def report(params) -> None:

@@ -28,11 +28,10 @@ OUTPUT = flags.DEFINE_enum(
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Of the computation; the run's own if not given."
 )
-IMAGE_SIZE = flags.DEFINE_integer(
+IMAGE_SIZE = flags.DEFINE_list(
     "image_size",
     None,
-    "Side of the images in pixels; larger than the weights', they are grown to it.",
-    lower_bound=1,
+    "For images of another size: a side in pixels, or HEIGHT,WIDTH; the weights are grown to it.",
 )
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Fixes the number of images; any number if not given.", lower_bound=1
@@ -50,7 +49,8 @@ def main(argv: list[str]) -> None:
 
     platforms = list(dict.fromkeys(PLATFORMS.value))
     paths = serving.check(argv[2], weights=WEIGHTS.value, platforms=platforms)
-    loaded = loading.read(argv[1], image_size=IMAGE_SIZE.value, dtype=DTYPE.value)
+    size = cli.image_size("image_size", IMAGE_SIZE.value)
+    loaded = loading.read(argv[1], image_size=size, dtype=DTYPE.value)
     serving.write(
         loaded,
         paths,

@@ -31,8 +31,10 @@ LAYER = flags.DEFINE_string(
 PREPROCESS = flags.DEFINE_string(
     "preprocess", "", "Steps such as 'decode|resize(224)' in place of the weights' own."
 )
-IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "Side in pixels; the weights' own if not given.", lower_bound=1
+IMAGE_SIZE = flags.DEFINE_list(
+    "image_size",
+    None,
+    "For images of another size: a side in pixels, or HEIGHT,WIDTH; the weights are grown to it.",
 )
 
 WIDTH = 1000  # of a table that goes to a file or a program, in which nothing is folded
@@ -61,8 +63,8 @@ def main(argv: list[str]) -> None:
     def say(text: str) -> None:
         console.print(prediction.displayed(text), markup=False)
 
-    size = IMAGE_SIZE.value
-    loaded = loading.read(WEIGHTS.value, image_size=size and (size, size), log=say)
+    size = cli.image_size("image_size", IMAGE_SIZE.value)
+    loaded = loading.read(WEIGHTS.value, image_size=size, log=say)
     results = prediction.predict(
         loaded,
         images,
