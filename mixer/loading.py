@@ -135,7 +135,11 @@ def read(
     except TypeError:
         raise UserError(f"dtype={dtype!r}; one of {', '.join(DTYPES)}") from None
     model = card.model(num_classes=classes, dtype=dtype)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
+    # One block is traced: all have the same shapes.
+    one = card.model(num_classes=classes, num_blocks=1)
+    shapes = jax.eval_shape(one.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
+    blocks = {f"MixerBlock_{i}": shapes["MixerBlock_0"] for i in range(card.num_blocks)}
+    shapes = {**shapes, **blocks}
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     memory.check_room(4 * count, f"{path} for images of {size[0]} x {size[1]}")
     where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
@@ -278,7 +282,7 @@ def _check_shapes(
         fitted = shape_of(name, saved) if len(saved) == wanted[name].ndim else saved
         if fitted != wanted[name].shape:
             grown = "" if fitted == saved else f", resized {fitted}"
-            faults.append(f"{name}: in the file {saved}{grown}, wanted {wanted[name].shape}")
+            faults.append(f"{name}: saved {saved}{grown}, wanted {wanted[name].shape}")
     if faults:
         raise UserError(f"{source} does not fit the model: {weights.listed(faults)}")
 

@@ -295,7 +295,7 @@ def test_every_misfit_is_listed(tmp_path):
     text = refused(write(tmp_path / "bad.npz", arrays), "does not fit the model")
     assert "MixerBlock_1/LayerNorm_0/bias: missing" in text
     assert "head/bias: missing" in text and "extra: not in the model" in text
-    assert "Dense_1/kernel: in the file (40, 23), wanted (40, 24)" in text
+    assert "Dense_1/kernel: saved (40, 23), wanted (40, 24)" in text
     del arrays["stem/kernel"]
     refused(write(tmp_path / "bad.npz", arrays | {"embedding/kernel": np.zeros(1, "f4")}), "stem/")
     legacy = arrays_of(LEGACY)
@@ -376,8 +376,8 @@ def test_head_is_kept_or_reset_and_always_told():
     assert_same_bits(params["MixerBlock_2"], golden_params()["MixerBlock_2"])
     _, params, line = load(PUBLISHED, head="reset")
     assert "head reset (7 -> 7)" in line and not np.any(params["head"]["bias"])
-    text = refused(PUBLISHED, r"head/bias: in the file \(7,\), wanted", num_classes=9, head="keep")
-    assert "head/kernel: in the file (24, 7), wanted (24, 9)" in text
+    text = refused(PUBLISHED, r"head/bias: saved \(7,\), wanted", num_classes=9, head="keep")
+    assert "head/kernel: saved (24, 7), wanted (24, 9)" in text
     refused(PUBLISHED, "head='drop'; one of keep, reset, auto", head="drop")
 
 
@@ -597,9 +597,9 @@ def test_a_head_that_is_not_kept_stays_the_new_models():
     params, how = _initial(PUBLISHED, fresh)
     assert how == "head reset (7 -> 10)"
     np.testing.assert_array_equal(params["head"]["bias"], np.full(10, -6.9, np.float32))
-    with pytest.raises(UserError, match=r"head/bias: in the file \(7,\), wanted \(10,\)"):
+    with pytest.raises(UserError, match=r"head/bias: saved \(7,\), wanted \(10,\)"):
         _initial(PUBLISHED, fresh, head="keep")
-    with pytest.raises(UserError, match=r"stem/kernel: in the file \(8, 8, 3, 24\), wanted"):
+    with pytest.raises(UserError, match=r"stem/kernel: saved \(8, 8, 3, 24\), wanted"):
         _initial(PUBLISHED, _params(hidden_dim=16))
 
 
