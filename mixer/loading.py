@@ -381,7 +381,7 @@ def _find_file(
     why = f"the {file.layout} layout's"
     if gelu or says or file.gelu:
         why = "as asked" if gelu else "its JSON" if says else "its header"
-    about += _described(card, f"{kind} ({why})")
+    about.append(_described(card, f"{kind} ({why})"))
     if facts.note and not says:
         about.append(facts.note)
 
@@ -447,7 +447,7 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> Found:
             f"{step}: its weights are for {num_tokens} patches, and its config.json says images "
             f"of {card.image_size[0]} x {card.image_size[1]}"
         )
-    about += _described(card, f"{kind} ({'as asked' if gelu else 'its config'})")
+    about.append(_described(card, f"{kind} ({'as asked' if gelu else 'its config'})"))
 
     def restore(wanted: Mapping[str, Any], turn: Callable | None) -> dict[str, jax.Array]:
         without = "head" if "head/kernel" in shapes and "head/kernel" not in wanted else ""
@@ -494,16 +494,16 @@ def _names(names: Any) -> str | tuple[str, ...] | None:
     return tuple(names) if isinstance(names, list) else names
 
 
-def _described(card: Card, gelu: str) -> list[str]:
+def _described(card: Card, gelu: str) -> str:
     dims = ", ".join(f"{name}={getattr(card, name)}" for name in weights.DIMENSIONS)
     what = dims if card.variant is None else card.variant
     if card.variant and card.tokens_mlp_dim != VARIANTS[card.variant]["tokens_mlp_dim"]:
         what += f" with tokens_mlp_dim={card.tokens_mlp_dim}"
     low, high = card.value_range
-    return [
+    return (
         f"{what}, {card.image_size[0]} x {card.image_size[1]}, {card.num_classes:,} classes, "
         f"GELU {gelu}" + f", pixels in [{low:g}, {high:g}]" * ((low, high) != (-1, 1))
-    ]
+    )
 
 
 def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -108,8 +108,9 @@ def _train(
         num_bytes = sum(
             x.size * x.dtype.itemsize for x in jax.tree.leaves((abstract, abstract.params))
         )
-        grown = f", grown from {config.init_image_size}" if config.init_image_size else ""
-        what = f"training {_count(abstract):,} parameters for {config.image_size} px{grown}"
+        what = f"training {_count(abstract):,} parameters for {config.image_size} px"
+        if config.init_image_size not in (None, config.image_size):
+            what += f", from weights for {config.init_image_size} px,"
         memory.check_room(num_bytes, what)
 
         # A finished run may be given more steps; any other change of what binds it is refused.

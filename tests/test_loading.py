@@ -568,7 +568,13 @@ def test_what_cannot_fit_into_memory_is_refused(finished, tmp_path, monkeypatch)
     )
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=10_000))
     config = _fine_tune(finished / "plain")
-    with pytest.raises(UserError, match=r"training .* parameters for 16 px, grown from 8 takes"):
+    with pytest.raises(
+        UserError, match=r"training .* parameters for 16 px, from weights for 8 px, takes"
+    ):
+        trainer.train(config, str(tmp_path))
+    config = _fine_tune(finished / "plain", image_size=8)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=1_000))
+    with pytest.raises(UserError, match=r"training .* parameters for 8 px takes"):
         trainer.train(config, str(tmp_path))
 
 
