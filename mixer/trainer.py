@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -218,7 +217,7 @@ def _train(
             rows = (_named(name, result) for name, result in results.items())
             writer.write(step, {key: value for row in rows for key, value in row.items()})
         for name, result in results.items():
-            run.record_result(workdir, "last", step, name, dataclasses.asdict(result))
+            run.record_result(workdir, "last", step, name, result.summary())
 
     def evaluation_is_due(step: int) -> bool:
         every = config.eval_every_steps or config.total_steps
@@ -436,7 +435,9 @@ def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
 
 
 def _named(prefix: str, result: classification.Classification) -> dict[str, float]:
-    return {f"{prefix}/{key}": value for key, value in dataclasses.asdict(result).items()}
+    """The numbers of a result, as the record has them."""
+    summary = result.summary().items()
+    return {f"{prefix}/{key}": value for key, value in summary if isinstance(value, int | float)}
 
 
 def _sentence(name: str, result: classification.Classification) -> str:

@@ -330,7 +330,7 @@ def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, mon
     if grouped:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     split = run.open_split(_digits_config(tfds_dir), "val", None)
-    seen, counts = [], []
+    seen, counts, places = [], [], []
     for process in range(process_count):
         batches = list(
             pipeline.eval_batches(
@@ -344,10 +344,13 @@ def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, mon
         for batch in batches:
             assert batch["image"].shape == (14, 8, 8, 3)
             seen += [i.tobytes() for i in batch["image"][batch["mask"] > 0]]
+            places += batch["index"][batch["mask"] > 0].tolist()
+            assert np.all(batch["index"][batch["mask"] == 0] == -1)
             assert not batch["image"][batch["mask"] == 0].any()
     assert len(set(counts)) == 1
     whole = next(split.sequential_batches(start=0, stop=180, batch_size=180))["image"]
-    assert sorted(seen) == sorted(i.tobytes() for i in whole)
+    assert seen == [whole[place].tobytes() for place in places]
+    assert places == list(range(180))
 
 
 def test_more_processes_than_examples():

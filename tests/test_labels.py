@@ -13,7 +13,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from helpers import tiny_config
+from helpers import assert_same_bits, tiny_config
 from mixer import losses, run, sharding
 from mixer.data import folder, labels, sources
 from mixer.data.preprocess import make_preprocess
@@ -452,17 +452,26 @@ def test_a_guess_among_the_labels_is_a_hit():
     mask = (np.arange(size) < 180).astype(np.float32)
     rows = _dense(label, weight, num_classes)
     step = classification.make_eval_step(lambda params, image: image, losses.sigmoid, num_classes)
-    batch = {"image": logits, "label": label.astype(np.int32), "mask": mask}
+    index = np.where(mask > 0, np.arange(size), -1)
+    batch = {"image": logits, "label": label.astype(np.int32), "mask": mask, "index": index}
     found = step(None, {**batch, "label_weight": weight.astype(np.float32)})
+    kept = {name: np.asarray(found[name])[:180] for name in found}
 
     guesses = np.argsort(-logits, axis=1)[:180]
     sets = [set(row[row >= 0]) for row in label[:180]]
     top1 = sum(row[0] in wanted for row, wanted in zip(guesses, sets, strict=True))
     top5 = sum(bool(set(row[:5]) & wanted) for row, wanted in zip(guesses, sets, strict=True))
-    loss = np.sum(np.logaddexp(0, logits) - rows * logits, axis=1)[:180].sum()
+    loss = np.sum(np.logaddexp(0, logits) - rows * logits, axis=1)[:180]
     labelled = sum(map(bool, sets))
     assert 0 < labelled < 180
-    np.testing.assert_allclose(found, [180, labelled, top1, top5, loss], rtol=1e-5)
+    assert [kept[name].sum() for name in ("labelled", "hit", "hit5")] == [labelled, top1, top5]
+    np.testing.assert_allclose(kept["loss"], loss, rtol=1e-5)
+    np.testing.assert_array_equal(kept["guesses"], guesses[:, :5])
+    np.testing.assert_allclose(
+        kept["probability"], 1 / (1 + np.exp(-logits[:180].max(axis=1))), rtol=1e-5
+    )
+    alone = [min(each) if len(each) == 1 else -1 for each in sets]
+    np.testing.assert_array_equal(kept["label"], alone)
 
 
 def test_the_three_forms_of_a_label_count_alike():
@@ -470,18 +479,17 @@ def test_the_three_forms_of_a_label_count_alike():
     logits = rng.normal(size=(50, 7)).astype(np.float32)
     label = rng.integers(0, 7, 50).astype(np.int32)
     step = classification.make_eval_step(lambda params, image: image, losses.softmax, 7)
-    batch = {"image": logits, "mask": np.ones(50, np.float32)}
+    batch = {"image": logits, "mask": np.ones(50, np.float32), "index": np.arange(50)}
     plain = step(None, {**batch, "label": label})
-    assert plain[2] == np.sum(logits.argmax(1) == label)
+    np.testing.assert_array_equal(plain["hit"], logits.argmax(1) == label)
+    np.testing.assert_array_equal(plain["label"], label)
     one_hot = np.eye(7, dtype=np.float32)[label]
-    np.testing.assert_array_equal(step(None, {**batch, "label": one_hot}), plain)
+    assert_same_bits(step(None, {**batch, "label": one_hot}), plain)
     several = np.stack([label, np.full(50, -1, np.int32)], 1)
     weight = (several >= 0).astype(np.float32)
-    np.testing.assert_array_equal(
-        step(None, {**batch, "label": several, "label_weight": weight}), plain
-    )
+    assert_same_bits(step(None, {**batch, "label": several, "label_weight": weight}), plain)
     smoothed = step(None, {**batch, "label": 0.9 * one_hot + 0.01})  # as one_hot(7, 0.91, 0.01)
-    np.testing.assert_array_equal(smoothed[:4], plain[:4])
+    assert_same_bits({**smoothed, "loss": plain["loss"]}, plain)
 
 
 def test_images_without_labels_are_left_out_of_the_accuracy(tmp_path):

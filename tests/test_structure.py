@@ -46,6 +46,7 @@ FLOORS = {
     "mixer.loading": 3,
     "mixer.run": 3,
     "mixer.evaluation": -1,
+    "mixer.evaluation.scores": 4,
     "mixer.evaluation.classification": 4,
     "mixer.evaluation.report": 4,
     "mixer.pictures": 4,

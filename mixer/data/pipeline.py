@@ -39,6 +39,8 @@ class Split:
         of what `example_spec` names.
       sequential_batches: (start=, stop=, batch_size=) -> examples start to stop in order, the last
         batch short.
+      example_id: from an example's place in that order to the name that messages, exclusion lists
+        and saved predictions use.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Split:
     multi_label: bool
     train_batches: Callable[..., Batches]
     sequential_batches: Callable[..., Batches]
+    example_id: Callable[[int], str]
 
 
 def open_split(
@@ -120,6 +123,7 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
         multi_label=False,
         train_batches=functools.partial(synthetic.train_batches, spec, **task),
         sequential_batches=sequential,
+        example_id=lambda place: f"{spec}:{place}",
     )
 
 
@@ -155,6 +159,7 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
             sources.train_batches, source, steps, group_size=dataset.shuffle_group_size
         ),
         sequential_batches=functools.partial(sources.eval_batches, source, steps),
+        example_id=lambda place: source.example_id(int(source.kept[place])),
     )
 
 
@@ -234,7 +239,8 @@ def eval_batches(
     Each process reads its own run of the examples; what fills the last batches up has mask 0.
 
     Returns:
-      Batches of global_batch_size / process_count examples, with "mask" (n,) float32.
+      Batches of global_batch_size / process_count examples, with "mask" (n,) float32 and "index"
+      (n,) int32, each one's place in the split; -1 where the mask is 0.
     """
     size = global_batch_size // process_count
     per_process = -(-split.num_examples // process_count)
@@ -250,8 +256,12 @@ def eval_batches(
             batch = {key: value[:0] for key, value in template.items()}
         template = batch
         count = len(batch["label"])
-        batch["mask"] = np.ones(count, np.float32)
-        yield {
+        filled = {
             key: np.pad(value, [(0, size - count)] + [(0, 0)] * (value.ndim - 1))
             for key, value in batch.items()
         }
+        there = np.arange(size) < count
+        filled["mask"] = there.astype(np.float32)
+        filled["index"] = np.where(there, start + np.arange(size), -1).astype(np.int32)
+        start += count
+        yield filled

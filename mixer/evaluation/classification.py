@@ -1,4 +1,4 @@
-"""Top-1, top-5 and loss over a whole split, every example counted once.
+"""What a model says of every image of a split, each once, and the figures that come of it.
 
 Of images with several labels a guess that is any of them is a hit; an image without labels counts
 in the loss alone, as in ImageNet-ReaL (Beyer et al., 2020, arXiv 2006.07159).
@@ -12,51 +12,137 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mixer import losses, sharding
+from mixer import files, losses, sharding
 from mixer.data import pipeline
+from mixer.errors import UserError
+from mixer.evaluation import scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What was said of n images, in the split's order.
+
+    Attributes:
+      label: (n,) int32, the class; -1 where an image has several or none.
+      labelled: (n,) bool, whether it has any.
+      guesses: (n, min(5, K)) int32 classes, the most probable first.
+      probability: (n,) float32 of the first guess: softmax, or sigmoid where that is the loss.
+      hit: (n,) bool, whether the first guess is a label.
+      hit5: (n,) bool, whether one of the guesses is.
+      loss: (n,) float32.
+    """
+
+    label: np.ndarray
+    labelled: np.ndarray
+    guesses: np.ndarray
+    probability: np.ndarray
+    hit: np.ndarray
+    hit5: np.ndarray
+    loss: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """Result over one split.
+    """Result over one split. Shares are in 0..1, intervals (low, high) of 95 %.
 
     Attributes:
       count: number of examples. labelled: how many of them have a label.
       correct: how many of these the first guess hit.
-      top1, top5: shares of them in 0..1; top5 counts a hit among the first min(5, K) guesses.
+      top1, top5: shares of them; top5 counts a hit among the first min(5, K) guesses.
+      top1_interval, top5_interval: Wilson's.
       loss: mean of the training loss over all.
+      ece: expected calibration error of the first guess, in 15 bins.
+      mean_per_class: mean over the classes that the split has of the accuracy on their images, and
+        its interval, None where images have several labels.
+      per_class: (K,) that accuracy, NaN for a class that the split lacks. confusion: (K, K) images
+        by label and first guess. Both are of the images with one label.
+      predictions: what all this is made from.
     """
 
     count: int
     labelled: int
     correct: int
     top1: float
+    top1_interval: tuple[float, float]
     top5: float
+    top5_interval: tuple[float, float]
     loss: float
+    ece: float
+    mean_per_class: float | None
+    mean_per_class_interval: tuple[float, float] | None
+    per_class: np.ndarray
+    confusion: np.ndarray
+    predictions: Predictions
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers and intervals, as JSON has them."""
+        large = ("per_class", "confusion", "predictions")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in large}
+
+
+def summarize(predictions: Predictions, num_classes: int) -> Classification:
+    """The figures of predictions over `num_classes` classes."""
+    p = predictions
+    labelled = int(p.labelled.sum())
+    correct, correct5 = int(p.hit.sum()), int(p.hit5.sum())
+    hits, counts = scores.per_class(p.label, p.hit, num_classes)
+    there = counts > 0
+    with np.errstate(invalid="ignore"):
+        accuracies = hits / counts
+    # Where an image has several labels no class is its own.
+    single = bool(np.all((p.label >= 0) == p.labelled)) and labelled > 0
+    return Classification(
+        count=len(p.loss),
+        labelled=labelled,
+        correct=correct,
+        top1=correct / max(labelled, 1),
+        top1_interval=scores.interval(correct, labelled),
+        top5=correct5 / max(labelled, 1),
+        top5_interval=scores.interval(correct5, labelled),
+        loss=float(np.mean(p.loss, dtype=np.float64)),
+        ece=scores.calibration_error(p.probability[p.labelled], p.hit[p.labelled]),
+        mean_per_class=float(accuracies[there].mean()) if single else None,
+        mean_per_class_interval=(
+            scores.mean_interval(accuracies[there], counts[there]) if single else None
+        ),
+        per_class=accuracies,
+        confusion=scores.confusion(p.label, p.guesses[:, 0], num_classes),
+        predictions=p,
+    )
 
 
 def make_eval_step(predict: Callable, loss_fn: Callable, num_classes: int) -> Callable:
-    """Returns the compiled `(params, batch) -> (5,)` sums over a batch.
+    """Returns the compiled `(params, batch) -> columns` of a batch.
 
-    They are: examples, those with a label, top-1 hits, top-5 hits, losses.
+    The columns are those of `Predictions` and "index", each image's place in the split, -1 for what
+    fills a batch up.
     """
 
     @jax.jit
-    def eval_step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        logits, mask = predict(params, batch["image"]), batch["mask"]
+    def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        logits = predict(params, batch["image"])
         labels = losses.dense_labels(batch, num_classes)
-        _, guesses = jax.lax.top_k(logits, min(5, num_classes))
-        hits = jnp.take_along_axis(labels, guesses, axis=1) > _threshold(batch, labels)
-        columns = (
-            jnp.ones_like(mask),
-            jnp.any(labels > 0, axis=1),
-            hits[:, 0],
-            hits.any(axis=1),
-            loss_fn(logits, labels),
-        )
-        return jnp.stack([jnp.sum(jnp.where(mask > 0, column, 0)) for column in columns])
+        best, guesses = jax.lax.top_k(logits, min(5, num_classes))
+        probability = jnp.exp(best[:, 0] - jax.nn.logsumexp(logits, axis=-1))
+        if loss_fn is losses.sigmoid:
+            probability = jax.nn.sigmoid(best[:, 0])
+        is_label = labels > _threshold(batch, labels)
+        hits = jnp.take_along_axis(is_label, guesses, axis=1)
+        one = jnp.sum(is_label, axis=1) == 1
+        return {
+            "index": batch["index"],
+            "label": jnp.where(one, jnp.argmax(is_label, axis=1), -1).astype(jnp.int32),
+            "labelled": jnp.any(is_label, axis=1),
+            "guesses": guesses,
+            "probability": probability,
+            "hit": hits[:, 0],
+            "hit5": hits.any(axis=1),
+            "loss": loss_fn(logits, labels),
+        }
 
     return eval_step
 
@@ -83,8 +169,56 @@ def evaluate(
 ) -> Classification | None:
     """Evaluates `params` on the whole of `split`; None where `should_stop` ended it early.
 
+    Every process of a run on many hosts computes its part and gets the whole result.
+
     Raises:
-      RuntimeError: the examples counted are not the size of the split.
+      UserError: the logits are not finite.
+      RuntimeError: an example of the split was not seen, or seen twice.
+    """
+    columns = collect(
+        eval_step,
+        params,
+        split,
+        global_batch_size=global_batch_size,
+        mesh=mesh,
+        prefetch_batches=prefetch_batches,
+        should_stop=should_stop,
+    )
+    if columns is None:
+        return None
+    predictions = Predictions(**columns)
+    bad = ~np.isfinite(predictions.probability)
+    if bad.any():
+        raise UserError(
+            f"{split.name}: the logits of {int(bad.sum()):,} images are not finite, the first of "
+            f"them {split.example_id(int(bad.argmax()))}; the weights are damaged or have diverged"
+        )
+    return summarize(predictions, len(split.class_names))
+
+
+def collect(
+    step: Callable,
+    params: Any,
+    split: pipeline.Split,
+    *,
+    global_batch_size: int,
+    mesh: Mesh,
+    prefetch_batches: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, np.ndarray] | None:
+    """What `step` says of every example, as arrays (n, ...) in the split's order, on every process.
+
+    Args:
+      step: compiled, from parameters and a batch to columns (N, ...), among them "index".
+      params: its first argument.
+      split: whose examples are read in order, with "index" and "mask" in each batch.
+      global_batch_size: images a step, over all devices.
+      mesh: of the devices.
+      prefetch_batches: batches on their way to the devices.
+      should_stop: asked after every batch; None is returned once it says yes.
+
+    Raises:
+      RuntimeError: an example was not seen, or seen twice.
     """
     batches = pipeline.eval_batches(
         split,
@@ -93,28 +227,45 @@ def evaluate(
         process_count=jax.process_count(),
     )
     stream = sharding.prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
-    total = np.zeros(5)
-    for sums in _lagging(eval_step(params, batch) for batch in stream):
-        total += jax.device_get(sums).astype(np.float64)
+    result: dict[str, np.ndarray] = {}
+    seen = np.zeros(split.num_examples, np.int64)
+    for columns in _lagging(step(params, batch) for batch in stream):
+        if jax.process_count() > 1:
+            columns = multihost_utils.process_allgather(columns, tiled=True)
+        columns = jax.device_get(columns)
+        index = columns.pop("index")
+        there = index >= 0
+        np.add.at(seen, index[there], 1)
+        for name, values in columns.items():
+            if name not in result:
+                result[name] = np.empty((split.num_examples, *values.shape[1:]), values.dtype)
+            result[name][index[there]] = values[there]
         if should_stop():
             return None
-    count = round(total[0])
-    if count != split.num_examples:
-        raise RuntimeError(f"{split.name}: {count} examples counted of {split.num_examples}")
-    labelled = round(total[1])
-    return Classification(
-        count=count,
-        labelled=labelled,
-        correct=round(total[2]),
-        top1=total[2] / max(labelled, 1),
-        top5=total[3] / max(labelled, 1),
-        loss=total[4] / count,
-    )
+    if not np.all(seen == 1):
+        raise RuntimeError(
+            f"{split.name}: of {len(seen):,} examples {int(np.sum(seen == 0)):,} were not seen and "
+            f"{int(np.sum(seen > 1)):,} were seen twice"
+        )
+    return result
 
 
-def _lagging(results: Iterator[jax.Array]) -> Iterator[jax.Array]:
+def write_predictions(path: Any, predictions: Predictions, split: pipeline.Split) -> None:
+    """Writes an npz file of `Predictions`' arrays, whole or not at all.
+
+    Beside them "id" has the images' names, as messages and exclusion lists have them, and
+    "class_names" those of the classes.
+    """
+    ids = np.array([split.example_id(place) for place in range(split.num_examples)], np.str_)
+    fields = dataclasses.fields(predictions)
+    columns = {field.name: getattr(predictions, field.name) for field in fields}
+    with files.whole(path) as new, new.open("wb") as file:
+        np.savez(file, id=ids, class_names=np.array(split.class_names, np.str_), **columns)
+
+
+def _lagging(results: Iterator[Any]) -> Iterator[Any]:
     """Hands results out two late, so that the device is never idle while one is fetched."""
-    pending: collections.deque[jax.Array] = collections.deque()
+    pending: collections.deque[Any] = collections.deque()
     for result in results:
         pending.append(result)
         if len(pending) > 2:

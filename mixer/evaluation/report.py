@@ -1,6 +1,5 @@
 """Evaluates a run as `evaluate.py` does: a table on the terminal, `results.json` in the run."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from etils import epath
@@ -71,7 +70,7 @@ def evaluate_run(
             )
             name = which + suffix
             path = run.record_result(
-                workdir, checkpoint_name, int(directory.name), name, dataclasses.asdict(result)
+                workdir, checkpoint_name, int(directory.name), name, result.summary()
             )
             table.add_row(
                 f"{name} ({split.name})",
