@@ -1,6 +1,6 @@
-"""Labels that are computed from what TFDS stores: the tasks of VTAB that are no plain class.
+"""Labels that are computed from what TFDS stores: VTAB's that are no plain class, ImageNet-ReaL.
 
-Each is a pure function of one example, read by `dataset.label_key`. The definitions are those of
+Each is a pure function of one example, read by `dataset.label_key`. VTAB's definitions are those of
 the benchmark (Zhai et al., 2019, arXiv 1910.04867), its numbers as in its public code
 (google-research/task_adaptation, `data/{clevr,dsprites,kitti}.py`) [read]. The benchmark's other
 sets have a stored label, such as `label_key="label"`.
@@ -11,6 +11,9 @@ import itertools
 from collections.abc import Callable
 
 import tensorflow as tf
+
+from mixer.data import imagenet_names
+from mixer.data import imagenet_real as imagenet_real_labels
 
 # Distances of the closest object, in CLEVR's units of depth: class i is (THRESHOLD[i],
 # THRESHOLD[i + 1]].
@@ -33,12 +36,14 @@ class Derived:
       class_names: in order.
       compute: graph function from {feature: value} to a () int32. It gives a number that is no
         class where the example has no such label, as in CLEVR's test split without annotations.
+      several: whether it gives (n,) int32 classes, any number an image.
     """
 
     dataset: str
     features: tuple[str, ...]
     class_names: tuple[str, ...]
     compute: Callable[[dict[str, tf.Tensor]], tf.Tensor]
+    several: bool = False
 
 
 def clevr_count(example):
@@ -76,6 +81,20 @@ def smallnorb_azimuth(example):
 def smallnorb_elevation(example):
     """Elevation of the camera: 9 classes, 5 degrees apart."""
     return tf.cast(example["label_elevation"], tf.int32)
+
+
+def imagenet_real(example):
+    """ReaL's classes of an image of ImageNet's validation set, found by its file's name."""
+    values, starts = imagenet_real_labels.labels()
+    number = tf.strings.regex_replace(example["file_name"], r".*ILSVRC2012_val_(\d{8})\..*", r"\1")
+    known = tf.debugging.Assert(
+        tf.strings.regex_full_match(number, r"\d{8}"),
+        ["file", example["file_name"], "is none of ImageNet's validation set"],
+    )
+    with tf.control_dependencies([known]):
+        image = tf.strings.to_number(number, tf.int32) - 1
+    starts = tf.constant(starts)
+    return tf.constant(values)[starts[image] : starts[image + 1]]
 
 
 def _interval(value, thresholds) -> tf.Tensor:
@@ -130,5 +149,12 @@ DERIVED = {
         ("label_elevation",),
         tuple(f"{degrees} degrees" for degrees in range(30, 75, 5)),
         smallnorb_elevation,
+    ),
+    "real_label": Derived(
+        "imagenet2012",
+        ("file_name",),
+        imagenet_names.synsets("imagenet1k"),
+        imagenet_real,
+        several=True,
     ),
 }

@@ -41,6 +41,9 @@ class Split:
         batch short.
       example_id: from an example's place in that order to the name that messages, exclusion lists
         and saved predictions use.
+      labels: () -> (num_examples,) int32 in that order, before preprocessing, no image being
+        decoded; (num_examples, M), -1 where an image has fewer, with `multi_label`.
+      select: (places) -> a split of the examples at those places, each once, in ascending order.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Split:
     train_batches: Callable[..., Batches]
     sequential_batches: Callable[..., Batches]
     example_id: Callable[[int], str]
+    labels: Callable[[], np.ndarray]
+    select: Callable[[np.ndarray], "Split"]
 
 
 def open_split(
@@ -109,22 +114,33 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
             f"{nearest(spec, synthetic.SPLITS)}"
         )
     task = dict(num_classes=num_classes, image_size=image_size)
+    ids = synthetic.split_ids(spec)
 
-    def sequential(*, start: int, stop: int, batch_size: int) -> Batches:
-        places = np.arange(start, stop)
-        return synthetic.eval_batches(spec, places=places, batch_size=batch_size, **task)
+    def split(kept: np.ndarray, fingerprint: str) -> Split:
+        def sequential(*, start: int, stop: int, batch_size: int) -> Batches:
+            return synthetic.eval_batches(ids[kept[start:stop]], batch_size=batch_size, **task)
 
-    return Split(
-        name=f"synthetic {spec}",
-        num_examples=synthetic.SPLITS[spec],
-        class_names=tuple(str(label) for label in range(num_classes)),
-        fingerprint=f"synthetic {spec} {num_classes}",
-        example_spec={"image": ((*image_size, 3), "uint8"), "label": ((), "int32")},
-        multi_label=False,
-        train_batches=functools.partial(synthetic.train_batches, spec, **task),
-        sequential_batches=sequential,
-        example_id=lambda place: f"{spec}:{place}",
-    )
+        return Split(
+            name=f"synthetic {spec}",
+            num_examples=len(kept),
+            class_names=tuple(str(label) for label in range(num_classes)),
+            fingerprint=fingerprint,
+            example_spec={"image": ((*image_size, 3), "uint8"), "label": ((), "int32")},
+            multi_label=False,
+            train_batches=functools.partial(synthetic.train_batches, ids[kept], **task),
+            sequential_batches=sequential,
+            example_id=lambda place: f"{spec}:{kept[place]}",
+            labels=lambda: synthetic.labels(ids[kept], num_classes),
+            select=lambda places: split(*_selected(kept, places, fingerprint)),
+        )
+
+    return split(np.arange(len(ids)), f"synthetic {spec} {num_classes}")
+
+
+def _selected(kept: np.ndarray, places: np.ndarray, fingerprint: str) -> tuple[np.ndarray, str]:
+    """What is kept of `kept`, and the fingerprint of that."""
+    kept = kept[np.unique(places)]
+    return kept, f"{fingerprint} kept {zlib.crc32(kept.tobytes())}"
 
 
 def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names) -> Split:
@@ -148,19 +164,26 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
     fingerprint = source.fingerprint
     if dataset.exclude:
         fingerprint += f" kept {zlib.crc32(source.kept.tobytes())}"
-    return Split(
-        name=source.name,
-        num_examples=len(source.kept),
-        class_names=source.class_names,
-        fingerprint=fingerprint,
-        example_spec=example_spec,
-        multi_label=source.max_labels is not None,
-        train_batches=functools.partial(
-            sources.train_batches, source, steps, group_size=dataset.shuffle_group_size
-        ),
-        sequential_batches=functools.partial(sources.eval_batches, source, steps),
-        example_id=lambda place: source.example_id(int(source.kept[place])),
-    )
+
+    def split(kept: np.ndarray, fingerprint: str) -> Split:
+        part = dataclasses.replace(source, kept=kept)
+        return Split(
+            name=part.name,
+            num_examples=len(kept),
+            class_names=part.class_names,
+            fingerprint=fingerprint,
+            example_spec=example_spec,
+            multi_label=part.max_labels is not None,
+            train_batches=functools.partial(
+                sources.train_batches, part, steps, group_size=dataset.shuffle_group_size
+            ),
+            sequential_batches=functools.partial(sources.eval_batches, part, steps),
+            example_id=lambda place: part.example_id(int(kept[place])),
+            labels=functools.partial(sources.labels, part),
+            select=lambda places: split(*_selected(kept, places, fingerprint)),
+        )
+
+    return split(source.kept, fingerprint)
 
 
 def open_source(

@@ -25,6 +25,7 @@ IN_MEMORY_BYTES = 2 << 30
 MOST_LABELS = 128
 # What TFDS's pixels are multiplied by; dSprites' are 0 and 1.
 PIXEL_SCALE = {"dsprites": 255}
+LABELS_AT_ONCE = 4096
 AUTOTUNE = tf.data.AUTOTUNE
 Example = dict[str, tf.Tensor]
 Preprocess = Callable[[Example, tf.Tensor], Example]
@@ -46,6 +47,8 @@ class Source:
       files: (path, first record, number of records) of each stored file, where records can only be
         read one after the other; empty where any example can be loaded by its number.
       max_labels: M, where an image has any number of labels; None where each has one.
+      labels: (N,) int32 of all N numbers, excluded ones too; None where they are many an image, or
+        stored with the images.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Source:
     load: Callable[[tf.Tensor], Example]
     files: tuple[tuple[str, int, int], ...] = ()
     max_labels: int | None = None
+    labels: np.ndarray | None = None
 
     @property
     def example_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -105,6 +109,7 @@ def folder_source(
         fingerprint=digest.hexdigest(),
         example_id=lambda number: files[number],
         load=load,
+        labels=labels,
     )
 
 
@@ -153,6 +158,7 @@ def label_file_source(
         example_id=lambda number: listing.path(images[number]),
         load=load,
         max_labels=most,
+        labels=numbers[entries] if most is None else None,
     )
 
 
@@ -234,7 +240,7 @@ def tfds_source(
     image_key, own_label = info.supervised_keys or ("image", "label")
     label_key = label_key or own_label
     _check_keys(builder, image_key, label_key)
-    derived = labels_lib.DERIVED.get(label_key)
+    derived = None if label_key in info.features else labels_lib.DERIVED.get(label_key)
     if info.file_format != tfds.core.file_adapters.FileFormat.TFRECORD:
         raise UserError(
             f"dataset {builder.name!r} in {builder.data_dir} is stored as "
@@ -253,7 +259,9 @@ def tfds_source(
         info.features
     )
     decoders = {image_key: tfds.decode.SkipDecoding()}
-    several = derived is None and isinstance(features[label_key], tfds.features.Sequence)
+    several = (
+        derived.several if derived else isinstance(features[label_key], tfds.features.Sequence)
+    )
     if derived:
         class_names = derived.class_names
     else:
@@ -309,7 +317,8 @@ def tfds_source(
         return dataclasses.replace(source, load=lambda number: parse(records[number]), files=())
 
     def count(record):
-        return tf.size(features.deserialize_example(record, decoders=decoders)[label_key])
+        example = features.deserialize_example(record, decoders=decoders)
+        return tf.size(derived.compute(example) if derived else example[label_key])
 
     counts = tf.data.Dataset.from_tensor_slices(records).map(count, AUTOTUNE)
     most = max([1, *map(int, counts.as_numpy_iterator())])
@@ -568,6 +577,24 @@ def eval_batches(
         return _sequential(source, min(start + batches * batch_size, stop), stop)
 
     return _batches(source, examples, preprocess, seed=0, batch_size=batch_size)
+
+
+def labels(source: Source) -> np.ndarray:
+    """The labels of the kept examples in order, as `load` gives them; no image is decoded.
+
+    They are (n,) int32, or (n, M), -1 where an image has fewer. Records that can only be read one
+    after the other are all read.
+    """
+    if source.labels is not None:
+        return source.labels[source.kept]
+
+    def label_alone(example: Example, key: tf.Tensor) -> Example:
+        return {"label": example["label"]}
+
+    batches = eval_batches(
+        source, label_alone, start=0, stop=len(source.kept), batch_size=LABELS_AT_ONCE
+    )
+    return np.concatenate([batch["label"] for batch in batches])
 
 
 def check(source: Source, preprocess: Preprocess) -> Iterator[tuple[int, str | None]]:

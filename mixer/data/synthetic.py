@@ -36,13 +36,18 @@ def split_ids(split: str) -> np.ndarray:
     return np.arange(start, start + SPLITS[split])
 
 
+def labels(ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """The classes (n,) int32 of examples `ids` (n,)."""
+    return (ids % num_classes).astype(np.int32)
+
+
 def _batch(ids: np.ndarray, num_classes: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    labels = (ids % num_classes).astype(np.int32)
-    return {"image": make_images(ids, labels, image_size), "label": labels}
+    classes = labels(ids, num_classes)
+    return {"image": make_images(ids, classes, image_size), "label": classes}
 
 
 def train_batches(
-    split: str,
+    ids: np.ndarray,
     *,
     start_step: int,
     seed: int,
@@ -52,8 +57,7 @@ def train_batches(
     process_index: int,
     process_count: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's part of batch `start_step` and of all that follow."""
-    ids = split_ids(split)
+    """Yields this process's part of batch `start_step` of `ids`, and of all that follow."""
     part = order.process_slice(global_batch_size, process_index, process_count)
     step = start_step
     while True:
@@ -65,14 +69,12 @@ def train_batches(
 
 
 def eval_batches(
-    split: str,
+    ids: np.ndarray,
     *,
-    places: np.ndarray,
     num_classes: int,
     image_size: tuple[int, int],
     batch_size: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the examples at `places` of a split, in that order; the last batch may be short."""
-    ids = split_ids(split)[places]
+    """Yields examples `ids`, in that order; the last batch may be short."""
     for start in range(0, len(ids), batch_size):
         yield _batch(ids[start : start + batch_size], num_classes, image_size)

@@ -1,0 +1,325 @@
+"""Few-shot linear probe: ridge regression in closed form on the features of a few images a class.
+
+The protocol is that of the authors' code (big_vision, `evaluators/fewshot_lsr`) [read]: the shots
+are drawn by NumPy's generator of the seed, features are standardised by the shots' mean and
+deviation, a constant stands for the bias, targets are -1 and 1. Only the images that are drawn are
+decoded.
+
+It is computed in float64, on the devices: with the constant the Gram matrix has an eigenvalue of
+10,000 for each example, beside which float32 loses the small ones. TPUs emulate float64.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from scipy import special
+
+from mixer import sharding
+from mixer.data import pipeline
+from mixer.errors import UserError
+from mixer.evaluation import classification, scores
+from mixer.model import MlpMixer
+from mixer.train_step import normalize
+
+BIAS = 100.0  # the constant feature, so large that its weight is hardly regularised
+MIN_DEVIATION = 1e-5  # added to the deviation of each feature
+ROWS = 1024  # test images a device classifies at once: (ROWS, K) float64 scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Shots:
+    """Result with one number of shots. Shares are in 0..1.
+
+    Attributes:
+      shots: images a class.
+      examples: images in all, of each draw.
+      short_classes: how many classes have fewer images, all of which were taken.
+      accuracies: top-1 of each draw, seed 0 first.
+      mean: of them. std: their sample deviation, None of a single draw.
+      interval: (low, high) of 95 % for the mean, as `interval` has it.
+    """
+
+    shots: int
+    examples: int
+    short_classes: int
+    accuracies: tuple[float, ...]
+    mean: float
+    std: float | None
+    interval: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot:
+    """Result of the probe.
+
+    Attributes:
+      train: name of the split that the shots are from. test: of the one that is classified.
+      count: images of `test`. num_classes: K.
+      l2: strength of the regularisation.
+      results: for each number of shots.
+    """
+
+    train: str
+    test: str
+    count: int
+    num_classes: int
+    l2: float
+    results: tuple[Shots, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dataclasses.asdict(self)
+
+
+def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of a table of `FewShot.summary()`s by the name of their data."""
+    lines = [
+        "| few-shot probe | shots a class | images | top-1 | 95 % interval | deviation | draws |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, summary in summaries.items():
+        for each in summary["results"]:
+            low, high = each["interval"]
+            deviation = "" if each["std"] is None else f"{each['std']:.2%}"
+            short = each["short_classes"]
+            images = f"{each['examples']:,}" + (f" ({short:,} classes have fewer)" if short else "")
+            draws = ", ".join(f"{accuracy:.2%}" for accuracy in each["accuracies"])
+            lines.append(
+                f"| {name} | {each['shots']} | {images} | {each['mean']:.2%} "
+                f"| {low:.2%} to {high:.2%} | {deviation} | {draws} |"
+            )
+    return lines
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(model: MlpMixer, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Columns for `classification.collect`: the place in the split, and pre_logits (N, C)."""
+    _, out = model.apply({"params": params}, normalize(batch["image"]))
+    return {"index": batch["index"], "features": out["pre_logits"]}
+
+
+def evaluate(
+    model: MlpMixer,
+    params: Any,
+    train: pipeline.Split,
+    test: pipeline.Split,
+    *,
+    mesh: Mesh,
+    global_batch_size: int,
+    prefetch_batches: int,
+    shots: Sequence[int] = (1, 5, 10, 25),
+    seeds: int = 3,
+    l2: float = 2.0**10,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> FewShot | None:
+    """Classifies `test` by a probe of a few images of `train`; None where `should_stop` ended it.
+
+    Every process of a run on many hosts computes its part and gets the whole result.
+
+    Args:
+      model: whose pre_logits are the features.
+      params: of the model, on every device of the mesh.
+      train: where the shots are drawn from.
+      test: all of which is classified.
+      mesh: of the devices; the test images' features are split over its axis "data".
+      global_batch_size: images a step of the model, over all devices.
+      prefetch_batches: batches on their way to the devices.
+      shots: images a class; a class that has fewer gives all.
+      seeds: how many draws, of seeds 0, 1, ...
+      l2: strength of the regularisation, which is not divided by the number of examples.
+      should_stop: asked after every batch and every probe.
+
+    Raises:
+      UserError: images with several labels, a class without images, other classes in the two
+        splits, features that are not finite.
+    """
+    train_labels, test_labels = _labels(train, test)
+    num_classes = len(train.class_names)
+    draws = [draw(train_labels, num_classes, max(shots), seed) for seed in range(seeds)]
+    # The images of all draws are read together, each once.
+    places = np.unique(np.concatenate([np.concatenate(of_class) for of_class in draws]))
+    features = []
+    for split in (train.select(places), test):
+        columns = classification.collect(
+            functools.partial(_features, model),
+            params,
+            split,
+            global_batch_size=global_batch_size,
+            mesh=mesh,
+            prefetch_batches=prefetch_batches,
+            should_stop=should_stop,
+        )
+        if columns is None:
+            return None
+        features.append(columns["features"])
+        bad = ~np.isfinite(features[-1]).all(axis=1)
+        if bad.any():
+            raise UserError(
+                f"{split.name}: the features of {int(bad.sum()):,} images are not finite, the "
+                f"first of them {split.example_id(int(bad.argmax()))}; the weights are damaged or "
+                "have diverged"
+            )
+    shot_features, test_features = features
+
+    classify = _make_classify(test_features, num_classes, mesh)
+    counts = np.bincount(train_labels, minlength=num_classes)
+    results = []
+    for number in shots:
+        hits = []
+        for of_class in draws:
+            chosen = np.concatenate([of[:number] for of in of_class])
+            rows = np.searchsorted(places, chosen)
+            guesses = classify(shot_features[rows], train_labels[chosen], l2)
+            hits.append(guesses == test_labels)
+            if should_stop():
+                return None
+        hits = np.stack(hits)
+        accuracies = hits.mean(axis=1)
+        results.append(
+            Shots(
+                shots=number,
+                examples=int(np.minimum(counts, number).sum()),
+                short_classes=int(np.sum(counts < number)),
+                accuracies=tuple(accuracies.tolist()),
+                mean=float(accuracies.mean()),
+                std=float(accuracies.std(ddof=1)) if seeds > 1 else None,
+                interval=interval(hits),
+            )
+        )
+    return FewShot(train.name, test.name, len(test_labels), num_classes, l2, tuple(results))
+
+
+def _labels(train: pipeline.Split, test: pipeline.Split) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of both splits, which must be fit for a probe."""
+    names = train.class_names
+    if names != test.class_names:
+        raise UserError(
+            f"few-shot: {train.name} has {len(names)} classes and {test.name} "
+            f"{len(test.class_names)}, or others; they must have the same, in the same order"
+        )
+    for split in (train, test):
+        if split.multi_label:
+            raise UserError(
+                f"few-shot: {split.name} has several labels an image, or none; it takes one"
+            )
+    if len(names) < 2:
+        raise UserError(f"few-shot: {train.name} has one class, {names[0]}; it takes two or more")
+    labels = train.labels()
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(empty):
+        raise UserError(
+            f"few-shot: {train.name} has no image of {len(empty):,} of {len(names):,} classes, "
+            f"the first of them {names[empty[0]]}; it takes one or more of each"
+        )
+    return labels, test.labels()
+
+
+def draw(labels: np.ndarray, num_classes: int, shots: int, seed: int) -> list[np.ndarray]:
+    """Places of `shots` random images of each class, or of all that it has: K arrays.
+
+    Their first n are a draw of n shots, so that one draw serves every number of shots.
+    """
+    rng = np.random.default_rng(seed)
+    by_class = np.split(
+        np.argsort(labels, kind="stable"),
+        np.cumsum(np.bincount(labels, minlength=num_classes))[:-1],
+    )
+    return [rng.permutation(places)[:shots] for places in by_class]
+
+
+def standardise(features: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
+    """Features (N, C), standardised, and the constant: (N, C + 1)."""
+    scaled = (features - mean) / deviation
+    return jnp.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
+
+
+def ridge(x: jax.Array, y: jax.Array, l2: jax.Array | float) -> jax.Array:
+    """The W (D, K) that has the least |x W - y|^2 + l2 |W|^2.
+
+    By the eigenvalues of the smaller of the two Gram matrices, x^T x (D, D) and x x^T (N, N):
+    W = (x^T x + l2)^-1 x^T y = x^T (x x^T + l2)^-1 y.
+
+    Args:
+      x: (N, D) features, the constant among them.
+      y: (N, K) targets.
+      l2: strength, above 0.
+    """
+    if x.shape[0] >= x.shape[1]:
+        values, vectors = jnp.linalg.eigh(x.T @ x)
+        return vectors @ ((vectors.T @ (x.T @ y)) / (values + l2)[:, None])
+    values, vectors = jnp.linalg.eigh(x @ x.T)
+    return x.T @ (vectors @ ((vectors.T @ y) / (values + l2)[:, None]))
+
+
+def fit(features: jax.Array, labels: jax.Array, l2: jax.Array, num_classes: int) -> tuple:
+    """The probe of features (N, C) and labels (N,): mean (C,), deviation (C,), weights (C + 1, K).
+
+    In float64, for which jax.enable_x64 must be on.
+    """
+    features = features.astype(jnp.float64)
+    mean = jnp.mean(features, axis=0)
+    deviation = jnp.std(features, axis=0) + MIN_DEVIATION
+    targets = 2 * jax.nn.one_hot(labels, num_classes, dtype=jnp.float64) - 1
+    return mean, deviation, ridge(standardise(features, mean, deviation), targets, l2)
+
+
+def guess(features: jax.Array, mean: jax.Array, deviation: jax.Array, weights: jax.Array):
+    """The class (N,) int32 of the highest score of each image, by what `fit` gives."""
+    x = standardise(features.astype(jnp.float64), mean, deviation)
+    return jnp.argmax(x @ weights, axis=-1).astype(jnp.int32)
+
+
+def _make_classify(test_features: np.ndarray, num_classes: int, mesh: Mesh) -> Callable:
+    """Returns `(features (N, C), labels (N,), l2) -> guesses (n,)` for the n `test_features`.
+
+    These are laid on the devices once, in pieces that are split over the axis "data". The probe is
+    computed whole on each device. All processes have the same arguments, and get all the guesses.
+    """
+    everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    shards = mesh.shape["data"]
+    rows = min(ROWS, -(-len(test_features) // shards)) * shards
+    pieces = []
+    for start in range(0, len(test_features), rows):
+        piece = test_features[start : start + rows]
+        pieces.append(_put(np.pad(piece, ((0, rows - len(piece)), (0, 0))), split))
+    jit_fit = jax.jit(fit, static_argnums=3, out_shardings=everywhere)
+    jit_guess = jax.jit(guess, out_shardings=everywhere)
+
+    def classify(features: np.ndarray, labels: np.ndarray, l2: float) -> np.ndarray:
+        with jax.enable_x64(True):
+            arguments = (_put(each, everywhere) for each in (features, labels, np.float64(l2)))
+            probe = jit_fit(*arguments, num_classes)
+            guesses = jax.device_get([jit_guess(piece, *probe) for piece in pieces])
+        return np.concatenate(guesses)[: len(test_features)]
+
+    return classify
+
+
+def _put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """A global array of what every process has whole."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def interval(hits: np.ndarray) -> tuple[float, float]:
+    """Interval of 95 % of the mean of `hits` (draws, images), over draws and over images.
+
+    Both are samples, of the shots that might have been drawn and of the images that might have been
+    in the test split, and the squares of their two half-widths add up. That of the draws has the
+    quantile of Student's distribution, for they are few; of a single draw there is none, and the
+    interval is of that draw alone. That of the images has two hits and two misses more, as in
+    `scores.mean_interval`.
+    """
+    draws = len(hits)
+    of_image = np.append(hits.mean(axis=0), [0, 0, 1, 1])
+    square = scores.Z_95**2 * of_image.var() / len(of_image)
+    if draws > 1:
+        quantile = special.stdtrit(draws - 1, 0.975)
+        square += quantile**2 * hits.mean(axis=1).var(ddof=1) / draws
+    mean, half = float(hits.mean()), float(square**0.5)
+    return max(mean - half, 0.0), min(mean + half, 1.0)

@@ -1,0 +1,320 @@
+"""How fast a model computes on these devices, and what the training of a run has taken."""
+
+import collections
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mixer import console, memory, sharding, train_state
+from mixer.errors import UserError
+from mixer.model import VARIANTS, MlpMixer, check_image_size, make_model
+from mixer.train_step import make_predict
+
+BATCH_SIZES = (1, 8, 64, 512)  # images a device
+WINDOWS = 5  # of time, in each of which the rate is measured
+# Images a second of a TPUv3 core at PUBLISHED_SIZE, as the paper's tables have them [paper].
+PUBLISHED = {
+    "S/32": 11489,
+    "S/16": 3994,
+    "B/32": 4208,
+    "B/16": 1384,
+    "L/32": 1314,
+    "L/16": 419,
+    "H/14": 194,
+}
+PUBLISHED_SIZE = (224, 224)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Images a second of one device with `batch_size` images at once on each.
+
+    Attributes:
+      batch_size: images a device.
+      images_per_second: median of the windows; None where that many do not fit into memory.
+      low, high: of the slowest and of the fastest window.
+    """
+
+    batch_size: int
+    images_per_second: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Inference of one model.
+
+    Attributes:
+      image_size: (H, W). dtype: of the computation.
+      device: kind of the devices. devices: how many worked, all at once.
+      rates: for each batch size.
+      variant: name of the model's dimensions, None where they have none.
+      published: the paper's images a second of a TPUv3 core, None where it has no such model.
+    """
+
+    image_size: tuple[int, int]
+    dtype: str
+    device: str
+    devices: int
+    rates: tuple[Rate, ...]
+    variant: str | None
+    published: float | None
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dataclasses.asdict(self)
+
+
+def measure(
+    model: MlpMixer,
+    params: Any,
+    image_size: tuple[int, int],
+    *,
+    batch_sizes: Sequence[int],
+    mesh: Mesh,
+    seconds: float = 5.0,
+) -> Throughput:
+    """Measures images a second from uint8 pixels on the devices to logits.
+
+    Reading, decoding and sending them there is no part of it. The program is compiled before, and
+    has run twice. Two batches are in flight, so that no device waits for the host; every window
+    ends when all its results are there. In a run of many processes each has its own clock.
+
+    Args:
+      model: what computes.
+      params: its parameters, on every device of the mesh.
+      image_size: (H, W).
+      batch_sizes: images a device; the batch is that times the devices along "data".
+      mesh: of the devices.
+      seconds: for each batch size, in WINDOWS windows.
+
+    Raises:
+      UserError: a batch size below 1, or a patch that does not divide the images.
+    """
+    check_image_size(image_size, model.patch_size)
+    for batch_size in batch_sizes:
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: it must be at least 1")
+    predict = jax.jit(make_predict(model), out_shardings=sharding.batch_sharding(mesh))
+    rates = []
+    for batch_size in batch_sizes:
+        shape = (batch_size * mesh.shape["data"], *image_size, 3)
+        windows = None
+        try:
+            windows = _windows(predict, params, shape, mesh, seconds)
+        except UserError:  # memory.check_room's
+            pass
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        if windows is None:
+            rates.append(Rate(batch_size))
+            continue
+        each = [rate / mesh.size for rate in windows]
+        rates.append(Rate(batch_size, statistics.median(each), min(each), max(each)))
+    variant = _variant(model)
+    return Throughput(
+        image_size=tuple(image_size),
+        dtype=model.dtype,
+        device=jax.devices()[0].device_kind,
+        devices=mesh.size,
+        rates=tuple(rates),
+        variant=variant,
+        published=PUBLISHED.get(variant) if tuple(image_size) == PUBLISHED_SIZE else None,
+    )
+
+
+def _windows(
+    predict: Callable, params: Any, shape: tuple[int, ...], mesh: Mesh, seconds: float
+) -> list[float]:
+    """Images a second of all devices together in each window."""
+    where = sharding.batch_sharding(mesh)
+    abstract = jax.ShapeDtypeStruct(shape, "uint8", sharding=where)
+    what = f"a batch of {shape[0]:,} images"
+    memory.check_room(math.prod(shape), what)  # XLA's compiler itself can fail on absurd shapes
+    compiled = predict.lower(params, abstract).compile()
+    needs = compiled.memory_analysis()
+    if needs is not None:  # not every backend says it
+        sizes = needs.temp_size_in_bytes + needs.output_size_in_bytes
+        memory.check_room(sizes + math.prod(shape), what)
+    images = jax.jit(functools.partial(_pixels, shape), out_shardings=where)()
+
+    def window(length: float) -> float:
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        start, calls = time.perf_counter(), 0
+        while calls == 0 or time.perf_counter() - start < length:
+            in_flight.append(compiled(params, images))
+            calls += 1
+            if len(in_flight) > 2:
+                jax.block_until_ready(in_flight.popleft())
+        jax.block_until_ready(list(in_flight))
+        return calls * shape[0] / (time.perf_counter() - start)
+
+    for _ in range(2):
+        jax.block_until_ready(compiled(params, images))
+    return [window(seconds / WINDOWS) for _ in range(WINDOWS)]
+
+
+def _pixels(shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bits(jax.random.key(0), shape, "uint8")
+
+
+def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Weights drawn on the host, which compiles nothing; equal ones would spare a GPU power."""
+    rng = np.random.default_rng(0)
+    values = 0.02 * rng.standard_normal(leaf.shape, np.float32)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
+
+
+def _variant(model: MlpMixer) -> str | None:
+    """The name whose dimensions the model has."""
+    for name, dimensions in VARIANTS.items():
+        if all(getattr(model, key) == value for key, value in dimensions.items()):
+            return name
+    return None
+
+
+def measure_variants(
+    names: Sequence[str],
+    *,
+    image_size: tuple[int, int] = PUBLISHED_SIZE,
+    num_classes: int = 1000,
+    dtype: str,
+    batch_sizes: Sequence[int],
+    mesh: Mesh,
+    seconds: float = 5.0,
+) -> Iterator[tuple[str, Throughput]]:
+    """Measures models with random weights, one in memory at a time: (name, result) of each.
+
+    Args:
+      names: of VARIANTS.
+      image_size: (H, W).
+      num_classes: width of the head.
+      dtype: of the computation, "float32" or "bfloat16".
+      batch_sizes: images a device.
+      mesh: of the devices.
+      seconds: for each batch size of each model.
+
+    Raises:
+      UserError: as `measure`, an unknown name, or weights that do not fit into the host's memory.
+    """
+    for name in names:
+        model = make_model(variant=name, num_classes=num_classes, dtype=dtype)
+        check_image_size(image_size, model.patch_size)
+        abstract = train_state.abstract_params(model, image_size, mesh)
+        count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+        memory.check_room(4 * count, f"{name} with {count:,} parameters")
+        params = jax.tree.map(_random, abstract)
+        measured = measure(
+            model, params, image_size, batch_sizes=batch_sizes, mesh=mesh, seconds=seconds
+        )
+        del params  # while the caller holds the generator, and before the next one's are made
+        yield name, measured
+
+
+def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a table of `Throughput.summary()`s by name."""
+    lines = [
+        "| throughput | batch a device | images/s a device | lowest to highest | devices "
+        "| paper, TPUv3 core |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, summary in summaries.items():
+        height, width = summary["image_size"]
+        what = f"{name}, {height} x {width}, {summary['dtype']}"
+        devices = f"{summary['devices']} x {summary['device']}"
+        published = summary["published"]
+        published = "" if published is None else f"{published:,} ({summary['variant']})"
+        for rate in summary["rates"]:
+            median, span = "does not fit into memory", ""
+            if rate["images_per_second"] is not None:
+                median = _number(rate["images_per_second"])
+                span = f"{_number(rate['low'])} to {_number(rate['high'])}"
+            lines.append(
+                f"| {what} | {rate['batch_size']:,} | {median} | {span} | {devices} | {published} |"
+            )
+    return lines
+
+
+def _number(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingCost:
+    """What the training of a run has taken.
+
+    Attributes:
+      images: that were trained on, each as often as it was.
+      seconds: of training, without evaluations, checkpoints, the program's start and compilation,
+        and without steps that were lost when a run was killed.
+      devices: fewest and most that worked at once.
+      device_hours: sum of devices times hours. The paper counts this in TPUv3-core-days: where the
+        devices are such cores, it is `device_days`. Nothing is converted from other devices.
+      device_days: the same in days.
+    """
+
+    images: int
+    seconds: float
+    devices: tuple[int, int]
+    device_hours: float
+    device_days: float
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dataclasses.asdict(self)
+
+
+def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> TrainingCost | None:
+    """What a run has taken by its own log; None where that has no rates.
+
+    Each log step says the rate since the one before, of all devices and of one, whose ratio is
+    their number. So a run that was continued on other devices adds up; the steps between its last
+    log step and the checkpoint that it continued from are counted at the rate of the first log step
+    after that.
+
+    Args:
+      rows: as `metrics.read_metrics` gives them.
+      global_batch_size: of the run.
+    """
+    seconds = device_seconds = 0.0
+    last, counts = 0, []
+    for row in rows:
+        rate = row.get("perf/images_per_second")
+        if rate is None:
+            continue
+        counts.append(round(rate / row["perf/images_per_second_per_device"]))
+        passed = (row["step"] - last) * global_batch_size / rate
+        seconds += passed
+        device_seconds += passed * counts[-1]
+        last = row["step"]
+    if not counts:
+        return None
+    return TrainingCost(
+        images=last * global_batch_size,
+        seconds=seconds,
+        devices=(min(counts), max(counts)),
+        device_hours=device_seconds / 3600,
+        device_days=device_seconds / 86400,
+    )
+
+
+def cost_sentence(summary: Mapping[str, Any]) -> str:
+    """`TrainingCost.summary()` in words."""
+    low, high = summary["devices"]
+    devices = f"{low} device{'s' * (low > 1)}" if low == high else f"{low} to {high} devices"
+    return (
+        f"Training: {summary['images']:,} images in {console.duration(summary['seconds'])} on "
+        f"{devices}, without evaluations and checkpoints: {summary['device_hours']:.3g} "
+        f"device-hours, or {summary['device_days']:.3g} device-days (the paper's core-days, of "
+        "whatever device this was)."
+    )

@@ -1,0 +1,405 @@
+"""The few-shot probe against scikit-learn, and on several devices and processes."""
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.linear_model import Ridge
+
+from helpers import ROOT, environment, tiny_config
+from mixer import run, sharding, train_state
+from mixer.data import pipeline, sources
+from mixer.errors import UserError
+from mixer.evaluation import fewshot
+
+L2 = 2.0**10
+
+
+def _features(count, dim, num_classes, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % num_classes
+    features = rng.normal(size=(count, dim)) + rng.normal(size=(num_classes, dim))[labels]
+    return features.astype(np.float32), labels.astype(np.int32)
+
+
+def _design(features, mean, deviation):
+    scaled = (features.astype(np.float64) - mean) / deviation
+    return np.hstack([scaled, np.full((len(scaled), 1), 100.0)])
+
+
+def _reference(features, labels, num_classes):
+    """Scikit-learn's probe: a function from features to scores, and its weights."""
+    mean, deviation = features.mean(0, np.float64), features.std(0, np.float64) + 1e-5
+    probe = Ridge(alpha=L2, fit_intercept=False)
+    probe.fit(_design(features, mean, deviation), 2.0 * np.eye(num_classes)[labels] - 1)
+    return lambda x: probe.predict(_design(x, mean, deviation)), probe.coef_.T
+
+
+@pytest.mark.parametrize("count", [200, 33, 32, 12], ids=["more", "as many", "one less", "fewer"])
+def test_probe_is_ridge_regression(count):
+    """With more examples than dimensions (32 and the constant), as many and fewer."""
+    features, labels = _features(count, 32, 4)
+    scores, weights = _reference(features, labels, 4)
+    with jax.enable_x64(True):
+        mean, deviation, ours = map(
+            np.asarray, jax.jit(fewshot.fit, static_argnums=3)(features, labels, L2, 4)
+        )
+    assert ours.dtype == np.float64 and np.abs(weights).max() > 1e-3
+    np.testing.assert_allclose(ours, weights, rtol=1e-6, atol=1e-9)
+    x = _features(50, 32, 4, seed=1)[0]
+    np.testing.assert_allclose(_design(x, mean, deviation) @ ours, scores(x), rtol=1e-6, atol=1e-9)
+    guesses = scores(x).argmax(1)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(fewshot.guess(x, mean, deviation, ours), guesses)
+    assert len(set(guesses)) > 1
+
+
+def test_both_gram_matrices_give_the_same_weights():
+    """Rows of zeros change nothing of the problem, and make the other form due."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 33)), rng.normal(size=(20, 3))
+    more = [np.concatenate([each, np.zeros((30, each.shape[1]))]) for each in (x, y)]
+    with jax.enable_x64(True):
+        by_examples, by_features = fewshot.ridge(x, y, 0.5), fewshot.ridge(*more, 0.5)
+    np.testing.assert_allclose(by_examples, by_features, rtol=1e-9)
+
+
+def test_probe_of_two_images_by_hand():
+    """Features 0 and 2 are -s and s, standardised; the targets' mean is 0, and so is the bias."""
+    features, labels = np.array([[0], [2]], np.float32), np.array([0, 1], np.int32)
+    with jax.enable_x64(True):
+        mean, deviation, weights = fewshot.fit(features, labels, L2, 2)
+    s = 1 / (1 + 1e-5)
+    w = -2 * s / (2 * s**2 + 1024)
+    np.testing.assert_allclose(mean, [1])
+    np.testing.assert_allclose(deviation, [1 + 1e-5])
+    np.testing.assert_allclose(weights, [[w, -w], [0, 0]], rtol=1e-9, atol=1e-15)
+
+
+def test_draws_are_the_authors():
+    labels = np.random.default_rng(5).integers(0, 4, 60)
+    rng = np.random.default_rng(2)
+    wanted = [rng.permutation(np.flatnonzero(labels == label)) for label in range(4)]
+    for shots in (1, 5, 100):
+        drawn = fewshot.draw(labels, 4, shots, seed=2)
+        for one, other in zip(drawn, wanted, strict=True):
+            np.testing.assert_array_equal(one, other[:shots])
+
+
+def test_interval_adds_the_variances_of_draws_and_of_images():
+    hits = np.arange(96) < 48  # with two hits and two misses more: 50 of 100
+    of_images = 1.959964 * 0.5 / 10
+    three = np.stack([hits] * 3)
+    for alike in (hits[None], three):
+        assert fewshot.interval(alike) == pytest.approx((0.5 - of_images, 0.5 + of_images))
+    three[0, 48:50], three[2, 46:48] = True, False  # 50, 48 and 46 of 96
+    variance = np.append(three.mean(0), [0, 0, 1, 1]).var() / 100
+    of_draws = 4.302653 * 2 / 96 / 3**0.5
+    half = (1.959964**2 * variance + of_draws**2) ** 0.5
+    assert fewshot.interval(three) == pytest.approx((0.5 - half, 0.5 + half))
+    low, high = fewshot.interval(np.ones((3, 20), bool))
+    assert high == 1 and 0.8 < low < 1  # not sure of 20 images
+
+
+# Splits: labels without images, and parts of them.
+
+
+def _write_folder(directory, count=12, splits=("train", "test"), classes=("ape", "bee", "cow")):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for i, name in enumerate(classes):
+            (directory / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 160, (8, 8, 3)) + 40 * i
+                path = directory / split / name / f"{number:02}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def _folder_config(directory, **values):
+    config = tiny_config(dataset__name="folder", dataset__data_dir=str(directory))
+    config.dataset.update(train_split="train", val_split="", test_split="test")
+    config.dataset.update(train_preprocess="decode", eval_preprocess="decode", **values)
+    return config
+
+
+@pytest.fixture(params=["memory", "groups", "folder", "labels", "several", "synthetic"])
+def split(request, tfds_dir, tmp_path, monkeypatch):
+    """A split for each way of reading."""
+    if request.param in ("memory", "groups"):
+        if request.param == "groups":
+            monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+        config = tiny_config(tfds_dir, dataset__test_split="test[:40]+validation[10:]")
+        return run.open_split(config, "test", None)
+    if request.param == "synthetic":
+        return run.open_split(tiny_config(), "test", None)
+    pipeline.forget_listings()
+    _write_folder(tmp_path)
+    config = _folder_config(tmp_path)
+    if request.param != "folder":
+        (tmp_path / "labels").write_text(
+            "\n".join(
+                json.dumps({"path": f"test/bee/{i:02}.png", "split": "test", "labels": labels})
+                for i in range(12)
+                for labels in [[i % 3, 3][: 1 + (request.param == "several" and i % 2)]]
+            )
+        )
+        config.dataset.label_file = str(tmp_path / "labels")
+        config.loss = "sigmoid"
+    else:
+        left_out = tmp_path / "exclude"
+        left_out.write_text('{"example": "test/bee/03.png"}')
+        config.dataset.exclude = str(left_out)
+    return run.open_split(config, "test", None)
+
+
+def _whole(split):
+    count = split.num_examples
+    return next(split.sequential_batches(start=0, stop=count, batch_size=count))
+
+
+def test_labels_and_parts_of_a_split(split):
+    whole = _whole(split)
+    labels = split.labels()
+    assert labels.dtype == np.int32 and labels.shape[1:] == (2,) * split.multi_label
+    np.testing.assert_array_equal(labels, whole["label"])
+    places = np.array([9, 3, 4, 3])
+    part = split.select(places)
+    assert part.num_examples == 3 and part.fingerprint != split.fingerprint
+    np.testing.assert_array_equal(part.labels(), labels[[3, 4, 9]])
+    for name, values in _whole(part).items():
+        np.testing.assert_array_equal(values, whole[name][[3, 4, 9]])
+    assert [part.example_id(i) for i in range(3)] == [split.example_id(i) for i in (3, 4, 9)]
+    last = part.select(np.array([2]))
+    assert _whole(last)["image"].tobytes() == whole["image"][9].tobytes()
+    batch = next(
+        part.train_batches(
+            start_step=0, seed=0, global_batch_size=9, process_index=0, process_count=1
+        )
+    )
+    images = sorted(image.tobytes() for image in batch["image"])
+    assert images == sorted(whole["image"][i].tobytes() for i in (3, 4, 9) for _ in range(3))
+
+
+# The whole.
+
+
+def _model(num_classes=10):
+    """A tiny model, random parameters and the mesh they are on."""
+    config = tiny_config(model__num_blocks=1)
+    config.model.num_classes = num_classes
+    model = run.build_model(config)
+    mesh = sharding.make_mesh({"data": -1})
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+        train_state.abstract_params(model, (8, 8), mesh),
+    )
+    return model, params, mesh
+
+
+def _evaluate(model, params, mesh, train, test, batch=64, **values):
+    return fewshot.evaluate(
+        model,
+        params,
+        train,
+        test,
+        **dict(mesh=mesh, global_batch_size=batch, prefetch_batches=2) | values,
+    )
+
+
+def test_result_is_that_of_the_protocol_with_scikit_learn():
+    train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+    model, params, mesh = _model()
+    result = _evaluate(model, params, mesh, train, test, shots=(1, 8))
+    assert fewshot.evaluate.__kwdefaults__["shots"] == (1, 5, 10, 25)
+
+    def features(split):
+        images = _whole(split)["image"].astype(np.float32) / 127.5 - 1
+        return np.asarray(jax.jit(model.apply)({"params": params}, images)[1]["pre_logits"])
+
+    x, x_test = features(train), features(test)
+    labels, wanted = _whole(train)["label"], _whole(test)["label"]
+    for shots in result.results:
+        accuracies = []
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            by_class = [rng.permutation(np.flatnonzero(labels == k)) for k in range(10)]
+            chosen = np.concatenate([places[: shots.shots] for places in by_class])
+            scores, _ = _reference(x[chosen], labels[chosen], 10)
+            accuracies.append(np.mean(scores(x_test).argmax(1) == wanted))
+        assert shots.accuracies == pytest.approx(accuracies, abs=1e-12)
+        assert shots.mean == pytest.approx(np.mean(accuracies))
+        assert shots.std == pytest.approx(np.std(accuracies, ddof=1))
+        assert shots.interval[0] < shots.mean < shots.interval[1]
+        assert (shots.examples, shots.short_classes) == (10 * shots.shots, 0)
+    assert 0.15 < result.results[0].mean < result.results[1].mean < 1
+    assert (result.count, result.num_classes, result.l2) == (256, 10, 1024)
+    summary = json.loads(json.dumps(result.summary()))
+    lines = fewshot.markdown({"synthetic": summary})
+    assert len(lines) == 4 and "| synthetic | 8 | 80 |" in lines[3]
+
+
+def test_only_drawn_images_are_read_and_small_classes_give_all(tmp_path):
+    _write_folder(tmp_path)
+    for number in range(3, 12):
+        (tmp_path / "train" / "cow" / f"{number:02}.png").unlink()
+    pipeline.forget_listings()
+    splits = [run.open_split(_folder_config(tmp_path), each, None) for each in ("train", "test")]
+    labels = splits[0].labels()
+    assert np.bincount(labels).tolist() == [12, 12, 3]
+    drawn = np.concatenate([np.concatenate(fewshot.draw(labels, 3, 5, seed)) for seed in range(2)])
+    names = {splits[0].example_id(place) for place in drawn}
+    assert 13 <= len(names) < 27
+    for path in (tmp_path / "train").rglob("*.png"):
+        if str(path.relative_to(tmp_path)) not in names:
+            path.unlink()
+    result = _evaluate(*_model(3), *splits, shots=(3, 5), seeds=2, batch=16)
+    assert [each.examples for each in result.results] == [9, 13]
+    assert [each.short_classes for each in result.results] == [0, 1]
+    (tmp_path / min(names)).unlink()
+    with pytest.raises(UserError, match=min(names)):
+        _evaluate(*_model(3), *splits, shots=(3, 5), seeds=2, batch=16)
+
+
+def test_one_draw_has_no_deviation_and_a_signal_ends_it():
+    train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+    tiny = _model()
+    one = _evaluate(*tiny, train, test, shots=(1,), seeds=1).results[0]
+    assert one.std is None and len(one.accuracies) == 1 and one.interval[0] < one.mean
+    assert "||" not in fewshot.markdown({"a": {"results": [dataclasses.asdict(one)]}})[2]
+    for asked in (0, 2, 6):  # at the first batch, of the test split, between two probes
+        answers = iter([False] * asked + [True] * 100)
+        stopped = _evaluate(*tiny, train, test, shots=(1, 2), should_stop=lambda: next(answers))  # noqa: B023
+        assert stopped is None
+
+
+def test_mistakes_get_one_line(tmp_path):
+    tiny = _model()
+    train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+    cases = {
+        "10 classes and synthetic test 10, or others": (
+            train,
+            dataclasses.replace(test, class_names=tuple("abcdefghij")),
+        ),
+        "test has several labels an image": (train, dataclasses.replace(test, multi_label=True)),
+        "no image of 9 of 10 classes, the first of them 0;": (
+            train.select(np.flatnonzero(train.labels() == 4)),
+            test,
+        ),
+        "train has one class, only;": tuple(
+            dataclasses.replace(each, class_names=("only",)) for each in (train, test)
+        ),
+    }
+    for message, splits in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            _evaluate(*tiny, *splits)
+        assert "\n" not in str(caught.value)
+    model, params, mesh = tiny
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    with pytest.raises(UserError, match=r"features of 29 images are not finite.*train:"):
+        _evaluate(model, broken, mesh, train, test, shots=(1,))
+
+
+# Several devices, several processes.
+
+# The probe and a classification of 201 images, by what this is a part of: a process of two, or
+# eight devices, of which one, two and all work in turn. It loads neither tests nor TensorFlow.
+WORKER = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from helpers import tiny_config
+from mixer import losses, run, train_state
+from mixer.evaluation import classification, fewshot
+from mixer.train_step import make_predict
+
+counts = (1, 2, 8)
+if len(sys.argv) > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2,
+        process_id=int(sys.argv[1]))
+    counts = (2,)
+    assert (jax.device_count(), jax.local_device_count()) == (2, 1)
+config = tiny_config(model__num_blocks=1)
+config.model.num_classes = 10
+model = run.build_model(config)
+train, test = (run.open_split(config, which, None) for which in ("train", "test"))
+test = test.select(np.arange(201))
+step = classification.make_eval_step(make_predict(model), losses.make_loss("softmax"), 10)
+results = []
+for count in counts:
+    mesh = Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+    options = dict(global_batch_size=16, mesh=mesh, prefetch_batches=2)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype("float32"), leaf.sharding),
+        train_state.abstract_params(model, (8, 8), mesh))
+    for layer in ("pre_head_layer_norm", "head"):  # or one class would win always
+        params[layer]["bias"] *= 0
+    probe = fewshot.evaluate(model, params, train, test, shots=(3,), seeds=2, **options)
+    result = classification.evaluate(step, params, test, **options)
+    predictions = result.predictions
+    results.append(dict(probe=probe.summary(), correct=result.correct, count=result.count,
+        guesses=predictions.guesses[:, 0].tolist(), loss=predictions.loss.tolist()))
+print(json.dumps(results))
+"""
+
+
+def _start_worker(*arguments, **extra):
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _results(*workers):
+    """What each worker has printed."""
+    try:
+        outputs = [worker.communicate(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, (out, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, out + errors
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def devices():
+    """Results of one device, of two and of eight."""
+    worker = _start_worker(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    (results,) = _results(worker)
+    return results
+
+
+def _assert_same(one, other):
+    assert one["probe"] == other["probe"]
+    assert (one["correct"], one["count"]) == (other["correct"], 201)
+    assert one["guesses"] == other["guesses"] and len(set(one["guesses"])) > 1
+    np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+
+
+def test_two_devices_and_eight_give_the_result_of_one(devices):
+    one, two, eight = devices
+    _assert_same(one, two)
+    _assert_same(one, eight)
+    assert one["probe"]["results"][0]["mean"] > 0.15
+
+
+def test_two_processes_give_the_result_of_one(devices):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for (result,) in _results(*(_start_worker(index, port) for index in range(2))):
+        _assert_same(devices[0], result)

@@ -1,0 +1,152 @@
+"""Images a second, and what a run has taken by its own log."""
+
+import json
+import types
+
+import jax
+import pytest
+
+from helpers import tiny_config
+from mixer import metrics, run, sharding, train_state
+from mixer.errors import UserError
+from mixer.evaluation import throughput
+from mixer.model import VARIANTS
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = tiny_config(model__num_classes=10, model__num_blocks=1)
+    model, mesh = run.build_model(config), sharding.make_mesh({"data": -1})
+    abstract = train_state.abstract_params(model, (8, 8), mesh)
+    params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
+    return model, params, mesh
+
+
+def _measure(tiny, **values):
+    model, params, mesh = tiny
+    return throughput.measure(
+        model, params, (8, 8), **dict(batch_sizes=(1, 4), mesh=mesh, seconds=0.05) | values
+    )
+
+
+def test_rates_are_of_images_that_were_computed(tiny, monkeypatch):
+    """By a clock that the program moves: a call of it takes a second."""
+    clock = types.SimpleNamespace(now=0.0, calls=0)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
+    waited = jax.block_until_ready
+
+    def wait(results):
+        clock.now += len(results) if isinstance(results, list) else 1
+        return waited(results)
+
+    monkeypatch.setattr(throughput.jax, "block_until_ready", wait)
+    result = _measure(tiny, seconds=50.0)
+    assert [rate.batch_size for rate in result.rates] == [1, 4]
+    for rate in result.rates:
+        assert rate.low == rate.images_per_second == rate.high == rate.batch_size
+    assert result.devices == 1 and result.variant is None and result.published is None
+    assert (result.image_size, result.dtype) == ((8, 8), "float32")
+
+
+def test_rates_of_the_clock_on_the_wall(tiny):
+    for rate in _measure(tiny).rates:
+        assert 0 < rate.low <= rate.images_per_second <= rate.high
+
+
+def test_what_does_not_fit_is_told_and_other_faults_are_raised(tiny, monkeypatch):
+    windows = throughput._windows
+
+    def fails(message):
+        def run(predict, params, shape, *rest):
+            if shape[0] == 4:
+                raise jax.errors.JaxRuntimeError(message)
+            return windows(predict, params, shape, *rest)
+
+        return run
+
+    monkeypatch.setattr(throughput, "_windows", fails("RESOURCE_EXHAUSTED: Out of memory"))
+    fits, full = _measure(tiny).rates
+    assert fits.images_per_second > 0 and full == throughput.Rate(4)
+    lines = throughput.markdown({"tiny": json.loads(json.dumps(_measure(tiny).summary()))})
+    assert "| 4 | does not fit into memory |  |" in lines[3]
+    monkeypatch.setattr(throughput, "_windows", fails("INTERNAL: broken"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        _measure(tiny)
+    monkeypatch.setattr(throughput, "_windows", windows)
+    # A host would be killed: what does not fit is refused before it is tried.
+    (rate,) = _measure(tiny, batch_sizes=(1 << 32,)).rates
+    assert rate.images_per_second is None
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=100))
+    assert [rate.images_per_second for rate in _measure(tiny).rates] == [None, None]
+
+
+def test_mistakes_get_one_line(tiny):
+    model, params, mesh = tiny
+    with pytest.raises(UserError, match="batch size 0: it must be at least 1"):
+        _measure(tiny, batch_sizes=(4, 0))
+    with pytest.raises(UserError, match="patch size 2 does not divide 9"):
+        throughput.measure(model, params, (9, 8), batch_sizes=(1,), mesh=mesh)
+
+
+def test_variants_are_measured_one_after_the_other(monkeypatch):
+    small = dict(num_blocks=1, hidden_dim=8, tokens_mlp_dim=4, channels_mlp_dim=8)
+    monkeypatch.setitem(VARIANTS, "S/16", dict(small, patch_size=16))
+    monkeypatch.setitem(VARIANTS, "B/16", dict(small, patch_size=16, hidden_dim=4))
+    monkeypatch.setattr(throughput, "PUBLISHED_SIZE", (16, 16))
+    mesh = sharding.make_mesh({"data": -1})
+    options = dict(image_size=(16, 16), dtype="bfloat16", batch_sizes=(1,), mesh=mesh)
+    options["seconds"] = 0.01
+    results = dict(throughput.measure_variants(["B/16", "S/16"], num_classes=3, **options))
+    assert list(results) == ["B/16", "S/16"]
+    for name, published in (("B/16", 1384), ("S/16", 3994)):
+        assert results[name].variant == name and results[name].published == published
+        assert results[name].dtype == "bfloat16" and results[name].image_size == (16, 16)
+    lines = throughput.markdown({name: each.summary() for name, each in results.items()})
+    assert "| B/16, 16 x 16, bfloat16 | 1 |" in lines[2] and "1,384 (B/16)" in lines[2]
+    with pytest.raises(UserError, match="unknown model variant 'B/15'"):
+        next(throughput.measure_variants(["B/15"], **options))
+
+
+def test_published_figures_are_of_known_variants():
+    assert set(throughput.PUBLISHED) == set(VARIANTS) - {"S/8"}
+
+
+# Core-hours.
+
+
+def _row(step, rate, devices, **more):
+    return {
+        "step": step,
+        "perf/images_per_second": rate,
+        "perf/images_per_second_per_device": rate / devices,
+        **more,
+    }
+
+
+def test_cost_of_a_run_that_went_on_with_more_devices():
+    rows = [
+        _row(10, 100.0, 1),  # 1,000 images in 10 s
+        {"step": 10, "val/top1": 0.5},
+        _row(20, 50.0, 1, **{"train/loss": 1.0}),  # in 20 s
+        _row(40, 800.0, 8),  # 2,000 in 2.5 s on 8
+    ]
+    cost = throughput.core_hours(rows, global_batch_size=100)
+    assert cost.images == 4000 and cost.seconds == pytest.approx(32.5)
+    assert cost.devices == (1, 8)
+    assert cost.device_hours == pytest.approx(50 / 3600)
+    assert cost.device_days == pytest.approx(50 / 86400)
+    sentence = throughput.cost_sentence(json.loads(json.dumps(cost.summary())))
+    assert "4,000 images in 0:32 on 1 to 8 devices" in sentence and "0.0139 device" in sentence
+    alone = throughput.cost_sentence(throughput.core_hours(rows[:1], 100).summary())
+    assert "in 0:10 on 1 device," in alone
+    assert throughput.core_hours([{"step": 3, "val/top1": 0.5}], 100) is None
+    assert throughput.core_hours([], 100) is None
+
+
+def test_cost_of_the_meters_own_rows():
+    """Rates as a run writes them, read back from its record."""
+    meter = metrics.Meter(global_batch_size=32, start_step=0)
+    rows = [{"step": step, **meter.read(step)} for step in (5, 10)]
+    cost = throughput.core_hours(rows, global_batch_size=32)
+    assert cost.images == 320 and cost.devices == (jax.device_count(),) * 2
+    assert cost.seconds > 0
