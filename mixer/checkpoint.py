@@ -286,6 +286,21 @@ def check_tree(wanted: Any, saved: dict[str, tuple[int, ...]], source: epath.Pat
         raise CheckpointError(f"{source} does not fit the model: {listed}")
 
 
+def find_named(workdir: epath.PathLike, name: str) -> epath.Path:
+    """Directory of a run's "last" or "best" checkpoint, or of the step whose number is `name`.
+
+    Raises:
+      UserError: the run has none such.
+    """
+    workdir = epath.Path(workdir)
+    if name in ("last", "best"):
+        return find_step(workdir / "best" if name == "best" else workdir)
+    for directory in (workdir / "checkpoints" / name, workdir / "best" / name):
+        if name.isdigit() and directory.is_dir():
+            return directory
+    raise UserError(f"--checkpoint={name}: {workdir} has no such step; last, best or a number")
+
+
 def find_step(path: epath.PathLike) -> epath.Path:
     """Returns the checkpoint that `path` means: a step's directory, or the newest step of a run.
 

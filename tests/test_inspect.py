@@ -1,0 +1,511 @@
+"""Pictures of a run: the numbers behind them, the drawing at every size, the page in a browser."""
+
+import functools
+import html
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+import warnings
+
+import jax
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from helpers import GOLDENS, golden_params, run_python, tiny_config
+from mixer import checkpoint, inspection, loading, page, pictures, run
+from mixer.errors import UserError
+from mixer.evaluation import classification
+from mixer.train_state import TrainState
+
+# Names as a folder may have them.
+CLASSES = ("$x_1$ & <b>", "<script>alert(1)<", "a name of very many words that goes on and on 汉字")
+
+
+# Numbers.
+
+
+def test_pairs_are_those_of_the_greedy_choice():
+    units = np.random.default_rng(0).standard_normal((31, 6)).astype(np.float32)
+    unit = units / np.linalg.norm(units, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    left, wanted = set(range(31)), set()
+    while len(left) > 1:
+        one, other = min(
+            ((i, j) for i in left for j in left if i < j), key=lambda pair: similarity[pair]
+        )
+        wanted.add((one, other))
+        left -= {one, other}
+    pairs, cosine = inspection.opposites(units)
+    assert {tuple(pair) for pair in pairs.tolist()} == wanted
+    np.testing.assert_allclose(cosine, similarity[tuple(pairs.T)], atol=1e-6)
+
+
+def _waves(frequencies, grid):
+    rows = np.arange(grid[0])[:, None] + 0 * np.arange(grid[1])
+    return np.stack([np.cos(2 * np.pi * f * rows / grid[0] + 0.3) for f in frequencies])
+
+
+def test_units_of_opposite_phase_stand_together_by_frequency():
+    grid = (8, 6)
+    waves = _waves([3, 1, 2], grid)
+    scale = np.array([1, 5, 0.2, 2, 1, 7])[:, None, None]
+    units = np.concatenate([waves, -waves])[[4, 0, 2, 3, 1, 5]] * scale
+    found = inspection.paired_units(units.reshape(6, -1).T, grid)
+    assert found.weights.shape == (3, 2, *grid) and found.num_units == 6
+    wanted = _waves([1, 2, 3], grid)
+    for (one, other), wave in zip(found.weights, wanted, strict=True):
+        np.testing.assert_allclose(one, -other, atol=1e-5)
+        np.testing.assert_allclose(np.abs(one), np.abs(wave) / np.abs(wave).max(), atol=1e-5)
+    assert found.cosine == pytest.approx(-1) and -0.9 < found.chance < 0
+    np.testing.assert_allclose(inspection.frequencies(wanted + 5), [1 / 8, 2 / 8, 3 / 8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [np.zeros((12, 5)), np.ones((12, 1))])
+def test_units_that_are_alike_or_alone_are_no_fault(kernel):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = inspection.paired_units(kernel, (3, 4))
+    assert found.weights.shape == (kernel.shape[1] // 2, 2, 3, 4)
+    assert np.isfinite(found.weights).all() and found.cosine == found.chance == 0
+
+
+def test_filters_by_energy_each_on_its_own_scale():
+    kernel = np.zeros((2, 2, 3, 3), np.float32)
+    kernel[..., 0] = 0.5
+    kernel[0, 0, 0, 1], kernel[1, 1, 2, 1] = -8, 4
+    filters = inspection.stem_filters(kernel)
+    assert filters.shape == (3, 2, 2, 3)
+    assert (filters[0, 0, 0, 0], filters[0, 1, 1, 2], filters[0, 0, 1, 0]) == (0, 0.75, 0.5)
+    assert (filters[1] == 1).all() and (filters[2] == 0.5).all()
+
+
+def test_running_mean():
+    values = np.random.default_rng(0).standard_normal(1000)
+    smooth = inspection.smooth(values)
+    np.testing.assert_allclose(smooth[10:-10], np.convolve(values, np.ones(21) / 21, "valid"))
+    assert smooth[0] == pytest.approx(values[:11].mean())
+    assert smooth[-1] == pytest.approx(values[-11:].mean())
+
+
+def _norm(x, weights):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-6) * weights["scale"] + weights["bias"]
+
+
+def _mlp(x, weights):
+    x = x @ weights["Dense_0"]["kernel"] + weights["Dense_0"]["bias"]
+    x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x @ weights["Dense_1"]["kernel"] + weights["Dense_1"]["bias"]
+
+
+def test_activations_are_those_of_the_formula():
+    """The blocks written out in float64, on five images in batches of two."""
+    loaded = loading.read(GOLDENS / "mixer_tiny_official.npz", log=lambda line: None)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    found = inspection.activations(loaded.model, loaded.params, images, batch_size=2)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), golden_params())
+    patches = (images / 127.5 - 1).reshape(5, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(5, 16, 192)
+    x = patches @ params["stem"]["kernel"].reshape(192, -1) + params["stem"]["bias"]
+    assert found.num_images == 5 and len(found.norm) == loaded.card.num_blocks + 1
+
+    def size(x):
+        return np.sqrt(np.mean(np.sum(x**2, axis=-1)))
+
+    for i in range(loaded.card.num_blocks + 1):
+        flat = x.reshape(-1, x.shape[-1])
+        covariance = np.cov(flat.T, bias=True)
+        eigenvalues = np.linalg.eigvalsh(covariance)
+        std = flat.std(axis=0)
+        np.testing.assert_allclose(found.mean[i], flat.mean(axis=0), atol=2e-5)
+        np.testing.assert_allclose(found.std[i], std, rtol=1e-4)
+        assert found.norm[i] == pytest.approx(size(x), rel=1e-5)
+        wanted = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+        assert found.dimensions[i] == pytest.approx(wanted, rel=1e-4)
+        assert found.dead[i] == (std < 0.1 * np.median(std)).sum()
+        assert found.hot[i] == (std > 10 * np.median(std)).sum()
+        if i == loaded.card.num_blocks:
+            break
+        block = params[f"MixerBlock_{i}"]
+        tokens = _mlp(_norm(x, block["LayerNorm_0"]).swapaxes(1, 2), block["token_mixing"])
+        tokens = tokens.swapaxes(1, 2)
+        channels = _mlp(_norm(x + tokens, block["LayerNorm_1"]), block["channel_mixing"])
+        assert found.token_update[i] == pytest.approx(size(tokens) / size(x), rel=1e-4)
+        wanted = size(channels) / size(x + tokens)
+        assert found.channel_update[i] == pytest.approx(wanted, rel=1e-4)
+        x = x + tokens + channels
+    json.dumps(found.summary())
+
+
+def _result(label, guess, num_classes, probability=None):
+    label, guess = np.asarray(label), np.asarray(guess)
+    hit = label == guess
+    probability = np.full(len(label), 0.5) if probability is None else np.asarray(probability)
+    return classification.summarize(
+        classification.Predictions(
+            label=label,
+            labelled=label >= 0,
+            guesses=guess[:, None],
+            probability=probability.astype(np.float32),
+            hit=hit,
+            hit5=hit,
+            loss=np.ones(len(label), np.float32),
+        ),
+        num_classes,
+    )
+
+
+def test_classes_taken_for_each_other_are_neighbours():
+    """Of 60 classes in groups of five, shuffled, with three that have no image."""
+    rng = np.random.default_rng(0)
+    place = rng.permutation(60)
+    confusion = np.zeros((63, 63), np.int64)
+    for group in range(12):
+        members = place[5 * group : 5 * group + 5]
+        confusion[np.ix_(members, members)] = rng.integers(1, 5, (5, 5))
+    confusion[np.arange(60), np.arange(60)] += 20
+    order = inspection.clustered(confusion).tolist()
+    assert sorted(order) == list(range(63))
+    where = {k: order.index(k) for k in range(63)}
+    for group in range(12):
+        places = [where[k] for k in place[5 * group : 5 * group + 5]]
+        assert max(places) - min(places) == 4
+
+
+def test_frequent_confusions_and_surest_images():
+    confusion = np.array([[90, 0, 10], [3, 5, 2], [0, 0, 7]])
+    found = inspection.frequent_confusions(confusion, 2)
+    assert [(c.label, c.guess, c.count, c.share) for c in found] == [
+        (0, 2, 10, 0.1),
+        (1, 0, 3, 0.3),
+    ]
+    assert inspection.frequent_confusions(np.eye(3, dtype=int), 5) == []
+    result = _result([0, 1, 1, -1, 0], [0, 1, 0, 0, 0], 2, [0.6, 0.9, 0.7, 0.99, 0.9])
+    assert inspection.surest(result.predictions, True, 2).tolist() == [1, 4]
+    assert inspection.surest(result.predictions, False, 2).tolist() == [2]
+
+
+def test_pixels_of_images_on_any_scale():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    assert inspection.as_pixels(pixels, "decode|value_range(0, 1)") is pixels
+    for low, high in ((0, 1), (-1, 1), (-2, 3)):
+        floats = low + (high - low) * pixels.astype(np.float32) / 255
+        back = inspection.as_pixels(floats, f"decode|value_range({low}, {high})")
+        np.testing.assert_array_equal(back, pixels)
+
+
+# Drawing.
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="matplotlib|mixer|PIL")
+        yield
+
+
+def _rows(count):
+    rng = np.random.default_rng(0)
+    rows = []
+    for step in range(1, count + 1):
+        noise = float(rng.normal())
+        row = {"step": step, "train/loss": 2 + 0.2 * noise, "train/accuracy": 0.5 + 0.1 * noise}
+        row |= {"train/learning_rate": 1e-3, "train/grad_norm": 10**noise, "train/param_norm": 9.0}
+        row |= {"perf/images_per_second": 100.0, "perf/data_wait_share": 0.0}
+        rows.append(row)
+    last = {"val/loss": 1.0, "val/top1": 0.6, "val_ema/loss": 0.9, "val_ema/top1": 0.7}
+    return [*rows, {"step": count, **last, "val/ece": 0.1}]
+
+
+@pytest.mark.parametrize("count", [3, 10_000])
+def test_curves_of_any_length(tmp_path, count):
+    rows = _rows(count)
+    pictures.draw_curves(rows, tmp_path / "curves.png", "_$a run$ " + "x" * 300)
+    pictures.draw_comparison({"_a": rows, "$b$" * 50: rows[:-1]}, tmp_path / "both.png")
+    for name in ("curves.png", "both.png"):
+        assert Image.open(tmp_path / name).size[0] == 1045
+        assert (tmp_path / name).stat().st_size < 150_000
+
+
+def test_long_curves_are_drawn_thin_under_their_mean(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    for count in (3, 1000, 1):
+        pictures.draw_curves(_rows(count), tmp_path / "curves.png", "run")
+    few, many, _ = (figure.axes[0].lines for figure in drawn)
+    assert [line.get_marker() for line in few] == ["o"] * 3
+    raw, mean, *_ = many
+    assert raw.get_linewidth() < 1 < mean.get_linewidth() and raw.get_marker() == "None"
+    assert np.std(mean.get_ydata()) < np.std(raw.get_ydata()) / 3
+    rate = next(axes for axes in drawn[1].axes if axes.get_title() == "learning rate")
+    assert len(rate.lines) == 1
+    labels = drawn[0].axes[0].get_legend_handles_labels()[1]
+    assert labels == ["training", "validation", "validation, average"]
+
+
+@pytest.mark.parametrize("count", [3, 40, 300])
+def test_confusions_of_any_number_of_classes(tmp_path, count):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, count - 1, 5 * count)  # the last class has no image
+    guess = np.where(rng.random(len(label)) < 0.7, label, rng.integers(0, count, len(label)))
+    names = [CLASSES[k % 3] + str(k) for k in range(count)]
+    path = tmp_path / "confusion.png"
+    pictures.draw_confusion(_result(label, guess, count), names, path)
+    assert 500 < Image.open(path).size[0] < 2000
+
+
+@pytest.mark.parametrize(("side", "count"), [(2, 3), (16, 768), (32, 100)])
+def test_filters_of_any_size(tmp_path, side, count):
+    kernel = np.random.default_rng(0).standard_normal((side, side, 3, count))
+    pictures.draw_filters(inspection.stem_filters(kernel), tmp_path / "stem.png")
+    width, height = Image.open(tmp_path / "stem.png").size
+    assert 500 < width < 1600 and height < 1200
+
+
+@pytest.mark.parametrize(("grid", "count"), [((4, 4), 7), ((7, 7), 64), ((28, 28), 700)])
+def test_units_of_any_number(tmp_path, grid, count):
+    """Beyond 320 pairs some are left out, and the picture says so."""
+    kernel = np.random.default_rng(0).standard_normal((grid[0] * grid[1], count))
+    units = [inspection.paired_units(kernel, grid)] * 3
+    groups = pictures.unit_figures(units)
+    assert [block for group in groups for block in group] == [0, 1, 2]
+    assert len(groups) == (1 if count < 100 else 3)
+    blocks = groups[-1]
+    path = tmp_path / "units.png"
+    pictures.draw_units(units[blocks.start : blocks.stop], blocks.start, path)
+    width, height = Image.open(path).size
+    assert width < 1100 and height < 1300
+    assert ("320 of them drawn" in pictures.unit_title(units[0], 0)) == (count == 700)
+
+
+def test_names_are_cut_in_their_middle():
+    assert pictures.shortened("a  b\nc\x00d", 20) == "a b c d"
+    cut = pictures.shortened("abcdefghij" * 5, 12)
+    assert len(cut) == 12 and cut == "abcdefg…ghij"
+
+
+# The page.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """What a run of three steps leaves, of pictures whose pixels the model takes from 0 to 1."""
+    root = tmp_path_factory.mktemp("inspect")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 5), ("test", 7)):
+        for name in CLASSES:
+            folder = root / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    config = tiny_config(
+        **dict(total_steps=3, dataset__name="folder", dataset__data_dir=str(root / "data")),
+        **dict(dataset__train_split="train", dataset__val_split="val", dataset__test_split="test"),
+        dataset__train_preprocess="decode|value_range(0, 1)",
+        dataset__eval_preprocess="decode|value_range(0, 1)",
+    )
+    workdir = root / "run <b>&"
+    workdir.mkdir()
+    splits = run.open_splits(config, None)
+    config.model.num_classes = 3
+    run.resolve_model(config, None, None)
+    run.write_json(workdir / "config.json", config.to_dict())
+    run.write_json(workdir / "data.json", run.data_record(splits))
+    model = run.build_model(config)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3))
+    for name in ("checkpoints", "best"):
+        with checkpoint.Checkpoints(workdir / name, keep_last=1) as checkpoints:
+            checkpoints.save(TrainState(np.int32(3), params, optax.EmptyState(), None))
+    lines = "".join(json.dumps(row) + "\n" for row in _rows(3))
+    (workdir / "metrics.jsonl").write_text(lines)
+    old = {"count": 50, "top1": 0.5, "top5": 1.0, "loss": 1.0}  # as it was without intervals
+    run.record_result(workdir, "last", 3, "val", old)
+    new = {**old, "top1": 0.6, "top1_interval": [0.46, 0.72]}
+    run.record_result(workdir, "last", 3, "test", new)
+    return workdir
+
+
+def _write(workdirs=(), **options):
+    """Writes a page; returns its path and the lines of the log."""
+    lines = []
+    options = {
+        **dict(weights=None, checkpoint_name="last", output=None, which=None, data_dir=None),
+        **dict(image_size=None, log=lines.append),
+        **options,
+    }
+    return page.write(workdirs=[str(w) for w in workdirs], **options), lines
+
+
+@pytest.fixture(scope="module")
+def written(workdir, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "run <b>&"
+    shutil.copytree(workdir, other)
+    (other / "metrics.jsonl").unlink()
+    return _write([workdir, other])
+
+
+def test_page_has_every_picture_and_fetches_nothing(workdir, written):
+    path, lines = written
+    assert path == workdir / "inspect" / "index.html"
+    text = path.read_text()
+    names = {file.name for file in path.parent.glob("*.png")}
+    assert names >= {"curves.png", "stem.png", "units_00.png", "activations.png"}
+    assert names >= {"confusion.png", "comparison.png", "results.png"}
+    assert names & {"right.png", "wrong.png"}
+    sources = re.findall(r'src="(.*?)"', text)
+    assert len(sources) == len(names)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|<script|<link|href=|url\(|@import", text)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert all(re.search(r'alt="[^"]+"', tag) for tag in re.findall("<img.*?>", text))
+    assert [line for line in lines if line.startswith("not drawn")] == [
+        f"not drawn: curves: {workdir.parent.parent / 'other0' / workdir.name} has no metrics.jsonl"
+    ]
+
+
+def test_names_are_escaped(workdir, written):
+    text = written[0].read_text()
+    for name in (*CLASSES, str(workdir)):
+        assert name not in text or name == CLASSES[2]
+        assert html.escape(name) in text
+    assert "<b>" not in text
+
+
+def test_numbers_of_the_page(workdir, written):
+    text = written[0].read_text()
+    assert "val, step 3</th><td>50.00% (36.64% to 63.36%)" in text  # Wilson's
+    assert "test, step 3</th><td>60.00% (46.00% to 72.00%)" in text
+    loaded = loading.read(workdir, log=lambda line: None)
+    apply, hits = jax.jit(loaded.model.apply), 0
+    for k, name in enumerate(CLASSES):
+        files = sorted((workdir.parent / "data" / "test" / name).iterdir())
+        images = np.stack([np.asarray(Image.open(file), np.float32) / 255 for file in files])
+        logits, _ = apply({"params": loaded.params}, images)
+        hits += int((np.argmax(logits, axis=1) == k).sum())
+    assert 0 < hits < 21
+    assert re.search(rf"test, 21 images</th><td>{hits / 21:.2%}", text)
+
+
+def test_what_is_not_there_is_said_and_the_rest_drawn(workdir, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(workdir, moved, ignore=shutil.ignore_patterns("inspect", "metrics.jsonl"))
+    config = json.loads((moved / "config.json").read_text())
+    config["dataset"]["data_dir"] = str(tmp_path / "gone")
+    (moved / "config.json").write_text(json.dumps(config))
+    path, lines = _write([moved], checkpoint_name="best", output=str(tmp_path / "out"))
+    assert path == tmp_path / "out" / "index.html"
+    names = {file.name for file in path.parent.iterdir()}
+    assert names == {"index.html", "stem.png", "units_00.png"}
+    said = [line for line in lines if line.startswith("not drawn")]
+    assert len(said) == 2 and "metrics.jsonl" in said[0] and "gone" in said[1]
+    text = html.unescape(path.read_text())
+    assert all(line.removeprefix("not drawn: ") in text for line in said)
+    assert "step 3" not in text  # results.json is of another checkpoint than the best
+
+
+def test_file_of_weights_for_a_rectangle(tmp_path):
+    """The golden weights' 16 patches as 2 x 8: no curves, no data."""
+    weights = str(GOLDENS / "mixer_tiny_official.npz")
+    path, lines = _write(weights=weights, output=str(tmp_path), image_size=(16, 64))
+    assert "16 x 64 pixels, 2 x 8 patches" in path.read_text()
+    assert {file.name for file in tmp_path.iterdir()} >= {"stem.png", "units_00.png"}
+    assert any("no data" in line for line in lines)
+
+
+def test_mistakes(workdir, tmp_path):
+    weights = str(GOLDENS / "mixer_tiny_official.npz")
+    for options, message in (
+        (dict(workdirs=[tmp_path]), "is no run"),
+        (dict(workdirs=[workdir, workdir]), "names a run twice"),
+        (dict(workdirs=[workdir], checkpoint_name="7"), "no such step"),
+        (dict(workdirs=[workdir], data_dir=str(tmp_path)), str(tmp_path)),
+        (dict(weights=weights), "--output is missing"),
+        (dict(weights=weights, output=str(tmp_path), data_dir=str(tmp_path)), "preprocess"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            _write(**options)
+
+
+@pytest.mark.slow
+def test_command(workdir, tmp_path):
+    command = ["-m", "mixer.tools.inspect"]
+    done = run_python(*command, f"--workdir={workdir}", f"--output={tmp_path}", "--split=val")
+    assert f"written to {tmp_path / 'index.html'}" in done.stdout and not done.stderr
+    assert "val, 15 images" in (tmp_path / "index.html").read_text()
+    for arguments, message in (
+        (["--workdir=nothing"], "nothing is no run"),
+        ([], "give --workdir=RUN or --weights=FILE"),
+        (["--workdir=a", "--image_size=8"], "--image_size is for --weights"),
+        (["--weights=a.npz", "--checkpoint=best"], "--checkpoint=best is of a run"),
+    ):
+        done = run_python(*command, *arguments, check=False)
+        assert done.returncode == 2 and message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+WRAPPER = """<!DOCTYPE html><link rel="icon" href="data:,"><body style="margin: 0">
+<iframe id="page" src="index.html" style="width: 360px; height: 800px; border: 0"></iframe>
+<pre id="found"></pre><script>
+window.onload = async () => {
+  const page = document.getElementById("page").contentDocument;
+  page.querySelectorAll("details").forEach(each => each.open = true);
+  const images = [...page.images];
+  const decode = image => image.decode().then(() => true, () => false);
+  const decoded = await Promise.all(images.map(decode));
+  const outside = [...page.querySelectorAll("body *")].filter(each =>
+    !each.closest(".wide img") && each.getBoundingClientRect().right > 360.5);
+  document.getElementById("found").textContent = JSON.stringify({
+    width: page.documentElement.scrollWidth,
+    outside: outside.map(each => each.outerHTML.slice(0, 80)),
+    sizes: images.map((image, i) => decoded[i] && image.naturalWidth),
+    fetched: page.defaultView.performance.getEntriesByType("resource").map(entry => entry.name),
+    scripts: page.scripts.length,
+  });
+};
+</script>"""
+
+
+def _chromium(profile, *arguments):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on PATH")
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
+    command += [f"--user-data-dir={profile}", "--virtual-time-budget=20000", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_page_in_a_browser_on_a_narrow_screen(written, tmp_path):
+    path, _ = written
+    done = _chromium(
+        tmp_path / "one", "--dump-dom", "--enable-logging=stderr", "--v=0", path.as_uri()
+    )
+    assert "The stem" in done.stdout and "CONSOLE" not in done.stderr, done.stderr
+
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            asked.append(self.path)
+
+    served = tmp_path / "served"
+    shutil.copytree(path.parent, served)
+    (served / "wrapper.html").write_text(WRAPPER)
+    handler = functools.partial(Handler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/wrapper.html"
+        done = _chromium(tmp_path / "two", "--dump-dom", address)
+        server.shutdown()
+    found = json.loads(html.unescape(re.search(r'<pre id="found">(.+?)</pre>', done.stdout)[1]))
+    assert found["width"] <= 360 and not found["outside"]
+    assert len(found["sizes"]) >= 8 and all(found["sizes"])
+    assert found["fetched"] == [] and found["scripts"] == 0
+    assert sorted(asked) == ["/index.html", "/wrapper.html"]
