@@ -93,6 +93,25 @@ VTAB = {
     "smallnorb_elevation": ("smallnorb", "smallnorb_elevation", "test[:200]", "test[50%:]"),
 }
 
+# Its groups, in the order of its table; their means and that of all tasks are what papers report.
+VTAB_GROUPS = {
+    "natural": ("caltech101", "cifar100", "dtd", "flowers102", "pets", "sun397", "svhn"),
+    "specialised": ("camelyon", "eurosat", "resisc45", "retinopathy"),
+    "structured": (
+        "clevr_count",
+        "clevr_distance",
+        "dmlab",
+        "dsprites_location",
+        "dsprites_orientation",
+        "kitti_distance",
+        "smallnorb_azimuth",
+        "smallnorb_elevation",
+    ),
+}
+VTAB_TRAIN_EXAMPLES = 1000  # of split=1000, which the table is made with
+# The sets of the paper's "avg. 5" [paper].
+TRANSFER = ("imagenet2012", "cifar10", "cifar100", "oxford_iiit_pet", "oxford_flowers102")
+
 
 def get_config(arg=""):
     arg = common.parse_arg(
