@@ -1,25 +1,54 @@
-"""Evaluates a run on its validation and test splits: a table here, JSON in the run.
+"""The report card of weights: tables here, results.json and results.md where they are kept.
 
   python evaluate.py --workdir=runs/digits
-  python evaluate.py --workdir=runs/digits --checkpoint=best --split=test
+  python evaluate.py --workdir=runs/digits --checkpoint=best --split=test --save_predictions
+  python evaluate.py --workdir=runs/digits,runs/seed1 --suite=fewshot
+  python evaluate.py --weights=Mixer-B_16.npz --suite=imagenet,throughput
+  python evaluate.py --weights=B/16-i1k --suite=imagenet_real --data_dir=/data/imagenet/val
+  python evaluate.py --weights=pets.npz --config=configs/folder.py --config.dataset.data_dir=pets/
+  python evaluate.py --weights=B/16-i21k --suite=vtab --output=runs/b16_vtab
 
-The model, the data, the preprocessing and the class names are the run's own.
+Of a run, the model, the data, the preprocessing and the class names are its own; a file has
+preprocessing and names where they are known. docs/evaluation.md has the suites.
 """
+
+import functools
 
 from absl import flags
 
 from mixer import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
+WEIGHTS = flags.DEFINE_list(
+    "weights", [], "A file of weights, an address or a short name such as B/16-i1k; or several."
+)
+SUITE = flags.DEFINE_list(
+    "suite",
+    [],
+    "What to evaluate: imagenet, fewshot, throughput, vtab, transfer or a set such as cifar10; "
+    "or several. Not given: the splits of the run's config, or of --config.",
+)
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "last", "Which weights: last, best (by validation) or a step's number."
+    "checkpoint", "last", "Which weights of a run: last, best (by validation) or a step's number."
 )
 SPLIT = flags.DEFINE_enum(
     "split", "all", ["all", "val", "test", "train"], "Which split of the config; all: val and test."
 )
-
+PREPROCESS = flags.DEFINE_string(
+    "preprocess", None, "Steps such as 'decode|resize(224)', for --weights that do not say theirs."
+)
+TASKS = flags.DEFINE_list("tasks", [], "Of vtab or transfer, those tasks only, as in dmlab,svhn.")
+SAVE_PREDICTIONS = flags.DEFINE_bool(
+    "save_predictions", False, "Write evaluation/SET.npz too: what was said of every image."
+)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "Directory of the results; not given: the run, or runs/evaluate_WEIGHTS."
+)
 DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where the data is now, if it has moved since the training."
+    "data_dir",
+    None,
+    "Where the data is, if not where the config says: a folder, TFDS's directory, or a folder of "
+    "ImageNet's validation images.",
 )
 LABEL_FILE = flags.DEFINE_string(
     "label_file", None, "Where its file of labels is now, if that has moved."
@@ -30,20 +59,89 @@ def main(argv: list[str]) -> None:
     """Evaluates what the flags say."""
     if len(argv) > 1:
         raise cli.UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
-    if cli.CONFIG.value is not None:
-        raise cli.UserError("--config is not accepted: a run is evaluated with its own config")
-    if not WORKDIR.value:
-        raise cli.UserError("--workdir is missing; for example --workdir=runs/digits")
+    if not WORKDIR.value and not WEIGHTS.value:
+        raise cli.UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
+    count = len(WORKDIR.value) + len(WEIGHTS.value)
+    if OUTPUT.value and count > 1:
+        raise cli.UserError("--output is for the results of one run or file")
+    if PREPROCESS.value and not WEIGHTS.value:
+        raise cli.UserError("--preprocess is for --weights: a run has its own preprocessing")
     from mixer.evaluation import report
 
-    splits = ["val", "test"] if SPLIT.value == "all" else [SPLIT.value]
-    report.evaluate_run(
-        WORKDIR.value,
-        checkpoint_name=CHECKPOINT.value,
-        splits=splits,
-        data_dir=DATA_DIR.value,
-        label_file=LABEL_FILE.value,
+    tuned = [name for name in SUITE.value if name in ("vtab", "transfer")]
+    suite = [name for name in SUITE.value if name not in tuned]
+    config = None
+    if cli.CONFIG.value is not None and not tuned:
+        config = cli.config()
+    elif cli.CONFIG.value is not None and suite:
+        raise cli.UserError(f"--suite={','.join(suite)} with --config: in another command")
+
+    def of_run(workdir: str):
+        return lambda: report.open_run(
+            workdir,
+            None,
+            checkpoint_name=CHECKPOINT.value,
+            config=config,
+            output=OUTPUT.value,
+        )
+
+    def of_file(path: str):
+        return lambda: report.open_weights(
+            path, None, config=config, preprocess=PREPROCESS.value, output=OUTPUT.value
+        )
+
+    subjects = [of_run(path) for path in WORKDIR.value] + [of_file(path) for path in WEIGHTS.value]
+    if suite or not tuned:
+        report.evaluate(
+            subjects,
+            splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
+            suite=suite,
+            data_dir=DATA_DIR.value or "",
+            label_file=LABEL_FILE.value,
+            save_predictions=SAVE_PREDICTIONS.value,
+        )
+    for name in tuned:
+        for open_subject in subjects:
+            _fine_tune(name, open_subject)
+
+
+def _fine_tune(name: str, open_subject) -> None:
+    """Fine-tunes on every task of `vtab` or `transfer`, and tabulates."""
+    from configs import finetune
+    from mixer import checkpoint, transfer
+    from mixer.evaluation import report
+
+    subject, _ = open_subject()
+    init = subject.name
+    if subject.step is not None:
+        init = str(checkpoint.find_named(subject.name, CHECKPOINT.value))
+    height, width = subject.image_size
+    if height != width:
+        raise cli.UserError(f"{init} is for images of {height} x {width}; training takes squares")
+    groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
+    known = [task for group in groups.values() for task in group]
+    if unknown := [task for task in TASKS.value if task not in known]:
+        raise cli.UserError(f"--tasks={unknown[0]}: {name} has {', '.join(known)}")
+    make = cli.config_maker(finetune.__file__)
+    tasks = {}
+    for task in TASKS.value or known:
+        always, unless_given = dict(dataset=task, init="weights"), dict(res=height)
+        if name == "vtab":
+            always["dataset"], unless_given["split"] = f"vtab/{task}", 1000
+        config = make(always=always, unless_given=unless_given)
+        config.init_from = init
+        if DATA_DIR.value:
+            config.dataset.data_dir = DATA_DIR.value
+        tasks[task] = config
+    whole = all(not config.dataset.val_split for config in tasks.values())
+    result = transfer.fine_tune(
+        tasks,
+        subject.output / name,
+        groups=groups,
+        say=functools.partial(print, flush=True),
+        train_examples=finetune.VTAB_TRAIN_EXAMPLES if whole else None,
     )
+    report.add_transfer(subject, name, result)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ def base() -> ConfigDict:
         test_split="test",  # evaluated once, at the end; empty: none
         train_preprocess="",  # steps of mixer/data/preprocess.py, joined by |
         eval_preprocess="",
+        # patches or pixels: every image's are shuffled by one fixed permutation, the last step of
+        # both preprocessings (docs/probes.md); empty: none.
+        permutation="",
         exclude="",  # list of images to leave out, made by mixer.tools.prepare check
         # A TFDS set above 2 GiB is shuffled in groups of about this many examples, which stand in
         # memory (two groups at a time); smaller sets and folders are shuffled whole.
@@ -117,6 +120,9 @@ def base() -> ConfigDict:
     config.eval_every_steps = config_dict.placeholder(int)
     config.eval_every_epochs = config_dict.placeholder(float)
     config.eval_every_examples = config_dict.placeholder(int)
+    # Evaluated at each validation too: sets and groups of mixer/evaluation/suites.py, such as
+    # "imagenet_real,imagenet_v2", and "fewshot", the few-shot probe on the run's own data.
+    config.eval_suite = ""
     config.eval_batch_size = config_dict.placeholder(int)  # None: global_batch_size
     config.checkpoint = dict(
         every_steps=1000,  # and at the last step

@@ -2,12 +2,14 @@
 
 import difflib
 import errno
+import importlib.util
 import os
 import re
 import signal
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mixer import memory
 
@@ -91,6 +93,41 @@ def config() -> ConfigDict:
                 if name not in overrides and _has(value, name):
                     value.update_from_flattened_dict({name: None})
     return value
+
+
+def config_maker(default: str) -> Callable[..., ConfigDict]:
+    """A function that builds configs of one file with several arguments, one after the other.
+
+    Args:
+      default: the file where --config is not given.
+
+    Returns:
+      (always={key: value}, unless_given={key: value}) -> the config that the file makes of its
+      arguments on the command line, `unless_given` before them and `always` after; then the
+      command line's --config.KEY=VALUE.
+    """
+    given = config_flags.get_config_filename(flags.FLAGS["config"]) if CONFIG.value else default
+    path, _, argument = given.partition(":")
+    spec = importlib.util.spec_from_file_location("config_of_suite", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    overrides = {}
+    if CONFIG.value:
+        values = config_flags.get_override_values(flags.FLAGS["config"])
+        overrides = {key.removeprefix("config."): value for key, value in values.items()}
+
+    def make(*, always: Mapping[str, Any], unless_given: Mapping[str, Any]) -> ConfigDict:
+        first, last = (
+            [f"{key}={value}" for key, value in each.items()] for each in (unless_given, always)
+        )
+        try:
+            config = module.get_config(",".join([*first, *filter(None, [argument]), *last]))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        config.update_from_flattened_dict(overrides)
+        return config
+
+    return make
 
 
 UNITS = ("steps", "epochs", "examples")

@@ -85,6 +85,27 @@ CHECKPOINTS: dict[str, Published] = {
     **_released("sam", "B/16 B/32", "imagenet1k"),
     **_released("gsam", "S/8 S/16 S/32 B/16 B/32", "imagenet1k"),
 }
+# Top-1 on the sets of mixer/evaluation/suites.py that others found, and where that stands.
+_PAPER, _TIMM = "paper, recalled", "timm's results, erf GELU"
+_SAM = "Chen et al., 2021, arXiv 2106.01548, recalled"
+EXPECTED: dict[str, dict[str, tuple[float, str]]] = {
+    "B/16-i1k": {"imagenet_val": (0.7644, _PAPER), "imagenet_real": (0.8236, _PAPER)},
+    "L/16-i1k": {"imagenet_val": (0.7176, _PAPER)},
+    "B/16-sam": {"imagenet_val": (0.774, _SAM)},
+    "B/32-sam": {"imagenet_val": (0.724, _SAM)},
+    # The authors' ImageNet-1k weights, whatever the tag says (timm pull request 651).
+    "mixer_b16_224.goog_in21k_ft_in1k": {
+        "imagenet_val": (0.76602, _TIMM),
+        "imagenet_real": (0.81976, _TIMM),
+        "imagenet_v2": (0.6329, _TIMM),
+    },
+    "mixer_l16_224.goog_in21k_ft_in1k": {
+        "imagenet_val": (0.72054, _TIMM),
+        "imagenet_real": (0.77279, _TIMM),
+        "imagenet_v2": (0.5666, _TIMM),
+    },
+    "mixer_b16_224.miil_in21k_ft_in1k": {"imagenet_val": (0.82306, _TIMM)},
+}
 # big_vision's names for the four files it knows.
 ALIASES = {
     f"{size}-{label}/16": f"{size}/16-{label}" for size in ("B", "L") for label in ("i1k", "i21k")
@@ -118,6 +139,38 @@ def find(source: epath.PathLike) -> Published | None:
         if published.url == url:
             return published
     return by_short_name(source)
+
+
+def expected(
+    source: epath.PathLike, *, variant: str | None, num_classes: int
+) -> tuple[str, dict[str, tuple[float, str]]] | None:
+    """What others found for published weights: (their name, {set: (top-1, where it stands)}).
+
+    Args:
+      source: the path as it was given. A copy of one of the authors' files is known by its own name
+        and, as the names of three folders are the same, the name of its folder; without that it is
+        taken for imagenet1k's.
+      variant: of the weights.
+      num_classes: width of their head.
+
+    Returns:
+      None where they are none of the published ones, or no figure is known.
+    """
+    text = str(source)
+    published = find(source)
+    if published is None:
+        names = [name for name in EXPECTED if name.startswith("mixer_") and name in text]
+        old = re.search(r"jx_(mixer_[bl]16_224)-", text)
+        if old and num_classes == 1000:
+            names = [f"{old[1]}.goog_in21k_ft_in1k"]
+        if not names and re.fullmatch(r"Mixer-[SBL]_(8|16|32)\.npz", epath.Path(text).name):
+            folder = epath.Path(text).parent.name
+            label = folder if folder in ("sam", "gsam") else "i1k"
+            names = [f"{variant}-{label}"] if num_classes == 1000 else []
+    else:
+        names = [name for name, each in CHECKPOINTS.items() if each == published]
+    known = [name for name in names if name in EXPECTED]
+    return (known[0], EXPECTED[known[0]]) if known else None
 
 
 def https_address(path: str) -> str:

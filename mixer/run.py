@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mixer import files, loading, resolution, weights
-from mixer.data import pipeline
+from mixer.data import permutation, pipeline
 from mixer.errors import UserError
 from mixer.losses import make_loss
 from mixer.mixup import make_mix
@@ -29,6 +30,7 @@ FREE_KEYS = (
     "eval_every_epochs",
     "eval_every_examples",
     "eval_batch_size",
+    "eval_suite",
     "checkpoint.",
     "tensorboard",
     "mesh.",
@@ -102,6 +104,16 @@ def check_config(config: ConfigDict) -> None:
                 raise UserError(f"{key} is {value}; it must be {'0 or ' * may_be_0}more than 0")
     if not lengths_given(config, "total_"):
         raise UserError("no length of the run: give total_steps, total_epochs or total_examples")
+    if config.dataset.permutation not in ("", *permutation.KINDS):
+        raise UserError(
+            f"dataset.permutation={config.dataset.permutation!r}; one of "
+            f"{', '.join(permutation.KINDS)}, or empty"
+        )
+    if config.dataset.permutation and config.dataset.name == "synthetic":
+        raise UserError(
+            f"dataset.permutation={config.dataset.permutation!r} is a step of the preprocessing, "
+            "and synthetic data takes none"
+        )
     if not config.dataset.name:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
 
@@ -207,6 +219,25 @@ def resolve_model(
     if width and patch_size:
         old, new = ((side, side) for side in (config.init_image_size, config.image_size))
         model.tokens_mlp_dim = width * math.prod(resolution.check(old, new, patch_size))
+
+
+def resolve_permutation(config: ConfigDict) -> None:
+    """Writes the step that `dataset.permutation` means into both preprocessings.
+
+    Whoever reads the run's config then sees what the images went through. The seed is 0 and not
+    the run's, so that runs of any seed, and what is fine-tuned from them, see the same images.
+    """
+    dataset, size = config.dataset, config.image_size
+    if not dataset.permutation:
+        return
+    step = f"permute_pixels({size}, seed=0)"
+    if dataset.permutation == "patches":
+        # As the model has it, which may be a variant's; its classes may not be known yet.
+        patch_size = make_model(**config.model.to_dict() | dict(num_classes=1)).patch_size
+        check_image_size((size, size), patch_size)
+        step = f"permute_patches({size}, {patch_size}, seed=0)"
+    for key in ("train_preprocess", "eval_preprocess"):
+        dataset[key] = permutation.with_step(dataset[key], step)
 
 
 def build_model(config: ConfigDict) -> MlpMixer:
@@ -337,23 +368,47 @@ def data_record(splits: Splits) -> dict[str, Any]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all, a list of numbers in one line."""
+    text = json.dumps(value, indent=2)
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     with files.whole(path) as new:
-        new.write_text(json.dumps(value, indent=2) + "\n")
+        new.write_text(text + "\n")
+
+
+def results_path(directory: epath.PathLike, name: str) -> epath.Path:
+    """Of the results of the last checkpoint, or of the one called `name`."""
+    return epath.Path(directory) / ("results.json" if name == "last" else f"results_{name}.json")
 
 
 def record_result(
-    workdir: epath.PathLike, name: str, step: int, which: str, result: dict[str, Any]
+    directory: epath.PathLike,
+    name: str,
+    step: int | None,
+    which: str,
+    result: dict[str, Any],
+    *,
+    section: str = "splits",
+    weights: str | None = None,
 ) -> epath.Path:
-    """Enters the result over one split in `results.json`, or `results_<name>.json` if not "last".
+    """Enters a result in `results.json`, or `results_<name>.json` if not "last".
 
-    Results over other splits stay, where they are of the same step.
+    Other results stay, where they are of the same weights.
+
+    Args:
+      directory: a run, or where results go.
+      name: "last", "best" or a step's number.
+      step: of the weights; None: they are a file.
+      which: what is entered, such as "val".
+      result: what JSON can hold.
+      section: of the file: "splits", or what else an evaluation finds.
+      weights: the file that they are from.
     """
-    file = "results.json" if name == "last" else f"results_{name}.json"
-    old = read_json(workdir, file)
-    splits = old["splits"] if old and old["step"] == step else {}
-    path = epath.Path(workdir) / file
-    write_json(path, {"step": step, "splits": {**splits, which: result}})
+    path = results_path(directory, name)
+    of = {"step": step} if weights is None else {"weights": weights}
+    old = read_json(directory, path.name) or {}
+    if any(old.get(key) != value for key, value in of.items()):
+        old = of
+    write_json(path, {**old, section: {**old.get(section, {}), which: result}})
     return path
 
 

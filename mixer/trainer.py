@@ -29,7 +29,7 @@ from mixer import (
 )
 from mixer.data.steps import pixel_range
 from mixer.errors import UserError
-from mixer.evaluation import classification
+from mixer.evaluation import classification, fewshot, suites
 from mixer.metrics import Meter, MetricWriter
 from mixer.train_step import make_predict
 
@@ -84,6 +84,12 @@ def _train(
         part = config.global_batch_size // config.optimizer.accumulate_steps
         sharding.check_batch_size("global_batch_size / optimizer.accumulate_steps", part, mesh)
 
+    # What the first weights decide, and what of the data's steps comes of that.
+    config = config.copy_and_resolve_references()
+    found = None if old_config else run.find_initial(config)
+    run.resolve_model(config, found, old_config)
+    run.resolve_permutation(config)
+
     # The data is opened by a thread: importing TensorFlow takes seconds, in which the model's
     # first program is compiled, where the config says how many classes there are.
     with ThreadPoolExecutor(1, "data") as thread:
@@ -94,8 +100,6 @@ def _train(
             config.model.num_classes = len(opening.result().train.class_names)
         sized = opening.result().train.num_examples if run.needs_epochs(config) else None
         run.resolve_lengths(config, sized)
-        found = None if old_config else run.find_initial(config)
-        run.resolve_model(config, found, old_config)
         model = run.build_model(config)
         loss_fn = losses.make_loss(config.loss)
         schedule, tx = run.build_optimizer(config)
@@ -153,6 +157,7 @@ def _train(
                     )
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
+    further = suites.open_further(config, splits)
     data = run.data_record(splits)
     if old_data and not allow_config_change:
         run.check_same_data(workdir, old_data, data)
@@ -171,7 +176,7 @@ def _train(
     if extended:
         terminal.line("the finished run is extended: its schedule is now that of the new length")
 
-    # Evaluation, by schedule and at the end the same code.
+    # Evaluation, by schedule and at the end the same code as evaluate.py's.
     eval_step = classification.make_eval_step(make_predict(model), loss_fn, model.num_classes)
 
     def evaluate(state: train_state.TrainState, which: str, split) -> dict[str, Any] | None:
@@ -197,9 +202,15 @@ def _train(
 
     def validate(state: train_state.TrainState, step: int) -> None:
         """Evaluates on the validation split; keeps the weights if they are the best so far."""
-        results = evaluate(state, "val", splits.val)
-        if results is None:
-            return  # it is due still, and will be run when the run continues
+        results = {}
+        for which, split in {"val": splits.val, **further.splits}.items():
+            found = evaluate(state, which, split)
+            if found is None:
+                return  # it is due still, and will be run when the run continues
+            results |= found
+        probed = probe(state)
+        if probed is None:
+            return
         judged = "val_ema" if ema else "val"
         so_far = [row[f"{judged}/top1"] for row in writer.rows if f"{judged}/top1" in row]
         if config.checkpoint.keep_best and results[judged].top1 > max(so_far, default=-1):
@@ -207,17 +218,47 @@ def _train(
             best.delete_after(step - 1)
             best.save(state)
             best.wait()  # the line below says that it is whole
-        record(step, results)
+        record(step, results, probed)
         for name, result in results.items():
             terminal.line(f"step {step}: {_sentence(name, result)}")
+        for name, result in probed.items():
+            shares = ", ".join(
+                f"{key}: {value:.2%}" for key, value in _probed(name, result).items()
+            )
+            terminal.line(f"step {step}: {shares}")
 
-    def record(step: int, results: dict[str, Any]) -> None:
+    def probe(state: train_state.TrainState) -> dict[str, fewshot.FewShot] | None:
+        """The few-shot probe, where `eval_suite` has it; None where a signal has ended it."""
+        if further.fewshot is None:
+            return {}
+        results = {}
+        for name, params in (("fewshot", state.params), ("fewshot_ema", state.ema_params)):
+            if params is not None:
+                results[name] = fewshot.evaluate(
+                    model,
+                    params,
+                    *further.fewshot,
+                    global_batch_size=eval_batch_size,
+                    mesh=mesh,
+                    prefetch_batches=config.dataset.prefetch_batches,
+                    should_stop=lambda: bool(caught),
+                )
+                if results[name] is None:
+                    return None
+        return results
+
+    def record(
+        step: int, results: dict[str, Any], probed: dict[str, fewshot.FewShot] | None = None
+    ) -> None:
         """Enters results in the record, unless they are in it, and in results.json."""
         if not any(row["step"] == step and f"{min(results)}/top1" in row for row in writer.rows):
-            rows = (_named(name, result) for name, result in results.items())
+            rows = [_named(name, result) for name, result in results.items()]
+            rows += [_probed(name, result) for name, result in (probed or {}).items()]
             writer.write(step, {key: value for row in rows for key, value in row.items()})
         for name, result in results.items():
             run.record_result(workdir, "last", step, name, result.summary())
+        for name, result in (probed or {}).items():
+            run.record_result(workdir, "last", step, name, result.summary(), section="fewshot")
 
     def evaluation_is_due(step: int) -> bool:
         every = config.eval_every_steps or config.total_steps
@@ -280,6 +321,7 @@ def _train(
         f"run: {workdir} (checkpoints/{config.total_steps}, metrics.jsonl, results.json, "
         "curves.png)"
     )
+    _leave_if_asked(caught, checkpoints, terminal)  # for a program that has more to do
 
 
 def _loop(
@@ -438,6 +480,11 @@ def _named(prefix: str, result: classification.Classification) -> dict[str, floa
     """The numbers of a result, as the record has them."""
     summary = result.summary().items()
     return {f"{prefix}/{key}": value for key, value in summary if isinstance(value, int | float)}
+
+
+def _probed(prefix: str, result: fewshot.FewShot) -> dict[str, float]:
+    """Mean accuracies of the few-shot probe, such as {"fewshot/5shot": 0.61}."""
+    return {f"{prefix}/{each.shots}shot": each.mean for each in result.results}
 
 
 def _sentence(name: str, result: classification.Classification) -> str:

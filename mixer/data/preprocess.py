@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from mixer.data import permutation
 from mixer.data.autoaugment import autoaugment_cifar
 from mixer.data.randaugment import randaugment
 from mixer.data.steps import parse_call
@@ -276,6 +277,30 @@ def random_erasing(
     return tf.cond((draws[0] < prob) & tf.reduce_any(fits), erased, lambda: image)
 
 
+def permute_patches(image, size, patch_size, seed=0):
+    """Shuffles the patches, and all patches' pixels alike, by one permutation for every image.
+
+    Args:
+      image: uint8 of `size`.
+      size: a side of a square, or (H, W).
+      patch_size: P, pixels.
+      seed: of the permutation, which is a function of the three.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    return _reordered(image, sides, permutation.patch_order(sides, patch_size, seed=seed))
+
+
+def permute_pixels(image, size, seed=0):
+    """Shuffles all pixels by one permutation for every image, a function of `size` and `seed`."""
+    sides = (size, size) if isinstance(size, int) else size
+    return _reordered(image, sides, permutation.pixel_order(sides, seed=seed))
+
+
+def _reordered(image, sides, order):
+    image = tf.ensure_shape(image, [*sides, 3])
+    return tf.reshape(tf.gather(tf.reshape(image, [-1, 3]), order), [*sides, 3])
+
+
 def value_range(image, low=-1.0, high=1.0):
     """Maps 0 to `low` and 255 to `high`, as float32. Without it the device maps to [-1, 1]."""
     return tf.cast(image, tf.float32) * ((high - low) / 255) + low
@@ -313,6 +338,8 @@ STEPS = {
         randaugment,
         autoaugment_cifar,
         random_erasing,
+        permute_patches,
+        permute_pixels,
         value_range,
         one_hot,
     )

@@ -1,0 +1,341 @@
+"""What `evaluate.py --suite` and `config.eval_suite` name: sets of images with known classes."""
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mixer import run
+from mixer.data import imagenet_names, imagenet_real, pipeline
+from mixer.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A set of images to evaluate on.
+
+    Attributes:
+      dataset: TFDS name.
+      split: such as "validation".
+      label_key: as `dataset.label_key`.
+      classes: the list of mixer/data/imagenet_names.py that the labels follow; "": the set's own.
+      mean_per_class: whether papers report the mean over the classes in place of top-1.
+    """
+
+    dataset: str
+    split: str
+    label_key: str = ""
+    classes: str = ""
+    mean_per_class: bool = False
+
+
+IMAGENET = "imagenet1k"
+# ImageNet's validation set; the last 1 % of its training set, held out by the recipes; its
+# validation set with ReaL's labels; the matched-frequency images of Recht et al., 2019.
+TASKS = {
+    "imagenet_val": Task("imagenet2012", "validation", classes=IMAGENET),
+    "imagenet_minival": Task("imagenet2012", "train[99%:]", classes=IMAGENET),
+    "imagenet_real": Task("imagenet2012", "validation", "real_label", IMAGENET),
+    "imagenet_v2": Task("imagenet_v2/matched-frequency", "test", classes=IMAGENET),
+    "cifar10": Task("cifar10", "test"),
+    "cifar100": Task("cifar100", "test"),
+    "oxford_iiit_pet": Task("oxford_iiit_pet", "test", mean_per_class=True),
+    "oxford_flowers102": Task("oxford_flowers102", "test", mean_per_class=True),
+    "digits": Task("digits", "test"),
+}
+# Sets of the few-shot probe and their splits [read: BV, common_fewshot]: the shots are drawn from
+# the first, the second is the test. The first 65,000 of ImageNet hold 30 and more of every class.
+FEWSHOT = {
+    "caltech101": ("caltech101", "train", "test"),
+    "cars196": ("cars196", "train", "test"),
+    "cifar100": ("cifar100", "train", "test"),
+    "dtd": ("dtd", "train", "test"),
+    "imagenet": ("imagenet2012", "train[:65000]", "validation"),
+    "pets": ("oxford_iiit_pet", "train", "test"),
+    "uc_merced": ("uc_merced", "train[:1000]", "train[1000:]"),
+}
+GROUPS = {"imagenet": tuple(name for name in TASKS if name.startswith("imagenet_"))}
+
+
+def expand(names: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """The tasks that `names` of tasks and groups stand for, each once, in order.
+
+    Args:
+      names: as the user gave them.
+      others: names that stand for something else and are kept.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    tasks: dict[str, None] = {}
+    for name in names:
+        if name not in GROUPS and name not in TASKS and name not in others:
+            known = (*GROUPS, *others, *TASKS)
+            raise UserError(
+                f"suite {name!r}: no such suite or set; one of {', '.join(known)}."
+                f"{nearest(name, known)}"
+            )
+        tasks |= dict.fromkeys(GROUPS.get(name, (name,)))
+    return list(tasks)
+
+
+def open_task(
+    name: str,
+    *,
+    preprocess: str,
+    image_size: tuple[int, int],
+    data_dir: str = "",
+) -> pipeline.Split:
+    """Opens the images of a task.
+
+    Args:
+      name: a key of TASKS.
+      preprocess: the steps that each image takes.
+      image_size: (H, W) that they give.
+      data_dir: of TFDS; or, for imagenet_val and imagenet_real, a folder of the validation images.
+
+    Raises:
+      UserError: the data is not there, or not as it should be.
+    """
+    task = TASKS[name]
+    dataset = dict(name=task.dataset, data_dir=data_dir, label_key=task.label_key)
+    dataset = ConfigDict(dataset | dict(label_file="", exclude="", shuffle_group_size=1))
+    how = dict(image_size=image_size, num_classes=None)
+    if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
+        lines = _folder_lines(name, epath.Path(data_dir).expanduser())
+        with tempfile.TemporaryDirectory() as directory:
+            # Read when it is opened, and never again.
+            file = Path(directory) / "labels.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            dataset.update(name="folder", label_key="", label_file=str(file))
+            classes = len(imagenet_names.synsets(IMAGENET))
+            split = pipeline.open_split(
+                dataset, task.split, preprocess, **how | dict(num_classes=classes)
+            )
+        return dataclasses.replace(
+            split, name=f"{data_dir} {name}", class_names=imagenet_names.synsets(IMAGENET)
+        )
+    return pipeline.open_split(dataset, task.split, preprocess, **how)
+
+
+def open_fewshot(
+    image_size: tuple[int, int], data_dir: str = ""
+) -> dict[str, tuple[pipeline.Split, pipeline.Split]]:
+    """Training and test split of each set of FEWSHOT that is prepared.
+
+    Images are resized to a square of 8/7 of `image_size`, and its middle is taken [read: BV];
+    rectangles are resized to.
+
+    Raises:
+      UserError: none is.
+    """
+    from mixer.data import sources
+
+    height, width = image_size
+    preprocess = f"decode|resize({height * 8 // 7})|central_crop({height})"
+    if height != width:
+        preprocess = f"decode|resize(({height}, {width}))"
+    opened = {}
+    for name, (dataset, *splits) in FEWSHOT.items():
+        if not sources.tfds_builder(dataset, data_dir, prepared=False).is_prepared():
+            continue
+        config = dict(name=dataset, data_dir=data_dir, label_key="", label_file="", exclude="")
+        config = ConfigDict(config | dict(shuffle_group_size=1))
+        how = dict(image_size=image_size, num_classes=None)
+        opened[name] = tuple(
+            pipeline.open_split(config, split, preprocess, **how) for split in splits
+        )
+    if not opened:
+        sets = ", ".join(dataset for dataset, *_ in FEWSHOT.values())
+        raise UserError(
+            f"--suite=fewshot: none of {sets} is prepared; prepare one with `python -m "
+            "mixer.tools.prepare tfds NAME`, or give --config=FILE for other data"
+        )
+    return opened
+
+
+def check_preprocess(weights: str, preprocess: str | None, image_size: tuple[int, int]) -> None:
+    """Raises UserError where it is not known how images are made for the weights."""
+    if not preprocess:
+        height, width = image_size
+        raise UserError(
+            f"{weights}: how images are to be made {height} x {width} is not known; say it, as in "
+            f"--preprocess='decode|resize(({height}, {width}))' (of a run: dataset.eval_preprocess)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Further:
+    """What a run evaluates at each validation besides its validation split.
+
+    Attributes:
+      splits: by name of the task.
+      fewshot: the splits that the few-shot probe draws from and classifies; None: no probe.
+    """
+
+    splits: dict[str, pipeline.Split]
+    fewshot: tuple[pipeline.Split, pipeline.Split] | None
+
+
+def open_further(config: ConfigDict, splits: run.Splits) -> Further:
+    """Opens what `config.eval_suite` names, at the run's image size and with its preprocessing.
+
+    Raises:
+      UserError: an unknown name, data that is not there or of other classes than the run.
+    """
+    names = expand([name for name in config.eval_suite.split(",") if name], others=("fewshot",))
+    if names and splits.val is None:
+        raise UserError(
+            f"eval_suite={config.eval_suite!r} is evaluated with the validation split, and "
+            "dataset.val_split is empty"
+        )
+    size = (config.image_size, config.image_size)
+    if names:
+        check_preprocess("eval_suite", config.dataset.eval_preprocess, size)
+    opened = {
+        name: open_task(
+            name,
+            preprocess=config.dataset.eval_preprocess,
+            image_size=size,
+            data_dir=config.dataset.data_dir if config.dataset.name != "folder" else "",
+        )
+        for name in names
+        if name in TASKS
+    }
+    for split in opened.values():
+        check_classes(split, splits.train.class_names, config.model.num_classes)
+    fewshot = None
+    if "fewshot" in names:
+        shots = run.open_split(config, "train", splits.train.class_names)  # not augmented
+        fewshot = (shots, splits.val)
+    return Further(opened, fewshot)
+
+
+def is_prepared(name: str, data_dir: str = "") -> bool:
+    """Whether the images of a task are here."""
+    task = TASKS[name]
+    if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
+        try:
+            return bool(_folder_lines(name, epath.Path(data_dir).expanduser()))
+        except UserError:
+            return False
+    from mixer.data import sources
+
+    if task.dataset == "digits":
+        return True
+    return sources.tfds_builder(task.dataset, data_dir, prepared=False).is_prepared()
+
+
+def _has_tfds(data_dir: str, dataset: str) -> bool:
+    directory = epath.Path(data_dir).expanduser()
+    return any((directory / each).is_dir() for each in (dataset.split("/")[0], "imagenet2012"))
+
+
+def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
+    """A label file's lines for a folder of ImageNet's validation images.
+
+    The images lie in the folder, in a folder `val` or `validation` in it, or in folders named by
+    their synsets. ReaL needs their numbers in file order: their names have it, or, where they
+    were renamed, all 50,000 are there and sort so.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data_dir={root} is no folder")
+    if name not in ("imagenet_val", "imagenet_real"):
+        raise UserError(
+            f"{name} is read from TFDS alone, and {root} has no folder imagenet2012 or imagenet_v2 "
+            "as TFDS makes them"
+        )
+    for inner in ("val", "validation"):
+        if (root / inner).is_dir():
+            root, prefix = root / inner, f"{inner}/"
+            break
+    else:
+        prefix = ""
+    endings = (".jpeg", ".jpg", ".png")
+    paths = []
+    for child in root.iterdir():
+        if child.name.lower().endswith(endings):
+            paths.append(child.name)
+        elif re.fullmatch(r"n\d{8}", child.name) and child.is_dir():
+            inside = (image.name for image in child.iterdir())
+            paths += [f"{child.name}/{each}" for each in inside if each.lower().endswith(endings)]
+    paths.sort(key=lambda path: path.rpartition("/")[2])
+    if not paths:
+        raise UserError(
+            f"--data_dir={root} holds no images of ImageNet's validation set; they lie in it or in "
+            "folders such as n01440764"
+        )
+    split = TASKS[name].split
+    if name == "imagenet_val":
+        synsets = {synset: label for label, synset in enumerate(imagenet_names.synsets(IMAGENET))}
+        if unknown := [path for path in paths if path.partition("/")[0] not in synsets]:
+            raise UserError(
+                f"{root}/{unknown[0]}: for imagenet_val the images lie in folders named by their "
+                "synsets, such as n01440764; imagenet_real takes them without"
+            )
+        return [
+            {"path": prefix + path, "labels": synsets[path.partition("/")[0]], "split": split}
+            for path in paths
+        ]
+    numbers = [imagenet_real.image_number(path) for path in paths]
+    if None in numbers:
+        if len(paths) != imagenet_real.NUM_IMAGES:
+            raise UserError(
+                f"{root}/{paths[numbers.index(None)]}: its name has no number such as "
+                f"ILSVRC2012_val_00000001.JPEG, and the {len(paths):,} images are not all of the "
+                f"{imagenet_real.NUM_IMAGES:,}, whose order would tell it"
+            )
+        numbers = range(len(paths))
+    return [
+        {"path": prefix + path, "labels": imagenet_real.image_labels(number), "split": split}
+        for path, number in zip(paths, numbers, strict=True)
+    ]
+
+
+def check_classes(
+    split: pipeline.Split, class_names: str | Sequence[str] | None, num_classes: int
+) -> str:
+    """Checks that weights and a split are of the same classes, in the same order.
+
+    Args:
+      split: whose labels are to be guessed.
+      class_names: of the weights, or the name of a list of them; None: not known.
+      num_classes: width of their head.
+
+    Returns:
+      "" or, where the names of the weights are not known, what is assumed.
+
+    Raises:
+      UserError: other classes.
+    """
+    ours = split.class_names
+    if len(ours) != num_classes:
+        more = ""
+        if num_classes in imagenet_names.LISTS.values() and len(ours) == 1000:
+            more = "; fine-tune them, or take the few-shot probe (--suite=fewshot)"
+        raise UserError(
+            f"{split.name} has {len(ours):,} classes, and the weights' head has {num_classes:,}"
+            f"{more}"
+        )
+    if class_names is None:
+        return f"the weights do not say their classes: taken for {split.name}'s, in its order"
+    if isinstance(class_names, str):
+        known = [imagenet_names.class_names(class_names), imagenet_names.synsets(class_names)]
+    else:
+        known = [tuple(class_names)]
+    if tuple(ours) in known:
+        return ""
+    if known[0] == tuple(map(str, range(num_classes))):
+        return f"the weights' classes are numbers: taken for {split.name}'s, in its order"
+    place = next(i for i in range(num_classes) if ours[i] != known[0][i])
+    order = " in another order" if set(ours) == set(known[0]) else ""
+    raise UserError(
+        f"{split.name} has other classes than the weights{order}: class {place} is "
+        f"{ours[place]!r} there and {known[0][place]!r} here"
+    )

@@ -1,0 +1,343 @@
+"""Figures of a classification, the report card of runs and files, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from helpers import run_python, tiny_config
+from mixer import loading, losses, run, sharding, trainer, weights
+from mixer.errors import UserError
+from mixer.evaluation import classification, report, scores, suites
+from mixer.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tfds_dir):
+    """A run on the digits that evaluates the test set and few-shot probes at each validation."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    config = tiny_config(tfds_dir, eval_suite="digits,fewshot", eval_every_steps=None)
+    trainer.train(config, path)
+    return path
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of that run, to write into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def _evaluate(*paths, **options):
+    def opened(path):
+        if (path / "config.json").exists():
+            return lambda: report.open_run(str(path), None)
+        return lambda: report.open_weights(str(path), None, output=str(path.parent / "out"))
+
+    report.evaluate([opened(path) for path in paths], **options)
+
+
+# Figures.
+
+
+def test_intervals_are_wilsons():
+    """Against the roots of the quadratic that the interval solves, and its ends."""
+    for hits, count in ((0, 7), (3, 7), (8, 10), (6442, 10_000), (360, 360)):
+        low, high = scores.interval(hits, count)
+        share, z2 = hits / count, 1.959963984540054**2
+        roots = np.roots([1 + z2 / count, -(2 * share + z2 / count), share**2])
+        np.testing.assert_allclose([low, high], np.sort(roots.real), atol=1e-9)
+    assert scores.interval(0, 0) == (0.0, 1.0)
+
+
+def test_interval_covers_its_share_of_draws():
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.6, 0.97):
+        ends = [scores.interval(hits, 200) for hits in rng.binomial(200, share, 2000)]
+        covered = np.mean([low <= share <= high for low, high in ends])
+        assert 0.92 < covered < 0.985, (share, covered)
+
+
+def test_interval_of_a_mean_over_classes_covers_its_share_of_draws():
+    rng = np.random.default_rng(1)
+    shares, counts = rng.uniform(0.5, 1, 30), rng.integers(5, 60, 30)
+    covered = []
+    for _ in range(500):
+        found = rng.binomial(counts, shares) / counts
+        low, high = scores.mean_interval(found, counts)
+        covered.append(low <= shares.mean() <= high)
+    assert 0.92 < np.mean(covered) <= 1.0
+
+
+def test_calibration_error_by_hand():
+    probability = np.array([0.05, 0.95, 0.97, 0.97, 1.0], np.float32)
+    hit = np.array([True, True, False, True, True])
+    # Bins (0, 1/15], (14/15, 1]: |1 - 0.05| of one image, |3 - 3.89| of four.
+    expected = (abs(1 - 0.05) + abs(3 - (0.95 + 0.97 + 0.97 + 1.0))) / 5
+    assert scores.calibration_error(probability, hit) == pytest.approx(expected)
+    edge = scores.calibration_error(np.array([1 / 15, 1 / 15 + 1e-9]), np.array([True, False]))
+    assert edge == pytest.approx((1 - 1 / 15 + 1 / 15) / 2)  # two bins: gaps do not cancel
+    assert scores.calibration_error(np.array([]), np.array([])) == 0.0
+
+
+def _predictions(num_classes=6, size=500, seed=0):
+    """Logits of random images, and labels that lack class 4."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([label for label in range(num_classes) if label != 4], size)
+    logits = rng.normal(size=(size, num_classes)) + 2 * np.eye(num_classes)[labels]
+    return labels.astype(np.int32), logits.astype(np.float32)
+
+
+def test_figures_equal_scikit_learns():
+    labels, logits = _predictions()
+    step = classification.make_eval_step(lambda params, image: image, losses.softmax, 6)
+    batch = {"image": logits, "label": labels, "index": np.arange(500)}
+    columns = jax.device_get(step(None, batch))
+    columns.pop("index")
+    result = classification.summarize(classification.Predictions(**columns), 6)
+    guesses = logits.argmax(axis=1)
+    assert result.top1 == sk.accuracy_score(labels, guesses)
+    np.testing.assert_array_equal(
+        result.confusion, sk.confusion_matrix(labels, guesses, labels=range(6))
+    )
+    assert result.mean_per_class == pytest.approx(sk.balanced_accuracy_score(labels, guesses))
+    assert np.isnan(result.per_class[4]) and np.isfinite(np.delete(result.per_class, 4)).all()
+    top5 = sk.top_k_accuracy_score(labels, logits, k=5, labels=range(6))
+    assert result.top5 == pytest.approx(top5)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert result.loss == pytest.approx(
+        sk.log_loss(labels, probabilities, labels=range(6)), rel=1e-5
+    )
+    np.testing.assert_allclose(columns["probability"], probabilities.max(axis=1), rtol=1e-5)
+
+
+def test_logits_that_are_not_finite_are_refused(tfds_dir):
+    split = run.open_split(tiny_config(tfds_dir), "val", None)
+    step = classification.make_eval_step(
+        lambda params, image: jnp.zeros((len(image), 10)).at[3].set(params), losses.softmax, 10
+    )
+    mesh = sharding.make_mesh({"data": -1})
+    how = dict(global_batch_size=60, mesh=mesh, prefetch_batches=1)
+    with pytest.raises(UserError, match=r"logits of 3 images are not finite, the first .*:3;"):
+        classification.evaluate(step, jnp.nan, split, **how)
+    assert classification.evaluate(step, 0.0, split, **how).count == 180
+
+
+def test_an_example_that_is_missing_or_twice_is_a_fault(tfds_dir):
+    split = run.open_split(tiny_config(tfds_dir), "val", None)
+    step = classification.make_eval_step(
+        lambda params, image: jnp.zeros((len(image), 10)), losses.softmax, 10
+    )
+    how = dict(global_batch_size=60, mesh=sharding.make_mesh({"data": -1}), prefetch_batches=1)
+
+    def sequential(*, start, stop, batch_size):
+        batches = split.sequential_batches(start=start, stop=stop, batch_size=batch_size)
+        return (batch for place, batch in enumerate(batches) if place != 1)
+
+    with pytest.raises(RuntimeError, match="60 were not seen"):
+        classification.evaluate(
+            step, None, dataclasses.replace(split, sequential_batches=sequential), **how
+        )
+
+
+# The schedule, and the command, by the same code.
+
+
+def test_training_evaluates_what_eval_suite_names(trained):
+    (row,) = [row for row in read_metrics(trained) if "val/top1" in row]
+    assert 0 <= row["digits/top1"] <= 1 and row["digits_ema/count"] == 360
+    assert 0 < row["fewshot/10shot"] <= 1 and 0 < row["fewshot_ema/25shot"] <= 1
+    results = json.loads((trained / "results.json").read_text())
+    assert results["splits"]["digits"]["top1"] == row["digits/top1"]
+    assert results["splits"]["test"] == results["splits"]["digits"]  # the same images
+    assert results["fewshot"]["fewshot"]["results"][2]["mean"] == row["fewshot/10shot"]
+
+
+def test_command_gives_what_the_schedule_gave(copied):
+    before = json.loads((copied / "results.json").read_text())
+    _evaluate(copied, suite=["digits"])
+    after = json.loads((copied / "results.json").read_text())
+    for name in ("digits", "digits_ema"):
+        there = after["splits"][name]
+        assert {key: there[key] for key in before["splits"][name]} == before["splits"][name]
+    assert after["step"] == 12 and after["splits"]["val"] == before["splits"]["val"]
+
+
+def test_an_evaluation_of_the_schedule_that_was_missed_is_made_up(copied, tfds_dir):
+    file = copied / "metrics.jsonl"
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    kept = [row for row in rows if "val/top1" not in row and "test/top1" not in row]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    config = tiny_config(tfds_dir, eval_suite="digits,fewshot", eval_every_steps=None)
+    trainer.train(config, copied)
+    (row,) = [row for row in read_metrics(copied) if "val/top1" in row]
+    assert row == next(row for row in rows if "val/top1" in row)
+
+
+def test_eval_suite_mistakes_are_refused(tfds_dir):
+    def opened(**values):
+        config = tiny_config(tfds_dir, model__num_classes=10, **values)
+        return suites.open_further(config, run.open_splits(config, None))
+
+    assert list(opened(eval_suite="digits").splits) == ["digits"]
+    with pytest.raises(UserError, match=r"suite 'digit': no such suite.*Did you mean 'digits'"):
+        opened(eval_suite="digit")
+    with pytest.raises(UserError, match=r"dataset\.val_split is empty"):
+        opened(eval_suite="digits", dataset__val_split="")
+    synthetic = dict(dataset__name="synthetic", dataset__eval_preprocess="")
+    with pytest.raises(
+        UserError, match=r"eval_suite: how images are to be made 8 x 8 is not known"
+    ):
+        opened(eval_suite="digits", **synthetic)
+    synthetic["dataset__eval_preprocess"] = "decode"
+    with pytest.raises(UserError, match=r"has 10 classes, and the weights' head has 7"):
+        config = tiny_config(tfds_dir, eval_suite="digits", **synthetic)
+        config.model.num_classes = 7
+        suites.open_further(config, run.open_splits(config, None))
+
+
+# The report card.
+
+
+def test_report_card_of_a_run(copied, capsys):
+    _evaluate(copied, splits=["val", "test"], save_predictions=True)
+    out = capsys.readouterr().out
+    results = json.loads((copied / "results.json").read_text())
+    test = results["splits"]["test"]
+    low, high = scores.interval(test["correct"], 360)
+    assert test["top1_interval"] == [low, high] and low < test["top1"] < high
+    card = (copied / "results.md").read_text()
+    for text in (out, card):
+        assert f"{test['top1']:.2%}" in text and f"{100 * low:.2f}-{100 * high:.2f}" in text
+        assert "test_ema" in text and "device-hours" in text and "Training: 192 images" in text
+    assert "| few-shot probe |" in card  # of the training, in results.json
+    for line in card.splitlines():  # tables are whole
+        assert not line.startswith("|") or line.endswith("|")
+
+    with np.load(copied / "evaluation" / "test.npz", allow_pickle=False) as saved:
+        predictions = dict(saved)
+    assert predictions["hit"].sum() == test["correct"]
+    assert len(set(predictions["id"].tolist())) == 360
+    assert predictions["id"][0].startswith("digits-test.tfrecord-00000-of-00001:0")
+    assert predictions["guesses"].shape == (360, 5)
+    np.testing.assert_array_equal(
+        predictions["hit"], predictions["guesses"][:, 0] == predictions["label"]
+    )
+    classes = json.loads((copied / "evaluation" / "test.json").read_text())
+    assert sum(each["images"] for each in classes["classes"]) == 360
+    accuracies = [each["accuracy"] for each in classes["classes"]]
+    assert np.mean(accuracies) == pytest.approx(test["mean_per_class"])
+    confusion = np.zeros((10, 10), int)
+    for label, guess, count in classes["confusion"]:
+        confusion[label, guess] = count
+    np.testing.assert_array_equal(
+        confusion, sk.confusion_matrix(predictions["label"], predictions["guesses"][:, 0])
+    )
+
+
+def test_results_of_another_checkpoint_have_their_own_file(copied):
+    before = json.loads((copied / "results.json").read_text())
+    report.evaluate(
+        [lambda: report.open_run(str(copied), None, checkpoint_name="8")], splits=["test"]
+    )
+    assert json.loads((copied / "results.json").read_text()) == before
+    other = json.loads((copied / "results_8.json").read_text())
+    assert other["step"] == 8 and list(other["splits"]) == ["test", "test_ema"]
+    assert (copied / "results_8.md").exists() and (copied / "evaluation" / "8_test.json").exists()
+
+
+def test_results_of_another_step_are_replaced(tmp_path):
+    run.record_result(tmp_path, "last", 4, "val", {"top1": 0.5})
+    run.record_result(tmp_path, "last", 4, "test", {"top1": 0.25})
+    run.record_result(tmp_path, "last", 4, "digits", {"mean": 1}, section="fewshot")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["splits"]) == ["val", "test"] and found["fewshot"]["digits"] == {"mean": 1}
+    run.record_result(tmp_path, "last", 8, "val", {"top1": 0.75})
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found == {"step": 8, "splits": {"val": {"top1": 0.75}}}
+
+
+def test_a_file_is_evaluated_as_the_run_it_is_from(copied, tmp_path, capsys):
+    """Side by side: the moving average of the run, which is what the file holds, the same bits."""
+    loaded = loading.read(str(copied), log=lambda line: None)
+    from flax import traverse_util
+
+    arrays = traverse_util.flatten_dict(jax.device_get(loaded.params), sep="/")
+    weights.write_file(tmp_path / "digits.npz", arrays, loaded.card, layout="published")
+    _evaluate(copied, tmp_path / "digits.npz", suite=["digits"])
+    out = capsys.readouterr().out
+    assert "Side by side" in out
+    run_results = json.loads((copied / "results.json").read_text())
+    file_results = json.loads((tmp_path / "out" / "results.json").read_text())
+    there, here = run_results["splits"]["digits_ema"], file_results["splits"]["digits"]
+    for key in ("correct", "top1", "top5", "ece"):
+        assert there[key] == here[key]
+    assert here["loss"] == pytest.approx(there["loss"], rel=1e-6)
+    assert file_results["weights"].endswith("digits.npz") and "step" not in file_results
+    assert (tmp_path / "out" / "results.md").exists()
+
+
+def test_fewshot_and_throughput_of_a_run(copied, capsys, monkeypatch):
+    monkeypatch.setattr(report.throughput, "BATCH_SIZES", (1, 4))
+    measure = report.throughput.measure
+    monkeypatch.setattr(
+        report.throughput, "measure", lambda *args, **how: measure(*args, **how, seconds=0.05)
+    )
+    _evaluate(copied, suite=["fewshot", "throughput"])
+    results = json.loads((copied / "results.json").read_text())
+    assert [each["batch_size"] for each in results["throughput"]["model"]["rates"]] == [1, 4]
+    assert len(results["fewshot"]["digits"]["results"][0]["accuracies"]) == 3
+    assert "images/s a device" in (copied / "results.md").read_text()
+    assert "few-shot probe" in capsys.readouterr().out
+
+
+# Refusals.
+
+
+def test_sets_of_other_classes_are_refused(tfds_dir):
+    config = tiny_config(tfds_dir)
+    split = run.open_split(config, "test", None)
+    names = split.class_names
+    assert suites.check_classes(split, names, 10) == ""
+    assert "do not say their classes" in suites.check_classes(split, None, 10)
+    with pytest.raises(UserError, match=r"has 10 classes, and the weights' head has 1,000"):
+        suites.check_classes(split, "imagenet1k", 1000)
+    with pytest.raises(UserError, match=r"in another order: class 0 is '0' there and '9' here"):
+        suites.check_classes(split, names[::-1], 10)
+    animals = tuple("abcdefghij")
+    with pytest.raises(UserError, match="class 0 is '0' there and 'a' here"):
+        suites.check_classes(split, animals, 10)
+    named = dataclasses.replace(split, class_names=animals)
+    assert "classes are numbers" in suites.check_classes(named, names, 10)
+
+
+def test_unknown_suites_and_files_without_data_are_refused(copied, tmp_path):
+    with pytest.raises(UserError, match=r"suite 'imagnet': .*Did you mean 'imagenet'"):
+        _evaluate(copied, suite=["imagnet"])
+    with pytest.raises(
+        UserError, match=r"dataset 'cifar10' is not prepared: .*prepare tfds cifar10"
+    ):
+        _evaluate(copied, suite=["cifar10"], data_dir=str(tmp_path))
+    golden = "tests/goldens/mixer_tiny_official.npz"
+    opened = [lambda: report.open_weights(golden, None, output=str(tmp_path / "out"))]
+    with pytest.raises(UserError, match=r"says nothing of data: give --suite=NAME .* or --config"):
+        report.evaluate(opened, splits=["test"])
+    with pytest.raises(UserError, match="how images are to be made 32 x 32 is not known"):
+        report.evaluate(opened, suite=["digits"])
+
+
+def test_command_lines(copied, tmp_path):
+    done = run_python("evaluate.py", f"--workdir={copied}", "--split=test", "--suite=digits")
+    assert "written to" in done.stdout and "results.md" in done.stdout
+    for arguments, message in (
+        (["--workdir=/nowhere"], "no run"),
+        ([f"--workdir={copied},{copied}", "--output=x"], "--output is for the results of one"),
+        ([f"--workdir={copied}", "--suite=vtab", "--tasks=dmlap"], "--tasks=dmlap: vtab has"),
+    ):
+        done = run_python("evaluate.py", *arguments, check=False)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
