@@ -12,11 +12,13 @@ Of a run, the model, the data, the preprocessing and the class names are its own
 preprocessing and names where they are known. docs/evaluation.md has the suites.
 """
 
+import dataclasses
 import functools
 
 from absl import flags
 
 from mixer import cli
+from mixer.errors import nearest
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
 WEIGHTS = flags.DEFINE_list(
@@ -42,7 +44,16 @@ SAVE_PREDICTIONS = flags.DEFINE_bool(
     "save_predictions", False, "Write evaluation/SET.npz too: what was said of every image."
 )
 OUTPUT = flags.DEFINE_string(
-    "output", None, "Directory of the results; not given: the run, or runs/evaluate_WEIGHTS."
+    "output",
+    None,
+    "Directory of the results; not given: the run, or runs/evaluate_WEIGHTS. Of several weights it "
+    "takes the table that sets them side by side.",
+)
+VARIANTS = flags.DEFINE_list(
+    "variants", [], "With --suite=throughput, models of random weights, as in S/32,B/16."
+)
+BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", ["1", "8", "64", "512"], "Of --suite=throughput: images at once on a device."
 )
 DATA_DIR = flags.DEFINE_string(
     "data_dir",
@@ -59,17 +70,26 @@ def main(argv: list[str]) -> None:
     """Evaluates what the flags say."""
     if len(argv) > 1:
         raise cli.UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
-    if not WORKDIR.value and not WEIGHTS.value:
-        raise cli.UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
-    count = len(WORKDIR.value) + len(WEIGHTS.value)
-    if OUTPUT.value and count > 1:
-        raise cli.UserError("--output is for the results of one run or file")
-    if PREPROCESS.value and not WEIGHTS.value:
-        raise cli.UserError("--preprocess is for --weights: a run has its own preprocessing")
+    workdirs, paths, suite = (list(filter(None, each.value)) for each in (WORKDIR, WEIGHTS, SUITE))
+    tuned = [name for name in suite if name in ("vtab", "transfer")]
+    suite = [name for name in suite if name not in tuned]
+    _check_flags(workdirs, paths, suite, tuned)
     from mixer.evaluation import report
 
-    tuned = [name for name in SUITE.value if name in ("vtab", "transfer")]
-    suite = [name for name in SUITE.value if name not in tuned]
+    try:
+        batch_sizes = [int(each) for each in BATCH_SIZES.value]
+    except ValueError:
+        raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: whole numbers") from None
+    if VARIANTS.value:
+        report.measure_variants(
+            VARIANTS.value,
+            batch_sizes=batch_sizes,
+            image_size=224,
+            output=OUTPUT.value or "runs/throughput",
+        )
+        return
+    several = len(workdirs) + len(paths) > 1
+    output = None if several else OUTPUT.value
     config = None
     if cli.CONFIG.value is not None and not tuned:
         config = cli.config()
@@ -82,15 +102,15 @@ def main(argv: list[str]) -> None:
             None,
             checkpoint_name=CHECKPOINT.value,
             config=config,
-            output=OUTPUT.value,
+            output=output,
         )
 
     def of_file(path: str):
         return lambda: report.open_weights(
-            path, None, config=config, preprocess=PREPROCESS.value, output=OUTPUT.value
+            path, None, config=config, preprocess=PREPROCESS.value, output=output
         )
 
-    subjects = [of_run(path) for path in WORKDIR.value] + [of_file(path) for path in WEIGHTS.value]
+    subjects = [of_run(path) for path in workdirs] + [of_file(path) for path in paths]
     if suite or not tuned:
         report.evaluate(
             subjects,
@@ -99,10 +119,35 @@ def main(argv: list[str]) -> None:
             data_dir=DATA_DIR.value or "",
             label_file=LABEL_FILE.value,
             save_predictions=SAVE_PREDICTIONS.value,
+            batch_sizes=batch_sizes,
+            output=OUTPUT.value if several else None,
         )
     for name in tuned:
         for open_subject in subjects:
             _fine_tune(name, open_subject)
+
+
+def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned: list[str]) -> None:
+    """Raises UserError for flags that are missing, or that would be passed over."""
+    if VARIANTS.value:
+        if suite != ["throughput"] or tuned or workdirs or paths:
+            raise cli.UserError("--variants is for --suite=throughput without weights")
+        return
+    if not workdirs and not paths:
+        raise cli.UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
+    if twice := [each for each in workdirs + paths if (workdirs + paths).count(each) > 1]:
+        raise cli.UserError(f"{twice[0]} is given twice")
+    given = {name for name in flags.FLAGS if flags.FLAGS[name].present}
+    for name, fits, what in (
+        ("checkpoint", bool(workdirs), "--workdir; of --weights give RUN/best or a step's path"),
+        ("preprocess", bool(paths) and not tuned, "--weights: a run has its own preprocessing"),
+        ("tasks", len(tuned) == 1, "--suite=vtab or --suite=transfer"),
+        ("split", not suite and not tuned, "the splits of a config, without --suite"),
+        ("batch_sizes", "throughput" in suite, "--suite=throughput"),
+        ("save_predictions", not tuned or bool(suite), "what is classified here"),
+    ):
+        if name in given and not fits:
+            raise cli.UserError(f"--{name} is for {what}")
 
 
 def _fine_tune(name: str, open_subject) -> None:
@@ -112,6 +157,7 @@ def _fine_tune(name: str, open_subject) -> None:
     from mixer.evaluation import report
 
     subject, _ = open_subject()
+    subject = dataclasses.replace(subject, params={})  # the runs read the weights themselves
     init = subject.name
     if subject.step is not None:
         init = str(checkpoint.find_named(subject.name, CHECKPOINT.value))
@@ -121,7 +167,9 @@ def _fine_tune(name: str, open_subject) -> None:
     groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
     known = [task for group in groups.values() for task in group]
     if unknown := [task for task in TASKS.value if task not in known]:
-        raise cli.UserError(f"--tasks={unknown[0]}: {name} has {', '.join(known)}")
+        raise cli.UserError(
+            f"--tasks={unknown[0]}: {name} has {', '.join(known)}.{nearest(unknown[0], known)}"
+        )
     make = cli.config_maker(finetune.__file__)
     tasks = {}
     for task in TASKS.value or known:

@@ -80,19 +80,25 @@ def config() -> ConfigDict:
     value = CONFIG.value
     if value is None:
         raise UserError("--config is missing; for example --config=configs/digits.py")
-    # A length given on the command line takes the place of the config file's in another unit.
-    overrides = [
-        key.removeprefix("config.")
-        for key in config_flags.get_override_values(flags.FLAGS["config"])
-    ]
+    _replace_lengths(value, _overrides())
+    return value
+
+
+def _overrides() -> dict[str, Any]:
+    """The command line's --config.KEY=VALUE."""
+    values = config_flags.get_override_values(flags.FLAGS["config"])
+    return {key.removeprefix("config."): value for key, value in values.items()}
+
+
+def _replace_lengths(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Lets a length of the command line take the place of the config file's in another unit."""
     for key in overrides:
         stem, _, unit = key.rpartition("_")
         if unit in UNITS:
             for other in UNITS:
                 name = f"{stem}_{other}"
-                if name not in overrides and _has(value, name):
-                    value.update_from_flattened_dict({name: None})
-    return value
+                if name not in overrides and _has(config, name):
+                    config.update_from_flattened_dict({name: None})
 
 
 def config_maker(default: str) -> Callable[..., ConfigDict]:
@@ -111,10 +117,7 @@ def config_maker(default: str) -> Callable[..., ConfigDict]:
     spec = importlib.util.spec_from_file_location("config_of_suite", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    overrides = {}
-    if CONFIG.value:
-        values = config_flags.get_override_values(flags.FLAGS["config"])
-        overrides = {key.removeprefix("config."): value for key, value in values.items()}
+    overrides = _overrides() if CONFIG.value else {}
 
     def make(*, always: Mapping[str, Any], unless_given: Mapping[str, Any]) -> ConfigDict:
         first, last = (
@@ -125,6 +128,7 @@ def config_maker(default: str) -> Callable[..., ConfigDict]:
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
         config.update_from_flattened_dict(overrides)
+        _replace_lengths(config, overrides)
         return config
 
     return make

@@ -3,13 +3,13 @@
 import base64
 import html
 import json
-import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from mixer import (
     checkpoint,
@@ -309,9 +309,8 @@ def _open(
         raise UserError("no data: --data_dir=FOLDER would give images")
     if loaded.card.preprocess is None:
         raise UserError(f"{loaded.card.source} does not say how its images are preprocessed")
-    folder = types.SimpleNamespace(
-        name="folder", data_dir=data_dir, label_file="", label_key="", exclude=""
-    )
+    folder = dict(name="folder", data_dir=data_dir, label_file="", label_key="", exclude="")
+    folder = ConfigDict(folder | dict(shuffle_group_size=1))
     split = pipeline.open_split(
         folder,
         which or "test",
@@ -349,7 +348,7 @@ def _results(
     found = []
     for workdir in workdirs:
         saved = run.read_json(workdir, name)
-        for split, value in (saved["splits"] if saved else {}).items():
+        for split, value in (saved or {}).get("splits", {}).items():
             if "top1" in value:
                 interval = value.get("top1_interval") or scores.interval(
                     value["top1"] * value["count"], value["count"]

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optax
@@ -350,6 +350,12 @@ def check_same_data(workdir: epath.Path, old: dict[str, Any], new: dict[str, Any
         )
 
 
+def data_name(config: ConfigDict) -> str:
+    """What a config's data is called: its data set, or of a folder the folder's name."""
+    dataset = config.dataset
+    return (dataset.name == "folder" and epath.Path(dataset.data_dir).name) or dataset.name
+
+
 def data_record(splits: Splits) -> dict[str, Any]:
     """What `data.json` holds."""
     opened = {which: getattr(splits, which) for which in ("train", "val", "test")}
@@ -383,12 +389,11 @@ def results_path(directory: epath.PathLike, name: str) -> epath.Path:
 def record_result(
     directory: epath.PathLike,
     name: str,
-    step: int | None,
+    weights: Mapping[str, Any],
     which: str,
     result: dict[str, Any],
     *,
     section: str = "splits",
-    weights: str | None = None,
 ) -> epath.Path:
     """Enters a result in `results.json`, or `results_<name>.json` if not "last".
 
@@ -397,17 +402,17 @@ def record_result(
     Args:
       directory: a run, or where results go.
       name: "last", "best" or a step's number.
-      step: of the weights; None: they are a file.
+      weights: what they are, such as {"step": 2000}; it stands in the file.
       which: what is entered, such as "val".
       result: what JSON can hold.
       section: of the file: "splits", or what else an evaluation finds.
-      weights: the file that they are from.
     """
     path = results_path(directory, name)
-    of = {"step": step} if weights is None else {"weights": weights}
+    weights = json.loads(json.dumps(weights))
     old = read_json(directory, path.name) or {}
-    if any(old.get(key) != value for key, value in of.items()):
-        old = of
+    if {key: old.get(key) for key in (*weights, "weights")} != {"weights": None, **weights}:
+        old = weights
+        path.with_suffix(".md").unlink(missing_ok=True)  # a card of those
     write_json(path, {**old, section: {**old.get(section, {}), which: result}})
     return path
 

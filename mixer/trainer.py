@@ -33,6 +33,8 @@ from mixer.evaluation import classification, fewshot, suites
 from mixer.metrics import Meter, MetricWriter
 from mixer.train_step import make_predict
 
+SHOT = "10shot"  # of the few-shot probe, the one by which it is known to be in the record
+
 
 def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> None:
     """Trains, or goes on training, the model of `config` in `workdir`.
@@ -94,8 +96,7 @@ def _train(
     # first program is compiled, where the config says how many classes there are.
     with ThreadPoolExecutor(1, "data") as thread:
         class_names = tuple(old_data["class_names"]) if old_data else None
-        opening = thread.submit(run.open_splits, config, class_names)
-        config = config.copy_and_resolve_references()
+        opening = thread.submit(run.open_splits, config.copy_and_resolve_references(), class_names)
         if config.model.num_classes is None:
             config.model.num_classes = len(opening.result().train.class_names)
         sized = opening.result().train.num_examples if run.needs_epochs(config) else None
@@ -201,27 +202,33 @@ def _train(
         return results
 
     def validate(state: train_state.TrainState, step: int) -> None:
-        """Evaluates on the validation split; keeps the weights if they are the best so far."""
-        results = {}
+        """Evaluates on the validation split and what `eval_suite` names; keeps the best weights.
+
+        Each result is recorded before the next is begun, which may fail. What a signal has left out
+        is due still, and will be run when the run continues.
+        """
         for which, split in {"val": splits.val, **further.splits}.items():
-            found = evaluate(state, which, split)
-            if found is None:
-                return  # it is due still, and will be run when the run continues
-            results |= found
-        probed = probe(state)
-        if probed is None:
-            return
-        judged = "val_ema" if ema else "val"
-        so_far = [row[f"{judged}/top1"] for row in writer.rows if f"{judged}/top1" in row]
-        if config.checkpoint.keep_best and results[judged].top1 > max(so_far, default=-1):
-            # Others of this step and beyond are of a run that was here before.
-            best.delete_after(step - 1)
-            best.save(state)
-            best.wait()  # the line below says that it is whole
-        record(step, results, probed)
-        for name, result in results.items():
-            terminal.line(f"step {step}: {_sentence(name, result)}")
-        for name, result in probed.items():
+            results = evaluate(state, which, split)
+            if results is None:
+                return
+            judged = "val_ema" if ema else "val"
+            so_far = [row[f"{judged}/top1"] for row in writer.rows if f"{judged}/top1" in row]
+            keep = which == "val" and config.checkpoint.keep_best
+            if keep and results[judged].top1 > max(so_far, default=-1):
+                # Others of this step and beyond are of a run that was here before.
+                best.delete_after(step - 1)
+                best.save(state)
+                best.wait()  # the line below says that it is whole
+            record(step, results)
+            for name, result in results.items():
+                terminal.line(f"step {step}: {_sentence(name, result)}")
+        for name, result in (probe(state) or {}).items():
+            if not any(row["step"] == step and f"{name}/{SHOT}" in row for row in writer.rows):
+                writer.write(step, _probed(name, result))
+            which = name.replace("fewshot", run.data_name(config))
+            run.record_result(
+                workdir, "last", {"step": step}, which, result.summary(), section="fewshot"
+            )
             shares = ", ".join(
                 f"{key}: {value:.2%}" for key, value in _probed(name, result).items()
             )
@@ -247,26 +254,23 @@ def _train(
                     return None
         return results
 
-    def record(
-        step: int, results: dict[str, Any], probed: dict[str, fewshot.FewShot] | None = None
-    ) -> None:
+    def record(step: int, results: dict[str, Any]) -> None:
         """Enters results in the record, unless they are in it, and in results.json."""
         if not any(row["step"] == step and f"{min(results)}/top1" in row for row in writer.rows):
-            rows = [_named(name, result) for name, result in results.items()]
-            rows += [_probed(name, result) for name, result in (probed or {}).items()]
+            rows = (_named(name, result) for name, result in results.items())
             writer.write(step, {key: value for row in rows for key, value in row.items()})
         for name, result in results.items():
-            run.record_result(workdir, "last", step, name, result.summary())
-        for name, result in (probed or {}).items():
-            run.record_result(workdir, "last", step, name, result.summary(), section="fewshot")
+            run.record_result(workdir, "last", {"step": step}, name, result.summary())
 
     def evaluation_is_due(step: int) -> bool:
         every = config.eval_every_steps or config.total_steps
         return splits.val is not None and (step % every == 0 or step == config.total_steps)
 
     # An evaluation that was due at the checkpoint's step, and that the run did not live to see.
-    evaluated = {row["step"] for row in writer.rows if "val/top1" in row}
-    if start_step and evaluation_is_due(start_step) and start_step not in evaluated:
+    keys = [f"{which}/top1" for which in ("val", *further.splits)]
+    keys += ["fewshot/" + SHOT] * (further.fewshot is not None)
+    there = {key for row in writer.rows if row["step"] == start_step for key in row}
+    if start_step and evaluation_is_due(start_step) and not there.issuperset(keys):
         validate(state, start_step)
         _leave_if_asked(caught, checkpoints, terminal)
 

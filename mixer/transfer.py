@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from mixer import console, loading, run, trainer
 from mixer.errors import UserError
@@ -126,16 +125,6 @@ class Transfer:
                 which = f"{mean.num_tasks} of {mean.of} tasks"
             rows.append((group, which, f"{mean.top1:.2%}", _span(mean.top1_interval), ""))
         return rows
-
-    def table(self, title: str = "") -> Table:
-        """The rows for a terminal, a line between tasks and means."""
-        header, *rows = self.rows()
-        table = Table(title=title or None)
-        for place, name in enumerate(header):
-            table.add_column(name, justify="left" if place == 0 else "right")
-        for number, row in enumerate(rows, 1):
-            table.add_row(*row, end_section=number == len(self.tasks))
-        return table
 
     def markdown(self) -> list[str]:
         """The rows as lines of Markdown."""

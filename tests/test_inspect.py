@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from helpers import GOLDENS, golden_params, run_python, tiny_config
-from mixer import checkpoint, inspection, loading, page, pictures, run
+from mixer import checkpoint, inspection, loading, page, pictures, run, weights
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.train_state import TrainState
@@ -325,9 +325,9 @@ def workdir(tmp_path_factory):
     lines = "".join(json.dumps(row) + "\n" for row in _rows(3))
     (workdir / "metrics.jsonl").write_text(lines)
     old = {"count": 50, "top1": 0.5, "top5": 1.0, "loss": 1.0}  # as it was without intervals
-    run.record_result(workdir, "last", 3, "val", old)
+    run.record_result(workdir, "last", {"step": 3}, "val", old)
     new = {**old, "top1": 0.6, "top1_interval": [0.46, 0.72]}
-    run.record_result(workdir, "last", 3, "test", new)
+    run.record_result(workdir, "last", {"step": 3}, "test", new)
     return workdir
 
 
@@ -411,22 +411,35 @@ def test_what_is_not_there_is_said_and_the_rest_drawn(workdir, tmp_path):
 
 def test_file_of_weights_for_a_rectangle(tmp_path):
     """The golden weights' 16 patches as 2 x 8: no curves, no data."""
-    weights = str(GOLDENS / "mixer_tiny_official.npz")
-    path, lines = _write(weights=weights, output=str(tmp_path), image_size=(16, 64))
+    golden = str(GOLDENS / "mixer_tiny_official.npz")
+    path, lines = _write(weights=golden, output=str(tmp_path), image_size=(16, 64))
     assert "16 x 64 pixels, 2 x 8 patches" in path.read_text()
     assert {file.name for file in tmp_path.iterdir()} >= {"stem.png", "units_00.png"}
     assert any("no data" in line for line in lines)
 
 
+def test_file_of_weights_with_images(workdir, tmp_path):
+    from flax import traverse_util
+
+    loaded = loading.read(str(workdir), log=lambda line: None)
+    arrays = traverse_util.flatten_dict(jax.device_get(loaded.params), sep="/")
+    weights.write_file(tmp_path / "x.npz", arrays, loaded.card, layout="published")
+    data_dir = run.read_run(workdir)[0].dataset.data_dir
+    options = dict(weights=str(tmp_path / "x.npz"), output=str(tmp_path / "page"))
+    path, lines = _write(**options, data_dir=data_dir)
+    assert not any("images" in line for line in lines if line.startswith("not drawn"))
+    assert {file.name for file in path.parent.iterdir()} >= {"confusion.png", "activations.png"}
+
+
 def test_mistakes(workdir, tmp_path):
-    weights = str(GOLDENS / "mixer_tiny_official.npz")
+    golden = str(GOLDENS / "mixer_tiny_official.npz")
     for options, message in (
         (dict(workdirs=[tmp_path]), "is no run"),
         (dict(workdirs=[workdir, workdir]), "names a run twice"),
         (dict(workdirs=[workdir], checkpoint_name="7"), "no such step"),
         (dict(workdirs=[workdir], data_dir=str(tmp_path)), str(tmp_path)),
-        (dict(weights=weights), "--output is missing"),
-        (dict(weights=weights, output=str(tmp_path), data_dir=str(tmp_path)), "preprocess"),
+        (dict(weights=golden), "--output is missing"),
+        (dict(weights=golden, output=str(tmp_path), data_dir=str(tmp_path)), "preprocess"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             _write(**options)

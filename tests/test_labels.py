@@ -489,6 +489,8 @@ def test_the_three_forms_of_a_label_count_alike():
     several = np.stack([label, np.full(50, -1, np.int32)], 1)
     weight = (several >= 0).astype(np.float32)
     assert_same_bits(step(None, {**batch, "label": several, "label_weight": weight}), plain)
+    none = step(None, {**batch, "label": jnp.full((50, 7), 0.01)})
+    assert not np.any(none["labelled"]) and not np.any(none["hit"])
     smoothed = step(None, {**batch, "label": 0.9 * one_hot + 0.01})  # as one_hot(7, 0.91, 0.01)
     assert_same_bits({**smoothed, "loss": plain["loss"]}, plain)
 

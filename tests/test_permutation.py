@@ -45,7 +45,6 @@ def test_a_share_is_shuffled_among_itself():
         assert moved - 8 < len(places) <= moved  # one of them on average stays by chance
         if share == 0.25:
             smaller = set(places)
-    assert smaller <= set(np.flatnonzero(permutation.shuffled(1000, seed=3, share=0.5) >= 0))
     half = permutation.shuffled(1000, seed=3, share=0.5)
     assert len(smaller & set(np.flatnonzero(half != np.arange(1000)))) > 240
 

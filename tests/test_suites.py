@@ -100,7 +100,7 @@ def file(tmp_path_factory):
 
 
 def _evaluate(file, output, **options):
-    opened = [lambda: report.open_weights(str(file), None, output=str(output))]
+    opened = [lambda: report.open_weights(str(file), None, output=str(output), say=print)]
     report.evaluate(opened, save_predictions=True, **options)
     results = json.loads((output / "results.json").read_text())["splits"]
     predictions = {}
@@ -225,6 +225,11 @@ def test_flat_folder_has_real_labels_only(folder, tmp_path, monkeypatch):
         (tmp_path / image.name).rename(tmp_path / f"image_{place}.png")
     with pytest.raises(UserError, match="the 10 images are not all of the 50,000"):
         suites.open_task("imagenet_real", **how)
+    (tmp_path / "image_9.png").rename(tmp_path / "image_10.png")
+    monkeypatch.setattr(imagenet_real, "NUM_IMAGES", 10)
+    with pytest.raises(UserError, match="with names of one length"):
+        suites.open_task("imagenet_real", **how)
+    (tmp_path / "image_10.png").rename(tmp_path / "image_9.png")
     monkeypatch.setattr(imagenet_real, "NUM_IMAGES", 10)
     split = suites.open_task("imagenet_real", **how)
     (batch,) = split.sequential_batches(start=0, stop=10, batch_size=10)
@@ -233,6 +238,33 @@ def test_flat_folder_has_real_labels_only(folder, tmp_path, monkeypatch):
     for place, labels_of_image in enumerate(wanted):
         row = by_name[f"image_{place}.png"]
         assert row[row >= 0].tolist() == labels_of_image
+
+
+def test_images_in_folders_without_numbers_have_no_real_labels(folder, tmp_path, monkeypatch):
+    """Their order by name is not that of the set."""
+    monkeypatch.setattr(imagenet_real, "NUM_IMAGES", 2)
+    for place, name in enumerate(("n01440764", "n01443537")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{place}.JPEG").write_bytes(_jpeg(place))
+    how = dict(preprocess=PREPROCESS, image_size=(SIZE, SIZE), data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="its name has no number"):
+        suites.open_task("imagenet_real", **how)
+    assert suites.open_task("imagenet_val", **how).num_examples == 2
+
+
+def test_an_image_twice_is_refused(tmp_path):
+    (tmp_path / "n01440764").mkdir()
+    for path in (tmp_path, tmp_path / "n01440764"):
+        (path / _file_name(5)).write_bytes(_jpeg(5))
+    how = dict(preprocess=PREPROCESS, image_size=(SIZE, SIZE), data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="holds image 5 of ImageNet's validation set twice"):
+        suites.open_task("imagenet_real", **how)
+
+
+def test_predictions_of_several_labels_alone(imagenet, file, tmp_path):
+    _, predictions = _evaluate(file, tmp_path, suite=["imagenet_real"], data_dir=str(imagenet))
+    assert (predictions["imagenet_real"]["label"] >= 0).sum() < 10
+    assert not (tmp_path / "evaluation" / "imagenet_real.json").exists()
 
 
 def test_corrupt_and_empty_sets_are_refused(folder, tmp_path):
@@ -322,7 +354,8 @@ def test_published_figures_stand_beside_ours(imagenet, file, tmp_path, monkeypat
     assert results["imagenet_val"]["published"]["top1"] == 0.7644
     assert "published" not in results["imagenet_v2"]
     for text in (capsys.readouterr().out, (tmp_path / "results.md").read_text()):
-        assert "imagenet_val: 76.44% is published for B/16-i1k (paper, recalled)" in text
+        line = "imagenet_val: 76.44% is published for B/16-i1k (paper, recalled), of 50,000 images"
+        assert line in text
         assert "82.36%" in text
 
 

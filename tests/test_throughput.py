@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from helpers import tiny_config
+from helpers import run_python, tiny_config
 from mixer import metrics, run, sharding, train_state
 from mixer.errors import UserError
 from mixer.evaluation import throughput
@@ -150,3 +150,24 @@ def test_cost_of_the_meters_own_rows():
     cost = throughput.core_hours(rows, global_batch_size=32)
     assert cost.images == 320 and cost.devices == (jax.device_count(),) * 2
     assert cost.seconds > 0
+
+
+@pytest.mark.slow
+def test_command_for_the_papers_models(tmp_path):
+    done = run_python(
+        "evaluate.py",
+        "--suite=throughput",
+        "--variants=S/32",
+        "--batch_sizes=1,2",
+        f"--output={tmp_path}",
+    )
+    assert "11,489 (S/32)" in done.stdout
+    found = json.loads((tmp_path / "results.json").read_text())["throughput"]["S/32"]
+    assert [rate["batch_size"] for rate in found["rates"]] == [1, 2]
+    assert all(rate["images_per_second"] > 0 for rate in found["rates"])
+    for arguments, message in (
+        (["--suite=throughput", "--variants=S/31"], "--variants=S/31: one of S/32, S/16"),
+        (["--variants=S/32"], "--variants is for --suite=throughput without weights"),
+    ):
+        done = run_python("evaluate.py", *arguments, check=False)
+        assert done.returncode == 2 and message in done.stderr

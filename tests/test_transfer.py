@@ -5,7 +5,6 @@ split as its real one where VTAB's splits count from the start of one. What no s
 declared and not written.
 """
 
-import io
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from configs import finetune
 from helpers import GOLDENS, assert_same_bits, final_state, run_python, tiny_config
@@ -134,11 +132,6 @@ def test_table_has_every_task_and_mean():
         "| both | 2 tasks | 62.50% | 60.93% to 64.07% |  |",
         "| mean | 2 of 3 tasks | 62.50% | 60.93% to 64.07% |  |",
     ]
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(result.table("VTAB-1k"))
-    text = console.export_text()
-    for row in result.rows():
-        assert all(cell in text for cell in row), row
 
 
 # Resumption.

@@ -101,7 +101,10 @@ def _root(path: str, layout: str) -> epath.Path:
         )
     root = epath.Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"dataset.data_dir={root} is no folder; {layout}")
+        raise UserError(
+            f"dataset.data_dir={root} is no folder; {layout}; where data has moved, --data_dir (of "
+            "evaluate.py and inspect) says where to"
+        )
     return root
 
 

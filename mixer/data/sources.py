@@ -321,7 +321,10 @@ def tfds_source(
         return tf.size(derived.compute(example) if derived else example[label_key])
 
     counts = tf.data.Dataset.from_tensor_slices(records).map(count, AUTOTUNE)
-    most = max([1, *map(int, counts.as_numpy_iterator())])
+    try:
+        most = max([1, *map(int, counts.as_numpy_iterator())])
+    except tf.errors.OpError as error:
+        raise UserError(f"{source.name}, label {label_key!r}: {first_line(error)}") from None
     return dataclasses.replace(
         source,
         load=lambda number: parse_several(records[number], most),

@@ -148,12 +148,12 @@ def make_eval_step(predict: Callable, loss_fn: Callable, num_classes: int) -> Ca
 
 
 def _threshold(batch: dict[str, jax.Array], labels: jax.Array) -> jax.Array | float:
-    """What the target of a label exceeds: 0, or half the row's largest where rows come dense.
+    """What the target of a label exceeds: 0, or the row's smallest where rows come dense.
 
-    `one_hot` may leave something for the other classes, which makes them no labels.
+    `one_hot` may leave something for the classes that are no labels.
     """
     if jnp.issubdtype(batch["label"].dtype, jnp.floating):
-        return jnp.max(labels, axis=1, keepdims=True) / 2
+        return jnp.min(labels, axis=1, keepdims=True)
     return 0.0
 
 
@@ -187,7 +187,7 @@ def evaluate(
     if columns is None:
         return None
     predictions = Predictions(**columns)
-    bad = ~np.isfinite(predictions.probability)
+    bad = ~(np.isfinite(predictions.probability) & np.isfinite(predictions.loss))
     if bad.any():
         raise UserError(
             f"{split.name}: the logits of {int(bad.sum()):,} images are not finite, the first of "
@@ -240,7 +240,10 @@ def collect(
             if name not in result:
                 result[name] = np.empty((split.num_examples, *values.shape[1:]), values.dtype)
             result[name][index[there]] = values[there]
-        if should_stop():
+        stop = should_stop()
+        if jax.process_count() > 1:  # all leave together, or none could go on
+            stop = multihost_utils.process_allgather(np.array(bool(stop))).any()
+        if stop:
             return None
     if not np.all(seen == 1):
         raise RuntimeError(

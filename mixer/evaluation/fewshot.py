@@ -80,7 +80,7 @@ class FewShot:
 def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of a table of `FewShot.summary()`s by the name of their data."""
     lines = [
-        "| few-shot probe | shots a class | images | top-1 | 95 % interval | deviation | draws |",
+        "| few-shot probe | shots a class | shots | top-1 | 95 % interval | deviation | draws |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, summary in summaries.items():
@@ -139,7 +139,7 @@ def evaluate(
       UserError: images with several labels, a class without images, other classes in the two
         splits, features that are not finite.
     """
-    train_labels, test_labels = _labels(train, test)
+    train_labels, test_labels = check(train, test)
     num_classes = len(train.class_names)
     draws = [draw(train_labels, num_classes, max(shots), seed) for seed in range(seeds)]
     # The images of all draws are read together, each once.
@@ -195,8 +195,8 @@ def evaluate(
     return FewShot(train.name, test.name, len(test_labels), num_classes, l2, tuple(results))
 
 
-def _labels(train: pipeline.Split, test: pipeline.Split) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of both splits, which must be fit for a probe."""
+def check(train: pipeline.Split, test: pipeline.Split) -> tuple[np.ndarray, np.ndarray]:
+    """The labels (n,) of both splits; UserError where they are not fit for a probe."""
     names = train.class_names
     if names != test.class_names:
         raise UserError(

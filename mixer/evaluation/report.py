@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -18,11 +20,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mixer import checkpoint, files, loading, losses, metrics, published, run, sharding
+from mixer import (
+    checkpoint,
+    files,
+    loading,
+    losses,
+    metrics,
+    published,
+    run,
+    sharding,
+    weights,
+)
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, fewshot, scores, suites, throughput
-from mixer.model import MlpMixer
+from mixer.model import VARIANTS, MlpMixer, check_image_size
 from mixer.train_state import abstract_params
 from mixer.train_step import make_predict
 
@@ -45,8 +57,11 @@ class Subject:
       class_names: in label order, or the name of a list; None: not known.
       loss: softmax or sigmoid. batch_size: images at once, over all devices.
       config: of the data that is evaluated on where no suite says it; None: there is none.
+      own_data: whether that is the data of the run that the weights are of. data: what the run's
+        data.json says of each of its splits.
       output: directory of the results. checkpoint_name: last, best or a step; step: its number.
-      published: what others found for them.
+      identity: what results.json says the weights are; results of others are not added to.
+      published: what others found for them, as they come.
     """
 
     name: str
@@ -61,9 +76,12 @@ class Subject:
     loss: str
     batch_size: int
     config: ConfigDict | None
+    own_data: bool
+    data: dict[str, dict[str, Any]] | None
     output: epath.Path
     checkpoint_name: str
     step: int | None
+    identity: dict[str, Any]
     published: tuple[str, dict[str, tuple[float, str]]] | None
 
 
@@ -101,7 +119,14 @@ def open_run(
             f"--config has image_size={config.image_size}, and {workdir} is for "
             f"{own.image_size}; --weights={workdir} grows it to another size"
         )
-    data = own if config is None else config
+    data = own
+    if config is not None:
+        data = config.copy_and_resolve_references()
+        data.model.update({name: getattr(model, name) for name in weights.DIMENSIONS})
+        run.resolve_permutation(data)
+    identity = {"step": int(directory.name)}
+    if output is not None:
+        identity |= {"weights": str(directory)}
 
     def reader(item: str) -> Callable[[], Any]:
         return lambda: checkpoint.restore_params(directory, abstract, item=item)
@@ -119,9 +144,12 @@ def open_run(
         loss=data.loss,
         batch_size=data.eval_batch_size or data.global_batch_size,
         config=data,
-        output=epath.Path(output or workdir),
+        own_data=config is None,
+        data=None if config is not None else run.read_json(workdir, "data.json")["splits"],
+        output=epath.Path(output or workdir).expanduser(),
         checkpoint_name=checkpoint_name,
         step=int(directory.name),
+        identity=identity,
         published=None,
     )
     return subject, mesh
@@ -136,10 +164,11 @@ def open_weights(
     output: str | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Subject, Mesh]:
-    """Weights from a file, an address or a published checkpoint's short name.
+    """Weights from a file, an address or a published checkpoint's short name; or of a run.
 
     Args:
-      path: as `mixer.load` takes it.
+      path: as `mixer.load` takes it. Of a run, or a step of one, the data and the loss are the
+        run's where there is no `config`.
       mesh: of the devices; None: all of them.
       config: of the data to evaluate on, its image size and its loss; None: softmax, for the
         weights' own size.
@@ -148,6 +177,11 @@ def open_weights(
       say: gets a line on what the weights are.
     """
     mesh = mesh or sharding.make_mesh({"data": -1})
+    own, own_data = config is None and preprocess is None, False
+    if config is None and epath.Path(path).expanduser().is_dir():
+        workdir = checkpoint.find_step(path).parent.parent
+        if "total_steps" in (run.read_json(workdir, "config.json") or {}):
+            (config, _), own_data = run.read_run(workdir), True
     size = None if config is None else config.image_size
     loaded = loading.read(
         path,
@@ -158,8 +192,19 @@ def open_weights(
         log=say,
     )
     card = loaded.card
+    if config is not None and not own_data:
+        config = config.copy_and_resolve_references()
+        config.model.update({name: getattr(card, name) for name in weights.DIMENSIONS})
+        run.resolve_permutation(config)
+    if config is not None and preprocess is not None:
+        config.dataset.eval_preprocess = preprocess
     steps = card.preprocess if config is None else config.dataset.eval_preprocess
     plain = re.sub(r"[^\w.-]+", "_", str(path).rpartition("://")[2]).strip("_.")
+    arrays = traverse_util.flatten_dict(loaded.params, sep="/")
+    checksum = weights.checksum(
+        lambda name: np.asarray(arrays[name]), {name: each.shape for name, each in arrays.items()}
+    )
+    loss = "softmax" if config is None else config.loss
     subject = Subject(
         name=str(path),
         model=loaded.model,
@@ -170,45 +215,31 @@ def open_weights(
         image_size=card.image_size,
         preprocess=preprocess or steps,
         class_names=card.class_names,
-        loss="softmax" if config is None else config.loss,
+        loss=loss,
         batch_size=(
             BATCH_SIZE * mesh.shape["data"]
             if config is None
             else config.eval_batch_size or config.global_batch_size
         ),
         config=config,
-        output=epath.Path(output or f"runs/evaluate_{plain}"),
+        own_data=own_data,
+        data=None,
+        output=epath.Path(output or f"runs/evaluate_{plain}").expanduser(),
         checkpoint_name="last",
         step=None,
-        published=published.expected(path, variant=card.variant, num_classes=card.num_classes),
+        identity={
+            "weights": str(path),
+            "checksum": checksum,
+            "preprocess": preprocess or steps,
+            "loss": loss,
+        },
+        published=(
+            published.expected(path, variant=card.variant, num_classes=card.num_classes)
+            if own
+            else None
+        ),
     )
     return subject, mesh
-
-
-def evaluate_run(
-    workdir: str,
-    *,
-    checkpoint_name: str,
-    splits: Sequence[str],
-    data_dir: str | None = None,
-    label_file: str | None = None,
-) -> None:
-    """Evaluates the weights of a run on `splits` ("train", "val", "test") of its config.
-
-    Args:
-      workdir: the run.
-      checkpoint_name: "last", "best" or a step's number.
-      splits: those that the config does not name are left out.
-      data_dir: where the data is now, None where it was in training.
-      label_file: likewise of the file of labels.
-
-    Raises:
-      UserError: no such run or checkpoint, or data that is not there or not the run's.
-    """
-    subject, mesh = open_run(workdir, None, checkpoint_name=checkpoint_name)
-    evaluate(
-        [lambda: (subject, mesh)], splits=splits, data_dir=data_dir or "", label_file=label_file
-    )
 
 
 def evaluate(
@@ -219,6 +250,8 @@ def evaluate(
     data_dir: str = "",
     label_file: str | None = None,
     save_predictions: bool = False,
+    batch_sizes: Sequence[int] = throughput.BATCH_SIZES,
+    output: str | None = None,
 ) -> None:
     """Evaluates weights, one after the other; prints a table of each, and of all beside each other.
 
@@ -229,54 +262,88 @@ def evaluate(
       data_dir: where the data is; "": where the config says, or TFDS's own default.
       label_file: likewise of the file of labels.
       save_predictions: whether to write evaluation/<set>.npz too, what was said of every image.
+      batch_sizes: of "throughput", images a device.
+      output: directory for side_by_side.md, the table of several weights; None: it is not written.
 
     Raises:
-      UserError: data that is not there, or not of the weights' classes.
+      UserError: data that is not there, or not of the weights' classes. Of several weights the
+        others are evaluated all the same.
     """
     console = _console()
     names = suites.expand(suite, others=(FEWSHOT, THROUGHPUT))
-    rows: list[tuple[str, dict[str, dict[str, Any]]]] = []
+    done: list[tuple[str, dict[str, dict[str, Any]]]] = []
+    failed: list[str] = []
     for open_subject in subjects:
-        subject, mesh = open_subject()
-        sharding.check_batch_size("eval_batch_size", subject.batch_size, mesh)
-        if subject.config is not None:
-            if data_dir:
-                subject.config.dataset.data_dir = data_dir
-            if label_file is not None:
-                subject.config.dataset.label_file = label_file
+        subject = None
+        try:
+            subject, mesh = open_subject()
+            options = dict(splits=splits, data_dir=data_dir, label_file=label_file)
+            options |= dict(save_predictions=save_predictions, batch_sizes=batch_sizes)
+            done.append((subject.name, _evaluate(subject, mesh, names, console, **options)))
+        except UserError as error:
+            if len(subjects) == 1:
+                raise
+            failed.append(f"{subject.name}: {error}" if subject else str(error))
+    if len(done) > 1:
+        table = _side_by_side(done)
+        console.print()
+        _print(console, "\n".join(table))
+        if output is not None:
+            _make_directory(epath.Path(output).expanduser())
+            path = epath.Path(output).expanduser() / "side_by_side.md"
+            path.write_text("\n".join(table) + "\n")
+            console.print(f"written to {path}", markup=False)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(subjects)} not evaluated: {'; '.join(failed)}")
 
-        def say(text: str) -> None:
-            console.print(text, markup=False)
 
-        card = _Card(subject)
-        opened = _open(subject, names, splits, data_dir, say)
-        for which, result in _classify(subject, mesh, opened, console):
-            split = opened[which.removesuffix("_ema")]
-            card.add_split(which, result, split)
-            _write_classes(card.directory / f"{card.prefix}{which}.json", result, split)
-            if save_predictions:
-                path = card.directory / f"{card.prefix}{which}.npz"
-                classification.write_predictions(path, result.predictions, split)
-                say(f"predictions: {path}")
-        if FEWSHOT in names:
-            _fewshot(subject, mesh, data_dir, card, console)
-        if THROUGHPUT in names:
-            params = next(iter(subject.params.values()))()
+def _evaluate(
+    subject: Subject,
+    mesh: Mesh,
+    names: Sequence[str],
+    console: Console,
+    *,
+    splits: Sequence[str],
+    data_dir: str,
+    label_file: str | None,
+    save_predictions: bool,
+    batch_sizes: Sequence[int],
+) -> dict[str, dict[str, Any]]:
+    """Evaluates one subject, as `evaluate` says; the results by section."""
+    sharding.check_batch_size("eval_batch_size", subject.batch_size, mesh)
+    if subject.config is not None:
+        if data_dir:
+            subject.config.dataset.data_dir = data_dir
+        if label_file is not None:
+            subject.config.dataset.label_file = label_file
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    # All data is opened before any is evaluated.
+    opened = _open(subject, names, splits, data_dir, say)
+    probed = _fewshot_data(subject, data_dir) if FEWSHOT in names else {}
+    card = _Card(subject)
+    for which, result in _classify(subject, mesh, opened, console):
+        split = opened[which.removesuffix("_ema")]
+        card.add_split(which, result, split)
+        _write_classes(card.directory / f"{card.prefix}{which}.json", result, split)
+        if save_predictions and jax.process_index() == 0:
+            path = card.directory / f"{card.prefix}{which}.npz"
+            classification.write_predictions(path, result.predictions, split)
+            say(f"predictions: {path}")
+    _fewshot(subject, mesh, probed, card, console)
+    if THROUGHPUT in names:
+        params = next(iter(subject.params.values()))()
+        with console.status("throughput"):
             measured = throughput.measure(
-                subject.model,
-                params,
-                subject.image_size,
-                batch_sizes=throughput.BATCH_SIZES,
-                mesh=mesh,
+                subject.model, params, subject.image_size, batch_sizes=batch_sizes, mesh=mesh
             )
-            card.add(THROUGHPUT, subject.variant or "model", measured.summary())
-        card.add_cost()
-        _print(console, markdown(subject, card.new))
-        say(f"written to {card.write_markdown()} and {card.path.name}")
-        rows.append((subject.name, card.new))
-        del subject, opened, card
-    if len(rows) > 1:
-        console.print(_side_by_side(rows))
+        card.add(THROUGHPUT, subject.variant or "model", measured.summary())
+    card.add_cost()
+    _print(console, markdown(subject, card.new))
+    say(f"written to {card.path.with_suffix('.md')} and {card.path.name}")
+    return card.new
 
 
 class _Card:
@@ -285,7 +352,7 @@ class _Card:
     def __init__(self, subject: Subject):
         self._subject = subject
         self.new: dict[str, dict[str, Any]] = {}
-        subject.output.mkdir(parents=True, exist_ok=True)
+        _make_directory(subject.output / "evaluation")
         self.directory = subject.output / "evaluation"
         self.prefix = "" if subject.checkpoint_name == "last" else f"{subject.checkpoint_name}_"
         self.path = run.results_path(subject.output, subject.checkpoint_name)
@@ -293,15 +360,14 @@ class _Card:
     def add(self, section: str, name: str, value: dict[str, Any]) -> None:
         """Enters a result; those of other weights that the file had are gone."""
         self.new.setdefault(section, {})[name] = value
-        self.path = run.record_result(
-            self._subject.output,
-            self._subject.checkpoint_name,
-            self._subject.step,
-            name,
-            value,
-            section=section,
-            weights=self._subject.name if self._subject.step is None else None,
+        if jax.process_index():
+            return  # the first process writes
+        subject = self._subject
+        run.record_result(
+            subject.output, subject.checkpoint_name, subject.identity, name, value, section=section
         )
+        with files.whole(self.path.with_suffix(".md")) as new:
+            new.write_text(markdown(subject, json.loads(self.path.read_text())))
 
     def add_split(
         self, which: str, result: classification.Classification, split: pipeline.Split
@@ -330,14 +396,6 @@ class _Card:
         if cost is not None:
             self.add("training", "cost", cost.summary())
 
-    def write_markdown(self) -> epath.Path:
-        """Writes results.md, the whole card, from results.json."""
-        path = self.path.with_suffix(".md")
-        results = json.loads(self.path.read_text()) if self.path.exists() else {}
-        with files.whole(path) as new:
-            new.write_text(markdown(self._subject, results))
-        return path
-
 
 def _trained_batch(subject: Subject) -> int:
     config, _ = run.read_run(subject.name)
@@ -359,15 +417,26 @@ def _open(
     if not names:
         if subject.config is None:
             raise UserError(
-                f"{subject.name} says nothing of data: give --suite=NAME (one of "
-                f"{', '.join((*suites.GROUPS, *suites.TASKS))}) or --config=FILE"
+                f"{subject.name} says nothing of data: give --config=FILE or --suite=NAME, one of "
+                f"{', '.join((*suites.GROUPS, FEWSHOT, THROUGHPUT, *suites.TASKS))}"
             )
         config = subject.config
-        own = subject.class_names if isinstance(subject.class_names, tuple) else None
+        names = subject.class_names if subject.own_data else None
         for which in splits:
-            split = run.open_split(config, which, own if subject.step is not None else None)
-            if split is not None:
-                opened[which] = split
+            split = run.open_split(config, which, names)
+            if split is None:
+                continue
+            # "val" and "test" of a run are those of its training.
+            known = (subject.data or {}).get(which)
+            if known and known["fingerprint"] != split.fingerprint:
+                say(
+                    f"{split.name} is not what the run was trained with: {split.num_examples:,} "
+                    f"images, and {known['num_examples']:,} then, or others; its result is "
+                    f"{run.data_name(config)}_{which}"
+                )
+                known = None
+            own = subject.own_data and (known or not subject.data)
+            opened[which if own else f"{run.data_name(config)}_{which}"] = split
         if not opened:
             raise UserError(f"the config of {subject.name} names no split {' or '.join(splits)}")
     missing = [name for name in tasks if not suites.is_prepared(name, data_dir)]
@@ -447,9 +516,15 @@ def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int
         yield advance
 
 
-def _fewshot(subject: Subject, mesh: Mesh, data_dir: str, card: _Card, console: Console) -> None:
-    """Adds the few-shot probe on the subject's own data, or on the authors' sets."""
-    for name, (train, test) in _fewshot_data(subject, data_dir).items():
+def _fewshot(
+    subject: Subject,
+    mesh: Mesh,
+    data: dict[str, tuple[pipeline.Split, pipeline.Split]],
+    card: _Card,
+    console: Console,
+) -> None:
+    """Adds the few-shot probe on each of `data`."""
+    for name, (train, test) in data.items():
         for suffix, read in subject.params.items():
             with console.status(f"few-shot probe on {name}{suffix}"):
                 result = fewshot.evaluate(
@@ -467,13 +542,15 @@ def _fewshot(subject: Subject, mesh: Mesh, data_dir: str, card: _Card, console: 
 def _fewshot_data(
     subject: Subject, data_dir: str
 ) -> dict[str, tuple[pipeline.Split, pipeline.Split]]:
+    """Training and test split of the subject's data; without it, of the authors' sets."""
     config = subject.config
     if config is not None:
         which = "test" if config.dataset.test_split else "val"
         train, test = (run.open_split(config, each, None) for each in ("train", which))
         if test is None:
             raise UserError("the few-shot probe needs dataset.test_split or dataset.val_split")
-        return {config.dataset.name: (train, test)}
+        fewshot.check(train, test)
+        return {run.data_name(config): (train, test)}
     return suites.open_fewshot(subject.image_size, data_dir)
 
 
@@ -481,11 +558,10 @@ def _write_classes(
     path: epath.Path, result: classification.Classification, split: pipeline.Split
 ) -> None:
     """Writes accuracy and interval of every class, and the confusions that were made."""
-    if result.mean_per_class is None:
+    if result.mean_per_class is None or jax.process_index():
         return  # several labels an image: no class is its own
     hits = result.confusion.diagonal()
     images = result.confusion.sum(axis=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     classes = [
         {
             "name": name,
@@ -517,7 +593,17 @@ def _interval(value: Sequence[float] | None) -> str:
     return "" if value is None else f"{100 * value[0]:.2f}-{100 * value[1]:.2f}"
 
 
-COLUMNS = ("set", "images", "top-1", "of 95 %", "top-5", "loss", "ECE", "per class", "published")
+COLUMNS = (
+    "set",
+    "images",
+    "top-1",
+    "95 % interval",
+    "top-5",
+    "loss",
+    "ECE",
+    "per class",
+    "published",
+)
 
 
 def _row(name: str, result: dict[str, Any]) -> list[str]:
@@ -541,11 +627,14 @@ def _row(name: str, result: dict[str, Any]) -> list[str]:
 
 def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
     """What the published figures are of, a line each."""
-    return [
-        f"{name}: {_percent(known['top1'])} is published for {known['weights']} ({known['source']})"
-        for name, result in results.items()
-        if (known := result.get("published"))
-    ]
+    notes = []
+    for name, result in results.items():
+        if known := result.get("published"):
+            share, of = _percent(known["top1"]), f"{known['weights']} ({known['source']})"
+            whole = suites.TASKS[name].num_images
+            notes.append(f"{name}: {share} is published for {of}")
+            notes[-1] += f", of {whole:,} images" * (result["count"] != whole)
+    return notes
 
 
 def _shown(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -557,12 +646,23 @@ def _shown(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str
 
 def _title(subject: Subject) -> str:
     step = "" if subject.step is None else f", step {subject.step}"
-    return f"{subject.name}{step}"
+    best = " (best)" if subject.checkpoint_name == "best" else ""
+    return f"{subject.name}{step}{best}"
+
+
+def _fewshot_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [*fewshot.markdown(results), ""]
+    for name, result in results.items():
+        lines.append(
+            f"{name}: shots from {result['train']}; top-1 on {result['count']:,} images of "
+            f"{result['test']}.  "
+        )
+    return lines
 
 
 # What results.json has besides the splits, and the lines of a card that it makes.
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    FEWSHOT: fewshot.markdown,
+    FEWSHOT: _fewshot_lines,
     THROUGHPUT: throughput.markdown,
     "transfer": lambda tables: [line for each in tables.values() for line in each["markdown"]],
     "training": lambda costs: [throughput.cost_sentence(cost) for cost in costs.values()],
@@ -576,14 +676,17 @@ def markdown(subject: Subject, results: dict[str, Any]) -> str:
         f"# {_title(subject)}",
         "",
         f"{subject.variant or 'MLP-Mixer'}, {subject.num_params:,} parameters, images of "
-        f"{height} x {width}, {subject.num_classes:,} classes. Intervals are Wilson's of 95 %; ECE "
-        "is the expected calibration error in 15 bins; per class is the mean of the classes' "
-        "accuracies.",
+        f"{height} x {width}, {subject.num_classes:,} classes.",
     ]
-    if splits := results.get("splits"):
-        # What was recorded before results had all of these is shown as far as it goes.
-        whole = {name: each for name, each in splits.items() if "top1_interval" in each}
+    # What was recorded before results had all of these is left out.
+    splits = results.get("splits", {}).items()
+    if whole := {name: each for name, each in splits if "top1_interval" in each}:
         columns, rows = _shown(whole)
+        lines += [
+            "",
+            "Intervals are Wilson's; ECE is the expected calibration error in 15 bins; per class "
+            "is the mean of the classes' accuracies.",
+        ]
         lines += ["", _line(columns), "|---" * len(columns) + "|", *map(_line, rows), ""]
         lines += [f"{name} is {each['data']}.  " for name, each in whole.items() if "data" in each]
         lines += [f"{note}.  " for note in _notes(whole)]
@@ -604,7 +707,9 @@ def _print(console: Console, text: str) -> None:
             console.print("\n".join(line.strip() for line in lines), markup=False)
             continue
         header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
-        table = Table(*header)
+        table = Table()
+        for name in header:
+            table.add_column(name, overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
@@ -626,20 +731,65 @@ def add_transfer(subject: Subject, name: str, result: Any) -> None:
       name: "vtab" or "transfer".
       result: a `mixer.transfer.Transfer`.
     """
+    _make_directory(subject.output)
     console, card = _console(), _Card(subject)
     card.add("transfer", name, result.summary() | {"markdown": result.markdown()})
     _print(console, markdown(subject, card.new))
-    console.print(f"written to {card.write_markdown()} and {card.path.name}", markup=False)
+    written = f"written to {card.path.with_suffix('.md')} and {card.path.name}"
+    console.print(written, markup=False)
 
 
-def _side_by_side(rows: Sequence[tuple[str, dict[str, dict[str, Any]]]]) -> Table:
-    """A row for each of (weights, sections of results)."""
+def _make_directory(path: epath.Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror or error}") from None
+
+
+def measure_variants(
+    names: Sequence[str], *, batch_sizes: Sequence[int], image_size: int, output: str
+) -> None:
+    """The throughput of the paper's models, with random weights: a table here and JSON.
+
+    Args:
+      names: such as "B/16".
+      batch_sizes: images a device.
+      image_size: side in pixels.
+      output: directory of results.json.
+
+    Raises:
+      UserError: no such variant, or a patch that does not divide the images.
+    """
+    console, directory = _console(), epath.Path(output).expanduser()
+    _make_directory(directory)
+    mesh = sharding.make_mesh({"data": -1})
+    size = (image_size, image_size)
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"--variants={name}: one of {', '.join(VARIANTS)}")
+        check_image_size(size, VARIANTS[name]["patch_size"])
+    found: dict[str, dict[str, Any]] = {}
+    measured = throughput.measure_variants(
+        names, image_size=size, dtype="float32", batch_sizes=batch_sizes, mesh=mesh
+    )
+    for name, result in measured:
+        found[name] = result.summary()
+        console.print(f"measured {name}")
+        identity = {"weights": "random"}
+        path = run.record_result(directory, "last", identity, name, found[name], section=THROUGHPUT)
+    _print(console, "\n".join(throughput.markdown(found)))
+    console.print(f"written to {path}", markup=False)
+
+
+def _side_by_side(rows: Sequence[tuple[str, dict[str, dict[str, Any]]]]) -> list[str]:
+    """Lines of a Markdown table with a row for each of (weights, sections of results)."""
     cells = [_cells(sections) for _, sections in rows]
-    names = dict.fromkeys(name for each in cells for name in each)
-    table = Table("weights", *names, title="Side by side: top-1 and its interval of 95 %")
-    for (weights, _), each in zip(rows, cells, strict=True):
-        table.add_row(Text(weights), *(each.get(name, "-") for name in names))
-    return table
+    names = list(dict.fromkeys(name for each in cells for name in each))
+    lines = ["Side by side: top-1 with its interval of 95 %, images/s a device.", ""]
+    lines += [_line(["weights", *names]), "|---" * (len(names) + 1) + "|"]
+    for (of, _), each in zip(rows, cells, strict=True):
+        lines.append(_line([of, *(each.get(name, "-") for name in names)]))
+    return lines
 
 
 def _cells(sections: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -653,4 +803,9 @@ def _cells(sections: dict[str, dict[str, Any]]) -> dict[str, str]:
         for shots in result["results"]:
             share = f"{_percent(shots['mean'])} ({_interval(shots['interval'])})"
             cells[f"{name}, {shots['shots']}-shot"] = share
+    for result in sections.get(THROUGHPUT, {}).values():
+        for rate in result["rates"]:
+            if rate["images_per_second"] is not None:
+                rates = f"{rate['images_per_second']:,.3g}"
+                cells[f"images/s, batch {rate['batch_size']}"] = rates
     return cells

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mixer import run
 from mixer.data import imagenet_names, imagenet_real, pipeline
 from mixer.errors import UserError, nearest
+from mixer.evaluation import fewshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Task:
       label_key: as `dataset.label_key`.
       classes: the list of mixer/data/imagenet_names.py that the labels follow; "": the set's own.
       mean_per_class: whether papers report the mean over the classes in place of top-1.
+      num_images: of the whole set, that published figures are of; 0: there are none.
     """
 
     dataset: str
@@ -33,16 +35,21 @@ class Task:
     label_key: str = ""
     classes: str = ""
     mean_per_class: bool = False
+    num_images: int = 0
 
 
 IMAGENET = "imagenet1k"
 # ImageNet's validation set; the last 1 % of its training set, held out by the recipes; its
 # validation set with ReaL's labels; the matched-frequency images of Recht et al., 2019.
 TASKS = {
-    "imagenet_val": Task("imagenet2012", "validation", classes=IMAGENET),
+    "imagenet_val": Task("imagenet2012", "validation", classes=IMAGENET, num_images=50_000),
     "imagenet_minival": Task("imagenet2012", "train[99%:]", classes=IMAGENET),
-    "imagenet_real": Task("imagenet2012", "validation", "real_label", IMAGENET),
-    "imagenet_v2": Task("imagenet_v2/matched-frequency", "test", classes=IMAGENET),
+    "imagenet_real": Task(
+        "imagenet2012", "validation", "real_label", classes=IMAGENET, num_images=50_000
+    ),
+    "imagenet_v2": Task(
+        "imagenet_v2/matched-frequency", "test", classes=IMAGENET, num_images=10_000
+    ),
     "cifar10": Task("cifar10", "test"),
     "cifar100": Task("cifar100", "test"),
     "oxford_iiit_pet": Task("oxford_iiit_pet", "test", mean_per_class=True),
@@ -63,6 +70,9 @@ FEWSHOT = {
 GROUPS = {"imagenet": tuple(name for name in TASKS if name.startswith("imagenet_"))}
 
 
+TUNED = ("vtab", "transfer")  # suites that fine-tune: mixer/transfer.py
+
+
 def expand(names: Sequence[str], others: Sequence[str] = ()) -> list[str]:
     """The tasks that `names` of tasks and groups stand for, each once, in order.
 
@@ -76,7 +86,7 @@ def expand(names: Sequence[str], others: Sequence[str] = ()) -> list[str]:
     tasks: dict[str, None] = {}
     for name in names:
         if name not in GROUPS and name not in TASKS and name not in others:
-            known = (*GROUPS, *others, *TASKS)
+            known = (*GROUPS, *others, *TUNED, *TASKS)
             raise UserError(
                 f"suite {name!r}: no such suite or set; one of {', '.join(known)}."
                 f"{nearest(name, known)}"
@@ -104,6 +114,8 @@ def open_task(
       UserError: the data is not there, or not as it should be.
     """
     task = TASKS[name]
+    if task.dataset == "digits" and not (epath.Path(data_dir).expanduser() / "digits").is_dir():
+        data_dir = ""  # they are made where they lack, and that is no folder of the user's images
     dataset = dict(name=task.dataset, data_dir=data_dir, label_key=task.label_key)
     dataset = ConfigDict(dataset | dict(label_file="", exclude="", shuffle_group_size=1))
     how = dict(image_size=image_size, num_classes=None)
@@ -210,11 +222,12 @@ def open_further(config: ConfigDict, splits: run.Splits) -> Further:
     }
     for split in opened.values():
         check_classes(split, splits.train.class_names, config.model.num_classes)
-    fewshot = None
+    probed = None
     if "fewshot" in names:
         shots = run.open_split(config, "train", splits.train.class_names)  # not augmented
-        fewshot = (shots, splits.val)
-    return Further(opened, fewshot)
+        probed = (shots, splits.val)
+        fewshot.check(*probed)
+    return Further(opened, probed)
 
 
 def is_prepared(name: str, data_dir: str = "") -> bool:
@@ -285,13 +298,19 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
         ]
     numbers = [imagenet_real.image_number(path) for path in paths]
     if None in numbers:
-        if len(paths) != imagenet_real.NUM_IMAGES:
+        flat = not any("/" in path for path in paths)
+        sorts = len({len(path) for path in paths}) == 1  # 2.jpg would stand behind 10.jpg
+        if len(paths) != imagenet_real.NUM_IMAGES or not flat or not sorts:
             raise UserError(
                 f"{root}/{paths[numbers.index(None)]}: its name has no number such as "
                 f"ILSVRC2012_val_00000001.JPEG, and the {len(paths):,} images are not all of the "
-                f"{imagenet_real.NUM_IMAGES:,}, whose order would tell it"
+                f"{imagenet_real.NUM_IMAGES:,} in one folder with names of one length, whose order "
+                "would tell it"
             )
         numbers = range(len(paths))
+    if len(set(numbers)) < len(numbers):
+        twice = next(number for number in numbers if list(numbers).count(number) > 1)
+        raise UserError(f"{root} holds image {twice + 1} of ImageNet's validation set twice")
     return [
         {"path": prefix + path, "labels": imagenet_real.image_labels(number), "split": split}
         for path, number in zip(paths, numbers, strict=True)
@@ -331,8 +350,6 @@ def check_classes(
         known = [tuple(class_names)]
     if tuple(ours) in known:
         return ""
-    if known[0] == tuple(map(str, range(num_classes))):
-        return f"the weights' classes are numbers: taken for {split.name}'s, in its order"
     place = next(i for i in range(num_classes) if ours[i] != known[0][i])
     order = " in another order" if set(ours) == set(known[0]) else ""
     raise UserError(

@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
+from scipy import special
 
 from mixer import checkpoint, loading, losses, run, sharding, weights
 from mixer.data import permutation as orders
@@ -35,8 +36,8 @@ class Point:
       x: side of the images in pixels, or the share that is shuffled.
       count: number of images that have a label.
       top1: of them; the mean over the permutations where there are several.
-      top1_interval: Wilson's of 95 % for `count` images; what the permutations differ by is in
-        top1_by_seed, one value each.
+      top1_interval: of 95 %, as `interval` has it.
+      top1_by_seed: of each permutation.
       loss: mean, likewise.
       preprocess: the steps that made the images.
     """
@@ -339,10 +340,27 @@ def _point(x: float, results: Sequence[classification.Classification], preproces
         x=x,
         count=count,
         top1=top1,
-        top1_interval=scores.interval(top1 * count, count),
+        top1_interval=interval([result.top1 for result in results], count),
         top1_by_seed=tuple(result.top1 for result in results),
         loss=float(np.mean([result.loss for result in results])),
         preprocess=preprocess,
+    )
+
+
+def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
+    """Interval of 95 % of the mean of the accuracies on `count` images under several permutations.
+
+    Images and permutations are both samples, and the squares of the two half-widths add up:
+    Wilson's for the mean on so many images, Student's for so many permutations; of one, Wilson's.
+    """
+    mean, draws = float(np.mean(shares)), len(shares)
+    low, high = scores.interval(mean * count, count)
+    if draws == 1:
+        return low, high
+    spread = special.stdtrit(draws - 1, 0.975) * np.std(shares, ddof=1) / draws**0.5
+    return (
+        max(mean - float(np.hypot(mean - low, spread)), 0.0),
+        min(mean + float(np.hypot(high - mean, spread)), 1.0),
     )
 
 

@@ -315,6 +315,5 @@ def cost_sentence(summary: Mapping[str, Any]) -> str:
     return (
         f"Training: {summary['images']:,} images in {console.duration(summary['seconds'])} on "
         f"{devices}, without evaluations and checkpoints: {summary['device_hours']:.3g} "
-        f"device-hours, or {summary['device_days']:.3g} device-days (the paper's core-days, of "
-        "whatever device this was)."
+        f"device-hours ({summary['device_days']:.3g} device-days; the paper's are of TPUv3 cores)."
     )

@@ -1,0 +1,88 @@
+"""Sweeps of given weights: accuracy over the image size, or over the share of shuffled patches.
+
+  python -m mixer.tools.sweep resolution --weights=runs/cifar --sizes=16,24,32,48
+  python -m mixer.tools.sweep resolution --weights=runs/cifar --sizes=32,64 --resize=grow
+  python -m mixer.tools.sweep permutation --weights=runs/a,runs/b --output=runs/sweep
+  python -m mixer.tools.sweep permutation --weights=pets.npz --config=configs/folder.py \
+      --config.dataset.data_dir=pets/ --output=runs/sweep
+
+It prints a table and writes sweep_<kind>.json and sweep_<kind>.png: top-1 with intervals of 95 %.
+"""
+
+from absl import flags
+
+from mixer import cli
+from mixer.errors import UserError
+
+KINDS = ("resolution", "permutation")
+WEIGHTS = flags.DEFINE_list(
+    "weights", [], "Runs, steps of them, files of weights or short names such as B/16-i21k."
+)
+SPLIT = flags.DEFINE_enum("split", "test", ["test", "val", "train"], "Which split of the config.")
+OUTPUT = flags.DEFINE_string(
+    "output", None, "Directory of the picture and the JSON; of a single run: the run."
+)
+SIZES = flags.DEFINE_list("sizes", None, "resolution: sides of the images in pixels.")
+RESIZE = flags.DEFINE_enum(
+    "resize",
+    "interpolate",
+    ["interpolate", "grow"],
+    "resolution: interpolate takes any multiple of the patch, grow whole multiples of the weights' "
+    "size; grown weights are made to be fine-tuned.",
+)
+SHARES = flags.DEFINE_list(
+    "shares", ["0", "0.25", "0.5", "0.75", "1"], "permutation: shares of the patches and pixels."
+)
+OF_KIND = {"sizes": "resolution", "resize": "resolution", "shares": "permutation"}
+
+
+def main(argv: list[str]) -> None:
+    """Sweeps what the flags say."""
+    if len(argv) != 2 or argv[1] not in KINDS:
+        raise UserError("give resolution or permutation; see python -m mixer.tools.sweep --help")
+    for flag, kind in OF_KIND.items():
+        if flags.FLAGS[flag].present and kind != argv[1]:
+            raise UserError(f"--{flag} is for the {kind} sweep")
+    if not WEIGHTS.value:
+        raise UserError("--weights is missing; give a run or a file, as in --weights=runs/cifar")
+    if len(set(WEIGHTS.value)) < len(WEIGHTS.value):
+        raise UserError(f"--weights={','.join(WEIGHTS.value)}: one is given twice")
+    sizes, shares = _numbers("sizes", SIZES.value, int), _numbers("shares", SHARES.value, float)
+    if argv[1] == "resolution" and not sizes:
+        raise UserError("--sizes is missing; for example --sizes=32,64")
+    config = None if cli.CONFIG.value is None else cli.config()
+
+    from rich.console import Console
+
+    from mixer.evaluation import sweeps
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    subjects = [
+        sweeps.open_subject(path, config=config, which=SPLIT.value, say=say)
+        for path in WEIGHTS.value
+    ]
+    output = sweeps.output_directory(subjects, OUTPUT.value)
+    if argv[1] == "resolution":
+        sweep = sweeps.resolution(subjects, sizes, resize=RESIZE.value, say=say)
+    else:
+        sweep = sweeps.permutation(subjects, shares, say=say)
+    console.print(sweeps.as_table(sweep))
+    numbers, picture = sweeps.write(sweep, output)
+    say(f"written to {numbers} and {picture}")
+
+
+def _numbers(flag: str, texts: list[str] | None, kind: type) -> list:
+    """The numbers of a list flag."""
+    try:
+        return [kind(text) for text in texts or []]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"--{flag}={','.join(texts)}: {what}, joined by commas") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,249 @@
+"""Sweeps of given weights over the image size and the share of shuffled patches or pixels."""
+
+import io
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from PIL import Image
+from rich.console import Console
+
+from helpers import run_python, tiny_config
+from mixer import loading, losses, run, sharding, trainer, weights
+from mixer.errors import UserError
+from mixer.evaluation import classification, sweeps
+from mixer.train_step import make_predict
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "old", "new", "wanted"),
+    [
+        ("decode|resize(32)", 32, 32, "decode|resize(32)"),
+        ("decode", 32, 48, "decode|resize(48, antialias=True)"),
+        (
+            "decode|one_hot(3)|value_range(0, 1)",
+            *(8, 16),
+            "decode|one_hot(3)|resize(16, antialias=True)|value_range(0, 1)",
+        ),
+        (
+            "decode|resize_small(256, method='area')|central_crop(224)",
+            *(224, 448),
+            "decode|resize_small(512, method='area')|central_crop(448)",
+        ),
+        (
+            "decode|resize_small(size=256)|central_crop(size=224)|value_range",
+            *(224, 112),
+            "decode|resize_small(size=128)|central_crop(size=112)|value_range",
+        ),
+        ("decode|resize((64, 32), 'area')|central_crop(32)", 32, 48, None),
+    ],
+)
+def test_steps_at_another_size(preprocess, old, new, wanted):
+    wanted = wanted or "decode|resize((96, 48), 'area')|central_crop(48)"
+    assert sweeps.steps_at(preprocess, old, new) == wanted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is computed once is compiled for longer than it runs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def config(tfds_dir):
+    """The data: digits."""
+    return tiny_config(tfds_dir)
+
+
+@pytest.fixture(scope="module")
+def file(config, tmp_path_factory):
+    """Weights for them that tell the images apart, a head's random ones too."""
+    path = tmp_path_factory.mktemp("weights") / "digits.npz"
+    dimensions = {name: config.model[name] for name in weights.DIMENSIONS}
+    card = weights.Card(
+        variant=None,
+        **dimensions,
+        num_classes=10,
+        image_size=(8, 8),
+        gelu="tanh",
+        preprocess="decode",
+        class_names=tuple("0123456789"),
+        source="",
+    )
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    params = card.model().init(next(keys), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    weights.write_file(path, flat, card, layout="published")
+    return path
+
+
+def _subject(path, config, which="test"):
+    return sweeps.open_subject(str(path), config=config, which=which, say=print)
+
+
+def _evaluated(path, config, preprocess, size=8, resize="grow"):
+    """The test split after these steps, evaluated as a run's is."""
+    config = config.copy_and_resolve_references()
+    config.image_size = size
+    config.dataset.eval_preprocess = preprocess
+    loaded = loading.read(path, image_size=size, resize=resize, log=print)
+    loss_fn = losses.make_loss(config.loss)
+    return classification.evaluate(
+        classification.make_eval_step(make_predict(loaded.model), loss_fn, 10),
+        loaded.params,
+        run.open_split(config, "test", None),
+        global_batch_size=64,
+        mesh=sharding.make_mesh(config.mesh),
+        prefetch_batches=2,
+    )
+
+
+def test_permutation_shuffles_on_the_device_what_the_step_shuffles_in_the_data(
+    file, config, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sweeps, "SEEDS", (0, 3))
+    sweep = sweeps.permutation([_subject(file, config)], [1, 0], say=print)
+    patches, pixels = sweep.curves
+    assert (patches.shuffled, pixels.shuffled) == ("patches", "pixels")
+    plain = _evaluated(file, config, "decode")
+    assert len(set(plain.predictions.guesses[:, 0])) > 2
+    for curve in sweep.curves:
+        assert [point.x for point in curve.points] == [0, 1]
+        first, last = curve.points
+        assert first.top1_by_seed == (plain.top1,) and first.top1_interval == plain.top1_interval
+        assert first.loss == pytest.approx(plain.loss, rel=1e-6) != last.loss
+        assert len(last.top1_by_seed) == 2 and last.top1 == np.mean(last.top1_by_seed)
+        assert last.top1_interval == sweeps.interval(last.top1_by_seed, 360) and last.count == 360
+    shuffled = [_evaluated(file, config, f"decode|permute_pixels(8, seed={s})") for s in (0, 3)]
+    assert pixels.points[-1].top1_by_seed == tuple(result.top1 for result in shuffled)
+    assert pixels.points[-1].loss == pytest.approx(np.mean([r.loss for r in shuffled]), rel=1e-5)
+
+    # The numbers, the table and the picture.
+    numbers, picture = sweeps.write(sweep, sweeps.output_directory([], str(tmp_path / "new")))
+    curves = json.loads(numbers.read_text())["curves"]
+    assert curves[1]["points"][1]["top1_by_seed"] == list(pixels.points[-1].top1_by_seed)
+    assert curves[0]["data"] == "digits/1.0.0 test" and curves[0]["weights"] == str(file)
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.width > 500
+        assert picture.stat().length > 10_000  # curves are in it
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(sweeps.as_table(sweep))
+    low, high = min(shuffled[0].top1, shuffled[1].top1), max(shuffled[0].top1, shuffled[1].top1)
+    assert f"{low:.2%} to {high:.2%}" in console.export_text()
+
+
+@pytest.mark.parametrize(("resize", "sizes"), [("grow", [16]), ("interpolate", [6])])
+def test_resolution_evaluates_resized_weights_on_resized_images(file, config, resize, sizes):
+    said = []
+    sweep = sweeps.resolution([_subject(file, config)], sizes, resize=resize, say=said.append)
+    (curve,) = sweep.curves
+    assert [point.x for point in curve.points] == sizes and sweep.resize == resize
+    for size, point in zip(sizes, curve.points, strict=True):
+        preprocess = f"decode|resize({size}, antialias=True)"
+        assert point.preprocess == preprocess
+        assert f"at {size} px: {preprocess}" in " ".join(said)
+        wanted = _evaluated(file, config, preprocess, size, resize)
+        assert (point.top1, point.loss) == (wanted.top1, pytest.approx(wanted.loss, rel=1e-6))
+        assert point.top1_by_seed == (wanted.top1,)
+
+
+def test_weights_of_a_file_take_the_data_of_a_config(file, config, tmp_path):
+    with pytest.raises(UserError, match="is no run, which would say the data; --config=CONFIG"):
+        _subject(file, None)
+    with pytest.raises(UserError, match="--output is missing"):
+        sweeps.output_directory([_subject(file, config)], None)
+
+    # A permutation of the config's is the data's too.
+    config = config.copy_and_resolve_references()
+    config.dataset.permutation = "patches"
+    subject = _subject(file, config)
+    assert subject.config.dataset.eval_preprocess == "decode|permute_patches(8, 2, seed=0)"
+    with pytest.raises(UserError, match="no permutation of 16 x 16 that the weights have seen"):
+        sweeps.resolution([subject], [8, 16], resize="grow", say=print)
+
+    # Of other data the classes are others.
+    for split, name in itertools.product(("train", "test"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+    config.dataset.update(name="folder", data_dir=str(tmp_path), permutation="")
+    with pytest.raises(UserError, match="holds classes that the run was not trained on"):
+        sweeps.permutation([_subject(file, config)], [0], say=print)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "resize", "message"),
+    [
+        ([8, 12], "grow", "cannot be grown to 12 x 12.*the nearest are"),
+        ([4, 8], "grow", "cannot be grown to 4 x 4"),
+        ([8, 9], "interpolate", "the patch size 2 does not divide 9"),
+    ],
+)
+def test_sizes_that_do_not_work_are_refused_before_anything_is_computed(
+    file, config, monkeypatch, sizes, resize, message
+):
+    monkeypatch.setattr(sweeps, "_evaluate", lambda *args: pytest.fail("computed"))
+    with pytest.raises(UserError, match=message):
+        sweeps.resolution([_subject(file, config)], sizes, resize=resize, say=print)
+
+
+def test_other_mistakes_are_one_line(file, config, tmp_path):
+    with pytest.raises(UserError, match=r"--shares: 1\.5 is no share"):
+        sweeps.permutation([_subject(file, config)], [0, 1.5], say=print)
+    other = config.copy_and_resolve_references()
+    other.dataset.eval_preprocess = "decode|resize(8"
+    with pytest.raises(UserError, match=r"'resize\(8' is no step"):
+        sweeps.resolution([_subject(file, other)], [16], resize="grow", say=print)
+    other.dataset.test_split = ""
+    with pytest.raises(UserError, match="names no test_split"):
+        sweeps.permutation([_subject(file, other)], [0], say=print)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output=.* cannot be made"):
+        sweeps.output_directory([], str(tmp_path / "file" / "sweep"))
+
+
+def test_mistakes_of_the_flags():
+    for arguments, message in (
+        (["sideways"], "give resolution or permutation"),
+        (["resolution", "--weights=x"], "--sizes is missing"),
+        (["resolution", "--weights=x", "--sizes=8,big"], "--sizes=8,big: whole numbers"),
+        (["resolution", "--weights=x", "--shares=1"], "--shares is for the permutation sweep"),
+    ):
+        done = run_python("-m", "mixer.tools.sweep", *arguments, check=False)
+        assert done.returncode == 2 and message in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.slow
+def test_command_takes_the_data_of_runs(config, tmp_path):
+    """Two in one drawing; and one, whose results are in the run."""
+    path, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "12"
+    trainer.train(config, path)
+    command = ["-m", "mixer.tools.sweep", "permutation", "--shares=0,1"]
+    done = run_python(*command, f"--weights={path},{step}", f"--output={tmp_path / 'two'}")
+    assert "lowest to highest" in done.stdout and "Traceback" not in done.stderr
+    curves = json.loads((tmp_path / "two" / "sweep_permutation.json").read_text())["curves"]
+    assert [curve["weights"] for curve in curves] == [str(path)] * 2 + [str(step)] * 2
+    assert curves[0]["points"] == curves[2]["points"]
+    top1 = json.loads((path / "results.json").read_text())["splits"]["test_ema"]["top1"]
+    assert curves[0]["points"][0]["top1"] == top1
+    command = ["-m", "mixer.tools.sweep", "resolution", "--sizes=6,8"]
+    run_python(*command, f"--weights={path}")
+    (curve,) = json.loads((path / "sweep_resolution.json").read_text())["curves"]
+    assert [point["x"] for point in curve["points"]] == [6, 8]
+    assert curve["points"][1]["top1"] == top1 and (path / "sweep_resolution.png").exists()
+
+
+def test_interval_covers_images_and_permutations():
+    from mixer.evaluation import scores
+
+    assert sweeps.interval([0.6], 400) == scores.interval(240, 400)
+    low, high = sweeps.interval([0.5, 0.6, 0.7], 10_000_000)  # the images alone leave no doubt
+    half = 4.302652729911275 * 0.1 / 3**0.5  # Student's with two degrees of freedom
+    assert (low, high) == pytest.approx((0.6 - half, 0.6 + half), abs=1e-3)
+    assert sweeps.interval([0.1, 0.9], 100) == (0.0, 1.0)
