@@ -17,12 +17,17 @@ from mixer.evaluation import classification, report, scores, suites
 from mixer.metrics import read_metrics
 
 
+def _config(tfds_dir):
+    """A run that keeps an average, and is quick to compile."""
+    values = dict(optimizer__accumulate_steps=1, mixup__alpha=0.0, model__num_blocks=1)
+    return tiny_config(tfds_dir, eval_suite="digits,fewshot", eval_every_steps=None, **values)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tfds_dir):
     """A run on the digits that evaluates the test set and few-shot probes at each validation."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    config = tiny_config(tfds_dir, eval_suite="digits,fewshot", eval_every_steps=None)
-    trainer.train(config, path)
+    trainer.train(_config(tfds_dir), path)
     return path
 
 
@@ -92,6 +97,7 @@ def _predictions(num_classes=6, size=500, seed=0):
     return labels.astype(np.int32), logits.astype(np.float32)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_figures_equal_scikit_learns():
     labels, logits = _predictions()
     step = classification.make_eval_step(lambda params, image: image, losses.softmax, 6)
@@ -190,8 +196,7 @@ def test_an_evaluation_of_the_schedule_that_was_missed_is_made_up(copied, tfds_d
     kept = [row for row in rows if "fewshot/10shot" not in row and "digits/top1" not in row]
     assert 0 < len(kept) < len(rows)
     file.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-    config = tiny_config(tfds_dir, eval_suite="digits,fewshot", eval_every_steps=None)
-    trainer.train(config, copied)
+    trainer.train(_config(tfds_dir), copied)
     assert _evaluations(copied) == before
 
 
@@ -363,6 +368,7 @@ def test_a_file_is_evaluated_as_the_run_it_is_from(copied, tmp_path, capsys):
     assert (tmp_path / "out" / "results.md").exists()
 
 
+@pytest.mark.slow
 def test_fewshot_and_throughput_of_a_run(copied, capsys, monkeypatch):
     measure = report.throughput.measure
     monkeypatch.setattr(
@@ -414,6 +420,7 @@ def test_unknown_suites_and_files_without_data_are_refused(copied, tmp_path):
         report.evaluate(opened, suite=["digits"])
 
 
+@pytest.mark.slow
 def test_command_lines(copied, tmp_path):
     done = run_python("evaluate.py", f"--workdir={copied}", "--suite=digits")
     assert "written to" in done.stdout and "results.md" in done.stdout

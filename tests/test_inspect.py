@@ -418,6 +418,7 @@ def test_file_of_weights_for_a_rectangle(tmp_path):
     assert any("no data" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_file_of_weights_with_images(workdir, tmp_path):
     from flax import traverse_util
 

@@ -20,7 +20,7 @@ from mixer import checkpoint, loading, losses, run, sharding, weights
 from mixer.data import permutation as orders
 from mixer.data import pipeline, steps
 from mixer.errors import UserError
-from mixer.evaluation import classification, scores
+from mixer.evaluation import classification, scores, suites
 from mixer.model import check_image_size
 from mixer.train_step import make_predict
 
@@ -312,11 +312,11 @@ def _open_split(subject: Subject, size: int) -> tuple[pipeline.Split, str]:
     split = run.open_split(config, subject.which, subject.class_names)
     if split is None:
         raise UserError(f"the config of {subject.path} names no {subject.which}_split")
-    if len(split.class_names) != config.model.num_classes:
-        raise UserError(
-            f"{split.name} has {len(split.class_names):,} classes, and {subject.path} has "
-            f"{config.model.num_classes:,}"
-        )
+    card = subject.found.card
+    try:
+        suites.check_classes(split, card.class_names, card.num_classes)
+    except UserError as error:
+        raise UserError(f"{subject.path}: {error}") from None
     return split, preprocess
 
 
