@@ -99,7 +99,6 @@ def main(argv: list[str]) -> None:
     def of_run(workdir: str):
         return lambda: report.open_run(
             workdir,
-            None,
             checkpoint_name=CHECKPOINT.value,
             config=config,
             output=output,
@@ -107,7 +106,7 @@ def main(argv: list[str]) -> None:
 
     def of_file(path: str):
         return lambda: report.open_weights(
-            path, None, config=config, preprocess=PREPROCESS.value, output=output
+            path, config=config, preprocess=PREPROCESS.value, output=output
         )
 
     subjects = [of_run(path) for path in workdirs] + [of_file(path) for path in paths]

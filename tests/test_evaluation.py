@@ -40,8 +40,8 @@ def copied(trained, tmp_path):
 def _evaluate(*paths, **options):
     def opened(path):
         if (path / "config.json").exists():
-            return lambda: report.open_run(str(path), None)
-        return lambda: report.open_weights(str(path), None, output=str(path.parent / "out"))
+            return lambda: report.open_run(str(path))
+        return lambda: report.open_weights(str(path), output=str(path.parent / "out"))
 
     report.evaluate([opened(path) for path in paths], **options)
 
@@ -263,9 +263,7 @@ def test_report_card_of_a_run(copied, capsys):
 
 def test_results_of_another_checkpoint_have_their_own_file(copied):
     before = json.loads((copied / "results.json").read_text())
-    report.evaluate(
-        [lambda: report.open_run(str(copied), None, checkpoint_name="8")], splits=["test"]
-    )
+    report.evaluate([lambda: report.open_run(str(copied), checkpoint_name="8")], splits=["test"])
     assert json.loads((copied / "results.json").read_text()) == before
     other = json.loads((copied / "results_8.json").read_text())
     assert other["step"] == 8 and list(other["splits"]) == ["test", "test_ema"]
@@ -307,7 +305,7 @@ def test_results_of_another_file_by_the_same_name_are_replaced(copied, tmp_path)
     arrays["head/bias"] = arrays["head/bias"] + 1
     weights.write_file(path, arrays, loaded.card, layout="published")
     how = dict(config=config, output=str(out.parent))
-    report.evaluate([lambda: report.open_weights(str(path), None, **how)], splits=["val"])
+    report.evaluate([lambda: report.open_weights(str(path), **how)], splits=["val"])
     assert list(json.loads(out.read_text())["splits"]) == ["digits_val"]
 
 
@@ -315,7 +313,7 @@ def test_data_of_another_config_does_not_pass_for_the_runs_own(copied, capsys):
     before = json.loads((copied / "results.json").read_text())["splits"]["test"]
     config, _ = run.read_run(copied)
     config.dataset.test_split = "train[:50]"
-    opened = [lambda: report.open_run(str(copied), None, config=config)]
+    opened = [lambda: report.open_run(str(copied), config=config)]
     report.evaluate(opened, splits=["test"])
     after = json.loads((copied / "results.json").read_text())["splits"]
     assert after["test"] == before and after["digits_test"]["count"] == 50
@@ -339,7 +337,7 @@ def test_what_fails_does_not_cost_the_others(copied, tmp_path, capsys):
 def test_weights_of_a_run_bring_its_data_and_loss(copied, tmp_path, capsys):
     paths = [copied / "checkpoints" / "8", copied / "best"]
     opened = [
-        lambda path=path: report.open_weights(str(path), None, output=str(tmp_path / path.name))
+        lambda path=path: report.open_weights(str(path), output=str(tmp_path / path.name))
         for path in paths
     ]
     report.evaluate(opened, splits=["test"], output=str(tmp_path / "both"))
@@ -411,7 +409,7 @@ def test_unknown_suites_and_files_without_data_are_refused(copied, tmp_path):
     ):
         _evaluate(copied, suite=["cifar10"], data_dir=str(tmp_path))
     golden = "tests/goldens/mixer_tiny_official.npz"
-    opened = [lambda: report.open_weights(golden, None, output=str(tmp_path / "out"))]
+    opened = [lambda: report.open_weights(golden, output=str(tmp_path / "out"))]
     with pytest.raises(
         UserError, match=r"says nothing of data: give --config=FILE or --suite=NAME"
     ):

@@ -143,7 +143,7 @@ from helpers import tiny_config
 from mixer import trainer
 from mixer.evaluation import report
 trainer.train(tiny_config(total_steps=4, tensorboard=True), {str(tmp_path)!r})
-report.evaluate([lambda: report.open_run({str(tmp_path)!r}, None)], splits=["test"])
+report.evaluate([lambda: report.open_run({str(tmp_path)!r})], splits=["test"])
 """
     done = run_python("-c", code)
     assert "test accuracy" in done.stdout and "written to" in done.stdout

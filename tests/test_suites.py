@@ -100,7 +100,7 @@ def file(tmp_path_factory):
 
 
 def _evaluate(file, output, **options):
-    opened = [lambda: report.open_weights(str(file), None, output=str(output), say=print)]
+    opened = [lambda: report.open_weights(str(file), output=str(output), say=print)]
     report.evaluate(opened, save_predictions=True, **options)
     results = json.loads((output / "results.json").read_text())["splits"]
     predictions = {}

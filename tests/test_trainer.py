@@ -279,7 +279,7 @@ def test_average_is_evaluated_beside_the_parameters(whole):
     assert row["val_ema/loss"] != row["val/loss"] and row["val_ema/count"] == 180
     before = json.loads((whole / "results.json").read_text())["splits"]
     assert set(before) == {"val", "val_ema", "test", "test_ema"}
-    report.evaluate([lambda: report.open_run(str(whole), None)], splits=["test"])
+    report.evaluate([lambda: report.open_run(str(whole))], splits=["test"])
     after = json.loads((whole / "results.json").read_text())["splits"]
     for name, result in before.items():
         assert {key: after[name][key] for key in result} == result

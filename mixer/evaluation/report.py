@@ -87,19 +87,17 @@ class Subject:
 
 def open_run(
     workdir: str,
-    mesh: Mesh | None,
     *,
     checkpoint_name: str = "last",
     config: ConfigDict | None = None,
     output: str | None = None,
 ) -> tuple[Subject, Mesh]:
-    """The weights of a run, to be evaluated on its own data or that of another config.
+    """The weights of a run, for its own data or that of another config; and their mesh.
 
     A run that keeps a moving average of its parameters has a second result for each set, "val_ema".
 
     Args:
       workdir: the run.
-      mesh: of the devices; None: the run's own.
       checkpoint_name: "last", "best" or a step's number.
       config: whose data and loss take the place of the run's; its image size is the run's.
       output: directory of the results; None: the run.
@@ -109,7 +107,7 @@ def open_run(
     """
     own, class_names = run.read_run(workdir)
     directory = checkpoint.find_named(workdir, checkpoint_name)
-    mesh = mesh or sharding.make_mesh(own.mesh)
+    mesh = sharding.make_mesh(own.mesh)
     model = run.build_model(own)
     size = (own.image_size, own.image_size)
     abstract = abstract_params(model, size, mesh)
@@ -157,26 +155,24 @@ def open_run(
 
 def open_weights(
     path: str,
-    mesh: Mesh | None,
     *,
     config: ConfigDict | None = None,
     preprocess: str | None = None,
     output: str | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Subject, Mesh]:
-    """Weights from a file, an address or a published checkpoint's short name; or of a run.
+    """Weights from a file, an address, a short name or a run; and their mesh.
 
     Args:
       path: as `mixer.load` takes it. Of a run, or a step of one, the data and the loss are the
         run's where there is no `config`.
-      mesh: of the devices; None: all of them.
       config: of the data to evaluate on, its image size and its loss; None: softmax, for the
         weights' own size.
       preprocess: steps in place of the config's or the weights' own.
       output: directory of the results; None: runs/evaluate_<name>.
       say: gets a line on what the weights are.
     """
-    mesh = mesh or sharding.make_mesh({"data": -1})
+    mesh = sharding.make_mesh({"data": -1})
     own, own_data = config is None and preprocess is None, False
     if config is None and epath.Path(path).expanduser().is_dir():
         workdir = checkpoint.find_step(path).parent.parent
