@@ -17,7 +17,7 @@ import functools
 
 from absl import flags
 
-from mixer import cli
+from mixer import cli, distributed, launch
 from mixer.errors import nearest
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> None:
     tuned = [name for name in suite if name in ("vtab", "transfer")]
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
+    launch.join()
     from mixer.evaluation import report
 
     try:
@@ -111,16 +112,17 @@ def main(argv: list[str]) -> None:
 
     subjects = [of_run(path) for path in workdirs] + [of_file(path) for path in paths]
     if suite or not tuned:
-        report.evaluate(
-            subjects,
-            splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
-            suite=suite,
-            data_dir=DATA_DIR.value or "",
-            label_file=LABEL_FILE.value,
-            save_predictions=SAVE_PREDICTIONS.value,
-            batch_sizes=batch_sizes,
-            output=OUTPUT.value if several else None,
-        )
+        with distributed.watch():
+            report.evaluate(
+                subjects,
+                splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
+                suite=suite,
+                data_dir=DATA_DIR.value or "",
+                label_file=LABEL_FILE.value,
+                save_predictions=SAVE_PREDICTIONS.value,
+                batch_sizes=batch_sizes,
+                output=OUTPUT.value if several else None,
+            )
     for name in tuned:
         for open_subject in subjects:
             _fine_tune(name, open_subject)

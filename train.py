@@ -5,12 +5,13 @@
 
 The config file has every setting, with its meaning in configs/common.py; --config.KEY=VALUE
 replaces one. The same command, given again, continues the run: bit for bit as if it had not
-stopped. Without --workdir the run is in runs/<name of the config file>.
+stopped. Without --workdir the run is in runs/<name of the config file>. On several hosts the same
+command is given on each (docs/pods.md).
 """
 
 from absl import flags
 
-from mixer import cli
+from mixer import cli, launch
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; runs/<name of the config file> if not given."
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise cli.UserError(f"unexpected argument {argv[1]!r}; see python train.py --help")
     config = cli.config()
+    launch.join()
     from mixer import trainer
 
     workdir = WORKDIR.value or f"runs/{cli.config_name()}"

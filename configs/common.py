@@ -18,8 +18,10 @@ def base() -> ConfigDict:
     config.image_size = config_dict.placeholder(int)  # side in pixels; the patch divides it
     config.loss = "softmax"  # softmax or sigmoid (summed over classes)
     config.label_smoothing = 0.0  # s: labels become (1 - s) * labels + s / classes
-    # Devices along each axis; -1 is what the others leave.
-    config.mesh = dict(data=-1)
+    # Devices along each axis; -1 is what the others leave (docs/scaling.md). data: each has all
+    # parameters; fsdp: each has a share of parameters and optimizer state; both split the batch.
+    # tensor: splits the hidden widths of both MLPs.
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
     # Whose weights a new run starts from: a run, a step of it (RUN/checkpoints/STEP,
     # RUN/best/STEP), a file (.npz or .safetensors), an address, or a published checkpoint's short
     # name such as B/16-i21k (docs/weights.md); empty starts from random ones.
@@ -47,6 +49,10 @@ def base() -> ConfigDict:
         dropout=0.0,
         head_bias_init=0.0,  # the authors' sigmoid loss: -6.9 with 1,000 classes, -10 with 21,843
         dtype="float32",  # of the computation: float32 or bfloat16; parameters are float32
+        # What the backward pass computes again to save memory: none, dots (all but the matmuls'
+        # outputs) or full (all but the blocks' inputs).
+        remat="none",
+        scan_blocks=False,  # the blocks as one loop, compiled once; the parameters are the same
     )
 
     config.dataset = dict(
@@ -88,6 +94,8 @@ def base() -> ConfigDict:
         b2=0.999,  # adamw only
         eps=1e-8,  # adamw only
         momentum_dtype="float32",  # of the first moment: float32 or bfloat16
+        # adamw only, of the second moment: float32 or bfloat16 (rounded by chance, not to nearest).
+        variance_dtype="float32",
         weight_decay=0.0,  # of kernels only; see weight_decay_form
         # What a kernel loses in an update: "lr": learning rate * weight_decay * kernel (AdamW);
         # "schedule": learning rate / peak_lr * weight_decay * kernel (the authors' code, whose
@@ -131,6 +139,16 @@ def base() -> ConfigDict:
         keep_best=True,  # the best by validation accuracy (of the average, if any), in RUN/best
     )
     config.tensorboard = True
+    # A loss or gradient that is not finite: stop, or skip: that update is left out, the step
+    # counts, and after more than max_skipped_steps of them the run stops.
+    config.nan_policy = "stop"
+    config.max_skipped_steps = 10
+    # (first, last) step to be profiled, into RUN/profile for xprof and TensorBoard; (): none.
+    config.profile_steps = ()
+    config.stall_secs = 120  # no step for so long: a line says which process waits for what
+    # Where compiled programs are kept for the next start: a directory; auto: RUN/compiled on
+    # accelerators; empty: nowhere. JAX's own variable JAX_COMPILATION_CACHE_DIR goes before it.
+    config.compile_cache_dir = "auto"
     return config.lock()  # a config that sets an unknown key is told so
 
 

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from mixer import distributed
 from mixer.errors import UserError
 from mixer.train_state import TrainState, fingerprint
 
@@ -161,18 +162,23 @@ class Checkpoints:
         if not self.steps:
             return None
         for step in reversed(self.steps):
+            restored, reason = None, "as another process finds"
             try:
-                return self._restore(step, abstract)
+                restored = self._restore(step, abstract)
             except (UserError, MemoryError):
                 raise
             except Exception as error:  # whatever Orbax makes of the damage
                 if _is_of_the_machine(error):
                     raise
-                aside = self._move_aside(step)
-                warn(
-                    f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}); "
-                    f"moved to {aside}, going back to the one before"
-                )
+                reason = _reason(error)
+            # Each process reads its own part of the arrays; all go back, or none.
+            if distributed.agree(restored is not None):
+                return restored
+            aside = self._move_aside(step)
+            warn(
+                f"checkpoint {self.directory / str(step)} is damaged ({reason}); moved to {aside}, "
+                "going back to the one before"
+            )
         raise CheckpointError(
             f"none of the checkpoints in {self.directory} can be read; they are in {aside.parent}. "
             "The same command now starts from step 0; weights in best/ can be a new run's init_from"
@@ -187,8 +193,11 @@ class Checkpoints:
             for path in (self.directory.parent / "damaged" / name for name in names)
             if not path.exists()
         )
-        aside.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(aside)
+        distributed.barrier("choice of a directory for a damaged checkpoint")
+        if distributed.is_main():
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+        distributed.barrier("removal of a damaged checkpoint")
         self._manager = self._open()
         return aside
 

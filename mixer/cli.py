@@ -14,6 +14,7 @@ from typing import Any
 from mixer import memory
 
 memory.keep_freed_memory()
+memory.threads_for_simulated_devices()
 # Before TensorFlow or XLA is loaded: their start-up notices are not for the user.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -3,6 +3,7 @@
 import ctypes
 import glob
 import os
+import re
 import sys
 
 from mixer.errors import UserError
@@ -30,6 +31,17 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 256 << 20)
+
+
+def threads_for_simulated_devices() -> None:
+    """Has XLA start enough threads where XLA_FLAGS makes several devices of one CPU.
+
+    Each device's program waits in a thread for those of the others. XLA starts as many threads as
+    there are devices, so that one more task at a wrong moment would make all wait for ever.
+    """
+    flag = r"--xla_force_host_platform_device_count=(\d+)"
+    if devices := re.search(flag, os.environ.get("XLA_FLAGS", "")):
+        os.environ.setdefault("NPROC", str(2 * int(devices[1]) + (os.cpu_count() or 1)))
 
 
 def check_room(num_bytes: int, what: str) -> None:

@@ -1,15 +1,20 @@
 """Metrics of a run: `metrics.jsonl` is the record, TensorBoard a copy of it."""
 
+import collections
 import contextlib
 import json
+import math
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+
+from mixer import distributed
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -30,33 +35,54 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Appends metrics to `metrics.jsonl` and, through clu, to TensorBoard's files."""
+    """Appends metrics to `metrics.jsonl` and, through clu, to TensorBoard's files.
+
+    Process 0 alone writes; the others hold the same `rows`, from which the run takes decisions.
+    """
 
     def __init__(self, workdir: epath.Path, *, last_step: int, tensorboard: bool):
         """Opens the record of a run that goes on after `last_step`.
 
-        Lines of later steps, which that run will write again, are cut.
+        Lines of later steps, which that run will write again, are cut. With several processes, all
+        call this.
         """
         self._workdir = epath.Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
-        self.rows = [row for row in read_metrics(workdir) if row["step"] <= last_step]
-        new = self._path.with_name("metrics.jsonl.new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        new.replace(self._path)
-        self._file = self._path.open("a")
-        self._tensorboard = None
-        self._wants_tensorboard = tensorboard
+        self._file = self._tensorboard = None
+        self._writes = distributed.is_main()
+        self._wants_tensorboard = tensorboard and self._writes
+        rows = read_metrics(workdir) if self._writes else []
+        self.rows = distributed.broadcast([row for row in rows if row["step"] <= last_step])
+        # An object store has whole objects only: there each write replaces the record.
+        self._in_store = "://" in os.fspath(self._path)
+        if not self._writes:
+            return
+        if self._in_store:
+            self._replace(self._path)
+        else:
+            new = self._path.with_name("metrics.jsonl.new")
+            self._replace(new)
+            new.replace(self._path)
+            self._file = self._path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; `metrics` are scalars such as {"train/loss": 0.3}."""
-        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        numbers = {name: float(value) for name, value in metrics.items()}
+        # JSON has no NaN; of a step that was left out the others are of use.
+        row = {"step": step, **{k: v for k, v in numbers.items() if math.isfinite(v)}}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        elif self._writes:
+            self._replace(self._path)
         if self._wants_tensorboard and self._tensorboard is None:
             self._open_tensorboard()
         elif self._tensorboard is not None:
-            self._tensorboard.write_scalars(step, metrics)
+            self._tensorboard.write_scalars(step, {k: v for k, v in row.items() if k != "step"})
+
+    def _replace(self, path: epath.Path) -> None:
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _open_tensorboard(self) -> None:
         """Starts TensorBoard's files from the record, so that they hold nothing that was cut.
@@ -70,7 +96,7 @@ class MetricWriter:
             return
         directory = self._workdir / "tensorboard"
         if directory.exists():
-            directory.rmtree() if "://" in str(directory) else shutil.rmtree(directory)
+            directory.rmtree() if self._in_store else shutil.rmtree(directory)
         self._tensorboard = metric_writers.SummaryWriter(os.fspath(directory))
         for row in self.rows:
             scalars = {name: value for name, value in row.items() if name != "step"}
@@ -78,9 +104,14 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+OUTLIER = 5  # times the median: a step that took so long, and a second more than it, is told
+STEPS_BEFORE = 20  # of which the median is taken at least
 
 
 class Meter:
@@ -89,6 +120,9 @@ class Meter:
     def __init__(self, global_batch_size: int, start_step: int):
         self._batch_size = global_batch_size
         self.seconds_per_step = 0.0
+        self._laps: collections.deque[float] = collections.deque(maxlen=100)
+        self._lap: tuple[float, float] | None = None  # at its start: the time, and time waited
+        self._waited_ever = 0.0
         self.start(start_step)
 
     def start(self, step: int) -> None:
@@ -101,6 +135,7 @@ class Meter:
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
+        self._waited_ever += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -108,6 +143,23 @@ class Meter:
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
+        self._lap = None  # the step in which it lies is not timed
+
+    def outlier(self) -> str | None:
+        """What the step that ends now took, where that is far more than the steps before it did."""
+        now, started = time.perf_counter(), self._lap
+        self._lap = now, self._waited_ever
+        if started is None:
+            return None
+        seconds, waited = now - started[0], self._waited_ever - started[1]
+        usual = statistics.median(self._laps) if len(self._laps) >= STEPS_BEFORE else math.inf
+        self._laps.append(seconds)
+        if seconds < max(OUTLIER * usual, usual + 1):
+            return None
+        return (
+            f"{seconds:.1f} s, where {usual:.2f} s are usual; {waited:.1f} s of it it waited for "
+            "data"
+        )
 
     def read(self, step: int) -> dict[str, float]:
         """Rates from the last reading to now, `step` being done; starts counting anew."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mixer.errors import UserError, nearest
+from mixer.sharding import BATCH, constrain
 
 # Paper, table 1.
 _SIZES = {
@@ -25,6 +26,12 @@ VARIANTS = {
 }
 GELUS = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
+# What the backward pass finds in memory, beside the blocks' inputs; the rest it computes again.
+REMAT = {
+    "none": None,  # everything that it needs
+    "dots": jax.checkpoint_policies.dots_saveable,  # the outputs of the matmuls
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def _example_keys(key: jax.Array, example_index: jax.Array) -> jax.Array:
@@ -55,6 +62,7 @@ class MlpBlock(nn.Module):
         """Applies the MLP; `keys` (N,) draws the dropout masks, None leaves dropout out."""
         dim = x.shape[-1]
         x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
+        x = constrain(x, BATCH, None, "tensor")
         x = nn.gelu(x, approximate=self.gelu == "tanh")
         if keys is not None:
             x = _drop(x, self.dropout, _fold(keys, 0))
@@ -75,31 +83,40 @@ class MixerBlock(nn.Module):
     channels_mlp_dim: int
     gelu: str
     dropout: float
-    drop_path: float
     drop_path_rescale: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Applies the block; `keys` (N,) draws all masks, None means no masks (evaluation)."""
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None, keep_prob: jax.Array | float | None
+    ) -> jax.Array:
+        """Applies the block.
+
+        Args:
+          x: (N, S, C).
+          keys: (N,), of which all masks are drawn; None: no masks (evaluation).
+          keep_prob: with which each branch of an example is kept; None: always.
+        """
 
         def mlp(name: str, mlp_dim: int, x: jax.Array, branch: int) -> jax.Array:
             branch_keys = None if keys is None or not self.dropout else _fold(keys, branch)
             return MlpBlock(mlp_dim, self.gelu, self.dropout, self.dtype, name=name)(x, branch_keys)
 
         def drop_path(x: jax.Array, branch: int) -> jax.Array:
-            if keys is None or not self.drop_path:
+            if keys is None or keep_prob is None:
                 return x
-            draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.drop_path))
+            draw = jax.vmap(lambda key: jax.random.bernoulli(key, keep_prob))
             keep = draw(_fold(keys, 2 + branch))[:, None, None].astype(x.dtype)
-            return x * keep / (1 - self.drop_path) if self.drop_path_rescale else x * keep
+            return (
+                x * keep / jnp.asarray(keep_prob, x.dtype) if self.drop_path_rescale else x * keep
+            )
 
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y = mlp("token_mixing", self.tokens_mlp_dim, y.swapaxes(1, 2), 0).swapaxes(1, 2)
-        x = x + drop_path(y, 0)
+        x = constrain(x + drop_path(y, 0), BATCH, None, None)
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y = mlp("channel_mixing", self.channels_mlp_dim, y, 1)
-        return x + drop_path(y, 1)
+        return constrain(x + drop_path(y, 1), BATCH, None, None)
 
 
 class MlpMixer(nn.Module):
@@ -118,6 +135,10 @@ class MlpMixer(nn.Module):
       head_bias_init: first value of the head's bias (the authors' code starts the sigmoid loss at
         -6.9 with 1,000 classes and at -10 with 21,843). The head's kernel starts at zero.
       dtype: "float32" or "bfloat16" for the computation; parameters and logits are float32.
+      remat: "none", "dots" or "full": what of a block the backward pass computes again, to save
+        memory (Chen et al., 2016, arXiv 1604.06174). The numbers stay.
+      scan_blocks: whether the blocks are one loop, compiled once, over their stacked parameters
+        instead of so many copies. Names, parameters and numbers stay.
     """
 
     num_classes: int
@@ -132,6 +153,8 @@ class MlpMixer(nn.Module):
     dropout: float = 0.0
     head_bias_init: float = 0.0
     dtype: str = "float32"
+    remat: str = "none"
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -162,31 +185,57 @@ class MlpMixer(nn.Module):
                 f"images are {images.dtype}; floats are taken, as a rule images / 127.5 - 1"
             )
         check_image_size(images.shape[1:3], self.patch_size)
-        keys = None
-        if train and (self.stoch_depth or self.dropout):
-            if example_index is None:
-                example_index = jnp.arange(images.shape[0])
-            key = self.make_rng("dropout")
+        if example_index is None:
+            example_index = jnp.arange(images.shape[0])
+        masked = train and bool(self.stoch_depth or self.dropout)
+        key = self.make_rng("dropout") if masked else None
+        last = max(self.num_blocks - 1, 1)
+        keep_probs = [1 - i / last * self.stoch_depth for i in range(self.num_blocks)]
+
+        def block_keys(i: jax.Array | int) -> jax.Array | None:
+            return _example_keys(jax.random.fold_in(key, i), example_index) if masked else None
 
         out = {}
         patch = (self.patch_size, self.patch_size)
         x = nn.Conv(self.hidden_dim, patch, patch, "VALID", dtype=dtype, name="stem")(images)
         out["stem"] = x
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        for i in range(self.num_blocks):
-            if train and (self.stoch_depth or self.dropout):
-                keys = _example_keys(jax.random.fold_in(key, i), example_index)
-            x = MixerBlock(
-                tokens_mlp_dim=self.tokens_mlp_dim,
-                channels_mlp_dim=self.channels_mlp_dim,
-                gelu=self.gelu,
-                dropout=self.dropout,
-                drop_path=i / max(self.num_blocks - 1, 1) * self.stoch_depth,
-                drop_path_rescale=self.stoch_depth_rescale,
-                dtype=dtype,
-                name=f"MixerBlock_{i}",
-            )(x, keys)
-            out[f"block_{i}"] = x
+        x = constrain(x.reshape(x.shape[0], -1, x.shape[-1]), BATCH, None, None)
+        fields = dict(
+            tokens_mlp_dim=self.tokens_mlp_dim,
+            channels_mlp_dim=self.channels_mlp_dim,
+            gelu=self.gelu,
+            dropout=self.dropout,
+            drop_path_rescale=self.stoch_depth_rescale,
+            dtype=dtype,
+        )
+        if self.scan_blocks and not self.is_initializing():
+            block = MixerBlock(**fields, parent=None)
+            params = [self.variables["params"][f"MixerBlock_{i}"] for i in range(self.num_blocks)]
+
+            def apply_block(x: jax.Array, each: tuple) -> tuple[jax.Array, jax.Array]:
+                params, i, keep_prob = each
+                keep_prob = keep_prob if self.stoch_depth else None
+                x = block.apply({"params": params}, x, block_keys(i), keep_prob)
+                return x, x
+
+            if self.remat != "none":
+                # The loop itself keeps the compiler from undoing it.
+                apply_block = jax.checkpoint(
+                    apply_block, policy=REMAT[self.remat], prevent_cse=False
+                )
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            numbers = jnp.arange(self.num_blocks)
+            each = stacked, numbers, jnp.array(keep_probs, jnp.float32)
+            x, outputs = jax.lax.scan(apply_block, x, each)
+            out |= {f"block_{i}": outputs[i] for i in range(self.num_blocks)}
+        else:
+            block_class = MixerBlock
+            if self.remat != "none":
+                block_class = nn.remat(MixerBlock, policy=REMAT[self.remat])
+            for i, keep_prob in enumerate(keep_probs):
+                block = block_class(**fields, name=f"MixerBlock_{i}")
+                x = block(x, block_keys(i), None if keep_prob == 1 else keep_prob)
+                out[f"block_{i}"] = x
         x = nn.LayerNorm(dtype=dtype, name="pre_head_layer_norm")(x)
         x = out["pre_logits"] = jnp.mean(x, axis=1).astype(jnp.float32)
         x = out["logits"] = nn.Dense(
@@ -243,7 +292,7 @@ def make_model(*, variant: str | None = None, num_classes: int, **fields) -> Mlp
     for name in ("stoch_depth", "dropout"):
         if not 0 <= fields.get(name, 0) < 1:
             raise UserError(f"model.{name} is {fields[name]}; it must be in [0, 1)")
-    for name, options in (("gelu", GELUS), ("dtype", DTYPES)):
+    for name, options in (("gelu", GELUS), ("dtype", DTYPES), ("remat", tuple(REMAT))):
         if fields.get(name, options[0]) not in options:
             raise UserError(f"model.{name} is {fields[name]!r}; one of {', '.join(options)}")
     return MlpMixer(num_classes=num_classes, **fields)

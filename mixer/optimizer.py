@@ -146,6 +146,45 @@ def describe_multipliers(params: Any, rules: Rules) -> list[str]:
     ]
 
 
+def _scale_by_adam(
+    b1: float, b2: float, eps: float, momentum_dtype: str, variance_dtype: str
+) -> optax.GradientTransformation:
+    """Adam's direction, its second moment kept in `variance_dtype`.
+
+    With b2 = 0.999 an update moves the second moment by a thousandth and less, where neighbours in
+    bfloat16 are 1/128 apart: rounded to the nearest it would stand still. It is rounded up or down
+    by chance instead, so that its mean is right; the draw is a function of the update's number.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=momentum_dtype)
+    if variance_dtype == "float32":
+        return adam
+
+    def narrow(variance: Any, count: jax.Array) -> Any:
+        leaves, structure = jax.tree.flatten(variance)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
+        return jax.tree.unflatten(structure, map(_round_by_chance, keys, leaves))
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state = adam.init(params)
+        return state._replace(nu=optax.tree.cast(state.nu, variance_dtype))
+
+    def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
+        state = state._replace(nu=optax.tree.cast(state.nu, jnp.float32))
+        updates, state = adam.update(updates, state, params)
+        return updates, state._replace(nu=narrow(state.nu, state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _round_by_chance(key: jax.Array, x: jax.Array) -> jax.Array:
+    """float32 to one of the two bfloat16 around it, the nearer one the more often."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    # What is left is representable, so that the cast rounds nothing.
+    bits &= jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
 def make_optimizer(
     schedule: Schedule,
     *,
@@ -155,6 +194,7 @@ def make_optimizer(
     b2: float,
     eps: float,
     momentum_dtype: str,
+    variance_dtype: str,
     weight_decay: float,
     weight_decay_form: str,
     grad_clip_norm: float,
@@ -175,13 +215,14 @@ def make_optimizer(
       UserError: an unknown optimizer, form or dtype.
     """
     directions = {
-        "adamw": lambda: optax.scale_by_adam(b1, b2, eps, mu_dtype=momentum_dtype),
+        "adamw": lambda: _scale_by_adam(b1, b2, eps, momentum_dtype, variance_dtype),
         "sgd": lambda: optax.trace(b1, accumulator_dtype=momentum_dtype),
     }
     for key, value, known in (
         ("name", name, directions),
         ("weight_decay_form", weight_decay_form, WEIGHT_DECAY_FORMS),
         ("momentum_dtype", momentum_dtype, ("float32", "bfloat16")),
+        ("variance_dtype", variance_dtype, ("float32", "bfloat16")),
     ):
         if value not in known:
             raise UserError(

@@ -10,17 +10,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import files, loading, resolution, weights
+from mixer import distributed, files, loading, resolution, sharding, weights
 from mixer.data import permutation, pipeline
 from mixer.errors import UserError
 from mixer.losses import make_loss
 from mixer.mixup import make_mix
 from mixer.model import VARIANTS, MlpMixer, check_image_size, make_model
 from mixer.optimizer import Schedule, make_optimizer, make_schedule
+from mixer.train_state import TrainState
 from mixer.train_step import make_train_step
 
 # What may change when a run is continued: it alters neither the parameters nor the data order.
@@ -33,7 +35,13 @@ FREE_KEYS = (
     "eval_suite",
     "checkpoint.",
     "tensorboard",
+    "max_skipped_steps",
+    "profile_steps",
+    "stall_secs",
+    "compile_cache_dir",
     "mesh.",
+    "model.remat",
+    "model.scan_blocks",
     "dataset.data_dir",
     "dataset.label_file",  # the data's fingerprint is of what it says
     "dataset.prefetch_batches",
@@ -114,6 +122,15 @@ def check_config(config: ConfigDict) -> None:
             f"dataset.permutation={config.dataset.permutation!r} is a step of the preprocessing, "
             "and synthetic data takes none"
         )
+    if config.nan_policy not in ("stop", "skip"):
+        raise UserError(f"nan_policy={config.nan_policy!r}; one of stop, skip")
+    if config.max_skipped_steps < 0:
+        raise UserError(f"max_skipped_steps={config.max_skipped_steps}; it must be 0 or more")
+    if not 0 <= config.stall_secs < math.inf:
+        raise UserError(f"stall_secs is {config.stall_secs}; it must be 0 (never) or more")
+    steps = config.profile_steps
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        raise UserError(f"profile_steps={tuple(steps)}; give (first, last), such as (100, 104)")
     if not config.dataset.name:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
 
@@ -279,6 +296,23 @@ def build_train_step(
     )
 
 
+def jit_train_step(
+    config: ConfigDict,
+    model: MlpMixer,
+    schedule: Schedule,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+) -> Any:
+    """The update for the mesh of `abstract`, to be lowered; its first argument is donated."""
+    mesh = abstract.step.sharding.mesh
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        sharding.on_mesh(build_train_step(config, model, schedule, tx), mesh),
+        donate_argnums=0,
+        out_shardings=(where, sharding.replicated(mesh)),
+    )
+
+
 def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
     """Raises UserError where the model's classes are not as many as the data's."""
     if config.model.num_classes != len(class_names):
@@ -356,11 +390,12 @@ def data_name(config: ConfigDict) -> str:
     return (dataset.name == "folder" and epath.Path(dataset.data_dir).name) or dataset.name
 
 
-def data_record(splits: Splits) -> dict[str, Any]:
-    """What `data.json` holds."""
+def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
+    """What `data.json` holds; `num_readers` is how many processes began to read the data."""
     opened = {which: getattr(splits, which) for which in ("train", "val", "test")}
     return {
         "class_names": list(splits.train.class_names),
+        "num_readers": num_readers,
         "splits": {
             which: {
                 "name": split.name,
@@ -374,7 +409,9 @@ def data_record(splits: Splits) -> dict[str, Any]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all, a list of numbers in one line."""
+    """Writes a JSON file whole or not at all, a list of numbers in one line; on process 0 alone."""
+    if not distributed.is_main():
+        return
     text = json.dumps(value, indent=2)
     text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     with files.whole(path) as new:
@@ -397,7 +434,7 @@ def record_result(
 ) -> epath.Path:
     """Enters a result in `results.json`, or `results_<name>.json` if not "last".
 
-    Other results stay, where they are of the same weights.
+    Other results stay, where they are of the same weights. Process 0 alone writes.
 
     Args:
       directory: a run, or where results go.
@@ -408,6 +445,8 @@ def record_result(
       section: of the file: "splits", or what else an evaluation finds.
     """
     path = results_path(directory, name)
+    if not distributed.is_main():
+        return path
     weights = json.loads(json.dumps(weights))
     old = read_json(directory, path.name) or {}
     if {key: old.get(key) for key in (*weights, "weights")} != {"weights": None, **weights}:

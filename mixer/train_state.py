@@ -22,12 +22,15 @@ class TrainState:
       params: parameters by their published names.
       opt_state: of the optimizer.
       ema_params: moving average of the parameters; None where the run keeps none.
+      skipped: int32 scalar, how many updates were not finite and left out; None where the run
+        leaves none out.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema_params: Any = None
+    skipped: jax.Array | None = None
 
 
 def abstract_state(
@@ -37,9 +40,10 @@ def abstract_state(
     mesh: Mesh,
     *,
     ema: bool = False,
+    skips: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(_make_init(model, tx, image_size, ema), jax.random.key(0))
+    shapes = jax.eval_shape(_make_init(model, tx, image_size, ema, skips), jax.random.key(0))
     shardings = sharding.state_shardings(mesh, shapes)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -56,21 +60,27 @@ def init_state(
     seed: int,
     *,
     ema: bool = False,
+    skips: bool = False,
 ) -> TrainState:
     """Makes the state of step 0, each leaf directly where it belongs on the mesh."""
-    abstract = abstract_state(model, tx, image_size, mesh, ema=ema)
+    abstract = abstract_state(model, tx, image_size, mesh, ema=ema, skips=skips)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(_make_init(model, tx, image_size, ema), out_shardings=shardings)
+    init = jax.jit(_make_init(model, tx, image_size, ema, skips), out_shardings=shardings)
     return init(jax.random.key(seed))
 
 
 def _make_init(
-    model: MlpMixer, tx: optax.GradientTransformation, image_size: tuple[int, int], ema: bool
+    model: MlpMixer,
+    tx: optax.GradientTransformation,
+    image_size: tuple[int, int],
+    ema: bool,
+    skips: bool,
 ):
     def init(key: jax.Array) -> TrainState:
         params = model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
         average = jax.tree.map(jnp.copy, params) if ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), average, zero if skips else None)
 
     return init
 

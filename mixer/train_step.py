@@ -1,5 +1,6 @@
 """One update of the parameters, and one prediction: the two compiled programs of a run."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from mixer.losses import dense_labels
 from mixer.mixup import Mix
 from mixer.model import MlpMixer
 from mixer.optimizer import Rules, Schedule, multipliers
+from mixer.sharding import BATCH, constrain, constrain_params
 from mixer.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -39,7 +41,11 @@ def make_train_step(
 
     The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and labels as `dense_labels`
     takes them. Metrics are scalars: loss and top-1 accuracy of the (mixed) batch before the update,
-    norms of gradient (before clipping) and parameters, and the learning rate.
+    norms of gradient (before clipping) and parameters, and the learning rate; with a state that
+    counts them, the number of updates left out so far.
+
+    A state with `skipped` leaves an update out where loss or gradient are not finite: parameters,
+    moments and average stay, and the step and with it the schedule go on.
 
     Args:
       model: what is trained.
@@ -94,15 +100,19 @@ def make_train_step(
 
                 return jax.value_and_grad(loss, has_aux=True)(params)
 
+            def sharded(result: Any) -> Any:
+                # Summed over the batch, the gradient goes where the parameters are.
+                return result[0], constrain_params(result[1])
+
             if accumulate_steps == 1:
-                return of_part(whole)
+                return sharded(of_part(whole))
             parts = jax.tree.map(lambda x: _parts(x, accumulate_steps), whole)
 
             def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, of_part(part)), None
+                return sharded(jax.tree.map(jnp.add, total, of_part(part))), None
 
             zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
-            total, _ = jax.lax.scan(add, zeros, parts)
+            total, _ = jax.lax.scan(add, sharded(zeros), parts)
             return jax.tree.map(lambda x: x / accumulate_steps, total)
 
         (loss, accuracy), grads = gradient(state.params)
@@ -114,16 +124,39 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_decay:
             ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        grad_norm = optax.tree.norm(grads)
+        skipped = state.skipped
+        if skipped is not None:
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            skipped += ~finite
+            params, opt_state, ema_params = jax.tree.map(
+                functools.partial(_kept, finite),
+                (params, opt_state, ema_params),
+                (state.params, state.opt_state, state.ema_params),
+                is_leaf=_follows_step,
+            )
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "learning_rate": schedule(state.step),
         }
-        return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+        if skipped is not None:
+            metrics["skipped_steps"] = skipped
+        return TrainState(state.step + 1, params, opt_state, ema_params, skipped), metrics
 
     return train_step
+
+
+def _follows_step(node: Any) -> bool:
+    """Whether it counts steps for the schedule, which a step that is left out takes on too."""
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def _kept(finite: jax.Array, new: Any, old: Any) -> Any:
+    """The new value, or the old one where the update is not finite."""
+    return new if _follows_step(new) else jnp.where(finite, new, old)
 
 
 def _parts(x: jax.Array, count: int) -> jax.Array:
@@ -132,7 +165,8 @@ def _parts(x: jax.Array, count: int) -> jax.Array:
     Every count-th example makes a part, so that each device's share of a part lies in its own share
     of the batch, and nothing moves between devices.
     """
-    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+    parts = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+    return constrain(parts, None, BATCH, *(None,) * (x.ndim - 1))
 
 
 def make_predict(model: MlpMixer) -> Callable[[Any, jax.Array], jax.Array]:

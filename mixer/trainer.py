@@ -3,8 +3,9 @@
 import collections
 import contextlib
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from mixer import (
     checkpoint,
     console,
+    distributed,
     loading,
     losses,
     memory,
@@ -39,6 +41,9 @@ SHOT = "10shot"  # of the few-shot probe, the one by which it is known to be in 
 def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> None:
     """Trains, or goes on training, the model of `config` in `workdir`.
 
+    With several processes (`distributed.initialize`) each calls it with the same arguments; only
+    process 0 writes what is not a checkpoint.
+
     Args:
       config: every key of `configs/common.py`.
       workdir: the run's directory; what it holds is continued.
@@ -48,25 +53,26 @@ def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False
       UserError: a mistake of the user's, in one line.
       signals.Stopped: SIGTERM or SIGINT arrived; the state is saved.
     """
-    run.check_config(config)
-    path = _make_directory(workdir)
-    with (
-        signals.catch() as caught,
-        checkpoint.locked(path),
-        checkpoint.Checkpoints(
-            path / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-        ) as checkpoints,
-        checkpoint.Checkpoints(path / "best", keep_last=1) as best,
-    ):
-        _train(config, path, allow_config_change, caught, checkpoints, best)
+    with distributed.watch(stall_secs=config.stall_secs, tell=_warn) as watch:
+        run.check_config(config)
+        with (
+            _directory(workdir) as path,
+            signals.catch() as caught,
+            checkpoint.Checkpoints(
+                path / "checkpoints",
+                keep_last=config.checkpoint.keep_last,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+            ) as checkpoints,
+            checkpoint.Checkpoints(path / "best", keep_last=1) as best,
+        ):
+            _train(config, path, allow_config_change, watch, caught, checkpoints, best)
 
 
 def _train(
     config: ConfigDict,
     workdir: epath.Path,
     allow_config_change: bool,
+    watch: distributed.Watch,
     caught: signals.Signals,
     checkpoints: checkpoint.Checkpoints,
     best: checkpoint.Checkpoints,
@@ -78,7 +84,9 @@ def _train(
     if old_config:
         run.check_trained(workdir, old_config)
 
+    _keep_compiled_programs(config.compile_cache_dir, workdir)
     mesh = sharding.make_mesh(config.mesh)
+    data_index, data_count = sharding.data_processes(mesh)
     eval_batch_size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
     sharding.check_batch_size("eval_batch_size", eval_batch_size, mesh)
@@ -106,12 +114,12 @@ def _train(
         schedule, tx = run.build_optimizer(config)
         image_size = (config.image_size, config.image_size)
         ema = bool(config.optimizer.ema_decay)
-        abstract = train_state.abstract_state(model, tx, image_size, mesh, ema=ema)
+        kinds = dict(ema=ema, skips=config.nan_policy == "skip")
+        abstract = train_state.abstract_state(model, tx, image_size, mesh, **kinds)
 
-        # Parameters, optimizer state and gradients; activations come on top.
-        num_bytes = sum(
-            x.size * x.dtype.itemsize for x in jax.tree.leaves((abstract, abstract.params))
-        )
+        # Parameters, optimizer state and gradients of this host's devices; activations come on top.
+        num_bytes = sharding.bytes_per_device((abstract, abstract.params))
+        num_bytes *= jax.local_device_count()
         what = f"training {_count(abstract):,} parameters for {config.image_size} px"
         if config.init_image_size not in (None, config.image_size):
             what += f", from weights for {config.init_image_size} px,"
@@ -135,7 +143,7 @@ def _train(
             state, info = restored
             _warn_of_versions(info["versions"])
         else:
-            state = train_state.init_state(model, tx, image_size, mesh, config.seed, ema=ema)
+            state = train_state.init_state(model, tx, image_size, mesh, config.seed, **kinds)
             if found:
                 params, how = loading.initial_params(
                     found,
@@ -159,7 +167,9 @@ def _train(
         splits = opening.result()
     run.check_classes(config, splits.train.class_names)
     further = suites.open_further(config, splits)
-    data = run.data_record(splits)
+    # The order of a set that is read file by file depends on how many processes began the run.
+    num_readers = old_data.setdefault("num_readers", 1) if old_data else data_count
+    data = run.data_record(splits, num_readers)
     if old_data and not allow_config_change:
         run.check_same_data(workdir, old_data, data)
     start_step = int(state.step)
@@ -167,6 +177,7 @@ def _train(
         raise UserError(
             f"{workdir} has reached step {start_step}, beyond total_steps={config.total_steps}"
         )
+    distributed.barrier("reading of the run")
     run.write_json(workdir / "config.json", config.to_dict())
     run.write_json(workdir / "data.json", data)
     writer = MetricWriter(workdir, last_step=start_step, tensorboard=config.tensorboard)
@@ -174,11 +185,17 @@ def _train(
     _introduce(config, workdir, model, abstract, splits, mesh, terminal.line)
     if start_step:
         terminal.line(f"continuing from step {start_step}")
+        if splits.train.order_depends_on_readers and num_readers != data_count:
+            terminal.line(
+                f"the data order is that of {num_readers} process(es), with which the run was "
+                f"begun, read by {data_count}"
+            )
     if extended:
         terminal.line("the finished run is extended: its schedule is now that of the new length")
 
     # Evaluation, by schedule and at the end the same code as evaluate.py's.
-    eval_step = classification.make_eval_step(make_predict(model), loss_fn, model.num_classes)
+    predict = sharding.on_mesh(make_predict(model), mesh)
+    eval_step = classification.make_eval_step(predict, loss_fn, model.num_classes)
 
     def evaluate(state: train_state.TrainState, which: str, split) -> dict[str, Any] | None:
         """Results of the parameters, and of their average as `which` + "_ema" where there is one.
@@ -195,7 +212,7 @@ def _train(
                     global_batch_size=eval_batch_size,
                     mesh=mesh,
                     prefetch_batches=config.dataset.prefetch_batches,
-                    should_stop=lambda: bool(caught),
+                    should_stop=caught.poll,
                 )
                 if results[name] is None:
                     return None
@@ -248,7 +265,7 @@ def _train(
                     global_batch_size=eval_batch_size,
                     mesh=mesh,
                     prefetch_batches=config.dataset.prefetch_batches,
-                    should_stop=lambda: bool(caught),
+                    should_stop=caught.poll,
                 )
                 if results[name] is None:
                     return None
@@ -282,25 +299,33 @@ def _train(
                 start_step=start_step,
                 seed=config.seed,
                 global_batch_size=config.global_batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=data_index,
+                process_count=data_count,
+                num_readers=num_readers,
             ),
             lambda batch: sharding.put_batch(batch, mesh),
             config.dataset.prefetch_batches,
         )
         # Compiled ahead, so that its time is taken for no step's; the first batches are on their
         # way meanwhile.
+        watch.beat(start_step, "compiling")
         train_step = (
-            jax.jit(run.build_train_step(config, model, schedule, tx), donate_argnums=0)
-            .lower(abstract, _abstract_batch(config.global_batch_size, splits.train, mesh))
+            run.jit_train_step(config, model, schedule, tx, abstract)
+            .lower(
+                abstract,
+                sharding.abstract_batch(splits.train.example_spec, config.global_batch_size, mesh),
+            )
             .compile()
         )
+        terminal.line(_memory_line(abstract, train_step))
         state = _loop(
             config,
             state,
             train_step,
             stream,
+            workdir=workdir,
             epoch_size=splits.train.num_examples,
+            watch=watch,
             writer=writer,
             terminal=terminal,
             checkpoints=checkpoints,
@@ -320,7 +345,8 @@ def _train(
         for name, result in results.items():
             terminal.line(_sentence(name, result))
     writer.close()
-    pictures.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
+    if distributed.is_main():
+        pictures.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
     terminal.line(
         f"run: {workdir} (checkpoints/{config.total_steps}, metrics.jsonl, results.json, "
         "curves.png)"
@@ -334,7 +360,9 @@ def _loop(
     train_step: Callable,
     stream: Any,
     *,
+    workdir: epath.Path,
     epoch_size: int,
+    watch: distributed.Watch,
     writer: MetricWriter,
     terminal: console.Terminal,
     checkpoints: checkpoint.Checkpoints,
@@ -345,6 +373,7 @@ def _loop(
     """Updates `state` until the run is complete; raises Stopped when a signal ends it."""
     start_step, started = int(state.step), time.perf_counter()
     meter = Meter(config.global_batch_size, start_step)
+    profile = _Profile(config.profile_steps, workdir)
     in_flight: collections.deque[jax.Array] = collections.deque()
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -355,12 +384,7 @@ def _loop(
             return
         (step, metrics), pending = pending, None
         metrics = {f"train/{key}": float(v) for key, v in jax.device_get(metrics).items()}
-        if not math.isfinite(metrics["train/loss"]):
-            raise UserError(
-                f"the loss is {metrics['train/loss']} at step {step}; the last good checkpoint is "
-                f"{checkpoints.describe_last()}. Try a lower optimizer.peak_lr, a longer "
-                "schedule.warmup_steps or optimizer.grad_clip_norm"
-            )
+        _check_finite(config, step, metrics, checkpoints)
         metrics["train/epoch"] = step * config.global_batch_size / epoch_size
         metrics.update(meter.read(step))
         writer.write(step, metrics)
@@ -368,20 +392,28 @@ def _loop(
         checkpoints.check()
 
     terminal.start()
-    with contextlib.closing(stream), contextlib.closing(terminal):
+    with contextlib.closing(stream), contextlib.closing(terminal), contextlib.closing(profile):
         for step in range(start_step + 1, config.total_steps + 1):
             # The batch is a function of (seed, step), and was on its way before it is asked for.
+            watch.beat(step, "waiting for data")
             with meter.waiting():
                 batch = next(stream)
 
             # Dispatched, not awaited: the device computes while the host goes on, two steps ahead
             # at most. A host further ahead would hold more batches and wait for data that the
             # device has no need of yet.
-            state, metrics = train_step(state, batch)
+            watch.beat(step, "computing")
+            with profile.step(step, in_flight):
+                state, metrics = train_step(state, batch)
             in_flight.append(metrics["loss"])
             if len(in_flight) > 2:
                 jax.block_until_ready(in_flight.popleft())
             terminal.step(step)
+            if outlier := meter.outlier():
+                terminal.line(f"step {step} took {outlier}")
+            if profile.is_due(step):
+                with meter.paused():
+                    terminal.line(profile.end(in_flight))
             if step == start_step + 1:
                 jax.block_until_ready(metrics)
                 age = time.time() - psutil.Process().create_time()
@@ -396,17 +428,19 @@ def _loop(
 
             # Checkpoint before evaluation: a fault there costs no training. The step's own
             # metrics come first, so that the record is whole up to every checkpoint.
-            stop = bool(caught)
+            stop = caught.poll()
             if stop or step % config.checkpoint.every_steps == 0 or step == config.total_steps:
                 log()
+                watch.beat(step, "saving")
                 with meter.paused():
                     checkpoints.save(state)
 
             if not stop and evaluation_is_due(step):
                 log()
+                watch.beat(step, "evaluating")
                 with meter.paused():
                     validate(state, step)
-                    if caught:
+                    if caught.poll():
                         stop = True
                         checkpoints.save(state)
 
@@ -422,27 +456,107 @@ def _leave_if_asked(
     caught: signals.Signals, checkpoints: checkpoint.Checkpoints, terminal: console.Terminal
 ) -> None:
     """Raises Stopped where a signal has arrived, once the last checkpoint is whole on disk."""
-    if caught:
+    if caught.poll():
         checkpoints.wait()
         terminal.line(f"saved {checkpoints.describe_last()}; the same command continues from it")
         raise signals.Stopped(caught.received)
 
 
-def _make_directory(workdir: str) -> epath.Path:
+def _check_finite(
+    config: ConfigDict, step: int, metrics: dict[str, float], checkpoints: checkpoint.Checkpoints
+) -> None:
+    """Raises UserError where a loss that is not finite, or the number of such, ends the run."""
+    skips = config.nan_policy == "skip"
+    if skips and metrics["train/skipped_steps"] <= config.max_skipped_steps:
+        return
+    if not skips and math.isfinite(metrics["train/loss"]):
+        return
+    what = f"the loss is {metrics['train/loss']} at step {step}"
+    if skips:
+        what = (
+            f"{metrics['train/skipped_steps']:.0f} updates up to step {step} were not finite and "
+            f"left out, more than max_skipped_steps={config.max_skipped_steps}"
+        )
+    raise UserError(
+        f"{what}; the last good checkpoint is {checkpoints.describe_last()}. Try a lower "
+        "optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
+    )
+
+
+class _Profile:
+    """The profile of the steps `first` to `last`, each process its own, under RUN/profile."""
+
+    def __init__(self, steps: tuple[int, int] | tuple[()], workdir: epath.Path):
+        self._first, self._last = steps or (0, -1)
+        self._directory = workdir / "profile"
+        self._tracing = False
+
+    def step(self, step: int, in_flight: Iterable[jax.Array]) -> contextlib.AbstractContextManager:
+        """Around the dispatch of a step; tracing begins once earlier steps are done."""
+        if not self._first <= step <= self._last:
+            return contextlib.nullcontext()
+        if not self._tracing:
+            jax.block_until_ready(list(in_flight))
+            jax.profiler.start_trace(self._directory)
+            self._tracing = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether tracing ends with this step."""
+        return self._tracing and step == self._last
+
+    def end(self, in_flight: Iterable[jax.Array]) -> str:
+        """Ends tracing once the steps are done; returns a line that says where the profile is."""
+        jax.block_until_ready(list(in_flight))
+        self.close()
+        return (
+            f"profile of steps {self._first} to {self._last}: {self._directory} (xprof, or "
+            "TensorBoard with its plugin)"
+        )
+
+    def close(self) -> None:
+        """Ends tracing, also where the run ends before its last step."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def _directory(workdir: str) -> Iterator[epath.Path]:
+    """Makes the run's directory, which all processes have to see, and holds it."""
     path = epath.Path(workdir).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror or error}") from None
-    return path
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"--workdir={workdir} cannot be made: {reason}") from None
+            stack.enter_context(checkpoint.locked(path))
+        distributed.check_shared(path)
+        yield path
 
 
-def _abstract_batch(batch_size: int, split: Any, mesh: Any) -> dict[str, Any]:
-    where = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=where)
-        for name, (shape, dtype) in split.example_spec.items()
-    }
+def _keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
+    """Turns JAX's compilation cache on, unless its own variable has done so."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    if directory == "auto":
+        # What XLA compiles for a CPU holds for CPUs of that model alone.
+        directory = "" if jax.default_backend() == "cpu" else os.fspath(workdir / "compiled")
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+
+
+def _memory_line(abstract: train_state.TrainState, train_step: Any) -> str:
+    """What the state and the compiled step take of each device's memory."""
+    params = sharding.bytes_per_device((abstract.params, abstract.ema_params))
+    moments = sharding.bytes_per_device(abstract.opt_state)
+    line = f"memory a device: parameters {params / 1e6:,.1f} MB, optimizer {moments / 1e6:,.1f} MB"
+    analysis = train_step.memory_analysis()
+    if analysis is None:  # not every backend has it
+        return line
+    return f"{line}, gradients and activations {analysis.temp_size_in_bytes / 1e6:,.1f} MB"
 
 
 def _say(line: str) -> None:
@@ -475,7 +589,12 @@ def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
         f"px, patch {model.patch_size}, {model.num_classes} classes"
     )
     say(f"data: {splits.train.name}, {splits.train.num_examples:,} examples")
-    say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} (mesh: {shape})")
+    processes = f" in {jax.process_count()} processes" * (jax.process_count() > 1)
+    kind = jax.devices()[0].device_kind
+    say(f"devices: {jax.device_count()} x {kind}{processes} (mesh: {shape})")
+    if mesh.shape["data"] < mesh.size:
+        for line in sharding.describe_rules(mesh, abstract.params):
+            say(f"  {line}")
     for line in optimizer.describe_multipliers(abstract.params, config.optimizer.lr_multipliers):
         say(line)
 

@@ -28,7 +28,15 @@ def golden_params(name="official", prefix=""):
 
 # The published optimizer, and what `make_train_step` takes when nothing is added to it.
 PUBLISHED = dict(
-    **dict(name="adamw", peak_lr=1e-3, b1=0.9, b2=0.999, eps=1e-8, momentum_dtype="float32"),
+    **dict(
+        name="adamw",
+        peak_lr=1e-3,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        momentum_dtype="float32",
+        variance_dtype="float32",
+    ),
     **dict(weight_decay=0.1, weight_decay_form="lr", grad_clip_norm=1.0, lr_multipliers=()),
 )
 PLAIN_STEP = dict(
@@ -87,12 +95,19 @@ def final_state(workdir, step=None):
     from mixer import checkpoint
 
     directory = workdir / "checkpoints" / str(step) if step else checkpoint.find_step(workdir)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(directory / "state")
+    # As NumPy's arrays: the devices that saved them may not be here.
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(directory / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(
+            directory / "state", ocp.args.PyTreeRestore(restore_args=as_numpy)
+        )
 
 
 def environment(**extra):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    if "XLA_FLAGS" in extra:  # several devices: as mixer.cli does for the programs
+        extra.setdefault("NPROC", "32")
     return {**os.environ, "PYTHONPATH": paths, **extra}
 
 

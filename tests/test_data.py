@@ -7,7 +7,7 @@ from PIL import Image
 
 from helpers import tiny_config
 from mixer import run
-from mixer.data import folder, pipeline, sources
+from mixer.data import folder, order, pipeline, sources
 from mixer.errors import UserError
 
 CLASSES = ("cat", "dog", "eel")
@@ -44,15 +44,28 @@ def _digits_config(tfds_dir, **values):
     return tiny_config(tfds_dir, **values)
 
 
-def _take(split, count, start_step=0, batch=16, process_index=0, process_count=1, seed=0):
+def _take(split, count, start_step=0, batch=16, process_index=0, process_count=1, seed=0, **more):
     stream = split.train_batches(
         start_step=start_step,
         seed=seed,
         global_batch_size=batch,
         process_index=process_index,
         process_count=process_count,
+        **more,
     )
     return list(itertools.islice(stream, count))
+
+
+def _take_all(split, count, process_count, **settings):
+    """The global batches, of processes side by side."""
+    parts = [
+        _take(split, count, process_index=p, process_count=process_count, **settings)
+        for p in range(process_count)
+    ]
+    return [
+        {key: np.concatenate([part[key] for part in rows]) for key in rows[0]}
+        for rows in zip(*parts, strict=True)
+    ]
 
 
 def _assert_same(one, other):
@@ -115,59 +128,92 @@ def test_batch_k_is_the_same_streamed_from_0_and_from_k(train_split):
 
 
 def test_two_processes_read_the_batches_of_one(train_split, request):
-    if "groups" in request.node.callspec.id:  # its order depends on the number of processes
+    if train_split.order_depends_on_readers:
         parts = [_take(train_split, 40, process_index=p, process_count=2) for p in (0, 1)]
         one, two = ({i.tobytes() for batch in part for i in batch["image"]} for part in parts)
         assert len(one) > 150 and len(one & two) < 5  # a few scans are nearly blank twins
-        return
-    whole = _take(train_split, 4)
-    parts = [_take(train_split, 4, process_index=p, process_count=2) for p in (0, 1)]
-    together = [
-        {key: np.concatenate([first[key], second[key]]) for key in first}
-        for first, second in zip(*parts, strict=True)
-    ]
-    _assert_same(together, whole)
+    # Only in sets of files does it matter how many processes the run was begun with.
+    assert train_split.order_depends_on_readers == ("groups" in request.node.callspec.id)
+    readers = 1 if train_split.order_depends_on_readers else 2
+    together = _take_all(train_split, 4, 2, num_readers=readers)
+    _assert_same(together, _take(train_split, 4, num_readers=1))
 
 
-def test_an_epoch_in_order_holds_each_image_once(image_folder):
-    config = _folder_config(image_folder)
-    config.dataset.train_preprocess = "decode|resize(8)"
-    split = run.open_split(config, "train", None, augment=True)
-    epoch = np.concatenate([b["image"] for b in _take(split, 15, batch=4)])  # two epochs of 30
-    one, two = ({image.tobytes() for image in part} for part in (epoch[:30], epoch[30:]))
-    assert len(one) == 30 and one == two
-    assert [i.tobytes() for i in epoch[:30]] != [i.tobytes() for i in epoch[30:]]
-
-
-def test_files_before_the_step_are_not_opened(tmp_path, monkeypatch):
-    """A set of several files, those before the group of the step deleted."""
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    """The digits in eight files, which are read as files: their builder and a config."""
     import tensorflow_datasets as tfds
 
-    from mixer.data import digits, order
+    from mixer.data import digits
 
     builder = digits.Digits(data_dir=str(tmp_path))
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=8))
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     config = _digits_config(tmp_path, dataset__shuffle_group_size=100)
-    whole = _take(run.open_split(config, "train", None, augment=True), 75)
-    groups = order.groups(
-        70,
-        seed=0,
-        file_sizes=builder.info.splits["train"].shard_lengths,
-        excluded={},
-        global_batch_size=16,
-        process_index=0,
-        process_count=1,
-        group_size=100,
-    )
-    needed = {piece.file for group in itertools.islice(groups, 2) for piece in group.pieces}
-    for number, path in enumerate(builder.info.splits["train"].filepaths):
+    return builder, config
+
+
+def test_examples_stay_when_the_number_of_processes_changes(sharded):
+    """Begun by four processes, gone on by others, across the end of an epoch too."""
+    source = pipeline.open_source(sharded[1].dataset, "train")
+
+    def read(start_step, count, process_count):
+        """(epoch, number, record) of the examples of `count` global batches of 48."""
+        parts = []
+        for process in range(process_count):
+            examples = sources._ordered(
+                source,
+                start_step,
+                seed=2,
+                global_batch_size=48,
+                group_size=100,
+                process_index=process,
+                process_count=process_count,
+                num_readers=4,
+            )
+            size = 48 // process_count
+            rows = [
+                (int(e), int(n), r) for e, n, r in examples.take(count * size).as_numpy_iterator()
+            ]
+            parts.append([rows[i : i + size] for i in range(0, count * size, size)])
+        return [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)]
+
+    begun = read(0, 27, 4)  # an epoch is 26.2 batches
+    flat = list(itertools.chain(*begun))[: source.kept.size]
+    assert sorted(number for _, number, _ in flat) == list(range(source.kept.size))
+    assert {epoch for epoch, _, _ in begun[26]} == {0, 1}
+    for start, process_count in ((7, 2), (15, 8), (25, 3), (25, 1)):
+        assert read(start, 2, process_count) == begun[start : start + 2], (start, process_count)
+
+
+@pytest.mark.parametrize(("process_index", "process_count"), [(0, 1), (2, 8)])
+def test_files_before_the_step_are_not_opened(sharded, process_index, process_count):
+    """A run begun by two processes: the files but those of the step's groups are deleted."""
+    builder, config = sharded
+    split = run.open_split(config, "train", None, augment=True)
+    settings = dict(process_index=process_index, process_count=process_count, num_readers=2)
+    whole = _take(split, 2, start_step=70, **settings)
+    needed = set()
+    for reader, rows in order.reader_rows(16, process_index, process_count, 2):
+        groups = order.groups(
+            70,
+            seed=0,
+            file_sizes=builder.info.splits["train"].shard_lengths,
+            excluded={},
+            global_batch_size=16,
+            reader=reader,
+            num_readers=2,
+            rows=rows,
+            group_size=100,
+        )
+        # The one of the step, and the next, which is read ahead.
+        needed |= {piece.file for group in itertools.islice(groups, 2) for piece in group.pieces}
+    files = builder.info.splits["train"].filepaths
+    assert len(needed) < len(files)
+    for number, path in enumerate(files):
         if number not in needed:
             path.unlink()
-    assert len(needed) <= 4
-    _assert_same(
-        _take(run.open_split(config, "train", None, augment=True), 2, start_step=70), whole[70:72]
-    )
+    _assert_same(_take(split, 2, start_step=70, **settings), whole)
 
 
 # Folders.
@@ -321,6 +367,23 @@ def test_records_can_be_excluded(tfds_dir, tmp_path, grouped, monkeypatch):
     assert sorted(i.tobytes() for i in epoch) == sorted(i.tobytes() for i in kept)
 
 
+def test_exclusions_are_found_by_file_and_place():
+    files = (("a/one", 0, 10), ("a/two", 5, 3), ("a/one", 20, 4))
+    names = [
+        "one:0",
+        "one:9",
+        "one:10",
+        "one:21",
+        "two:4",
+        "two:7",
+        "two:8",
+        "six:0",
+        "one",
+        "one:",
+    ]
+    assert sources._numbers(names, files).tolist() == [0, 9, 14, 12]
+
+
 # Evaluation.
 
 
@@ -353,11 +416,36 @@ def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, mon
     assert places == list(range(180))
 
 
-def test_more_processes_than_examples():
-    split = run.open_split(tiny_config(), "test", None)
-    split = pipeline.dataclasses.replace(split, num_examples=3)
-    for process in range(4):
-        (batch,) = pipeline.eval_batches(
-            split, global_batch_size=8, process_index=process, process_count=4
+@pytest.mark.parametrize(
+    ("stored", "num_examples", "process_count", "counts"),
+    [
+        ("files", 10, 3, [[2, 2], [2, 2], [2, 0]]),
+        ("files", 3, 4, [[1], [1], [1], [0]]),
+        ("synthetic", 10, 3, [[2, 2], [2, 2], [2, 0]]),
+        ("synthetic", 3, 4, [[1], [1], [1], [0]]),
+        ("synthetic", 5, 3, [[2], [2], [1]]),
+    ],
+)
+def test_every_process_evaluates_the_same_number_of_batches(
+    tfds_dir, stored, num_examples, process_count, counts, monkeypatch
+):
+    """Batches of 2 a process; some processes have fewer examples than others, or none."""
+    if stored == "files":
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    config = tiny_config(None if stored == "synthetic" else tfds_dir)
+    split = run.open_split(config, "test", None).select(np.arange(num_examples))
+    found, places = [], []
+    for process in range(process_count):
+        batches = list(
+            pipeline.eval_batches(
+                split,
+                global_batch_size=2 * process_count,
+                process_index=process,
+                process_count=process_count,
+            )
         )
-        assert batch["mask"].sum() == (process < 3) and batch["image"].shape == (2, 8, 8, 3)
+        assert all(batch["image"].shape == (2, 8, 8, 3) for batch in batches)
+        found.append([int(batch["mask"].sum()) for batch in batches])
+        places += [int(i) for batch in batches for i in batch["index"] if i >= 0]
+    assert found == counts
+    assert places == list(range(num_examples))

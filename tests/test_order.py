@@ -34,25 +34,52 @@ EXCLUDED = {1: np.array([0, 8]), 2: np.array([0]), 4: np.array([3])}
 TOTAL = sum(FILES) - 4
 
 
-def _read(start_step, steps, process_index=0, process_count=1, batch=6, seed=5, group_size=10):
-    """(epoch, example number) of one process's examples of `steps` batches."""
-    found = []
+def _part(start_step, steps, reader, num_readers, rows, batch, seed, group_size, excluded):
+    """(epoch, example number) of those rows of one reader's part of `steps` batches."""
+    found, size = [], rows.stop - rows.start
     for group in order.groups(
         start_step,
         seed=seed,
         file_sizes=FILES,
-        excluded=EXCLUDED,
+        excluded=excluded,
         global_batch_size=batch,
-        process_index=process_index,
-        process_count=process_count,
+        reader=reader,
+        num_readers=num_readers,
+        rows=rows,
         group_size=group_size,
     ):
         read = np.concatenate(
             [FIRST[piece.file] + np.arange(piece.start, piece.stop) for piece in group.pieces]
         )
         found += [(group.epoch, int(number)) for number in read[group.order]]
-        if len(found) >= steps * batch // process_count:
-            return found[: steps * batch // process_count]
+        if len(found) >= steps * size:
+            return [found[step * size : (step + 1) * size] for step in range(steps)]
+
+
+def _read(
+    start_step,
+    steps,
+    process_index=0,
+    process_count=1,
+    num_readers=None,
+    batch=6,
+    seed=5,
+    group_size=10,
+    excluded=EXCLUDED,
+):
+    """(epoch, example number) of one process's examples of `steps` batches, by batch."""
+    num_readers = num_readers or process_count
+    parts = [
+        _part(start_step, steps, reader, num_readers, rows, batch, seed, group_size, excluded)
+        for reader, rows in order.reader_rows(batch, process_index, process_count, num_readers)
+    ]
+    return [list(itertools.chain(*pieces)) for pieces in zip(*parts, strict=True)]
+
+
+def _read_all(start_step, steps, process_count, **settings):
+    """The global batches, of processes side by side."""
+    rows = [_read(start_step, steps, p, process_count, **settings) for p in range(process_count)]
+    return [list(itertools.chain(*parts)) for parts in zip(*rows, strict=True)]
 
 
 def _kept():
@@ -60,29 +87,65 @@ def _kept():
     return [number for number in range(sum(FILES)) if number not in gone]
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 3])
-def test_groups_hold_every_example_once_an_epoch_over_all_processes(process_count):
-    steps = TOTAL * 2  # twelve epochs of batches of 6
-    found = [
-        pair for process in range(process_count) for pair in _read(0, steps, process, process_count)
-    ]
+def _assert_each_once(batches, epochs):
     by_epoch = {
         epoch: [number for _, number in pairs]
-        for epoch, pairs in itertools.groupby(sorted(found), key=lambda pair: pair[0])
+        for epoch, pairs in itertools.groupby(
+            sorted(itertools.chain(*batches)), key=lambda pair: pair[0]
+        )
     }
-    assert len(by_epoch) == 12
+    assert len(by_epoch) == epochs
     for numbers in by_epoch.values():
         assert sorted(numbers) == _kept()
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3])
+def test_groups_hold_every_example_once_an_epoch_over_all_processes(process_count):
+    # Twelve epochs of batches of 6.
+    _assert_each_once(_read_all(0, TOTAL * 2, process_count), 12)
 
 
 @pytest.mark.parametrize("process_count", [1, 2])
 def test_groups_can_be_entered_at_any_step(process_count):
     for process in range(process_count):
         whole = _read(0, 40, process, process_count)
-        size = 6 // process_count
         for step in range(0, 40, 3):
-            rest = _read(step, 40 - step, process, process_count)
-            assert rest == whole[step * size :], step
+            assert _read(step, 40 - step, process, process_count) == whole[step:], step
+
+
+def test_the_order_of_groups_is_the_one_that_runs_have_begun_with():
+    """Bit for bit: a run that goes on with this code had it before."""
+    numbers = [number for _, number in itertools.chain(*_read(0, 4, 1, 2))]
+    assert numbers == [27, 24, 31, 33, 26, 22, 28, 32, 25, 29, 23, 1]
+
+
+def test_reader_rows_cover_a_batch():
+    assert order.reader_rows(24, 1, 2, 2) == [(1, slice(0, 12))]  # all of its own reader's
+    assert order.reader_rows(24, 1, 2, 4) == [(2, slice(0, 6)), (3, slice(0, 6))]
+    assert order.reader_rows(24, 5, 8, 4) == [(2, slice(3, 6))]
+    assert order.reader_rows(24, 1, 3, 4) == [(1, slice(2, 6)), (2, slice(0, 4))]
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3, 8])
+def test_the_order_stays_when_the_number_of_processes_changes(process_count):
+    """Four readers, read by any number of processes from any step on."""
+    settings = dict(num_readers=4, batch=24)
+    begun = _read_all(0, 12, 4, **settings)  # five epochs
+    for step in range(12):
+        assert _read_all(step, 12 - step, process_count, **settings) == begun[step:], step
+
+
+def test_an_epoch_holds_every_example_once_when_the_processes_change_in_its_middle():
+    settings = dict(num_readers=4, batch=24)
+    # 57 examples: 19 batches of 24 are eight epochs, and no change of these falls between two.
+    changes = ((0, 5, 4), (5, 6, 2), (11, 1, 8), (12, 4, 3), (16, 3, 1))
+    assert TOTAL * 8 == 19 * 24
+    batches = [
+        batch
+        for start, steps, count in changes
+        for batch in _read_all(start, steps, count, **settings)
+    ]
+    _assert_each_once(batches, 8)
 
 
 def test_groups_do_not_open_earlier_files_and_differ_by_epoch_and_seed():
@@ -93,15 +156,18 @@ def test_groups_do_not_open_earlier_files_and_differ_by_epoch_and_seed():
             file_sizes=FILES,
             excluded={},
             global_batch_size=6,
-            process_index=0,
-            process_count=1,
+            reader=0,
+            num_readers=1,
+            rows=slice(0, 6),
             group_size=10,
         )
     )
     # 42 of 61 examples are done: what is opened are at most the files of one group.
     assert sum(piece.stop - piece.start for piece in group.pieces) < 10 + max(FILES)
     epochs = [
-        [n for e, n in _read(0, 60, seed=seed) if e == epoch] for seed in (5, 6) for epoch in (0, 1)
+        [n for e, n in itertools.chain(*_read(0, 60, seed=seed)) if e == epoch]
+        for seed in (5, 6)
+        for epoch in (0, 1)
     ]
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -115,8 +181,9 @@ def test_a_group_is_shuffled_whole():
             file_sizes=[1000],
             excluded={},
             global_batch_size=10,
-            process_index=0,
-            process_count=1,
+            reader=0,
+            num_readers=1,
+            rows=slice(0, 10),
             group_size=100,
         )
     )

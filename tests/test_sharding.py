@@ -5,69 +5,93 @@ from helpers import run_python
 from mixer import sharding
 from mixer.errors import UserError
 
-# In a process of its own: the number of devices is set before JAX starts.
-ONE_AGAINST_EIGHT = """
+# In a process of its own: the number of devices is set before JAX starts. Each line of its output
+# is a mesh: the largest differences of losses and parameters from those of one device.
+ON_MESHES = """
 import sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
-from jax.sharding import AxisType, Mesh
 from helpers import tiny_config, leaves
 from mixer import run, sharding, train_state
 
+optimizer, mixing, variants = sys.argv[1], sys.argv[2] == "mixing", eval(sys.argv[3])
 config = tiny_config(image_size=8, global_batch_size=16, total_steps=10)
 config.schedule.update(decay="constant", warmup_steps=0, cooldown_steps=0)
-config.optimizer.name = sys.argv[1]
-config.optimizer.peak_lr = 0.1 if sys.argv[1] == "sgd" else 1e-3
-config.mixup.alpha = 0.5 if sys.argv[1] == "adamw" else 0.0
-mixing, parts = sys.argv[2] == "mixing", (1, 1)
+config.optimizer.name = optimizer
+config.optimizer.peak_lr = 0.1 if optimizer == "sgd" else 1e-3
 if mixing:
     config.mixup.update(alpha=0.5, per_example=True, cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.update(sam_rho=0.05, ema_decay=0.5)
     config.label_smoothing = 0.1
-    parts = (4, 2)  # the batch in four parts on one device, in two on eight
 split = run.open_split(config, "train", None)
 config.model.num_classes = len(split.class_names)
-model = run.build_model(config)
-assert model.dropout and model.stoch_depth
-results = []
-for devices, accumulate_steps in zip((jax.devices()[:1], jax.devices()), parts):
-    config.optimizer.accumulate_steps = accumulate_steps
-    schedule, tx = run.build_optimizer(config)
-    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-    state = train_state.init_state(model, tx, (8, 8), mesh, seed=0, ema=mixing)
+first = None
+for axes, changes in [({"data": 1}, {}), *variants]:
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(changes)
+    model = run.build_model(changed)
+    assert model.dropout and model.stoch_depth
+    schedule, tx = run.build_optimizer(changed)
+    mesh = sharding.make_mesh(axes, jax.devices()[:1] if first is None else None)
+    how = dict(ema=mixing)
+    abstract = train_state.abstract_state(model, tx, (8, 8), mesh, **how)
+    state = train_state.init_state(model, tx, (8, 8), mesh, seed=0, **how)
     start = leaves(state.params)
-    assert all(len(leaf.sharding.device_set) == len(devices) for leaf in jax.tree.leaves(state))
-    step = jax.jit(run.build_train_step(config, model, schedule, tx), donate_argnums=0)
+    assert all(len(leaf.sharding.device_set) == mesh.size for leaf in jax.tree.leaves(state))
+    step = run.jit_train_step(changed, model, schedule, tx, abstract)
     stream = split.train_batches(start_step=0, seed=0, global_batch_size=16, process_index=0,
         process_count=1)
-    losses_seen = []
+    losses = []
     for _ in range(5):
         batch = sharding.put_batch(next(stream), mesh)
-        assert batch["image"].addressable_shards[0].data.shape[0] == 16 // len(devices)
+        shards = batch["image"].addressable_shards
+        assert shards[0].data.shape[0] == 16 // sharding.batch_shards(mesh)
         state, metrics = step(state, batch)
-        losses_seen.append(float(metrics["loss"]))
-    results.append((losses_seen, leaves((state.params, state.ema_params))))
-(loss_1, params_1), (loss_8, params_8) = results
-moved = leaves(state.params)
-assert max(np.abs(moved[k] - start[k]).max() for k in start) > 1e-3
-print(max(abs(a - b) for a, b in zip(loss_1, loss_8)),
-      max(np.abs(params_1[k] - params_8[k]).max() for k in params_1))
+        losses.append(float(metrics["loss"]))
+    where = jax.tree.map(lambda leaf: leaf.sharding, (abstract, state))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, *where))  # it stays where it belongs
+    end = leaves((state.params, state.ema_params))
+    if first is None:
+        assert max(np.abs(end["[0]" + k] - start[k]).max() for k in start) > 1e-3
+        first = losses, end
+        continue
+    print(max(abs(a - b) for a, b in zip(losses, first[0])),
+        max(np.abs(end[k] - first[1][k]).max() for k in end), mesh.shape)
 """
+MESHES = [
+    ({"data": 8}, {}),
+    ({"fsdp": 8}, {}),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
+]
+LOOPS = [
+    ({"data": 8}, {"model.remat": "full", "optimizer.accumulate_steps": 2}),
+    ({"data": 2, "tensor": 4}, {"model.scan_blocks": True, "model.remat": "dots"}),
+    ({"fsdp": 4, "tensor": 2}, {"model.scan_blocks": True, "optimizer.accumulate_steps": 4}),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "mixing", "tolerance"),
-    [("sgd", "plain", 1e-6), ("adamw", "plain", 1e-4), ("sgd", "mixing", 1e-6)],
+    ("name", "mixing", "variants", "tolerance"),
+    [
+        ("sgd", "mixing", MESHES, 1e-6),
+        pytest.param("sgd", "mixing", LOOPS, 1e-6, marks=pytest.mark.slow),
+        pytest.param("sgd", "plain", MESHES, 1e-6, marks=pytest.mark.slow),
+        pytest.param("adamw", "plain", MESHES + LOOPS, 1e-4, marks=pytest.mark.slow),
+    ],
+    ids=["sgd-mixing", "sgd-loops", "sgd", "adamw"],
 )
-def test_one_device_and_eight_give_the_same_numbers(name, mixing, tolerance):
+def test_every_mesh_gives_the_same_numbers(name, mixing, variants, tolerance):
     """Stochastic depth and dropout included; without warm-up, so that everything moves.
 
-    "mixing" adds per-example mixup, CutMix, label smoothing, SAM, the average and accumulation.
+    "mixing" adds per-example mixup, CutMix, label smoothing, SAM and the average.
     """
     flags = "--xla_force_host_platform_device_count=8"
-    done = run_python("-c", ONE_AGAINST_EIGHT, name, mixing, XLA_FLAGS=flags)
-    loss, params = map(float, done.stdout.split())
-    assert loss <= 1e-5 and params <= tolerance
+    done = run_python("-c", ON_MESHES, name, mixing, repr(variants), XLA_FLAGS=flags)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(variants)
+    for line in lines:
+        loss, params = map(float, line.split()[:2])
+        assert loss <= 1e-5 and params <= tolerance, line
 
 
 def test_run_on_eight_devices_and_batch_that_does_not_fit(tmp_path):
@@ -78,7 +102,11 @@ from helpers import tiny_config
 from mixer import trainer
 from mixer.errors import UserError
 trainer.train(tiny_config(total_steps=4), {str(tmp_path / "run")!r})
-for values in (dict(global_batch_size=12), dict(eval_batch_size=100), dict(mesh__data=4)):
+for values in (
+    dict(global_batch_size=12), dict(eval_batch_size=100), dict(mesh__data=4),
+    dict(mesh__tensor=8, mesh__data=1, model__tokens_mlp_dim=12),
+    dict(mesh__fsdp=4, mesh__data=2, model__hidden_dim=18, model__tokens_mlp_dim=16),
+):
     try:
         trainer.train(tiny_config(**values), {str(tmp_path / "other")!r})
     except UserError as error:
@@ -88,7 +116,9 @@ for values in (dict(global_batch_size=12), dict(eval_batch_size=100), dict(mesh_
     refused = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
     assert "global_batch_size=12: the 8 devices" in refused[0] and "8 or 16" in refused[0]
     assert "eval_batch_size=100" in refused[1] and "96 or 104" in refused[1]
-    assert "{'data': 4} does not fit 8 device" in refused[2]
+    assert "{'data': 4, 'fsdp': 1, 'tensor': 1} does not fit 8 device" in refused[2]
+    assert "tensor = 8 does not divide 12" in refused[3] and "1, 2, 3, 4, 6, 12" in refused[3]
+    assert "fsdp = 4 does not divide 18" in refused[4] and "channel_mixing" in refused[4]
     assert "devices: 8 x" in done.stdout and "test accuracy" in done.stdout
 
 
@@ -108,7 +138,7 @@ def test_prefetch_keeps_order_passes_faults_on_and_can_be_closed():
     endless.close()
 
 
-@pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "x": -1}, {"data": 0}])
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 0}, {"x": 1}])
 def test_mesh_that_does_not_fit_is_refused(axes):
     with pytest.raises(UserError, match="mesh"):
         sharding.make_mesh(axes)

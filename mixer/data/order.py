@@ -2,17 +2,19 @@
 
 Example number g of a run (g = step * batch size + place in the batch) is example `g mod n` of epoch
 `g div n`, where n is the size of the set: batches run across the ends of epochs and nothing is
-dropped. Every epoch is a permutation of its own. With several processes each reads its own
-contiguous part of every batch, so an epoch still holds each example once.
+dropped. Every epoch is a permutation of its own. With several processes each takes its own
+contiguous rows of every batch, so an epoch still holds each example once.
 
 Two ways to find the permutation, by what the storage can do:
 
 - `batch_examples`: any example can be read by its number (image folders, small sets held in
   memory). The permutation is global, and the same for any number of processes.
-- `groups`: records lie one behind the other in large files. Per epoch the files are permuted and
-  each process takes a contiguous run of them; runs of whole files are cut into groups, and a group
-  is read and shuffled whole. Files before the one wanted are never opened. This order depends on
-  the number of processes.
+- `groups`: records lie one behind the other in large files. Readers, each of which supplies its own
+  rows of every batch, share the files: per epoch these are permuted and each reader takes a
+  contiguous run of them; a run of whole files is cut into groups, and a group is read and shuffled
+  whole. Files before the one wanted are never opened. This order depends on the number of readers,
+  which is that of the processes a run begins with. It stays when the run goes on with another
+  number of processes: a process reads what supplies its rows (`reader_rows`).
 
 TensorFlow-free, so that every backend of the data can use it.
 """
@@ -72,6 +74,24 @@ def process_slice(global_batch_size: int, process_index: int, process_count: int
     return slice(process_index * size, (process_index + 1) * size)
 
 
+def reader_rows(
+    global_batch_size: int, process_index: int, process_count: int, num_readers: int
+) -> list[tuple[int, slice]]:
+    """What one process takes of every batch: (reader, rows of that reader's part), in order.
+
+    With as many processes as readers that is all of its own reader's part. Both numbers divide
+    the batch size.
+    """
+    mine = process_slice(global_batch_size, process_index, process_count)
+    found = []
+    for reader in range(num_readers):
+        part = process_slice(global_batch_size, reader, num_readers)
+        start, stop = max(mine.start, part.start), min(mine.stop, part.stop)
+        if start < stop:
+            found.append((reader, slice(start - part.start, stop - part.start)))
+    return found
+
+
 def groups(
     start_step: int,
     *,
@@ -79,32 +99,35 @@ def groups(
     file_sizes: Sequence[int],
     excluded: dict[int, np.ndarray],
     global_batch_size: int,
-    process_index: int,
-    process_count: int,
+    reader: int,
+    num_readers: int,
+    rows: slice,
     group_size: int,
 ) -> Iterator[Group]:
-    """Yields, without end, the groups that one process reads from batch `start_step` on.
+    """Yields, without end, the groups of one reader from batch `start_step` on.
 
     Args:
       start_step: first batch wanted; the first group starts with that batch's first example.
       seed: of the run.
       file_sizes: number of records in each file.
       excluded: by file number, the places of records that are left out.
-      global_batch_size: B; this process reads B / process_count examples of each batch.
-      process_index: which process this is.
-      process_count: of how many.
+      global_batch_size: B; a reader supplies B / num_readers examples of each batch.
+      reader: which one.
+      num_readers: of how many.
+      rows: those of the reader's examples of each batch that are wanted; groups without one are
+        left out.
       group_size: a group is closed by the file with which it reaches this many examples.
     """
     none = np.empty(0, np.int64)
     dropped = {file: np.unique(places) for file, places in excluded.items() if len(places)}
     kept = np.array([n - len(dropped.get(f, none)) for f, n in enumerate(file_sizes)])
     total = int(kept.sum())
-    size = global_batch_size // process_count
+    size = global_batch_size // num_readers
 
-    def mine_before(g: int, process: int) -> int:
-        """How many of the run's first g examples belong to `process`."""
+    def supplied(g: int, reader: int) -> int:
+        """How many of the run's first g examples come from `reader`."""
         batches, rest = divmod(g, global_batch_size)
-        return batches * size + min(max(rest - process * size, 0), size)
+        return batches * size + min(max(rest - reader * size, 0), size)
 
     def raw_place(file: int, place: int) -> int:
         """Turns a place among a file's kept records into one among all of its records."""
@@ -115,34 +138,41 @@ def groups(
 
     wanted = start_step * size
     epoch = max((start_step * global_batch_size) // total - 1, 0)
-    while mine_before((epoch + 1) * total, process_index) <= wanted:
+    while supplied((epoch + 1) * total, reader) <= wanted:
         epoch += 1
     while True:
-        before = [
-            mine_before((epoch + 1) * total, p) - mine_before(epoch * total, p)
-            for p in range(process_index + 1)
+        parts = [
+            supplied((epoch + 1) * total, r) - supplied(epoch * total, r) for r in range(reader + 1)
         ]
-        low, high = sum(before[:-1]), sum(before)  # this process's part of the permuted files
+        low, high = sum(parts[:-1]), sum(parts)  # this reader's part of the permuted files
         files = np.random.default_rng([seed, epoch]).permutation(len(file_sizes))
         ends = np.cumsum(kept[files])
-        done = mine_before(epoch * total, process_index)  # examples read in earlier epochs
+        done = supplied(epoch * total, reader)  # examples of earlier epochs and groups
         first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left")
-        pieces: list[Piece] = []
+        runs: list[tuple[int, int, int]] = []  # (file, start, stop) among its kept records
         count = number = 0
         for i in range(first, min(last, len(files) - 1) + 1):
             file = int(files[i])
             base = int(ends[i] - kept[file])
             start, stop = max(low - base, 0), min(high - base, int(kept[file]))
             if stop > start:
-                pieces.append(Piece(file, raw_place(file, start), raw_place(file, stop - 1) + 1))
+                runs.append((file, start, stop))
                 count += stop - start
             if count and (count >= group_size or i >= last):
                 if done + count > wanted:
-                    order = _group_order(pieces, dropped, [seed, epoch, process_index, number])
-                    yield Group(epoch, tuple(pieces), order[max(wanted - done, 0) :])
+                    pieces = tuple(
+                        Piece(file, raw_place(file, start), raw_place(file, stop - 1) + 1)
+                        for file, start, stop in runs
+                    )
+                    order = _group_order(pieces, dropped, [seed, epoch, reader, number])
+                    row = np.arange(done, done + count) % size
+                    mine = (row >= rows.start) & (row < rows.stop)
+                    mine[: max(wanted - done, 0)] = False  # of earlier batches
+                    if mine.any():
+                        yield Group(epoch, pieces, order[mine])
                 done += count
                 number += 1
-                pieces, count = [], 0
+                runs, count = [], 0
         epoch += 1
 
 

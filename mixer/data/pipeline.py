@@ -34,9 +34,11 @@ class Split:
         {"image": ((224, 224, 3), "uint8"), "label": ((), "int32")}; labels of several an image are
         (M,), -1 where it has fewer, with "label_weight" ((M,), "float32").
       multi_label: whether an image may have several labels, or none.
-      train_batches: (start_step=, seed=, global_batch_size=, process_index=, process_count=) ->
-        endless batches of this process's examples from batch `start_step` on: arrays (n, *shape)
-        of what `example_spec` names.
+      order_depends_on_readers: whether the order of training depends on `num_readers`.
+      train_batches: (start_step=, seed=, global_batch_size=, process_index=, process_count=,
+        num_readers=) -> endless batches of this process's examples from batch `start_step` on:
+        arrays (n, *shape) of what `example_spec` names. `num_readers` is the number of processes
+        that the run was begun with, `process_count` where it is left out. Both divide the batch.
       sequential_batches: (start=, stop=, batch_size=) -> examples start to stop in order, the last
         batch short.
       example_id: from an example's place in that order to the name that messages, exclusion lists
@@ -52,6 +54,7 @@ class Split:
     fingerprint: str
     example_spec: dict[str, tuple[tuple[int, ...], str]]
     multi_label: bool
+    order_depends_on_readers: bool
     train_batches: Callable[..., Batches]
     sequential_batches: Callable[..., Batches]
     example_id: Callable[[int], str]
@@ -127,6 +130,7 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
             fingerprint=fingerprint,
             example_spec={"image": ((*image_size, 3), "uint8"), "label": ((), "int32")},
             multi_label=False,
+            order_depends_on_readers=False,
             train_batches=functools.partial(synthetic.train_batches, ids[kept], **task),
             sequential_batches=sequential,
             example_id=lambda place: f"{spec}:{kept[place]}",
@@ -174,6 +178,7 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
             fingerprint=fingerprint,
             example_spec=example_spec,
             multi_label=part.max_labels is not None,
+            order_depends_on_readers=bool(part.files),
             train_batches=functools.partial(
                 sources.train_batches, part, steps, group_size=dataset.shuffle_group_size
             ),

@@ -287,8 +287,7 @@ def tfds_source(
 
     total = int(ends[-1]) if len(ends) else 0
     keep = np.ones(total, bool)
-    if excluded:
-        keep = np.array([example_id(number) not in excluded for number in range(total)], bool)
+    keep[_numbers(excluded, files)] = False
     base = sum(info.splits[split].num_examples for split in info.splits)
     bytes_per_example = sum(info.splits[split].num_bytes for split in info.splits) / max(base, 1)
     digest = hashlib.blake2b(f"{info.full_name} {spec} ".encode(), digest_size=16)
@@ -331,6 +330,22 @@ def tfds_source(
         files=(),
         max_labels=most,
     )
+
+
+def _numbers(names: Collection[str], files: Sequence[tuple[str, int, int]]) -> np.ndarray:
+    """Numbers of the examples that have these names, such as "digits-00000-of-00001:17"."""
+    parts: dict[str, list[tuple[int, int, int]]] = {}  # a split may take several parts of a file
+    first = 0
+    for path, skip, count in files:
+        parts.setdefault(epath.Path(path).name, []).append((first, skip, count))
+        first += count
+    found = []
+    for name in names:
+        file, _, place = name.rpartition(":")
+        for first, skip, count in parts.get(file, ()):
+            if place.isdecimal() and skip <= int(place) < skip + count:
+                found.append(first + int(place) - skip)
+    return np.array(found, np.int64)
 
 
 def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: str) -> None:
@@ -402,6 +417,7 @@ def _ordered(
     group_size: int,
     process_index: int,
     process_count: int,
+    num_readers: int,
 ) -> tf.data.Dataset:
     """This process's examples from `start_step` on: (epoch, number, what `load` takes)."""
     batch = dict(seed=seed, global_batch_size=global_batch_size)
@@ -417,24 +433,48 @@ def _ordered(
         numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
         return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
 
-    first = source.first_numbers
-    kept = np.zeros(first[-1], bool)
-    kept[source.kept] = True
-    excluded = {
-        file: np.flatnonzero(~kept[first[file] : first[file + 1]])
-        for file in np.unique(np.searchsorted(first, np.flatnonzero(~kept), "right") - 1).tolist()
-    }
+    excluded = _excluded(source)
 
-    def groups():
-        for group in order.groups(
+    def read(reader: int, rows: slice) -> tf.data.Dataset:
+        groups = functools.partial(
+            order.groups,
             start_step,
             file_sizes=[count for _, _, count in source.files],
             excluded=excluded,
             group_size=group_size,
-            process_index=process_index,
-            process_count=process_count,
+            reader=reader,
+            num_readers=num_readers,
+            rows=rows,
             **batch,
-        ):
+        )
+        return _grouped(source, groups)
+
+    parts = order.reader_rows(global_batch_size, process_index, process_count, num_readers)
+    if len(parts) == 1:
+        return read(*parts[0])
+    # Each batch takes the rows of one reader, then those of the next.
+    readers = tuple(read(reader, rows).batch(rows.stop - rows.start) for reader, rows in parts)
+    joined = tf.data.Dataset.zip(readers).map(
+        lambda *pieces: tuple(tf.concat(each, 0) for each in zip(*pieces, strict=True))
+    )
+    return joined.unbatch()
+
+
+def _excluded(source: Source) -> dict[int, np.ndarray]:
+    """By the number of its file, the places of the records that are not kept."""
+    first = source.first_numbers
+    gone = np.ones(first[-1], bool)
+    gone[source.kept] = False
+    files = np.unique(np.searchsorted(first, np.flatnonzero(gone), "right") - 1)
+    return {file: np.flatnonzero(gone[first[file] : first[file + 1]]) for file in files.tolist()}
+
+
+def _grouped(source: Source, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
+    """The examples of `groups()`: (epoch, number, record)."""
+    first = source.first_numbers
+
+    def described():
+        for group in groups():
             yield (
                 group.epoch,
                 [source.files[piece.file][0] for piece in group.pieces],
@@ -464,7 +504,7 @@ def _ordered(
         vector,
     )
     return (
-        tf.data.Dataset.from_generator(groups, output_signature=signature)
+        tf.data.Dataset.from_generator(described, output_signature=signature)
         .map(read_group)
         .prefetch(1)  # the next group is read while this one is trained on
         .unbatch()
@@ -485,7 +525,9 @@ def _sequential(source: Source, start: int, stop: int) -> tf.data.Dataset:
     ]
     paths = tf.constant([path for path, _, _ in pieces], tf.string)
     starts, counts = (tf.constant([piece[i] for piece in pieces], tf.int64) for i in (1, 2))
-    kept = tf.constant(np.isin(np.arange(low, high), numbers))
+    kept = np.zeros(high - low, bool)
+    kept[numbers - low] = True
+    kept = tf.constant(kept)
     return (
         tf.data.Dataset.from_tensor_slices((paths, starts, counts))
         .flat_map(lambda path, start, count: tf.data.TFRecordDataset(path).skip(start).take(count))
@@ -553,8 +595,13 @@ def train_batches(
     group_size: int,
     process_index: int,
     process_count: int,
+    num_readers: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's part of batch `start_step` and of all that follow."""
+    """Yields this process's part of batch `start_step` and of all that follow.
+
+    `num_readers` is the number of processes that the run was begun with, this one's if None; it
+    makes no difference where any example can be loaded by its number.
+    """
 
     def examples(batches: int) -> tf.data.Dataset:
         return _ordered(
@@ -565,6 +612,7 @@ def train_batches(
             group_size=group_size,
             process_index=process_index,
             process_count=process_count,
+            num_readers=num_readers or process_count,
         )
 
     size = global_batch_size // process_count

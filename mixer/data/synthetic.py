@@ -56,8 +56,12 @@ def train_batches(
     global_batch_size: int,
     process_index: int,
     process_count: int,
+    num_readers: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's part of batch `start_step` of `ids`, and of all that follow."""
+    """Yields this process's part of batch `start_step` of `ids`, and of all that follow.
+
+    `num_readers` makes no difference: the order is one permutation, whoever reads it.
+    """
     part = order.process_slice(global_batch_size, process_index, process_count)
     step = start_step
     while True:

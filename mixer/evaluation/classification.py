@@ -215,16 +215,18 @@ def collect(
       global_batch_size: images a step, over all devices.
       mesh: of the devices.
       prefetch_batches: batches on their way to the devices.
-      should_stop: asked after every batch; None is returned once it says yes.
+      should_stop: asked after every batch; None is returned once it says yes, which it does on all
+        processes at the same batch.
 
     Raises:
       RuntimeError: an example was not seen, or seen twice.
     """
+    index, count = sharding.data_processes(mesh)
     batches = pipeline.eval_batches(
         split,
         global_batch_size=global_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     stream = sharding.prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
     result: dict[str, np.ndarray] = {}
@@ -240,10 +242,7 @@ def collect(
             if name not in result:
                 result[name] = np.empty((split.num_examples, *values.shape[1:]), values.dtype)
             result[name][index[there]] = values[there]
-        stop = should_stop()
-        if jax.process_count() > 1:  # all leave together, or none could go on
-            stop = multihost_utils.process_allgather(np.array(bool(stop))).any()
-        if stop:
+        if should_stop():
             return None
     if not np.all(seen == 1):
         raise RuntimeError(

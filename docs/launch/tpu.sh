@@ -1,0 +1,99 @@
+#!/bin/bash
+# A Cloud TPU slice, from its creation to its end. Run where gcloud is, in the project's root:
+#
+#   export TPU=mixer ZONE=us-west4-a TYPE=v5litepod-32 VERSION=v2-alpha-tpuv5-lite
+#   docs/launch/tpu.sh create --spot
+#   docs/launch/tpu.sh install
+#   docs/launch/tpu.sh start --config=configs/mixer_b16_i1k.py --workdir=gs://BUCKET/runs/b16
+#   docs/launch/tpu.sh log
+#   docs/launch/tpu.sh keep --config=... --workdir=...     # all of it, again after each preemption
+#   docs/launch/tpu.sh stop
+#   docs/launch/tpu.sh delete
+set -euo pipefail
+: "${TPU:?the name of the slice}" "${ZONE:?such as us-west4-a}"
+slice=(gcloud compute tpus tpu-vm)
+queue=(gcloud compute tpus queued-resources)
+
+on_workers() { # WORKERS COMMAND
+  "${slice[@]}" ssh "$TPU" --zone="$ZONE" --worker="$1" --command="$2"
+}
+
+state() {
+  "${queue[@]}" describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>/dev/null || echo NONE
+}
+
+create() { # [--spot] and what else the command below takes
+  : "${TYPE:?such as v5litepod-32}" "${VERSION:?the software version that the type asks for}"
+  "${queue[@]}" create "$TPU" --node-id="$TPU" --zone="$ZONE" --accelerator-type="$TYPE" \
+    --runtime-version="$VERSION" "$@"
+}
+
+# The code goes as an archive of the last commit: what is not committed stays here.
+install() {
+  local archive
+  archive=$(mktemp --suffix=.tar.gz)
+  git archive --format=tar.gz --output="$archive" HEAD
+  "${slice[@]}" scp "$archive" "$TPU:mixer.tar.gz" --zone="$ZONE" --worker=all
+  rm "$archive"
+  on_workers all 'set -e
+    mkdir -p mixer && tar -xzf mixer.tar.gz -C mixer && cd mixer
+    export PATH="$HOME/.local/bin:$PATH"
+    command -v uv || pip install --user --quiet uv
+    [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv
+    uv pip install --quiet --no-deps -r requirements.txt
+    uv pip install --quiet -c requirements.txt "jax[tpu]" "google-cloud-storage>=3"
+    uv pip install --quiet --no-deps --no-build-isolation -e .'
+}
+
+# In a session of its own, so that it outlives the connection; again.sh repeats it after a failure.
+start() { # FLAGS of train.py
+  on_workers all "cd mixer
+    setsid nohup bash docs/launch/again.sh .venv/bin/python train.py $(printf '%q ' "$@") \
+      >> ../mixer.log 2>&1 < /dev/null &
+    echo \$! > ../mixer.pid"
+}
+
+# TERM on one host saves and ends the run on all.
+stop() {
+  on_workers 0 'kill -TERM -- "-$(cat mixer.pid)"'
+}
+
+log() { # [WORKER]
+  on_workers "${1:-0}" 'tail -n 40 -f mixer.log'
+}
+
+delete() {
+  "${queue[@]}" delete "$TPU" --zone="$ZONE" --force --quiet
+}
+
+# What the slice is doing: running, ended, new, or nothing where it does not answer.
+doing() {
+  on_workers 0 'if ! [ -e mixer.pid ]; then echo new
+    elif kill -0 "$(cat mixer.pid)" 2> /dev/null; then echo running
+    else echo ended; fi' 2> /dev/null || true
+}
+
+# Spot slices are taken away: what is left is deleted, and the run goes on on a new one.
+keep() { # FLAGS of train.py
+  while true; do
+    case "$(state)" in
+      NONE) create --spot || true ;;
+      SUSPENDED | FAILED) delete || true ;;
+      ACTIVE)
+        case "$(doing)" in
+          new) if install; then start "$@"; fi ;;
+          ended)
+            on_workers 0 'tail -n 5 mixer.log'
+            return
+            ;;
+        esac
+        ;;
+    esac
+    sleep "${KEEP_SECS:=60}"
+  done
+}
+
+case "${1:-}" in
+  create | install | start | stop | log | delete | state | keep) "$@" ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac

@@ -1,0 +1,143 @@
+"""What accelerators have: memory, peak rates, links, and the hosts they come in.
+
+Figures are the vendors' published ones, recalled where nothing else is said: TPUs from Google's
+pages of each generation and of its machine types (v3's links from Jouppi et al., 2020, "A
+domain-specific supercomputer for training deep neural networks"), GPUs from NVIDIA's data sheets.
+The TPUs' memory is what libtpu 0.0.42 leaves to a program, by its message when one does not fit
+[measured].
+"""
+
+import dataclasses
+import math
+import re
+
+from mixer.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device, as JAX counts them: a chip; of TPU v3 one of a chip's two cores.
+
+    Attributes:
+      memory: bytes that a program can have.
+      flops: peak FLOP/s of bfloat16 matmuls, dense. A TPU computes float32 matmuls in bfloat16 too,
+        at JAX's default precision.
+      bandwidth: bytes/s of the main memory.
+      link: bytes/s that a device can send to others of the slice, or of the host, over all links.
+      network: bytes/s a device can send to other hosts; 0 where the links reach them.
+      devices_per_host: of a slice that has several hosts.
+      host_cores: virtual CPUs of a host.
+      host_memory: bytes.
+      clock: Hz of a TPU's core, by its peak rate; 0 where the compiler's cycles are not known.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    devices_per_host: int
+    host_cores: int
+    host_memory: float
+    clock: float = 0.0
+
+
+GIB = 2**30
+TPUS = {
+    "v3": Chip(15.48 * GIB, 61.5e12, 450e9, 164e9, 0, 8, 96, 340e9, 0.94e9),
+    "v4": Chip(30.75 * GIB, 275e12, 1200e9, 300e9, 0, 4, 240, 407e9, 1.05e9),
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, 0, 4, 112, 192e9, 1.5e9),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 0, 4, 208, 448e9, 1.75e9),
+    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 400e9, 0, 4, 180, 720e9),
+}
+# JAX takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+JAX_SHARE = 0.75
+GPUS = {
+    "A100": Chip(79.2 * GIB * JAX_SHARE, 312e12, 2039e9, 300e9, 25e9, 8, 96, 1360e9),
+    "H100": Chip(79.6 * GIB * JAX_SHARE, 989e12, 3350e9, 450e9, 50e9, 8, 208, 1872e9),
+    "H200": Chip(140.4 * GIB * JAX_SHARE, 989e12, 4800e9, 450e9, 50e9, 8, 224, 2952e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to be planned for.
+
+    Attributes:
+      name: as it was given.
+      generation: a key of TPUS or GPUS.
+      chip: what each device has.
+      is_gpu: whether they are GPUs.
+      num_devices: how many.
+    """
+
+    name: str
+    generation: str
+    chip: Chip
+    is_gpu: bool
+    num_devices: int
+
+    @property
+    def num_hosts(self) -> int:
+        """Machines that the devices are in."""
+        return math.ceil(self.num_devices / self.chip.devices_per_host)
+
+    @property
+    def what(self) -> str:
+        """Such as "128 cores" or "8 GPUs"."""
+        kind = "GPU" if self.is_gpu else "core" if self.generation == "v3" else "chip"
+        return f"{self.num_devices:,} {kind}{'s' * (self.num_devices > 1)}"
+
+
+def find(name: str) -> Topology:
+    """The topology of a name: GENERATION:SHAPE in chips, as "v5e:16x16", or "gpu:8xH100".
+
+    Raises:
+      UserError: it is none.
+    """
+    known = f"{', '.join(TPUS)}, as in v5e:16x16, or gpu:8xH100 ({', '.join(GPUS)})"
+    kind, _, shape = name.partition(":")
+    if kind == "gpu":
+        match = re.fullmatch(r"([1-9]\d*)x(\w+)", shape)
+        if not match or match[2] not in GPUS:
+            raise UserError(f"--topology={name}: a number of GPUs and what they are; {known}")
+        chip = GPUS[match[2]]
+        count = int(match[1])
+        if count > chip.devices_per_host and count % chip.devices_per_host:
+            raise UserError(
+                f"--topology={name}: more than {chip.devices_per_host} GPUs come in hosts of "
+                f"{chip.devices_per_host}; {count} is no multiple of it"
+            )
+        return Topology(name, match[2], chip, True, count)
+    if kind not in TPUS:
+        raise UserError(f"--topology={name}: one of {known}.{nearest(kind, TPUS)}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise UserError(f"--topology={name}: no shape in chips; {known}")
+    chips = math.prod(map(int, shape.split("x")))
+    return Topology(name, kind, TPUS[kind], False, chips * (2 if kind == "v3" else 1))
+
+
+def tpu_devices(topology: Topology) -> list:
+    """Devices of a TPU topology that is not there, for which programs can be compiled.
+
+    Raises:
+      UserError: the TPU compiler is not installed, or has no such shape.
+    """
+    try:
+        import libtpu  # noqa: F401  (the compiler; JAX finds it)
+    except ImportError:
+        raise UserError(
+            f"--topology={topology.name} needs the TPU's compiler, libtpu, on this machine too; to "
+            "install it: pip install 'mlp-mixer-jax[plan]' or, in the project's directory, "
+            "pip install -e '.[plan]'"
+        ) from None
+    from jax.errors import JaxRuntimeError
+    from jax.experimental import topologies
+
+    # Two cores of a v4 chip work as one device, as they do on such a machine.
+    options = {"chip_config_name": "megacore"} if topology.generation == "v4" else {}
+    try:
+        described = topologies.get_topology_desc(topology.name, "tpu", **options)
+    except JaxRuntimeError as error:
+        raise UserError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from None
+    return described.devices

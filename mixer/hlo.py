@@ -1,0 +1,423 @@
+"""What a compiled program computes, moves and sends, counted in XLA's text of it.
+
+XLA's own `cost_analysis` counts the body of a loop once and tells nothing of communication. Here a
+loop's body counts as often as it runs; the numbers are of one device, as the program is.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+BYTES = {
+    **dict(pred=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4),
+    **dict(s64=8, u64=8, f64=8, c64=8, c128=16),
+}
+COLLECTIVES = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+# Instructions that move nothing, or whose computations' own instructions are counted.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
+    *("while", "conditional", "call", "custom-call", "partition-id", "replica-id", "domain"),
+    *("async-start", "async-update", "opt-barrier"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Communication of one kind.
+
+    Attributes:
+      count: how many operations run.
+      payload: bytes of the arrays that are reduced, gathered or sent.
+      sent: bytes that a device sends at least; (n - 1) / n of a payload among n devices, twice that
+        for all-reduce (the ring algorithm, which is optimal).
+    """
+
+    count: int = 0
+    payload: float = 0.0
+    sent: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Of one run of a program on one device.
+
+    Attributes:
+      flops: of matmuls and convolutions, two for a multiplication and an addition; multiplications
+        with padding are left out.
+      bytes: read from and written to the device's main memory, each array once for each kernel.
+      collectives: by kind.
+      cycles: the TPU compiler's estimate; 0 where it gives none.
+      unknown_loops: how many loops stop on a condition that only the data decides; their bodies
+        count once.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: tuple[tuple[str, Traffic], ...] = ()
+    cycles: float = 0.0
+    unknown_loops: int = 0
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, of all kinds."""
+        return sum(traffic.sent for _, traffic in self.collectives)
+
+
+def count(text: str) -> Counts:
+    """Counts a program.
+
+    Args:
+      text: XLA's HLO, optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
+    """
+    computations, entry = _parse(text)
+
+    @functools.cache
+    def of(name: str) -> Counts:
+        """Of a computation that is no fusion's."""
+        own = computations[name]
+        parts, in_fusions = [], {}
+        for instruction in own.values():
+            parts.append(_of_one(instruction, own, computations, fused=False))
+            if instruction.op == "while":
+                times = _trip_count(instruction, computations)
+                parts.append(_scaled(of(instruction.attribute("body")), times or 1))
+                parts.append(Counts(unknown_loops=int(times is None)))
+            elif instruction.op == "conditional":
+                branches = [of(name) for name in instruction.branches()]
+                parts.append(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
+            elif instruction.op == "call":
+                parts.append(of(instruction.attribute("to_apply")))
+            elif instruction.op == "async-start":
+                parts.append(of(instruction.attribute("calls")))
+            elif instruction.op == "fusion":
+                # A TPU's collective that runs beside matmuls stands in several fusions, its start,
+                # what it runs beside, and its end, under one number.
+                for inner, counts in _fused(instruction.attribute("calls"), computations):
+                    channel = re.search(r"channel_id=(\d+)", inner.rest)
+                    if counts.collectives and channel:
+                        in_fusions[channel[1]] = counts
+                    else:
+                        parts.append(counts)
+        return _sum([*parts, *in_fusions.values()])
+
+    return of(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    dtype: str
+    dims: tuple[int, ...]
+    in_memory: bool  # False: in the core's own fast memory
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.dims) * BYTES.get(self.dtype, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    arrays: tuple[_Array, ...]  # the result, several for a tuple
+    op: str
+    operands: tuple[str, ...]
+    rest: str  # attributes
+    is_root: bool
+
+    def attribute(self, key: str) -> str:
+        return re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)[1]
+
+    def branches(self) -> list[str]:
+        listed = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        if listed:
+            return [name.strip().lstrip("%") for name in listed[1].split(",")]
+        return [self.attribute(f"{which}_computation") for which in ("true", "false")]
+
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """Every computation, and the name of the first that runs."""
+    computations: dict[str, dict[str, _Instruction]] = {}
+    current, entry = {}, ""
+    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
+        if not line.startswith(" "):
+            head = _HEAD.match(line)
+            if head and not line.startswith("HloModule"):
+                current = computations[head[2]] = {}
+                entry = head[2] if head[1] else entry
+        elif head := _INSTRUCTION.match(line):
+            current[head[2]] = _instruction(head[2], line[head.end() :], bool(head[1]))
+    return computations, entry
+
+
+def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
+    """Of "TYPE op(operands), attributes"."""
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    start = text.index("(", end)
+    close = _closing(text, start)
+    operands = [part.split()[-1].lstrip("%") for part in _split(text[start + 1 : close])]
+    return _Instruction(
+        name=name,
+        arrays=_arrays(text[:end]),
+        op=text[end:start].strip(),
+        operands=tuple(operands),
+        rest=text[close + 1 :],
+        is_root=is_root,
+    )
+
+
+def _arrays(text: str) -> tuple[_Array, ...]:
+    return tuple(
+        _Array(
+            dtype,
+            tuple(int(size.lstrip("<=")) for size in dims.split(",") if size),
+            not re.search(r"S\([1-9]\d*\)", layout or ""),
+        )
+        for dtype, dims, layout in _ARRAY.findall(text)
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis at `start` is closed."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place
+    raise ValueError(f"unbalanced: {text[:200]}")
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that are in no bracket."""
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append(text[start:place])
+            start = place + 1
+    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
+
+
+def _trip_count(loop: _Instruction, computations: dict) -> int | None:
+    """How often a loop runs; None where only the data decides."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+    if known:
+        return int(known[1])
+    # A counter from 0 below a constant, as lax.scan and lax.map make them.
+    condition = computations[loop.attribute("condition")]
+    root = next(i for i in condition.values() if i.is_root)
+    if root.op != "compare" or "direction=LT" not in root.rest:
+        return None
+    limit = condition[root.operands[1]]
+    if limit.op != "constant" or limit.arrays[0].dtype != "s32":
+        return None
+    return int(limit.operands[0])
+
+
+def _fused(name: str, computations: dict):
+    """(instruction, its counts) of a fusion's computation and of fusions in it."""
+    for inner in computations[name].values():
+        counts = _of_one(inner, computations[name], computations, fused=True)
+        if inner.op == "all-reduce" and name.startswith("all-reduce-scatter"):
+            # A TPU's reduce-scatter: all-reduce and the slice of it that the device keeps.
+            traffic = _traffic("reduce-scatter", inner, computations[name])
+            counts = dataclasses.replace(counts, collectives=(("reduce-scatter", traffic),))
+        yield inner, counts
+        if inner.op == "fusion":
+            yield from _fused(inner.attribute("calls"), computations)
+
+
+def _of_one(
+    instruction: _Instruction, own: dict[str, _Instruction], computations: dict, fused: bool
+) -> Counts:
+    """What an instruction does by itself, without the computations it calls."""
+    kind = instruction.op.removesuffix("-start")
+    collectives, flops = (), 0.0
+    if kind in COLLECTIVES:
+        collectives = ((kind, _traffic(kind, instruction, own)),)
+    elif instruction.op in ("dot", "convolution"):
+        left, right = (own[name].arrays[0].dims for name in instruction.operands[:2])
+        of_kind = _dot_flops if instruction.op == "dot" else _convolution_flops
+        flops = of_kind(instruction, left, right)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+    return Counts(
+        flops=flops,
+        bytes=0.0 if fused else _bytes(instruction, own, computations),
+        collectives=collectives,
+        cycles=float(cycles[1]) if cycles and not fused else 0.0,
+    )
+
+
+def _dot_flops(dot: _Instruction, left: tuple[int, ...], _: tuple[int, ...]) -> float:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)[1]
+    sizes = [left[int(dim)] for dim in contracted.split(",") if dim]
+    return 2.0 * math.prod(dot.arrays[0].dims) * math.prod(sizes)
+
+
+def _convolution_flops(
+    convolution: _Instruction, left: tuple[int, ...], right: tuple[int, ...]
+) -> float:
+    """2 * (batch * output features * input features * positions where both have a value)."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest)
+    of_left, of_right, of_out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", convolution.rest)
+    window = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    spatial = sorted(label for label in of_left if label.isdigit())
+
+    def values(key: str, default: str) -> list[str]:
+        return window[key].split("x") if key in window else [default] * len(spatial)
+
+    positions = 1
+    for label, stride, pad, left_step, right_step in zip(
+        spatial,
+        values("stride", "1"),
+        values("pad", "0_0"),
+        values("lhs_dilate", "1"),
+        values("rhs_dilate", "1"),
+        strict=True,
+    ):
+        size = left[of_left.index(label)]
+        out = np.arange(convolution.arrays[0].dims[of_out.index(label)])[:, None]
+        tap = np.arange(right[of_right.index(label)])[None]
+        place = out * int(stride) + tap * int(right_step) - int(pad.split("_")[0])
+        inside = (place >= 0) & (place <= (size - 1) * int(left_step))
+        positions *= int(np.sum(inside & (place % int(left_step) == 0)))
+    groups = re.search(r"batch_group_count=(\d+)", convolution.rest)
+    batch = left[of_left.index("b")] // (int(groups[1]) if groups else 1)
+    return 2.0 * batch * right[of_right.index("i")] * right[of_right.index("o")] * positions
+
+
+def _traffic(kind: str, instruction: _Instruction, own: dict[str, _Instruction]) -> Traffic:
+    size = sum(array.bytes for name in instruction.operands for array in own[name].arrays)
+    devices = _group_size(instruction.rest)
+    if kind == "all-gather":
+        size *= devices
+    share = {"all-reduce": 2.0, "collective-permute": None, "collective-broadcast": None}
+    factor = share.get(kind, 1.0)
+    sent = size if factor is None else factor * size * (devices - 1) / devices
+    return Traffic(1, size, sent)
+
+
+def _group_size(rest: str) -> int:
+    """Devices that take part in a collective, in each of its groups."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
+    if named:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
+    strided = re.search(r"replica_groups=\[([\d,]+)\]<=", rest)
+    if strided:
+        return int(strided[1].split(",")[-1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    return len(listed[1].split(",")) if listed else 1
+
+
+def _bytes(instruction: _Instruction, own: dict[str, _Instruction], computations: dict) -> float:
+    """Main memory that an instruction outside of fusions reads and writes."""
+    op = instruction.op
+    if op in _FREE or op.endswith(("-done", "-update")) or op.removesuffix("-start") in COLLECTIVES:
+        return 0.0
+    out = sum(array.bytes for array in instruction.arrays if array.in_memory)
+    operands = [own[name] for name in instruction.operands if name in own]
+    if op in ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"):
+        # A start's result is (operand, slice, a flag).
+        part = instruction.arrays[1 if op.endswith("-start") else 0]
+        return part.bytes * (operands[0].arrays[0].in_memory + part.in_memory)
+    if op == "dynamic-update-slice":
+        return 2.0 * operands[1].arrays[0].bytes
+    if op == "copy-start":  # (destination, source, a flag)
+        return sum(array.bytes for array in instruction.arrays[:2] if array.in_memory)
+    if op != "fusion":
+        return out + sum(a.bytes for each in operands for a in each.arrays if a.in_memory)
+    inner = computations[instruction.attribute("calls")]
+    read = 0.0
+    for number, operand in enumerate(operands):
+        if all(array.in_memory for array in operand.arrays):
+            size = sum(array.bytes for array in operand.arrays)
+            read += _read_inside(inner, number, size, computations)
+    return read + _written_inside(inner, out)
+
+
+def _read_inside(
+    inner: dict[str, _Instruction], number: int, size: int, computations: dict
+) -> float:
+    """Bytes of a fusion's operand that it reads: of one that it slices, the slices."""
+    names = {i.name for i in inner.values() if i.op == "parameter" and i.operands == (str(number),)}
+    read, grown = 0.0, True
+    while grown:  # what is the operand by another shape
+        more = {i.name for i in inner.values() if i.op == "bitcast" and i.operands[0] in names}
+        grown, names = not more <= names, names | more
+    for user in inner.values():
+        if user.op == "bitcast" or not names.intersection(user.operands):
+            continue
+        if user.op in ("slice", "dynamic-slice", "gather") and user.operands[0] in names:
+            read += user.arrays[0].bytes
+        elif user.op == "fusion":
+            nested = computations[user.attribute("calls")]
+            for place, name in enumerate(user.operands):
+                if name in names:
+                    read += _read_inside(nested, place, size, computations)
+        elif user.op != "dynamic-update-slice" or user.operands[0] not in names:
+            return size
+    return min(read, size)
+
+
+def _written_inside(inner: dict[str, _Instruction], size: float) -> float:
+    """Bytes that a fusion writes: of an array that it updates in place, the update."""
+    root = next(i for i in inner.values() if i.is_root)
+    ends = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
+    for end in ends:
+        whole = end
+        while end.op == "bitcast":
+            end = inner[end.operands[0]]
+        if end.op == "dynamic-update-slice" and whole.arrays[0].in_memory:
+            size -= whole.arrays[0].bytes - inner[end.operands[1]].arrays[0].bytes
+    return max(size, 0.0)
+
+
+def _scaled(counts: Counts, times: int) -> Counts:
+    return Counts(
+        counts.flops * times,
+        counts.bytes * times,
+        tuple(
+            (kind, Traffic(t.count * times, t.payload * times, t.sent * times))
+            for kind, t in counts.collectives
+        ),
+        counts.cycles * times,
+        counts.unknown_loops * times,
+    )
+
+
+def _sum(parts: list[Counts]) -> Counts:
+    traffic: dict[str, list[Traffic]] = collections.defaultdict(list)
+    for part in parts:
+        for kind, each in part.collectives:
+            traffic[kind].append(each)
+    return Counts(
+        sum(part.flops for part in parts),
+        sum(part.bytes for part in parts),
+        tuple(
+            (
+                kind,
+                Traffic(
+                    sum(each.count for each in traffic[kind]),
+                    sum(each.payload for each in traffic[kind]),
+                    sum(each.sent for each in traffic[kind]),
+                ),
+            )
+            for kind in COLLECTIVES
+            if kind in traffic
+        ),
+        sum(part.cycles for part in parts),
+        sum(part.unknown_loops for part in parts),
+    )

@@ -1,0 +1,233 @@
+"""The files of docs/launch, with stand-ins for the programs of a cluster."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from helpers import ROOT, environment
+
+LAUNCH = ROOT / "docs" / "launch"
+
+
+def _program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}")
+    path.chmod(0o755)
+
+
+def _bash(*arguments, path=None, cwd=ROOT, check=True, **extra):
+    """Runs a script, with the programs of folder `path` before all others."""
+    if path:
+        extra["PATH"] = f"{path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_bash(script):
+    _bash("-n", script)
+    assert os.access(script, os.X_OK)
+
+
+def test_again_repeats_a_failure_and_nothing_else(tmp_path):
+    """The command fails twice in a way that may pass, then ends with each code."""
+    for code, runs in ((0, 3), (2, 3), (143, 3)):
+        count = tmp_path / str(code)
+        command = f'echo x >> {count}; [ "$(wc -l < {count})" -ge 3 ] && exit {code}; exit 1'
+        done = _bash(LAUNCH / "again.sh", "bash", "-c", command, check=False, AGAIN_SECS="0")
+        assert done.returncode == code
+        assert len(count.read_text().split()) == runs
+
+
+@pytest.mark.parametrize("name", ["gke_tpu.yaml", "gke_gpu.yaml"])
+def test_job_sets_start_one_process_a_host(name):
+    (job_set,) = yaml.safe_load_all((LAUNCH / name).read_text())
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = job_set["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] and spec["backoffLimit"] == 0
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    (container,) = pod["containers"]
+    (devices,) = container["resources"]["limits"].values()
+    if topology := pod["nodeSelector"].get("cloud.google.com/gke-tpu-topology"):
+        wide, high = map(int, topology.split("x"))
+        assert devices * spec["parallelism"] == wide * high
+        return
+    flags = dict(arg[2:].split("=", 1) for arg in container["args"] if arg.startswith("--"))
+    assert int(flags["num_processes"]) == spec["parallelism"]
+    # JobSet's name of the first pod: SET-JOB-0-0, in the set's own subdomain.
+    host = f"{job_set['metadata']['name']}-{job['name']}-0-0.{job_set['metadata']['name']}"
+    port = container["ports"][0]["containerPort"]
+    assert flags["coordinator_address"] == f"{host}:{port}"
+
+
+SRUN = """
+# Two nodes with a task each, as Slurm's step would have it.
+while [ "${1#--}" != "$1" ]; do shift; done
+for rank in 0 1; do
+  SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2 SLURM_PROCID=$rank SLURM_LOCALID=0 \
+  SLURM_STEP_NODELIST=localhost SLURM_STEP_TASKS_PER_NODE='1(x2)' "$@" & pids[$rank]=$!
+done
+worst=0
+for pid in ${pids[@]}; do
+  wait $pid; code=$?
+  [ $code -gt $worst ] && worst=$code
+done
+exit $worst
+"""
+PROBE = """
+import sys
+import jax
+from mixer import distributed
+distributed.initialize()
+print("found", jax.process_index(), jax.process_count(), *distributed.gather(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_slurm_job_joins_its_tasks(tmp_path):
+    """`mixer.distributed` finds them in Slurm's variables; what they run is a stand-in."""
+    _program(tmp_path / "srun", SRUN)
+    _program(tmp_path / "python", f"exec {sys.executable} -c '{PROBE}' \"$@\"")
+    job_id = os.getpid() % 4096  # JAX takes its port from it
+    done = _bash(
+        LAUNCH / "slurm.sh",
+        "--workdir=x",
+        path=tmp_path,
+        PYTHON=str(tmp_path / "python"),
+        SLURM_JOB_ID=str(job_id),
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("found")]
+    both = "['train.py', '--workdir=x'] ['train.py', '--workdir=x']"
+    assert sorted(found) == [f"found 0 2 {both}", f"found 1 2 {both}"]
+
+
+def test_slurm_job_that_was_interrupted_is_queued_again(tmp_path):
+    _program(tmp_path / "scontrol", f'echo "$@" > {tmp_path}/scontrol.log')
+    for code in (143, 2):
+        _program(tmp_path / "srun", f"exit {code}")
+        done = _bash(LAUNCH / "slurm.sh", path=tmp_path, check=False, SLURM_JOB_ID="7")
+        assert done.returncode == code
+        log = tmp_path / "scontrol.log"
+        assert log.exists() == (code == 143)
+        if log.exists():
+            assert log.read_text() == "requeue 7\n"
+            log.unlink()
+
+
+GCLOUD = r"""
+# A slice of two workers, whose homes are folders w0 and w1; `state` is what the queue says of it.
+cd "$CLOUD"
+echo "$*" >> log
+echo "$3 $4" >> verbs
+case "$3 $4" in
+  "queued-resources create") echo ACTIVE > state; mkdir -p w0 w1 ;;
+  "queued-resources describe") cat state ;;
+  "queued-resources delete")
+    for pid in w*/mixer.pid; do kill -KILL -- "-$(cat "$pid")"; done 2> /dev/null
+    rm -rf w0 w1 state ;;
+  "tpu-vm scp") for worker in w0 w1; do cp "$5" "$worker/mixer.tar.gz"; done ;;
+  "tpu-vm ssh")
+    for argument in "$@"; do
+      case "$argument" in
+        --worker=*) worker=${argument#--worker=} ;;
+        --command=*) command=${argument#--command=} ;;
+      esac
+    done
+    [ "$(cat state)" = ACTIVE ] || exit 255
+    [ "$worker" = all ] && workers="w0 w1" || workers=w$worker
+    for each in $workers; do (cd $each && HOME=$PWD bash -c "$command") || exit; done ;;
+esac
+"""
+# `uv venv` makes an environment whose Python writes down what it was given, and waits for TERM.
+UV = """
+[ "$1" = venv ] || exit 0
+mkdir -p .venv/bin
+cat > .venv/bin/python <<'END'
+#!/bin/bash
+trap 'echo saved; exit 143' TERM
+echo "$@"
+for i in $(seq 600); do sleep 0.1; done
+END
+chmod +x .venv/bin/python
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """A project under git, and a gcloud whose slice is folders of this machine."""
+    programs, project, cloud = (tmp_path / name for name in ("programs", "project", "cloud"))
+    _program(programs / "gcloud", GCLOUD)
+    _program(programs / "uv", UV)
+    cloud.mkdir()
+    shutil.copytree(LAUNCH, project / "docs" / "launch")
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    for command in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "x")):
+        subprocess.run(["git", *command], cwd=project, check=True)
+    settings = dict(TPU="mixer", ZONE="z", TYPE="v5litepod-8", VERSION="v", CLOUD=str(cloud))
+
+    def tpu(*arguments, **extra):
+        script = project / "docs" / "launch" / "tpu.sh"
+        return _bash(script, *arguments, path=programs, cwd=project, **settings, **extra)
+
+    yield cloud, tpu
+    for pid in cloud.glob("w*/mixer.pid"):
+        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], capture_output=True)
+
+
+def _await(path, text):
+    for _ in range(100):
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path}: {path.read_text() if path.exists() else 'missing'}")
+
+
+def test_tpu_script_starts_and_stops_a_run_on_all_workers(cloud):
+    directory, tpu = cloud
+    tpu("create", "--spot")
+    assert (
+        "--accelerator-type=v5litepod-8 --runtime-version=v --spot"
+        in (directory / "log").read_text()
+    )
+    tpu("install")
+    tpu("start", "--workdir=gs://b/run", "--config.dataset.train_split=train[:90%]")
+    for worker in ("w0", "w1"):
+        _await(
+            directory / worker / "mixer.log",
+            "train.py --workdir=gs://b/run --config.dataset.train_split=train[:90%]",
+        )
+    tpu("stop")
+    _await(directory / "w0" / "mixer.log", "saved")
+    tpu("delete")
+    assert tpu("state").stdout == "NONE\n"
+
+
+def test_tpu_script_keeps_a_run_going_after_a_preemption(cloud):
+    directory, tpu = cloud
+    (directory / "state").write_text("SUSPENDED\n")
+    # Once the run is there, worker 0's process ends: `keep` sees it and returns.
+    _program(
+        directory.parent / "programs" / "sleep",
+        'pid=$(cat "$CLOUD/w0/mixer.pid" 2> /dev/null) && kill -KILL -- "-$pid"; exit 0',
+    )
+    tpu("keep", "--workdir=gs://b/run")
+    verbs = (directory / "verbs").read_text().splitlines()
+    verbs = [verb.removeprefix("queued-resources ") for verb in verbs]
+    assert [verb for verb in verbs if verb in ("delete", "create")] == ["delete", "create"]
+    assert verbs.count("tpu-vm scp") == 1  # installed and started once

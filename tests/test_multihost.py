@@ -1,0 +1,152 @@
+"""train.py and evaluate.py as several processes of one run on this machine."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import multihost
+from helpers import final_state, leaves
+from mixer.metrics import read_metrics
+
+TRAIN = ("train.py", "--config=tests/tiny_synthetic.py")
+
+
+def _difference(one, other, step=None):
+    one, other = leaves(final_state(one, step)), leaves(final_state(other, step))
+    assert one.keys() == other.keys()
+    return max(np.abs(one[k].astype(np.float64) - other[k]).max() for k in one)
+
+
+def _same_bits(one, other):
+    one, other = leaves(final_state(one)), leaves(final_state(other))
+    return all(one[k].tobytes() == other[k].tobytes() for k in one)
+
+
+def _record(workdir):
+    """Without what depends on the clock."""
+    rows = read_metrics(workdir)
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [
+        (2, {"fsdp": 2}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"fsdp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["2-fsdp", "2-data", "2-tensor", "4-fsdp-tensor", "4-data-fsdp"],
+)
+def test_processes_give_the_numbers_of_one(tmp_path, processes, mesh):
+    """With the same mesh: bit for bit on two processes, and to 1e-6 on four.
+
+    XLA adds what four devices bring in one order, and gloo in another.
+    """
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    multihost.run(1, processes, *TRAIN, *axes, f"--workdir={tmp_path / 'one'}")
+    out = multihost.run(processes, 1, *TRAIN, *axes, f"--workdir={tmp_path / 'many'}")
+    assert f"devices: {processes} x cpu in {processes} processes" in out
+    assert _difference(tmp_path / "one", tmp_path / "many") <= 1e-6
+    if processes == 2:
+        assert _same_bits(tmp_path / "one", tmp_path / "many")
+        assert _record(tmp_path / "one") == _record(tmp_path / "many")
+    assert len(_record(tmp_path / "many")) == len(_record(tmp_path / "one"))  # one has written
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "many")]
+    assert results[0]["splits"]["test"]["count"] == results[1]["splits"]["test"]["count"] == 256
+
+
+def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM):
+    """Starts an endless run, sends process 1 a signal in it; returns the step it has saved."""
+    started = multihost.start(
+        processes, devices_each, *TRAIN, "--config.total_steps=100000", *flags,
+        f"--workdir={workdir}",
+    )  # fmt: skip
+    deadline = time.time() + 200
+    while not any("train/loss" in row for row in read_metrics(workdir)):
+        assert time.time() < deadline and started[0].poll() is None, multihost.finish(started, 1)
+        time.sleep(0.1)
+    started[1].send_signal(signum)
+    results = multihost.finish(started)
+    assert [code for code, _ in results] == [128 + signum] * processes, results
+    assert f"{signal.Signals(signum).name} on process 1" in results[0][1]
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    assert int(final_state(workdir)["step"]) == step
+    return step
+
+
+@pytest.mark.slow
+def test_signal_on_any_process_stops_all_and_another_machine_goes_on(tmp_path):
+    """Two processes are stopped and continued by two, by one and by four."""
+    step = _stopped_at(2, tmp_path / "run", 1)
+    for copy in ("again", "alone", "more"):
+        (tmp_path / copy).mkdir()
+        multihost.copy(tmp_path / "run", tmp_path / copy)
+    length = f"--config.total_steps={step + 6}"
+    go_on = (*TRAIN, length, "--allow_config_change")
+    multihost.run(1, 2, *TRAIN, length, f"--workdir={tmp_path / 'whole'}")
+    out = multihost.run(2, 1, *go_on, f"--workdir={tmp_path / 'again'}")
+    assert f"continuing from step {step}" in out
+    assert _same_bits(tmp_path / "whole", tmp_path / "again")
+    multihost.run(1, 1, *go_on, f"--workdir={tmp_path / 'alone'}")
+    assert _difference(tmp_path / "whole", tmp_path / "alone") <= 1e-5
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    multihost.run(4, 1, *go_on, *mesh, f"--workdir={tmp_path / 'more'}")
+    assert _difference(tmp_path / "whole", tmp_path / "more") <= 1e-5
+
+
+@pytest.mark.slow
+def test_process_that_fails_ends_the_run_with_its_reason(tmp_path):
+    """One process cannot build its config's model; the others are on their way to the mesh."""
+    address = multihost.free_address()
+    flags = [("--config.model.patch_size=3",), ()]
+    started = [
+        multihost.start_one(
+            address, 2, index, *TRAIN, *flags[index], f"--workdir={tmp_path / 'run'}"
+        )
+        for index in range(2)
+    ]
+    (code, out), (other_code, other_out) = multihost.finish(started, 120)
+    assert code == 2 and "the patch size 3 does not divide 8" in out
+    assert other_code == 1 and "process 0" in other_out and "patch size 3" in other_out
+    assert "Traceback" not in out + other_out
+
+
+@pytest.mark.slow
+def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
+    address = multihost.free_address()
+    started = [
+        multihost.start_one(address, 2, i, *TRAIN, f"--workdir={tmp_path / str(i)}")
+        for i in range(2)
+    ]
+    for code, out in multihost.finish(started, 120):
+        assert code == 2 and "is not the same directory for all processes" in out
+    run = tmp_path / "run"
+    flags = ("--config.checkpoint.every_steps=4", "--config.mesh.fsdp=2")
+    multihost.run(2, 1, *TRAIN, *flags, f"--workdir={run}")
+    before = leaves(final_state(run))
+    # What process 1 has written of the newest checkpoint is cut off.
+    data = sorted(
+        (run / "checkpoints" / "8" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
+    )
+    data[-1].write_bytes(data[-1].read_bytes()[:100])
+    out = multihost.run(2, 1, *TRAIN, *flags, f"--workdir={run}")
+    assert "8 is damaged" in out and "continuing from step 4" in out
+    after = leaves(final_state(run))
+    assert all(before[k].tobytes() == after[k].tobytes() for k in before)
+
+
+@pytest.mark.slow
+def test_evaluate_on_two_processes(tmp_path):
+    multihost.run(1, 1, *TRAIN, f"--workdir={tmp_path}")
+    one = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
+    (tmp_path / "results.json").unlink()
+    flags = ("evaluate.py", f"--workdir={tmp_path}", "--split=test")
+    out = multihost.run(2, 1, *flags)
+    assert out.count("test") >= 1
+    two = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
+    assert two["top1"] == one["top1"] and two["loss"] == pytest.approx(one["loss"], abs=1e-6)

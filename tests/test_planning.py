@@ -1,0 +1,410 @@
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+
+from configs import common, mixer_b16_i1k
+from helpers import TINY, run_python, tiny_config
+from mixer import chips, hlo, planning, run, sharding, train_state
+from mixer.errors import UserError
+from mixer.model import make_model
+
+
+def subject_of(config, topology="gpu:8xH100", **options):
+    return planning.open_subject(config, topology, **dict(utilization=0.5) | options)
+
+
+def small(**values):
+    return tiny_config(model__dropout=0.0, model__stoch_depth=0.0, **values)
+
+
+def large(**values):
+    """B/16's recipe with two blocks."""
+    config = mixer_b16_i1k.get_config()
+    config.model.num_blocks = 2
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def lowered(config):
+    """The real update for one CPU, not compiled, and the images in it."""
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    config = config.copy_and_resolve_references()
+    run.resolve_model(config, None, None)
+    config.model.num_classes = config.model.num_classes or 10
+    run.resolve_lengths(config, 1_281_167)
+    model = run.build_model(config)
+    schedule, tx = run.build_optimizer(config)
+    size = (config.image_size, config.image_size)
+    abstract = train_state.abstract_state(
+        model, tx, size, mesh, ema=bool(config.optimizer.ema_decay)
+    )
+    example = {"image": ((*size, 3), "uint8"), "label": ((), "int32")}
+    batch = sharding.abstract_batch(example, config.global_batch_size, mesh)
+    return run.jit_train_step(config, model, schedule, tx, abstract).lower(abstract, batch)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        dict(model__scan_blocks=True, optimizer__accumulate_steps=4),
+        dict(optimizer__sam_rho=0.1),
+        dict(optimizer__lr_multipliers=((r"stem/.*|MixerBlock_0/.*", 0.0),)),
+        dict(optimizer__lr_multipliers=((r"(?!head).*", 0.0),)),
+    ],
+    ids=["plain", "scan and accumulation", "sam", "lower half frozen", "head alone"],
+)
+def test_closed_form_is_what_the_update_computes(values):
+    config = small(**values)
+    counted = hlo.count(lowered(config).as_text("hlo")).flops
+    assert counted == planning.train_flops(subject_of(config)) * config.global_batch_size
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_recomputation_is_counted_and_estimated(scan_blocks):
+    config = small(model__scan_blocks=scan_blocks, model__remat="full")
+    subject = subject_of(config, "gpu:1xH100")
+    estimate = planning.estimate_step(subject, planning.own_settings(subject))
+    assert hlo.count(lowered(config).as_text("hlo")).flops == estimate.flops
+    assert estimate.flops > 1.1 * planning.train_flops(subject) * config.global_batch_size
+
+
+def test_closed_form_agrees_with_xla_at_full_width():
+    config = large(global_batch_size=8)
+    of_xla = lowered(config).cost_analysis()["flops"]
+    assert planning.train_flops(subject_of(config)) * 8 == pytest.approx(of_xla, rel=0.01)
+
+
+def test_closed_form_of_b16():
+    model = make_model(variant="B/16", num_classes=1000)
+    assert 3 * planning.forward_flops(model, (224, 224)) == pytest.approx(75.6e9, rel=1e-3)
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %state = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %w = f32[16,16]{1,0:T(8,128)S(1)} constant({...})
+  %y = f32[8,16]{1,0:T(8,128)} convolution(%x, %w), dim_labels=bf_io->bf, metadata={op="a(b"}
+  %z = f32[8,16]{1,0:T(8,128)} all-reduce(%y), channel_id=7, replica_groups=[8,4]<=[32]
+  ROOT %next = (s32[], f32[8,16]) tuple(%i, /*index=1*/%z)
+}
+
+%condition (state: (s32[], f32[8,16])) -> pred[] {
+  %state.1 = (s32[], f32[8,16]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %five = s32[] constant(5)
+  ROOT %less = pred[] compare(%i.1, %five), direction=LT
+}
+
+%start (p: bf16[4,64]) -> bf16[8,64] {
+  %p = bf16[4,64]{1,0} parameter(0)
+  ROOT %gather = bf16[8,64]{1,0} all-gather(%p), channel_id=9, replica_groups={{0,1},{2,3}}
+}
+
+%end (p: bf16[4,64]) -> bf16[8,64] {
+  %p.1 = bf16[4,64]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[8,64]{1,0} all-gather(%p.1), channel_id=9, replica_groups={{0,1},{2,3}}
+}
+
+%all-reduce-scatter.3 (p: f32[8,64]) -> f32[2,64] {
+  %p.2 = f32[8,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %summed = f32[8,64]{1,0} all-reduce(%p.2), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'a'}
+  ROOT %share = f32[2,64]{1,0} dynamic-slice(%summed, %zero, %zero), dynamic_slice_sizes={2,64}
+}
+
+%one_of (p: f32[100,64], q: s32[]) -> f32[1,64] {
+  %p.3 = f32[100,64]{1,0} parameter(0)
+  %q = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  ROOT %row = f32[1,64]{1,0} dynamic-slice(%p.3, %q, %zero.1), dynamic_slice_sizes={1,64}
+}
+
+%nested (p: f32[100,64], q: s32[]) -> f32[1,64] {
+  %p.4 = f32[100,64]{1,0} parameter(0)
+  %q.1 = s32[] parameter(1)
+  %inner = f32[1,64]{1,0} fusion(%p.4, %q.1), kind=kLoop, calls=%one_of
+  ROOT %twice = f32[1,64]{1,0} add(%inner, %inner)
+}
+
+ENTRY %main (x0: f32[8,16], many: f32[100,64], w0: bf16[4,64], g0: f32[8,64]) -> f32[8,16] {
+  %x0 = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %many = f32[100,64]{1,0} parameter(1)
+  %w0 = bf16[4,64]{1,0:T(8,128)S(1)} parameter(2)
+  %g0 = f32[8,64]{1,0:T(8,128)S(1)} parameter(3)
+  %i0 = s32[] constant(0)
+  %both = (s32[], f32[8,16]) tuple(%i0, %x0)
+  %loop = (s32[], f32[8,16]) while(%both), condition=%condition, body=%body
+  %begun = bf16[8,64]{1,0:T(8,128)S(1)} fusion(%w0), kind=kCustom, calls=%start
+  %ended = bf16[8,64]{1,0:T(8,128)S(1)} fusion(%w0), kind=kCustom, calls=%end
+  %mine = f32[2,64]{1,0:T(8,128)S(1)} fusion(%g0), kind=kCustom, calls=%all-reduce-scatter.3
+  %row.1 = f32[1,64]{1,0} fusion(%many, %i0), calls=%nested, backend={"estimated_cycles":"300"}
+  ROOT %out = f32[8,16]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_program_is_counted():
+    counts = hlo.count(PROGRAM)
+    assert counts.flops == 5 * 2 * 8 * 16 * 16
+    assert dict(counts.collectives) == {
+        "all-reduce": hlo.Traffic(5, 5 * 512, 5 * 512 * 2 * 3 / 4),
+        "all-gather": hlo.Traffic(1, 1024, 1024 / 2),  # once, though start and end have it
+        "reduce-scatter": hlo.Traffic(1, 2048, 2048 * 3 / 4),
+    }
+    # Five times a matmul that reads x and writes y (w is in fast memory); a row read and written,
+    # and not the whole that it is a slice of.
+    assert counts.bytes == 5 * (512 + 512) + 2 * 256 + 4
+    assert counts.cycles == 300
+    assert counts.unknown_loops == 0
+
+
+def test_padding_takes_no_multiplications():
+    text = """HloModule m
+
+ENTRY %main (x: f32[2,5,3], w: f32[3,3,4]) -> f32[2,5,4] {
+  %x = f32[2,5,3]{2,1,0} parameter(0)
+  %w = f32[3,3,4]{2,1,0} parameter(1)
+  ROOT %y = f32[2,5,4]{2,1,0} convolution(%x, %w), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f
+}
+"""
+    assert hlo.count(text).flops == 2 * 2 * 3 * 4 * (3 * 5 - 2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ("train[:99%]", 1_268_355),
+        ("train[99%:]", 12_812),
+        ("train[51200:]", 1_229_967),
+        ("train[-100:]+validation[:50%]", 25_100),
+        ("train[:10]+other", None),
+    ],
+)
+def test_sizes_of_splits(spec, size):
+    assert planning.split_size(spec, planning.SETS["imagenet2012"].splits) == size
+
+
+def test_length_of_the_published_recipe():
+    config = mixer_b16_i1k.get_config()
+    subject = subject_of(config)
+    assert subject.config.total_steps == 92_897
+    assert subject.num_params == 59_880_472
+    plan = planning.summary(subject, planning.make_step(subject, planning.own_settings(subject)))
+    assert plan["run"]["images"] == 92_897 * 4096
+    assert not plan["compiled"]
+    seconds = plan["step"]["seconds"] * 92_897 + plan["evaluation_seconds"]
+    assert plan["hours"] == pytest.approx(seconds / 3600)
+    # Parameters and two moments in float32, the step and the optimizer's own counters.
+    assert plan["checkpoint"]["bytes"] == pytest.approx(12 * subject.num_params, rel=1e-6)
+
+
+def test_state_is_divided_as_the_run_divides_it():
+    subject = subject_of(large(global_batch_size=64))
+    settings = planning.own_settings(subject)
+    whole = planning.estimate_step(subject, settings).memory_parts["state"]
+    halves = dataclasses.replace(settings, data=4, fsdp=2)
+    parted = planning.estimate_step(subject, halves)
+    assert 0.5 * whole < parted.memory_parts["state"] < 0.51 * whole
+    assert set(parted.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
+    tensor = dataclasses.replace(settings, data=4, tensor=2)
+    assert planning.estimate_step(subject, tensor).flops == pytest.approx(
+        planning.estimate_step(subject, settings).flops
+    )
+
+
+def test_expected_time_is_the_largest_limit():
+    subject = subject_of(large())
+    step = planning.estimate_step(subject, planning.own_settings(subject))
+    assert step.seconds == max(step.floors["matmuls"] / 0.5, *step.floors.values())
+    slow = dataclasses.replace(subject, utilization=1e-3)
+    slow = planning.estimate_step(slow, planning.own_settings(slow))
+    assert slow.limit == "matmuls"
+    assert slow.seconds == pytest.approx(1000 * step.floors["matmuls"])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "fits", "remats"),
+    [(256, [True] * 4, {"none", "dots", "full"}), (3072, [False] + [True] * 3, {"none", "full"})],
+)
+def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits, remats):
+    """As if programs took twice the estimated memory: what then would not fit is passed over."""
+    monkeypatch.setattr(chips, "tpu_devices", lambda topology: [])
+    subject = subject_of(large(global_batch_size=batch_size), "v5e:2x2")
+    compiled = []
+
+    def compile_step(subject, settings):
+        step = planning.estimate_step(subject, settings)
+        memory = 2 * step.memory
+        compiled.append(
+            dataclasses.replace(
+                step,
+                compiled=True,
+                memory=memory,
+                fits=memory <= subject.topology.chip.memory,
+            )
+        )
+        return compiled[-1]
+
+    monkeypatch.setattr(planning, "compile_step", compile_step)
+    lines = []
+    steps = planning.search(subject, lines.append)
+    assert [step.fits for step in compiled] == fits
+    assert {step.settings.remat for step in compiled} == remats
+    assert len(compiled) == planning.COMPILES == sum(step.compiled for step in steps)
+    assert "0 s left" in lines[-1]
+    rows = planning.ranking(subject, steps)
+    assert rows[1][1:4:2] == ("compiled", "yes")
+
+
+def test_what_does_not_fit_is_advised(monkeypatch):
+    subject = subject_of(mixer_b16_i1k.get_config(), "gpu:1xA100")
+    step = planning.make_step(subject, planning.own_settings(subject))
+    assert not step.fits
+    rows = dict(planning.report(subject, step))
+    assert rows["fits"].startswith("NO")
+    assert "--config.model.remat=" in rows["to change"]
+    huge = subject_of(large(model__hidden_dim=32768, model__channels_mlp_dim=131072), "gpu:1xA100")
+    step = planning.make_step(huge, planning.own_settings(huge))
+    assert "more devices" in planning.advice(huge, step)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by", 17.5),
+        ("memory required for HLO temporaries (35.77G) exceeds available HBM (15.75G).", 35.77),
+        ("another fault", None),
+    ],
+)
+def test_the_compilers_word_on_memory(message, gib):
+    needed = planning._memory_of_error(message)
+    assert needed == (None if gib is None else pytest.approx(gib * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, dict(topology="v7:2x2"), "v3, v4, v5e"),
+        ({}, dict(topology="v5e:256"), "shape in chips"),
+        ({}, dict(topology="gpu:8xH1000"), "A100, H100, H200"),
+        ({}, dict(topology="gpu:12xH100"), "no multiple"),
+        ({}, dict(utilization=1.5), "--utilization=1.5"),
+        (dict(mesh__data=3), {}, "must multiply to 8"),
+        (dict(mesh__fsdp=-1), {}, "must multiply to 8"),
+        (dict(dataset__name="imagenet21k/winter21"), {}, "--num_classes"),
+        (dict(global_batch_size=12), {}, "do not divide it"),
+        (dict(dataset__name="mine"), {}, "--num_classes"),
+        (dict(dataset__name="mine"), dict(num_classes=5), "--num_examples"),
+    ],
+)
+def test_mistakes(change, options, message):
+    config = large(model__num_classes=None, **change)
+    options = dict(topology="gpu:8xH100") | options
+    with pytest.raises(UserError, match=message):
+        subject = subject_of(config, options.pop("topology"), **options)
+        planning.make_step(subject, planning.own_settings(subject))
+
+
+def test_missing_compiler_is_said(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match=r"pip install .*\[plan\]"):
+        subject_of(tiny_config(), "v5e:2x2")
+
+
+def test_program_without_tensorflow_and_accelerator(tmp_path):
+    code = """
+import sys
+for name in ("tensorflow", "tensorflow_datasets"):
+    sys.modules[name] = None
+sys.argv = ["plan", *sys.argv[1:]]
+import runpy
+runpy.run_module("mixer.tools.plan", run_name="__main__", alter_sys=True)
+"""
+    path = tmp_path / "plan.json"
+    done = run_python(
+        *("-c", code, "--config=configs/mixer_s16_jft.py:mode=gpu8", "--topology=gpu:16xH100"),
+        *("--search", f"--json={path}", "--num_examples=300000000", "--num_classes=18291"),
+    )
+    assert "ESTIMATED" in done.stdout and "device-hours" in done.stdout
+    plan = json.loads(path.read_text())
+    assert plan["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
+    ranked = [step["step"]["seconds"] for step in plan["search"] if step["fits"]]
+    assert ranked == sorted(ranked)
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    for key in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+
+
+@pytest.mark.tpu_backend
+@needs_libtpu
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        dict(model__scan_blocks=True, model__remat="full", mesh__fsdp=2, mesh__tensor=2),
+        dict(optimizer__accumulate_steps=2, mesh__fsdp=4),
+    ],
+    ids=["data", "fsdp and tensor", "accumulation"],
+)
+def test_compiled_update_for_a_tpu(tpu, values):
+    """What is executed is the closed form, and what the mesh needs is sent."""
+    config = common.base()
+    config.update(global_batch_size=512, image_size=64, total_steps=10)
+    config.model.update(TINY | dict(hidden_dim=256, tokens_mlp_dim=128, channels_mlp_dim=1024))
+    config.model.num_classes = 16
+    config.dataset.name = "synthetic"
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    subject = subject_of(config, "v5e:2x2")
+    settings = planning.own_settings(subject)
+    step = planning.compile_step(subject, settings)
+    estimate = planning.estimate_step(subject, settings)
+    assert step.fits and step.compiled
+    # The stem and the head are computed whole on both devices of "tensor".
+    assert step.flops == pytest.approx(estimate.flops, rel=0.15 if settings.tensor > 1 else 0.01)
+    assert set(step.collectives) >= set(estimate.collectives)
+    assert math.isclose(step.memory_parts["state"], estimate.memory_parts["state"], rel_tol=1e-3)
+    assert 0 < step.schedule < 1
+
+
+@pytest.mark.tpu_backend
+@needs_libtpu
+def test_b16_for_a_tpu_agrees_to_a_percent(tpu):
+    subject = subject_of(large(global_batch_size=64), "v5e:2x2")
+    step = planning.compile_step(subject, planning.own_settings(subject))
+    assert step.flops == pytest.approx(planning.train_flops(subject) * 16, rel=0.01)
+
+
+@pytest.mark.tpu_backend
+@needs_libtpu
+def test_program_that_does_not_fit_a_tpu(tpu):
+    subject = subject_of(large(global_batch_size=16384, model__scan_blocks=True), "v5e:2x2")
+    step = planning.compile_step(subject, planning.own_settings(subject))
+    assert step.compiled and not step.fits
+    assert step.memory > subject.topology.chip.memory
+    assert "--config." in dict(planning.report(subject, step))["to change"]
