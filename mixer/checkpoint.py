@@ -46,6 +46,14 @@ class Checkpoints:
         if keep_every_steps:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every_steps))
         self.directory = epath.Path(directory)
+        if str(directory).startswith("gs://"):
+            try:
+                from google.cloud import storage  # noqa: F401 (Orbax asks it for the bucket's kind)
+            except ImportError:
+                raise UserError(
+                    f"{directory}: runs on gs:// need `pip install -e .[gcs]` "
+                    "(google-cloud-storage)"
+                ) from None
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -321,7 +329,12 @@ def find_step(path: epath.PathLike) -> epath.Path:
         return path
     for directory in (path / "checkpoints", path):
         if directory.is_dir():
-            steps = [int(step.name) for step in directory.iterdir() if step.name.isdigit()]
+            steps = [
+                int(step.name)
+                for step in directory.iterdir()
+                # In an object store an unfinished step has its name already.
+                if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step)
+            ]
             if steps:
                 return directory / str(max(steps))
     raise CheckpointError(

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer.errors import UserError, nearest
@@ -45,7 +44,7 @@ RULES = (
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays devices out on a mesh with the axes "data", "fsdp" and "tensor".
 
-    Between slices, whose network is slow, "data" is laid first and "fsdp" next; "tensor" stays
+    Across slices, whose network is slow, "data" is laid first and "fsdp" next; "tensor" stays
     within a slice.
 
     Args:
@@ -72,28 +71,22 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         raise UserError(
             f"mesh {given} does not fit {count} device(s): the sizes must multiply to {count}"
         )
+    # Neighbours belong together: "tensor" lies within a host where it fits, hosts hold rows of the
+    # batch that lie together, and what crosses slices is the outermost axis.
+    ordered = sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
+    slices = len({_slice(device) for device in devices})
+    if sizes[0] * sizes[1] % slices:
+        raise UserError(
+            f"mesh {given} does not fit {slices} slices: data * fsdp must be a multiple of {slices}"
+        )
+    # Explicit axes, jax.make_mesh's default since 0.9, make Linen's modules fail.
     types = (AxisType.Auto,) * len(AXES)
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if sizes[0] == count:
-        # Every device's neighbours are the same then, and processes get rows that lie together.
-        order = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
-        return Mesh(np.array(order).reshape(sizes), AXES, axis_types=types)
-    if len(slices) > 1:
-        between, left = [], len(slices)
-        for size in sizes:
-            between.append(math.gcd(size, left))
-            left //= between[-1]
-        if left > 1 or between[2] > 1:
-            raise UserError(
-                f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {len(slices)} slices: "
-                f"data * fsdp must be a multiple of {len(slices)}"
-            )
-        within = [size // outer for size, outer in zip(sizes, between, strict=True)]
-        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
-        return Mesh(grid, AXES, axis_types=types)
-    # Explicit axes, jax's default since 0.9, make Linen's modules fail; jax 0.11 renamed the
-    # keyword arguments, so they are passed by position.
-    return jax.make_mesh(sizes, AXES, types, devices=devices)
+    return Mesh(np.array(ordered).reshape(sizes), AXES, axis_types=types)
+
+
+def _slice(device: jax.Device) -> int:
+    """Which slice of a multislice TPU it is of; 0 where there are none."""
+    return getattr(device, "slice_index", 0)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

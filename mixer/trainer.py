@@ -30,7 +30,7 @@ from mixer import (
     train_state,
 )
 from mixer.data.steps import pixel_range
-from mixer.errors import UserError
+from mixer.errors import UserError, first_line
 from mixer.evaluation import classification, fewshot, suites
 from mixer.metrics import Meter, MetricWriter
 from mixer.train_step import make_predict
@@ -309,6 +309,7 @@ def _train(
         # Compiled ahead, so that its time is taken for no step's; the first batches are on their
         # way meanwhile.
         watch.beat(start_step, "compiling")
+        started = time.perf_counter()
         train_step = (
             run.jit_train_step(config, model, schedule, tx, abstract)
             .lower(
@@ -317,7 +318,8 @@ def _train(
             )
             .compile()
         )
-        terminal.line(_memory_line(abstract, train_step))
+        seconds = time.perf_counter() - started
+        terminal.line(f"{_memory_line(abstract, train_step)}; compiled in {seconds:.1f} s")
         state = _loop(
             config,
             state,
@@ -529,8 +531,10 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
         if distributed.is_main():
             try:
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                reason = error.strerror or error
+            except Exception as error:
+                if not isinstance(error, OSError) and "://" not in workdir:
+                    raise  # an object store's client has exceptions of its own
+                reason = getattr(error, "strerror", None) or first_line(error)
                 raise UserError(f"--workdir={workdir} cannot be made: {reason}") from None
             stack.enter_context(checkpoint.locked(path))
         distributed.check_shared(path)
@@ -539,7 +543,7 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
 
 def _keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
     """Turns JAX's compilation cache on, unless its own variable has done so."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir:
         return
     if directory == "auto":
         # What XLA compiles for a CPU holds for CPUs of that model alone.

@@ -17,7 +17,7 @@ def free_address():
 
 def start_one(address, count, index, *arguments, devices=1):
     """Starts process `index` of `count`: `python ARGUMENTS` with the flags that join it."""
-    output = tempfile.TemporaryFile("w+")
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read once the process has ended)
     join = [f"--coordinator_address={address}", f"--num_processes={count}"]
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments), *join, f"--process_id={index}"],

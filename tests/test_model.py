@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,3 +179,58 @@ def test_explicit_dimensions_replace_the_variants():
     model = make_model(variant="S/16", num_classes=10, hidden_dim=64, num_blocks=None)
     assert isinstance(model, MlpMixer)
     assert (model.hidden_dim, model.num_blocks, model.patch_size) == (64, 8, 16)
+
+
+def _loss_and_gradient(model, params, images):
+    """Of a training pass with all masks on."""
+
+    def loss(params):
+        logits, out = model.apply(
+            {"params": params}, images, train=True, rngs={"dropout": jax.random.key(1)}
+        )
+        return jnp.sum(logits**2) + jnp.mean(out["block_1"] ** 2), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_remat_and_scan_change_no_number_and_no_name(rescale):
+    fields = dict(patch_size=4, hidden_dim=8, num_blocks=3, tokens_mlp_dim=6, channels_mlp_dim=12)
+    fields |= dict(num_classes=5, stoch_depth=0.5, stoch_depth_rescale=rescale, dropout=0.2)
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    plain = make_model(**fields)
+    params = plain.init(jax.random.key(2), images)["params"]
+    params["head"]["kernel"] += 0.1
+    (loss, out), gradient = _loss_and_gradient(plain, params, images)
+    for how in (
+        dict(remat="dots"),
+        dict(remat="full"),
+        dict(scan_blocks=True),
+        dict(scan_blocks=True, remat="full"),
+    ):
+        model = make_model(**fields, **how)
+        born = model.init(jax.random.key(2), images)["params"]
+        assert jax.tree.structure(born) == jax.tree.structure(params)
+        (other, other_out), other_gradient = _loss_and_gradient(model, params, images)
+        np.testing.assert_allclose(other, loss, rtol=1e-6)
+        assert other_out.keys() == out.keys()
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, (other_out, other_gradient), (out, gradient))
+        close(
+            model.apply({"params": params}, images)[0], plain.apply({"params": params}, images)[0]
+        )
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+    fields = dict(
+        patch_size=4, hidden_dim=64, num_blocks=4, tokens_mlp_dim=32, channels_mlp_dim=256
+    )
+    images = jnp.zeros((64, 32, 32, 3))
+    sizes = {}
+    for remat in ("none", "dots", "full"):
+        # In a loop, so that the compiler, which undoes it elsewhere on a CPU, does not.
+        model = make_model(**fields, num_classes=5, remat=remat, scan_blocks=True)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        step = jax.jit(jax.grad(lambda p, m=model: jnp.sum(m.apply({"params": p}, images)[0] ** 2)))
+        sizes[remat] = step.lower(params).compile().memory_analysis().temp_size_in_bytes
+    assert sizes["full"] < 0.5 * sizes["none"] and sizes["full"] < sizes["dots"] < sizes["none"]

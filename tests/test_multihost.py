@@ -4,10 +4,10 @@ import json
 import signal
 import time
 
+import multihost
 import numpy as np
 import pytest
 
-import multihost
 from helpers import final_state, leaves
 from mixer.metrics import read_metrics
 

@@ -159,3 +159,27 @@ def test_multipliers_first_match_wins_and_whole_names_count():
 def test_wrong_settings_are_named(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_second_moment_in_bfloat16_follows_that_in_float32():
+    """Rounded to nearest it would not move: an update is a thousandth of it."""
+    grads = {"w": jnp.full((4096,), 0.1)}
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        options = {**PUBLISHED, "grad_clip_norm": 0.0, "variance_dtype": dtype}
+        tx = optimizer.make_optimizer(lambda step: 1e-3, **options)
+        state = tx.init({"w": jnp.zeros(4096)})
+        update = jax.jit(lambda state, tx=tx: tx.update(grads, state, {"w": jnp.zeros(4096)}))
+        for _ in range(200):
+            updates, state = update(state)
+        (moments,) = (s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s))
+        assert moments.nu["w"].dtype == dtype
+        results[dtype] = np.asarray(moments.nu["w"], np.float64), np.asarray(updates["w"])
+    (wide, direction), (narrow, narrow_direction) = results["float32"], results["bfloat16"]
+    assert np.mean(narrow) == pytest.approx(wide[0], rel=2e-3)  # no bias
+    assert 1e-3 < np.std(narrow) / wide[0] < 3e-2  # and no two runs of bits alike
+    np.testing.assert_allclose(narrow_direction, direction, rtol=0.05)
+
+
+def _is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)

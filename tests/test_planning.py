@@ -385,9 +385,10 @@ def test_compiled_update_for_a_tpu(tpu, values):
     step = planning.compile_step(subject, settings)
     estimate = planning.estimate_step(subject, settings)
     assert step.fits and step.compiled
-    # The stem and the head are computed whole on both devices of "tensor".
-    assert step.flops == pytest.approx(estimate.flops, rel=0.15 if settings.tensor > 1 else 0.01)
-    assert set(step.collectives) >= set(estimate.collectives)
+    # The stem and the head are computed whole on both devices of "tensor", and are small.
+    assert step.flops == pytest.approx(estimate.flops, rel=0.01)
+    # By whatever kind: the compiler makes some reduce-scatters of collective-permutes.
+    assert step.sent == pytest.approx(estimate.sent, rel=0.05)
     assert math.isclose(step.memory_parts["state"], estimate.memory_parts["state"], rel_tol=1e-3)
     assert 0 < step.schedule < 1
 
@@ -395,7 +396,7 @@ def test_compiled_update_for_a_tpu(tpu, values):
 @pytest.mark.tpu_backend
 @needs_libtpu
 def test_b16_for_a_tpu_agrees_to_a_percent(tpu):
-    subject = subject_of(large(global_batch_size=64), "v5e:2x2")
+    subject = subject_of(large(global_batch_size=64, model__num_blocks=1), "v5e:2x2")
     step = planning.compile_step(subject, planning.own_settings(subject))
     assert step.flops == pytest.approx(planning.train_flops(subject) * 16, rel=0.01)
 

@@ -35,6 +35,8 @@ FLOORS = {
     "mixer.metrics": 1,
     "mixer.console": 1,
     "mixer.distributed": 1,
+    "mixer.hlo": 1,
+    "mixer.chips": 1,
     "mixer.memory": 1,
     "mixer.signals": 1,
     "mixer.published": 1,
@@ -59,6 +61,7 @@ FLOORS = {
     "mixer.pictures": 4,
     "mixer.inspection": 4,
     "mixer.page": 4,
+    "mixer.planning": 4,
     "mixer.prediction": 4,
     "mixer.serving": 4,
     "mixer.transfer": 5,
@@ -73,6 +76,7 @@ FLOORS = {
     "mixer.tools.export": 6,
     "mixer.tools.inspect": 6,
     "mixer.tools.sweep": 6,
+    "mixer.tools.plan": 6,
 }
 
 

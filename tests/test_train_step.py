@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import PLAIN_STEP, PUBLISHED, TINY, golden, golden_params, leaves
+from helpers import PLAIN_STEP, PUBLISHED, TINY, assert_same_bits, golden, golden_params, leaves
 from mixer import losses, optimizer
 from mixer.mixup import make_mix
 from mixer.model import make_model
@@ -237,3 +237,39 @@ def test_smoothing_is_of_the_loss_and_not_of_the_accuracy():
 def test_float_images_go_to_the_model_as_they_are():
     floats = jnp.linspace(-2, 2, 12).reshape(1, 2, 2, 3)
     np.testing.assert_array_equal(normalize(floats), floats)
+
+
+def test_update_that_is_not_finite_is_left_out_and_counted():
+    """The step and the schedule go on; parameters, moments and average stay."""
+    model = make_model(num_classes=7, **TINY)
+    schedule = _schedule(decay="linear", warmup_steps=0, peak_lr=3e-3)
+    tx = optimizer.make_optimizer(schedule, **PUBLISHED)
+    params = jax.tree.map(jnp.asarray, golden_params())
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, params, tx.init(params), params, zero)
+    options = {**PLAIN_STEP, "ema_decay": 0.5}
+    step = jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=0, **options))
+    good = {"image": np.full((4, 32, 32, 3), 0.3, np.float32), "label": np.arange(4)}
+    bad = {**good, "image": np.where(np.arange(4)[:, None, None, None] == 2, np.nan, good["image"])}
+    state, metrics = step(state, good)
+    assert int(metrics["skipped_steps"]) == 0
+    after, metrics = step(state, bad)
+    assert np.isnan(metrics["loss"]) and int(metrics["skipped_steps"]) == int(after.skipped) == 1
+    assert int(after.step) == 2
+    assert_same_bits((after.params, after.ema_params), (state.params, state.ema_params))
+    adam = [s for s in jax.tree.leaves(after.opt_state, is_leaf=_is_adam) if _is_adam(s)]
+    assert int(adam[0].count) == 1
+    # The next update is that of the same moments at the next step's learning rate.
+    moved = jax.tree.map(jnp.subtract, step(after, good)[0].params, after.params)
+    wanted = jax.tree.map(jnp.subtract, step(state, good)[0].params, state.params)
+    ratio = float(schedule(2) / schedule(1))
+    np.testing.assert_allclose(
+        moved["head"]["bias"], ratio * wanted["head"]["bias"], rtol=1e-4, atol=1e-8
+    )
+    # A state that counts none takes the update as it is.
+    spoilt, metrics = step(state.replace(skipped=None), bad)
+    assert "skipped_steps" not in metrics and np.isnan(spoilt.params["head"]["bias"]).any()
+
+
+def _is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -293,6 +295,91 @@ def test_diverging_run_stops_by_name(tmp_path):
         trainer.train(config, tmp_path)
 
 
+def test_updates_that_are_not_finite_are_skipped_a_bounded_number_of_times(tmp_path, monkeypatch):
+    """The third and fourth batch have a label's weight of infinity."""
+    _spoil_batches(monkeypatch, {2, 3})
+    config = tiny_config(nan_policy="skip", max_skipped_steps=2, total_steps=6)
+    trainer.train(config, tmp_path / "two")
+    rows = [row for row in read_metrics(tmp_path / "two") if "train/skipped_steps" in row]
+    assert [row["train/skipped_steps"] for row in rows] == [0, 2, 2]
+    assert "train/loss" not in rows[1] and rows[2]["train/loss"] > 0  # of steps 4 and 6
+    state = final_state(tmp_path / "two")
+    assert int(state["skipped"]) == 2 and int(state["step"]) == 6
+    config.max_skipped_steps = 1
+    monkeypatch.undo()
+    _spoil_batches(monkeypatch, {2, 3})
+    with pytest.raises(UserError, match=r"2 updates up to step 4 .* max_skipped_steps=1"):
+        trainer.train(config, tmp_path / "one")
+
+
+def _spoil_batches(monkeypatch, spoilt):
+    """Makes the images of some of the run's first batches infinite."""
+    put, count = trainer.sharding.put_batch, itertools.count()
+
+    def put_spoilt(batch, mesh):
+        image = batch["image"].astype(np.float32) / 127.5 - 1
+        if "mask" not in batch and next(count) in spoilt:
+            image[:] = np.inf
+        return put({**batch, "image": image}, mesh)
+
+    def spec(*args):
+        return {**abstract(*args), "image": jax.ShapeDtypeStruct((16, 8, 8, 3), "float32")}
+
+    abstract = trainer.sharding.abstract_batch
+    monkeypatch.setattr(trainer.sharding, "put_batch", put_spoilt)
+    monkeypatch.setattr(trainer.sharding, "abstract_batch", spec)
+
+
+def test_profile_and_compiled_programs_are_kept(tmp_path, capsys):
+    config = tiny_config(total_steps=6, profile_steps=(3, 4))
+    trainer.train(config, tmp_path)
+    assert "profile of steps 3 to 4" in capsys.readouterr().out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_second_start_finds_its_compiled_programs(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, "tests")
+import jax
+from helpers import tiny_config
+from mixer import trainer
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+config = tiny_config(compile_cache_dir={str(tmp_path / "compiled")!r}, total_steps=int(sys.argv[1]))
+trainer.train(config, {str(tmp_path / "run")!r})
+print("hits", events.count("/jax/compilation_cache/cache_hits"))
+"""
+    hits = []
+    for steps in (4, 4):
+        done = run_python("-c", code, steps, JAX_COMPILATION_CACHE_DIR="")
+        hits.append(int(done.stdout.split()[-1]))
+    assert list((tmp_path / "compiled").iterdir()) and hits[1] > hits[0]
+
+
+def test_step_that_takes_far_longer_than_the_others_is_told(monkeypatch):
+    from mixer import metrics
+
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    meter = metrics.Meter(16, 0)
+    told = []
+    for step in range(60):
+        if step == 30:
+            with meter.waiting():
+                now[0] += 4.0  # a starved input
+        if step == 40:
+            with meter.paused():
+                now[0] += 50.0  # an evaluation is none
+        now[0] += 5.0 if step == 50 else 0.5
+        told.append(meter.outlier())
+    assert [step for step, line in enumerate(told) if line] == [30, 50]
+    assert told[30] == "4.5 s, where 0.50 s are usual; 4.0 s of it it waited for data"
+    assert told[50].endswith("0.0 s of it it waited for data")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -305,11 +392,16 @@ def test_diverging_run_stops_by_name(tmp_path):
         (dict(optimizer__accumulate_steps=3), "accumulate_steps=3 does not divide.*=16"),
         (dict(optimizer__ema_decay=1.0), r"ema_decay is 1.0; it must be in \[0, 1\)"),
         (dict(label_smoothing=1.5), r"label_smoothing is 1.5; it must be in \[0, 1\)"),
+        (dict(nan_policy="ignore"), "nan_policy='ignore'; one of stop, skip"),
+        (dict(profile_steps=(5, 3)), r"profile_steps=\(5, 3\); give \(first, last\)"),
+        (dict(stall_secs=-1), "stall_secs is -1"),
+        (dict(model__remat="all"), "model.remat is 'all'; one of none, dots, full"),
+        (dict(optimizer__variance_dtype="bf16"), "optimizer.variance_dtype='bf16'"),
         (dict(optimizer__peak_lr=float("nan")), "peak_lr is nan"),
         (dict(optimizer__lr_multipliers=(("hed/.*", 0.0),)), "'hed/.*' decides for no parameter"),
         (dict(mixup__cutmix_prob=0.5), "cutmix_alpha"),
         (dict(global_batch_size=None), "global_batch_size is None"),
-        (dict(mesh__data=3), r"mesh \{'data': 3\} does not fit 1 device"),
+        (dict(mesh__data=3), r"mesh \{'data': 3, .*\} does not fit 1 device"),
         (dict(schedule__warmup_steps=12), r"warmup_steps=12 does not fit"),
         (dict(model__num_classes=11, dataset__name="digits"), "num_classes=11.*data has 10"),
         (dict(image_size=9), "patch size 2 does not divide 9.*8 or 10"),

@@ -6,6 +6,7 @@ in the loss alone, as in ImageNet-ReaL (Beyer et al., 2020, arXiv 2006.07159).
 
 import collections
 import dataclasses
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -261,8 +262,10 @@ def write_predictions(path: Any, predictions: Predictions, split: pipeline.Split
     ids = np.array([split.example_id(place) for place in range(split.num_examples)], np.str_)
     fields = dataclasses.fields(predictions)
     columns = {field.name: getattr(predictions, field.name) for field in fields}
-    with files.whole(path) as new, new.open("wb") as file:
-        np.savez(file, id=ids, class_names=np.array(split.class_names, np.str_), **columns)
+    buffer = io.BytesIO()  # an object store's files cannot be written here and there
+    np.savez(buffer, id=ids, class_names=np.array(split.class_names, np.str_), **columns)
+    with files.whole(path) as new:
+        new.write_bytes(buffer.getvalue())
 
 
 def _lagging(results: Iterator[Any]) -> Iterator[Any]:
