@@ -17,7 +17,7 @@ import functools
 
 from absl import flags
 
-from mixer import cli, distributed, launch
+from mixer import cli, launch
 from mixer.errors import nearest
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
     launch.join()
+    from mixer import distributed
     from mixer.evaluation import report
 
     try:

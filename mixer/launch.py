@@ -5,8 +5,6 @@ import sys
 
 from absl import flags
 
-from mixer import distributed
-
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address",
     None,
@@ -19,6 +17,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 
 def join() -> None:
     """Joins the run's other processes, if any; from then on process 0 alone writes to stdout."""
+    from mixer import distributed
+
     distributed.initialize(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if not distributed.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it is stdout from now on)

@@ -288,6 +288,7 @@ def _train(
     keys += ["fewshot/" + SHOT] * (further.fewshot is not None)
     there = {key for row in writer.rows if row["step"] == start_step for key in row}
     if start_step and evaluation_is_due(start_step) and not there.issuperset(keys):
+        watch.beat(start_step, "evaluating")
         validate(state, start_step)
         _leave_if_asked(caught, checkpoints, terminal)
 
@@ -337,7 +338,9 @@ def _train(
         )
 
     # The end: everything whole on disk, the test split, the curves, and where it all is.
+    watch.beat(config.total_steps, "saving")
     checkpoints.wait()
+    watch.beat(config.total_steps, "evaluating")
     for which, split in (("val", splits.val), ("test", splits.test)):
         if split is None or (which == "val" and start_step < config.total_steps):
             continue  # none, or evaluated by the loop at its last step

@@ -142,7 +142,8 @@ def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_on_two_processes(tmp_path):
-    multihost.run(1, 1, *TRAIN, f"--workdir={tmp_path}")
+    """Of a run on more devices than there are now."""
+    multihost.run(1, 4, *TRAIN, "--config.mesh.fsdp=4", f"--workdir={tmp_path}")
     one = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
     (tmp_path / "results.json").unlink()
     flags = ("evaluate.py", f"--workdir={tmp_path}", "--split=test")

@@ -146,3 +146,31 @@ def test_mesh_that_does_not_fit_is_refused(axes):
 
 def test_mesh_takes_all_devices():
     assert sharding.make_mesh({"data": -1}).size == jax.device_count()
+
+
+@pytest.mark.tpu_backend
+def test_slices_are_crossed_by_the_outermost_axis():
+    """Two slices of 16 chips, four hosts each; what a host has of a batch lies together."""
+    pytest.importorskip("libtpu")
+    code = """
+from jax.experimental import topologies
+from mixer import sharding
+from mixer.errors import UserError
+
+devices = topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2).devices
+for axes in ({"data": -1}, {"data": 2, "fsdp": 16}, {"data": 4, "fsdp": 2, "tensor": 4}):
+    mesh = sharding.make_mesh(axes, devices)
+    half = mesh.shape["data"] // 2
+    slices = [[{d.slice_index for d in row.flat} for row in mesh.devices][i] for i in (0, half)]
+    print(slices, sharding.local_shards(mesh, 1))
+try:
+    sharding.make_mesh({"data": 1, "tensor": 32}, devices)
+except UserError as error:
+    print(error)
+"""
+    environment = dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
+    environment |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
+    lines = run_python("-c", code, **environment).stdout.splitlines()[-4:]
+    assert lines[0] == lines[1] == "[{0}, {1}] (4, 5, 6, 7)"
+    assert lines[2] == "[{0}, {1}] (1,)"
+    assert "does not fit 2 slices: data * fsdp must be a multiple of 2" in lines[3]

@@ -107,7 +107,7 @@ def open_run(
     """
     own, class_names = run.read_run(workdir)
     directory = checkpoint.find_named(workdir, checkpoint_name)
-    mesh = sharding.make_mesh(own.mesh)
+    mesh = sharding.make_mesh({"data": -1})  # the devices that it was trained on may not be here
     model = run.build_model(own)
     size = (own.image_size, own.image_size)
     abstract = abstract_params(model, size, mesh)

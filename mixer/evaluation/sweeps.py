@@ -138,7 +138,7 @@ def open_subject(
             f"--weights={path} is no run, which would say the data; --config=CONFIG does"
         )
     config.model.num_classes = card.num_classes
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh({"data": -1})
     batch_size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("eval_batch_size", batch_size, mesh)
     return Subject(str(path), found, config, mesh, batch_size, class_names, which, workdir)
