@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -75,8 +76,11 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         """Waits for writes and ends the manager's threads."""
-        # When an exception is on its way, that one is the reason to be told.
+        # When an exception is on its way, that one is the reason to be told; and with several
+        # processes before anything that waits for the others, who wait for this one.
         try:
+            if kind and jax.process_count() > 1:
+                return
             with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
                 self._manager.close()
         finally:
@@ -96,6 +100,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return  # the same bits: they are a function of the seed and the step
+        self.check()
         sums, finite = checksums(state)
         if not finite:
             raise CheckpointError(
@@ -211,17 +216,38 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         directory = self.directory / str(step)
-        check_tree(abstract, saved_shapes(directory), directory)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), info=ocp.args.JsonRestore()
-            ),
+        saved = saved_leaves(directory)
+        # A run that begins to leave updates out counts from here on; one that ends it forgets.
+        begins = abstract.skipped is not None and "skipped" not in saved
+        wanted = abstract.replace(skipped=None) if begins else abstract
+        if wanted.skipped is None:
+            saved.pop("skipped", None)
+        check_tree(wanted, {name: leaf.shape for name, leaf in saved.items()}, directory)
+        # Read as it was saved, which the checksums are of, and turned then.
+        as_saved = jax.tree.unflatten(
+            jax.tree.structure(wanted),
+            [
+                jax.ShapeDtypeStruct(leaf.shape, saved[name].dtype, sharding=leaf.sharding)
+                for name, leaf in zip(_paths(wanted), jax.tree.leaves(wanted), strict=True)
+            ],
         )
-        state, info = restored["state"], restored["info"]
+        item = {name: value for name, value in vars(as_saved).items() if value is not None}
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(
+                _absolute(directory) / "state",
+                ocp.args.PyTreeRestore(
+                    item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,  # of checkpoints with and without the empty parts
+                ),
+            )
+        state, info = wanted.replace(**tree), read_info(directory)
         _verify(state, info)
         if int(state.step) != step:
             raise ValueError(f"its state is of step {int(state.step)}")
+        state = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), state, wanted)
+        if begins:
+            state = state.replace(skipped=jnp.zeros_like(state.step))
         return state, info
 
 
@@ -272,17 +298,14 @@ def _verify(tree: Any, info: dict[str, Any], prefix: str = "") -> None:
         raise ValueError(f"{len(wrong)} array(s) differ from their checksums, {wrong[0]} first")
 
 
-def saved_shapes(directory: epath.Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every saved leaf by its path, read without reading the leaves."""
+def saved_leaves(directory: epath.Path) -> dict[str, Any]:
+    """Shape and dtype of every saved leaf by its path, read without reading the leaves."""
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(_absolute(directory) / "state").item_metadata
     if metadata is None:
         raise ValueError("its list of arrays cannot be read")
     tree = metadata.tree
-    return {
-        path: tuple(leaf.shape)
-        for path, leaf in zip(_paths(tree), jax.tree.leaves(tree), strict=True)
-    }
+    return dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def check_tree(wanted: Any, saved: dict[str, tuple[int, ...]], source: epath.PathLike) -> None:
@@ -379,8 +402,12 @@ def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple
     """Shape of every saved parameter by its name; CheckpointError where it is damaged."""
     prefix = f"{item}/"
     with _reading(directory), _quiet():
-        shapes = saved_shapes(directory)
-    return {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
+        saved = saved_leaves(directory)
+    return {
+        name.removeprefix(prefix): tuple(leaf.shape)
+        for name, leaf in saved.items()
+        if name.startswith(prefix)
+    }
 
 
 @contextlib.contextmanager

@@ -20,8 +20,9 @@ class Chip:
 
     Attributes:
       memory: bytes that a program can have.
-      flops: peak FLOP/s of bfloat16 matmuls, dense. A TPU computes float32 matmuls in bfloat16 too,
-        at JAX's default precision.
+      flops: peak FLOP/s of bfloat16 matmuls, dense.
+      flops_float32: the same of float32 at JAX's default precision: on a TPU bfloat16 too, on a GPU
+        TF32.
       bandwidth: bytes/s of the main memory.
       link: bytes/s that a device can send to others of the slice, or of the host, over all links.
       network: bytes/s a device can send to other hosts; 0 where the links reach them.
@@ -33,6 +34,7 @@ class Chip:
 
     memory: float
     flops: float
+    flops_float32: float
     bandwidth: float
     link: float
     network: float
@@ -44,18 +46,18 @@ class Chip:
 
 GIB = 2**30
 TPUS = {
-    "v3": Chip(15.48 * GIB, 61.5e12, 450e9, 164e9, 0, 8, 96, 340e9, 0.94e9),
-    "v4": Chip(30.75 * GIB, 275e12, 1200e9, 300e9, 0, 4, 240, 407e9, 1.05e9),
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, 0, 4, 112, 192e9, 1.5e9),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 0, 4, 208, 448e9, 1.75e9),
-    "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 400e9, 0, 4, 180, 720e9),
+    "v3": Chip(15.48 * GIB, 61.5e12, 61.5e12, 450e9, 164e9, 0, 8, 96, 340e9, 0.94e9),
+    "v4": Chip(30.75 * GIB, 275e12, 275e12, 1200e9, 300e9, 0, 4, 240, 407e9, 1.05e9),
+    "v5e": Chip(15.75 * GIB, 197e12, 197e12, 819e9, 200e9, 0, 4, 112, 192e9, 1.5e9),
+    "v5p": Chip(95.74 * GIB, 459e12, 459e12, 2765e9, 600e9, 0, 4, 208, 448e9, 1.75e9),
+    "v6e": Chip(31.25 * GIB, 918e12, 918e12, 1638e9, 400e9, 0, 4, 180, 720e9),
 }
 # JAX takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 JAX_SHARE = 0.75
 GPUS = {
-    "A100": Chip(79.2 * GIB * JAX_SHARE, 312e12, 2039e9, 300e9, 25e9, 8, 96, 1360e9),
-    "H100": Chip(79.6 * GIB * JAX_SHARE, 989e12, 3350e9, 450e9, 50e9, 8, 208, 1872e9),
-    "H200": Chip(140.4 * GIB * JAX_SHARE, 989e12, 4800e9, 450e9, 50e9, 8, 224, 2952e9),
+    "A100": Chip(79.2 * GIB * JAX_SHARE, 312e12, 156e12, 2039e9, 300e9, 25e9, 8, 96, 1360e9),
+    "H100": Chip(79.6 * GIB * JAX_SHARE, 989e12, 495e12, 3350e9, 450e9, 50e9, 8, 208, 1872e9),
+    "H200": Chip(140.4 * GIB * JAX_SHARE, 989e12, 495e12, 4800e9, 450e9, 50e9, 8, 224, 2952e9),
 }
 
 

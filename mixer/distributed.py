@@ -281,11 +281,6 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def warn(line: str) -> None:
-    """Prints a warning; of a process other than 0 with its name."""
-    print(f"warning: {line}" if is_main() else f"{process_name()}: warning: {line}", flush=True)
-
-
 # Agreement. All processes call these in the same order.
 
 

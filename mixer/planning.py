@@ -210,6 +210,9 @@ def open_subject(
     if known and config.dataset.val_split:
         evaluations = config.total_steps // (config.eval_every_steps or config.total_steps)
         eval_examples = evaluations * (split_size(config.dataset.val_split, known.splits) or 0)
+    if known and config.dataset.test_split:
+        eval_examples += split_size(config.dataset.test_split, known.splits) or 0
+    eval_examples *= 2 if config.optimizer.ema_decay else 1  # the average is evaluated too
     return Subject(
         config=config,
         model=model,
@@ -517,6 +520,12 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     )
 
 
+def peak(subject: Subject) -> float:
+    """FLOP/s that matmuls of the model's dtype reach at most on a device."""
+    chip = subject.topology.chip
+    return chip.flops_float32 if subject.model.dtype == "float32" else chip.flops
+
+
 def _timed(
     subject: Subject,
     settings: Settings,
@@ -533,7 +542,11 @@ def _timed(
     if chip.network and topology.num_hosts > 1:
         # Summed within a host first, each of its devices then sends a share of the sum.
         links += sent / chip.devices_per_host / chip.network
-    floors = {"matmuls": flops / chip.flops, "memory": num_bytes / chip.bandwidth, "links": links}
+    floors = {
+        "matmuls": flops / peak(subject),
+        "memory": num_bytes / chip.bandwidth,
+        "links": links,
+    }
     expected = floors | {
         "matmuls": floors["matmuls"] / subject.utilization,
         "the compiler's schedule": schedule,
@@ -595,6 +608,11 @@ def candidates(subject: Subject) -> list[Step]:
                     break
         if any(step.fits for step in found):
             break
+    if not found:
+        raise UserError(
+            f"global_batch_size={subject.config.global_batch_size}: no mesh of {count} devices "
+            "divides it; take another number of devices, or another batch"
+        )
     return sorted(found, key=_rank)
 
 
@@ -668,7 +686,7 @@ def summary(subject: Subject, step: Step) -> dict[str, Any]:
     per_image = train_flops(subject)
     rate = batch / step.seconds
     forward = forward_flops(subject.model, subject.image_size)
-    evaluation = subject.eval_examples * forward / (devices * chip.flops * subject.utilization)
+    evaluation = subject.eval_examples * forward / (devices * peak(subject) * subject.utilization)
     seconds = config.total_steps * step.seconds + evaluation
     checkpoint = sharding.bytes_per_device(subject.state)
     hosts, dataset = topology.num_hosts, config.dataset
@@ -720,7 +738,7 @@ def summary(subject: Subject, step: Step) -> dict[str, Any]:
             "compilers_schedule": step.schedule,
             "seconds": step.seconds,
             "limit": step.limit,
-            "model_flops_utilization": per_image * batch / devices / chip.flops / step.seconds,
+            "model_flops_utilization": per_image * batch / devices / peak(subject) / step.seconds,
         },
         "images_per_second": rate,
         "images_per_second_per_device": rate / devices,

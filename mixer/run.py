@@ -129,7 +129,8 @@ def check_config(config: ConfigDict) -> None:
     if not 0 <= config.stall_secs < math.inf:
         raise UserError(f"stall_secs is {config.stall_secs}; it must be 0 (never) or more")
     steps = config.profile_steps
-    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+    whole = all(isinstance(step, int) for step in steps)
+    if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise UserError(f"profile_steps={tuple(steps)}; give (first, last), such as (100, 104)")
     if not config.dataset.name:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")

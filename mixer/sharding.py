@@ -231,16 +231,6 @@ def local_shards(mesh: Mesh, process_index: int) -> tuple[int, ...]:
     )
 
 
-def local_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:
-    """The rows of every global batch that this process has to bring: (n,) ascending.
-
-    Processes that share a part of the batch, where "tensor" reaches across them, bring the same.
-    """
-    size = global_batch_size // batch_shards(mesh)
-    shards = np.array(local_shards(mesh, jax.process_index()))
-    return (shards[:, None] * size + np.arange(size)).reshape(-1)
-
-
 def data_processes(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which part of the data this process reads, and how many parts there are.
 
@@ -271,7 +261,7 @@ def abstract_batch(
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of this process's rows of a batch, which are `local_rows`."""
+    """Makes global arrays of this process's rows of a batch: those of its `local_shards`."""
     sharding, shards = batch_sharding(mesh), local_shards(mesh, jax.process_index())
 
     def put(local: np.ndarray) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from mixer import (
@@ -169,6 +170,9 @@ def _train(
     further = suites.open_further(config, splits)
     # The order of a set that is read file by file depends on how many processes began the run.
     num_readers = old_data.setdefault("num_readers", 1) if old_data else data_count
+    if config.global_batch_size % num_readers:
+        num_readers = data_count
+        _warn("the batch size has changed: the data order is new, this epoch may repeat examples")
     data = run.data_record(splits, num_readers)
     if old_data and not allow_config_change:
         run.check_same_data(workdir, old_data, data)
@@ -378,6 +382,11 @@ def _loop(
     """Updates `state` until the run is complete; raises Stopped when a signal ends it."""
     start_step, started = int(state.step), time.perf_counter()
     meter = Meter(config.global_batch_size, start_step)
+    if config.profile_steps and not start_step < config.profile_steps[1] <= config.total_steps:
+        _warn(
+            f"profile_steps={tuple(config.profile_steps)}: this start runs steps {start_step + 1} "
+            f"to {config.total_steps}"
+        )
     profile = _Profile(config.profile_steps, workdir)
     in_flight: collections.deque[jax.Array] = collections.deque()
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -493,6 +502,7 @@ class _Profile:
 
     def __init__(self, steps: tuple[int, int] | tuple[()], workdir: epath.Path):
         self._first, self._last = steps or (0, -1)
+        self._from = None  # the first step that was traced
         self._directory = workdir / "profile"
         self._tracing = False
 
@@ -503,7 +513,7 @@ class _Profile:
         if not self._tracing:
             jax.block_until_ready(list(in_flight))
             jax.profiler.start_trace(self._directory)
-            self._tracing = True
+            self._tracing, self._from = True, step
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def is_due(self, step: int) -> bool:
@@ -515,7 +525,7 @@ class _Profile:
         jax.block_until_ready(list(in_flight))
         self.close()
         return (
-            f"profile of steps {self._first} to {self._last}: {self._directory} (xprof, or "
+            f"profile of steps {self._from} to {self._last}: {self._directory} (xprof, or "
             "TensorBoard with its plugin)"
         )
 
@@ -546,13 +556,13 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
 
 def _keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
     """Turns JAX's compilation cache on, unless its own variable has done so."""
-    if jax.config.jax_compilation_cache_dir:
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     if directory == "auto":
         # What XLA compiles for a CPU holds for CPUs of that model alone.
         directory = "" if jax.default_backend() == "cpu" else os.fspath(workdir / "compiled")
-    if directory:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    compilation_cache.reset_cache()  # an earlier run of this program may have had another
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
 
 
 def _memory_line(abstract: train_state.TrainState, train_step: Any) -> str:

@@ -224,7 +224,8 @@ def test_tpu_script_keeps_a_run_going_after_a_preemption(cloud):
     # Once the run is there, worker 0's process ends: `keep` sees it and returns.
     _program(
         directory.parent / "programs" / "sleep",
-        'pid=$(cat "$CLOUD/w0/mixer.pid" 2> /dev/null) && kill -KILL -- "-$pid"; exit 0',
+        'pid=$(cat "$CLOUD/w0/mixer.pid" 2> /dev/null) && kill -KILL -- "-$pid" '
+        '&& echo 0 > "$CLOUD/w0/mixer.code"; exit 0',
     )
     tpu("keep", "--workdir=gs://b/run")
     verbs = (directory / "verbs").read_text().splitlines()

@@ -295,6 +295,29 @@ def test_diverging_run_stops_by_name(tmp_path):
         trainer.train(config, tmp_path)
 
 
+def test_run_of_earlier_code_and_other_moments_are_continued(tmp_path):
+    """Its checkpoints lack what the state has since; and dtypes of moments may be turned."""
+    import orbax.checkpoint as ocp
+
+    trainer.train(tiny_config(total_steps=4), tmp_path)
+    directory = tmp_path / "checkpoints" / "4" / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        old = checkpointer.restore(directory)
+        assert old.pop("skipped") is None and old.pop("ema_params") is None
+        shutil.rmtree(directory)
+        checkpointer.save(directory, old)
+    config = tiny_config(total_steps=8, nan_policy="skip")
+    config.optimizer.update(momentum_dtype="bfloat16", variance_dtype="bfloat16")
+    with pytest.raises(UserError, match="optimizer.momentum_dtype.*--allow_config_change"):
+        trainer.train(config, tmp_path)
+    trainer.train(config, tmp_path, allow_config_change=True)
+    state = final_state(tmp_path)
+    assert int(state["step"]) == 8 and int(state["skipped"]) == 0
+    assert not (tmp_path / "damaged").exists()
+    trainer.train(tiny_config(total_steps=10), tmp_path, allow_config_change=True)
+    assert final_state(tmp_path)["skipped"] is None and not (tmp_path / "damaged").exists()
+
+
 def test_updates_that_are_not_finite_are_skipped_a_bounded_number_of_times(tmp_path, monkeypatch):
     """The third and fourth batch have a label's weight of infinity."""
     _spoil_batches(monkeypatch, {2, 3})
@@ -330,11 +353,13 @@ def _spoil_batches(monkeypatch, spoilt):
     monkeypatch.setattr(trainer.sharding, "abstract_batch", spec)
 
 
-def test_profile_and_compiled_programs_are_kept(tmp_path, capsys):
+def test_profile_is_kept(tmp_path, capsys):
     config = tiny_config(total_steps=6, profile_steps=(3, 4))
     trainer.train(config, tmp_path)
     assert "profile of steps 3 to 4" in capsys.readouterr().out
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    trainer.train(tiny_config(total_steps=6, profile_steps=(7, 9)), tmp_path / "other")
+    assert "warning: profile_steps=(7, 9): this start runs steps 1 to 6" in capsys.readouterr().out
 
 
 @pytest.mark.slow

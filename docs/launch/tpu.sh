@@ -47,15 +47,15 @@ install() {
 
 # In a session of its own, so that it outlives the connection; again.sh repeats it after a failure.
 start() { # FLAGS of train.py
-  on_workers all "cd mixer
-    setsid nohup bash docs/launch/again.sh .venv/bin/python train.py $(printf '%q ' "$@") \
+  on_workers all "cd mixer && rm -f ../mixer.code ../mixer.stopped
+    AGAIN_CODE=../mixer.code setsid nohup bash docs/launch/again.sh .venv/bin/python train.py $(printf '%q ' "$@") \
       >> ../mixer.log 2>&1 < /dev/null &
     echo \$! > ../mixer.pid"
 }
 
 # TERM on one host saves and ends the run on all.
 stop() {
-  on_workers 0 'kill -TERM -- "-$(cat mixer.pid)"'
+  on_workers 0 'touch mixer.stopped; kill -TERM -- "-$(cat mixer.pid)"'
 }
 
 log() { # [WORKER]
@@ -66,11 +66,13 @@ delete() {
   "${queue[@]}" delete "$TPU" --zone="$ZONE" --force --quiet
 }
 
-# What the slice is doing: running, ended, new, or nothing where it does not answer.
+# What the slice is doing: running, ended (done, a mistake, or `stop`), interrupted, as a spot slice is
+# while it is taken away, new, or nothing where it does not answer.
 doing() {
   on_workers 0 'if ! [ -e mixer.pid ]; then echo new
     elif kill -0 "$(cat mixer.pid)" 2> /dev/null; then echo running
-    else echo ended; fi' 2> /dev/null || true
+    elif [ -e mixer.stopped ] || grep -qxE "0|2" mixer.code; then echo ended
+    else echo interrupted; fi' 2> /dev/null || true
 }
 
 # Spot slices are taken away: what is left is deleted, and the run goes on on a new one.
@@ -82,6 +84,7 @@ keep() { # FLAGS of train.py
       ACTIVE)
         case "$(doing)" in
           new) if install; then start "$@"; fi ;;
+          interrupted) start "$@" || true ;;
           ended)
             on_workers 0 'tail -n 5 mixer.log'
             return

@@ -217,7 +217,13 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
                 f"`python -m mixer.tools.prepare {what}{flag}`"
             )
         tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            # Another process of the run was first; what it has made is what this one wanted.
+            builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+            if not builder.is_prepared():
+                raise
     return builder
 
 

@@ -278,11 +278,11 @@ def guess(features: jax.Array, mean: jax.Array, deviation: jax.Array, weights: j
 def _make_classify(test_features: np.ndarray, num_classes: int, mesh: Mesh) -> Callable:
     """Returns `(features (N, C), labels (N,), l2) -> guesses (n,)` for the n `test_features`.
 
-    These are laid on the devices once, in pieces that are split over the axis "data". The probe is
+    These are laid on the devices once, in pieces that are split as a batch is. The probe is
     computed whole on each device. All processes have the same arguments, and get all the guesses.
     """
     everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    shards = mesh.shape["data"]
+    shards = sharding.batch_shards(mesh)
     rows = min(ROWS, -(-len(test_features) // shards)) * shards
     pieces = []
     for start in range(0, len(test_features), rows):

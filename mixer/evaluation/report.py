@@ -22,6 +22,7 @@ from rich.text import Text
 
 from mixer import (
     checkpoint,
+    distributed,
     files,
     loading,
     losses,
@@ -213,7 +214,7 @@ def open_weights(
         class_names=card.class_names,
         loss=loss,
         batch_size=(
-            BATCH_SIZE * mesh.shape["data"]
+            BATCH_SIZE * sharding.batch_shards(mesh)
             if config is None
             else config.eval_batch_size or config.global_batch_size
         ),
@@ -277,14 +278,14 @@ def evaluate(
             options |= dict(save_predictions=save_predictions, batch_sizes=batch_sizes)
             done.append((subject.name, _evaluate(subject, mesh, names, console, **options)))
         except UserError as error:
-            if len(subjects) == 1:
-                raise
+            if len(subjects) == 1 or jax.process_count() > 1:
+                raise  # other processes may be in the midst of this one
             failed.append(f"{subject.name}: {error}" if subject else str(error))
     if len(done) > 1:
         table = _side_by_side(done)
         console.print()
         _print(console, "\n".join(table))
-        if output is not None:
+        if output is not None and distributed.is_main():
             _make_directory(epath.Path(output).expanduser())
             path = epath.Path(output).expanduser() / "side_by_side.md"
             path.write_text("\n".join(table) + "\n")
@@ -306,7 +307,9 @@ def _evaluate(
     batch_sizes: Sequence[int],
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one subject, as `evaluate` says; the results by section."""
-    sharding.check_batch_size("eval_batch_size", subject.batch_size, mesh)
+    # The run's batch may be of other devices than these.
+    shards = sharding.batch_shards(mesh)
+    subject = dataclasses.replace(subject, batch_size=-(-subject.batch_size // shards) * shards)
     if subject.config is not None:
         if data_dir:
             subject.config.dataset.data_dir = data_dir
@@ -465,7 +468,10 @@ def _classify(
     )
     prefetch = subject.config.dataset.prefetch_batches if subject.config is not None else 2
     # No larger than the largest set asks for, so that a small one is not mostly filling.
-    shards, largest = mesh.shape["data"], max(split.num_examples for split in opened.values())
+    shards, largest = (
+        sharding.batch_shards(mesh),
+        max(split.num_examples for split in opened.values()),
+    )
     batch_size = min(subject.batch_size, -(-largest // shards) * shards)
     for suffix, read in subject.params.items():
         params = read()

@@ -140,7 +140,8 @@ def open_subject(
     config.model.num_classes = card.num_classes
     mesh = sharding.make_mesh({"data": -1})
     batch_size = config.eval_batch_size or config.global_batch_size
-    sharding.check_batch_size("eval_batch_size", batch_size, mesh)
+    shards = sharding.batch_shards(mesh)
+    batch_size = -(-batch_size // shards) * shards
     return Subject(str(path), found, config, mesh, batch_size, class_names, which, workdir)
 
 

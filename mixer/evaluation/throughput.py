@@ -107,7 +107,7 @@ def measure(
     predict = jax.jit(make_predict(model), out_shardings=sharding.batch_sharding(mesh))
     rates = []
     for batch_size in batch_sizes:
-        shape = (batch_size * mesh.shape["data"], *image_size, 3)
+        shape = (batch_size * sharding.batch_shards(mesh), *image_size, 3)
         windows = None
         try:
             windows = _windows(predict, params, shape, mesh, seconds)
