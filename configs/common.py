@@ -139,10 +139,9 @@ def base() -> ConfigDict:
         keep_best=True,  # the best by validation accuracy (of the average, if any), in RUN/best
     )
     config.tensorboard = True
-    # A loss or gradient that is not finite: stop, or skip: that update is left out, the step
-    # counts, and after more than max_skipped_steps of them the run stops.
+    # A loss or gradient that is not finite: stop, or skip: that update is left out, the step counts.
     config.nan_policy = "stop"
-    config.max_skipped_steps = 10
+    config.max_skipped_steps = 10  # with skip: more of them stop the run
     # (first, last) step to be profiled, into RUN/profile for xprof and TensorBoard; (): none.
     config.profile_steps = ()
     config.stall_secs = 120  # no step for so long: a line says which process waits for what

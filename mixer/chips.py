@@ -52,6 +52,9 @@ TPUS = {
     "v5p": Chip(95.74 * GIB, 459e12, 459e12, 2765e9, 600e9, 0, 4, 208, 448e9, 1.75e9),
     "v6e": Chip(31.25 * GIB, 918e12, 918e12, 1638e9, 400e9, 0, 4, 180, 720e9),
 }
+# Slices in two dimensions; the others have three [vendor's documentation, recalled].
+FLAT = ("v3", "v5e", "v6e")
+FLAT_SHAPES = [[2, 2], [2, 4], [4, 4], [4, 8], [8, 8], [8, 16], [16, 16], [16, 32], [32, 32]]
 # JAX takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 JAX_SHARE = 0.75
 GPUS = {
@@ -115,7 +118,13 @@ def find(name: str) -> Topology:
         raise UserError(f"--topology={name}: one of {known}.{nearest(kind, TPUS)}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(f"--topology={name}: no shape in chips; {known}")
-    chips = math.prod(map(int, shape.split("x")))
+    sides = [int(side) for side in shape.split("x")]
+    chips = math.prod(sides)
+    if kind in FLAT and sides not in FLAT_SHAPES:
+        shapes = ", ".join("x".join(map(str, each)) for each in FLAT_SHAPES)
+        raise UserError(f"--topology={name}: {kind} comes as {shapes}")
+    if kind not in FLAT and len(sides) != 3:
+        raise UserError(f"--topology={name}: {kind} has three dimensions, as {kind}:4x4x4")
     return Topology(name, kind, TPUS[kind], False, chips * (2 if kind == "v3" else 1))
 
 
@@ -129,9 +138,8 @@ def tpu_devices(topology: Topology) -> list:
         import libtpu  # noqa: F401  (the compiler; JAX finds it)
     except ImportError:
         raise UserError(
-            f"--topology={topology.name} needs the TPU's compiler, libtpu, on this machine too; to "
-            "install it: pip install 'mlp-mixer-jax[plan]' or, in the project's directory, "
-            "pip install -e '.[plan]'"
+            f"--topology={topology.name} needs the TPU's compiler, libtpu, on this machine too; in "
+            "the project's directory: pip install -e '.[plan]'"
         ) from None
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies

@@ -65,6 +65,8 @@ class Terminal:
             f"{metrics['perf/images_per_second']:,.0f} images/s  "
             f"data wait {metrics['perf/data_wait_share']:.1%}  {memory()}"
         )
+        if metrics.get("train/skipped_steps"):
+            status += f"  skipped {metrics['train/skipped_steps']:.0f}"
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
         else:
@@ -81,6 +83,14 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def size(num_bytes: float) -> str:
+    """Such as 2.1 kB, 76.4 MB or 1.85 GB."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if num_bytes >= 10**power:
+            return f"{num_bytes / 10**power:,.{2 if power == 9 else 1}f} {unit}"
+    return f"{num_bytes:.0f} B"
 
 
 def memory() -> str:

@@ -29,6 +29,7 @@ from etils import epath
 from mixer.errors import UserError, first_line
 
 JOIN_SECS = 300.0  # for all processes to come: the hosts of a pod start minutes apart
+TELL_SECS = 20.0  # between lines that say for whom a process waits
 TALK_SECS = 3600.0  # at a barrier, where one may still prepare data; `watch` finds the dead sooner
 SHARE_SECS = 15.0  # until all hosts see a new file: caches of network file systems
 BEAT_SECS = 2.0  # between signs of life
@@ -185,6 +186,9 @@ def _receive(port: int, num_processes: int) -> None:
     problem = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
+        stack.enter_context(
+            _telling(lambda: f"{len(there) + 1} of {num_processes} processes are at port {port}")
+        )
         while len(there) < num_processes - 1 and problem is None:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -220,6 +224,24 @@ def _receive(port: int, num_processes: int) -> None:
         raise UserError(problem)
 
 
+@contextlib.contextmanager
+def _telling(line: Callable[[], str]) -> Iterator[None]:
+    """Prints `line()` now and then while the block lasts."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(TELL_SECS):
+            print(f"waiting: {line()}", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def _is_closed(peer: socket.socket) -> bool:
     """Whether the other side is gone, as a process is that was restarted."""
     try:
@@ -232,17 +254,18 @@ def _report(address: tuple[str, int], num_processes: int, process_id: int) -> No
     """The other processes' side: says who is here, and waits for the answer."""
     where = "--coordinator_address={}:{}".format(*address)
     deadline = time.monotonic() + JOIN_SECS
-    while True:
-        try:
-            peer = socket.create_connection(address, timeout=5)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{where}: process 0 did not answer in {JOIN_SECS:.0f} s "
-                    f"({error.strerror or error})"
-                ) from None
-            time.sleep(0.2)
+    with _telling(lambda: f"process {process_id} waits for process 0, {where}"):
+        while True:
+            try:
+                peer = socket.create_connection(address, timeout=5)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{where}: process 0 did not answer in {JOIN_SECS:.0f} s "
+                        f"({error.strerror or error})"
+                    ) from None
+                time.sleep(0.2)
     hello = dict(process=process_id, processes=num_processes, host=socket.gethostname())
     with peer:
         peer.settimeout(JOIN_SECS + 10)
@@ -384,7 +407,7 @@ class Watch:
 
         Args:
           step: the step that is worked on, or for `QUIET` matters the last one done.
-          doing: "waiting for data", "computing" or one of QUIET.
+          doing: "waiting for data", "computing", one of QUIET, or "leaving", where nothing is due.
         """
         now = self._clock()
         if (step, doing) == (self._step, self._doing):
@@ -405,7 +428,13 @@ class Watch:
             # Where this process fails too, its main thread tells its own reason.
             if failure is not None and not self._leaving.wait(1):
                 self.end(failure)
-        if state().process_id == 0 and self._alarm and now - self._progress >= self._alarm:
+        quiet = self._doing == "leaving"
+        if (
+            state().process_id == 0
+            and self._alarm
+            and not quiet
+            and now - self._progress >= self._alarm
+        ):
             self._alarm *= 2
             self._tell(stall_line(now - self._progress, self._states(now)))
 
@@ -497,6 +526,10 @@ class Watch:
         """What each process does, by process."""
         if state().num_processes > 1:
             rows = _rows("mixer/beat")
+            for process, row in rows.items():
+                _, heard = self._heard.get(process, (None, now))
+                if now - heard > 4 * BEAT_SECS:  # what it said last holds no more
+                    row.update(doing="silent", secs=now - heard)
             return [dict(process=process, **rows[process]) for process in sorted(rows)]
         return [dict(process=0, step=self._step, doing=self._doing, secs=now - self._since)]
 
@@ -555,7 +588,8 @@ def stall_line(seconds: float, states: Sequence[Mapping[str, Any]]) -> str:
     # The run goes at the pace of the last process; of the last, one without data is the cause.
     last = min(row["step"] for row in states)
     behind = [row for row in states if row["step"] == last]
-    blamed = [row for row in behind if row["doing"] == "waiting for data"] or behind
+    blamed = [row for row in states if row["doing"] == "silent"]
+    blamed = blamed or [row for row in behind if row["doing"] == "waiting for data"] or behind
     if len(blamed) == len(states):
         if own["doing"] in QUIET:
             return line

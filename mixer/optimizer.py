@@ -228,6 +228,8 @@ def make_optimizer(
             raise UserError(
                 f"optimizer.{key}={value!r}; one of {', '.join(known)}.{nearest(value, known)}"
             )
+    if name == "sgd" and variance_dtype != "float32":
+        raise UserError(f"optimizer.variance_dtype={variance_dtype!r} is for adamw; sgd has none")
     for key, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
             raise UserError(f"optimizer.{key} is {value}; it must be in [0, 1)")

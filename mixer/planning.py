@@ -667,10 +667,18 @@ def search(subject: Subject, say: Callable[[str], None]) -> list[Step]:
 def advice(subject: Subject, step: Step) -> str:
     """What to change where a step does not fit: the best that should, by the estimate."""
     ratio = step.memory / estimate_step(subject, step.settings).memory
-    for other in candidates(subject):
+    own = (step.settings.data, step.settings.fsdp, step.settings.tensor)
+    narrower = ""
+    if subject.topology.is_gpu and subject.model.dtype == "float32":
+        narrower = "--config.model.dtype=bfloat16 halves activations and time; or "
+    # The mesh that was asked for, with less in memory, before another one.
+    for other in sorted(
+        candidates(subject),
+        key=lambda s: (s.settings.data, s.settings.fsdp, s.settings.tensor) != own,
+    ):
         if other.memory * ratio <= subject.topology.chip.memory and other.settings != step.settings:
             return (
-                f"should fit, at {other.memory * ratio / chips.GIB:.1f} GiB (estimated): "
+                f"{narrower}should fit, at {other.memory * ratio / chips.GIB:.1f} GiB (estimated): "
                 f"{other.settings.overrides}"
             )
     return "no mesh, rematerialisation or accumulation should make it fit: take more devices"
@@ -797,8 +805,7 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
         over = (step.memory - chip.memory) / gib
         rows.append(("fits", f"NO: {verdict}, {over:.2f} too many ({parts})"))
         rows.append(("to change", advice(subject, step)))
-        if step.compiled:
-            rows.append(("", "what follows is estimated: the program was not compiled to its end"))
+        rows.append(("", "what follows is an estimate, and would hold if it fitted"))
     extra = step.flops / of_step["model_flops"] - 1
     rows.append(
         (
@@ -835,8 +842,8 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
     rows.append(
         (
             "whole run",
-            f"{plan['hours']:,.2f} hours, {plan['device_hours']:,.0f} device-hours (evaluation "
-            f"{plan['evaluation_seconds'] / 3600:,.2f} hours of it)",
+            f"{plan['hours']:,.3g} hours, {plan['device_hours']:,.4g} device-hours (evaluation "
+            f"{console.duration(plan['evaluation_seconds'])} of it, as min:s)",
         )
     )
     saved = plan["checkpoint"]
@@ -848,6 +855,7 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
             f"{_short(WRITE_RATE, 'B/s')} (assumed); {_short(saved['kept_bytes'], 'B')} are kept",
         )
     )
+    fed = plan["images_per_second"] * host["cores_there"] / max(host["cores_needed"], 1e-9)
     rows.append(
         (
             "each host reads",
@@ -855,7 +863,7 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
             f"{_short(host['read_bytes_per_second'], 'B/s')} of files, sends "
             f"{_short(host['send_bytes_per_second'], 'B/s')} to its devices; about "
             f"{host['cores_needed']:,.0f} of its {host['cores_there']} cores prepare them"
-            + ": TOO MANY, the input will be slower"
+            + f": TOO MANY, the input gives {fed:,.0f} images/s in all"
             * (host["cores_needed"] > host["cores_there"]),
         )
     )

@@ -374,6 +374,25 @@ def check_same_config(workdir: epath.Path, old: dict[str, Any], new: ConfigDict)
         )
 
 
+def check_same_everywhere(mine: dict[str, Any], what: str) -> None:
+    """Raises UserError where a process has other values than process 0, which it names.
+
+    Where the data lies may differ from host to host; the data may not.
+    """
+    theirs = distributed.broadcast(mine)
+    theirs, mine = (dict(_flatten(each)) for each in (theirs, mine))
+    other = [
+        f"{key}: {theirs.get(key)!r} -> {mine.get(key)!r}"
+        for key in sorted(theirs.keys() | mine.keys())
+        if theirs.get(key) != mine.get(key)
+        and key not in ("dataset.data_dir", "dataset.label_file")
+    ]
+    if other:
+        raise UserError(
+            f"{distributed.process_name()} has other {what} than process 0: {'; '.join(other)}"
+        )
+
+
 def check_same_data(workdir: epath.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises UserError where the training data is not what the run was begun with."""
     old, new = old["splits"]["train"], new["splits"]["train"]

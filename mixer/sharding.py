@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mixer import console
 from mixer.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor")
@@ -164,23 +165,36 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
 
 
 def describe_rules(mesh: Mesh, params: Any) -> list[str]:
-    """A line for each rule that decides for a parameter: how many, how split, bytes per device."""
+    """A line for each rule that decides for a parameter: how many, how split, bytes per device.
+
+    The first heads the others, and has the sum.
+    """
     found: dict[int, list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = _name(path)
         spec = NamedSharding(mesh, _spec(name, len(leaf.shape)))
         num_bytes = math.prod(spec.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         found.setdefault(_rule(name), []).append(num_bytes)
+    total = sum(map(sum, found.values()))
     return [
-        f"{RULES[number][0]}: {_described(RULES[number][1])}, {len(sizes)} array(s), "
-        f"{sum(sizes) / 1e6:,.1f} MB a device"
-        for number, sizes in sorted(found.items())
+        f"parameters by name, what each dimension is split over, and a device's share of "
+        f"{console.size(total)}:",
+        *(
+            f"  {RULES[number][0] if RULES[number][1] else 'all others'}: "
+            f"{_described(mesh, RULES[number][1])}, {len(sizes)} array(s), "
+            f"{console.size(sum(sizes))}"
+            for number, sizes in sorted(found.items())
+        ),
     ]
 
 
-def _described(axes: tuple) -> str:
-    names = ["*".join(each) if isinstance(each, tuple) else each or "-" for each in axes]
-    return f"({', '.join(names)})" if names else "whole"
+def _described(mesh: Mesh, axes: tuple) -> str:
+    """Such as (-, tensor * fsdp); axes of size 1 split nothing."""
+    names = []
+    for each in axes:
+        several = each if isinstance(each, tuple) else (each,)
+        names.append(" * ".join(axis for axis in several if axis and mesh.shape[axis] > 1) or "-")
+    return f"({', '.join(names)})" if any(name != "-" for name in names) else "whole"
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -66,7 +66,10 @@ def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False
             ) as checkpoints,
             checkpoint.Checkpoints(path / "best", keep_last=1) as best,
         ):
-            _train(config, path, allow_config_change, watch, caught, checkpoints, best)
+            try:
+                _train(config, path, allow_config_change, watch, caught, checkpoints, best)
+            finally:
+                watch.beat(0, "leaving")
 
 
 def _train(
@@ -100,6 +103,8 @@ def _train(
     found = None if old_config else run.find_initial(config)
     run.resolve_model(config, found, old_config)
     run.resolve_permutation(config)
+
+    run.check_same_everywhere(config.to_dict() | checkpoint.versions(), "settings and versions")
 
     # The data is opened by a thread: importing TensorFlow takes seconds, in which the model's
     # first program is compiled, where the config says how many classes there are.
@@ -181,6 +186,8 @@ def _train(
         raise UserError(
             f"{workdir} has reached step {start_step}, beyond total_steps={config.total_steps}"
         )
+    fingerprints = {which: split["fingerprint"] for which, split in data["splits"].items()}
+    run.check_same_everywhere(fingerprints, "data")
     distributed.barrier("reading of the run")
     run.write_json(workdir / "config.json", config.to_dict())
     run.write_json(workdir / "data.json", data)
@@ -569,11 +576,11 @@ def _memory_line(abstract: train_state.TrainState, train_step: Any) -> str:
     """What the state and the compiled step take of each device's memory."""
     params = sharding.bytes_per_device((abstract.params, abstract.ema_params))
     moments = sharding.bytes_per_device(abstract.opt_state)
-    line = f"memory a device: parameters {params / 1e6:,.1f} MB, optimizer {moments / 1e6:,.1f} MB"
+    line = f"memory a device: parameters {console.size(params)}, optimizer {console.size(moments)}"
     analysis = train_step.memory_analysis()
     if analysis is None:  # not every backend has it
         return line
-    return f"{line}, gradients and activations {analysis.temp_size_in_bytes / 1e6:,.1f} MB"
+    return f"{line}, gradients and activations {console.size(analysis.temp_size_in_bytes)}"
 
 
 def _say(line: str) -> None:
@@ -611,7 +618,7 @@ def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
     say(f"devices: {jax.device_count()} x {kind}{processes} (mesh: {shape})")
     if mesh.shape["data"] < mesh.size:
         for line in sharding.describe_rules(mesh, abstract.params):
-            say(f"  {line}")
+            say(line)
     for line in optimizer.describe_multipliers(abstract.params, config.optimizer.lr_multipliers):
         say(line)
 

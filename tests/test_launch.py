@@ -137,7 +137,7 @@ echo "$*" >> log
 echo "$3 $4" >> verbs
 case "$3 $4" in
   "queued-resources create") echo ACTIVE > state; mkdir -p w0 w1 ;;
-  "queued-resources describe") cat state ;;
+  "queued-resources describe") cat state 2> /dev/null || { echo "NOT_FOUND: $5" >&2; exit 1; } ;;
   "queued-resources delete")
     for pid in w*/mixer.pid; do kill -KILL -- "-$(cat "$pid")"; done 2> /dev/null
     rm -rf w0 w1 state ;;

@@ -100,10 +100,10 @@ def test_signal_on_any_process_stops_all_and_another_machine_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_process_that_fails_ends_the_run_with_its_reason(tmp_path):
-    """One process cannot build its config's model; the others are on their way to the mesh."""
+def test_process_with_other_settings_ends_the_run_with_its_reason(tmp_path):
+    """Whichever finds out first tells the others, who are on their way to a collective."""
     address = multihost.free_address()
-    flags = [("--config.model.patch_size=3",), ()]
+    flags = [(), ("--config.optimizer.peak_lr=0.2", "--config.seed=3")]
     started = [
         multihost.start_one(
             address, 2, index, *TRAIN, *flags[index], f"--workdir={tmp_path / 'run'}"
@@ -111,8 +111,9 @@ def test_process_that_fails_ends_the_run_with_its_reason(tmp_path):
         for index in range(2)
     ]
     (code, out), (other_code, other_out) = multihost.finish(started, 120)
-    assert code == 2 and "the patch size 3 does not divide 8" in out
-    assert other_code == 1 and "process 0" in other_out and "patch size 3" in other_out
+    assert other_code == 2 and "has other settings and versions than process 0" in other_out
+    assert "optimizer.peak_lr: 0.1 -> 0.2; seed: 0 -> 3" in other_out
+    assert code == 1 and "process 1" in out and "seed: 0 -> 3" in out
     assert "Traceback" not in out + other_out
 
 

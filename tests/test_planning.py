@@ -413,4 +413,4 @@ def test_program_that_does_not_fit_a_tpu(tpu):
 
 def test_batch_that_no_mesh_divides_is_one_line():
     with pytest.raises(UserError, match="global_batch_size=4096: no mesh of 24 devices divides it"):
-        planning.candidates(_subject("gpu:24xH100"))
+        planning.candidates(subject_of(large(), "gpu:24xH100"))

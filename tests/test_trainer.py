@@ -308,7 +308,7 @@ def test_run_of_earlier_code_and_other_moments_are_continued(tmp_path):
         checkpointer.save(directory, old)
     config = tiny_config(total_steps=8, nan_policy="skip")
     config.optimizer.update(momentum_dtype="bfloat16", variance_dtype="bfloat16")
-    with pytest.raises(UserError, match="optimizer.momentum_dtype.*--allow_config_change"):
+    with pytest.raises(UserError, match=r"optimizer.momentum_dtype.*--allow_config_change"):
         trainer.train(config, tmp_path)
     trainer.train(config, tmp_path, allow_config_change=True)
     state = final_state(tmp_path)

@@ -19,7 +19,15 @@ on_workers() { # WORKERS COMMAND
 }
 
 state() {
-  "${queue[@]}" describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>/dev/null || echo NONE
+  local said
+  if said=$("${queue[@]}" describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>&1); then
+    echo "$said"
+  elif [[ "$said" == *NOT_FOUND* ]]; then
+    echo NONE
+  else
+    echo "$said" >&2
+    return 1
+  fi
 }
 
 create() { # [--spot] and what else the command below takes

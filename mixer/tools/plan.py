@@ -6,7 +6,7 @@
   python -m mixer.tools.plan --config=configs/mixer_b16_i1k.py:mode=gpu8 --topology=gpu:8xH100
 
 Topologies: v3, v4, v5e, v5p and v6e with their shape in chips, for which the run's own update is
-compiled (pip install 'mlp-mixer-jax[plan]'); gpu:COUNTxTYPE (A100, H100, H200), estimated by
+compiled (pip install -e '.[plan]'); gpu:COUNTxTYPE (A100, H100, H200), estimated by
 arithmetic. No data and no accelerator is needed. docs/plan.md explains every line.
 """
 
