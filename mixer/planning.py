@@ -121,6 +121,7 @@ class Step:
       schedule: seconds that the TPU's compiler expects of the kernels one after the other, without
         communication; 0 where it does not say.
       compile_seconds: 0 where it is not compiled.
+      unknown_loops: how many loops of the program are counted as if they ran once.
     """
 
     settings: Settings
@@ -137,6 +138,7 @@ class Step:
     limit: str
     schedule: float = 0.0
     compile_seconds: float = 0.0
+    unknown_loops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,7 +434,13 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
         schedule=counts.cycles / clock if clock else 0.0,
     )
     # The compiler has found a place for everything.
-    return dataclasses.replace(step, compiled=True, fits=True, compile_seconds=seconds)
+    return dataclasses.replace(
+        step,
+        compiled=True,
+        fits=True,
+        compile_seconds=seconds,
+        unknown_loops=counts.unknown_loops,
+    )
 
 
 def _memory_of_error(text: str) -> float | None:
@@ -806,6 +814,8 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
         rows.append(("fits", f"NO: {verdict}, {over:.2f} too many ({parts})"))
         rows.append(("to change", advice(subject, step)))
         rows.append(("", "what follows is an estimate, and would hold if it fitted"))
+    if step.unknown_loops:
+        rows.append(("", f"{step.unknown_loops} loop(s) of unknown length are counted once"))
     extra = step.flops / of_step["model_flops"] - 1
     rows.append(
         (

@@ -189,6 +189,7 @@ def test_command_gives_what_the_schedule_gave(copied):
     assert after["step"] == 12 and after["splits"]["val"] == before["splits"]["val"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_schedule_that_was_missed_is_made_up(copied, tfds_dir):
     file, before = copied / "metrics.jsonl", _evaluations(copied)
     rows = [json.loads(row) for row in file.read_text().splitlines()]
@@ -367,6 +368,7 @@ def test_a_file_is_evaluated_as_the_run_it_is_from(copied, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_fewshot_and_throughput_of_a_run(copied, capsys, monkeypatch):
     measure = report.throughput.measure
     monkeypatch.setattr(
@@ -418,6 +420,7 @@ def test_unknown_suites_and_files_without_data_are_refused(copied, tmp_path):
         report.evaluate(opened, suite=["digits"])
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_command_lines(copied, tmp_path):
     done = run_python("evaluate.py", f"--workdir={copied}", "--suite=digits")

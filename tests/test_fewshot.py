@@ -314,9 +314,8 @@ WORKER = """
 import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
-from jax.sharding import AxisType, Mesh
 from helpers import tiny_config
-from mixer import losses, run, train_state
+from mixer import losses, run, sharding, train_state
 from mixer.evaluation import classification, fewshot
 from mixer.train_step import make_predict
 
@@ -335,7 +334,8 @@ test = test.select(np.arange(201))
 step = classification.make_eval_step(make_predict(model), losses.make_loss("softmax"), 10)
 results = []
 for count in counts:
-    mesh = Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+    axes = {"data": -1, "fsdp": 4 if count == 8 else 1}
+    mesh = sharding.make_mesh(axes, jax.devices()[:count])
     options = dict(global_batch_size=16, mesh=mesh, prefetch_batches=2)
     rng = np.random.default_rng(0)
     params = jax.tree.map(

@@ -315,7 +315,7 @@ def workdir(tmp_path_factory):
     config.model.num_classes = 3
     run.resolve_model(config, None, None)
     run.write_json(workdir / "config.json", config.to_dict())
-    run.write_json(workdir / "data.json", run.data_record(splits))
+    run.write_json(workdir / "data.json", run.data_record(splits, 1))
     model = run.build_model(config)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3))

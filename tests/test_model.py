@@ -193,7 +193,7 @@ def _loss_and_gradient(model, params, images):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("rescale", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_remat_and_scan_change_no_number_and_no_name(rescale):
     fields = dict(patch_size=4, hidden_dim=8, num_blocks=3, tokens_mlp_dim=6, channels_mlp_dim=12)
     fields |= dict(num_classes=5, stoch_depth=0.5, stoch_depth_rescale=rescale, dropout=0.2)

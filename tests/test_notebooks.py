@@ -76,6 +76,7 @@ def _check_fine_tuned(place, difference, right, curve, steps):
     assert card["image_size"] == [16, 16] and card["tokens_mlp_dim"] == 4 * 32
 
 
+@pytest.mark.slow
 def test_fine_tune_cut_short(place):
     shorter = {"STEPS, BATCH = 200, 32": "STEPS, BATCH = 40, 32"}
     shorter |= {"(TRAIN, 10, rng)": "(TRAIN, 3, rng)", "(TEST, 5, rng)": "(TEST, 2, rng)"}

@@ -295,6 +295,7 @@ def test_mistakes_are_named(loaded, pictures):
             _predict(loaded, pictures[0], **options)
 
 
+@pytest.mark.slow
 def test_a_runs_own_preprocessing_and_class_names(tmp_path):
     """A run that learned to tell two colours names them in new pictures of another size."""
     rng = np.random.default_rng(0)

@@ -139,7 +139,7 @@ def _run(steps=3, *, optimizer_changes=None, model_changes=None, **changes):
     return states, metrics
 
 
-@pytest.mark.parametrize("sam_rho", [0.0, 0.1])
+@pytest.mark.parametrize("sam_rho", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_accumulation_gives_the_update_of_the_whole_batch(sam_rho):
     """With mixing, masks and momentum: 12 images at once, or in 3 parts."""
     whole, metrics = _run(sam_rho=sam_rho)

@@ -63,7 +63,15 @@ def test_metrics_of_every_log_step_are_recorded(whole):
     assert [row["step"] for row in rows if "test/top1" in row] == [12]
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
+@pytest.mark.parametrize(
+    "stop_at",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(4, marks=pytest.mark.slow),
+        5,
+        pytest.param(11, marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_and_continued_run_is_the_same_bit_for_bit(
     tmp_path, tfds_dir, whole, stop_at, monkeypatch
 ):
@@ -150,6 +158,7 @@ def _tensorboard(workdir):
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_is_a_copy_of_the_record_without_what_was_cut(tmp_path):
     config = tiny_config(tensorboard=True, checkpoint__every_steps=8)
     trainer.train(config, tmp_path)
@@ -169,6 +178,7 @@ def test_finished_run_says_so_and_evaluates(whole, tfds_dir, capsys):
     assert_same_bits(final_state(whole), before)
 
 
+@pytest.mark.slow
 def test_finished_run_can_be_extended(tmp_path, tfds_dir, capsys):
     trainer.train(tiny_config(total_steps=4), tmp_path)
     trainer.train(tiny_config(total_steps=8), tmp_path)
@@ -212,6 +222,7 @@ def _short_run(tmp_path_factory):
     return _SHORT["path"]
 
 
+@pytest.mark.slow
 def test_longer_unfinished_run_is_refused_and_allowed_on_request(tmp_path_factory, tmp_path):
     shutil.copytree(_short_run(tmp_path_factory), tmp_path, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"total_steps: 8 -> 12"):
@@ -245,6 +256,7 @@ def test_best_checkpoint_is_kept(tmp_path):
     assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
 
 
+@pytest.mark.slow
 def test_new_run_starts_from_another_runs_weights(whole, tfds_dir, tmp_path):
     config = tiny_config(tfds_dir, init_from=str(whole), optimizer__peak_lr=0.0, total_steps=2)
     config.schedule.warmup_steps = 0
@@ -255,6 +267,7 @@ def test_new_run_starts_from_another_runs_weights(whole, tfds_dir, tmp_path):
         trainer.train(config, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_lengths_in_epochs_and_examples(tmp_path):
     """2,048 synthetic images, batch 16: 128 steps an epoch."""
     config = tiny_config(total_steps=None, total_epochs=0.0625, eval_every_steps=None)
@@ -498,7 +511,10 @@ def test_killed_at_any_moment_ends_the_same_bit_for_bit(tmp_path, tfds_dir, whol
     assert _metrics(tmp_path) == _metrics(whole_command[0])
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_signal_saves_says_so_and_exits_with_its_code(
     tmp_path, tfds_dir, whole_command, signum, code
 ):
