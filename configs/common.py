@@ -139,7 +139,7 @@ def base() -> ConfigDict:
         keep_best=True,  # the best by validation accuracy (of the average, if any), in RUN/best
     )
     config.tensorboard = True
-    # A loss or gradient that is not finite: stop, or skip: that update is left out, the step counts.
+    # A loss or gradient that is not finite: stop, or skip (no update, the step counts).
     config.nan_policy = "stop"
     config.max_skipped_steps = 10  # with skip: more of them stop the run
     # (first, last) step to be profiled, into RUN/profile for xprof and TensorBoard; (): none.
