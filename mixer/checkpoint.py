@@ -63,7 +63,7 @@ class Checkpoints:
         versions()  # now: the files may change under a run that lasts
 
     def _open(self) -> ocp.CheckpointManager:
-        handlers = {"state": ocp.StandardCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
+        handlers = {"state": _telling_handler(), "info": ocp.JsonCheckpointHandler()}
         with _quiet():
             return ocp.CheckpointManager(
                 _absolute(self.directory), options=self._options, item_handlers=handlers
@@ -249,6 +249,37 @@ class Checkpoints:
         if begins:
             state = state.replace(skipped=jnp.zeros_like(state.step))
         return state, info
+
+
+def _telling_handler() -> ocp.StandardCheckpointHandler:
+    """Writes states; a write that fails in the background on one of several processes ends all.
+
+    In Orbax each would wait for the others to be done, for minutes, and the reason would be lost.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    save = handler.async_save
+
+    async def async_save(*args: Any, **kwargs: Any) -> list[_Write]:
+        return [_Write(each) for each in await save(*args, **kwargs) or ()]
+
+    handler.async_save = async_save
+    return handler
+
+
+class _Write:
+    """One of Orbax's futures, which tells its fault before it raises it."""
+
+    def __init__(self, written: Any):
+        self._written = written
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits for the write."""
+        try:
+            return self._written.result(timeout)
+        except Exception as error:
+            fault = f"a checkpoint could not be written: {_reason(error)}"
+            distributed.abort(CheckpointError(fault))
+            raise
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ LEAVE_SECS = 10.0  # for the others to read why a run ends
 # What takes its time without being a stall.
 QUIET = ("starting", "compiling", "evaluating", "saving")
 
+_watches: list["Watch"] = []  # the one that stands around the run
 _counts: dict[str, Iterator[int]] = {}
 
 
@@ -553,6 +554,7 @@ def watch(
       clock: seconds, as time.monotonic.
     """
     watching = Watch(stall_secs=stall_secs, tell=tell, clock=clock)
+    _watches[:] = [watching]
     with _naming_lost_coordinator():
         watching.start()
         try:
@@ -567,6 +569,18 @@ def watch(
             raise
         finally:
             watching.stop()
+
+
+def abort(error: BaseException) -> None:
+    """Ends all of several processes because of `error`, from a thread of this one.
+
+    For what the main thread does not hear of, because it waits for the others.
+    """
+    if state().num_processes == 1 or not _watches:
+        return
+    _watches[0].fail(error)
+    _write(str(error))
+    _leave(_exit_code(error))
 
 
 def stall_line(seconds: float, states: Sequence[Mapping[str, Any]]) -> str:
