@@ -368,7 +368,7 @@ def tpu(monkeypatch):
     [
         {},
         dict(model__scan_blocks=True, model__remat="full", mesh__fsdp=2, mesh__tensor=2),
-        dict(optimizer__accumulate_steps=2, mesh__fsdp=4),
+        dict(optimizer__accumulate_steps=2),
     ],
     ids=["data", "fsdp and tensor", "accumulation"],
 )
