@@ -75,8 +75,6 @@ def main(argv: list[str]) -> None:
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
     launch.join()
-    import jax
-
     from mixer import distributed
     from mixer.evaluation import report
 
@@ -84,17 +82,18 @@ def main(argv: list[str]) -> None:
         batch_sizes = [int(each) for each in BATCH_SIZES.value]
     except ValueError:
         raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: whole numbers") from None
-    if tuned and jax.process_count() > 1:
+    if tuned and distributed.state().num_processes > 1:
         raise cli.UserError(
             f"--suite={tuned[0]} fine-tunes on the devices of one host: one process"
         )
     if VARIANTS.value:
-        report.measure_variants(
-            VARIANTS.value,
-            batch_sizes=batch_sizes,
-            image_size=224,
-            output=OUTPUT.value or "runs/throughput",
-        )
+        with distributed.watch():
+            report.measure_variants(
+                VARIANTS.value,
+                batch_sizes=batch_sizes,
+                image_size=224,
+                output=OUTPUT.value or "runs/throughput",
+            )
         return
     several = len(workdirs) + len(paths) > 1
     output = None if several else OUTPUT.value

@@ -85,12 +85,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def size(num_bytes: float) -> str:
-    """Such as 2.1 kB, 76.4 MB or 1.85 GB."""
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if num_bytes >= 10**power:
-            return f"{num_bytes / 10**power:,.{2 if power == 9 else 1}f} {unit}"
-    return f"{num_bytes:.0f} B"
+def short(value: float, unit: str) -> str:
+    """Three figures and a prefix: 75.4 GFLOP, 293 kB, 13.1 ms."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
 
 
 def memory() -> str:

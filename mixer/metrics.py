@@ -122,12 +122,13 @@ class Meter:
         self.seconds_per_step = 0.0
         self._laps: collections.deque[float] = collections.deque(maxlen=100)
         self._lap: tuple[float, float] | None = None  # at its start: the time, and time waited
-        self._waited_ever = 0.0
+        self._waited = 0.0  # for data, ever
         self.start(start_step)
 
     def start(self, step: int) -> None:
         """Starts counting after `step`."""
-        self._step, self._time, self._waited, self._paused = step, time.perf_counter(), 0.0, 0.0
+        self._step, self._time, self._paused = step, time.perf_counter(), 0.0
+        self._waited_before = self._waited
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -135,7 +136,6 @@ class Meter:
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
-        self._waited_ever += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -148,10 +148,10 @@ class Meter:
     def outlier(self) -> str | None:
         """What the step that ends now took, where that is far more than the steps before it did."""
         now, started = time.perf_counter(), self._lap
-        self._lap = now, self._waited_ever
+        self._lap = now, self._waited
         if started is None:
             return None
-        seconds, waited = now - started[0], self._waited_ever - started[1]
+        seconds, waited = now - started[0], self._waited - started[1]
         usual = statistics.median(self._laps) if len(self._laps) >= STEPS_BEFORE else math.inf
         self._laps.append(seconds)
         if seconds < max(OUTLIER * usual, usual + 1):
@@ -166,7 +166,7 @@ class Meter:
         seconds = max(time.perf_counter() - self._time - self._paused, 1e-9)
         self.seconds_per_step = seconds / max(step - self._step, 1)
         rate = max(step - self._step, 1) * self._batch_size / seconds
-        share = min(self._waited / seconds, 1.0)
+        share = min((self._waited - self._waited_before) / seconds, 1.0)
         self.start(step)
         return {
             "perf/images_per_second": rate,

@@ -17,7 +17,8 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
-from mixer import chips, console, hlo, run, sharding, train_state
+from mixer import chips, hlo, run, sharding, train_state
+from mixer.console import duration, short
 from mixer.data import synthetic
 from mixer.errors import UserError
 from mixer.model import REMAT, MlpMixer
@@ -346,13 +347,12 @@ def _abstract_mesh(*sizes: int) -> AbstractMesh:
 
 
 def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
-    shardings = jax.tree.leaves(sharding.state_shardings(mesh, tree))
-    return float(
-        sum(
-            math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, where in zip(jax.tree.leaves(tree), shardings, strict=True)
-        )
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        sharding.state_shardings(mesh, tree),
     )
+    return float(sharding.bytes_per_device(placed))
 
 
 def _abstract_state(config: ConfigDict, mesh: Mesh | AbstractMesh) -> train_state.TrainState:
@@ -820,30 +820,30 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
     rows.append(
         (
             "FLOPs",
-            f"{_short(plan['per_image']['train_flops'], 'FLOP')} an image by the closed form "
-            f"(forward {_short(plan['per_image']['forward_flops'], 'FLOP')}); a device executes "
-            f"{_short(step.flops, 'FLOP')} a step ({extra:+.1%})",
+            f"{short(plan['per_image']['train_flops'], 'FLOP')} an image by the closed form "
+            f"(forward {short(plan['per_image']['forward_flops'], 'FLOP')}); a device executes "
+            f"{short(step.flops, 'FLOP')} a step ({extra:+.1%})",
         )
     )
-    rows.append(("memory traffic", f"{_short(step.bytes, 'B')} a device and step"))
+    rows.append(("memory traffic", f"{short(step.bytes, 'B')} a device and step"))
     for kind, traffic in step.collectives.items():
         count = f"{traffic.count:,} x, " if traffic.count else ""
         rows.append(
             (
                 kind,
-                f"{count}{_short(traffic.payload, 'B')} of arrays, a device sends "
-                f"{_short(traffic.sent, 'B')}",
+                f"{count}{short(traffic.payload, 'B')} of arrays, a device sends "
+                f"{short(traffic.sent, 'B')}",
             )
         )
-    floors = ", ".join(f"{name} {_short(time, 's')}" for name, time in step.floors.items())
+    floors = ", ".join(f"{name} {short(time, 's')}" for name, time in step.floors.items())
     rows.append(("floors of a step", f"{floors}, each at its peak"))
     if step.schedule:
-        schedule = f"{_short(step.schedule, 's')} a step, communication left out"
+        schedule = f"{short(step.schedule, 's')} a step, communication left out"
         rows.append(("compiler's schedule", schedule))
     rows.append(
         (
             "expected",
-            f"{_short(step.seconds, 's')} a step with matmuls at {subject.utilization:.0%} of "
+            f"{short(step.seconds, 's')} a step with matmuls at {subject.utilization:.0%} of "
             f"their peak, limited by {step.limit}: "
             f"{plan['images_per_second']:,.0f} images/s, "
             f"{plan['images_per_second_per_device']:,.0f} a device",
@@ -853,16 +853,16 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
         (
             "whole run",
             f"{plan['hours']:,.3g} hours, {plan['device_hours']:,.4g} device-hours (evaluation "
-            f"{console.duration(plan['evaluation_seconds'])} of it, as min:s)",
+            f"{duration(plan['evaluation_seconds'])} of it, as min:s)",
         )
     )
     saved = plan["checkpoint"]
     rows.append(
         (
             "checkpoint",
-            f"{_short(saved['bytes'], 'B')}, every {console.duration(saved['every_seconds'])}; "
+            f"{short(saved['bytes'], 'B')}, every {duration(saved['every_seconds'])}; "
             f"{saved['write_seconds']:,.0f} s to write beside the training at "
-            f"{_short(WRITE_RATE, 'B/s')} (assumed); {_short(saved['kept_bytes'], 'B')} are kept",
+            f"{short(WRITE_RATE, 'B/s')} (assumed); {short(saved['kept_bytes'], 'B')} are kept",
         )
     )
     fed = plan["images_per_second"] * host["cores_there"] / max(host["cores_needed"], 1e-9)
@@ -870,8 +870,8 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
         (
             "each host reads",
             f"{host['images_per_second']:,.0f} images/s, "
-            f"{_short(host['read_bytes_per_second'], 'B/s')} of files, sends "
-            f"{_short(host['send_bytes_per_second'], 'B/s')} to its devices; about "
+            f"{short(host['read_bytes_per_second'], 'B/s')} of files, sends "
+            f"{short(host['send_bytes_per_second'], 'B/s')} to its devices; about "
             f"{host['cores_needed']:,.0f} of its {host['cores_there']} cores prepare them"
             + f": TOO MANY, the input gives {fed:,.0f} images/s in all"
             * (host["cores_needed"] > host["cores_there"]),
@@ -885,14 +885,6 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
         )
     )
     return rows
-
-
-def _short(value: float, unit: str) -> str:
-    """Three figures and a prefix: 75.4 GFLOP."""
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}{unit}"
-    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
 
 
 def ranking(subject: Subject, steps: list[Step], most: int = 12) -> list[tuple[str, ...]]:

@@ -178,11 +178,11 @@ def describe_rules(mesh: Mesh, params: Any) -> list[str]:
     total = sum(map(sum, found.values()))
     return [
         f"parameters by name, what each dimension is split over, and a device's share of "
-        f"{console.size(total)}:",
+        f"{console.short(total, 'B')}:",
         *(
             f"  {RULES[number][0] if RULES[number][1] else 'all others'}: "
             f"{_described(mesh, RULES[number][1])}, {len(sizes)} array(s), "
-            f"{console.size(sum(sizes))}"
+            f"{console.short(sum(sizes), 'B')}"
             for number, sizes in sorted(found.items())
         ),
     ]

@@ -5,7 +5,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +25,7 @@ from mixer import (
     memory,
     optimizer,
     pictures,
+    profiling,
     run,
     sharding,
     signals,
@@ -394,7 +395,7 @@ def _loop(
             f"profile_steps={tuple(config.profile_steps)}: this start runs steps {start_step + 1} "
             f"to {config.total_steps}"
         )
-    profile = _Profile(config.profile_steps, workdir)
+    profile = profiling.Profile(config.profile_steps, workdir)
     in_flight: collections.deque[jax.Array] = collections.deque()
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -504,45 +505,6 @@ def _check_finite(
     )
 
 
-class _Profile:
-    """The profile of the steps `first` to `last`, each process its own, under RUN/profile."""
-
-    def __init__(self, steps: tuple[int, int] | tuple[()], workdir: epath.Path):
-        self._first, self._last = steps or (0, -1)
-        self._from = None  # the first step that was traced
-        self._directory = workdir / "profile"
-        self._tracing = False
-
-    def step(self, step: int, in_flight: Iterable[jax.Array]) -> contextlib.AbstractContextManager:
-        """Around the dispatch of a step; tracing begins once earlier steps are done."""
-        if not self._first <= step <= self._last:
-            return contextlib.nullcontext()
-        if not self._tracing:
-            jax.block_until_ready(list(in_flight))
-            jax.profiler.start_trace(self._directory)
-            self._tracing, self._from = True, step
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-    def is_due(self, step: int) -> bool:
-        """Whether tracing ends with this step."""
-        return self._tracing and step == self._last
-
-    def end(self, in_flight: Iterable[jax.Array]) -> str:
-        """Ends tracing once the steps are done; returns a line that says where the profile is."""
-        jax.block_until_ready(list(in_flight))
-        self.close()
-        return (
-            f"profile of steps {self._from} to {self._last}: {self._directory} (xprof, or "
-            "TensorBoard with its plugin)"
-        )
-
-    def close(self) -> None:
-        """Ends tracing, also where the run ends before its last step."""
-        if self._tracing:
-            self._tracing = False
-            jax.profiler.stop_trace()
-
-
 @contextlib.contextmanager
 def _directory(workdir: str) -> Iterator[epath.Path]:
     """Makes the run's directory, which all processes have to see, and holds it."""
@@ -576,11 +538,14 @@ def _memory_line(abstract: train_state.TrainState, train_step: Any) -> str:
     """What the state and the compiled step take of each device's memory."""
     params = sharding.bytes_per_device((abstract.params, abstract.ema_params))
     moments = sharding.bytes_per_device(abstract.opt_state)
-    line = f"memory a device: parameters {console.size(params)}, optimizer {console.size(moments)}"
+    line = (
+        f"memory a device: parameters {console.short(params, 'B')}, optimizer "
+        f"{console.short(moments, 'B')}"
+    )
     analysis = train_step.memory_analysis()
     if analysis is None:  # not every backend has it
         return line
-    return f"{line}, gradients and activations {console.size(analysis.temp_size_in_bytes)}"
+    return f"{line}, gradients and activations {console.short(analysis.temp_size_in_bytes, 'B')}"
 
 
 def _say(line: str) -> None:

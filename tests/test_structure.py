@@ -38,6 +38,7 @@ FLOORS = {
     "mixer.hlo": 1,
     "mixer.chips": 1,
     "mixer.memory": 1,
+    "mixer.profiling": 1,
     "mixer.signals": 1,
     "mixer.published": 1,
     "mixer.resolution": 1,
