@@ -15,7 +15,7 @@ test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 test-all: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not tpu_backend and not gpu"
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not tpu_backend and not cuda_backend and not gpu"
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -77,6 +77,13 @@ def base() -> ConfigDict:
         # memory (two groups at a time); smaller sets and folders are shuffled whole.
         shuffle_group_size=16384,
         prefetch_batches=2,  # batches on their way to the device
+        # Small sets: all training images are decoded once, go to the device and stay; order and
+        # augmentation are the same (docs/training.md). auto: up to 512 MiB, an eighth of the
+        # device's memory, and the images that the run draws; on: must be; off: read each epoch.
+        on_device="auto",
+        # Where the images of a stream take their random steps: host, device (what it can), or auto:
+        # device on GPUs, host elsewhere.
+        augment_on="auto",
     )
 
     # On the device, on the global batch, anew in every step.
@@ -146,7 +153,8 @@ def base() -> ConfigDict:
     config.profile_steps = ()
     config.stall_secs = 120  # no step for so long: a line says which process waits for what
     # Where compiled programs are kept for the next start: a directory; auto: RUN/compiled on
-    # accelerators; empty: nowhere. JAX's own variable JAX_COMPILATION_CACHE_DIR goes before it.
+    # accelerators, on a CPU the user's cache directory, shared by all runs; empty: nowhere. JAX's
+    # own variable JAX_COMPILATION_CACHE_DIR goes before it.
     config.compile_cache_dir = "auto"
     return config.lock()  # a config that sets an unknown key is told so
 

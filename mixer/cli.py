@@ -1,27 +1,16 @@
-"""What the entry points share: flags, and how a mistake or a signal ends the program."""
+"""The flags that the entry points share, and the config that they describe."""
 
 import difflib
-import errno
 import importlib.util
 import os
 import re
-import signal
-import sys
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mixer import memory
-
-memory.keep_freed_memory()
-memory.threads_for_simulated_devices()
-# Before TensorFlow or XLA is loaded: their start-up notices are not for the user.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mixer import program
 from mixer.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -30,46 +19,8 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the flags and runs `main(arguments)`; a user's mistake ends in one line, code 2."""
-    name = os.path.basename(sys.argv[0])
-    if name == "__main__.py" or sys.modules["__main__"].__spec__ is not None:
-        name = sys.modules["__main__"].__spec__.name
-    logging.set_verbosity(logging.FATAL)  # what matters is raised, and told in one line
-    signal.signal(signal.SIGINT, _interrupt)
-    try:
-        app.run(main, flags_parser=_parse)
-    except UserError as error:
-        _end(name, str(error), 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
-            raise
-        _end(name, f"{error.strerror}: {error.filename or 'while writing'}", 2)
-    except KeyboardInterrupt:
-        _end(name, "interrupted", 128 + signal.SIGINT)
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        sys.exit(code)
-
-
-def _interrupt(signum: int, frame: types.FrameType | None) -> None:
-    """Raises KeyboardInterrupt, a moment later where it would be lost.
-
-    JAX has a callback in the garbage collector, and what is raised there is printed and forgotten.
-    """
-    while frame is not None:
-        if frame.f_code.co_name == "_xla_gc_callback":
-            signal.signal(signal.SIGALRM, _interrupt)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def _end(name: str, message: str, code: int) -> None:
-    print(f"{name}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    """`program.run` with the flags of a config; a user's mistake ends in one line, code 2."""
+    program.run(main, _parse)
 
 
 def config() -> ConfigDict:

@@ -245,6 +245,8 @@ def _of_one(
     collectives, flops = (), 0.0
     if kind in COLLECTIVES:
         collectives = ((kind, _traffic(kind, instruction, own)),)
+    elif _is_gemm(instruction):
+        flops = _gemm_flops(instruction, own[instruction.operands[0]].arrays[0].dims)
     elif instruction.op in ("dot", "convolution"):
         left, right = (own[name].arrays[0].dims for name in instruction.operands[:2])
         of_kind = _dot_flops if instruction.op == "dot" else _convolution_flops
@@ -256,6 +258,17 @@ def _of_one(
         collectives=collectives,
         cycles=float(cycles[1]) if cycles and not fused else 0.0,
     )
+
+
+def _is_gemm(instruction: _Instruction) -> bool:
+    """Whether it is a matmul that a GPU's library does, perhaps with a bias and more."""
+    return instruction.op == "custom-call" and '"gemm_backend_config"' in instruction.rest
+
+
+def _gemm_flops(gemm: _Instruction, left: tuple[int, ...]) -> float:
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', gemm.rest)[1]
+    sizes = [left[int(dim)] for dim in re.findall(r"\d+", contracted)]
+    return 2.0 * math.prod(gemm.arrays[0].dims) * math.prod(sizes)
 
 
 def _dot_flops(dot: _Instruction, left: tuple[int, ...], _: tuple[int, ...]) -> float:
@@ -325,6 +338,11 @@ def _group_size(rest: str) -> int:
 def _bytes(instruction: _Instruction, own: dict[str, _Instruction], computations: dict) -> float:
     """Main memory that an instruction outside of fusions reads and writes."""
     op = instruction.op
+    if _is_gemm(instruction):
+        # The last array of the result is the library's scratch memory.
+        operands = (own[name].arrays for name in instruction.operands if name in own)
+        arrays = [*instruction.arrays[:-1], *(array for each in operands for array in each)]
+        return float(sum(array.bytes for array in arrays))
     if op in _FREE or op.endswith(("-done", "-update")) or op.removesuffix("-start") in COLLECTIVES:
         return 0.0
     out = sum(array.bytes for array in instruction.arrays if array.in_memory)

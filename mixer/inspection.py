@@ -199,7 +199,7 @@ def activations(
         middle, token, channel = [], [], []
         for i in range(model.num_blocks):
             branches = state["intermediates"][f"MixerBlock_{i}"]
-            update = branches["token_mixing"]["__call__"][0].swapaxes(1, 2)
+            update = branches["token_mixing"]["__call__"][0]
             update = update.astype(jnp.float32).reshape(-1, model.hidden_dim)
             middle.append(jnp.sum((depths[i] + update) ** 2))
             token.append(jnp.sum(update**2))

@@ -5,6 +5,8 @@ import sys
 
 from absl import flags
 
+from mixer import memory
+
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address",
     None,
@@ -19,6 +21,7 @@ def join() -> None:
     """Joins the run's other processes, if any; from then on process 0 alone writes to stdout."""
     from mixer import distributed
 
+    memory.compute_in_the_calling_thread()
     distributed.initialize(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if not distributed.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it is stdout from now on)

@@ -16,21 +16,33 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/k
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed, under Linux and where there is no accelerator.
 
-    XLA there takes its buffers anew from malloc every step.
-    By default glibc hands large freed blocks back to the system, which clears them page by page at
-    the next step: a third of the time of the digits' step (docs/performance.md). It keeps blocks
-    up to 64 MiB only, unless all threads share one arena (MALLOC_ARENA_MAX=1), which speeds larger
-    models up and slows the digits down. Whoever sets one of glibc's own variables has decided for
-    himself, and nothing is done here.
+    XLA there takes its buffers anew from malloc every step. By default glibc hands large freed
+    blocks back to the system, which clears them page by page at the next step: a fifth to a half of
+    a training step's time (docs/performance.md). Whoever sets one of glibc's own variables has
+    decided for himself, and nothing is done here.
     """
-    decided = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if decided or sys.platform != "linux" or any(map(glob.glob, _ACCELERATORS)):
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
+    if _keeps() and mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
         mallopt(_M_TOP_PAD, 256 << 20)
+
+
+def compute_in_the_calling_thread() -> None:
+    """Has JAX's CPU client compute in the thread that calls it; before its first computation.
+
+    glibc keeps blocks above 64 MiB of the thread alone that the program started with; for others
+    it hands them back to the system whatever is set. A CPU gains nothing from being asked ahead.
+    """
+    if _keeps():
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _keeps() -> bool:
+    decided = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    return sys.platform == "linux" and not decided and not any(map(glob.glob, _ACCELERATORS))
 
 
 def threads_for_simulated_devices() -> None:

@@ -145,15 +145,17 @@ class Meter:
         self._paused += time.perf_counter() - start
         self._lap = None  # the step in which it lies is not timed
 
-    def outlier(self) -> str | None:
-        """What the step that ends now took, where that is far more than the steps before it did."""
+    def outlier(self, steps: int = 1) -> str | None:
+        """What the steps that end now took, where that is far more than those before them did."""
         now, started = time.perf_counter(), self._lap
         self._lap = now, self._waited
         if started is None:
             return None
         seconds, waited = now - started[0], self._waited - started[1]
-        usual = statistics.median(self._laps) if len(self._laps) >= STEPS_BEFORE else math.inf
-        self._laps.append(seconds)
+        usual = math.inf
+        if len(self._laps) >= STEPS_BEFORE:
+            usual = steps * statistics.median(self._laps)
+        self._laps.append(seconds / steps)
         if seconds < max(OUTLIER * usual, usual + 1):
             return None
         return (

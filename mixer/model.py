@@ -9,7 +9,9 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from mixer import layers
 from mixer.errors import UserError, nearest
 from mixer.sharding import BATCH, constrain
 
@@ -29,7 +31,7 @@ DTYPES = ("float32", "bfloat16")
 # What the backward pass finds in memory, beside the blocks' inputs; the rest it computes again.
 REMAT = {
     "none": None,  # everything that it needs
-    "dots": jax.checkpoint_policies.dots_saveable,  # the outputs of the matmuls
+    "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # what the matmuls give
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -49,24 +51,37 @@ def _drop(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-class MlpBlock(nn.Module):
-    """Dense, GELU, Dense over the last axis: (..., D) -> (..., D). Paper, equation 1."""
+class Dense(nn.Module):
+    """The parameters of an affine map from `shape[:-1]` to `shape[-1]`, as `nn.Dense` has them."""
 
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Returns kernel and bias, float32."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), self.shape)
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, Dense over one axis of (N, S, C). Paper, equation 1."""
+
+    axis: int
     mlp_dim: int
     gelu: str
     dropout: float
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Applies the MLP; `keys` (N,) draws the dropout masks, None leaves dropout out."""
-        dim = x.shape[-1]
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
-        x = constrain(x, BATCH, None, "tensor")
-        x = nn.gelu(x, approximate=self.gelu == "tanh")
+        dim = x.shape[self.axis]
+        apply = layers.token_dense if self.axis == 1 else layers.dense
+        x = checkpoint_name(apply(x, *Dense((dim, self.mlp_dim), name="Dense_0")()), "dense")
+        x = constrain(x, BATCH, *(("tensor", None) if self.axis == 1 else (None, "tensor")))
+        x = layers.gelu(x, self.gelu)
         if keys is not None:
             x = _drop(x, self.dropout, _fold(keys, 0))
-        x = nn.Dense(dim, dtype=self.dtype)(x)
+        x = checkpoint_name(apply(x, *Dense((self.mlp_dim, dim), name="Dense_1")()), "dense")
         if keys is not None:
             x = _drop(x, self.dropout, _fold(keys, 1))
         return x
@@ -100,7 +115,7 @@ class MixerBlock(nn.Module):
 
         def mlp(name: str, mlp_dim: int, x: jax.Array, branch: int) -> jax.Array:
             branch_keys = None if keys is None or not self.dropout else _fold(keys, branch)
-            return MlpBlock(mlp_dim, self.gelu, self.dropout, self.dtype, name=name)(x, branch_keys)
+            return MlpBlock(1 + branch, mlp_dim, self.gelu, self.dropout, name=name)(x, branch_keys)
 
         def drop_path(x: jax.Array, branch: int) -> jax.Array:
             if keys is None or keep_prob is None:
@@ -112,7 +127,7 @@ class MixerBlock(nn.Module):
             )
 
         y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = mlp("token_mixing", self.tokens_mlp_dim, y.swapaxes(1, 2), 0).swapaxes(1, 2)
+        y = mlp("token_mixing", self.tokens_mlp_dim, y, 0)
         x = constrain(x + drop_path(y, 0), BATCH, None, None)
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y = mlp("channel_mixing", self.channels_mlp_dim, y, 1)
@@ -196,9 +211,9 @@ class MlpMixer(nn.Module):
             return _example_keys(jax.random.fold_in(key, i), example_index) if masked else None
 
         out = {}
-        patch = (self.patch_size, self.patch_size)
-        x = nn.Conv(self.hidden_dim, patch, patch, "VALID", dtype=dtype, name="stem")(images)
-        out["stem"] = x
+        kernel, bias = Dense((self.patch_size, self.patch_size, 3, self.hidden_dim), name="stem")()
+        x = layers.patches(images.astype(dtype), self.patch_size)
+        x = out["stem"] = layers.dense(x, kernel.reshape(-1, self.hidden_dim), bias)
         x = constrain(x.reshape(x.shape[0], -1, x.shape[-1]), BATCH, None, None)
         fields = dict(
             tokens_mlp_dim=self.tokens_mlp_dim,

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
-from mixer import chips, hlo, run, sharding, train_state
+from mixer import augment, chips, hlo, run, sharding, train_state
 from mixer.console import duration, short
-from mixer.data import synthetic
+from mixer.data import resident, synthetic
 from mixer.errors import UserError
+from mixer.flops import forward_flops, layers
 from mixer.model import REMAT, MlpMixer
 from mixer.optimizer import multipliers
 
@@ -49,7 +50,7 @@ SETS = {
 IMAGE_BYTES = 110e3  # of an unknown set: ImageNet's mean
 
 # Images a second that a core of this project's machine prepares (docs/performance.md), with
-# RandAugment and without.
+# RandAugment or AutoAugment on the host and without.
 CORE_RATE = {True: 530, False: 840}
 WRITE_RATE = 200e6  # bytes/s, assumed, of one host to a bucket
 PROCESS_BYTES = 4e9  # assumed: what Python, JAX, TensorFlow and its threads hold
@@ -252,34 +253,7 @@ def split_size(spec: str, splits: dict[str, int]) -> int | None:
     return total
 
 
-# The closed form.
-
-
-def layers(model: MlpMixer, image_size: tuple[int, int]) -> Iterator[tuple[str, float]]:
-    """(name, FLOPs an image takes forward) of each layer with parameters, in their order.
-
-    Multiplications and additions of matmuls: 2 * S * D_in * D_out; norms have none.
-    """
-    tokens = math.prod(image_size) // model.patch_size**2
-    width, across, along = model.hidden_dim, model.tokens_mlp_dim, model.channels_mlp_dim
-    yield "stem", 2.0 * tokens * 3 * model.patch_size**2 * width
-    for i in range(model.num_blocks):
-        for number, (mixing, flops) in enumerate(
-            (
-                ("token_mixing", 2.0 * width * tokens * across),
-                ("channel_mixing", 2.0 * tokens * width * along),
-            )
-        ):
-            yield f"MixerBlock_{i}/LayerNorm_{number}", 0.0
-            yield f"MixerBlock_{i}/{mixing}/Dense_0", flops
-            yield f"MixerBlock_{i}/{mixing}/Dense_1", flops
-    yield "pre_head_layer_norm", 0.0
-    yield "head", 2.0 * width * model.num_classes
-
-
-def forward_flops(model: MlpMixer, image_size: tuple[int, int]) -> float:
-    """FLOPs of the matmuls of one image's prediction: 25.2e9 for B/16 at 224 px."""
-    return sum(flops for _, flops in layers(model, image_size))
+# The closed form, where some parameters may be frozen.
 
 
 def train_flops(subject: Subject) -> float:
@@ -708,7 +682,6 @@ def summary(subject: Subject, step: Step) -> dict[str, Any]:
     hosts, dataset = topology.num_hosts, config.dataset
     pixels = 3 * config.image_size**2
     per_host = rate / hosts
-    augmented = "randaugment" in dataset.train_preprocess
     shuffled = 2 * dataset.shuffle_group_size * subject.image_bytes
     if subject.num_examples is not None:
         shuffled = min(shuffled, subject.num_examples * subject.image_bytes)
@@ -775,10 +748,83 @@ def summary(subject: Subject, step: Step) -> dict[str, Any]:
             "images_per_second": per_host,
             "read_bytes_per_second": per_host * subject.image_bytes,
             "send_bytes_per_second": per_host * pixels,
-            "cores_needed": per_host / CORE_RATE[augmented],
-            "cores_there": chip.host_cores,
+            "input": _input(subject, per_host),
         },
     }
+
+
+def _input(subject: Subject, needed: float) -> dict[str, Any]:
+    """Whether a host's cores prepare as many images a second as its devices take.
+
+    Args:
+      subject: what is planned.
+      needed: images/s of a host.
+
+    Returns:
+      "steps": of the preprocessing that the host takes, the others being the device's.
+      "core_rate": images/s of a core. "cores_needed", "cores_there": of a host.
+      "images_per_second": that a host can prepare. "feeds_devices": for so many.
+      "suffices", and "wait_share": of the time that the devices would wait.
+      "stays_on_device": whether the set is read once instead, so that nothing of this matters.
+    """
+    dataset, topology = subject.config.dataset, subject.topology
+    steps = dataset.train_preprocess
+    on_device = topology.is_gpu if dataset.augment_on == "auto" else dataset.augment_on == "device"
+    stays = dataset.on_device == "on"
+    if steps:
+        parts = augment.split(steps)
+        if dataset.on_device == "auto" and subject.num_examples and not parts.random_on_host:
+            most = max(3 * subject.config.image_size**2, subject.image_bytes)
+            stays = most * subject.num_examples <= resident.AUTO_BYTES
+        if on_device:
+            steps = parts.host
+    core_rate = CORE_RATE["randaugment" in steps or "autoaugment" in steps]
+    cores = topology.chip.host_cores
+    devices = min(topology.num_devices, topology.chip.devices_per_host)
+    share = cores * core_rate / needed
+    return {
+        "steps": steps,
+        "core_rate": core_rate,
+        "cores_needed": needed / core_rate,
+        "cores_there": cores,
+        "images_per_second": float(cores * core_rate),
+        "feeds_devices": share * devices,
+        "devices": devices,
+        "suffices": share >= 1,
+        "wait_share": max(0.0, 1 - share),
+        "stays_on_device": stays,
+    }
+
+
+def _input_rows(subject: Subject, plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines that say whether the input suffices, and what could be done where it does not."""
+    prepared = plan["host"]["input"]
+    if prepared["stays_on_device"]:
+        return [("input suffices", "yes: the images are read once and stay on the devices")]
+    rate = f"{prepared['core_rate']:,} images/s a core"
+    figures = (
+        f"about {prepared['cores_needed']:,.1f} of a host's {prepared['cores_there']} cores "
+        f"prepare them at {rate}; it could feed {prepared['feeds_devices']:,.3g} devices and has "
+        f"{prepared['devices']}"
+    )
+    if prepared["suffices"]:
+        rows = [("input suffices", f"yes: {figures}")]
+    else:
+        total = prepared["images_per_second"] * subject.topology.num_hosts
+        rows = [
+            (
+                "input suffices",
+                f"NO: {figures}. It gives {total:,.0f} images/s in all, and the devices wait "
+                f"{prepared['wait_share']:.0%} of the time",
+            )
+        ]
+        device_steps = augment.split(prepared["steps"]).device if prepared["steps"] else None
+        if device_steps:
+            change = f"--config.dataset.augment_on=device ({device_steps} on the devices)"
+            rows.append(("to change", change))
+    if prepared["steps"] != subject.config.dataset.train_preprocess:
+        rows.append(("", f"the host's steps are {prepared['steps']}, the others the devices'"))
+    return rows
 
 
 def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
@@ -865,18 +911,15 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
             f"{short(WRITE_RATE, 'B/s')} (assumed); {short(saved['kept_bytes'], 'B')} are kept",
         )
     )
-    fed = plan["images_per_second"] * host["cores_there"] / max(host["cores_needed"], 1e-9)
     rows.append(
         (
             "each host reads",
             f"{host['images_per_second']:,.0f} images/s, "
             f"{short(host['read_bytes_per_second'], 'B/s')} of files, sends "
-            f"{short(host['send_bytes_per_second'], 'B/s')} to its devices; about "
-            f"{host['cores_needed']:,.0f} of its {host['cores_there']} cores prepare them"
-            + f": TOO MANY, the input gives {fed:,.0f} images/s in all"
-            * (host["cores_needed"] > host["cores_there"]),
+            f"{short(host['send_bytes_per_second'], 'B/s')} to its devices",
         )
     )
+    rows += _input_rows(subject, plan)
     needs = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in host["memory"].items())
     rows.append(
         (

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.table import Table
 from rich.text import Text
 
-from mixer import files
+from mixer import files, layers
 from mixer.data import folder, imagenet_names
 from mixer.errors import UserError, first_line, nearest
 from mixer.loading import Loaded
@@ -160,16 +161,18 @@ def predict(
             f"{card.source}: how images are to be made {height} x {width} is not known; say it, as "
             f"in --preprocess='{example}'"
         )
-    layers = ("stem", *(f"block_{i}" for i in range(card.num_blocks)), "pre_logits", "logits")
-    if layer is not None and layer not in layers:
+    known = ("stem", *(f"block_{i}" for i in range(card.num_blocks)), "pre_logits", "logits")
+    if layer is not None and layer not in known:
         raise UserError(
             f"--layer={layer}: the model has stem, block_0 to block_{card.num_blocks - 1}, "
-            f"pre_logits and logits.{nearest(layer, layers)}"
+            f"pre_logits and logits.{nearest(layer, known)}"
         )
     read = make_reader(preprocess, card.image_size)
     batch_size = min(batch_size, len(images))
 
-    @jax.jit
+    options = layers.compiler_options(jax.default_backend())
+
+    @functools.partial(jax.jit, compiler_options=options)
     def compute(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:
         logits, out = loaded.model.apply({"params": params}, normalize(pixels))
         # Ordered by the logits: small probabilities may all be 0.

@@ -15,15 +15,15 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import distributed, files, loading, resolution, sharding, weights
-from mixer.data import permutation, pipeline
+from mixer import distributed, files, layers, loading, resolution, sharding, weights
+from mixer.data import permutation, pipeline, resident
 from mixer.errors import UserError
 from mixer.losses import make_loss
 from mixer.mixup import make_mix
 from mixer.model import VARIANTS, MlpMixer, check_image_size, make_model
 from mixer.optimizer import Schedule, make_optimizer, make_schedule
 from mixer.train_state import TrainState
-from mixer.train_step import make_train_step
+from mixer.train_step import make_train_loop, make_train_step
 
 # What may change when a run is continued: it alters neither the parameters nor the data order.
 FREE_KEYS = (
@@ -45,8 +45,11 @@ FREE_KEYS = (
     "dataset.data_dir",
     "dataset.label_file",  # the data's fingerprint is of what it says
     "dataset.prefetch_batches",
+    "dataset.on_device",  # the order and the keys of all images are the same
+    "dataset.augment_on",
 )
 
+AUGMENT_ON = ("auto", "host", "device")
 UNITS = ("steps", "epochs", "examples")
 # What is given in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
@@ -122,8 +125,13 @@ def check_config(config: ConfigDict) -> None:
             f"dataset.permutation={config.dataset.permutation!r} is a step of the preprocessing, "
             "and synthetic data takes none"
         )
-    if config.nan_policy not in ("stop", "skip"):
-        raise UserError(f"nan_policy={config.nan_policy!r}; one of stop, skip")
+    for key, value, known in (
+        ("dataset.on_device", config.dataset.on_device, resident.MODES),
+        ("dataset.augment_on", config.dataset.augment_on, AUGMENT_ON),
+        ("nan_policy", config.nan_policy, ("stop", "skip")),
+    ):
+        if value not in known:
+            raise UserError(f"{key}={value!r}; one of {', '.join(known)}")
     if config.max_skipped_steps < 0:
         raise UserError(f"max_skipped_steps={config.max_skipped_steps}; it must be 0 or more")
     if not 0 <= config.stall_secs < math.inf:
@@ -305,12 +313,30 @@ def jit_train_step(
     abstract: TrainState,
 ) -> Any:
     """The update for the mesh of `abstract`, to be lowered; its first argument is donated."""
+    return _jit(build_train_step(config, model, schedule, tx), abstract)
+
+
+def jit_train_loop(
+    config: ConfigDict,
+    model: MlpMixer,
+    schedule: Schedule,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+    augment: Callable | None,
+) -> Any:
+    """As `jit_train_step`, many updates in one program: `train_step.make_train_loop`."""
+    train_step = build_train_step(config, model, schedule, tx)
+    return _jit(make_train_loop(train_step, seed=config.seed, augment=augment), abstract)
+
+
+def _jit(update: Callable, abstract: TrainState) -> Any:
     mesh = abstract.step.sharding.mesh
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
-        sharding.on_mesh(build_train_step(config, model, schedule, tx), mesh),
+        sharding.on_mesh(update, mesh),
         donate_argnums=0,
         out_shardings=(where, sharding.replicated(mesh)),
+        compiler_options=layers.compiler_options(mesh.devices.flat[0].platform),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mixer import philox
 from mixer.losses import dense_labels
 from mixer.mixup import Mix
 from mixer.model import MlpMixer
@@ -16,6 +17,7 @@ from mixer.sharding import BATCH, constrain, constrain_params
 from mixer.train_state import TrainState
 
 Batch = dict[str, jax.Array]
+Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -36,7 +38,7 @@ def make_train_step(
     sam_rho: float,
     ema_decay: float,
     accumulate_steps: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Update:
     """Returns the update `(state, batch) -> (state, metrics)`, not yet compiled.
 
     The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and labels as `dense_labels`
@@ -147,6 +149,75 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped), metrics
 
     return train_step
+
+
+def make_train_loop(
+    train_step: Update,
+    *,
+    seed: int,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None,
+) -> Callable:
+    """Returns many updates in one program, `(state, examples, order, count) -> (state, metrics)`.
+
+    Batches are drawn from examples that stay on the device. How the updates of a run are cut into
+    calls makes no difference: their number is no part of the program.
+
+    Args:
+      train_step: the update of one batch.
+      seed: of the run; with an example's epoch and number it makes its key.
+      augment: what the images drawn take first, (images, keys (N, 4) uint32) -> images.
+
+    Returns:
+      A function of the state; of `examples`, by name (n, ...), as batches have them, and "number"
+      (n,) uint32 where the images are augmented; of `order`, "epoch" and "place" (M, B) int32:
+      which examples each batch takes; and of `count`, how many of the M updates are made, at least
+      1. The metrics are those of the last.
+    """
+
+    def draw(examples: Batch, epoch: jax.Array, place: jax.Array) -> Batch:
+        batch = {name: values[place] for name, values in examples.items()}
+        if augment is not None:
+            keys = philox.fold_in(philox.make_key(seed, epoch), batch.pop("number"))
+            batch["image"] = augment(batch["image"], keys)
+        return batch
+
+    def train_loop(
+        state: TrainState, examples: Batch, order: Batch, count: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def update(row: jax.Array, carried: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            batch = _apart(draw, count > 0, examples, order["epoch"][row], order["place"][row])
+            batch = {name: constrain(values, BATCH) for name, values in batch.items()}
+            # The update is compiled as it is alone, and nothing of it with what is around it.
+            before = jax.lax.optimization_barrier((carried[0], batch))
+            state, metrics = train_step(*before)
+            del metrics["param_norm"]  # many small kernels, and only the last one's is wanted
+            return jax.lax.optimization_barrier((state, metrics))
+
+        shapes = jax.eval_shape(lambda: update(jnp.int32(0), (state, None))[1])
+        none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        state, metrics = jax.lax.fori_loop(0, count, update, (state, none))
+        return state, {**metrics, "param_norm": optax.tree.norm(state.params)}
+
+    return train_loop
+
+
+def _apart(make: Callable, true: jax.Array, *args: Any) -> Any:
+    """`make(*args)`, no part of which is compiled with what uses it; `true` is, at run time.
+
+    What a compiler joins it may round otherwise: so the numbers are those of a batch that comes
+    from the host.
+    """
+
+    def branch(*args: Any) -> Any:
+        # On a CPU XLA drops barriers before it joins operations; a branch it compiles by itself.
+        none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.cond(true, make, lambda *_: none, *args)
+
+    def barrier(*args: Any) -> Any:
+        return jax.lax.optimization_barrier(make(*args))
+
+    shapes = jax.eval_shape(make, *args)
+    return jax.lax.platform_dependent(*args, cpu=branch, default=barrier)
 
 
 def _follows_step(node: Any) -> bool:

@@ -2,9 +2,11 @@
 
 import collections
 import contextlib
+import dataclasses
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,8 +31,10 @@ from mixer import (
     run,
     sharding,
     signals,
+    stepping,
     train_state,
 )
+from mixer.data import resident
 from mixer.data.steps import pixel_range
 from mixer.errors import UserError, first_line
 from mixer.evaluation import classification, fewshot, suites
@@ -91,7 +95,7 @@ def _train(
 
     _keep_compiled_programs(config.compile_cache_dir, workdir)
     mesh = sharding.make_mesh(config.mesh)
-    data_index, data_count = sharding.data_processes(mesh)
+    _, data_count = sharding.data_processes(mesh)
     eval_batch_size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
     sharding.check_batch_size("eval_batch_size", eval_batch_size, mesh)
@@ -144,8 +148,18 @@ def _train(
                     old_config["schedule"][key] = config.schedule[key]
             run.check_same_config(workdir, old_config, config)
 
-        # The state: restored, or of step 0.
+        # The state: restored, or of step 0. A small set is read meanwhile, which stays on the
+        # device.
         restored = checkpoints.restore_latest(abstract, warn=_warn)
+        start_step = int(restored[0].step) if restored else 0
+        if start_step < config.total_steps:
+            reading = thread.submit(
+                lambda: resident.read(
+                    opening.result().train,
+                    mode=config.dataset.on_device,
+                    num_drawn=config.total_steps * config.global_batch_size,
+                )
+            )
         if restored:
             state, info = restored
             _warn_of_versions(info["versions"])
@@ -172,6 +186,9 @@ def _train(
                         f"dataset.train_preprocess gives them in {list(seen)}"
                     )
         splits = opening.result()
+    if config.dataset.on_device != "off":
+        kept = {key: resident.remember(getattr(splits, key)) for key in ("val", "test")}
+        splits = dataclasses.replace(splits, **kept)
     run.check_classes(config, splits.train.class_names)
     further = suites.open_further(config, splits)
     # The order of a set that is read file by file depends on how many processes began the run.
@@ -182,7 +199,6 @@ def _train(
     data = run.data_record(splits, num_readers)
     if old_data and not allow_config_change:
         run.check_same_data(workdir, old_data, data)
-    start_step = int(state.step)
     if start_step > config.total_steps:
         raise UserError(
             f"{workdir} has reached step {start_step}, beyond total_steps={config.total_steps}"
@@ -307,37 +323,25 @@ def _train(
     if start_step == config.total_steps:
         terminal.line(f"finished already: {workdir} is at step {start_step}")
     else:
-        stream = sharding.prefetch(
-            splits.train.train_batches(
-                start_step=start_step,
-                seed=config.seed,
-                global_batch_size=config.global_batch_size,
-                process_index=data_index,
-                process_count=data_count,
-                num_readers=num_readers,
-            ),
-            lambda batch: sharding.put_batch(batch, mesh),
-            config.dataset.prefetch_batches,
-        )
         # Compiled ahead, so that its time is taken for no step's; the first batches are on their
         # way meanwhile.
         watch.beat(start_step, "compiling")
         started = time.perf_counter()
-        train_step = (
-            run.jit_train_step(config, model, schedule, tx, abstract)
-            .lower(
-                abstract,
-                sharding.abstract_batch(splits.train.example_spec, config.global_batch_size, mesh),
-            )
-            .compile()
+        source, where = stepping.open_source(
+            config,
+            reading.result(),
+            splits.train,
+            start_step=start_step,
+            num_readers=num_readers,
+            update=(model, schedule, tx, abstract),
         )
+        terminal.line(where)
         seconds = time.perf_counter() - started
-        terminal.line(f"{_memory_line(abstract, train_step)}; compiled in {seconds:.1f} s")
+        terminal.line(f"{_memory_line(abstract, source.compiled)}; compiled in {seconds:.1f} s")
         state = _loop(
             config,
             state,
-            train_step,
-            stream,
+            source,
             workdir=workdir,
             epoch_size=splits.train.num_examples,
             watch=watch,
@@ -374,8 +378,7 @@ def _train(
 def _loop(
     config: ConfigDict,
     state: train_state.TrainState,
-    train_step: Callable,
-    stream: Any,
+    source: stepping.Streamed | stepping.Resident,
     *,
     workdir: epath.Path,
     epoch_size: int,
@@ -396,7 +399,7 @@ def _loop(
             f"to {config.total_steps}"
         )
     profile = profiling.Profile(config.profile_steps, workdir)
-    in_flight: collections.deque[jax.Array] = collections.deque()
+    in_flight: collections.deque[tuple[jax.Array, int, float]] = collections.deque()
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def log() -> None:
@@ -414,29 +417,33 @@ def _loop(
         checkpoints.check()
 
     terminal.start()
-    with contextlib.closing(stream), contextlib.closing(terminal), contextlib.closing(profile):
-        for step in range(start_step + 1, config.total_steps + 1):
-            # The batch is a function of (seed, step), and was on its way before it is asked for.
-            watch.beat(step, "waiting for data")
+    step = start_step
+    with contextlib.closing(source), contextlib.closing(terminal), contextlib.closing(profile):
+        while step < config.total_steps:
+            first = step + 1
+            watch.beat(first, "waiting for data")
             with meter.waiting():
-                batch = next(stream)
+                count, update = source.take(step, _next_stop(config, step) - step)
+            step += count
 
-            # Dispatched, not awaited: the device computes while the host goes on, two steps ahead
+            # Dispatched, not awaited: the device computes while the host goes on, two calls ahead
             # at most. A host further ahead would hold more batches and wait for data that the
             # device has no need of yet.
-            watch.beat(step, "computing")
-            with profile.step(step, in_flight):
-                state, metrics = train_step(state, batch)
-            in_flight.append(metrics["loss"])
+            watch.beat(first, "computing")
+            with profile.step(first, in_flight):
+                state, metrics = update(state)
+            in_flight.append((metrics["loss"], count, time.perf_counter()))
             if len(in_flight) > 2:
-                jax.block_until_ready(in_flight.popleft())
+                loss, done, called = in_flight.popleft()
+                jax.block_until_ready(loss)
+                source.took(done, time.perf_counter() - called)
             terminal.step(step)
-            if outlier := meter.outlier():
-                terminal.line(f"step {step} took {outlier}")
+            if outlier := meter.outlier(count):
+                terminal.line(f"{_steps(first, step)} took {outlier}")
             if profile.is_due(step):
                 with meter.paused():
                     terminal.line(profile.end(in_flight))
-            if step == start_step + 1:
+            if first == start_step + 1:
                 jax.block_until_ready(metrics)
                 age = time.time() - psutil.Process().create_time()
                 terminal.line(f"first step done {age:.1f} s after the program's start")
@@ -456,6 +463,7 @@ def _loop(
                 watch.beat(step, "saving")
                 with meter.paused():
                     checkpoints.save(state)
+                in_flight.clear()  # they are done
 
             if not stop and evaluation_is_due(step):
                 log()
@@ -465,6 +473,7 @@ def _loop(
                     if caught.poll():
                         stop = True
                         checkpoints.save(state)
+                in_flight.clear()
 
             if stop:
                 terminal.line(f"{caught.name}: saving step {step}")
@@ -472,6 +481,20 @@ def _loop(
     seconds = console.duration(time.perf_counter() - started)
     terminal.line(f"trained to step {config.total_steps} in {seconds}")
     return state
+
+
+def _next_stop(config: ConfigDict, step: int) -> int:
+    """The next step after which the host has something to do, where no call goes beyond."""
+    every = (config.log_every_steps, config.checkpoint.every_steps, config.eval_every_steps)
+    stops = [(step // steps + 1) * steps for steps in every if steps]
+    if config.profile_steps:
+        first, last = config.profile_steps
+        stops += [end for end in (first - 1, last) if end > step]
+    return min(*stops, config.total_steps)
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {last}" if first == last else f"steps {first} to {last}"
 
 
 def _leave_if_asked(
@@ -528,10 +551,27 @@ def _keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     if directory == "auto":
-        # What XLA compiles for a CPU holds for CPUs of that model alone.
-        directory = "" if jax.default_backend() == "cpu" else os.fspath(workdir / "compiled")
+        here = jax.default_backend() == "cpu"
+        directory = _directory_of_cpu() if here else os.fspath(workdir / "compiled")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2 if here else 1.0)
     compilation_cache.reset_cache()  # an earlier run of this program may have had another
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
+
+
+def _directory_of_cpu() -> str:
+    """Where programs for this kind of CPU are kept, for all runs; empty where that cannot be.
+
+    What XLA compiles for a CPU holds for CPUs of its features alone.
+    """
+    try:
+        with open("/proc/cpuinfo") as file:
+            kind = next(line for line in file if line.startswith(("flags", "Features")))
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        path = os.path.join(root, "mlp_mixer", f"compiled-{zlib.crc32(kind.encode()):08x}")
+        os.makedirs(path, exist_ok=True)
+    except (OSError, StopIteration):  # not Linux, or a home that nobody may write to
+        return ""
+    return path
 
 
 def _memory_line(abstract: train_state.TrainState, train_step: Any) -> str:

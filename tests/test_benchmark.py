@@ -1,24 +1,382 @@
+"""The benchmark's contestants do the same work, and its figures are of what was done."""
+
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
+import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import safetensors.numpy
+from absl.testing import flagsaver
 
-from helpers import run_python
+import mixer
+from helpers import TINY, environment, run_python
+from mixer import flops, memory, program, sharding
+from mixer.benchmarking import agreement, contest, jax_side, report, torch_side
+from mixer.benchmarking import input as pipeline
+from mixer.errors import UserError
+from mixer.model import make_model
+from mixer.tools import benchmark
+
+DIMENSIONS = TINY | dict(num_blocks=1)
+
+# A Python with torch and timm, where this one has none.
+TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
+needs_timm = pytest.mark.skipif(
+    sys.executable == TORCH_PYTHON and importlib.util.find_spec("timm") is None,
+    reason="timm is not installed",
+)
 
 
-@pytest.mark.slow
-def test_data_prints_both_rates_and_memory():
-    program = ["-m", "mixer.tools.benchmark", "data", "--config=configs/mixer_b16_i1k.py"]
-    out = run_python(*program, "--seconds=10", "--batch_size=32").stdout
-    assert re.search(r"1024 photographs of 500 x 375, 1[01]\d kB on average", out)
-    rates = {name: int(rate) for name, rate in re.findall(r"(\w+) +[│|] +(\d+) +[│|] ", out)}
-    assert rates["preprocessing"] > 0 and rates["alone"] > 0
-    assert re.search(r"cores busy while preprocessing: \d.* memory \d", out)
+@pytest.fixture(autouse=True)
+def cache_stays(monkeypatch):
+    """The tool measures compilation; the tests after these share what is compiled."""
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+
+
+def tiny_case(what="train", **values):
+    fields = dict(model="tiny", image_size=16, num_classes=7, batch_size=4, dtype="float32")
+    return contest.Case(**dict(fields, what=what, dimensions=DIMENSIONS, gelu="tanh") | values)
+
+
+def run_tool(*arguments):
+    """`main` in this process."""
+    with flagsaver.flagsaver():
+        benchmark.main(program.parse(["benchmark", *arguments]))
+
+
+def test_ours_is_the_plain_function_of_the_same_parameters(tmp_path, monkeypatch):
+    case = tiny_case()
+    images = jnp.zeros((1, 16, 16, 3))
+    shapes = jax.eval_shape(jax_side.make_plain(case).init, jax.random.key(0), images)["params"]
+    params = jax_side.draw_params(case)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    monkeypatch.setitem(contest.MODELS, "cifar", DIMENSIONS)
+    path = tmp_path / "found.json"
+    run_tool("check", "--models=cifar", "--image_size=16", "--batch_size=4", f"--output={path}")
+    (found,) = json.loads(path.read_text())["agreement"]
+    ours, plain = found["errors"]["ours"], found["errors"]["plain"]
+    assert 0 < ours["gradient"] < 1e-5 and ours["worst"] < 1e-4 and ours["logits"] < 1e-5
+    assert plain["logits"] < 1e-5
+
+
+def test_errors_are_of_the_whole_and_of_the_worst():
+    true = np.ones(4), {"a": np.array([3.0, 0.0]), "b": np.array([0.0, 4.0]), "c": np.zeros(2)}
+    found = np.full(4, 1.5), {"a": np.array([3.0, 3.0]), **{k: true[1][k] for k in "bc"}}
+    assert agreement._errors(found, true) == dict(logits=0.5, gradient=0.6, worst=1.0, name="a")
+    noise = true[0], {**true[1], "c": np.array([0.0, 1e-3])}
+    errors = agreement._errors(noise, true)
+    assert errors["name"] == "c" and errors["worst"] == pytest.approx(0.2)  # of a thousandth of 5
+
+
+@pytest.mark.parametrize("name", ["ours", "plain"])
+def test_a_step_of_training_trains(name):
+    """The loss on the one batch falls, and what is measured is what was run."""
+    program = jax_side.prepare_train(name, tiny_case(), sharding.make_mesh({"data": -1}))
+    first = float(program._call())
+    for _ in range(20 if name == "plain" else 60):  # ours is in its warm-up
+        last = float(program._call())
+    assert last < first
+    assert program.compile_seconds > 0 and program.memory > 10_000
+    steps, seconds = program.run(0.0)
+    assert steps == 1 and seconds > 0
+
+
+def test_inference_gives_logits():
+    logits = {}
+    for name in ("ours", "plain"):
+        case = tiny_case("infer", gelu="erf")
+        program = jax_side.prepare_infer(name, case, sharding.make_mesh({"data": -1}))
+        logits[name] = program._call()
+        assert logits[name].shape == (4 * jax.device_count(), 7)
+    np.testing.assert_allclose(logits["ours"], logits["plain"], atol=1e-4)
+
+
+class Fake:
+    devices, compile_seconds, memory = 2, 1.5, 64
+
+    def __init__(self, log, name, seconds, fails_in=None):
+        self.log, self.name, self.seconds, self.fails_in = log, name, seconds, fails_in
+        self.turns = 0
+
+    def run(self, seconds):
+        self.turns += 1
+        if self.turns == self.fails_in:
+            raise contest.Failed("does not fit into memory")
+        self.log.append(self.name)
+        return 10, 10 * self.seconds * self.turns
+
+    def close(self):
+        self.log.append(f"{self.name} closed")
+
+
+def test_contestants_take_turns_in_rotating_order():
+    log = []
+
+    def cannot():
+        raise contest.Failed("why")
+
+    results = contest.compete(
+        {
+            "a": lambda: Fake(log, "a", 0.5),
+            "b": cannot,
+            "c": lambda: Fake(log, "c", 1.0),
+            "d": lambda: Fake(log, "d", 2.0, fails_in=2),
+        },
+        seconds=1.0,
+        rounds=3,
+    )
+    assert log == [*"acd", *"ca", *"ac", "a closed", "c closed", "d closed"]
+    assert results["b"].failure == "why" and "memory" in results["d"].failure
+    assert results["a"].rounds == [0.5, 1.0, 1.5]
+    assert contest.ratio(results["a"], results["c"]) == dict(median=2, lowest=2, highest=2)
+    assert contest.ratio(results["a"], results["d"]) is None
+    figures = contest.as_json(results["a"], images=8, flops=1e9, limit=16e9)
+    assert figures["images_per_second_per_device"] == dict(median=8, lowest=8 / 1.5, highest=16)
+    assert figures["images_per_second"]["median"] == 16  # two devices
+    assert figures["flops_per_second_per_device"]["median"] == 8e9
+    assert figures["share_of_matmul"] == 0.5
+    assert contest.as_json(results["b"], 8, 1e9, 16e9) == {"failure": "why"}
+
+
+def test_closed_form_of_training():
+    model = make_model(variant="B/16", num_classes=1000)
+    assert flops.forward_flops(model, (224, 224)) == pytest.approx(25.2e9, rel=1e-2)
+    assert flops.train_flops(model, (224, 224)) == pytest.approx(75.4e9, rel=1e-3)
+
+
+def test_matmul_counts_devices():
+    program = jax_side.prepare_matmul((8, 4, 6), "bfloat16")
+    assert program.devices == jax.local_device_count()
+    (product, *_) = program._call()
+    assert product.shape == (8, 6) and product.dtype == jnp.bfloat16
+
+
+def test_what_does_not_fit_is_a_reason(monkeypatch):
+    def refuse(num_bytes, what):
+        raise UserError("too much")
+
+    monkeypatch.setattr(memory, "check_room", refuse)
+    with pytest.raises(contest.Failed, match="too much"):
+        jax_side.prepare_infer("ours", tiny_case("infer"), sharding.make_mesh({"data": -1}))
+
+
+ECHO = """
+import json, sys
+print("noise", file=sys.stderr)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request.get("run") == "dies":
+        sys.exit("out of luck")
+    if request.get("program") == "cannot":
+        print(json.dumps({"failure": "cannot"}), flush=True)
+    elif "prepare" in request:
+        print(json.dumps({"compile_seconds": 3.0}), flush=True)
+    else:
+        print(json.dumps({"steps": 2, "seconds": 0.5, "memory": 9}), flush=True)
+"""
+
+
+def test_child_answers_and_its_end_is_told():
+    child = torch_side.Child([sys.executable, "-c", ECHO])
+    program = torch_side.Program(child, "x", {"program": "matmul"})
+    assert program.run(1.0) == (2, 0.5)
+    assert (program.compile_seconds, program.memory, program.devices) == (3.0, 9, 1)
+    with pytest.raises(contest.Failed, match="cannot"):
+        torch_side.Program(child, "y", {"program": "cannot"})
+    with pytest.raises(contest.Failed, match="ended with code 1: out of luck"):
+        child.ask({"run": "dies"})
+    child.close()
+    assert child._process.returncode == 1
+
+
+@needs_timm
+def test_timm_has_the_same_size_and_runs():
+    versions = torch_side.versions(TORCH_PYTHON)
+    assert set(versions) == {"torch", "timm", "torch's python"}
+    for what in ("train", "infer"):
+        program = torch_side.prepare("timm", tiny_case(what), TORCH_PYTHON, "cpu")
+        steps, seconds = program.run(0.0)
+        assert steps == 1 and seconds > 0 and program.memory >= 0
+        program.close()
+    child = torch_side.start(TORCH_PYTHON)
+    matmul = torch_side.prepare_matmul(child, (8, 4, 6), "bfloat16", "cpu")
+    assert matmul.run(0.0)[0] == 1
+    with pytest.raises(contest.Failed, match=r"\w+Error"):
+        child.ask({"run": "nothing"})
+    child.close()
+
+
+SAVING = """
+import sys
+import torch
+from safetensors.torch import save_file
+from mixer.benchmarking.torch_child import make_timm
+
+request = dict(num_classes=7, image_size=16, gelu="tanh", dimensions=DIMENSIONS)
+torch.manual_seed(0)
+model = make_timm(request, torch.device("cpu")).eval()
+torch.nn.init.normal_(model.head.weight)
+images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
+with torch.no_grad():
+    logits = model(images)
+state = {name: value.contiguous() for name, value in model.state_dict().items()}
+save_file(state, sys.argv[1])
+save_file(dict(images=images, logits=logits), sys.argv[2])
+"""
+
+
+@needs_timm
+def test_timm_is_the_same_function(tmp_path):
+    """Its parameters, read as a published checkpoint in timm's names, give its logits."""
+    weights, values = tmp_path / "timm.safetensors", tmp_path / "values.safetensors"
+    code = SAVING.replace("DIMENSIONS", repr(DIMENSIONS))
+    command = [TORCH_PYTHON, "-c", code, weights, values]
+    subprocess.run(command, env=environment(), check=True)
+    model, params = mixer.load(weights, image_size=16, gelu="tanh", log=lambda line: None)
+    assert {name: getattr(model, name) for name in DIMENSIONS} == DIMENSIONS
+    found = safetensors.numpy.load_file(values)
+    logits, _ = model.apply({"params": params}, found["images"].transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(logits, found["logits"], atol=1e-4)
+
+
+WITHOUT = """
+import runpy, sys
+for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections"):
+    sys.modules[name] = None
+from mixer.benchmarking import contest
+contest.MODELS["cifar"].update(num_blocks=1, channels_mlp_dim=32)
+contest.LARGE["cpu"] = 64
+sys.argv = ["benchmark", *sys.argv[1:]]
+runpy.run_module("mixer.tools.benchmark", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_runs_where_neither_tensorflow_nor_ml_collections_is_installed(tmp_path):
+    path = tmp_path / "found.json"
+    done = run_python(
+        *("-c", WITHOUT, "infer", "--models=cifar", "--batch_size=2", "--dtype=bfloat16"),
+        *("--seconds=0", "--rounds=2", f"--output={path}"),
+    )
+    assert re.search(r"inference, cifar, 32 px, bfloat16, batch 2 a device, GELU tanh", done.stdout)
+    assert re.search(r"\| ours +\| +[\d.,]+ \| +[\d.,]+ to ", done.stdout)
+    found = json.loads(path.read_text())
+    assert found["backend"] == "cpu" and "jax" in found["versions"]
+    assert found["command"].endswith(f"--output={path}")
+    (case,) = found["contests"]
+    assert set(case["contestants"]) == {"ours", "plain"} == {"ours", *case["ours_is_times"]}
+    ours = case["contestants"]["ours"]
+    assert len(ours["rounds_seconds_per_step"]) == 2
+    rate = ours["images_per_second_per_device"]["median"]
+    achieved = ours["flops_per_second_per_device"]["median"]
+    assert achieved == pytest.approx(rate * case["flops_per_image"])
+    assert ours["share_of_matmul"] == pytest.approx(achieved / case["matmul"]["limit"])
+
+
+def test_matmul_has_the_models_shapes(tmp_path, monkeypatch):
+    monkeypatch.setitem(contest.LARGE, "cpu", 64)
+    path = tmp_path / "found.json"
+    run_tool(
+        *("matmul", "--models=cifar", "--batch_size=1,2", "--against="),
+        *("--seconds=0", "--rounds=1", f"--output={path}"),
+    )
+    found = json.loads(path.read_text())["matmuls"]
+    assert len(found) == 1 + 2 * 5
+    assert found["cifar batch 2 token_mixing 1"]["shape"] == [2 * 128, 64, 64]
+    assert found["cifar batch 1 channel_mixing 2"]["shape"] == [64, 512, 128]
+    assert found["large"]["shape"] == [64, 64, 64]
+    assert found["large"]["by"]["jax"]["share_of_large"] == 1
+
+
+MISTAKES = [
+    (["train", "--models=B/61"], "Did you mean 'B/16'?"),
+    (["train", "--batch_size=8,x"], "--batch_size=x: a whole number"),
+    (["infer", "--models=B/16", "--image_size=100"], "nearest sides"),
+    (["infer", "--against=tim"], "Did you mean 'timm'?"),
+    (["infer", "--against=timm", "--torch_python=/nowhere"], "--torch_python=/nowhere: No such"),
+    (["train", "--output=/nowhere/x.json"], "there is no directory /nowhere"),
+    (["train", "--dtype=float16"], "float16"),
+    (["data", "train"], "data train: expected one of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_tool(*arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "no measurement: expected `data"), (["dta"], "dta: expected"), (["data"], "--config is")],
+    [([], "no measurement: expected one of train, infer"), (["data"], "--config is missing")],
 )
 def test_mistakes_are_one_line(arguments, message):
     done = run_python("-m", "mixer.tools.benchmark", *arguments, check=False)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+def test_missing_torch_is_said(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(UserError, match=r"pip install -e '.\[bench\]', or name a Python"):
+        torch_side.versions(str(python))
+
+
+def test_torch_is_refused_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="not on tpu; plain does"):
+        run_tool("infer", "--against=timm")
+
+
+def test_sufficiency_of_an_input():
+    assert pipeline.sufficiency(1200, 500, 2) == dict(devices=2.4, wait_share=0)
+    short = pipeline.sufficiency(500, 1000, 4)
+    assert short["devices"] == 0.5 and short["wait_share"] == 0.875
+    model = make_model(variant="B/16", num_classes=1000)
+    assert pipeline.evaluation_rate(model, 224, 100) == pytest.approx(299, rel=0.01)
+
+
+def test_a_stream_counts_what_it_takes(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock.now)
+
+    def batches():
+        while True:
+            clock.now += 0.25
+            yield None
+
+    stream = pipeline.Stream(batches())
+    assert stream.run(1.0) == (4, 1.0)
+
+
+@pytest.mark.slow
+def test_data_prints_rates_and_for_how_many_devices(tmp_path):
+    path = tmp_path / "found.json"
+    out = run_python(
+        *("-m", "mixer.tools.benchmark", "data", "--config=configs/cifar10.py"),
+        *("--seconds=2", "--rounds=2", "--batch_size=4", f"--output={path}"),
+    ).stdout
+    assert re.search(r"1024 photographs of 32 x 32, [\d.]+ kB on average", out)
+    assert re.search(r"training: feeds [\d.,]+ devices at [\d.,]+ images/s each \(measured\)", out)
+    found = json.loads(path.read_text())["input"]
+    rates = found["images_per_second"]
+    assert set(rates) == {"training", pipeline.HOST_PART, "evaluation", pipeline.DECODING}
+    assert found["feeds"]["training"]["devices"] == pytest.approx(
+        rates["training"]["median"] / found["step_per_device"]["median"]
+    )
+
+
+def test_tables_are_markdown_where_no_terminal_shows_them(capsys):
+    console = report.make_console()
+    table = report.make_table(console, "", "images/s")
+    table.add_row("ours", "12")
+    console.print(table)
+    assert "| ours | " in capsys.readouterr().out

@@ -130,7 +130,7 @@ def test_stochastic_depth_and_dropout_leave_evaluation_alone():
 def test_dropout_zeroes_at_its_rate_and_rescales_the_rest():
     """Through the last layer of an MLP, whose masks multiply the output itself."""
     x = jax.random.normal(jax.random.key(1), (256, 4, 6))
-    mlp = MlpBlock(mlp_dim=8, gelu="tanh", dropout=0.25, dtype=jnp.dtype("float32"))
+    mlp = MlpBlock(axis=2, mlp_dim=8, gelu="tanh", dropout=0.25)
     params = mlp.init(jax.random.key(0), x, None)
     params["params"]["Dense_1"]["kernel"] *= 0  # what is left of the output is its bias, 1
     params["params"]["Dense_1"]["bias"] += 1

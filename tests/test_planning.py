@@ -270,6 +270,39 @@ def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits,
     assert rows[1][1:4:2] == ("compiled", "yes")
 
 
+SMALL = dict(dataset__name="oxford_flowers102", dataset__train_split="train")
+SMALL |= dict(dataset__train_preprocess="decode|flip_lr", schedule__warmup_examples=10_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "core_rate", "verdict", "advice"),
+    [
+        ({}, 840, "yes: about", None),  # on GPUs RandAugment goes to the device
+        (dict(dataset__augment_on="host"), 530, "NO: ", "augment_on=device (flip_lr|randaugment"),
+        (dict(dataset__train_preprocess="inception_crop(224)"), 840, "yes: about", None),
+        (SMALL, 840, "yes: the images are read once", None),
+        (SMALL | dict(dataset__on_device="off"), 840, "yes: about", None),
+    ],
+    ids=["device", "host", "nothing to move", "stays on the device", "small and read"],
+)
+def test_whether_the_input_suffices(change, core_rate, verdict, advice):
+    config = large(model__num_blocks=2, model__num_classes=10, **change)
+    subject = subject_of(config, "gpu:8xH200", utilization=0.4)
+    step = planning.make_step(subject, planning.own_settings(subject))
+    plan = planning.summary(subject, step)
+    host, prepared = plan["host"], plan["host"]["input"]
+    assert prepared["core_rate"] == core_rate
+    assert prepared["cores_needed"] == pytest.approx(host["images_per_second"] / core_rate)
+    per_device = plan["images_per_second_per_device"]
+    assert prepared["feeds_devices"] == pytest.approx(224 * core_rate / per_device)
+    assert prepared["suffices"] == (prepared["feeds_devices"] >= 8)
+    wait = 0 if prepared["suffices"] else 1 - prepared["feeds_devices"] / 8
+    assert prepared["wait_share"] == pytest.approx(wait)
+    rows = dict(planning.report(subject, step))
+    assert rows["input suffices"].startswith(verdict)
+    assert advice is None or advice in rows["to change"]
+
+
 def test_what_does_not_fit_is_advised(monkeypatch):
     subject = subject_of(mixer_b16_i1k.get_config(), "gpu:1xA100")
     step = planning.make_step(subject, planning.own_settings(subject))

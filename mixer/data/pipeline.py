@@ -46,6 +46,13 @@ class Split:
       labels: () -> (num_examples,) int32 in that order, before preprocessing, no image being
         decoded; (num_examples, M), -1 where an image has fewer, with `multi_label`.
       select: (places) -> a split of the examples at those places, each once, in ascending order.
+      preprocess: the steps that each image takes; empty where the images take none.
+      numbers: (num_examples,) int64, what the key of the example at each place is made with:
+        random steps take stateless_fold_in([seed, epoch], number).
+      with_steps: (preprocess, image_size=, keys=) -> the same examples through other steps; sides
+        of `image_size` may be None: any. With `keys`, training batches have "augment_key" (n, 4)
+        uint32 too, the examples' keys as mixer/philox.py takes them.
+      stored_bytes: () -> about how many bytes have to be decoded to read all images once.
     """
 
     name: str
@@ -60,6 +67,10 @@ class Split:
     example_id: Callable[[int], str]
     labels: Callable[[], np.ndarray]
     select: Callable[[np.ndarray], "Split"]
+    preprocess: str
+    numbers: np.ndarray
+    with_steps: Callable[..., "Split"]
+    stored_bytes: Callable[[], int]
 
 
 def open_split(
@@ -136,6 +147,10 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
             example_id=lambda place: f"{spec}:{kept[place]}",
             labels=lambda: synthetic.labels(ids[kept], num_classes),
             select=lambda places: split(*_selected(kept, places, fingerprint)),
+            preprocess="",
+            numbers=kept,
+            with_steps=lambda preprocess, **how: split(kept, fingerprint),
+            stored_bytes=lambda: 0,
         )
 
     return split(np.arange(len(ids)), f"synthetic {spec} {num_classes}")
@@ -169,8 +184,20 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
     if dataset.exclude:
         fingerprint += f" kept {zlib.crc32(source.kept.tobytes())}"
 
-    def split(kept: np.ndarray, fingerprint: str) -> Split:
+    def split(kept, fingerprint, preprocess, steps, example_spec, keys=False) -> Split:
         part = dataclasses.replace(source, kept=kept)
+
+        def select(places: np.ndarray) -> Split:
+            here = preprocess, steps, example_spec, keys
+            return split(*_selected(kept, places, fingerprint), *here)
+
+        def with_steps(preprocess: str, *, image_size: tuple, keys: bool = False) -> Split:
+            steps = make_preprocess(preprocess, image_size)
+            example_spec = output_spec(steps, source.example_spec)
+            if keys:
+                example_spec["augment_key"] = ((4,), "uint32")
+            return split(kept, fingerprint, preprocess, steps, example_spec, keys)
+
         return Split(
             name=part.name,
             num_examples=len(kept),
@@ -180,15 +207,23 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
             multi_label=part.max_labels is not None,
             order_depends_on_readers=bool(part.files),
             train_batches=functools.partial(
-                sources.train_batches, part, steps, group_size=dataset.shuffle_group_size
+                sources.train_batches,
+                part,
+                steps,
+                group_size=dataset.shuffle_group_size,
+                with_keys=keys,
             ),
             sequential_batches=functools.partial(sources.eval_batches, part, steps),
             example_id=lambda place: part.example_id(int(kept[place])),
             labels=functools.partial(sources.labels, part),
-            select=lambda places: split(*_selected(kept, places, fingerprint)),
+            select=select,
+            preprocess=preprocess,
+            numbers=kept,
+            with_steps=with_steps,
+            stored_bytes=functools.partial(sources.stored_bytes, part),
         )
 
-    return split(source.kept, fingerprint)
+    return split(source.kept, fingerprint, preprocess, steps, example_spec)
 
 
 def open_source(

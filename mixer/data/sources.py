@@ -550,6 +550,7 @@ def _batches(
     *,
     seed: int,
     batch_size: int,
+    with_keys: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Preprocesses and batches `examples(0)`; `examples(k)` starts k batches later."""
 
@@ -557,7 +558,10 @@ def _batches(
         # The key of an example depends on (seed, epoch, number) and on nothing else.
         key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
         key = tf.random.experimental.stateless_fold_in(key, number)
-        return preprocess(source.load(item), key)
+        example = preprocess(source.load(item), key)
+        if with_keys:  # for the steps that the device takes; each half's little end comes first
+            example["augment_key"] = tf.reshape(tf.bitcast(key, tf.uint32), [4])
+        return example
 
     batches = examples(0).map(finish, AUTOTUNE, deterministic=True).batch(batch_size).prefetch(2)
     options = tf.data.Options()
@@ -602,11 +606,13 @@ def train_batches(
     process_index: int,
     process_count: int,
     num_readers: int | None = None,
+    with_keys: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this process's part of batch `start_step` and of all that follow.
 
     `num_readers` is the number of processes that the run was begun with, this one's if None; it
-    makes no difference where any example can be loaded by its number.
+    makes no difference where any example can be loaded by its number. `with_keys` adds the keys of
+    the examples, "augment_key" (n, 4) uint32.
     """
 
     def examples(batches: int) -> tf.data.Dataset:
@@ -622,7 +628,7 @@ def train_batches(
         )
 
     size = global_batch_size // process_count
-    return _batches(source, examples, preprocess, seed=seed, batch_size=size)
+    return _batches(source, examples, preprocess, seed=seed, batch_size=size, with_keys=with_keys)
 
 
 def eval_batches(
@@ -652,6 +658,21 @@ def labels(source: Source) -> np.ndarray:
         source, label_alone, start=0, stop=len(source.kept), batch_size=LABELS_AT_ONCE
     )
     return np.concatenate([batch["label"] for batch in batches])
+
+
+def stored_bytes(source: Source) -> int:
+    """About what the kept images take as they are stored, judged by some of them.
+
+    Any example can be loaded by its number.
+    """
+    places = np.linspace(0, len(source.kept) - 1, 64).astype(int)
+    sizes = []
+    for number in source.kept[places].tolist():
+        try:
+            sizes.append(len(source.load(tf.constant(number))["image"].numpy()))
+        except tf.errors.OpError as fault:
+            raise unreadable(source, number, fault) from None
+    return int(np.mean(sizes) * len(source.kept))
 
 
 def check(source: Source, preprocess: Preprocess) -> Iterator[tuple[int, str | None]]:

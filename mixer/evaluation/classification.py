@@ -6,6 +6,7 @@ in the loss alone, as in ImageNet-ReaL (Beyer et al., 2020, arXiv 2006.07159).
 
 import collections
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mixer import files, losses, sharding
+from mixer import files, layers, losses, sharding
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.evaluation import scores
@@ -122,8 +123,9 @@ def make_eval_step(predict: Callable, loss_fn: Callable, num_classes: int) -> Ca
     The columns are those of `Predictions` and "index", each image's place in the split, -1 for what
     fills a batch up.
     """
+    options = layers.compiler_options(jax.default_backend())
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=options)
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         logits = predict(params, batch["image"])
         labels = losses.dense_labels(batch, num_classes)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mixer import console, memory, sharding, train_state
+from mixer import console, layers, memory, sharding, train_state
 from mixer.errors import UserError
 from mixer.model import VARIANTS, MlpMixer, check_image_size, make_model
 from mixer.train_step import make_predict
@@ -104,7 +104,11 @@ def measure(
     for batch_size in batch_sizes:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: it must be at least 1")
-    predict = jax.jit(make_predict(model), out_shardings=sharding.batch_sharding(mesh))
+    predict = jax.jit(
+        make_predict(model),
+        out_shardings=sharding.batch_sharding(mesh),
+        compiler_options=layers.compiler_options(jax.default_backend()),
+    )
     rates = []
     for batch_size in batch_sizes:
         shape = (batch_size * sharding.batch_shards(mesh), *image_size, 3)

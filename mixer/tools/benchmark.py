@@ -1,188 +1,463 @@
-"""Measures how fast this machine is at what a run needs.
+"""Measures how fast this machine trains and runs Mixers, beside what one could take instead.
 
-  python -m mixer.tools.benchmark data --config=configs/mixer_b16_i1k.py --seconds=60
+  python -m mixer.tools.benchmark train --models=S/32,B/16 --batch_size=8 --against=plain
+  python -m mixer.tools.benchmark infer --models=B/16 --dtype=bfloat16 --against=timm_compiled
+  python -m mixer.tools.benchmark matmul --models=B/16 --dtype=bfloat16
+  python -m mixer.tools.benchmark check --models=B/16 --dtype=bfloat16 --batch_size=32
+  python -m mixer.tools.benchmark data --config=configs/mixer_b16_i1k.py
 
-`data`: images a second of the config's training preprocessing, on photographs of 500 x 375 pixels
-made here, beside a loop that reads and decodes the same windows of the same files and does nothing
-else. The two take turns; the table has medians, and memory at the start and at the end.
+Contestants take turns in one run; a table has medians, lowest and highest. `check` says how far
+results and gradients are from the plain formulation's. `data` says what the input pipeline of a
+config delivers on this host, and for how many devices it suffices; the others need neither data
+nor TensorFlow. docs/benchmark.md explains every column.
 """
 
-import io
-import itertools
+import contextlib
+import dataclasses
+import functools
+import json
 import os
-import statistics
-import tempfile
-import time
-from collections.abc import Iterator
-from pathlib import Path
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-import psutil
+# The contestants of other processes need memory of the same GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 from absl import flags
 
-from mixer import cli
-from mixer.errors import UserError
+from mixer import memory, program
+from mixer.errors import UserError, nearest
 
-SECONDS = flags.DEFINE_integer("seconds", 60, "data: length of the measurement.", lower_bound=10)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "data: images a batch.", lower_bound=1)
+MODELS = flags.DEFINE_list(
+    "models", ["S/32", "B/16"], "S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4)."
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of the computation; trained parameters: float32."
+)
+GELU = flags.DEFINE_enum("gelu", "tanh", ["tanh", "erf"], "Of every contestant.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Pixels; 224, or 32 for cifar.", 1)
+BATCH_SIZE = flags.DEFINE_list(
+    "batch_size", None, "Images a device, one or several; 256 on accelerators, 8 on CPUs."
+)
+AGAINST = flags.DEFINE_list(
+    "against",
+    ["plain"],
+    "plain (the paper's formulation in Flax), timm, timm_compiled (torch.compile), timm_autotuned "
+    "(torch.compile, max-autotune); empty: none.",
+)
+SECONDS = flags.DEFINE_float("seconds", None, "Of a contestant's turn; 3, and 10 for data.", 0)
+ROUNDS = flags.DEFINE_integer("rounds", None, "Turns of each contestant; 5, and 3 for data.", 1)
+TORCH_PYTHON = flags.DEFINE_string(
+    "torch_python", sys.executable, "The Python that has torch and timm, if not this one."
+)
+OUTPUT = flags.DEFINE_string("output", None, "File of JSON to write every figure to.")
+STEP_RATE = flags.DEFINE_float(
+    "images_per_second_per_device", None, "data: the training step's, instead of measuring it.", 0
+)
 
-PHOTOGRAPHS = 1024  # 110 MB, so that disk and page cache play no part
-PHOTOGRAPH_BYTES = 110_000  # ImageNet's mean
-ROUND_SECONDS = 10
+MEASUREMENTS = ("train", "infer", "matmul", "check", "data")
+NUM_CLASSES = {"cifar": 10}  # 1,000 of the others
 
 
 def main(argv: list[str]) -> None:
     """Runs the measurement that the arguments name."""
-    if argv[1:] != ["data"]:
+    if len(argv) != 2 or argv[1] not in MEASUREMENTS:
         raise UserError(
-            f"{' '.join(argv[1:]) or 'no measurement'}: expected `data --config=...`; see "
-            "python -m mixer.tools.benchmark --help"
+            f"{' '.join(argv[1:]) or 'no measurement'}: expected one of "
+            f"{', '.join(MEASUREMENTS)}; see python -m mixer.tools.benchmark --help"
         )
-    data(cli.config(), seconds=SECONDS.value, batch_size=BATCH_SIZE.value)
+    if OUTPUT.value:
+        directory = os.path.dirname(OUTPUT.value) or "."
+        if not os.path.isdir(directory):
+            raise UserError(f"--output={OUTPUT.value}: there is no directory {directory}")
+    import jax
+
+    # What is compiled is measured, and not what an earlier run has compiled.
+    jax.config.update("jax_enable_compilation_cache", False)
+    memory.compute_in_the_calling_thread()
+    if argv[1] == "data":
+        data()
+    elif argv[1] == "matmul":
+        matmul()
+    elif argv[1] == "check":
+        check()
+    else:
+        compete(argv[1])
 
 
-def data(config, *, seconds: int, batch_size: int) -> None:
-    """Measures the training preprocessing of `config` and prints a table."""
-    from rich.console import Console
-    from rich.table import Table
+def compete(what: str) -> None:
+    """Measures training or inference of every model and batch size."""
+    import jax
 
-    from mixer.data import folder, preprocess, sources
+    from mixer import flops, sharding
+    from mixer.benchmarking import contest, jax_side, report, torch_side
 
-    spec = config.dataset.train_preprocess
-    size = (config.image_size, config.image_size)
-    contestants = {
-        "preprocessing": preprocess.make_preprocess(spec, size),
-        "decoding alone": decoding_alone(spec),
-    }
-    console = Console(highlight=False, soft_wrap=True)
-    with tempfile.TemporaryDirectory(prefix="mixer_benchmark_") as root:
-        mean_bytes = write_photographs(Path(root) / "train" / "photograph")
-        photographs = folder.scan(root)
-        source = sources.folder_source(photographs, "train", photographs.class_names, ())
-
-        def batches(steps) -> Iterator:
-            return sources.train_batches(
-                source,
-                steps,
-                start_step=0,
-                seed=0,
-                global_batch_size=batch_size,
-                group_size=1,
-                process_index=0,
-                process_count=1,
-            )
-
-        console.print(
-            f"{spec}: {PHOTOGRAPHS} photographs of 500 x 375, {mean_bytes / 1000:.0f} kB on "
-            f"average, {os.cpu_count()} cores, {seconds} s"
-        )
-        streams = {name: batches(steps) for name, steps in contestants.items()}
-        for stream in streams.values():
-            for _ in itertools.islice(stream, 2):  # buffers are filled
-                pass
-        rates: dict[str, list[float]] = {name: [] for name in streams}
-        busy: list[float] = []
-        memory = [_memory()]
-        order = list(streams)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for name in order:
-                rate, cores = _round(streams[name], batch_size)
-                rates[name].append(rate)
-                if name == "preprocessing":
-                    busy.append(cores)
-            order.reverse()
-            memory.append(_memory())
-        table = Table("", "images/s", "lowest to highest", "share")
-        best = statistics.median(rates["decoding alone"])
-        for name, values in rates.items():
-            table.add_row(
-                name,
-                f"{statistics.median(values):.0f}",
-                f"{min(values):.0f} to {max(values):.0f}",
-                f"{statistics.median(values) / best:.1%}",
-            )
-        console.print(table)
-        console.print(
-            f"cores busy while preprocessing: {statistics.median(busy):.2f} of {os.cpu_count()}; "
-            f"memory {memory[0]:.2f} GiB at the start, {memory[1]:.2f} after the first round, "
-            f"{memory[-1]:.2f} at the end"
-        )
-
-
-def decoding_alone(spec: str):
-    """As `make_preprocess(spec, ...)`, but it stops after decoding; only the shape comes out."""
-    import tensorflow as tf
-
-    from mixer.data import preprocess
-
-    step, _, options = preprocess.parse_step(spec.split("|")[0], spec)
-    options.pop("size", None)
-
-    def run(example, key):
-        if step is preprocess.inception_crop:
-            key = tf.random.experimental.stateless_fold_in(key, 0)
-            pixels = preprocess.inception_window(example["image"], key, **options)
-        else:
-            pixels = preprocess.decode(example["image"])
-        return {"image": tf.shape(pixels)}
-
-    return run
+    for name in AGAINST.value:
+        known = ("plain", *torch_side.CONTESTANTS)
+        if name not in known:
+            raise UserError(f"--against={name}: one of {', '.join(known)}.{nearest(name, known)}")
+    cases = _cases(what)
+    torch_names = [name for name in AGAINST.value if name in torch_side.CONTESTANTS]
+    versions = _torch_versions() if torch_names else {}
+    mesh = sharding.make_mesh({"data": -1})
+    console = report.make_console()
+    found = _start("contests", console, versions)
+    side = contest.LARGE.get(jax.default_backend(), 8192)
+    with _matmul_child(bool(torch_names)) as child:
+        for case in cases:
+            prepare_jax = jax_side.prepare_train if what == "train" else jax_side.prepare_infer
+            prepare: dict[str, Callable[[], contest.Contestant]] = {
+                name: functools.partial(prepare_jax, name, case, mesh)
+                for name in ["ours", *AGAINST.value]
+                if name not in torch_names
+            } | {
+                name: functools.partial(
+                    torch_side.prepare, name, case, TORCH_PYTHON.value, _torch_device()
+                )
+                for name in torch_names
+            }
+            models = list(prepare)
+            prepare |= _prepare_matmul("", (side, side, side), child)
+            console.print()
+            title = report.case_title(case, mesh.size)
+            console.print(title, markup=False)
+            seconds, rounds = _turns(3.0, 5)
+            with console.status("") as status:
+                results = contest.compete(
+                    prepare, seconds=seconds, rounds=rounds, say=status.update
+                )
+            by = {
+                name: contest.rates(results.pop(name), 2.0 * side**3)
+                for name in prepare
+                if name not in models
+            }
+            limit = max(rate["median"] for rate in by.values() if rate)
+            model = jax_side.make_mixer(case)
+            count = flops.train_flops if what == "train" else flops.forward_flops
+            per_image = count(model, (case.image_size, case.image_size))
+            figures = {
+                **dataclasses.asdict(case),
+                "title": title,
+                "flops_per_image": per_image,
+                "matmul": {"side": side, "flops_per_second_per_device": by, "limit": limit},
+                "contestants": {
+                    name: contest.as_json(result, case.batch_size, per_image, limit)
+                    for name, result in results.items()
+                },
+                "ours_is_times": {
+                    name: contest.ratio(results["ours"], results[name]) for name in models[1:]
+                },
+                "device_peak_bytes": _device_peak(),
+            }
+            console.print(report.contest_table(console, figures))
+            console.print(report.matmul_line(figures), markup=False)
+            found["contests"].append(figures)
+            _write(found)
 
 
-def _round(stream: Iterator, batch_size: int) -> tuple[float, float]:
-    """Images a second and cores busy over a round of a stream."""
-    next(stream)  # what lay ready, and what was begun before the other's round
-    next(stream)
-    start, used, count = time.perf_counter(), time.process_time(), 0
-    while (seconds := time.perf_counter() - start) < ROUND_SECONDS:
-        next(stream)
-        count += batch_size
-    return count / seconds, (time.process_time() - used) / seconds
+def matmul() -> None:
+    """Measures a large square matmul and those of the models' layers, forward."""
+    import jax
+
+    from mixer.benchmarking import contest, jax_side, report, torch_side
+
+    versions = {}
+    with_torch = any(name in torch_side.CONTESTANTS for name in AGAINST.value)
+    if with_torch:
+        versions = _torch_versions()
+    console = report.make_console()
+    found = _start("matmuls", console, versions)
+    side = contest.LARGE.get(jax.default_backend(), 8192)
+    shapes = {"large": (side, side, side)}
+    for case in _cases("infer"):
+        model = jax_side.make_mixer(case)
+        tokens, count = (case.image_size // model.patch_size) ** 2, case.batch_size
+        width, across, along = model.hidden_dim, model.tokens_mlp_dim, model.channels_mlp_dim
+        patch = 3 * model.patch_size**2
+        for name, shape in {
+            "stem": (count * tokens, patch, width),
+            "token_mixing 1": (count * width, tokens, across),
+            "token_mixing 2": (count * width, across, tokens),
+            "channel_mixing 1": (count * tokens, width, along),
+            "channel_mixing 2": (count * tokens, along, width),
+        }.items():
+            shapes[f"{case.model} batch {count} {name}"] = shape
+    seconds, rounds = _turns(1.0, 5)
+    with _matmul_child(with_torch) as child:
+        prepare: dict[str, Callable[[], contest.Contestant]] = {}
+        for name, shape in shapes.items():
+            prepare |= _prepare_matmul(name, shape, child)
+        with console.status("") as status:
+            results = contest.compete(prepare, seconds=seconds, rounds=rounds, say=status.update)
+    table: dict[str, Any] = {}
+    for name, (m, k, n) in shapes.items():
+        by = {
+            who: contest.rates(results[f"{name} {who}".strip()], 2.0 * m * k * n)
+            for who in ("jax", "torch")[: 1 + with_torch]
+        }
+        table[name] = {"shape": (m, k, n), "by": by}
+    large = max(rate["median"] for rate in table["large"]["by"].values() if rate)
+    for name, entry in table.items():
+        entry["by"] = {
+            who: {
+                "flops_per_second_per_device": rate,
+                "share_of_large": rate["median"] / large,
+            }
+            if rate
+            else {"failure": results[f"{name} {who}"].failure}
+            for who, rate in entry["by"].items()
+        }
+    found["matmuls"] = table
+    console.print(report.matmul_table(console, table))
+    _write(found)
 
 
-def _memory() -> float:
-    return psutil.Process().memory_info().rss / 2**30
+def check() -> None:
+    """Holds ours against the plain formulation: logits and gradients."""
+    from mixer.benchmarking import agreement, report
 
-
-def write_photographs(directory: Path) -> float:
-    """Writes JPEGs of 500 x 375 pixels, random windows of scikit-learn's two photographs.
-
-    Their quality is chosen so that they have ImageNet's mean size.
-
-    Returns:
-      Mean size in bytes.
-    """
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    photographs = load_sample_images().images  # 427 x 640
-    rng = np.random.default_rng(0)
-
-    def encode(quality: int) -> list[bytes]:
-        files = []
-        for picture in windows:
-            encoded = io.BytesIO()
-            picture.save(encoded, "JPEG", quality=quality)
-            files.append(encoded.getvalue())
-        return files
-
-    def window(number: int) -> Image.Image:
-        top, left = rng.integers(427 - 375 + 1), rng.integers(640 - 500 + 1)
-        pixels = photographs[number % 2][top : top + 375, left : left + 500]
-        return Image.fromarray(pixels[:, :: rng.choice((-1, 1))])
-
-    windows = [window(number) for number in range(16)]
-    quality = min(
-        range(80, 100), key=lambda q: abs(np.mean([*map(len, encode(q))]) - PHOTOGRAPH_BYTES)
+    cases = _cases("train")
+    console = report.make_console()
+    found = _start("agreement", console, {})
+    table = report.make_table(
+        console, "", "relative error of: logits", "gradient", "worst parameter", "which"
     )
-    windows = [window(number) for number in range(PHOTOGRAPHS)]
-    directory.mkdir(parents=True)
-    files = encode(quality)
-    for number, content in enumerate(files):
-        (directory / f"{number:04}.jpg").write_bytes(content)
-    return float(np.mean([len(content) for content in files]))
+    for case in cases:
+        errors = agreement.compare(case)
+        found["agreement"].append({**dataclasses.asdict(case), "errors": errors})
+        for name, error in errors.items():
+            table.add_row(
+                f"{name}, {case.model}, {case.dtype}",
+                *(f"{error[what]:.1e}" for what in ("logits", "gradient", "worst")),
+                error["name"],
+            )
+    console.print(table)
+    _write(found)
+
+
+def data() -> None:
+    """Measures the input pipeline of the config, beside its training step."""
+    import jax
+
+    from mixer import cli, run
+    from mixer.benchmarking import input as pipeline
+    from mixer.benchmarking import report
+
+    config = cli.config()
+    run.check_config(config)
+    run.resolve_model(config, run.find_initial(config), None)
+    config.model.num_classes = config.model.num_classes or 1000
+    model = run.build_model(config)
+    if BATCH_SIZE.value is not None and len(BATCH_SIZE.value) > 1:
+        raise UserError(f"--batch_size={','.join(BATCH_SIZE.value)}: data takes one")
+    if STEP_RATE.value == 0:
+        raise UserError("--images_per_second_per_device=0: a rate above 0 is taken")
+    dataset = config.dataset
+    if not dataset.train_preprocess:
+        raise UserError("the config has no preprocessing that could be measured")
+    specs = pipeline.preprocessings(dataset.train_preprocess, dataset.eval_preprocess)
+    console = report.make_console()
+    found = _start("input", console, {})
+    for name, spec in specs.items():
+        console.print(f"{name}: {spec}", markup=False)
+    seconds, rounds = _turns(10.0, 3)
+    (step_batch_size,) = _batch_sizes()
+    step = None
+    if STEP_RATE.value is None:
+        step = pipeline.training_step(model, config.image_size, step_batch_size)
+    figures = pipeline.measure(
+        specs,
+        config.image_size,
+        step,
+        batch_size=256,
+        step_batch_size=step_batch_size,
+        seconds=seconds,
+        rounds=rounds,
+        say=functools.partial(console.print, markup=False),
+    )
+    table = report.make_table(
+        console, "", "images/s", "lowest to highest", "of decoding", "cores busy"
+    )
+    rates = figures["images_per_second"]
+    for name, rate in rates.items():
+        table.add_row(
+            name,
+            report.number(rate["median"]),
+            f"{report.number(rate['lowest'])} to {report.number(rate['highest'])}",
+            f"{rate['median'] / rates[pipeline.DECODING]['median']:.1%}",
+            f"{figures['cores_busy'][name]:.2f}",
+        )
+    console.print(table)
+    start, end = figures["memory_gib"]
+    console.print(f"memory {start:.2f} GiB at the start, {end:.2f} at the end")
+    of_step = figures["step_per_device"]
+    step_rate = STEP_RATE.value or (of_step and of_step["median"])
+    if not step_rate:
+        console.print(f"the training step: {figures['step_failure']}", markup=False)
+    else:
+        devices = jax.local_device_count()
+        evaluation = pipeline.evaluation_rate(model, config.image_size, step_rate)
+        figures["feeds"] = {}
+        how = "given" if of_step is None else "measured"
+        needs = {name: (step_rate, how) for name in specs}
+        needs["evaluation"] = (evaluation, "estimated by FLOPs")
+        for name, (needed, how) in needs.items():
+            feeds = pipeline.sufficiency(rates[name]["median"], needed, devices)
+            figures["feeds"][name] = feeds | {"images_per_second_per_device": needed}
+            wait = feeds["wait_share"]
+            console.print(
+                f"{name}: feeds {feeds['devices']:.3g} devices at {report.number(needed)} images/s "
+                f"each ({how}); the {devices} of this host would "
+                + (f"wait {wait:.0%} of the time" if wait else "not wait")
+            )
+    found["input"] = figures
+    _write(found)
+
+
+def _cases(what: str) -> list[Any]:
+    """Every model at every batch size.
+
+    Raises:
+      UserError: a model or a size that is none.
+    """
+    from mixer.benchmarking.contest import MODELS as KNOWN
+    from mixer.benchmarking.contest import Case
+    from mixer.model import check_image_size
+
+    cases = []
+    for name in MODELS.value:
+        if name not in KNOWN:
+            raise UserError(f"--models={name}: one of {', '.join(KNOWN)}.{nearest(name, KNOWN)}")
+        size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
+        check_image_size((size, size), KNOWN[name]["patch_size"])
+        for batch_size in _batch_sizes():
+            cases.append(
+                Case(
+                    what=what,
+                    model=name,
+                    dimensions=KNOWN[name],
+                    image_size=size,
+                    num_classes=NUM_CLASSES.get(name, 1000),
+                    batch_size=batch_size,
+                    dtype=DTYPE.value,
+                    gelu=GELU.value,
+                )
+            )
+    return cases
+
+
+def _batch_sizes() -> list[int]:
+    """Images a device.
+
+    Raises:
+      UserError: something that is no number of at least 1.
+    """
+    import jax
+
+    if BATCH_SIZE.value is None:
+        return [8 if jax.default_backend() == "cpu" else 256]
+    for text in BATCH_SIZE.value:
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"--batch_size={text}: a whole number of at least 1 is taken")
+    return [int(text) for text in BATCH_SIZE.value]
+
+
+def _turns(seconds: float, rounds: int) -> tuple[float, int]:
+    """Those of the flags, or the given ones."""
+    seconds = seconds if SECONDS.value is None else SECONDS.value
+    return seconds, ROUNDS.value or rounds
+
+
+def _torch_device() -> str:
+    import jax
+
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def _torch_versions() -> dict[str, str]:
+    """Of torch and timm.
+
+    Raises:
+      UserError: they are not there, or do not run on the device.
+    """
+    import jax
+
+    from mixer.benchmarking import torch_side
+
+    if jax.default_backend() not in ("cpu", "gpu"):
+        raise UserError(
+            f"--against={','.join(AGAINST.value)}: torch's contestants run on CPUs and NVIDIA "
+            f"GPUs, not on {jax.default_backend()}; plain does"
+        )
+    return torch_side.versions(TORCH_PYTHON.value)
+
+
+@contextlib.contextmanager
+def _matmul_child(wanted: bool):
+    """A process that computes matmuls in torch; None where none is wanted."""
+    from mixer.benchmarking import torch_side
+
+    child = torch_side.start(TORCH_PYTHON.value) if wanted else None
+    try:
+        yield child
+    finally:
+        if child:
+            child.close()
+
+
+def _prepare_matmul(
+    name: str, shape: tuple[int, int, int], child: Any
+) -> dict[str, Callable[[], Any]]:
+    """The contestants of a matmul, named after it: in JAX, and in torch where there is a child."""
+    from mixer.benchmarking import jax_side, torch_side
+
+    prepare = {
+        f"{name} jax".strip(): functools.partial(jax_side.prepare_matmul, shape, DTYPE.value)
+    }
+    if child:
+        prepare[f"{name} torch".strip()] = functools.partial(
+            torch_side.prepare_matmul, child, shape, DTYPE.value, _torch_device()
+        )
+    return prepare
+
+
+def _device_peak() -> int | None:
+    """The most bytes of the first device that all of this process's contestants have held so far.
+
+    None where the device does not say.
+    """
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
+def _start(what: str, console: Any, versions: dict[str, str]) -> dict[str, Any]:
+    """Prints the lines above the tables; returns what will be written."""
+    from mixer.benchmarking import report
+
+    command = shlex.join(["python", "-m", "mixer.tools.benchmark", *sys.argv[1:]])
+    environment = report.environment(command, versions)
+    for line in report.header(environment):
+        console.print(line, markup=False)
+    return {**environment, what: []}
+
+
+def _write(found: dict[str, Any]) -> None:
+    """Writes what was found so far to --output."""
+    from mixer import files
+
+    if OUTPUT.value:
+        with files.whole(OUTPUT.value) as new:
+            new.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    if "data" in sys.argv[1:]:
+        from mixer import cli  # --config; the others run where ml_collections is not installed
+
+        cli.run(main)
+    else:
+        program.run(main)

@@ -1,0 +1,202 @@
+"""Small data sets that stay: decoded once, kept, and never read again.
+
+The training images go to the devices as they are after the steps that are the same in every epoch;
+there they are drawn in the order of the streaming path (`order.batch_examples`) and take their
+random steps (`mixer/augment.py`) with the same keys. Images for evaluation stay on the host.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import psutil
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixer import augment, sharding
+from mixer.console import short
+from mixer.data import order
+from mixer.data.pipeline import Batches, Split
+from mixer.errors import UserError
+
+MODES = ("auto", "on", "off")
+# What "auto" keeps at most, and decodes at most of what is stored: the first step waits for all of
+# it, which takes seconds (a core decodes about 100 MB of JPEG a second). CIFAR's images are 154 MB,
+# as much as 1,020 of 224 px.
+AUTO_BYTES = 512 << 20
+SHARE = 8  # and the part of the memory that they take at most, which is the model's else
+READ_AT_ONCE = 512  # images
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """All training examples, on the host.
+
+    Attributes:
+      arrays: what batches are made from: "image" (n, H, W, 3), "label" and the like; where steps
+        are left for the device, "number" (n,) uint32, which the examples' keys are made with.
+      augment: these steps, (images, keys (N, 4) uint32) -> images; None where none is left.
+      about: a line for the user.
+    """
+
+    arrays: dict[str, np.ndarray]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None
+    about: str
+
+    @property
+    def num_examples(self) -> int:
+        """How many they are."""
+        return len(self.arrays["label"])
+
+
+def read(split: Split, *, mode: str, num_drawn: int) -> Examples | str:
+    """Reads all images of `split` through the steps that are the same in every epoch.
+
+    Args:
+      split: of training.
+      mode: "auto", "on" or "off", the config's dataset.on_device.
+      num_drawn: how many images the whole run draws; "auto" reads no set that is larger.
+
+    Returns:
+      The examples, or why they are to be streamed.
+
+    Raises:
+      UserError: why, with "on".
+    """
+    if mode == "off":
+        return "dataset.on_device=off"
+    try:
+        if mode == "auto" and num_drawn < split.num_examples:
+            raise UserError(f"the run draws {num_drawn:,} of {split.num_examples:,} images")
+        return _read(split, mode)
+    except UserError as error:
+        if mode == "on":
+            raise UserError(f"dataset.on_device=on: {error}") from error
+        return str(error)
+
+
+def _read(split: Split, mode: str) -> Examples:
+    if split.order_depends_on_readers:
+        raise UserError(f"{split.name} can only be read file by file, for its size")
+    host, device_steps = split, None
+    if split.preprocess:
+        parts = augment.split(split.preprocess)
+        if parts.random_on_host:
+            raise UserError(f"{parts.random_on_host} makes other images of them each epoch")
+        host, device_steps = split.with_steps(parts.host, image_size=(None, None)), parts.device
+        if None in host.example_spec["image"][0]:  # what the stored images have, all the same
+            first = next(host.sequential_batches(start=0, stop=1, batch_size=1))
+            host = split.with_steps(parts.host, image_size=first["image"].shape[1:3])
+    count, num_bytes, room = host.num_examples, _num_bytes(host), _room(mode)
+    if num_bytes > room:
+        limit = "dataset.on_device=auto keeps" if mode == "auto" else "the device has room for"
+        raise UserError(f"they take {short(num_bytes, 'B')}, and {limit} {short(room, 'B')}")
+    if mode == "auto" and (stored := split.stored_bytes()) > AUTO_BYTES:
+        raise UserError(
+            f"about {short(stored, 'B')} are stored, and dataset.on_device=auto reads "
+            f"{short(AUTO_BYTES, 'B')} before the first step"
+        )
+    arrays = {
+        name: np.empty((count, *shape), dtype) for name, (shape, dtype) in host.example_spec.items()
+    }
+    start = 0
+    for batch in host.sequential_batches(start=0, stop=count, batch_size=READ_AT_ONCE):
+        stop = start + len(batch["label"])
+        for name, values in batch.items():
+            arrays[name][start:stop] = values
+        start = stop
+    height, width = arrays["image"].shape[1:3]
+    about = f"{count:,} of {height} x {width} px, {short(num_bytes, 'B')}"
+    if device_steps is None:
+        return Examples(arrays, None, about)
+    arrays["number"] = split.numbers.astype(np.uint32)
+    steps = augment.make_augment(split.preprocess, (height, width))
+    return Examples(arrays, steps, f"{about}; there they take {device_steps}")
+
+
+def _room(mode: str) -> int:
+    """Bytes that examples may take: of a device's memory, or of the host's where these are one."""
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats() or {}
+    room = stats.get("bytes_limit") or psutil.virtual_memory().available // len(devices)
+    return _auto_room(room) if mode == "auto" else room // 2
+
+
+def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
+    """The arrays of the examples, whole on every device; each process gives its devices theirs."""
+    whole = sharding.replicated(mesh)
+    return {
+        name: jax.make_array_from_callback(values.shape, whole, values.__getitem__)
+        for name, values in examples.arrays.items()
+    }
+
+
+def order_spec(length: int, global_batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of what `put_order` gives."""
+    where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    shape = (length, global_batch_size)
+    return {
+        "epoch": jax.ShapeDtypeStruct(shape, np.int32, sharding=where),
+        "place": jax.ShapeDtypeStruct(shape, np.int32, sharding=where),
+    }
+
+
+def put_order(
+    step: int, count: int, *, seed: int, num_examples: int, spec: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Which examples the batches `step` to `step + count` draw, as the streaming path does.
+
+    Returns:
+      "epoch" and "place" (length, B) as `spec` has them; the rows beyond `count` are 0.
+    """
+    rows = {name: np.zeros(each.shape, each.dtype) for name, each in spec.items()}
+    for row in range(count):
+        rows["epoch"][row], rows["place"][row] = order.batch_examples(
+            step + row,
+            seed=seed,
+            num_examples=num_examples,
+            global_batch_size=spec["place"].shape[1],
+        )
+    return {
+        name: jax.make_array_from_callback(values.shape, spec[name].sharding, values.__getitem__)
+        for name, values in rows.items()
+    }
+
+
+def remember(split: Split | None) -> Split | None:
+    """The same split, which keeps what `sequential_batches` has read, where that is little.
+
+    So an evaluation decodes its images once, and the next ones do without TensorFlow.
+    """
+    if split is None or _num_bytes(split) > _auto_room(psutil.virtual_memory().available):
+        return split
+    kept: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def batches(*, start: int, stop: int, batch_size: int) -> Batches:
+        if (start, stop) in kept:
+            whole = kept[start, stop]
+            for low in range(0, stop - start, batch_size):
+                yield {name: values[low : low + batch_size] for name, values in whole.items()}
+            return
+        read = []
+        for batch in split.sequential_batches(start=start, stop=stop, batch_size=batch_size):
+            read.append(batch)
+            if sum(len(each["label"]) for each in read) == stop - start:
+                kept[start, stop] = {
+                    name: np.concatenate([each[name] for each in read]) for name in batch
+                }
+            yield batch
+
+    return dataclasses.replace(split, sequential_batches=batches)
+
+
+def _num_bytes(split: Split) -> int:
+    """What all examples of a split take."""
+    return split.num_examples * sum(
+        math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in split.example_spec.values()
+    )
+
+
+def _auto_room(memory: int) -> int:
+    return min(AUTO_BYTES, memory // SHARE)

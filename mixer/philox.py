@@ -1,0 +1,152 @@
+"""TensorFlow's stateless random numbers in JAX: the same bits as its CPU kernels give.
+
+The generator is Philox 4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2,
+3"). A key stands for TensorFlow's seed, two int64, as four uint32 words (..., 4), the low one of
+each number first. Every function takes one key or any number of them in the leading dimensions.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The paper's multipliers, and the steps of its key (golden ratio, square root of 3 minus 1).
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+# The key under which TensorFlow turns a seed into the key and the start of the counter.
+SEED_KEY = (0x3EC8F720, 0x02461E29)
+
+
+def make_key(first, second) -> jax.Array:
+    """The key of TensorFlow's seed [first, second].
+
+    Args:
+      first: integers: Python's or NumPy's, of 64 bits, or JAX's int32 or uint32.
+      second: the same; both are broadcast against each other.
+
+    Returns:
+      (*shape, 4) uint32.
+    """
+    words = [*_words(first), *_words(second)]
+    return jnp.stack(jnp.broadcast_arrays(*words), -1)
+
+
+def _words(number) -> list[jax.Array]:
+    """The low and the high 32 bits of integers as of int64."""
+    if isinstance(number, jax.Array):
+        signed = jnp.issubdtype(number.dtype, jnp.signedinteger)
+        high = (number >> 31).astype(jnp.uint32) if signed else jnp.zeros(number.shape, jnp.uint32)
+        return [number.astype(jnp.uint32), high]
+    number = np.asarray(number, np.int64)
+    return [jnp.asarray((number >> shift).astype(np.uint32)) for shift in (0, 32)]
+
+
+def fold_in(key: jax.Array, data, *, bits: int = 64) -> jax.Array:
+    """As `tf.random.experimental.stateless_fold_in` with data of so many bits, 32 or 64.
+
+    Args:
+      key: (..., 4) uint32.
+      data: integers as `make_key` takes them, broadcast against the keys.
+      bits: TensorFlow makes the new seed of numbers of data's type: 64 for tf.int64, 32 for
+        tf.int32, which is what it takes a Python number for.
+
+    Returns:
+      The new keys, (..., 4) uint32.
+    """
+    low, high = jnp.moveaxis(_blocks(key, 1)[..., 0, :2], -1, 0)
+    if bits == 32:
+        high = _words(low.astype(jnp.int32))[1]
+    words = [low, high, *_words(data)]
+    return jnp.stack(jnp.broadcast_arrays(*words), -1)
+
+
+def split(key: jax.Array, num: int = 2) -> jax.Array:
+    """As `tf.random.experimental.stateless_split` of an int32 seed: (..., num, 4) uint32."""
+    words = random_bits(key, (num, 2)).astype(jnp.int32)
+    return make_key(words[..., 0], words[..., 1])
+
+
+def uniform(key: jax.Array, shape=(), minval: float = 0.0, maxval: float = 1.0) -> jax.Array:
+    """As `tf.random.stateless_uniform` in float32, at or above `minval` and below `maxval`.
+
+    Args:
+      key: (..., 4) uint32.
+      shape: of one key's numbers.
+      minval: the least value.
+      maxval: the end of the range.
+
+    Returns:
+      (..., *shape) float32.
+    """
+    # 23 random bits behind the one of a float32 between 1 and 2.
+    mantissa = random_bits(key, shape) & 0x7FFFFF
+    value = jax.lax.bitcast_convert_type(mantissa | 0x3F800000, jnp.float32) - 1.0
+    if (minval, maxval) == (0.0, 1.0):
+        return value
+    minval, maxval = np.float32(minval), np.float32(maxval)
+    return rounded(value * (maxval - minval)) + minval
+
+
+def integers(key: jax.Array, shape, minval: int, maxval: int) -> jax.Array:
+    """As `tf.random.stateless_uniform` in int32: `minval` <= number < `maxval`.
+
+    Args:
+      key: (..., 4) uint32.
+      shape: of one key's numbers.
+      minval: the least number.
+      maxval: the end of the range, above `minval`.
+
+    Returns:
+      (..., *shape) int32.
+    """
+    offset = random_bits(key, shape) % np.uint32(maxval - minval)
+    return offset.astype(jnp.int32) + np.int32(minval)
+
+
+def random_bits(key: jax.Array, shape=()) -> jax.Array:
+    """Uniform uint32 of one key's `shape`: (..., *shape)."""
+    count = int(np.prod(shape))
+    words = _blocks(key, -(-count // 4))
+    words = words.reshape(*words.shape[:-2], -1)[..., :count]
+    return words.reshape(*words.shape[:-1], *shape)
+
+
+def rounded(product: jax.Array) -> jax.Array:
+    """The float32 product itself, rounded before anything is added to it.
+
+    Compilers join a product and a sum into one operation that rounds once, and so differs in the
+    last bit from TensorFlow's two. They cannot look through this maximum.
+    """
+    return jnp.maximum(product, np.float32(-3e38))
+
+
+def _blocks(key: jax.Array, count: int) -> jax.Array:
+    """The first `count` blocks of four words: (..., count, 4) uint32."""
+    # The seed is a counter that is enciphered once: half of the outcome is the key, half the start.
+    seed_key = [jnp.uint32(word) for word in SEED_KEY]
+    mixed = _philox([key[..., i] for i in range(4)], seed_key)
+    number = jnp.arange(count, dtype=jnp.uint32)  # below 2^32: the counter's other words stay
+    first, second, third, fourth = (word[..., None] for word in mixed)
+    zero = jnp.zeros_like(first)
+    return jnp.stack(_philox([zero + number, zero, third, fourth], [first, second]), -1)
+
+
+def _philox(counter: list[jax.Array], key: list[jax.Array]) -> list[jax.Array]:
+    """Enciphers counters of four words under keys of two: arrays that are broadcast."""
+    counter = jnp.broadcast_arrays(*counter)
+    first, second = map(np.uint32, MULTIPLIERS)
+    for _ in range(ROUNDS):
+        # The halves of two products of 64 bits.
+        high0, low0 = _high(first, counter[0]), first * counter[0]
+        high1, low1 = _high(second, counter[2]), second * counter[2]
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [word + np.uint32(step) for word, step in zip(key, KEY_STEPS, strict=True)]
+    return counter
+
+
+def _high(factor: np.uint32, words: jax.Array) -> jax.Array:
+    """The higher 32 bits of products of 64, by halves: XLA does not partition `jax.lax.mulhi`."""
+    low, high = np.uint32(factor & 0xFFFF), np.uint32(factor >> 16)
+    words_low, words_high = words & 0xFFFF, words >> 16
+    middle = high * words_low + (low * words_low >> 16)
+    return high * words_high + (middle >> 16) + (low * words_high + (middle & 0xFFFF) >> 16)

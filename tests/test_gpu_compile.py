@@ -1,0 +1,107 @@
+"""The update as XLA compiles it for an NVIDIA H200, beside the plain formulation: no GPU is needed.
+
+Read are the matmuls' epilogues, transposes, memory and traffic; times are for a GPU to say.
+"""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.experimental import topologies
+
+from mixer import flops, hlo, layers, losses, mixup, sharding, train_state
+from mixer.benchmarking import plain
+from mixer.model import make_model
+from mixer.train_step import make_predict, make_train_step
+
+pytestmark = [
+    pytest.mark.cuda_backend,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="jax-cuda13-plugin is not installed",
+    ),
+]
+
+SIZE, BATCH, BLOCKS = (224, 224), 64, 2
+FIELDS = dict(hidden_dim=768, tokens_mlp_dim=384, channels_mlp_dim=3072, patch_size=16)
+FIELDS.update(num_blocks=BLOCKS, num_classes=1000, gelu="tanh", dtype="bfloat16")
+# Without a GPU nothing can be tried out.
+OPTIONS = {"xla_gpu_autotune_level": 0, **layers.compiler_options("gpu")}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    config = (pathlib.Path(__file__).parent / "h200.textproto").read_text()
+    topology = topologies.get_topology_desc(
+        "h200", platform="cuda", target_config=config, topology="1x1x1"
+    )
+    return sharding.make_mesh({"data": 1}, topology.devices)
+
+
+def _compiled(function, *arguments, **options):
+    compiled = jax.jit(function, compiler_options=OPTIONS, **options).lower(*arguments).compile()
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.fixture(scope="module")
+def programs(mesh):
+    """(text, bytes of temporaries) of the update, ours and plain."""
+    model = make_model(**FIELDS)
+    tx = optax.adamw(1e-3)
+    ours = make_train_step(
+        model,
+        tx,
+        lambda step: jnp.float32(1e-3),
+        losses.make_loss("softmax"),
+        seed=0,
+        mix=mixup.make_mix(alpha=0.0, per_example=False, cutmix_alpha=0.0, cutmix_prob=0.0),
+        label_smoothing=0.0,
+        lr_multipliers=(),
+        sam_rho=0.0,
+        ema_decay=0.0,
+        accumulate_steps=1,
+    )
+    spec = {"image": ((*SIZE, 3), "uint8"), "label": ((), "int32")}
+    batch = sharding.abstract_batch(spec, BATCH, mesh)
+    state = train_state.abstract_state(model, tx, SIZE, mesh)
+    other = plain.make_train_step(plain.Mixer(**FIELDS), tx)
+    others = state.params, state.opt_state
+    donated = dict(donate_argnums=0)
+    return _compiled(ours, state, batch, **donated), _compiled(other, others, batch, **donated)
+
+
+def test_every_channel_mlp_has_its_gelu_in_the_matmul(programs):
+    (ours, _), (other, _) = programs
+    assert ours.count('"epilogue":"BIAS_GELU_AUX"') == BLOCKS
+    assert '"epilogue":"BIAS_GELU' not in other
+
+
+def test_no_activations_are_transposed(programs):
+    """The plain program does it for each block, there and back, forward and backward."""
+    (ours, _), (other, _) = programs
+    moved = re.compile(rf"^  %\S*transpose\S* = bf16\[{BATCH},\d+,\d+\]", re.M)
+    assert not moved.findall(ours)
+    assert len(moved.findall(other)) >= 2 * BLOCKS
+
+
+def test_memory_traffic_and_arithmetic(programs):
+    (ours, ours_temp), (other, other_temp) = programs
+    ours, other = hlo.count(ours), hlo.count(other)
+    assert ours_temp < 0.9 * other_temp
+    assert ours.bytes < 0.92 * other.bytes
+    # XLA pads 196 tokens to 200.
+    wanted = BATCH * flops.train_flops(make_model(**FIELDS), SIZE)
+    assert wanted <= ours.flops < 1.015 * wanted
+
+
+def test_prediction_has_both_epilogues_and_no_transposes(mesh):
+    model = make_model(**FIELDS)
+    params = train_state.abstract_params(model, SIZE, mesh)
+    images = sharding.abstract_batch({"image": ((*SIZE, 3), "uint8")}, BATCH, mesh)["image"]
+    text, _ = _compiled(make_predict(model), params, images)
+    assert text.count('"epilogue":"BIAS_GELU"') == BLOCKS
+    assert text.count('"epilogue":"BIAS"') >= BLOCKS
