@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
     decided for himself, and nothing is done here.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if _keeps() and mallopt is not None:
+    if keeps() and mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
         mallopt(_M_TOP_PAD, 256 << 20)
@@ -34,13 +34,14 @@ def compute_in_the_calling_thread() -> None:
     glibc keeps blocks above 64 MiB of the thread alone that the program started with; for others
     it hands them back to the system whatever is set. A CPU gains nothing from being asked ahead.
     """
-    if _keeps():
+    if keeps():
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def _keeps() -> bool:
+def keeps() -> bool:
+    """Whether freed memory is kept here."""
     decided = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     return sys.platform == "linux" and not decided and not any(map(glob.glob, _ACCELERATORS))
 

@@ -773,10 +773,14 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
     stays = dataset.on_device == "on"
     if steps:
         parts = augment.split(steps)
-        if dataset.on_device == "auto" and subject.num_examples and not parts.random_on_host:
+        sized = not parts.random_on_host and _gives_one_size(parts.host)
+        stays = stays and not parts.random_on_host
+        if dataset.on_device == "auto" and subject.num_examples and sized:
             most = max(3 * subject.config.image_size**2, subject.image_bytes)
-            stays = most * subject.num_examples <= resident.AUTO_BYTES
-        if on_device:
+            drawn = subject.config.total_steps * subject.config.global_batch_size
+            fits = most * subject.num_examples <= resident.AUTO_BYTES
+            stays = fits and drawn >= subject.num_examples
+        if on_device and (sized or parts.random_on_host):
             steps = parts.host
     core_rate = CORE_RATE["randaugment" in steps or "autoaugment" in steps]
     cores = topology.chip.host_cores
@@ -794,6 +798,11 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
         "wait_share": max(0.0, 1 - share),
         "stays_on_device": stays,
     }
+
+
+def _gives_one_size(steps: str) -> bool:
+    """Whether images of any size have one after these steps."""
+    return any(name in steps for name in ("resize(", "central_crop(", "inception_crop("))
 
 
 def _input_rows(subject: Subject, plan: dict[str, Any]) -> list[tuple[str, str]]:

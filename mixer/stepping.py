@@ -20,8 +20,8 @@ from mixer.model import MlpMixer
 from mixer.optimizer import Schedule
 from mixer.train_state import TrainState
 
-# From the call to its end, so that a signal, the bar and the record need not wait longer. Two calls
-# may be under way before it.
+# From a call to the end of it, which is seen when two more are made: so that a signal, the bar and
+# the record need not wait longer.
 CALL_SECS = 0.5
 MOST_DRAWN = 1 << 17  # examples a call: a megabyte of places and epochs
 MOST_STEPS = 512
@@ -145,10 +145,13 @@ class Streamed:
         """How many updates come after `step`, and what makes them of a state; waits for data."""
         # The batch is a function of (seed, step), and was on its way before it is asked for.
         batch = next(self._batches)
-        if self._augment is not None:
-            keys = batch.pop("augment_key")
-            batch["image"] = self._augment(batch["image"], keys)
-        return 1, lambda state: self.compiled(state, batch)
+
+        def update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+            if self._augment is not None:
+                batch["image"] = self._augment(batch["image"], batch.pop("augment_key"))
+            return self.compiled(state, batch)
+
+        return 1, update
 
     def took(self, count: int, seconds: float) -> None:
         """Does nothing: calls of a stream have one length."""

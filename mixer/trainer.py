@@ -156,8 +156,10 @@ def _train(
             reading = thread.submit(
                 lambda: resident.read(
                     opening.result().train,
-                    mode=config.dataset.on_device,
+                    mode=_on_device(config, old_data),
                     num_drawn=config.total_steps * config.global_batch_size,
+                    augment_on=config.dataset.augment_on,
+                    should_stop=lambda: caught.received is not None,
                 )
             )
         if restored:
@@ -186,6 +188,7 @@ def _train(
                         f"dataset.train_preprocess gives them in {list(seen)}"
                     )
         splits = opening.result()
+    _leave_if_asked(caught, checkpoints, _say)
     if config.dataset.on_device != "off":
         kept = {key: resident.remember(getattr(splits, key)) for key in ("val", "test")}
         splits = dataclasses.replace(splits, **kept)
@@ -197,6 +200,8 @@ def _train(
         num_readers = data_count
         _warn("the batch size has changed: the data order is new, this epoch may repeat examples")
     data = run.data_record(splits, num_readers)
+    if start_step < config.total_steps:
+        data["on_device"] = not isinstance(reading.result(), str)
     if old_data and not allow_config_change:
         run.check_same_data(workdir, old_data, data)
     if start_step > config.total_steps:
@@ -318,13 +323,13 @@ def _train(
     if start_step and evaluation_is_due(start_step) and not there.issuperset(keys):
         watch.beat(start_step, "evaluating")
         validate(state, start_step)
-        _leave_if_asked(caught, checkpoints, terminal)
+        _leave_if_asked(caught, checkpoints, terminal.line)
 
     if start_step == config.total_steps:
         terminal.line(f"finished already: {workdir} is at step {start_step}")
     else:
-        # Compiled ahead, so that its time is taken for no step's; the first batches are on their
-        # way meanwhile.
+        # Compiled ahead, so that its time is taken for no step's; a stream's first batches are on
+        # their way meanwhile.
         watch.beat(start_step, "compiling")
         started = time.perf_counter()
         source, where = stepping.open_source(
@@ -361,7 +366,7 @@ def _train(
         if split is None or (which == "val" and start_step < config.total_steps):
             continue  # none, or evaluated by the loop at its last step
         results = evaluate(state, which, split)
-        _leave_if_asked(caught, checkpoints, terminal)
+        _leave_if_asked(caught, checkpoints, terminal.line)
         record(config.total_steps, results)
         for name, result in results.items():
             terminal.line(_sentence(name, result))
@@ -372,7 +377,7 @@ def _train(
         f"run: {workdir} (checkpoints/{config.total_steps}, metrics.jsonl, results.json, "
         "curves.png)"
     )
-    _leave_if_asked(caught, checkpoints, terminal)  # for a program that has more to do
+    _leave_if_asked(caught, checkpoints, terminal.line)  # for a program that has more to do
 
 
 def _loop(
@@ -430,19 +435,20 @@ def _loop(
             # at most. A host further ahead would hold more batches and wait for data that the
             # device has no need of yet.
             watch.beat(first, "computing")
-            with profile.step(first, in_flight):
+            called = time.perf_counter()
+            with profile.step(first, (loss for loss, *_ in in_flight)):
                 state, metrics = update(state)
-            in_flight.append((metrics["loss"], count, time.perf_counter()))
+            in_flight.append((metrics["loss"], count, called))
             if len(in_flight) > 2:
-                loss, done, called = in_flight.popleft()
+                loss, done, since = in_flight.popleft()
                 jax.block_until_ready(loss)
-                source.took(done, time.perf_counter() - called)
+                source.took(done, time.perf_counter() - since)
             terminal.step(step)
             if outlier := meter.outlier(count):
                 terminal.line(f"{_steps(first, step)} took {outlier}")
             if profile.is_due(step):
                 with meter.paused():
-                    terminal.line(profile.end(in_flight))
+                    terminal.line(profile.end(loss for loss, *_ in in_flight))
             if first == start_step + 1:
                 jax.block_until_ready(metrics)
                 age = time.time() - psutil.Process().create_time()
@@ -477,10 +483,20 @@ def _loop(
 
             if stop:
                 terminal.line(f"{caught.name}: saving step {step}")
-                _leave_if_asked(caught, checkpoints, terminal)
+                _leave_if_asked(caught, checkpoints, terminal.line)
     seconds = console.duration(time.perf_counter() - started)
     terminal.line(f"trained to step {config.total_steps} in {seconds}")
     return state
+
+
+def _on_device(config: ConfigDict, old_data: dict[str, Any] | None) -> str:
+    """The config's dataset.on_device; "auto" stays with what a run streamed from its start.
+
+    The steps of a stream and those on a device are the same, but not every device rounds alike.
+    """
+    mode = config.dataset.on_device
+    streamed = old_data is not None and not old_data.get("on_device", True)
+    return "off" if mode == "auto" and streamed else mode
 
 
 def _next_stop(config: ConfigDict, step: int) -> int:
@@ -498,12 +514,15 @@ def _steps(first: int, last: int) -> str:
 
 
 def _leave_if_asked(
-    caught: signals.Signals, checkpoints: checkpoint.Checkpoints, terminal: console.Terminal
+    caught: signals.Signals, checkpoints: checkpoint.Checkpoints, say: Callable[[str], None]
 ) -> None:
     """Raises Stopped where a signal has arrived, once the last checkpoint is whole on disk."""
     if caught.poll():
         checkpoints.wait()
-        terminal.line(f"saved {checkpoints.describe_last()}; the same command continues from it")
+        if checkpoints.steps:
+            say(f"saved {checkpoints.describe_last()}; the same command continues from it")
+        else:
+            say(f"{caught.name}: nothing is to be saved before the first step")
         raise signals.Stopped(caught.received)
 
 
@@ -553,7 +572,8 @@ def _keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
     if directory == "auto":
         here = jax.default_backend() == "cpu"
         directory = _directory_of_cpu() if here else os.fspath(workdir / "compiled")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2 if here else 1.0)
+        if here and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     compilation_cache.reset_cache()  # an earlier run of this program may have had another
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
 
@@ -569,6 +589,7 @@ def _directory_of_cpu() -> str:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         path = os.path.join(root, "mlp_mixer", f"compiled-{zlib.crc32(kind.encode()):08x}")
         os.makedirs(path, exist_ok=True)
+        os.utime(path)  # fails where nobody may write
     except (OSError, StopIteration):  # not Linux, or a home that nobody may write to
         return ""
     return path

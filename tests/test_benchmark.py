@@ -1,5 +1,6 @@
 """The benchmark's contestants do the same work, and its figures are of what was done."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -7,13 +8,14 @@ import re
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from absl.testing import flagsaver
+from absl import flags
 
 import mixer
 from helpers import TINY, environment, run_python
@@ -22,7 +24,6 @@ from mixer.benchmarking import agreement, contest, jax_side, report, torch_side
 from mixer.benchmarking import input as pipeline
 from mixer.errors import UserError
 from mixer.model import make_model
-from mixer.tools import benchmark
 
 DIMENSIONS = TINY | dict(num_blocks=1)
 
@@ -46,9 +47,11 @@ def tiny_case(what="train", **values):
 
 
 def run_tool(*arguments):
-    """`main` in this process."""
-    with flagsaver.flagsaver():
-        benchmark.main(program.parse(["benchmark", *arguments]))
+    """`main` in this process, where the flags of other tools may have the same names."""
+    sys.modules.pop("mixer.tools.benchmark", None)
+    with mock.patch.dict(flags.FLAGS._flags(), clear=True):
+        tool = importlib.import_module("mixer.tools.benchmark")
+        tool.main(program.parse(["benchmark", *arguments]))
 
 
 def test_ours_is_the_plain_function_of_the_same_parameters(tmp_path, monkeypatch):

@@ -271,7 +271,8 @@ def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits,
 
 
 SMALL = dict(dataset__name="oxford_flowers102", dataset__train_split="train")
-SMALL |= dict(dataset__train_preprocess="decode|flip_lr", schedule__warmup_examples=10_000)
+SMALL |= dict(dataset__train_preprocess="decode|resize(224)|flip_lr")
+SMALL |= dict(schedule__warmup_examples=10_000)
 
 
 @pytest.mark.parametrize(

@@ -238,10 +238,10 @@ def test_an_interrupt_is_not_lost_in_jaxs_callback():
     import sys
     import time
 
-    from mixer import cli
+    from mixer import program
 
     def _xla_gc_callback():
-        cli._interrupt(signal.SIGINT, sys._getframe())
+        program._interrupt(signal.SIGINT, sys._getframe())
 
     old = signal.getsignal(signal.SIGALRM)
     try:
@@ -249,7 +249,7 @@ def test_an_interrupt_is_not_lost_in_jaxs_callback():
             _xla_gc_callback()  # what is raised here would be lost
             time.sleep(5)
         with pytest.raises(KeyboardInterrupt):
-            cli._interrupt(signal.SIGINT, sys._getframe())
+            program._interrupt(signal.SIGINT, sys._getframe())
     finally:
         signal.signal(signal.SIGALRM, old)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mixer import layers
 from mixer.benchmarking.contest import Case
 from mixer.benchmarking.jax_side import draw_params, make_mixer, make_plain
 from mixer.train_step import normalize
@@ -31,27 +32,29 @@ def compare(case: Case) -> dict[str, dict[str, Any]]:
     images = rng.integers(0, 256, shape, np.uint8)
     label = rng.integers(0, case.num_classes, case.batch_size, np.int32)
 
-    def ours(params: Any) -> jax.Array:
+    def ours(params: Any, images: jax.Array) -> jax.Array:
         return make_mixer(case).apply({"params": params}, normalize(images))[0]
 
     def plain_in(dtype: str) -> Any:
         model = make_plain(case).clone(dtype=dtype)
-        return lambda params: model.apply({"params": params}, images)
+        return lambda params, images: model.apply({"params": params}, images)
 
-    def computed(logits_of: Any) -> tuple[Any, Any]:
-        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits = logits_of(params)
+    def computed(logits_of: Any, options: dict[str, bool]) -> tuple[Any, Any]:
+        def loss(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = logits_of(params, images)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
             return jnp.mean(losses), logits
 
-        (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)
+        (_, logits), grads = gradient(params, images)
         return jax.device_get((logits, grads))
 
     with jax.default_matmul_precision("highest"):
-        reference = computed(plain_in("float32"))
+        reference = computed(plain_in("float32"), {})
+    options = layers.compiler_options(jax.default_backend())
     return {
-        "ours": _errors(computed(ours), reference),
-        "plain": _errors(computed(plain_in(case.dtype)), reference),
+        "ours": _errors(computed(ours, options), reference),
+        "plain": _errors(computed(plain_in(case.dtype), {}), reference),
     }
 
 

@@ -202,8 +202,10 @@ def decoding_alone(spec: str) -> Callable:
 
     from mixer.data import preprocess
 
-    step, _, options = preprocess.parse_step(spec.split("|")[0], spec)
-    options.pop("size", None)
+    step, given, options = preprocess.parse_step(spec.split("|")[0], spec)
+    if step is preprocess.inception_crop:
+        options = dict(zip(("size", "min_area", "max_area"), given, strict=False)) | options
+        del options["size"]
 
     def run(example, key):
         if step is preprocess.inception_crop:

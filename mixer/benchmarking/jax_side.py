@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mixer import layers, memory, sharding
 from mixer.benchmarking import plain
 from mixer.benchmarking.contest import Case, Failed
-from mixer.errors import UserError
+from mixer.errors import UserError, first_line
 from mixer.losses import make_loss
 from mixer.model import MlpMixer, make_model
 from mixer.optimizer import make_optimizer, make_schedule
@@ -45,10 +45,13 @@ class Program:
         self._steps(WARM_UP_STEPS)
 
     def _steps(self, count: int) -> None:
-        _fitting(lambda: jax.block_until_ready([self._call() for _ in range(count)]))
+        jax.block_until_ready([self._call() for _ in range(count)])
 
     def run(self, seconds: float) -> tuple[int, float]:
         """As `Contestant.run`; a first step, which finds the caches cold, is not counted."""
+        return _fitting(lambda: self._run(seconds))
+
+    def _run(self, seconds: float) -> tuple[int, float]:
         self._steps(1)
         in_flight: collections.deque[Any] = collections.deque()
         start, steps = time.perf_counter(), 0
@@ -66,15 +69,24 @@ class Program:
 
 
 def _fitting(run: Callable[[], Any]) -> Any:
-    """`run()`, whose want of memory is a reason not to take part."""
+    """`run()`, whose failure on the device is a reason not to take part."""
     try:
         return run()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise Failed("does not fit into memory") from None
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        raise Failed("does not fit into memory" if full else first_line(error)) from None
     except UserError as error:  # memory.check_room's
         raise Failed(f"does not fit: {error}") from None
+
+
+def _may_fail(function: Callable) -> Callable:
+    """`function`, all of it as in `_fitting`."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return _fitting(lambda: function(*args, **kwargs))
+
+    return called
 
 
 def _compiled(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
@@ -84,15 +96,13 @@ def _compiled(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     what lies between, as the compiler has laid it out.
     """
     start = time.perf_counter()
-    program = _fitting(lambda: jitted.lower(*args).compile())
+    program = jitted.lower(*args).compile()
     seconds = time.perf_counter() - start
     used = program.memory_analysis()
     if used is None:  # not every backend says it
         return program, seconds, None
     results = used.output_size_in_bytes - used.alias_size_in_bytes
-    _fitting(
-        lambda: memory.check_room(used.temp_size_in_bytes + results, "what a step computes with")
-    )
+    memory.check_room(used.temp_size_in_bytes + results, "what a step computes with")
     return program, seconds, used.argument_size_in_bytes + results + used.temp_size_in_bytes
 
 
@@ -148,6 +158,7 @@ def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Calla
     return call
 
 
+@_may_fail
 def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     """The update of `name`, "ours" or "plain", of a batch that lies on the devices.
 
@@ -203,7 +214,7 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     state: Any = (params, opt_state)
     if name == "ours":
         state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), params, opt_state)
-    batch = _fitting(lambda: _batch(case, mesh))
+    batch = _batch(case, mesh)
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
     program, seconds, size = _compiled(jitted, state, batch)
@@ -211,6 +222,7 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
+@_may_fail
 def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     """From pixels on the devices to logits by `name`, "ours" or "plain"; parameters are float32.
 
@@ -218,7 +230,7 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
       Failed: it does not fit into memory.
     """
     params = jax.device_put(draw_params(case), sharding.replicated(mesh))
-    images = _fitting(lambda: _batch(case, mesh)["image"])
+    images = _batch(case, mesh)["image"]
     if name == "ours":
         predict = sharding.on_mesh(make_predict(make_mixer(case)), mesh)
     else:
@@ -235,6 +247,7 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
+@_may_fail
 def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
     """(m, k) by (k, n) on every device at once, at JAX's default precision.
 
@@ -255,6 +268,6 @@ def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
         return [matmul(*pair) for pair in pairs]
 
     start = time.perf_counter()
-    _fitting(lambda: jax.block_until_ready(call()))
+    jax.block_until_ready(call())
     seconds = time.perf_counter() - start
     return Program(call, devices=len(pairs), compile_seconds=seconds, memory=None)

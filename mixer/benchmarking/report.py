@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mixer import memory
 from mixer.benchmarking.contest import Case
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -57,7 +58,7 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
             **versions,
         },
-        "memory_setting": "of mixer.memory, in every contestant",
+        "memory_setting": "kept, in every contestant" if memory.keeps() else "as glibc has it",
         "environment": variables,
     }
 
@@ -82,7 +83,7 @@ def header(environment: Mapping[str, Any]) -> list[str]:
         environment["command"],
         where,
         ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
-        f"freed memory: setting {environment['memory_setting']}"
+        f"freed memory: {environment['memory_setting']}"
         + f"; environment: {settings}" * bool(settings),
     ]
 
@@ -98,7 +99,7 @@ def case_title(case: Case, devices: int) -> str:
 
 def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
     """The contestants of a case, as `mixer.tools.benchmark` writes them to JSON."""
-    unit, prefix = flops_unit(case["matmul"]["limit"])
+    unit, prefix = flops_unit(case["matmul"]["limit"] or 1e9)
     several = any(figures.get("devices", 1) > 1 for figures in case["contestants"].values())
     table = make_table(
         console,
@@ -136,8 +137,9 @@ def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
 
 def matmul_table(console: Console, matmuls: Mapping[str, Mapping[str, Any]]) -> Table:
     """Rates of matmuls by what they are of and who computes them."""
-    large = matmuls["large"]["by"]["jax"]["flops_per_second_per_device"]["median"]
-    unit, prefix = flops_unit(large)
+    known = (each for matmul in matmuls.values() for each in matmul["by"].values())
+    rates = [each["flops_per_second_per_device"] for each in known if "failure" not in each]
+    unit, prefix = flops_unit(rates[0]["median"] if rates else 1e9)
     table = make_table(
         console,
         "matmul",
@@ -159,7 +161,7 @@ def matmul_table(console: Console, matmuls: Mapping[str, Mapping[str, Any]]) -> 
                 *cells,
                 number(rate["median"] / unit),
                 f"{number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)}",
-                f"{figures['share_of_large']:.1%}",
+                f"{figures['share_of_large']:.1%}" if figures["share_of_large"] else "",
             )
     return table
 
@@ -167,7 +169,7 @@ def matmul_table(console: Console, matmuls: Mapping[str, Mapping[str, Any]]) -> 
 def matmul_line(case: Mapping[str, Any]) -> str:
     """The rates of the large matmul beside a case, and what an image takes."""
     matmul = case["matmul"]
-    unit, prefix = flops_unit(matmul["limit"])
+    unit, prefix = flops_unit(matmul["limit"] or 1e9)
     each = ", ".join(
         f"{name} {number(rate['median'] / unit)} "
         f"({number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)})"

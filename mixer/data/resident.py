@@ -27,6 +27,7 @@ MODES = ("auto", "on", "off")
 AUTO_BYTES = 512 << 20
 SHARE = 8  # and the part of the memory that they take at most, which is the model's else
 READ_AT_ONCE = 512  # images
+SMALL_SIDE = 64  # pixels, up to which a CPU applies policies as fast as it trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +51,22 @@ class Examples:
         return len(self.arrays["label"])
 
 
-def read(split: Split, *, mode: str, num_drawn: int) -> Examples | str:
+def read(
+    split: Split,
+    *,
+    mode: str,
+    num_drawn: int,
+    augment_on: str = "auto",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Examples | str:
     """Reads all images of `split` through the steps that are the same in every epoch.
 
     Args:
       split: of training.
       mode: "auto", "on" or "off", the config's dataset.on_device.
       num_drawn: how many images the whole run draws; "auto" reads no set that is larger.
+      augment_on: the config's dataset.augment_on; with "host", "auto" leaves random steps there.
+      should_stop: asked after each batch; where it says so, reading ends.
 
     Returns:
       The examples, or why they are to be streamed.
@@ -69,14 +79,16 @@ def read(split: Split, *, mode: str, num_drawn: int) -> Examples | str:
     try:
         if mode == "auto" and num_drawn < split.num_examples:
             raise UserError(f"the run draws {num_drawn:,} of {split.num_examples:,} images")
-        return _read(split, mode)
+        return _read(split, mode, augment_on, should_stop)
     except UserError as error:
         if mode == "on":
             raise UserError(f"dataset.on_device=on: {error}") from error
         return str(error)
 
 
-def _read(split: Split, mode: str) -> Examples:
+def _read(
+    split: Split, mode: str, augment_on: str, should_stop: Callable[[], bool]
+) -> Examples | str:
     if split.order_depends_on_readers:
         raise UserError(f"{split.name} can only be read file by file, for its size")
     host, device_steps = split, None
@@ -88,6 +100,11 @@ def _read(split: Split, mode: str) -> Examples:
         if None in host.example_spec["image"][0]:  # what the stored images have, all the same
             first = next(host.sequential_batches(start=0, stop=1, batch_size=1))
             host = split.with_steps(parts.host, image_size=first["image"].shape[1:3])
+    if mode == "auto" and device_steps:
+        if augment_on == "host":
+            raise UserError("dataset.augment_on=host")
+        if _are_slow(device_steps, host.example_spec["image"][0]):
+            raise UserError(f"{device_steps} take the host less time than this device")
     count, num_bytes, room = host.num_examples, _num_bytes(host), _room(mode)
     if num_bytes > room:
         limit = "dataset.on_device=auto keeps" if mode == "auto" else "the device has room for"
@@ -106,6 +123,8 @@ def _read(split: Split, mode: str) -> Examples:
         for name, values in batch.items():
             arrays[name][start:stop] = values
         start = stop
+        if should_stop():
+            return "reading was interrupted"
     height, width = arrays["image"].shape[1:3]
     about = f"{count:,} of {height} x {width} px, {short(num_bytes, 'B')}"
     if device_steps is None:
@@ -115,11 +134,19 @@ def _read(split: Split, mode: str) -> Examples:
     return Examples(arrays, steps, f"{about}; there they take {device_steps}")
 
 
+def _are_slow(steps: str, shape: tuple[int, ...]) -> bool:
+    """Whether these steps are faster on the host: policies on large images, but for GPUs."""
+    small = shape[0] * shape[1] <= SMALL_SIDE**2
+    return jax.default_backend() != "gpu" and not small and "augment" in steps
+
+
 def _room(mode: str) -> int:
-    """Bytes that examples may take: of a device's memory, or of the host's where these are one."""
+    """Bytes that examples may take of a device's memory and of the host's, which has a copy."""
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
-    room = stats.get("bytes_limit") or psutil.virtual_memory().available // len(devices)
+    room = psutil.virtual_memory().available
+    # On a CPU the devices' copies are the host's memory too.
+    room = min(room, stats["bytes_limit"]) if "bytes_limit" in stats else room // (1 + len(devices))
     return _auto_room(room) if mode == "auto" else room // 2
 
 

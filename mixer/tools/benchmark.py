@@ -133,7 +133,7 @@ def compete(what: str) -> None:
                 for name in prepare
                 if name not in models
             }
-            limit = max(rate["median"] for rate in by.values() if rate)
+            limit = max((rate["median"] for rate in by.values() if rate), default=None)
             model = jax_side.make_mixer(case)
             count = flops.train_flops if what == "train" else flops.forward_flops
             per_image = count(model, (case.image_size, case.image_size))
@@ -198,15 +198,15 @@ def matmul() -> None:
             for who in ("jax", "torch")[: 1 + with_torch]
         }
         table[name] = {"shape": (m, k, n), "by": by}
-    large = max(rate["median"] for rate in table["large"]["by"].values() if rate)
+    large = max((rate["median"] for rate in table["large"]["by"].values() if rate), default=None)
     for name, entry in table.items():
         entry["by"] = {
             who: {
                 "flops_per_second_per_device": rate,
-                "share_of_large": rate["median"] / large,
+                "share_of_large": large and rate["median"] / large,
             }
             if rate
-            else {"failure": results[f"{name} {who}"].failure}
+            else {"failure": results[f"{name} {who}".strip()].failure}
             for who, rate in entry["by"].items()
         }
     found["matmuls"] = table
@@ -248,6 +248,7 @@ def data() -> None:
     config = cli.config()
     run.check_config(config)
     run.resolve_model(config, run.find_initial(config), None)
+    run.resolve_permutation(config)
     config.model.num_classes = config.model.num_classes or 1000
     model = run.build_model(config)
     if BATCH_SIZE.value is not None and len(BATCH_SIZE.value) > 1:

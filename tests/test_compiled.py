@@ -1,6 +1,6 @@
-"""The update as XLA compiles it for an NVIDIA H200, beside the plain formulation: no GPU is needed.
+"""The update as XLA compiles it for an NVIDIA H200 and a TPU, beside the plain formulation.
 
-Read are the matmuls' epilogues, transposes, memory and traffic; times are for a GPU to say.
+Neither is needed: read are the matmuls' epilogues, transposes, memory and traffic.
 """
 
 import importlib.util
@@ -18,13 +18,14 @@ from mixer.benchmarking import plain
 from mixer.model import make_model
 from mixer.train_step import make_predict, make_train_step
 
-pytestmark = [
-    pytest.mark.cuda_backend,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="jax-cuda13-plugin is not installed",
-    ),
-]
+cuda_backend = pytest.mark.cuda_backend
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax-cuda13-plugin is not installed",
+)
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
 
 SIZE, BATCH, BLOCKS = (224, 224), 64, 2
 FIELDS = dict(hidden_dim=768, tokens_mlp_dim=384, channels_mlp_dim=3072, patch_size=16)
@@ -42,13 +43,12 @@ def mesh():
     return sharding.make_mesh({"data": 1}, topology.devices)
 
 
-def _compiled(function, *arguments, **options):
-    compiled = jax.jit(function, compiler_options=OPTIONS, **options).lower(*arguments).compile()
+def _compiled(function, *arguments, options=OPTIONS, **how):
+    compiled = jax.jit(function, compiler_options=options, **how).lower(*arguments).compile()
     return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.fixture(scope="module")
-def programs(mesh):
+def _programs(mesh, options):
     """(text, bytes of temporaries) of the update, ours and plain."""
     model = make_model(**FIELDS)
     tx = optax.adamw(1e-3)
@@ -70,16 +70,25 @@ def programs(mesh):
     state = train_state.abstract_state(model, tx, SIZE, mesh)
     other = plain.make_train_step(plain.Mixer(**FIELDS), tx)
     others = state.params, state.opt_state
-    donated = dict(donate_argnums=0)
-    return _compiled(ours, state, batch, **donated), _compiled(other, others, batch, **donated)
+    how = dict(donate_argnums=0, options=options)
+    return _compiled(ours, state, batch, **how), _compiled(other, others, batch, **how)
 
 
+@pytest.fixture(scope="module")
+def programs(mesh):
+    return _programs(mesh, OPTIONS)
+
+
+@cuda_backend
+@needs_plugin
 def test_every_channel_mlp_has_its_gelu_in_the_matmul(programs):
     (ours, _), (other, _) = programs
     assert ours.count('"epilogue":"BIAS_GELU_AUX"') == BLOCKS
     assert '"epilogue":"BIAS_GELU' not in other
 
 
+@cuda_backend
+@needs_plugin
 def test_no_activations_are_transposed(programs):
     """The plain program does it for each block, there and back, forward and backward."""
     (ours, _), (other, _) = programs
@@ -88,6 +97,8 @@ def test_no_activations_are_transposed(programs):
     assert len(moved.findall(other)) >= 2 * BLOCKS
 
 
+@cuda_backend
+@needs_plugin
 def test_memory_traffic_and_arithmetic(programs):
     (ours, ours_temp), (other, other_temp) = programs
     ours, other = hlo.count(ours), hlo.count(other)
@@ -98,6 +109,8 @@ def test_memory_traffic_and_arithmetic(programs):
     assert wanted <= ours.flops < 1.015 * wanted
 
 
+@cuda_backend
+@needs_plugin
 def test_prediction_has_both_epilogues_and_no_transposes(mesh):
     model = make_model(**FIELDS)
     params = train_state.abstract_params(model, SIZE, mesh)
@@ -105,3 +118,21 @@ def test_prediction_has_both_epilogues_and_no_transposes(mesh):
     text, _ = _compiled(make_predict(model), params, images)
     assert text.count('"epilogue":"BIAS_GELU"') == BLOCKS
     assert text.count('"epilogue":"BIAS"') >= BLOCKS
+
+
+@pytest.mark.tpu_backend
+@needs_libtpu
+def test_on_a_tpu_traffic_and_cycles_fall(monkeypatch):
+    for key in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    programs = _programs(sharding.make_mesh({"data": 1}, devices[:1]), {})
+    ours, other = (hlo.count(text) for text, _ in programs)
+    print(
+        f"{ours.bytes / 1e9:.2f} of {other.bytes / 1e9:.2f} GB, {ours.cycles / 1e6:.1f} of "
+        f"{other.cycles / 1e6:.1f} Mcycles"
+    )
+    assert ours.bytes < 0.95 * other.bytes
+    assert 0 < ours.cycles < 0.95 * other.cycles
