@@ -6,8 +6,8 @@ costs more than the mathematics asks for. Here:
 - token mixing is a matmul over the token axis with channels where they are, so that nothing is
   transposed: one for each image, or on a CPU one for all images side by side;
 - the gradient of GELU is computed from its input alone, the one array that the forward pass keeps;
-- gradients of weights are products that transpose the smaller of their two operands, where XLA
-  would transpose the one on the left;
+- on a CPU, gradients of weights are products that transpose the smaller of their two operands,
+  where XLA would transpose the one on the left;
 - gradients of weights and biases are sums in float32, whatever the dtype of the computation.
 
 In float32 each is the same function as the plain formulation up to rounding (tests/test_layers.py).
@@ -91,10 +91,13 @@ def _summed_products(x: jax.Array, grad: jax.Array, rows: tuple[int, ...]) -> ja
         dimensions = ((rows, rows), ((), ()))
         return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
+    def exchanged(x: jax.Array, grad: jax.Array) -> jax.Array:
+        # Without the barrier XLA exchanges the operands again, to save the small transpose.
+        return lax.optimization_barrier(product(grad, x)).T
+
     if x.shape[-1] <= grad.shape[-1]:
         return product(x, grad)
-    # Without the barrier XLA exchanges the operands again, to save the small transpose.
-    return lax.optimization_barrier(product(grad, x)).T
+    return lax.platform_dependent(x, grad, cpu=exchanged, default=product)
 
 
 @jax.custom_vjp
