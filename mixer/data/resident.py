@@ -77,6 +77,8 @@ def read(
     if mode == "off":
         return "dataset.on_device=off"
     try:
+        if mode == "auto" and jax.process_count() > 1:
+            raise UserError("several processes share the reading")
         if mode == "auto" and num_drawn < split.num_examples:
             raise UserError(f"the run draws {num_drawn:,} of {split.num_examples:,} images")
         return _read(split, mode, augment_on, should_stop)
