@@ -21,8 +21,10 @@ def keep_freed_memory() -> None:
     a training step's time (docs/performance.md). Whoever sets one of glibc's own variables has
     decided for himself, and nothing is done here.
     """
+    if not keeps():
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if keeps() and mallopt is not None:
+    if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
         mallopt(_M_TOP_PAD, 256 << 20)

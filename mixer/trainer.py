@@ -202,6 +202,8 @@ def _train(
     data = run.data_record(splits, num_readers)
     if start_step < config.total_steps:
         data["on_device"] = not isinstance(reading.result(), str)
+    elif old_data and "on_device" in old_data:  # it may be given more steps
+        data["on_device"] = old_data["on_device"]
     if old_data and not allow_config_change:
         run.check_same_data(workdir, old_data, data)
     if start_step > config.total_steps:
@@ -340,6 +342,7 @@ def _train(
             num_readers=num_readers,
             update=(model, schedule, tx, abstract),
         )
+        del reading  # and with it the host's copy of the images
         terminal.line(where)
         seconds = time.perf_counter() - started
         terminal.line(f"{_memory_line(abstract, source.compiled)}; compiled in {seconds:.1f} s")
