@@ -4,7 +4,10 @@ Autodiff of the plain formulation (Dense, GELU, and a transpose before and after
 costs more than the mathematics asks for. Here:
 
 - token mixing is a matmul over the token axis with channels where they are, so that nothing is
-  transposed: one for each image, or on a CPU one for all images side by side;
+  transposed: one for each image, or on a CPU one for all images side by side; on an NVIDIA GPU bias
+  and GELU are part of it;
+- of a LayerNorm and the matmul behind it the backward pass finds the normalized input alone, where
+  the batch outweighs the kernel;
 - the gradient of GELU is computed from its input alone, the one array that the forward pass keeps;
 - on a CPU, gradients of weights are products that transpose the smaller of their two operands,
   where XLA would transpose the one on the left;
@@ -23,6 +26,10 @@ from jax import lax
 
 # GELU by tanh: x / 2 * (1 + tanh(SCALE * (x + CUBIC * x^3))) (Hendrycks and Gimpel, 2016).
 _SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+# From so many on a CPU's product over all images and channels has enough rows and columns to share.
+MANY_TOKENS = 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -80,6 +87,69 @@ def _dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, jax.A
 dense.defvjp(_dense_forward, _dense_backward)
 
 
+def norm_dense(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """LayerNorm over the last axis (epsilon 1e-6) and an affine map of it, in the dtype of `x`.
+
+    Args:
+      x: (..., I).
+      scale: (I,) float32, LayerNorm's. shift: (I,) float32, its bias.
+      kernel: (I, O) float32. bias: (O,) float32.
+
+    Returns:
+      (..., O).
+    """
+    if x.size < 2 * kernel.size:  # to scale the kernel takes longer than what it saves
+        return _dense_of_norm(x, scale, shift, kernel, bias)
+    return _joined_norm_dense(x, scale, shift, kernel, bias)
+
+
+def _dense_of_norm(x, scale, shift, kernel, bias) -> jax.Array:
+    normal, _ = _standardize(x)
+    return dense((normal * scale + shift).astype(x.dtype), kernel, bias)
+
+
+# Where gradients are wanted, scale and shift are part of the affine map: the normalized `x` is then
+# all that is kept of both, and their gradients come from those of kernel and bias.
+_joined_norm_dense = jax.custom_vjp(_dense_of_norm)
+
+
+def _standardize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` (..., I) with mean 0 and variance 1, and 1 over its deviation (..., 1); float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, -1, keepdims=True)
+    variance = jnp.maximum(0.0, jnp.mean(x * x, -1, keepdims=True) - mean * mean)
+    inverse = lax.rsqrt(variance + 1e-6)
+    return (x - mean) * inverse, inverse
+
+
+def _norm_dense_forward(x, scale, shift, kernel, bias) -> tuple[jax.Array, tuple]:
+    normal, inverse = _standardize(x)
+    normal = normal.astype(x.dtype)
+    bias = bias + jnp.sum(shift[:, None] * kernel, 0)
+    return dense(normal, scale[:, None] * kernel, bias), (normal, inverse, scale, shift, kernel)
+
+
+def _norm_dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, ...]:
+    normal, inverse, scale, shift, kernel = residuals
+    scaled = scale[:, None] * kernel
+    x_grad, scaled_grad, bias_grad = _dense_backward((normal, scaled), grad)
+    x_grad, x = x_grad.astype(jnp.float32), normal.astype(jnp.float32)
+    along = jnp.mean(x_grad * x, -1, keepdims=True)
+    x_grad = inverse * (x_grad - jnp.mean(x_grad, -1, keepdims=True) - along * x)
+    return (
+        x_grad.astype(normal.dtype),
+        jnp.sum(kernel * scaled_grad, 1),
+        jnp.sum(kernel * bias_grad, 1),
+        scale[:, None] * scaled_grad + shift[:, None] * bias_grad,
+        bias_grad,
+    )
+
+
+_joined_norm_dense.defvjp(_norm_dense_forward, _norm_dense_backward)
+
+
 def _summed_products(x: jax.Array, grad: jax.Array, rows: tuple[int, ...]) -> jax.Array:
     """Sum over `rows` of the outer products of the last axes: (I, O) float32.
 
@@ -112,7 +182,33 @@ def token_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     Returns:
       (N, O, C).
     """
+    return lax.platform_dependent(x, kernel, bias, cuda=_affine_in_one, default=_affine)
+
+
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return _token_product(kernel.T, x) + bias.astype(x.dtype)[:, None]
+
+
+def _affine_in_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """As `_affine`, the bias being part of the product where that has room for it.
+
+    GELU can then be part of the product too: cuBLASLt itself adds biases along the other axis only.
+    """
+    if not (room := _room(x)):
+        return _affine(x, kernel, bias)
+    extended = jnp.pad(jnp.concatenate([kernel, bias[None]]), ((0, room - 1), (0, 0)))
+    return _image_by_image(extended.T.astype(x.dtype), _extended(x))
+
+
+def _room(x: jax.Array) -> int:
+    """How many tokens of nothing XLA adds to `x` (N, I, C) for a GPU, which multiplies by eights."""
+    return -x.shape[1] % 8 if x.dtype == jnp.bfloat16 else 0
+
+
+def _extended(x: jax.Array) -> jax.Array:
+    """`x` with them; the first is of ones, and takes the bias."""
+    ones = jnp.zeros((x.shape[0], _room(x), x.shape[2]), x.dtype).at[:, 0].set(1)
+    return jnp.concatenate([x, ones], 1)
 
 
 def _token_product(matrix: jax.Array, x: jax.Array) -> jax.Array:
@@ -128,9 +224,15 @@ def _image_by_image(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _side_by_side(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    # The images of small models are too small for a matmul each. Whole rows of channels move.
-    joined = x.swapaxes(0, 1).reshape(x.shape[1], -1)
-    return (matrix @ joined).reshape(-1, x.shape[0], x.shape[2]).swapaxes(0, 1)
+    # The images of small models are too small for a matmul each. Whole rows of channels move. A
+    # matrix that XLA has to transpose within the product gets a slower one.
+    matrix = lax.optimization_barrier(matrix)
+    return (matrix @ _joined(x)).reshape(-1, x.shape[0], x.shape[2]).swapaxes(0, 1)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """Each token's channels of all images in a row: (N, S, C) to (S, N * C)."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)
 
 
 def _token_dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
@@ -141,10 +243,40 @@ def _token_dense_backward(
     residuals: tuple, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel = residuals
-    dimensions = (((2,), (2,)), ((0,), (0,)))
-    products = lax.dot_general(x, grad, dimensions, preferred_element_type=jnp.float32)
-    bias_grad = jnp.sum(grad.astype(jnp.float32), (0, 2))
-    return _token_product(kernel, grad), jnp.sum(products, 0), bias_grad
+
+    kernel_grads = lax.platform_dependent(x, grad, cuda=_sums_in_one, default=_sums)
+    return _token_product(kernel, grad), *kernel_grads
+
+
+def _sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of kernel and bias."""
+    return _token_products(x, grad), jnp.sum(grad.astype(jnp.float32), (0, 2))
+
+
+def _sums_in_one(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `_sums`, for `_affine_in_one`."""
+    if not _room(x):
+        return _sums(x, grad)
+    products = _token_products(_extended(x), grad)
+    return products[: x.shape[1]], products[x.shape[1]]
+
+
+def _token_products(x: jax.Array, grad: jax.Array) -> jax.Array:
+    """Sum over images and channels of the outer products of tokens: (I, O) float32."""
+
+    def image_by_image(x: jax.Array, grad: jax.Array) -> jax.Array:
+        dimensions = (((2,), (2,)), ((0,), (0,)))
+        each = lax.dot_general(x, grad, dimensions, preferred_element_type=jnp.float32)
+        return jnp.sum(each, 0)
+
+    def side_by_side(x: jax.Array, grad: jax.Array) -> jax.Array:
+        dimensions = (((1,), (1,)), ((), ()))
+        x, grad = _joined(x), _joined(grad)
+        return lax.dot_general(x, grad, dimensions, preferred_element_type=jnp.float32)
+
+    if min(x.shape[1], grad.shape[1]) < MANY_TOKENS:
+        return image_by_image(x, grad)
+    return lax.platform_dependent(x, grad, cpu=side_by_side, default=image_by_image)
 
 
 token_dense.defvjp(_token_dense_forward, _token_dense_backward)

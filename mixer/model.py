@@ -5,6 +5,7 @@ D_C (`channels_mlp_dim`), P (`patch_size`). Parameters bear the names of the rel
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,19 @@ class Dense(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
 
 
+class Norm(nn.Module):
+    """The parameters of a LayerNorm over `width`, as `nn.LayerNorm` has them."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Returns scale and bias, float32."""
+        shape = (self.width,)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        return scale, self.param("bias", nn.initializers.zeros, shape)
+
+
 class MlpBlock(nn.Module):
     """Dense, GELU, Dense over one axis of (N, S, C). Paper, equation 1."""
 
@@ -72,11 +86,24 @@ class MlpBlock(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Applies the MLP; `keys` (N,) draws the dropout masks, None leaves dropout out."""
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: jax.Array | None,
+        norm: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Applies the MLP.
+
+        Args:
+          x: (N, S, C).
+          keys: (N,), which draw the dropout masks; None leaves dropout out.
+          norm: parameters of a LayerNorm of the same axis that comes before it.
+        """
         dim = x.shape[self.axis]
         apply = layers.token_dense if self.axis == 1 else layers.dense
-        x = checkpoint_name(apply(x, *Dense((dim, self.mlp_dim), name="Dense_0")()), "dense")
+        first = apply if norm is None else layers.norm_dense
+        affine = Dense((dim, self.mlp_dim), name="Dense_0")()
+        x = checkpoint_name(first(x, *(norm or ()), *affine), "dense")
         x = constrain(x, BATCH, *(("tensor", None) if self.axis == 1 else (None, "tensor")))
         x = layers.gelu(x, self.gelu)
         if keys is not None:
@@ -113,9 +140,10 @@ class MixerBlock(nn.Module):
           keep_prob: with which each branch of an example is kept; None: always.
         """
 
-        def mlp(name: str, mlp_dim: int, x: jax.Array, branch: int) -> jax.Array:
+        def mlp(name: str, mlp_dim: int, branch: int, x: jax.Array, *norm: Any) -> jax.Array:
             branch_keys = None if keys is None or not self.dropout else _fold(keys, branch)
-            return MlpBlock(1 + branch, mlp_dim, self.gelu, self.dropout, name=name)(x, branch_keys)
+            block = MlpBlock(1 + branch, mlp_dim, self.gelu, self.dropout, name=name)
+            return block(x, branch_keys, *norm)
 
         def drop_path(x: jax.Array, branch: int) -> jax.Array:
             if keys is None or keep_prob is None:
@@ -127,10 +155,10 @@ class MixerBlock(nn.Module):
             )
 
         y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = mlp("token_mixing", self.tokens_mlp_dim, y, 0)
+        y = mlp("token_mixing", self.tokens_mlp_dim, 0, y)
         x = constrain(x + drop_path(y, 0), BATCH, None, None)
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = mlp("channel_mixing", self.channels_mlp_dim, y, 1)
+        norm = Norm(x.shape[-1], name="LayerNorm_1")()
+        y = mlp("channel_mixing", self.channels_mlp_dim, 1, x, norm)
         return constrain(x + drop_path(y, 1), BATCH, None, None)
 
 

@@ -5,6 +5,8 @@ The generator is Philox 4x32-10 (Salmon et al., 2011, "Parallel random numbers: 
 each number first. Every function takes one key or any number of them in the leading dimensions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,7 @@ def _blocks(key: jax.Array, count: int) -> jax.Array:
     return jnp.stack(_philox([zero + number, zero, third, fourth], [first, second]), -1)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for arrays of one shape
 def _philox(counter: list[jax.Array], key: list[jax.Array]) -> list[jax.Array]:
     """Enciphers counters of four words under keys of two: arrays that are broadcast."""
     counter = jnp.broadcast_arrays(*counter)

@@ -174,6 +174,10 @@ def make_train_loop(
       1. The metrics are those of the last.
     """
 
+    # Each is traced once, although it stands in branches, and its results' shapes are asked for.
+    train_step = jax.jit(train_step, inline=True)
+
+    @functools.partial(jax.jit, inline=True)
     def draw(examples: Batch, epoch: jax.Array, place: jax.Array) -> Batch:
         batch = {name: values[place] for name, values in examples.items()}
         if augment is not None:

@@ -81,7 +81,25 @@ def programs(mesh):
 def test_every_channel_mlp_has_its_gelu_in_the_matmul(programs):
     (ours, _), (other, _) = programs
     assert ours.count('"epilogue":"BIAS_GELU_AUX"') == BLOCKS
-    assert '"epilogue":"BIAS_GELU' not in other
+    assert not re.search('"epilogue":"[A-Z_]*GELU', other)
+
+
+@cuda_backend
+@needs_plugin
+def test_every_token_mlp_has_its_gelu_in_the_matmul(programs):
+    """The bias is a row of the product, which is padded anyway."""
+    (ours, _), _ = programs
+    assert ours.count('"epilogue":"GELU_AUX"') == BLOCKS
+
+
+@cuda_backend
+@needs_plugin
+def test_the_residual_is_added_in_place(programs):
+    """Nothing later needs it, so that the matmul that adds to it may overwrite it."""
+    (ours, _), _ = programs
+    added = re.findall(r'custom-call\(.*"beta":1.*"epilogue":"BIAS"', ours)
+    assert len(added) == BLOCKS
+    assert not re.findall(rf" = bf16\[{BATCH * 196},768\]\S* copy\(", ours)
 
 
 @cuda_backend
@@ -99,8 +117,8 @@ def test_no_activations_are_transposed(programs):
 def test_memory_traffic_and_arithmetic(programs):
     (ours, ours_temp), (other, other_temp) = programs
     ours, other = hlo.count(ours), hlo.count(other)
-    assert ours_temp < 0.9 * other_temp
-    assert ours.bytes < 0.92 * other.bytes
+    assert ours_temp < 0.85 * other_temp
+    assert ours.bytes < 0.87 * other.bytes
     # XLA pads 196 tokens to 200.
     wanted = BATCH * flops.train_flops(make_model(**FIELDS), SIZE)
     assert wanted <= ours.flops < 1.015 * wanted
@@ -114,4 +132,5 @@ def test_prediction_has_both_epilogues_and_no_transposes(mesh):
     images = sharding.abstract_batch({"image": ((*SIZE, 3), "uint8")}, BATCH, mesh)["image"]
     text, _ = _compiled(make_predict(model), params, images)
     assert text.count('"epilogue":"BIAS_GELU"') == BLOCKS
+    assert text.count('"epilogue":"GELU"') == BLOCKS
     assert text.count('"epilogue":"BIAS"') >= BLOCKS

@@ -49,6 +49,48 @@ def test_token_dense_is_dense_between_transposes(widths):
     )
 
 
+def _plain_norm_dense(x, scale, shift, kernel, bias):
+    normal = nn.LayerNorm().apply({"params": {"scale": scale, "bias": shift}}, x)
+    return normal @ kernel + bias
+
+
+@pytest.mark.parametrize("images", [1, 7], ids=["few rows", "many rows"])
+def test_norm_dense_is_layer_norm_and_dense(images):
+    """With many rows scale and shift are part of the affine map."""
+    x, *affine = _arrays((images, 5, 12), (12,), (12,), (12, 9), (9,))
+    assert (images == 7) == (x.size >= 2 * affine[2].size)
+    _compare(layers.norm_dense, _plain_norm_dense, (3 * x + 1, *affine), rtol=2e-5)
+
+
+def test_norm_dense_keeps_one_array_of_the_inputs_size():
+    x, *affine = _arrays((8, 16, 12), (12,), (12,), (12, 9), (9,))
+    kept = jax.tree.leaves(jax.vjp(layers.norm_dense, x, *affine)[1])
+    assert sum(leaf.size == x.size for leaf in kept) == 1
+
+
+@pytest.mark.parametrize("tokens", [6, 8], ids=["with room", "without room"])
+def test_bias_within_the_product_is_the_added_bias(tokens):
+    """What a GPU computes, here on the CPU: values, and gradients of kernel and bias."""
+    x, kernel, bias, grad = _arrays((3, tokens, 5), (tokens, 4), (4,), (3, 4, 5))
+    x, grad = x.astype(jnp.bfloat16), grad.astype(jnp.bfloat16)
+    bias = bias.astype(jnp.bfloat16).astype(jnp.float32)
+    ours, wanted = layers._affine_in_one(x, kernel, bias), layers._affine(x, kernel, bias)
+    assert ours.shape == wanted.shape and ours.dtype == wanted.dtype
+    np.testing.assert_allclose(ours.astype(float), wanted.astype(float), rtol=1e-2, atol=1e-2)
+    for one, other in zip(layers._sums_in_one(x, grad), layers._sums(x, grad), strict=True):
+        assert one.dtype == other.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_token_gradients_do_not_depend_on_how_images_lie(monkeypatch):
+    """A CPU multiplies all images at once where there are many tokens."""
+    x, grad = _arrays((3, 6, 5), (3, 4, 5))
+    apart = layers._token_products(x, grad)
+    monkeypatch.setattr(layers, "MANY_TOKENS", 4)
+    np.testing.assert_allclose(layers._token_products(x, grad), apart, rtol=1e-5, atol=1e-5)
+    assert apart.shape == (6, 4)
+
+
 def test_patches_and_dense_are_the_convolution():
     images, kernel = _arrays((2, 8, 12, 3), (4, 4, 3, 5))
     ours = layers.patches(images, 4) @ kernel.reshape(-1, 5)
