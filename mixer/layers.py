@@ -94,8 +94,10 @@ def norm_dense(
 
     Args:
       x: (..., I).
-      scale: (I,) float32, LayerNorm's. shift: (I,) float32, its bias.
-      kernel: (I, O) float32. bias: (O,) float32.
+      scale: (I,) float32, LayerNorm's.
+      shift: (I,) float32, LayerNorm's bias.
+      kernel: (I, O) float32.
+      bias: (O,) float32.
 
     Returns:
       (..., O).
@@ -201,7 +203,7 @@ def _affine_in_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Arra
 
 
 def _room(x: jax.Array) -> int:
-    """How many tokens of nothing XLA adds to `x` (N, I, C) for a GPU, which multiplies by eights."""
+    """How many empty tokens XLA adds to `x` (N, I, C) for a GPU, which multiplies by eights."""
     return -x.shape[1] % 8 if x.dtype == jnp.bfloat16 else 0
 
 

@@ -48,11 +48,11 @@ def make_mix(*, alpha: float, per_example: bool, cutmix_alpha: float, cutmix_pro
         keys = jax.random.split(key, 4)
         own = jnp.ones((*count, 1, 1, 1))  # share of the image itself, by pixel
         if alpha:
-            u = jax.random.beta(keys[0], alpha, alpha, count)
+            u = _beta(keys[0], alpha, count)
             own = jnp.maximum(u, 1 - u)[:, None, None, None]
         label_share = own[:, 0, 0]
         if cutmix_alpha:
-            area = jax.random.beta(keys[1], cutmix_alpha, cutmix_alpha, count)
+            area = _beta(keys[1], cutmix_alpha, count)
             outside = ~_window(keys[2], area, images.shape[1:3])
             chosen = jax.random.bernoulli(keys[3], cutmix_prob, count)
             own = jnp.where(chosen[:, None, None, None], outside[..., None], own)
@@ -63,6 +63,17 @@ def make_mix(*, alpha: float, per_example: bool, cutmix_alpha: float, cutmix_pro
         return mixed, label_share * labels + (1 - label_share) * jnp.roll(labels, 1, axis=0)
 
     return mix
+
+
+def _beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers from Beta(alpha, alpha).
+
+    In general they are drawn in loops of a length that chance decides, and a GPU waits for its host
+    in each round. Beta(1, 1) is uniform.
+    """
+    if alpha == 1:
+        return jax.random.uniform(key, shape)
+    return jax.random.beta(key, alpha, alpha, shape)
 
 
 def _window(key: jax.Array, area: jax.Array, size: tuple[int, int]) -> jax.Array:

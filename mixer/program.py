@@ -14,8 +14,8 @@ memory.threads_for_simulated_devices()
 # Before TensorFlow or XLA is loaded: their start-up notices are not for the user.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# TensorFlow imports Keras eagerly, and with it scikit-learn and matplotlib: a third of its time. The
-# Keras asked for here is found when somebody uses it, and nobody does.
+# TensorFlow imports Keras, and that scikit-learn and matplotlib: a third of its time. The Keras
+# asked for here is looked for when somebody uses it, and nobody does.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 from absl import app, flags, logging

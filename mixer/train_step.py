@@ -173,7 +173,6 @@ def make_train_loop(
       which examples each batch takes; and of `count`, how many of the M updates are made, at least
       1. The metrics are those of the last.
     """
-
     # Each is traced once, although it stands in branches, and its results' shapes are asked for.
     train_step = jax.jit(train_step, inline=True)
 
