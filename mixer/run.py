@@ -421,13 +421,13 @@ def check_same_everywhere(mine: dict[str, Any], what: str) -> None:
         )
 
 
-def check_same_data(workdir: epath.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises UserError where the training data is not what the run was begun with."""
-    old, new = old["splits"]["train"], new["splits"]["train"]
-    if old["fingerprint"] != new["fingerprint"]:
+def check_same_data(workdir: epath.Path, record: dict[str, Any], split: pipeline.Split) -> None:
+    """Raises UserError where `split`, of training, is not the one of the run's record."""
+    old = record["splits"]["train"]
+    if old["fingerprint"] != split.fingerprint:
         raise UserError(
             f"the training data has changed since {workdir} was started: {old['name']} with "
-            f"{old['num_examples']:,} examples, now {new['name']} with {new['num_examples']:,}. "
+            f"{old['num_examples']:,} examples, now {split.name} with {split.num_examples:,}. "
             "Bring it back, give another --workdir, or --allow_config_change"
         )
 

@@ -58,7 +58,7 @@ def open_source(
     reason = next(filter(None, distributed.gather(kept if isinstance(kept, str) else "")), None)
     if reason is None:
         line = f"training images stay on the device: {kept.about}"
-        return _resident(config, kept, start_step, update), line
+        return open_resident(config, kept, update), line
     line = f"training images are streamed: {reason}"
     split, steps, described = _parted(split, config.dataset.augment_on)
     if steps is not None:
@@ -85,7 +85,12 @@ def _parted(split: pipeline.Split, where: str) -> tuple[pipeline.Split, Callable
     return split, None, ""
 
 
-def _resident(config, kept, start_step, update) -> "Resident":
+def open_resident(
+    config: ConfigDict,
+    kept: resident.Examples,
+    update: tuple[MlpMixer, Schedule, optax.GradientTransformation, TrainState],
+) -> "Resident":
+    """As `open_source`, of examples that stay on the device."""
     mesh = update[-1].step.sharding.mesh
     size = config.global_batch_size
     most = min(max(MOST_DRAWN // size, 1), MOST_STEPS)

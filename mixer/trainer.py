@@ -152,16 +152,21 @@ def _train(
         # device.
         restored = checkpoints.restore_latest(abstract, warn=_warn)
         start_step = int(restored[0].step) if restored else 0
-        if start_step < config.total_steps:
-            reading = thread.submit(
-                lambda: resident.read(
-                    opening.result().train,
-                    mode=_on_device(config, old_data),
-                    num_drawn=config.total_steps * config.global_batch_size,
-                    augment_on=config.dataset.augment_on,
-                    should_stop=lambda: caught.received is not None,
-                )
+
+        def read() -> resident.Examples | str:
+            split = opening.result().train
+            if old_data and not allow_config_change:
+                run.check_same_data(workdir, old_data, split)
+            return resident.read(
+                split,
+                mode=_on_device(config, old_data),
+                num_drawn=config.total_steps * config.global_batch_size,
+                augment_on=config.dataset.augment_on,
+                should_stop=lambda: caught.received is not None,
             )
+
+        if start_step < config.total_steps:
+            reading = thread.submit(read)
         if restored:
             state, info = restored
             _warn_of_versions(info["versions"])
@@ -194,6 +199,9 @@ def _train(
         splits = dataclasses.replace(splits, **kept)
     run.check_classes(config, splits.train.class_names)
     further = suites.open_further(config, splits)
+    if config.dataset.on_device != "off":
+        kept = {name: resident.remember(split) for name, split in further.splits.items()}
+        further = dataclasses.replace(further, splits=kept)
     # The order of a set that is read file by file depends on how many processes began the run.
     num_readers = old_data.setdefault("num_readers", 1) if old_data else data_count
     if config.global_batch_size % num_readers:
@@ -205,7 +213,7 @@ def _train(
     elif old_data and "on_device" in old_data:  # it may be given more steps
         data["on_device"] = old_data["on_device"]
     if old_data and not allow_config_change:
-        run.check_same_data(workdir, old_data, data)
+        run.check_same_data(workdir, old_data, splits.train)
     if start_step > config.total_steps:
         raise UserError(
             f"{workdir} has reached step {start_step}, beyond total_steps={config.total_steps}"

@@ -18,10 +18,11 @@ import safetensors.numpy
 from absl import flags
 
 import mixer
-from helpers import TINY, environment, run_python
+from helpers import TINY, environment, run_python, tiny_config
 from mixer import flops, memory, program, sharding
 from mixer.benchmarking import agreement, contest, jax_side, report, torch_side
 from mixer.benchmarking import input as pipeline
+from mixer.benchmarking import loop as looping
 from mixer.errors import UserError
 from mixer.model import make_model
 
@@ -188,15 +189,24 @@ for line in sys.stdin:
 
 def test_child_answers_and_its_end_is_told():
     child = torch_side.Child([sys.executable, "-c", ECHO])
-    program = torch_side.Program(child, "x", {"program": "matmul"})
+    program = torch_side.Program(child, "x", {"program": "timm"}, ends=True)
     assert program.run(1.0) == (2, 0.5)
     assert (program.compile_seconds, program.memory, program.devices) == (3.0, 9, 1)
     with pytest.raises(contest.Failed, match="cannot"):
-        torch_side.Program(child, "y", {"program": "cannot"})
+        torch_side.Program(child, "y", {"program": "cannot"}, ends=True)
     with pytest.raises(contest.Failed, match="ended with code 1: out of luck"):
         child.ask({"run": "dies"})
-    child.close()
+    program.close()
     assert child._process.returncode == 1
+
+
+def test_child_of_the_matmuls_serves_every_contest():
+    child = torch_side.Child([sys.executable, "-c", ECHO])
+    for _ in range(2):
+        matmul = torch_side.prepare_matmul(child, (8, 4, 6), "float32", "cpu")
+        assert matmul.run(1.0) == (2, 0.5)
+        matmul.close()
+    child.close()
 
 
 @needs_timm
@@ -347,6 +357,14 @@ def test_sufficiency_of_an_input():
     assert pipeline.evaluation_rate(model, 224, 100) == pytest.approx(299, rel=0.01)
 
 
+def test_what_has_no_steps_is_not_measured():
+    both = pipeline.preprocessings("decode|flip_lr", "decode")
+    assert both == {"training": "decode|flip_lr", pipeline.HOST_PART: "decode"} | dict(
+        evaluation="decode"
+    )
+    assert "evaluation" not in pipeline.preprocessings("decode|flip_lr", "")
+
+
 def test_a_stream_counts_what_it_takes(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock.now)
@@ -375,6 +393,32 @@ def test_data_prints_rates_and_for_how_many_devices(tmp_path):
     assert found["feeds"]["training"]["devices"] == pytest.approx(
         rates["training"]["median"] / found["step_per_device"]["median"]
     )
+    step, own = (found[f"{name}_per_device"]["median"] for name in ("step", "device_part"))
+    assert found["feeds"][pipeline.HOST_PART]["devices"] == pytest.approx(
+        rates[pipeline.HOST_PART]["median"] * (1 / step + 1 / own)
+    )
+    assert re.search(r"training, device's steps: [\d.,]+ images/s on a device", out)
+
+
+@pytest.mark.slow
+def test_loop_says_how_long_the_run_would_take(tmp_path):
+    path = tmp_path / "found.json"
+    out = run_python(
+        *("-m", "mixer.tools.benchmark", "loop", "--config=configs/digits.py", "--examples=640"),
+        *("--config.total_epochs=300", "--seconds=1", "--rounds=2", f"--output={path}"),
+    ).stdout
+    assert "640 images of 8 px on the device, batches of 64, decode|random_affine(" in out
+    assert re.search(r"the run's 3,000 updates take 0:\d\d:\d\d at this rate", out)
+    figures = json.loads(path.read_text())["loop"]["contestants"]["loop"]
+    rate, seconds = figures["images_per_second"], figures["seconds_per_step"]
+    assert rate["lowest"] == pytest.approx(64 / seconds["highest"])
+
+
+def test_loop_refuses_images_that_are_made_anew():
+    config = tiny_config()
+    config.dataset.train_preprocess = "decode|inception_crop(8)"
+    with pytest.raises(UserError, match="inception_crop makes other images each epoch"):
+        looping.prepare(config, 4)
 
 
 def test_tables_are_markdown_where_no_terminal_shows_them(capsys):

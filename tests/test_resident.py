@@ -130,6 +130,41 @@ def test_arrays_are_the_examples_in_order(tfds_dir, tmp_path):
     np.testing.assert_array_equal(examples.arrays["number"], numbers)
 
 
+def test_images_of_several_labels_train_as_streamed(tmp_path):
+    """Their labels are padded lists with weights, which are drawn with the images."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number in range(20):
+        path = tmp_path / "images" / f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+        count = 1 + number % 2
+        labels, weights = [number % 4, (number + 1) % 4][:count], [0.5 + number / 40, 1.0][:count]
+        lines.append({"path": f"images/{number}.png", "labels": labels, "weights": weights})
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tiny_config(loss="sigmoid", dataset__name="folder", dataset__data_dir=str(tmp_path))
+    config.update(total_steps=4, eval_every_steps=None)
+    config.dataset.update(label_file=str(tmp_path / "labels.jsonl"), val_split="", test_split="")
+    config.dataset.update(train_preprocess="decode|flip_lr", eval_preprocess="decode")
+    config.dataset.on_device = "on"
+    examples, split = _read(config)
+    assert split.multi_label and len(examples.arrays) == 4
+    trainer.train(config, tmp_path / "kept")
+    config.dataset.on_device = "off"
+    trainer.train(config, tmp_path / "streamed")
+    assert_same_bits(final_state(tmp_path / "kept"), final_state(tmp_path / "streamed"))
+
+
+def test_changed_data_is_refused_before_it_is_read(tfds_dir, tmp_path, monkeypatch):
+    config = _config(tfds_dir, tmp_path, total_steps=4)
+    trainer.train(config, tmp_path / "run")
+    config.total_steps = 8
+    (tmp_path / "exclude.jsonl").write_text("")
+    monkeypatch.setattr(resident, "read", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match=r"the training data has changed .* 198 examples, now"):
+        trainer.train(config, tmp_path / "run")
+
+
 def test_places_and_epochs_are_the_streams_order():
     config = tiny_config()
     split = run.open_split(config, "train", None)

@@ -51,6 +51,7 @@ FLOORS = {
     "mixer.benchmarking.torch_side": 4,
     "mixer.benchmarking.report": 4,
     "mixer.benchmarking.input": 4,
+    "mixer.benchmarking.loop": 4,
     "mixer.layers": 1,
     "mixer.chips": 1,
     "mixer.memory": 1,

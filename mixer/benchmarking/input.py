@@ -23,6 +23,7 @@ PHOTOGRAPH_BYTES = 110_000  # ImageNet's mean
 PHOTOGRAPH_SIZE = (375, 500)  # its usual one
 SMALL = 64  # pixels; sets of such images are stored at their size
 HOST_PART = "training, host's steps"
+DEVICE_PART = "training, device's steps"
 DECODING = "decoding alone"
 STEP = "training step"
 
@@ -61,19 +62,21 @@ class Stream:
 def preprocessings(train: str, evaluation: str) -> dict[str, str]:
     """Names and steps of what `measure` measures.
 
-    HOST_PART is among them where the device can take the last steps of the training's.
+    HOST_PART is among them where the device can take the last steps of the training's, and
+    "evaluation" where the config has steps for it.
     """
     specs = {"training": train}
     parts = augment.split(train)
     if parts.device:
         specs[HOST_PART] = parts.host
-    return {**specs, "evaluation": evaluation}
+    return specs | ({"evaluation": evaluation} if evaluation else {})
 
 
 def measure(
     specs: dict[str, str],
     image_size: int,
     step: Callable[[], contest.Contestant] | None,
+    device_part: Callable[[], contest.Contestant] | None,
     *,
     batch_size: int,
     step_batch_size: int,
@@ -89,6 +92,7 @@ def measure(
       specs: preprocessings by name; "training" is the config's.
       image_size: side in pixels that they end with.
       step: makes a training step; None leaves it out.
+      device_part: makes the device's share of the preprocessing; None leaves it out.
       batch_size: images a batch of the input.
       step_batch_size: images a device and step.
       seconds: of a turn.
@@ -96,7 +100,8 @@ def measure(
       say: is told what the photographs are.
 
     Returns:
-      Images/s of each, as JSON has it ("step_per_device": of the step), and the memory in GiB.
+      Images/s of each, as JSON has it ("step_per_device": of the step, "device_part_per_device"),
+      and the memory in GiB.
     """
     from mixer.data import folder, preprocess, sources
 
@@ -132,8 +137,7 @@ def measure(
         prepare: dict[str, Callable[[], contest.Contestant]] = {
             name: lambda name=name: open_stream(name) for name in steps
         }
-        if step:
-            prepare[STEP] = step
+        prepare |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
         memory = [_memory()]
         results = contest.compete(prepare, seconds=seconds, rounds=rounds)
         memory.append(_memory())
@@ -145,11 +149,38 @@ def measure(
         "cores_busy": {name: statistics.median(stream.busy) for name, stream in streams.items()},
         "memory_gib": memory,
         "step_per_device": None,
+        "device_part_per_device": None,
     }
-    if step:
-        figures["step_per_device"] = contest.rates(results[STEP], step_batch_size)
-        figures["step_failure"] = results[STEP].failure
+    for name, key in ((STEP, "step"), (DEVICE_PART, "device_part")):
+        if name in results:
+            figures[f"{key}_per_device"] = contest.rates(results[name], step_batch_size)
+            figures[f"{key}_failure"] = results[name].failure
     return figures
+
+
+def device_part(
+    spec: str, image_size: int, batch_size: int
+) -> Callable[[], contest.Contestant] | None:
+    """A function that makes the contestant that takes the last steps of `spec` on one device.
+
+    None where a device could take none. Its images are of the size that the steps end with.
+    """
+    if augment.split(spec).device is None:
+        return None
+    steps = augment.make_augment(spec, (image_size, image_size))
+
+    @jax_side.may_fail
+    def prepare() -> contest.Contestant:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
+        keys = rng.integers(0, 1 << 32, (batch_size, 4), np.uint32)
+        images, keys = jax.device_put((images, keys), jax.local_devices()[0])
+        program, seconds, size = jax_side.compile_for(jax.jit(steps), images, keys)
+        return jax_side.Program(
+            lambda: program(images, keys), devices=1, compile_seconds=seconds, memory=size
+        )
+
+    return prepare
 
 
 def training_step(model: MlpMixer, image_size: int, batch_size: int) -> Callable[[], Any]:

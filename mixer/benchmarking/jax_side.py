@@ -79,7 +79,7 @@ def _fitting(run: Callable[[], Any]) -> Any:
         raise Failed(f"does not fit: {error}") from None
 
 
-def _may_fail(function: Callable) -> Callable:
+def may_fail(function: Callable) -> Callable:
     """`function`, all of it as in `_fitting`."""
 
     @functools.wraps(function)
@@ -89,7 +89,7 @@ def _may_fail(function: Callable) -> Callable:
     return called
 
 
-def _compiled(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
+def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     """The program for such arguments, seconds to compile it, and the memory it takes on a device.
 
     The memory is the arguments', among them parameters and optimizer's state, the results' and
@@ -158,7 +158,7 @@ def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Calla
     return call
 
 
-@_may_fail
+@may_fail
 def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     """The update of `name`, "ours" or "plain", of a batch that lies on the devices.
 
@@ -217,12 +217,12 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     batch = _batch(case, mesh)
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
-    program, seconds, size = _compiled(jitted, state, batch)
+    program, seconds, size = compile_for(jitted, state, batch)
     call = _repeat(program, state, batch, lambda m: m["loss"] if name == "ours" else m)
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
-@_may_fail
+@may_fail
 def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     """From pixels on the devices to logits by `name`, "ours" or "plain"; parameters are float32.
 
@@ -242,12 +242,12 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
     where = sharding.batch_sharding(mesh)
     jitted = jax.jit(predict, out_shardings=where, compiler_options=options)
-    program, seconds, size = _compiled(jitted, params, images)
+    program, seconds, size = compile_for(jitted, params, images)
     call = functools.partial(program, params, images)
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
-@_may_fail
+@may_fail
 def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
     """(m, k) by (k, n) on every device at once, at JAX's default precision.
 

@@ -99,8 +99,9 @@ class Program:
     devices = 1
     memory: int | None = None
 
-    def __init__(self, child: Child, key: str, request: dict[str, Any]):
-        self._child, self._key = child, key
+    def __init__(self, child: Child, key: str, request: dict[str, Any], *, ends: bool):
+        """Prepares it; `ends` says whether the child ends with it."""
+        self._child, self._key, self._ends = child, key, ends
         self.compile_seconds = child.ask({"prepare": key, **request})["compile_seconds"]
 
     def run(self, seconds: float) -> tuple[int, float]:
@@ -110,8 +111,9 @@ class Program:
         return answer["steps"], answer["seconds"]
 
     def close(self) -> None:
-        """Ends the child."""
-        self._child.close()
+        """Ends the child, if it is its own."""
+        if self._ends:
+            self._child.close()
 
 
 def start(python: str) -> Child:
@@ -133,7 +135,8 @@ def prepare(name: str, case: Case, python: str, device: str) -> Program:
     """
     child = start(python)
     try:
-        return Program(child, name, {"program": name, "device": device, **dataclasses.asdict(case)})
+        request = {"program": name, "device": device, **dataclasses.asdict(case)}
+        return Program(child, name, request, ends=True)
     except BaseException:
         child.close()
         raise
@@ -146,4 +149,4 @@ def prepare_matmul(child: Child, shape: tuple[int, int, int], dtype: str, device
       Failed: it cannot take part.
     """
     request = {"program": "matmul", "device": device, "shape": shape, "dtype": dtype}
-    return Program(child, str(shape), request)
+    return Program(child, str(shape), request, ends=False)

@@ -5,11 +5,13 @@
   python -m mixer.tools.benchmark matmul --models=B/16 --dtype=bfloat16
   python -m mixer.tools.benchmark check --models=B/16 --dtype=bfloat16 --batch_size=32
   python -m mixer.tools.benchmark data --config=configs/mixer_b16_i1k.py
+  python -m mixer.tools.benchmark loop --config=configs/cifar10.py:epochs=300
 
 Contestants take turns in one run; a table has medians, lowest and highest. `check` says how far
 results and gradients are from the plain formulation's. `data` says what the input pipeline of a
-config delivers on this host, and for how many devices it suffices; the others need neither data
-nor TensorFlow. docs/benchmark.md explains every column.
+config delivers on this host, and for how many devices it suffices. `loop` trains a config as its
+run does where images stay on the device, and says how long the whole run would take. All but `data`
+need neither data nor TensorFlow. docs/benchmark.md explains every column.
 """
 
 import contextlib
@@ -57,7 +59,9 @@ STEP_RATE = flags.DEFINE_float(
     "images_per_second_per_device", None, "data: the training step's, instead of measuring it.", 0
 )
 
-MEASUREMENTS = ("train", "infer", "matmul", "check", "data")
+EXAMPLES = flags.DEFINE_integer("examples", 50_000, "loop: images that lie on the device.", 1)
+
+MEASUREMENTS = ("train", "infer", "matmul", "check", "data", "loop")
 NUM_CLASSES = {"cifar": 10}  # 1,000 of the others
 
 
@@ -79,6 +83,8 @@ def main(argv: list[str]) -> None:
     memory.compute_in_the_calling_thread()
     if argv[1] == "data":
         data()
+    elif argv[1] == "loop":
+        loop()
     elif argv[1] == "matmul":
         matmul()
     elif argv[1] == "check":
@@ -241,14 +247,11 @@ def data() -> None:
     """Measures the input pipeline of the config, beside its training step."""
     import jax
 
-    from mixer import cli, run
+    from mixer import run
     from mixer.benchmarking import input as pipeline
     from mixer.benchmarking import report
 
-    config = cli.config()
-    run.check_config(config)
-    run.resolve_model(config, run.find_initial(config), None)
-    run.resolve_permutation(config)
+    config = _config()
     config.model.num_classes = config.model.num_classes or 1000
     model = run.build_model(config)
     if BATCH_SIZE.value is not None and len(BATCH_SIZE.value) > 1:
@@ -272,6 +275,7 @@ def data() -> None:
         specs,
         config.image_size,
         step,
+        pipeline.device_part(dataset.train_preprocess, config.image_size, step_batch_size),
         batch_size=256,
         step_batch_size=step_batch_size,
         seconds=seconds,
@@ -291,6 +295,14 @@ def data() -> None:
             f"{figures['cores_busy'][name]:.2f}",
         )
     console.print(table)
+    of_part = figures["device_part_per_device"]
+    if of_part:
+        console.print(
+            f"{pipeline.DEVICE_PART}: {report.number(of_part['median'])} images/s on a device "
+            f"({report.number(of_part['lowest'])} to {report.number(of_part['highest'])})"
+        )
+    elif figures.get("device_part_failure"):
+        console.print(f"{pipeline.DEVICE_PART}: {figures['device_part_failure']}", markup=False)
     start, end = figures["memory_gib"]
     console.print(f"memory {start:.2f} GiB at the start, {end:.2f} at the end")
     of_step = figures["step_per_device"]
@@ -303,7 +315,11 @@ def data() -> None:
         figures["feeds"] = {}
         how = "given" if of_step is None else "measured"
         needs = {name: (step_rate, how) for name in specs}
-        needs["evaluation"] = (evaluation, "estimated by FLOPs")
+        if of_part and pipeline.HOST_PART in needs:  # the device does both, one after the other
+            both = 1 / (1 / step_rate + 1 / of_part["median"])
+            needs[pipeline.HOST_PART] = (both, f"{how}, with its own steps")
+        if "evaluation" in needs:
+            needs["evaluation"] = (evaluation, "estimated by FLOPs")
         for name, (needed, how) in needs.items():
             feeds = pipeline.sufficiency(rates[name]["median"], needed, devices)
             figures["feeds"][name] = feeds | {"images_per_second_per_device": needed}
@@ -315,6 +331,71 @@ def data() -> None:
             )
     found["input"] = figures
     _write(found)
+
+
+def loop() -> None:
+    """Measures the training of the config on images that stay on the device."""
+    import datetime
+
+    import jax
+
+    from mixer import flops, run
+    from mixer.benchmarking import contest, report
+    from mixer.benchmarking import loop as looping
+
+    config = _config()
+    config.model.num_classes = config.model.num_classes or 10
+    run.resolve_lengths(config, EXAMPLES.value)
+    model = run.build_model(config)
+    console = report.make_console()
+    found = _start("loop", console, {})
+    side = contest.LARGE.get(jax.default_backend(), 8192)
+    seconds, rounds = _turns(3.0, 5)
+    prepare: dict[str, Callable[[], contest.Contestant]] = {
+        "loop": lambda: looping.prepare(config, EXAMPLES.value),
+        "jax": _prepare_matmul("", (side, side, side), None)["jax"],
+    }
+    with console.status("") as status:
+        results = contest.compete(prepare, seconds=seconds, rounds=rounds, say=status.update)
+    by = {"jax": contest.rates(results.pop("jax"), 2.0 * side**3)}
+    limit = by["jax"] and by["jax"]["median"]
+    per_image = flops.train_flops(model, (config.image_size, config.image_size))
+    images = config.global_batch_size / results["loop"].devices
+    figures = contest.as_json(results["loop"], images, per_image, limit)
+    found["loop"] = {
+        "matmul": {"side": side, "flops_per_second_per_device": by, "limit": limit},
+        "flops_per_image": per_image,
+        "contestants": {"loop": figures},
+        "ours_is_times": {},
+        "total_steps": config.total_steps,
+    }
+    console.print(
+        f"training, {model.dtype}, {EXAMPLES.value:,} images of {config.image_size} px on the "
+        f"device, batches of {config.global_batch_size}, {config.dataset.train_preprocess}",
+        markup=False,
+    )
+    console.print(report.contest_table(console, found["loop"]))
+    console.print(report.matmul_line(found["loop"]), markup=False)
+    if "failure" not in figures:
+        whole = datetime.timedelta(
+            seconds=round(config.total_steps * figures["seconds_per_step"]["median"])
+        )
+        console.print(
+            f"the run's {config.total_steps:,} updates take {whole} at this rate, "
+            "without evaluating and saving"
+        )
+    _write(found)
+
+
+def _config() -> Any:
+    """The config of --config, its model and preprocessing resolved."""
+    from mixer import cli, run
+
+    config = cli.config()
+    run.check_config(config)
+    run.resolve_model(config, run.find_initial(config), None)
+    run.resolve_permutation(config)
+    return config
 
 
 def _cases(what: str) -> list[Any]:
@@ -456,7 +537,7 @@ def _write(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if "data" in sys.argv[1:]:
+    if {"data", "loop"} & set(sys.argv[1:]):
         from mixer import cli  # --config; the others run where ml_collections is not installed
 
         cli.run(main)
