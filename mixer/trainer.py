@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import time
@@ -336,6 +337,7 @@ def _train(
         _leave_if_asked(caught, checkpoints, terminal.line)
 
     if start_step == config.total_steps:
+        gc.enable()  # as below
         terminal.line(f"finished already: {workdir} is at step {start_step}")
     else:
         # Compiled ahead, so that its time is taken for no step's; a stream's first batches are on
@@ -354,6 +356,7 @@ def _train(
         terminal.line(where)
         seconds = time.perf_counter() - started
         terminal.line(f"{_memory_line(abstract, source.compiled)}; compiled in {seconds:.1f} s")
+        gc.enable()  # the start is over, for which train.py has turned it off
         state = _loop(
             config,
             state,
