@@ -102,7 +102,9 @@ def norm_dense(
     Returns:
       (..., O).
     """
-    if x.size < 2 * kernel.size:  # to scale the kernel takes longer than what it saves
+    # To scale the kernel takes longer there than what it saves. (An exported program does not know
+    # its batch, and takes no gradients.)
+    if isinstance(x.size, int) and x.size < 2 * kernel.size:
         return _dense_of_norm(x, scale, shift, kernel, bias)
     return _joined_norm_dense(x, scale, shift, kernel, bias)
 
