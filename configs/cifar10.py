@@ -19,7 +19,8 @@ Arguments:
 cosine to 0, label smoothing 0.1, random crop with padding 4, flip; below 100 epochs that is all,
 with a peak of 3e-3. From 100 epochs on, when each image is seen that often: AutoAugment's CIFAR
 policy after the flip, CutMix as in `record`, a peak of 1e-3, and an average of the parameters
-(decay 0.999) evaluated beside them. The long form has not been run in full.
+(decay 0.999) evaluated beside them. The long form has not been run in full; it is evaluated and
+saved every ten epochs, the short one after each.
 
 Both hold 2 % of the training images out for validation and evaluate the test split once, at the
 end. The record trains on all 50,000 and watches the test split: for that, add

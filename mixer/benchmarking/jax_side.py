@@ -98,12 +98,20 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     start = time.perf_counter()
     program = jitted.lower(*args).compile()
     seconds = time.perf_counter() - start
+    size = memory_of(program)
+    if size is not None:
+        given = program.memory_analysis().argument_size_in_bytes
+        memory.check_room(size - given, "what a step computes with")
+    return program, seconds, size
+
+
+def memory_of(program: Any) -> int | None:
+    """Bytes that a compiled program takes on a device; None where its backend does not say."""
     used = program.memory_analysis()
-    if used is None:  # not every backend says it
-        return program, seconds, None
+    if used is None:
+        return None
     results = used.output_size_in_bytes - used.alias_size_in_bytes
-    memory.check_room(used.temp_size_in_bytes + results, "what a step computes with")
-    return program, seconds, used.argument_size_in_bytes + results + used.temp_size_in_bytes
+    return used.argument_size_in_bytes + results + used.temp_size_in_bytes
 
 
 def make_mixer(case: Case) -> MlpMixer:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import augment, memory, run, sharding, stepping, train_state
-from mixer.benchmarking.jax_side import IN_FLIGHT, may_fail
+from mixer.benchmarking.jax_side import IN_FLIGHT, may_fail, memory_of
 from mixer.data import resident
 from mixer.errors import UserError
 
@@ -25,13 +25,7 @@ class Loop:
         """Warms it up; `seconds` is what it took to compile."""
         self._source, self._state, self._step = source, state, 0
         self.devices, self.compile_seconds = devices, seconds
-        used = source.compiled.memory_analysis()
-        self.memory = used and (
-            used.argument_size_in_bytes
-            + used.output_size_in_bytes
-            - used.alias_size_in_bytes
-            + used.temp_size_in_bytes
-        )
+        self.memory = memory_of(source.compiled)
         for _ in range(WARM_UP_CALLS):
             self.run(0.0)
 
