@@ -89,6 +89,8 @@ class MetricWriter:
 
         Done at the first write: clu imports TensorFlow, which the first step need not wait for.
         """
+        # TensorBoard's package wants Keras, which program.py has kept out of the start.
+        os.environ.pop("TF_USE_LEGACY_KERAS", None)
         try:
             from clu import metric_writers
         except ImportError:

@@ -15,7 +15,7 @@ memory.threads_for_simulated_devices()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # TensorFlow imports Keras, and that scikit-learn and matplotlib: a third of its time. The Keras
-# asked for here is looked for when somebody uses it, and nobody does.
+# asked for here is looked for when somebody uses it, which TensorBoard alone does (metrics.py).
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 from absl import app, flags, logging
