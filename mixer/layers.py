@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mixer.sharding import sum_over_shards
+
 # GELU by tanh: x / 2 * (1 + tanh(SCALE * (x + CUBIC * x^3))) (Hendrycks and Gimpel, 2016).
 _SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -80,8 +82,12 @@ def _dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
 def _dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel = residuals
     rows = tuple(range(x.ndim - 1))
-    x_grad = lax.dot_general(grad, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    return x_grad, _summed_products(x, grad, rows), jnp.sum(grad.astype(jnp.float32), rows)
+    kernel_grad = _summed_products(x, grad, rows)
+    return _dense_x_grad(kernel, grad), kernel_grad, jnp.sum(grad.astype(jnp.float32), rows)
+
+
+def _dense_x_grad(kernel: jax.Array, grad: jax.Array) -> jax.Array:
+    return lax.dot_general(grad, kernel.astype(grad.dtype), (((grad.ndim - 1,), (1,)), ((), ())))
 
 
 dense.defvjp(_dense_forward, _dense_backward)
@@ -137,18 +143,25 @@ def _norm_dense_forward(x, scale, shift, kernel, bias) -> tuple[jax.Array, tuple
 
 def _norm_dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, ...]:
     normal, inverse, scale, shift, kernel = residuals
+
+    def of_shard(normal: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
+        """Gradients of the four parameters."""
+        rows = tuple(range(normal.ndim - 1))
+        scaled_grad = _summed_products(normal, grad, rows)
+        bias_grad = jnp.sum(grad.astype(jnp.float32), rows)
+        return (
+            jnp.sum(kernel * scaled_grad, 1),
+            jnp.sum(kernel * bias_grad, 1),
+            scale[:, None] * scaled_grad + shift[:, None] * bias_grad,
+            bias_grad,
+        )
+
     scaled = scale[:, None] * kernel
-    x_grad, scaled_grad, bias_grad = _dense_backward((normal, scaled), grad)
-    x_grad, x = x_grad.astype(jnp.float32), normal.astype(jnp.float32)
+    x_grad = _dense_x_grad(scaled, grad).astype(jnp.float32)
+    x = normal.astype(jnp.float32)
     along = jnp.mean(x_grad * x, -1, keepdims=True)
     x_grad = inverse * (x_grad - jnp.mean(x_grad, -1, keepdims=True) - along * x)
-    return (
-        x_grad.astype(normal.dtype),
-        jnp.sum(kernel * scaled_grad, 1),
-        jnp.sum(kernel * bias_grad, 1),
-        scale[:, None] * scaled_grad + shift[:, None] * bias_grad,
-        bias_grad,
-    )
+    return x_grad.astype(normal.dtype), *sum_over_shards(of_shard, normal, grad)
 
 
 _joined_norm_dense.defvjp(_norm_dense_forward, _norm_dense_backward)

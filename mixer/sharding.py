@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -221,11 +222,36 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
     Args:
       x: an intermediate value.
-      *axes: for each of its dimensions a mesh axis, several, or None (whole on each device).
+      *axes: for each of its dimensions a mesh axis, several, None (whole on each device), or
+        PartitionSpec.UNCONSTRAINED (as XLA likes).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def sum_over_shards(function: Callable, *batches: jax.Array) -> Any:
+    """The sum of `function(*rows)` over the parts of a batch that devices of `on_mesh` have.
+
+    Linear in what is summed over the batch, `function` is computed where the rows are, before they
+    are summed over the devices. XLA sums first, once for each part of a batch whose gradient is
+    accumulated, unless nothing but additions follows.
+
+    Args:
+      function: from arrays to a tree of arrays.
+      *batches: (N, ...), split over `BATCH`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else batch_shards(mesh)
+    if shards == 1:
+        return function(*batches)
+
+    def apart(x: jax.Array) -> jax.Array:
+        return constrain(x, BATCH, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+
+    cut = [apart(x.reshape(shards, -1, *x.shape[1:])) for x in batches]
+    each = jax.vmap(function)(*cut)
+    return jax.tree.map(lambda x: jnp.sum(apart(x), 0), each)
 
 
 def constrain_params(params: Any) -> Any:
