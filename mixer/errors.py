@@ -26,5 +26,10 @@ def first_line(error: Exception) -> str:
     if "Summarized data: " in text:  # an assertion outside of a graph: one value a line
         values = text.split("Summarized data: ")[1].splitlines()
         return " ".join(value.removeprefix("b'").removesuffix("'") for value in values)[:300]
+    if text.startswith("Graph execution error:"):  # what a traced function adds comes first
+        text = text.rsplit("\n\n", 1)[-1]
     line = text.splitlines()[0] if text else type(error).__name__
-    return line.split("}}")[-1].split(" [Op:")[0].strip()[:300]
+    line = line.split("}}")[-1].split(" [Op:")[0].strip()
+    if line.startswith("assertion failed: "):  # each value in brackets
+        line = line.removeprefix("assertion failed: [").removesuffix("]").replace("] [", " ")
+    return line[:300]

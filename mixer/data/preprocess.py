@@ -28,6 +28,7 @@ REFUSED = {
 }
 
 
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # traced once
 def decode(image):
     """Encoded bytes (JPEG, PNG, GIF, WebP or BMP) to (H, W, 3) uint8, upright.
 
