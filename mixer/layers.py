@@ -299,13 +299,17 @@ def _token_products(x: jax.Array, grad: jax.Array) -> jax.Array:
 token_dense.defvjp(_token_dense_forward, _token_dense_backward)
 
 
-def compiler_options(platform: str) -> dict[str, bool]:
+def compiler_options(platform: str) -> dict[str, bool | int]:
     """What XLA is told beside the program, for `jax.jit(..., compiler_options=...)`.
 
-    On GPUs: matmuls are cuBLASLt's, whose epilogues take in bias and GELU, and what is rounded to
+    On CPUs vectors are as wide as the machine has them; XLA uses half of AVX-512's.
+
+    On GPUs matmuls are cuBLASLt's, whose epilogues take in bias and GELU, and what is rounded to
     bfloat16 stays so. XLA would otherwise keep the float32 original of GELU's gradient for the sum
     that follows, and store it.
     """
+    if platform == "cpu":
+        return {"xla_cpu_prefer_vector_width": 512}
     if platform not in ("gpu", "cuda"):
         return {}
     return {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}

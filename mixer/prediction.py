@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.table import Table
 from rich.text import Text
 
-from mixer import files, layers
+from mixer import files, layers, microbatches
 from mixer.data import folder, imagenet_names
 from mixer.errors import UserError, first_line, nearest
 from mixer.loading import Loaded
@@ -174,11 +174,14 @@ def predict(
 
     @functools.partial(jax.jit, compiler_options=options)
     def compute(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:
-        logits, out = loaded.model.apply({"params": params}, normalize(pixels))
-        # Ordered by the logits: small probabilities may all be 0.
-        best, classes = jax.lax.top_k(logits, min(top, card.num_classes))
-        probabilities = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        return classes, probabilities, *([out[layer].astype(jnp.float32)] if layer else [])
+        def of_part(pixels: jax.Array) -> tuple[jax.Array, ...]:
+            logits, out = loaded.model.apply({"params": params}, normalize(pixels))
+            # Ordered by the logits: small probabilities may all be 0.
+            best, classes = jax.lax.top_k(logits, min(top, card.num_classes))
+            probabilities = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+            return classes, probabilities, *([out[layer].astype(jnp.float32)] if layer else [])
+
+        return microbatches.map_images(loaded.model, of_part, pixels)
 
     def predicted(batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction]:
         pixels = np.zeros((batch_size, *batch[0][1].shape), batch[0][1].dtype)

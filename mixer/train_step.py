@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixer import philox
+from mixer import microbatches, philox
 from mixer.losses import dense_labels
 from mixer.mixup import Mix
 from mixer.model import MlpMixer
@@ -62,8 +62,9 @@ def make_train_step(
         params + rho * g / |g|, g being that of the same batch, masks and mixing; over the global
         batch. 0: none.
       ema_decay: d of the moving average, ema <- d * ema + (1 - d) * params after every update.
-      accumulate_steps: the gradient is the mean over this many parts of the batch, one after the
-        other. Mixing and masks are the whole batch's, so the update is the same.
+      accumulate_steps: the gradient is the mean over at least so many parts of the batch, one after
+        the other; more of them where that is faster (`microbatches.best_count`). Mixing and masks
+        are the whole batch's, so the update is the same.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -72,6 +73,7 @@ def make_train_step(
         labels = dense_labels(batch, model.num_classes)
         images, labels = mix(mix_key, normalize(batch["image"]), labels)
         whole = images, labels, jnp.arange(images.shape[0])
+        count = max(accumulate_steps, microbatches.best_count(model, images.shape))
         trained = jax.tree.map(bool, multipliers(state.params, lr_multipliers))
 
         def mean_loss(params: Any, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -106,16 +108,16 @@ def make_train_step(
                 # Summed over the batch, the gradient goes where the parameters are.
                 return result[0], constrain_params(result[1])
 
-            if accumulate_steps == 1:
+            if count == 1:
                 return sharded(of_part(whole))
-            parts = jax.tree.map(lambda x: _parts(x, accumulate_steps), whole)
+            parts = jax.tree.map(lambda x: microbatches.cut(x, count), whole)
 
             def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
                 return sharded(jax.tree.map(jnp.add, total, of_part(part))), None
 
             zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
             total, _ = jax.lax.scan(add, sharded(zeros), parts)
-            return jax.tree.map(lambda x: x / accumulate_steps, total)
+            return jax.tree.map(lambda x: x / count, total)
 
         (loss, accuracy), grads = gradient(state.params)
         if sam_rho:
@@ -233,20 +235,13 @@ def _kept(finite: jax.Array, new: Any, old: Any) -> Any:
     return new if _follows_step(new) else jnp.where(finite, new, old)
 
 
-def _parts(x: jax.Array, count: int) -> jax.Array:
-    """Cuts the batch axis: (N, ...) to (count, N / count, ...).
-
-    Every count-th example makes a part, so that each device's share of a part lies in its own share
-    of the batch, and nothing moves between devices.
-    """
-    parts = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-    return constrain(parts, None, BATCH, *(None,) * (x.ndim - 1))
-
-
 def make_predict(model: MlpMixer) -> Callable[[Any, jax.Array], jax.Array]:
     """Returns `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not yet compiled."""
 
     def predict(params: Any, images: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, normalize(images))[0]
+        def of_part(images: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, normalize(images))[0]
+
+        return microbatches.map_images(model, of_part, images)
 
     return predict

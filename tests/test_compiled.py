@@ -68,6 +68,7 @@ def _programs(mesh, options):
     other = plain.make_train_step(plain.Mixer(**FIELDS), tx)
     others = state.params, state.opt_state
     how = dict(donate_argnums=0, options=options)
+    ours = sharding.on_mesh(ours, mesh)
     return _compiled(ours, state, batch, **how), _compiled(other, others, batch, **how)
 
 
@@ -130,7 +131,7 @@ def test_prediction_has_both_epilogues_and_no_transposes(mesh):
     model = make_model(**FIELDS)
     params = train_state.abstract_params(model, SIZE, mesh)
     images = sharding.abstract_batch({"image": ((*SIZE, 3), "uint8")}, BATCH, mesh)["image"]
-    text, _ = _compiled(make_predict(model), params, images)
+    text, _ = _compiled(sharding.on_mesh(make_predict(model), mesh), params, images)
     assert text.count('"epilogue":"BIAS_GELU"') == BLOCKS
     assert text.count('"epilogue":"GELU"') == BLOCKS
     assert text.count('"epilogue":"BIAS"') >= BLOCKS

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from scipy import special
 
-from mixer import sharding
+from mixer import microbatches, sharding
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
@@ -100,8 +100,12 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
 @functools.partial(jax.jit, static_argnums=0)
 def _features(model: MlpMixer, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Columns for `classification.collect`: the place in the split, and pre_logits (N, C)."""
-    _, out = model.apply({"params": params}, normalize(batch["image"]))
-    return {"index": batch["index"], "features": out["pre_logits"]}
+
+    def of_part(images: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, normalize(images))[1]["pre_logits"]
+
+    features = microbatches.map_images(model, of_part, batch["image"])
+    return {"index": batch["index"], "features": features}
 
 
 def evaluate(

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from helpers import PLAIN_STEP, TINY, leaves
+from mixer import losses, microbatches, model, sharding
+from mixer.train_state import TrainState
+from mixer.train_step import make_predict, make_train_step
+
+CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
+
+
+def _mixer(name):
+    fields = CIFAR if name == "cifar" else model.VARIANTS[name]
+    return model.make_model(**fields, num_classes=10)
+
+
+def _mesh(platform, data):
+    device = AbstractDevice(platform, None, platform)
+    types = (AxisType.Auto,) * 3
+    return AbstractMesh((data, 1, 1), sharding.AXES, axis_types=types, abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count"),
+    [
+        ("cifar", (128, 32, 32, 3), 4),
+        ("cifar", (32, 32, 32, 3), 1),
+        ("cifar", (500, 32, 32, 3), 20),  # of 25
+        ("cifar", (127, 32, 32, 3), 1),  # nothing but 1 divides it
+        ("S/32", (64, 224, 224, 3), 4),
+        ("S/16", (8, 224, 224, 3), 2),
+        ("B/16", (32, 224, 224, 3), 8),
+        ("B/16", (4, 224, 224, 3), 1),
+        ("H/14", (8, 224, 224, 3), 4),
+    ],
+)
+def test_how_many_parts_a_cpu_takes(name, shape, count):
+    assert microbatches.best_count(_mixer(name), shape) == count
+
+
+def test_parts_are_of_a_devices_share_and_for_cpus_alone():
+    shape = (128, 32, 32, 3)
+    for platform, data, count in (("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1), ("tpu", 1, 1)):
+        with jax.sharding.use_abstract_mesh(_mesh(platform, data)):
+            assert microbatches.best_count(_mixer("cifar"), shape) == count
+
+
+@pytest.fixture
+def many_parts(monkeypatch):
+    """Parts of the tiny model's batches too: 4 images of 16 tokens each."""
+    for name in ("LEAST_ROWS", "MOST_ROWS"):
+        monkeypatch.setattr(microbatches, name, 4 * 16)
+
+
+def test_predictions_come_in_the_images_order(many_parts):
+    mixer = model.make_model(num_classes=7, **TINY)
+    rng = np.random.default_rng(0)
+    params = mixer.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params["head"]["kernel"] = jnp.asarray(rng.standard_normal((TINY["hidden_dim"], 7), np.float32))
+    images = rng.integers(0, 256, (12, 32, 32, 3), np.uint8)
+    assert microbatches.best_count(mixer, images.shape) == 3
+    wanted = [mixer.apply({"params": params}, image[None] / 127.5 - 1)[0][0] for image in images]
+    np.testing.assert_allclose(make_predict(mixer)(params, images), wanted, atol=1e-4)
+
+
+def test_an_update_is_that_of_the_whole_batch(many_parts, monkeypatch):
+    """Masks included."""
+    mixer = model.make_model(num_classes=7, **TINY | dict(stoch_depth=0.5, num_blocks=2))
+    tx = optax.sgd(0.1)
+    rng = np.random.default_rng(0)
+    params = mixer.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    batch = {
+        "image": rng.integers(0, 256, (12, 32, 32, 3), np.uint8),
+        "label": rng.integers(0, 7, 12, np.int32),
+    }
+    step = lambda count: 0.1  # noqa: E731
+
+    def update():
+        made = make_train_step(mixer, tx, step, losses.softmax, seed=0, **PLAIN_STEP)
+        assert ("scan" in str(jax.make_jaxpr(made)(state, batch))) == in_parts
+        return jax.jit(made)(state, batch)
+
+    in_parts = True
+    cut, metrics = update()
+    in_parts = False
+    monkeypatch.setattr(microbatches, "best_count", lambda model, shape: 1)
+    whole, other = update()
+    for path, value in leaves(cut.params).items():
+        np.testing.assert_allclose(value, leaves(whole.params)[path], atol=1e-6, err_msg=path)
+    for name in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], other[name], rtol=1e-5)
