@@ -26,3 +26,13 @@ def tfds_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("tfds")
     sources.tfds_builder("digits", str(path))
     return path
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """What libtpu asks for where there is no TPU."""
+    pytest.importorskip("libtpu")
+    for key in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")

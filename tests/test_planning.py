@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import json
 import math
 
@@ -382,21 +381,7 @@ runpy.run_module("mixer.tools.plan", run_name="__main__", alter_sys=True)
     assert ranked == sorted(ranked)
 
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
-
-
-@pytest.fixture
-def tpu(monkeypatch):
-    for key in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
-        monkeypatch.setenv(key, "1")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-
-
 @pytest.mark.tpu_backend
-@needs_libtpu
 @pytest.mark.parametrize(
     "values",
     [
@@ -428,7 +413,6 @@ def test_compiled_update_for_a_tpu(tpu, values):
 
 
 @pytest.mark.tpu_backend
-@needs_libtpu
 def test_b16_for_a_tpu_agrees_to_a_percent(tpu):
     subject = subject_of(large(global_batch_size=64, model__num_blocks=1), "v5e:2x2")
     step = planning.compile_step(subject, planning.own_settings(subject))
@@ -436,7 +420,6 @@ def test_b16_for_a_tpu_agrees_to_a_percent(tpu):
 
 
 @pytest.mark.tpu_backend
-@needs_libtpu
 def test_program_that_does_not_fit_a_tpu(tpu):
     subject = subject_of(large(global_batch_size=16384, model__scan_blocks=True), "v5e:2x2")
     step = planning.compile_step(subject, planning.own_settings(subject))
