@@ -8,7 +8,6 @@ import importlib.util
 import pathlib
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
