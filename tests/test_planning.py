@@ -73,9 +73,9 @@ def test_recomputation_is_counted_and_estimated(scan_blocks):
 
 
 def test_closed_form_agrees_with_xla_at_full_width():
-    config = large(global_batch_size=8)
+    config = large(global_batch_size=4)  # more would be computed in a loop, and XLA counts it once
     of_xla = lowered(config).cost_analysis()["flops"]
-    assert planning.train_flops(subject_of(config)) * 8 == pytest.approx(of_xla, rel=0.01)
+    assert planning.train_flops(subject_of(config)) * 4 == pytest.approx(of_xla, rel=0.01)
 
 
 def test_closed_form_of_b16():

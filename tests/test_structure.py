@@ -53,6 +53,7 @@ FLOORS = {
     "mixer.benchmarking.input": 4,
     "mixer.benchmarking.loop": 4,
     "mixer.layers": 1,
+    "mixer.microbatches": 2,
     "mixer.chips": 1,
     "mixer.memory": 1,
     "mixer.profiling": 1,
