@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from mixer.model import MlpMixer
 from mixer.sharding import BATCH, batch_shards, constrain
 
+# Up to so many values the widest activations of a whole batch are in the cache anyway.
+FEW_VALUES = 1_250_000
 # Of a CPU's matmuls: fewer rows (of tokens) take longer each; more rows, or more values in the
-# widest activations, do not stay in the cache. On several cores, of float32.
+# widest activations, do not stay in the cache.
 LEAST_ROWS, MOST_ROWS, MOST_VALUES = 768, 2048, 2_500_000
 
 
@@ -37,6 +39,8 @@ def best_count(model: MlpMixer, shape: tuple[int, ...]) -> int:
         return 1
     size = shape[0] if mesh.empty else shape[0] // batch_shards(mesh)
     tokens = shape[1] * shape[2] // model.patch_size**2
+    if size * tokens * model.channels_mlp_dim <= FEW_VALUES:
+        return 1
     rows = min(max(MOST_VALUES // model.channels_mlp_dim, LEAST_ROWS), MOST_ROWS)
     images = max(1, rows // tokens)
     part = next(part for part in range(min(images, size), 0, -1) if size % part == 0)

@@ -12,9 +12,11 @@ from mixer.train_step import make_predict, make_train_step
 
 CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
 
+DIGITS = dict(patch_size=2, hidden_dim=64, num_blocks=4, tokens_mlp_dim=32, channels_mlp_dim=128)
+
 
 def _mixer(name):
-    fields = CIFAR if name == "cifar" else model.VARIANTS[name]
+    fields = {**model.VARIANTS, "cifar": CIFAR, "digits": DIGITS}[name]
     return model.make_model(**fields, num_classes=10)
 
 
@@ -31,6 +33,7 @@ def _mesh(platform, data):
         ("cifar", (32, 32, 32, 3), 1),
         ("cifar", (500, 32, 32, 3), 20),  # of 25
         ("cifar", (127, 32, 32, 3), 1),  # nothing but 1 divides it
+        ("digits", (500, 8, 8, 3), 1),  # little as it is
         ("S/32", (64, 224, 224, 3), 4),
         ("S/16", (8, 224, 224, 3), 2),
         ("B/16", (32, 224, 224, 3), 8),
@@ -52,6 +55,7 @@ def test_parts_are_of_a_devices_share_and_for_cpus_alone():
 @pytest.fixture
 def many_parts(monkeypatch):
     """Parts of the tiny model's batches too: 4 images of 16 tokens each."""
+    monkeypatch.setattr(microbatches, "FEW_VALUES", 0)
     for name in ("LEAST_ROWS", "MOST_ROWS"):
         monkeypatch.setattr(microbatches, name, 4 * 16)
 
