@@ -81,9 +81,7 @@ def _dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
 
 def _dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel = residuals
-    rows = tuple(range(x.ndim - 1))
-    kernel_grad = _summed_products(x, grad, rows)
-    return _dense_x_grad(kernel, grad), kernel_grad, jnp.sum(grad.astype(jnp.float32), rows)
+    return _dense_x_grad(kernel, grad), *_dense_sums(x, grad)
 
 
 def _dense_x_grad(kernel: jax.Array, grad: jax.Array) -> jax.Array:
@@ -146,9 +144,7 @@ def _norm_dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, 
 
     def of_shard(normal: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
         """Gradients of the four parameters."""
-        rows = tuple(range(normal.ndim - 1))
-        scaled_grad = _summed_products(normal, grad, rows)
-        bias_grad = jnp.sum(grad.astype(jnp.float32), rows)
+        scaled_grad, bias_grad = _dense_sums(normal, grad)
         return (
             jnp.sum(kernel * scaled_grad, 1),
             jnp.sum(kernel * bias_grad, 1),
@@ -167,12 +163,13 @@ def _norm_dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, 
 _joined_norm_dense.defvjp(_norm_dense_forward, _norm_dense_backward)
 
 
-def _summed_products(x: jax.Array, grad: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-    """Sum over `rows` of the outer products of the last axes: (I, O) float32.
+def _dense_sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of kernel and bias, (I, O) and (O,) float32: sums over all but the last axis.
 
     A product transposes its left operand, which on a CPU costs as much as half of the product
     itself where that is the wide one.
     """
+    rows = tuple(range(x.ndim - 1))
 
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
         dimensions = ((rows, rows), ((), ()))
@@ -183,8 +180,10 @@ def _summed_products(x: jax.Array, grad: jax.Array, rows: tuple[int, ...]) -> ja
         return lax.optimization_barrier(product(grad, x)).T
 
     if x.shape[-1] <= grad.shape[-1]:
-        return product(x, grad)
-    return lax.platform_dependent(x, grad, cpu=exchanged, default=product)
+        kernel_grad = product(x, grad)
+    else:
+        kernel_grad = lax.platform_dependent(x, grad, cpu=exchanged, default=product)
+    return kernel_grad, jnp.sum(grad.astype(jnp.float32), rows)
 
 
 @jax.custom_vjp

@@ -148,9 +148,8 @@ def test_mesh_takes_all_devices():
 
 
 @pytest.mark.tpu_backend
-def test_slices_are_crossed_by_the_outermost_axis():
+def test_slices_are_crossed_by_the_outermost_axis(tpu):
     """Two slices of 16 chips, four hosts each; what a host has of a batch lies together."""
-    pytest.importorskip("libtpu")
     code = """
 from jax.experimental import topologies
 from mixer import sharding
@@ -167,9 +166,7 @@ try:
 except UserError as error:
     print(error)
 """
-    environment = dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
-    environment |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
-    lines = run_python("-c", code, **environment).stdout.splitlines()[-4:]
+    lines = run_python("-c", code).stdout.splitlines()[-4:]
     assert lines[0] == lines[1] == "[{0}, {1}] (4, 5, 6, 7)"
     assert lines[2] == "[{0}, {1}] (1,)"
     assert "does not fit 2 slices: data * fsdp must be a multiple of 2" in lines[3]
