@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -290,17 +291,20 @@ def _quiet() -> Iterator[None]:
     own. What the main thread raises leaves this context first, and is shown.
     """
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
-    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
     level, asyncio_logger = logging.get_verbosity(), python_logging.getLogger("asyncio")
-    logging.set_verbosity(logging.FATAL)
-    was_disabled, asyncio_logger.disabled = asyncio_logger.disabled, True
-    try:
-        yield
-    finally:
-        gc.collect()  # asyncio tells of a failed task when it is collected
-        asyncio_logger.disabled = was_disabled
-        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
-        logging.set_verbosity(level)
+    was_disabled = asyncio_logger.disabled
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+        logging.set_verbosity(logging.FATAL)
+        asyncio_logger.disabled = True
+        try:
+            yield
+        finally:
+            gc.collect()  # what failed, or was never begun, is told of when it is collected
+            asyncio_logger.disabled = was_disabled
+            sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+            logging.set_verbosity(level)
 
 
 def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:

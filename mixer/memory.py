@@ -30,6 +30,15 @@ def keep_freed_memory() -> None:
         mallopt(_M_TOP_PAD, 256 << 20)
 
 
+def give_back_freed_memory() -> None:
+    """Has glibc hand back at once what it was told to keep; others need it now."""
+    if not keeps():
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def compute_in_the_calling_thread() -> None:
     """Has JAX's CPU client compute in the thread that calls it; before its first computation.
 

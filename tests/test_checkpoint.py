@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import resource
@@ -164,6 +165,16 @@ def test_every_damaged_file_is_noticed_or_harmless(tmp_path, capfd):
             assert info["step"] == int(restored.step) in (20, 30)
             assert_same_bits(restored, _at(state, int(restored.step)))
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_read_of_orbaxs_that_never_began_says_nothing(tmp_path, recwarn):
+    async def read():
+        pass
+
+    with _open(tmp_path / "checkpoints"):
+        read()
+        gc.collect()
+    assert not [str(seen.message) for seen in recwarn if "never awaited" in str(seen.message)]
 
 
 def test_all_damaged_stops_and_says_so(tmp_path):

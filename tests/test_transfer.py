@@ -391,7 +391,6 @@ def test_groups_of_vtab_are_its_tasks_each_once():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_vtab_task_whose_label_is_computed(tmp_path):
     """From the objects of CLEVR; the other forms are in the slow test."""
     counts, means = _check_vtab(("clevr_count",), tmp_path)

@@ -54,7 +54,10 @@ class Contestant(Protocol):
     memory: int | None
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs for about that long: (steps, seconds that they took), all results being there."""
+        """Runs for about that long: (steps, seconds that they took), all results being there.
+
+        Afterwards it holds no more of the host's memory than it needs to wait.
+        """
 
     def close(self) -> None:
         """Gives back what it holds."""

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mixer import layers, memory, sharding
+from mixer import layers, sharding
 from mixer.benchmarking import plain
 from mixer.benchmarking.contest import Case, Failed
 from mixer.errors import UserError, first_line
 from mixer.losses import make_loss
+from mixer.memory import check_room, give_back_freed_memory
 from mixer.model import MlpMixer, make_model
 from mixer.optimizer import make_optimizer, make_schedule
 from mixer.train_state import TrainState
@@ -43,13 +44,16 @@ class Program:
         self._call = call
         self.devices, self.compile_seconds, self.memory = devices, compile_seconds, memory
         self._steps(WARM_UP_STEPS)
+        give_back_freed_memory()
 
     def _steps(self, count: int) -> None:
         jax.block_until_ready([self._call() for _ in range(count)])
 
     def run(self, seconds: float) -> tuple[int, float]:
         """As `Contestant.run`; a first step, which finds the caches cold, is not counted."""
-        return _fitting(lambda: self._run(seconds))
+        measured = _fitting(lambda: self._run(seconds))
+        give_back_freed_memory()
+        return measured
 
     def _run(self, seconds: float) -> tuple[int, float]:
         self._steps(1)
@@ -101,7 +105,7 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     size = memory_of(program)
     if size is not None:
         given = program.memory_analysis().argument_size_in_bytes
-        memory.check_room(size - given, "what a step computes with")
+        check_room(size - given, "what a step computes with")
     return program, seconds, size
 
 
