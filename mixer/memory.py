@@ -13,6 +13,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 
+class NoRoomError(UserError):
+    """Something takes more of the host's memory than is free."""
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed, under Linux and where there is no accelerator.
 
@@ -69,7 +73,7 @@ def threads_for_simulated_devices() -> None:
 
 
 def check_room(num_bytes: int, what: str) -> None:
-    """Raises UserError where `what` takes more memory than is free, and it is the host's.
+    """Raises NoRoomError where `what` takes more memory than is free, and it is the host's.
 
     An accelerator's own allocator says so itself; a host would be killed without a word.
     """
@@ -78,6 +82,6 @@ def check_room(num_bytes: int, what: str) -> None:
 
     free = psutil.virtual_memory().available
     if jax.default_backend() == "cpu" and num_bytes > free:
-        raise UserError(
+        raise NoRoomError(
             f"{what} takes {num_bytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
         )

@@ -329,7 +329,8 @@ def _open(
 
 def _evaluate(loaded, config, split, mesh) -> classification.Classification:
     loss = losses.make_loss(config.loss if config is not None else "softmax")
-    step = classification.make_eval_step(make_predict(loaded.model), loss, loaded.card.num_classes)
+    predict = sharding.on_mesh(make_predict(loaded.model), mesh)
+    step = classification.make_eval_step(predict, loss, loaded.card.num_classes)
     return classification.evaluate(
         step,
         loaded.params,

@@ -28,11 +28,15 @@ from mixer.optimizer import multipliers
 
 @dataclasses.dataclass(frozen=True)
 class Set:
-    """A public data set: examples of its splits, classes, mean bytes of an image's file."""
+    """A public data set: examples of its splits, classes, mean bytes of an image's file.
+
+    `side` is that of its images in pixels, where they all have one.
+    """
 
     splits: dict[str, int]
     num_classes: int
     image_bytes: float
+    side: int | None = None
 
 
 # Counts as TFDS gives them [recalled], sizes from its downloads; ImageNet-21k is the fall 2011
@@ -40,11 +44,11 @@ class Set:
 SETS = {
     "imagenet2012": Set({"train": 1_281_167, "validation": 50_000}, 1000, 110e3),
     "imagenet21k": Set({"train": 14_197_122}, 21843, 92e3),
-    "cifar10": Set({"train": 50_000, "test": 10_000}, 10, 2.3e3),
-    "cifar100": Set({"train": 50_000, "test": 10_000}, 100, 2.3e3),
+    "cifar10": Set({"train": 50_000, "test": 10_000}, 10, 2.3e3, 32),
+    "cifar100": Set({"train": 50_000, "test": 10_000}, 100, 2.3e3, 32),
     "oxford_iiit_pet": Set({"train": 3680, "test": 3669}, 37, 105e3),
     "oxford_flowers102": Set({"train": 1020, "validation": 1020, "test": 6149}, 102, 40e3),
-    "digits": Set({"train": 1257, "validation": 180, "test": 360}, 10, 200.0),
+    "digits": Set({"train": 1257, "validation": 180, "test": 360}, 10, 200.0, 8),
     "synthetic": Set(synthetic.SPLITS, 10, 0.0),
 }
 IMAGE_BYTES = 110e3  # of an unknown set: ImageNet's mean
@@ -154,6 +158,7 @@ class Subject:
     num_examples: int | None
     eval_examples: int
     image_bytes: float
+    stored_side: int | None  # of all images, in pixels
     state: train_state.TrainState  # shapes
     devices: list  # of a TPU topology; empty for GPUs
 
@@ -225,6 +230,7 @@ def open_subject(
         num_examples=num_examples,
         eval_examples=eval_examples,
         image_bytes=known.image_bytes if known else IMAGE_BYTES,
+        stored_side=known.side if known else None,
         state=_abstract_state(config, _abstract_mesh(1, 1, 1)),
         devices=[] if topology.is_gpu else chips.tpu_devices(topology),
     )
@@ -342,17 +348,11 @@ def _abstract_state(config: ConfigDict, mesh: Mesh | AbstractMesh) -> train_stat
 
 
 def _check(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError where the mesh does not divide the batch, or a part of it."""
+    """Raises UserError where a batch cannot be parted so."""
     parts = config.optimizer.accumulate_steps
     if config.global_batch_size % parts:
         raise UserError(f"{parts} parts do not divide global_batch_size")
-    sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
-    if parts > 1:
-        sharding.check_batch_size(
-            "global_batch_size / optimizer.accumulate_steps",
-            config.global_batch_size // parts,
-            mesh,
-        )
+    run.check_batch_size(config, mesh)
 
 
 def compile_step(subject: Subject, settings: Settings) -> Step:
@@ -770,18 +770,8 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
     dataset, topology = subject.config.dataset, subject.topology
     steps = dataset.train_preprocess
     on_device = topology.is_gpu if dataset.augment_on == "auto" else dataset.augment_on == "device"
-    stays = dataset.on_device == "on"
-    if steps:
-        parts = augment.split(steps)
-        sized = not parts.random_on_host and _gives_one_size(parts.host)
-        stays = stays and not parts.random_on_host
-        if dataset.on_device == "auto" and subject.num_examples and sized:
-            most = max(3 * subject.config.image_size**2, subject.image_bytes)
-            drawn = subject.config.total_steps * subject.config.global_batch_size
-            fits = most * subject.num_examples <= resident.AUTO_BYTES
-            stays = fits and drawn >= subject.num_examples
-        if on_device and (sized or parts.random_on_host):
-            steps = parts.host
+    if steps and on_device and _can_augment_on_device(steps):
+        steps = augment.split(steps).host
     core_rate = CORE_RATE["randaugment" in steps or "autoaugment" in steps]
     cores = topology.chip.host_cores
     devices = min(topology.num_devices, topology.chip.devices_per_host)
@@ -796,8 +786,35 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
         "devices": devices,
         "suffices": share >= 1,
         "wait_share": max(0.0, 1 - share),
-        "stays_on_device": stays,
+        "stays_on_device": _stays_on_device(subject),
     }
+
+
+def _stays_on_device(subject: Subject) -> bool:
+    """Whether the run reads its images once (`resident.read`), as far as that is known here."""
+    config, dataset, topology = subject.config, subject.config.dataset, subject.topology
+    side = subject.stored_side or config.image_size
+    if steps := dataset.train_preprocess:
+        parts = augment.split(steps)
+        if parts.random_on_host:
+            return False
+        slow = resident.are_slow(parts.device, (side, side), "gpu" if topology.is_gpu else "tpu")
+    if dataset.on_device != "auto":
+        return dataset.on_device == "on"
+    if topology.num_hosts > 1 or not subject.num_examples:
+        return False
+    if steps and parts.device and (dataset.augment_on == "host" or slow):
+        return False
+    if steps and not (subject.stored_side or _gives_one_size(parts.host)):
+        return False
+    fits = max(3 * side**2, subject.image_bytes) * subject.num_examples <= resident.AUTO_BYTES
+    return fits and config.total_steps * config.global_batch_size >= subject.num_examples
+
+
+def _can_augment_on_device(steps: str) -> bool:
+    """Whether a stream's device can take steps of these: what it is given has one size."""
+    parts = augment.split(steps)
+    return parts.device is not None and _gives_one_size(parts.host)
 
 
 def _gives_one_size(steps: str) -> bool:
@@ -827,8 +844,8 @@ def _input_rows(subject: Subject, plan: dict[str, Any]) -> list[tuple[str, str]]
                 f"{prepared['wait_share']:.0%} of the time",
             )
         ]
-        device_steps = augment.split(prepared["steps"]).device if prepared["steps"] else None
-        if device_steps:
+        if prepared["steps"] and _can_augment_on_device(prepared["steps"]):
+            device_steps = augment.split(prepared["steps"]).device
             change = f"--config.dataset.augment_on=device ({device_steps} on the devices)"
             rows.append(("to change", change))
     if prepared["steps"] != subject.config.dataset.train_preprocess:

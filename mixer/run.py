@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import optax
 from etils import epath
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer import distributed, files, layers, loading, resolution, sharding, weights
@@ -84,7 +85,6 @@ def check_config(config: ConfigDict) -> None:
         _check_count(config, key, optional=True)
     _check_count(config, "optimizer.accumulate_steps")
     for key, value in (
-        ("seed", config.seed),
         ("optimizer.peak_lr", config.optimizer.peak_lr),
         ("optimizer.weight_decay", config.optimizer.weight_decay),
         ("optimizer.grad_clip_norm", config.optimizer.grad_clip_norm),
@@ -92,6 +92,8 @@ def check_config(config: ConfigDict) -> None:
     ):
         if not 0 <= value < math.inf:  # NaN is not
             raise UserError(f"{key} is {value}; it must be 0 or more")
+    if not 0 <= config.seed < 1 << 32:  # JAX's keys take no more bits of it
+        raise UserError(f"seed is {config.seed}; it must be from 0 to 4294967295")
     for key, value in (
         ("label_smoothing", config.label_smoothing),
         ("optimizer.ema_decay", config.optimizer.ema_decay),
@@ -174,6 +176,15 @@ def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
                 examples = value * num_examples if key.endswith("epochs") else value
                 steps = max(round(examples / config.global_batch_size), 1) if value else 0
         config.update_from_flattened_dict({f"{stem}steps": steps})
+
+
+def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError where the mesh does not divide the batch, or a part of it."""
+    size, parts = config.global_batch_size, config.optimizer.accumulate_steps
+    sharding.check_batch_size("global_batch_size", size, mesh)
+    if parts > 1:
+        name = "global_batch_size / optimizer.accumulate_steps"
+        sharding.check_batch_size(name, size // parts, mesh)
 
 
 def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:

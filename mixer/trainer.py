@@ -98,11 +98,8 @@ def _train(
     mesh = sharding.make_mesh(config.mesh)
     _, data_count = sharding.data_processes(mesh)
     eval_batch_size = config.eval_batch_size or config.global_batch_size
-    sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
+    run.check_batch_size(config, mesh)
     sharding.check_batch_size("eval_batch_size", eval_batch_size, mesh)
-    if config.optimizer.accumulate_steps > 1:
-        part = config.global_batch_size // config.optimizer.accumulate_steps
-        sharding.check_batch_size("global_batch_size / optimizer.accumulate_steps", part, mesh)
 
     # What the first weights decide, and what of the data's steps comes of that.
     config = config.copy_and_resolve_references()
@@ -158,9 +155,13 @@ def _train(
             split = opening.result().train
             if old_data and not allow_config_change:
                 run.check_same_data(workdir, old_data, split)
+            # Steps on the host and on a device are the same, but not every device rounds alike.
+            streamed = old_data is not None and not old_data.get("on_device", True)
+            if streamed and config.dataset.on_device == "auto":
+                return "the run was begun so"
             return resident.read(
                 split,
-                mode=_on_device(config, old_data),
+                mode=config.dataset.on_device,
                 num_drawn=config.total_steps * config.global_batch_size,
                 augment_on=config.dataset.augment_on,
                 should_stop=lambda: caught.received is not None,
@@ -480,6 +481,7 @@ def _loop(
             stop = caught.poll()
             if stop or step % config.checkpoint.every_steps == 0 or step == config.total_steps:
                 log()
+                jax.block_until_ready(metrics)  # what is under way counts as training
                 watch.beat(step, "saving")
                 with meter.paused():
                     checkpoints.save(state)
@@ -487,6 +489,7 @@ def _loop(
 
             if not stop and evaluation_is_due(step):
                 log()
+                jax.block_until_ready(metrics)
                 watch.beat(step, "evaluating")
                 with meter.paused():
                     validate(state, step)
@@ -501,16 +504,6 @@ def _loop(
     seconds = console.duration(time.perf_counter() - started)
     terminal.line(f"trained to step {config.total_steps} in {seconds}")
     return state
-
-
-def _on_device(config: ConfigDict, old_data: dict[str, Any] | None) -> str:
-    """The config's dataset.on_device; "auto" stays with what a run streamed from its start.
-
-    The steps of a stream and those on a device are the same, but not every device rounds alike.
-    """
-    mode = config.dataset.on_device
-    streamed = old_data is not None and not old_data.get("on_device", True)
-    return "off" if mode == "auto" and streamed else mode
 
 
 def _next_stop(config: ConfigDict, step: int) -> int:

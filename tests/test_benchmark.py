@@ -19,7 +19,7 @@ from absl import flags
 
 import mixer
 from helpers import TINY, environment, run_python, tiny_config
-from mixer import flops, memory, program, sharding
+from mixer import flops, memory, program, run, sharding
 from mixer.benchmarking import agreement, contest, jax_side, report, torch_side
 from mixer.benchmarking import input as pipeline
 from mixer.benchmarking import loop as looping
@@ -164,7 +164,7 @@ def test_matmul_counts_devices():
 
 def test_what_does_not_fit_is_a_reason(monkeypatch):
     def refuse(num_bytes, what):
-        raise UserError("too much")
+        raise memory.NoRoomError("too much")
 
     monkeypatch.setattr(memory, "check_room", refuse)
     with pytest.raises(contest.Failed, match="too much"):
@@ -310,6 +310,8 @@ def test_matmul_has_the_models_shapes(tmp_path, monkeypatch):
 MISTAKES = [
     (["train", "--models=B/61"], "Did you mean 'B/16'?"),
     (["train", "--batch_size=8,x"], "--batch_size=x: a whole number"),
+    (["train", "--batch_size="], "--batch_size is empty"),
+    (["infer", "--models="], "--models is empty: one or several of S/32"),
     (["infer", "--models=B/16", "--image_size=100"], "nearest sides"),
     (["infer", "--against=tim"], "Did you mean 'timm'?"),
     (["infer", "--against=timm", "--torch_python=/nowhere"], "--torch_python=/nowhere: No such"),
@@ -376,6 +378,7 @@ def test_a_stream_counts_what_it_takes(monkeypatch):
 
     stream = pipeline.Stream(batches())
     assert stream.run(1.0) == (4, 1.0)
+    assert stream.run(0.0) == (1, 0.25)
 
 
 @pytest.mark.slow
@@ -419,6 +422,21 @@ def test_loop_refuses_images_that_are_made_anew():
     config.dataset.train_preprocess = "decode|inception_crop(8)"
     with pytest.raises(UserError, match="inception_crop makes other images each epoch"):
         looping.prepare(config, 4)
+
+
+def test_loop_takes_a_config_without_steps():
+    config = tiny_config(image_size=8, global_batch_size=4, model__num_classes=10)
+    run.resolve_lengths(config, 6)
+    assert not config.dataset.train_preprocess
+    loop = looping.prepare(config, 6)
+    assert loop.run(0.0)[0] >= 1
+
+
+def test_a_users_mistake_is_no_lack_of_memory():
+    config = tiny_config(image_size=8, model__num_classes=10, optimizer__b1=2.0)
+    run.resolve_lengths(config, 6)
+    with pytest.raises(UserError, match="b1"):
+        looping.prepare(config, 6)
 
 
 def test_tables_are_markdown_where_no_terminal_shows_them(capsys):

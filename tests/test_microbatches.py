@@ -60,11 +60,17 @@ def many_parts(monkeypatch):
         monkeypatch.setattr(microbatches, name, 4 * 16)
 
 
+def _params(mixer, rng):
+    """With a head that is not zeros, or nothing below it would have a gradient."""
+    params = mixer.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params["head"]["kernel"] = jnp.asarray(rng.standard_normal((TINY["hidden_dim"], 7), np.float32))
+    return params
+
+
 def test_predictions_come_in_the_images_order(many_parts):
     mixer = model.make_model(num_classes=7, **TINY)
     rng = np.random.default_rng(0)
-    params = mixer.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    params["head"]["kernel"] = jnp.asarray(rng.standard_normal((TINY["hidden_dim"], 7), np.float32))
+    params = _params(mixer, rng)
     images = rng.integers(0, 256, (12, 32, 32, 3), np.uint8)
     assert microbatches.best_count(mixer, images.shape) == 3
     wanted = [mixer.apply({"params": params}, image[None] / 127.5 - 1)[0][0] for image in images]
@@ -76,7 +82,7 @@ def test_an_update_is_that_of_the_whole_batch(many_parts, monkeypatch):
     mixer = model.make_model(num_classes=7, **TINY | dict(stoch_depth=0.5, num_blocks=2))
     tx = optax.sgd(0.1)
     rng = np.random.default_rng(0)
-    params = mixer.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = _params(mixer, rng)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     batch = {
         "image": rng.integers(0, 256, (12, 32, 32, 3), np.uint8),

@@ -8,6 +8,7 @@ import pytest
 from configs import common, mixer_b16_i1k
 from helpers import TINY, run_python, tiny_config
 from mixer import chips, hlo, planning, run, sharding, train_state
+from mixer.data import resident
 from mixer.errors import UserError
 from mixer.model import make_model
 
@@ -272,6 +273,37 @@ def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits,
 SMALL = dict(dataset__name="oxford_flowers102", dataset__train_split="train")
 SMALL |= dict(dataset__train_preprocess="decode|resize(224)|flip_lr")
 SMALL |= dict(schedule__warmup_examples=10_000)
+
+
+CIFAR = dict(dataset__name="cifar10", dataset__train_preprocess="decode|random_crop(32, pad=4)")
+CIFAR |= dict(image_size=32, schedule__warmup_examples=10_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "topology", "stays"),
+    [
+        (SMALL, "gpu:1xH200", True),
+        (SMALL, "gpu:64xH200", False),  # several hosts
+        (SMALL | dict(dataset__on_device="on"), "gpu:64xH200", True),
+        (SMALL | dict(dataset__augment_on="host"), "gpu:1xH200", False),
+        (SMALL | dict(dataset__train_preprocess="decode|flip_lr"), "gpu:1xH200", False),
+        (SMALL | dict(dataset__train_preprocess="decode|inception_crop(224)"), "gpu:1xH200", False),
+        (CIFAR, "gpu:1xH200", True),  # its stored images have one size
+        (CIFAR | dict(total_epochs=0.5), "gpu:1xH200", False),
+    ],
+)
+def test_which_sets_stay_on_the_device(change, topology, stays):
+    """As `data.resident.read` decides where the data is."""
+    config = large(model__num_blocks=1, model__num_classes=10, global_batch_size=64, **change)
+    subject = subject_of(config, topology)
+    assert planning._stays_on_device(subject) == stays
+
+
+def test_a_policy_on_large_images_leaves_a_tpu():
+    steps = "decode|resize(224)|randaugment(2, 15)"
+    assert not resident.are_slow(steps, (224, 224), "gpu")
+    assert resident.are_slow(steps, (224, 224), "tpu")
+    assert not resident.are_slow(steps, (32, 32), "tpu")
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,16 @@ def test_steps_of_a_stream_on_the_device_change_no_bit(streamed, tfds_dir, tmp_p
     assert_same_bits(final_state(tmp_path / "run"), final_state(streamed))
 
 
+def test_a_run_that_was_begun_as_a_stream_stays_one(tfds_dir, tmp_path, capsys):
+    config = _config(tfds_dir, tmp_path, total_steps=4, dataset__on_device="off")
+    trainer.train(config, tmp_path / "run")
+    config.update(total_steps=8)
+    config.dataset.on_device = "auto"
+    trainer.train(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "streamed: dataset.on_device=off\n" in out and "streamed: the run was begun so\n" in out
+
+
 def test_images_of_any_size_are_no_batch_for_the_device(tfds_dir, tmp_path):
     config = _config(tfds_dir, tmp_path, dataset__on_device="off", dataset__augment_on="device")
     config.dataset.train_preprocess = STEPS.replace("|resize(8)", "")

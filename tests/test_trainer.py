@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from helpers import ROOT, assert_same_bits, environment, final_state, run_python, tiny_config
-from mixer import trainer
+from mixer import metrics, stepping, trainer
 from mixer.errors import UserError
 from mixer.metrics import read_metrics
 from mixer.signals import Stopped
@@ -398,7 +399,6 @@ print("hits", events.count("/jax/compilation_cache/cache_hits"))
 
 
 def test_step_that_takes_far_longer_than_the_others_is_told(monkeypatch):
-    from mixer import metrics
 
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
@@ -418,10 +418,42 @@ def test_step_that_takes_far_longer_than_the_others_is_told(monkeypatch):
     assert told[50].endswith("0.0 s of it it waited for data")
 
 
+@pytest.mark.parametrize("due", ["eval_every_steps", "checkpoint__every_steps"])
+def test_what_is_under_way_counts_as_training(tmp_path, monkeypatch, due):
+    """An evaluation or a checkpoint between two log steps begins when the updates are done."""
+    times = dict(total_steps=6, log_every_steps=6, eval_every_steps=6, checkpoint__every_steps=6)
+    config = tiny_config(image_size=64, global_batch_size=256, **(times | {due: 3}))
+    take, seen = stepping.Streamed.take, []
+
+    def noted(self, step, most):
+        count, update = take(self, step, most)
+
+        def called(state):
+            state, metrics = update(state)
+            seen.append(metrics["loss"])
+            return state, metrics
+
+        return count, called
+
+    @contextlib.contextmanager
+    def paused(self):
+        assert all(loss.is_ready() for loss in seen)
+        pauses.append(len(seen))
+        yield
+
+    pauses = []
+    monkeypatch.setattr(stepping.Streamed, "take", noted)
+    monkeypatch.setattr(metrics.Meter, "paused", paused)
+    trainer.train(config, tmp_path)
+    assert pauses[0] < pauses[-1]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (dict(total_steps=0), "total_steps is 0"),
+        (dict(seed=1 << 32), "seed is 4294967296; it must be from 0 to 4294967295"),
+        (dict(seed=-1), "seed is -1"),
         (dict(total_steps=None), "no length of the run: give total_steps, total_epochs"),
         (dict(total_epochs=2.0), "total_steps=12 and total_epochs=2.0 are set"),
         (dict(schedule__cooldown_epochs=-1.0), "cooldown_epochs is -1.0; it must be 0 or more"),

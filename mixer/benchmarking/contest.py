@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from mixer import memory
 from mixer.model import VARIANTS
 
 # The record's model for CIFAR-10 (github.com/omihub777/MLP-Mixer-CIFAR; configs/cifar10.py).
@@ -54,10 +55,7 @@ class Contestant(Protocol):
     memory: int | None
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs for about that long: (steps, seconds that they took), all results being there.
-
-        Afterwards it holds no more of the host's memory than it needs to wait.
-        """
+        """Runs for about that long: (steps, seconds that they took), all results being there."""
 
     def close(self) -> None:
         """Gives back what it holds."""
@@ -104,6 +102,7 @@ def compete(
             say(f"preparing {name}")
             try:
                 ready[name] = make()
+                memory.give_back_freed_memory()  # the next one may need it
             except Failed as error:
                 results[name] = Result(failure=str(error))
             else:
@@ -115,6 +114,7 @@ def compete(
             for name in [*names[start:], *names[:start]]:
                 try:
                     steps, passed = ready[name].run(seconds)
+                    memory.give_back_freed_memory()
                 except Failed as error:
                     results[name].failure = str(error)
                     continue

@@ -48,11 +48,12 @@ class Stream:
         next(self._batches)
         next(self._batches)
         start, used, count = time.perf_counter(), time.process_time(), 0
-        while (passed := time.perf_counter() - start) < seconds:
+        while count == 0 or time.perf_counter() - start < seconds:
             next(self._batches)
             count += 1
+        passed = time.perf_counter() - start
         self.busy.append((time.process_time() - used) / passed)
-        return max(count, 1), passed
+        return count, passed
 
     def close(self) -> None:
         """Ends the pipeline's threads."""

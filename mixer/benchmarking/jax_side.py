@@ -12,12 +12,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mixer import layers, sharding
+from mixer import layers, memory, sharding
 from mixer.benchmarking import plain
 from mixer.benchmarking.contest import Case, Failed
-from mixer.errors import UserError, first_line
+from mixer.errors import first_line
 from mixer.losses import make_loss
-from mixer.memory import check_room, give_back_freed_memory
 from mixer.model import MlpMixer, make_model
 from mixer.optimizer import make_optimizer, make_schedule
 from mixer.train_state import TrainState
@@ -44,16 +43,13 @@ class Program:
         self._call = call
         self.devices, self.compile_seconds, self.memory = devices, compile_seconds, memory
         self._steps(WARM_UP_STEPS)
-        give_back_freed_memory()
 
     def _steps(self, count: int) -> None:
         jax.block_until_ready([self._call() for _ in range(count)])
 
     def run(self, seconds: float) -> tuple[int, float]:
         """As `Contestant.run`; a first step, which finds the caches cold, is not counted."""
-        measured = _fitting(lambda: self._run(seconds))
-        give_back_freed_memory()
-        return measured
+        return _fitting(lambda: self._run(seconds))
 
     def _run(self, seconds: float) -> tuple[int, float]:
         self._steps(1)
@@ -79,7 +75,7 @@ def _fitting(run: Callable[[], Any]) -> Any:
     except jax.errors.JaxRuntimeError as error:
         full = "RESOURCE_EXHAUSTED" in str(error)
         raise Failed("does not fit into memory" if full else first_line(error)) from None
-    except UserError as error:  # memory.check_room's
+    except memory.NoRoomError as error:
         raise Failed(f"does not fit: {error}") from None
 
 
@@ -105,7 +101,7 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     size = memory_of(program)
     if size is not None:
         given = program.memory_analysis().argument_size_in_bytes
-        check_room(size - given, "what a step computes with")
+        memory.check_room(size - given, "what a step computes with")
     return program, seconds, size
 
 

@@ -69,15 +69,15 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
       Failed: it does not fit into memory.
     """
     spec, size = config.dataset.train_preprocess, (config.image_size, config.image_size)
-    parts = augment.split(spec)
-    if parts.random_on_host:
+    parts = augment.split(spec) if spec else None
+    if parts and parts.random_on_host:
         raise UserError(
             f"dataset.train_preprocess={spec!r}: {parts.random_on_host} makes other images each "
             "epoch, which a run streams; see python -m mixer.tools.benchmark data"
         )
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size("global_batch_size", config.global_batch_size, mesh)
-    steps = augment.make_augment(spec, size) if parts.device else None
+    run.check_batch_size(config, mesh)
+    steps = augment.make_augment(spec, size) if parts and parts.device else None
     return _prepare(config, num_examples, steps, mesh)
 
 

@@ -105,7 +105,7 @@ def _read(
     if mode == "auto" and device_steps:
         if augment_on == "host":
             raise UserError("dataset.augment_on=host")
-        if _are_slow(device_steps, host.example_spec["image"][0]):
+        if are_slow(device_steps, host.example_spec["image"][0][:2], jax.default_backend()):
             raise UserError(f"{device_steps} take the host less time than this device")
     count, num_bytes, room = host.num_examples, _num_bytes(host), _room(mode)
     if num_bytes > room:
@@ -136,10 +136,10 @@ def _read(
     return Examples(arrays, steps, f"{about}; there they take {device_steps}")
 
 
-def _are_slow(steps: str, shape: tuple[int, ...]) -> bool:
-    """Whether these steps are faster on the host: policies on large images, but for GPUs."""
-    small = shape[0] * shape[1] <= SMALL_SIDE**2
-    return jax.default_backend() != "gpu" and not small and "augment" in steps
+def are_slow(steps: str | None, size: tuple[int, int], backend: str) -> bool:
+    """Whether steps on (H, W) are faster on the host: policies on large images, but for GPUs."""
+    large = size[0] * size[1] > SMALL_SIDE**2
+    return backend != "gpu" and large and "augment" in (steps or "")
 
 
 def _room(mode: str) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from scipy import special
 
-from mixer import microbatches, sharding
+from mixer import layers, microbatches, sharding
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
@@ -97,15 +97,24 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _features(model: MlpMixer, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Columns for `classification.collect`: the place in the split, and pre_logits (N, C)."""
+@functools.cache  # a training's probes are one program
+def _make_features(model: MlpMixer, mesh: Mesh) -> Callable:
+    """Returns `(params, batch) -> columns` for `classification.collect`.
 
-    def of_part(images: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, normalize(images))[1]["pre_logits"]
+    They are the place in the split, and pre_logits (N, C).
+    """
 
-    features = microbatches.map_images(model, of_part, batch["image"])
-    return {"index": batch["index"], "features": features}
+    def features(params: Any, images: jax.Array) -> jax.Array:
+        def of_part(images: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, normalize(images))[1]["pre_logits"]
+
+        return microbatches.map_images(model, of_part, images)
+
+    def columns(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        made = sharding.on_mesh(features, mesh)(params, batch["image"])
+        return {"index": batch["index"], "features": made}
+
+    return jax.jit(columns, compiler_options=layers.compiler_options(jax.default_backend()))
 
 
 def evaluate(
@@ -151,7 +160,7 @@ def evaluate(
     features = []
     for split in (train.select(places), test):
         columns = classification.collect(
-            functools.partial(_features, model),
+            _make_features(model, mesh),
             params,
             split,
             global_batch_size=global_batch_size,

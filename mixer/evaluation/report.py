@@ -463,9 +463,9 @@ def _classify(
     """(name, result) of every split, by every set of parameters."""
     if not opened:
         return
-    eval_step = classification.make_eval_step(
-        make_predict(subject.model), losses.make_loss(subject.loss), subject.num_classes
-    )
+    predict = sharding.on_mesh(make_predict(subject.model), mesh)
+    loss_fn = losses.make_loss(subject.loss)
+    eval_step = classification.make_eval_step(predict, loss_fn, subject.num_classes)
     prefetch = subject.config.dataset.prefetch_batches if subject.config is not None else 2
     # No larger than the largest set asks for, so that a small one is not mostly filling.
     shards, largest = (

@@ -105,7 +105,7 @@ def measure(
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: it must be at least 1")
     predict = jax.jit(
-        make_predict(model),
+        sharding.on_mesh(make_predict(model), mesh),
         out_shardings=sharding.batch_sharding(mesh),
         compiler_options=layers.compiler_options(jax.default_backend()),
     )
@@ -115,7 +115,7 @@ def measure(
         windows = None
         try:
             windows = _windows(predict, params, shape, mesh, seconds)
-        except UserError:  # memory.check_room's
+        except memory.NoRoomError:
             pass
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -408,6 +408,8 @@ def _cases(what: str) -> list[Any]:
     from mixer.benchmarking.contest import Case
     from mixer.model import check_image_size
 
+    if not MODELS.value:
+        raise UserError(f"--models is empty: one or several of {', '.join(KNOWN)}")
     cases = []
     for name in MODELS.value:
         if name not in KNOWN:
@@ -440,6 +442,8 @@ def _batch_sizes() -> list[int]:
 
     if BATCH_SIZE.value is None:
         return [8 if jax.default_backend() == "cpu" else 256]
+    if not BATCH_SIZE.value:
+        raise UserError("--batch_size is empty: whole numbers of at least 1 are taken")
     for text in BATCH_SIZE.value:
         if not text.isdecimal() or int(text) < 1:
             raise UserError(f"--batch_size={text}: a whole number of at least 1 is taken")
