@@ -188,8 +188,8 @@ USUAL_NAMES = {
 
 def _nearest_key(key: str, known: dict[str, type]) -> str:
     """The nearest full key: by another program's name for it, compared whole, or by last name."""
-    if key in USUAL_NAMES:
-        return f" Did you mean {USUAL_NAMES[key]!r}?"
+    if usual := USUAL_NAMES.get(key.rpartition(".")[2]):
+        return f" Did you mean {usual!r}?"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         by_name = {name.rpartition(".")[2]: name for name in known}

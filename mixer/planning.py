@@ -937,14 +937,15 @@ def report(subject: Subject, step: Step) -> list[tuple[str, str]]:
             f"{short(WRITE_RATE, 'B/s')} (assumed); {short(saved['kept_bytes'], 'B')} are kept",
         )
     )
-    rows.append(
-        (
-            "each host reads",
-            f"{host['images_per_second']:,.0f} images/s, "
-            f"{short(host['read_bytes_per_second'], 'B/s')} of files, sends "
-            f"{short(host['send_bytes_per_second'], 'B/s')} to its devices",
+    if not host["input"]["stays_on_device"]:
+        rows.append(
+            (
+                "each host reads",
+                f"{host['images_per_second']:,.0f} images/s, "
+                f"{short(host['read_bytes_per_second'], 'B/s')} of files, sends "
+                f"{short(host['send_bytes_per_second'], 'B/s')} to its devices",
+            )
         )
-    )
     rows += _input_rows(subject, plan)
     needs = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in host["memory"].items())
     rows.append(

@@ -331,15 +331,6 @@ def as_table(predictions: Iterable[Prediction], names: Sequence[str] | None) -> 
     return table
 
 
-def check_output(path: str) -> None:
-    """Raises UserError where no file can be written, before the long work and not after it."""
-    target = Path(path).expanduser()
-    if not target.parent.is_dir():
-        raise UserError(f"--features={path}: there is no folder {target.parent}")
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise UserError(f"--features={path} cannot be written; give a file in a folder of yours")
-
-
 def write_features(path: str, features: np.ndarray, images: Sequence[str]) -> None:
     """Writes an npz file, whole or not at all; a file of that name is replaced.
 
@@ -348,6 +339,5 @@ def write_features(path: str, features: np.ndarray, images: Sequence[str]) -> No
       features: (n, ...) float32, saved as "features".
       images: n paths, saved as "images", an array of strings that loads without unpickling.
     """
-    target = Path(path).expanduser()
-    with files.whole(target) as new, new.open("wb") as file:
+    with files.whole(path) as new, new.open("wb") as file:
         np.savez(file, features=features, images=np.array(images, np.str_))

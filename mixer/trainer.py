@@ -475,6 +475,8 @@ def _loop(
             log()
             if step % config.log_every_steps == 0 or step == config.total_steps:
                 pending = step, metrics
+                if metrics["loss"].is_ready():  # a CPU's, or the next call would count with it
+                    log()
 
             # Checkpoint before evaluation: a fault there costs no training. The step's own
             # metrics come first, so that the record is whole up to every checkpoint.

@@ -310,12 +310,16 @@ def test_matmul_has_the_models_shapes(tmp_path, monkeypatch):
 MISTAKES = [
     (["train", "--models=B/61"], "Did you mean 'B/16'?"),
     (["train", "--batch_size=8,x"], "--batch_size=x: a whole number"),
+    (["check", "--against=plain"], "--against: check takes none; its flags are --models, --dtype"),
+    (["matmul", "--against=tim"], "Did you mean 'timm'?"),
+    (["train", "--seconds=nan"], "--seconds=nan: a number is taken"),
     (["train", "--batch_size="], "--batch_size is empty"),
     (["infer", "--models="], "--models is empty: one or several of S/32"),
     (["infer", "--models=B/16", "--image_size=100"], "nearest sides"),
     (["infer", "--against=tim"], "Did you mean 'timm'?"),
     (["infer", "--against=timm", "--torch_python=/nowhere"], "--torch_python=/nowhere: No such"),
-    (["train", "--output=/nowhere/x.json"], "there is no directory /nowhere"),
+    (["train", "--output=/nowhere/x.json"], "there is no folder /nowhere"),
+    (["train", "--output=/"], "--output=/ cannot be written: it is a folder"),
     (["train", "--dtype=float16"], "float16"),
     (["data", "train"], "data train: expected one of"),
 ]

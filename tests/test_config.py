@@ -23,6 +23,7 @@ from helpers import ROOT, run_python
         (["--config.total_step=1"], "Did you mean 'total_steps'"),
         (["--config.batch_size=1"], "Did you mean 'global_batch_size'"),
         (["--config.learning_rate=1"], "Did you mean 'optimizer.peak_lr'"),
+        (["--config.optimizer.lr=1"], "Did you mean 'optimizer.peak_lr'"),
         (["--config.total_steps=1e4"], "total_steps=1e4: it must be of type int"),
         (["--config.model.dropout=x"], "model.dropout=x: it must be of type float"),
         (["--config=configs/digitz.py"], "configs/digitz.py: no such file"),

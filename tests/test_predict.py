@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from helpers import GOLDENS, golden_params, run_python, tiny_config
-from mixer import loading, prediction, trainer
+from mixer import files, loading, prediction, trainer
 from mixer.data import imagenet_names
 from mixer.errors import UserError
 
@@ -388,9 +388,9 @@ def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_where_features_cannot_go_is_said_first(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
-        prediction.check_output(str(tmp_path / "none" / "out.npz"))
-    with pytest.raises(UserError, match="cannot be written"):
-        prediction.check_output(str(tmp_path))
+        files.check_output("features", tmp_path / "none" / "out.npz")
+    with pytest.raises(UserError, match=r"--features=.* cannot be written: it is a folder"):
+        files.check_output("features", tmp_path)
 
 
 # The command.

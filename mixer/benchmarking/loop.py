@@ -68,6 +68,8 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
       UserError: its images cannot stay on the device.
       Failed: it does not fit into memory.
     """
+    if config.dataset.on_device == "off":
+        raise UserError("dataset.on_device=off: a run of this config streams")
     spec, size = config.dataset.train_preprocess, (config.image_size, config.image_size)
     parts = augment.split(spec) if spec else None
     if parts and parts.random_on_host:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -52,6 +53,7 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+        "load": psutil.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
         "versions": {
             "python": platform.python_version(),
@@ -79,9 +81,11 @@ def header(environment: Mapping[str, Any]) -> list[str]:
     if environment["backend"] != "cpu" or environment["devices"] > 1:
         where = f"{environment['devices']} x {environment['device']}; host: {where}"
     settings = ", ".join(f"{name}={value}" for name, value in environment["environment"].items())
+    busy = environment["load"] > environment["cores"] / 2
     return [
         environment["command"],
         where,
+        *([f"BUSY: other work has this machine (load {environment['load']:.1f})"] * busy),
         ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
         f"freed memory: {environment['memory_setting']}"
         + f"; environment: {settings}" * bool(settings),

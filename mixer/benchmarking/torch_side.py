@@ -34,9 +34,9 @@ def versions(python: str) -> dict[str, str]:
         raise UserError(f"--torch_python={python}: {error.strerror}") from None
     if done.returncode:
         raise UserError(
-            f"{python} has no torch and timm, which --against={','.join(CONTESTANTS)} need; in the "
-            "project's directory: pip install -e '.[bench]', or name a Python that has them with "
-            "--torch_python"
+            f"{python} is no Python with torch and timm, which --against=timm and its like need; "
+            "in the project's directory: pip install -e '.[bench]', or name a Python that has them "
+            "with --torch_python"
         )
     return json.loads(done.stdout)
 

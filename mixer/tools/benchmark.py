@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import shlex
 import sys
@@ -29,7 +30,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags
 
-from mixer import memory, program
+from mixer import files, memory, program
 from mixer.errors import UserError, nearest
 
 MODELS = flags.DEFINE_list(
@@ -61,7 +62,17 @@ STEP_RATE = flags.DEFINE_float(
 
 EXAMPLES = flags.DEFINE_integer("examples", 50_000, "loop: images that lie on the device.", 1)
 
-MEASUREMENTS = ("train", "infer", "matmul", "check", "data", "loop")
+_CASES = ("models", "dtype", "gelu", "image_size", "batch_size")
+_TURNS = ("seconds", "rounds")
+# Measurements, and their flags beside --output.
+MEASUREMENTS = {
+    "train": (*_CASES, *_TURNS, "against", "torch_python"),
+    "infer": (*_CASES, *_TURNS, "against", "torch_python"),
+    "matmul": ("models", "dtype", "image_size", "batch_size", *_TURNS, "against", "torch_python"),
+    "check": _CASES,
+    "data": ("config", "batch_size", *_TURNS, "images_per_second_per_device"),
+    "loop": ("config", *_TURNS, "examples"),
+}
 NUM_CLASSES = {"cifar": 10}  # 1,000 of the others
 
 
@@ -72,10 +83,9 @@ def main(argv: list[str]) -> None:
             f"{' '.join(argv[1:]) or 'no measurement'}: expected one of "
             f"{', '.join(MEASUREMENTS)}; see python -m mixer.tools.benchmark --help"
         )
+    _check_flags(argv[1])
     if OUTPUT.value:
-        directory = os.path.dirname(OUTPUT.value) or "."
-        if not os.path.isdir(directory):
-            raise UserError(f"--output={OUTPUT.value}: there is no directory {directory}")
+        files.check_output("output", OUTPUT.value)
     import jax
 
     # What is compiled is measured, and not what an earlier run has compiled.
@@ -93,6 +103,24 @@ def main(argv: list[str]) -> None:
         compete(argv[1])
 
 
+def _check_flags(measurement: str) -> None:
+    """Raises UserError for a flag that the measurement has no use for, or of no use at all."""
+    from mixer.benchmarking import torch_side
+
+    taken = MEASUREMENTS[measurement]
+    for name in {flag for flags_of in MEASUREMENTS.values() for flag in flags_of}.difference(taken):
+        if name in flags.FLAGS and flags.FLAGS[name].present:
+            known = ", ".join(f"--{flag}" for flag in (*taken, "output"))
+            raise UserError(f"--{name}: {measurement} takes none; its flags are {known}")
+    for flag in (SECONDS, STEP_RATE):
+        if not math.isfinite(flag.value or 0):
+            raise UserError(f"--{flag.name}={flag.value}: a number is taken")
+    for name in AGAINST.value:
+        known = ("plain", *torch_side.CONTESTANTS)
+        if name not in known:
+            raise UserError(f"--against={name}: one of {', '.join(known)}.{nearest(name, known)}")
+
+
 def compete(what: str) -> None:
     """Measures training or inference of every model and batch size."""
     import jax
@@ -100,10 +128,6 @@ def compete(what: str) -> None:
     from mixer import flops, sharding
     from mixer.benchmarking import contest, jax_side, report, torch_side
 
-    for name in AGAINST.value:
-        known = ("plain", *torch_side.CONTESTANTS)
-        if name not in known:
-            raise UserError(f"--against={name}: one of {', '.join(known)}.{nearest(name, known)}")
     cases = _cases(what)
     torch_names = [name for name in AGAINST.value if name in torch_side.CONTESTANTS]
     versions = _torch_versions() if torch_names else {}
@@ -533,8 +557,6 @@ def _start(what: str, console: Any, versions: dict[str, str]) -> dict[str, Any]:
 
 def _write(found: dict[str, Any]) -> None:
     """Writes what was found so far to --output."""
-    from mixer import files
-
     if OUTPUT.value:
         with files.whole(OUTPUT.value) as new:
             new.write_text(json.dumps(found, indent=2) + "\n")

@@ -50,11 +50,11 @@ def main(argv: list[str]) -> None:
     from etils import epath
     from rich.console import Console
 
-    from mixer import planning, run
+    from mixer import files, planning, run
 
-    path = epath.Path(JSON.value) if JSON.value else None
-    if path and not path.parent.is_dir():
-        raise UserError(f"--json={path}: there is no directory {path.parent}")
+    path = epath.Path(JSON.value).expanduser() if JSON.value else None
+    if path:
+        files.check_output("json", path)
     console = Console(highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:

@@ -15,7 +15,7 @@ import sys
 
 from absl import flags
 
-from mixer import cli
+from mixer import cli, files
 from mixer.errors import UserError
 
 WEIGHTS = flags.DEFINE_string(
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
     images = prediction.list_images(argv[1:])
     if FEATURES.value:
-        prediction.check_output(FEATURES.value)
+        files.check_output("features", FEATURES.value)
 
     # stdout has the results alone.
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
