@@ -7,7 +7,8 @@ random steps (`mixer/augment.py`) with the same keys. Images for evaluation stay
 
 import dataclasses
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -120,7 +121,7 @@ def _read(
         name: np.empty((count, *shape), dtype) for name, (shape, dtype) in host.example_spec.items()
     }
     start = 0
-    for batch in host.sequential_batches(start=0, stop=count, batch_size=READ_AT_ONCE):
+    for batch in _in_order(host):
         stop = start + len(batch["label"])
         for name, values in batch.items():
             arrays[name][start:stop] = values
@@ -134,6 +135,23 @@ def _read(
     arrays["number"] = split.numbers.astype(np.uint32)
     steps = augment.make_augment(split.preprocess, (height, width))
     return Examples(arrays, steps, f"{about}; there they take {device_steps}")
+
+
+def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of all examples, once; UserError where their images differ in size."""
+    try:
+        yield from split.sequential_batches(
+            start=0, stop=split.num_examples, batch_size=READ_AT_ONCE
+        )
+    except UserError as error:
+        other = re.search(r"cannot use (.*): .*\[(\d+),(\d+),3\] is not compatible", str(error))
+        if other is None:
+            raise
+        height, width = split.example_spec["image"][0][:2]
+        raise UserError(
+            f"images differ in size ({height} x {width}, and {other[1]} {other[2]} x {other[3]}); "
+            "put resize or a crop before the first random step, as in decode|resize(64)|flip_lr"
+        ) from error
 
 
 def are_slow(steps: str | None, size: tuple[int, int], backend: str) -> bool:
