@@ -10,6 +10,7 @@ what needs it is imported here: the Python that has torch need not have it.
 import collections
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -142,6 +143,9 @@ class Program:
         """Bytes held at the most: of the GPU's memory, or of the host's by this process."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
+        if sys.platform == "linux":  # where ru_maxrss begins with the parent's
+            with open("/proc/self/status") as status:
+                return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read())[1])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
 
