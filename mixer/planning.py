@@ -793,20 +793,19 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
 def _stays_on_device(subject: Subject) -> bool:
     """Whether the run reads its images once (`resident.read`), as far as that is known here."""
     config, dataset, topology = subject.config, subject.config.dataset, subject.topology
-    side = subject.stored_side or config.image_size
-    if steps := dataset.train_preprocess:
-        parts = augment.split(steps)
-        if parts.random_on_host:
-            return False
-        slow = resident.are_slow(parts.device, (side, side), "gpu" if topology.is_gpu else "tpu")
+    parts = augment.split(dataset.train_preprocess) if dataset.train_preprocess else None
+    if parts and parts.random_on_host:
+        return False
     if dataset.on_device != "auto":
         return dataset.on_device == "on"
-    if topology.num_hosts > 1 or not subject.num_examples:
+    sized = not parts or _gives_one_size(parts.host)
+    side = config.image_size if sized else subject.stored_side
+    if side is None or topology.num_hosts > 1 or not subject.num_examples:
         return False
-    if steps and parts.device and (dataset.augment_on == "host" or slow):
-        return False
-    if steps and not (subject.stored_side or _gives_one_size(parts.host)):
-        return False
+    if parts and parts.device:
+        backend = "gpu" if topology.is_gpu else "tpu"
+        if dataset.augment_on == "host" or resident.are_slow(parts.device, (side, side), backend):
+            return False
     fits = max(3 * side**2, subject.image_bytes) * subject.num_examples <= resident.AUTO_BYTES
     return fits and config.total_steps * config.global_batch_size >= subject.num_examples
 

@@ -289,6 +289,11 @@ CIFAR |= dict(image_size=32, schedule__warmup_examples=10_000)
         (SMALL | dict(dataset__train_preprocess="decode|flip_lr"), "gpu:1xH200", False),
         (SMALL | dict(dataset__train_preprocess="decode|inception_crop(224)"), "gpu:1xH200", False),
         (CIFAR, "gpu:1xH200", True),  # its stored images have one size
+        (
+            CIFAR | SMALL | dict(image_size=224, dataset__name="cifar10"),
+            "gpu:1xH200",
+            False,
+        ),  # 7 GB
         (CIFAR | dict(total_epochs=0.5), "gpu:1xH200", False),
     ],
 )
