@@ -179,6 +179,7 @@ USUAL_NAMES = {
     "batch": "global_batch_size",
     "lr": "optimizer.peak_lr",
     "learning_rate": "optimizer.peak_lr",
+    "optimizer.lr": "optimizer.peak_lr",
     "epochs": "total_epochs",
     "num_epochs": "total_epochs",
     "steps": "total_steps",
@@ -188,8 +189,8 @@ USUAL_NAMES = {
 
 def _nearest_key(key: str, known: dict[str, type]) -> str:
     """The nearest full key: by another program's name for it, compared whole, or by last name."""
-    if usual := USUAL_NAMES.get(key.rpartition(".")[2]):
-        return f" Did you mean {usual!r}?"
+    if key in USUAL_NAMES:
+        return f" Did you mean {USUAL_NAMES[key]!r}?"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         by_name = {name.rpartition(".")[2]: name for name in known}

@@ -329,7 +329,7 @@ def _open(
 
 def _evaluate(loaded, config, split, mesh) -> classification.Classification:
     loss = losses.make_loss(config.loss if config is not None else "softmax")
-    predict = sharding.on_mesh(make_predict(loaded.model), mesh)
+    predict = make_predict(loaded.model, mesh)
     step = classification.make_eval_step(predict, loss, loaded.card.num_classes)
     return classification.evaluate(
         step,

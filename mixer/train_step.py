@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mixer import microbatches, philox
 from mixer.losses import dense_labels
 from mixer.mixup import Mix
 from mixer.model import MlpMixer
 from mixer.optimizer import Rules, Schedule, multipliers
-from mixer.sharding import BATCH, constrain, constrain_params
+from mixer.sharding import BATCH, constrain, constrain_params, on_mesh
 from mixer.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -235,8 +236,11 @@ def _kept(finite: jax.Array, new: Any, old: Any) -> Any:
     return new if _follows_step(new) else jnp.where(finite, new, old)
 
 
-def make_predict(model: MlpMixer) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not yet compiled."""
+def make_predict(model: MlpMixer, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not yet compiled.
+
+    The images lie on the mesh as `sharding.batch_sharding` has them.
+    """
 
     def predict(params: Any, images: jax.Array) -> jax.Array:
         def of_part(images: jax.Array) -> jax.Array:
@@ -244,4 +248,4 @@ def make_predict(model: MlpMixer) -> Callable[[Any, jax.Array], jax.Array]:
 
         return microbatches.map_images(model, of_part, images)
 
-    return predict
+    return on_mesh(predict, mesh)

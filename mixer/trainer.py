@@ -239,7 +239,7 @@ def _train(
         terminal.line("the finished run is extended: its schedule is now that of the new length")
 
     # Evaluation, by schedule and at the end the same code as evaluate.py's.
-    predict = sharding.on_mesh(make_predict(model), mesh)
+    predict = make_predict(model, mesh)
     eval_step = classification.make_eval_step(predict, loss_fn, model.num_classes)
 
     def evaluate(state: train_state.TrainState, which: str, split) -> dict[str, Any] | None:

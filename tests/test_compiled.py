@@ -132,7 +132,7 @@ def test_prediction_has_both_epilogues_and_no_transposes(mesh):
     model = make_model(**FIELDS)
     params = train_state.abstract_params(model, SIZE, mesh)
     images = sharding.abstract_batch({"image": ((*SIZE, 3), "uint8")}, BATCH, mesh)["image"]
-    text, _ = _compiled(sharding.on_mesh(make_predict(model), mesh), params, images)
+    text, _ = _compiled(make_predict(model, mesh), params, images)
     assert text.count('"epilogue":"BIAS_GELU"') == BLOCKS
     assert text.count('"epilogue":"GELU"') == BLOCKS
     assert text.count('"epilogue":"BIAS"') >= BLOCKS

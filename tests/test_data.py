@@ -332,6 +332,12 @@ def test_unreadable_image_stops_by_name_and_can_be_excluded(image_folder, tmp_pa
     assert before.fingerprint != after.fingerprint
     _take(after, 8)
 
+    mine = "train/cat/0000.jpg"  # nothing is wrong with it
+    output.write_text(output.read_text() + json.dumps({"example": mine}) + "\n")
+    prepare.check(config, str(output))
+    again = [json.loads(line)["example"] for line in output.read_text().splitlines()]
+    assert again == sorted([*listed, mine])
+
 
 def test_image_of_another_size_is_named(image_folder):
     config = _folder_config(image_folder, train_preprocess="decode")

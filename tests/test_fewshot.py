@@ -331,11 +331,12 @@ config.model.num_classes = 10
 model = run.build_model(config)
 train, test = (run.open_split(config, which, None) for which in ("train", "test"))
 test = test.select(np.arange(201))
-step = classification.make_eval_step(make_predict(model), losses.make_loss("softmax"), 10)
 results = []
 for count in counts:
     axes = {"data": -1, "fsdp": 4 if count == 8 else 1}
     mesh = sharding.make_mesh(axes, jax.devices()[:count])
+    predict = make_predict(model, mesh)
+    step = classification.make_eval_step(predict, losses.make_loss("softmax"), 10)
     options = dict(global_batch_size=16, mesh=mesh, prefetch_batches=2)
     rng = np.random.default_rng(0)
     params = jax.tree.map(

@@ -170,12 +170,13 @@ def test_evaluation_predict_and_converted_weights_see_the_same(trained, tmp_path
         Image.fromarray(pixels).save(files[-1])
     saved, class_names = run.read_run(path)
     loaded = loading.read(path, log=lambda line: None)
+    mesh = sharding.make_mesh({"data": -1})
     result = classification.evaluate(
-        classification.make_eval_step(make_predict(loaded.model), make_loss("softmax"), 10),
+        classification.make_eval_step(make_predict(loaded.model, mesh), make_loss("softmax"), 10),
         loaded.params,
         run.open_split(saved, "test", class_names),
         global_batch_size=64,
-        mesh=sharding.make_mesh({"data": -1}),
+        mesh=mesh,
         prefetch_batches=2,
     )
     in_training = json.loads((path / "results.json").read_text())["splits"]["test"]

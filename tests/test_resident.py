@@ -203,6 +203,13 @@ def _folder(tmp_path, sizes):
     return config
 
 
+def test_a_policy_on_large_images_is_slow_but_for_gpus():
+    steps = "decode|resize(224)|randaugment(2, 15)"
+    assert not resident.are_slow(steps, (224, 224), "gpu")
+    assert resident.are_slow(steps, (224, 224), "tpu")
+    assert not resident.are_slow(steps, (32, 32), "tpu")
+
+
 def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
     config = _folder(tmp_path, [8, 8, 8, 9])
     with pytest.raises(

@@ -157,13 +157,6 @@ def test_no_hidden_defaults_and_no_code_from_data():
             assert not re.search(forbidden, text), (path, forbidden)
 
 
-def test_predictions_know_their_mesh():
-    """Or else a batch is cut into parts as if one device had all of it."""
-    for _, path in _modules():
-        calls = re.findall(r".*(?<!def )make_predict\(.*", path.read_text())
-        assert all("on_mesh(make_predict(" in call for call in calls), (path, calls)
-
-
 def test_training_on_synthetic_data_runs_without_tensorflow(tmp_path):
     """As where TensorFlow is not installed: importing it, clu's writers or TFDS fails."""
     code = f"""

@@ -93,13 +93,13 @@ def _evaluated(path, config, preprocess, size=8, resize="grow"):
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
     loaded = loading.read(path, image_size=size, resize=resize, log=print)
-    loss_fn = losses.make_loss(config.loss)
+    loss_fn, mesh = losses.make_loss(config.loss), sharding.make_mesh(config.mesh)
     return classification.evaluate(
-        classification.make_eval_step(make_predict(loaded.model), loss_fn, 10),
+        classification.make_eval_step(make_predict(loaded.model, mesh), loss_fn, 10),
         loaded.params,
         run.open_split(config, "test", None),
         global_batch_size=64,
-        mesh=sharding.make_mesh(config.mesh),
+        mesh=mesh,
         prefetch_batches=2,
     )
 

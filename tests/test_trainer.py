@@ -399,7 +399,6 @@ print("hits", events.count("/jax/compilation_cache/cache_hits"))
 
 
 def test_step_that_takes_far_longer_than_the_others_is_told(monkeypatch):
-
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     meter = metrics.Meter(16, 0)

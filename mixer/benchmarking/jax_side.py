@@ -240,7 +240,7 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     params = jax.device_put(draw_params(case), sharding.replicated(mesh))
     images = _batch(case, mesh)["image"]
     if name == "ours":
-        predict = sharding.on_mesh(make_predict(make_mixer(case)), mesh)
+        predict = make_predict(make_mixer(case), mesh)
     else:
         model = make_plain(case)
 

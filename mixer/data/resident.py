@@ -154,10 +154,10 @@ def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
         ) from error
 
 
-def are_slow(steps: str | None, size: tuple[int, int], backend: str) -> bool:
+def are_slow(steps: str, size: tuple[int, int], backend: str) -> bool:
     """Whether steps on (H, W) are faster on the host: policies on large images, but for GPUs."""
     large = size[0] * size[1] > SMALL_SIDE**2
-    return backend != "gpu" and large and "augment" in (steps or "")
+    return backend != "gpu" and large and "augment" in steps
 
 
 def _room(mode: str) -> int:

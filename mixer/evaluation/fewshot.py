@@ -97,7 +97,7 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-@functools.cache  # a training's probes are one program
+@functools.lru_cache(maxsize=1)  # a training's probes are one program
 def _make_features(model: MlpMixer, mesh: Mesh) -> Callable:
     """Returns `(params, batch) -> columns` for `classification.collect`.
 

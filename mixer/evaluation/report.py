@@ -463,7 +463,7 @@ def _classify(
     """(name, result) of every split, by every set of parameters."""
     if not opened:
         return
-    predict = sharding.on_mesh(make_predict(subject.model), mesh)
+    predict = make_predict(subject.model, mesh)
     loss_fn = losses.make_loss(subject.loss)
     eval_step = classification.make_eval_step(predict, loss_fn, subject.num_classes)
     prefetch = subject.config.dataset.prefetch_batches if subject.config is not None else 2

@@ -229,7 +229,7 @@ def resolution(
             )
             say(f"{subject.path} at {size} px: {preprocess}")
             step = classification.make_eval_step(
-                sharding.on_mesh(make_predict(loaded.model), subject.mesh),
+                make_predict(loaded.model, subject.mesh),
                 losses.make_loss(subject.config.loss),
                 loaded.card.num_classes,
             )
@@ -275,7 +275,7 @@ def _shuffled_results(
     """By kind and share, the results under each permutation; nothing moves at share 0."""
     loaded = loading.read(subject.path, mesh=subject.mesh, log=lambda line: None)
     size = loaded.card.image_size
-    plain = sharding.on_mesh(make_predict(loaded.model), subject.mesh)
+    plain = make_predict(loaded.model, subject.mesh)
 
     def predict(params_and_order: tuple[Any, jax.Array], images: jax.Array) -> jax.Array:
         params, order = params_and_order

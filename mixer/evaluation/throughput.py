@@ -105,7 +105,7 @@ def measure(
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: it must be at least 1")
     predict = jax.jit(
-        sharding.on_mesh(make_predict(model), mesh),
+        make_predict(model, mesh),
         out_shardings=sharding.batch_sharding(mesh),
         compiler_options=layers.compiler_options(jax.default_backend()),
     )

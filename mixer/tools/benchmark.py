@@ -64,11 +64,12 @@ EXAMPLES = flags.DEFINE_integer("examples", 50_000, "loop: images that lie on th
 
 _CASES = ("models", "dtype", "gelu", "image_size", "batch_size")
 _TURNS = ("seconds", "rounds")
+_TORCH = ("against", "torch_python")
 # Measurements, and their flags beside --output.
 MEASUREMENTS = {
-    "train": (*_CASES, *_TURNS, "against", "torch_python"),
-    "infer": (*_CASES, *_TURNS, "against", "torch_python"),
-    "matmul": ("models", "dtype", "image_size", "batch_size", *_TURNS, "against", "torch_python"),
+    "train": (*_CASES, *_TURNS, *_TORCH),
+    "infer": (*_CASES, *_TURNS, *_TORCH),
+    "matmul": ("models", "dtype", "image_size", "batch_size", *_TURNS, *_TORCH),
     "check": _CASES,
     "data": ("config", "batch_size", *_TURNS, "images_per_second_per_device"),
     "loop": ("config", *_TURNS, "examples"),
@@ -108,7 +109,7 @@ def _check_flags(measurement: str) -> None:
     from mixer.benchmarking import torch_side
 
     taken = MEASUREMENTS[measurement]
-    for name in {flag for flags_of in MEASUREMENTS.values() for flag in flags_of}.difference(taken):
+    for name in sorted(set().union(*MEASUREMENTS.values()).difference(taken)):
         if name in flags.FLAGS and flags.FLAGS[name].present:
             known = ", ".join(f"--{flag}" for flag in (*taken, "output"))
             raise UserError(f"--{name}: {measurement} takes none; its flags are {known}")

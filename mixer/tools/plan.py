@@ -47,14 +47,12 @@ def main(argv: list[str]) -> None:
     if TOPOLOGY.value is None:
         raise UserError("--topology is missing; for example --topology=v5e:16x16 or gpu:8xH100")
 
-    from etils import epath
     from rich.console import Console
 
     from mixer import files, planning, run
 
-    path = epath.Path(JSON.value).expanduser() if JSON.value else None
-    if path:
-        files.check_output("json", path)
+    if JSON.value:
+        files.check_output("json", JSON.value)
     console = Console(highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
@@ -80,12 +78,12 @@ def main(argv: list[str]) -> None:
         say(f"{what:19}  {how_much}")
     if SEARCH.value:
         say(f"{'command line':19}  {steps[0].settings.overrides}")
-    if path:
+    if JSON.value:
         plan = planning.summary(subject, steps[0])
         if SEARCH.value:
             plan["search"] = [planning.summary(subject, step) for step in steps]
-        run.write_json(path, plan)
-        say(f"written to {path}")
+        run.write_json(JSON.value, plan)
+        say(f"written to {JSON.value}")
 
 
 if __name__ == "__main__":

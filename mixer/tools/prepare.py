@@ -17,12 +17,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from mixer import cli
+from mixer import cli, files
 from mixer.errors import UserError
 
 DATA_DIR = flags.DEFINE_string(
@@ -168,10 +167,7 @@ def check(config, output: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     faults: dict[str, str] = {}
     seen = 0
-    try:
-        Path(output).write_text("")  # tried before the long work, not after it
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
+    files.check_output("output", output)
     size = (config.image_size, config.image_size)
     for which in ("train", "val", "test"):
         spec = config.dataset[f"{which}_split"]
@@ -189,7 +185,7 @@ def check(config, output: str) -> None:
     if config.dataset.exclude:  # a list made earlier stays in force
         for example in pipeline.read_exclusions(config.dataset.exclude):
             faults.setdefault(example, f"listed in {config.dataset.exclude}")
-    with open(output, "w") as file:
+    with files.whole(output) as new, new.open("w") as file:
         for example in sorted(faults):
             file.write(json.dumps({"example": example, "reason": faults[example]}) + "\n")
             console.print(f"{example}: {faults[example]}", markup=False)
