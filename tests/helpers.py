@@ -1,12 +1,19 @@
 """What several tests share."""
 
+import contextlib
+import gc
+import importlib.util
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from absl import app, flags, logging
+from absl.testing import flagsaver
 from flax import traverse_util
 
 from configs import common
@@ -123,3 +130,58 @@ def run_python(*arguments, timeout=300, check=True, cwd=ROOT, **extra):
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_program(program, *arguments, cwd=ROOT):
+    """Runs a program as the command line does, in this process; returns it with its output.
+
+    Saves the seconds in which a new process imports JAX and TensorFlow. What ends a process here
+    (signals, several devices, environment variables read by an import) needs `run_python`.
+
+    Args:
+      program: a file of the project's root such as "train.py", or the name of a module such as
+        "mixer.tools.predict".
+      *arguments: its command line.
+      cwd: the working directory.
+
+    Returns:
+      A CompletedProcess with returncode, stdout and stderr. An exception that would end the
+      process in a traceback is raised.
+    """
+    from mixer import cli, launch  # noqa: F401 (their flags stay; those of the program go)
+
+    app.define_help_flags()  # absl does so once in a process
+    is_file = program.endswith(".py")
+    path = ROOT / program if is_file else importlib.util.find_spec(program).origin
+    spec = importlib.util.spec_from_file_location(program.removesuffix(".py"), path)
+    module = importlib.util.module_from_spec(spec)
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(stdout))
+        stack.enter_context(contextlib.redirect_stderr(stderr))
+        stack.enter_context(contextlib.chdir(cwd))
+        _restore_afterwards(stack)
+        flags.FLAGS.unparse_flags()
+        spec.loader.exec_module(module)  # defines the program's flags
+        if is_file:
+            module.__spec__ = None  # as Python has it where a file is run
+        sys.modules["__main__"] = module
+        sys.argv = [str(path), *map(str, arguments)]
+        try:
+            cli.run(module.main)
+        except SystemExit as error:
+            code = error.code or 0
+    return subprocess.CompletedProcess(sys.argv, code, stdout.getvalue(), stderr.getvalue())
+
+
+def _restore_afterwards(stack):
+    """Restores, when `stack` closes, whatever of this process a program changes."""
+    flag_values = flagsaver.save_flag_values()
+    stack.callback(flagsaver.restore_flag_values, flag_values)
+    stack.callback(sys.modules.__setitem__, "__main__", sys.modules["__main__"])
+    stack.callback(setattr, sys, "argv", sys.argv)
+    stack.callback(logging.set_verbosity, logging.get_verbosity())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.getsignal(number))
+    if gc.isenabled():  # train.py disables it
+        stack.callback(gc.enable)
