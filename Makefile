@@ -12,7 +12,7 @@ train: .venv/installed
 
 # Two processes: most tests compile small programs, which keeps one core busy.
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist worksteal
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not tpu_backend and not cuda_backend and not gpu"

@@ -1,21 +1,103 @@
-"""Set before JAX and TensorFlow are loaded: quiet, on the CPU, and compiled programs are shared."""
+"""What holds for every test: quiet on the CPU, one compile cache, cheap compilation."""
 
-import atexit
+import fcntl
 import os
 import shutil
-import tempfile
+import sys
+import zlib
+from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests and the processes they start compile the same small programs again and again.
-_cache = tempfile.mkdtemp(prefix="mixer_test_cache_")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+# matplotlib and TensorFlow otherwise import each other through Keras (mixer/program.py).
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+CACHE = Path(__file__).parent.parent / ".test_cache"
+CACHE_BYTES = 1 << 30
+
+
+def _cache_key() -> str:
+    """Changes with what decides a compiled program: jax, the CPU's features, the locked packages.
+
+    Returns:
+      A name for a directory.
+    """
+    lock = (CACHE.parent / "requirements.txt").read_bytes()
+    cpu = b""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        cpu = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+    python = sys.version.split()[0]
+    return f"{version('jaxlib')}-{python}-{zlib.crc32(cpu):08x}-{zlib.crc32(lock):08x}"
+
+
+def _prune(directory: Path) -> None:
+    """Deletes the caches of other keys, and the programs used longest ago beyond CACHE_BYTES."""
+    for other in CACHE.glob("*"):
+        if other != directory:
+            shutil.rmtree(other, ignore_errors=True)
+    files = sorted(directory.glob("*"), key=lambda file: file.stat().st_mtime, reverse=True)
+    total = 0
+    for file in files:
+        total += file.stat().st_size
+        if total > CACHE_BYTES:
+            file.unlink(missing_ok=True)
+
+
+_directory = CACHE / _cache_key()
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _directory.mkdir(parents=True, exist_ok=True)
+    _prune(_directory)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_directory)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import jax
 import pytest
+
+_QUICK, _OPTIMIZED, _BITWISE = "quick", "optimized", "bitwise"
+_compilation = None
+
+
+def _compile(mode: str) -> None:
+    """Sets how programs are compiled from now on, in this process and the ones it starts."""
+    global _compilation
+    if mode == _compilation:
+        return
+    if _compilation is not None:
+        jax.clear_caches()  # programs compiled in the other mode
+    _compilation = mode
+    for variable, name, value in (
+        ("JAX_DISABLE_MOST_OPTIMIZATIONS", "jax_disable_most_optimizations", mode == _QUICK),
+        ("JAX_ENABLE_COMPILATION_CACHE", "jax_enable_compilation_cache", mode != _BITWISE),
+    ):
+        os.environ[variable] = str(int(value))
+        jax.config.update(name, value)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Most tests compile for longer than they compute: XLA optimizes only where numbers count."""
+    if item.get_closest_marker("bitwise"):
+        _compile(_BITWISE)
+    else:
+        _compile(_OPTIMIZED if item.get_closest_marker("optimized") else _QUICK)
+    return (yield)
+
+
+def _made_once(tmp_path_factory, name, make):
+    """A directory that the first process to ask for it fills by `make(path)`, shared by all."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each process has a directory of its own there
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            make(base / f"{name}.new")
+            (base / f"{name}.new").rename(base / name)
+    return base / name
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +105,23 @@ def tfds_dir(tmp_path_factory):
     """A TFDS directory with the digits prepared in it."""
     from mixer.data import sources
 
-    path = tmp_path_factory.mktemp("tfds")
-    sources.tfds_builder("digits", str(path))
-    return path
+    return _made_once(
+        tmp_path_factory, "tfds", lambda path: sources.tfds_builder("digits", str(path))
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tfds_dir):
+    """A finished run of `helpers.tiny_config` on the digits, with an average; copy it to change it.
+
+    It is for tests of what reads a run. Tests that compare bits train their own.
+    """
+    from helpers import tiny_config
+    from mixer import trainer
+
+    return _made_once(
+        tmp_path_factory, "run", lambda path: trainer.train(tiny_config(tfds_dir), path)
+    )
 
 
 @pytest.fixture
