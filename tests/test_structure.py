@@ -3,8 +3,6 @@
 import ast
 import re
 
-import pytest
-
 from helpers import ROOT, run_python
 
 # DESIGN: a file imports lower floors, or its own without a circle.
@@ -122,26 +120,25 @@ def test_every_module_has_a_floor():
     assert {name for name, _ in _modules()} == set(FLOORS)
 
 
-@pytest.mark.parametrize(("name", "path"), list(_modules()), ids=[n for n, _ in _modules()])
-def test_module_imports_lower_floors_only(name, path):
-    for imported, top in _imports(path):
-        if name == "mixer" and not top:
-            continue  # mixer.load, which is imported when it is asked for
-        parts = imported.split(".")
-        while parts and ".".join(parts) not in FLOORS:
-            parts.pop()
-        if parts:
-            assert FLOORS[".".join(parts)] <= FLOORS[name], f"{name} imports {imported}"
-        assert not imported.startswith(("configs", "train.", "evaluate.")), imported
-
-
-@pytest.mark.parametrize(("name", "path"), list(_modules()), ids=[n for n, _ in _modules()])
-def test_tensorflow_is_imported_by_the_data_alone(name, path):
-    for imported, top in _imports(path):
-        needs = imported.startswith(
-            ("tensorflow", "clu.metric_writers", "clu.periodic_actions", "clu.preprocess_spec")
-        )
-        assert not (needs and top and not name.startswith("mixer.data.")), imported
+def test_modules_import_lower_floors_and_tensorflow_only_in_data():
+    needs_tensorflow = (
+        "tensorflow",
+        "clu.metric_writers",
+        "clu.periodic_actions",
+        "clu.preprocess_spec",
+    )
+    for name, path in _modules():
+        for imported, at_top in _imports(path):
+            if at_top and not name.startswith("mixer.data."):
+                assert not imported.startswith(needs_tensorflow), f"{name} imports {imported}"
+            assert not imported.startswith(("configs", "train.", "evaluate.")), (name, imported)
+            if name == "mixer" and not at_top:
+                continue  # mixer.load, imported on first use
+            parts = imported.split(".")
+            while parts and ".".join(parts) not in FLOORS:
+                parts.pop()
+            if parts:
+                assert FLOORS[".".join(parts)] <= FLOORS[name], f"{name} imports {imported}"
 
 
 def test_configs_import_ml_collections_and_common_only():
