@@ -21,15 +21,21 @@ import numpy as np
 
 from mixer import philox
 from mixer.data import permutation
-from mixer.data.steps import parse_call
-from mixer.errors import UserError, nearest
+from mixer.data import steps as steps_lib
+from mixer.data.policies import (
+    CIFAR_POLICY,
+    FILL,
+    OPERATIONS,
+    amount_of_level,
+    amount_of_magnitude,
+)
+from mixer.errors import UserError
 from mixer.philox import rounded
 
-FILL = 128  # of pixels that an operation uncovers; as in mixer/data/randaugment.py
 # Steps that stay on the host: they take encoded bytes, or images that differ in size.
 HOST_STEPS = ("decode", "inception_crop", "resize", "resize_small")
 RANDOM_HOST_STEPS = ("inception_crop",)
-LABEL_STEPS = ("one_hot",)
+LABEL_STEPS = steps_lib.LABEL_OPS
 
 
 # Where a specification is parted.
@@ -61,13 +67,13 @@ def split(spec: str) -> Parts:
     Raises:
       UserError: an unknown step, or one that is badly written.
     """
-    steps = _parse(spec)
+    steps = steps_lib.parse(spec)
     first = _first_on_device(steps)
-    host = [text for number, (text, name, _) in enumerate(steps) if _on_host(number, name, first)]
+    host = [step.text for number, step in enumerate(steps) if _on_host(number, step.name, first)]
     device = [
-        text for number, (text, name, _) in enumerate(steps) if not _on_host(number, name, first)
+        step.text for number, step in enumerate(steps) if not _on_host(number, step.name, first)
     ]
-    names = [name for _, name, _ in steps[:first]]
+    names = [step.name for step in steps[:first]]
     random = [name for name in names if name in RANDOM_HOST_STEPS or _is_random(name)]
     return Parts("|".join(host), "|".join(device) or None, random[0] if random else None)
 
@@ -87,15 +93,15 @@ def make_augment(spec: str, image_size: tuple[int, int]) -> Callable:
     Raises:
       UserError: a step's arguments are wrong, or do not fit images of that size.
     """
-    steps = _parse(spec)
+    steps = steps_lib.parse(spec)
     first = _first_on_device(steps)
 
     def augment(images: jax.Array, keys: jax.Array) -> jax.Array:
-        for number, (_, name, bound) in enumerate(steps):
-            if _on_host(number, name, first):
+        for number, step in enumerate(steps):
+            if _on_host(number, step.name, first):
                 continue
-            own = {"keys": philox.fold_in(keys, number, bits=32)} if _is_random(name) else {}
-            images = DEVICE_STEPS[name](images, **own, **bound)
+            own = {"keys": philox.fold_in(keys, number, bits=32)} if _is_random(step.name) else {}
+            images = DEVICE_STEPS[step.name](images, **own, **step.arguments)
         return images
 
     try:
@@ -109,38 +115,11 @@ def make_augment(spec: str, image_size: tuple[int, int]) -> Callable:
     return augment
 
 
-def _parse(spec: str) -> list[tuple[str, str, dict]]:
-    """The steps: text, name, and the arguments by name of those that the device can do."""
-    known = (*HOST_STEPS, *LABEL_STEPS, *DEVICE_STEPS)
-    steps = []
-    for text in spec.split("|"):
-        try:
-            name, args, kwargs = parse_call(text)
-        except ValueError as error:
-            raise UserError(f"preprocessing {spec!r}: {error}") from None
-        if name not in known:
-            raise UserError(
-                f"preprocessing {spec!r}: unknown step {name!r}; one of {', '.join(known)}."
-                f"{nearest(name, known)}"
-            )
-        bound = {}
-        if name in DEVICE_STEPS:
-            given = (None, None) if _is_random(name) else (None,)  # images, keys
-            try:
-                signature = inspect.signature(DEVICE_STEPS[name])
-                bound = signature.bind(*given, *args, **kwargs).arguments
-            except TypeError as error:
-                raise UserError(f"preprocessing {spec!r}: {name}: {error}") from None
-            bound = {key: bound[key] for key in bound if key not in ("images", "keys")}
-        steps.append((text.strip(), name, bound))
-    return steps
-
-
-def _first_on_device(steps) -> int:
+def _first_on_device(steps: list[steps_lib.Step]) -> int:
     """The place of the first step that may run on the device; those on labels do not count."""
-    first = max((n for n, (_, name, _) in enumerate(steps) if name in HOST_STEPS), default=-1) + 1
+    first = max(n for n, step in enumerate(steps) if step.name in HOST_STEPS) + 1
     while first < len(steps):
-        name = steps[first][1]
+        name = steps[first].name
         if name == "value_range" or (name in DEVICE_STEPS and _is_random(name)):
             break
         first += 1
@@ -303,8 +282,6 @@ def random_erasing(
 
     See the step on the host for the arguments; `fill` is "noise" or a value 0 to 255.
     """
-    if fill != "noise" and fill not in range(256):
-        raise ValueError(f"fill={fill!r} is neither 'noise' nor a value 0 to 255")
     own = jnp.moveaxis(philox.split(keys), 1, 0)
     height, width = images.shape[1:3]
     draws = philox.uniform(own[0], (41,))
@@ -398,8 +375,6 @@ def _translate(name, share, image_size) -> Strength:
 
 def autoaugment_cifar(images, keys):
     """One of the 25 sub-policies an image: two operations, each of its own probability and sign."""
-    from mixer.data.autoaugment import CIFAR_POLICY
-
     strengths = [Strength("keep")]
     for layer in (0, 1):
         for policy in CIFAR_POLICY:
@@ -418,19 +393,19 @@ def _cifar_strength(name, level, sign, image_size) -> Strength:
     """An operation at a level of 0 to 9, as `apply_level` of mixer/data/autoaugment.py."""
     if level is None:
         return Strength(name)
-    sign, share = np.float32(sign), level / 9
+    sign, amount = np.float32(sign), amount_of_level(name, level)
     match name:
         case "rotate":
-            return _rotate(sign * np.float32(30 * share), image_size)
+            return _rotate(sign * np.float32(amount), image_size)
         case "shear_x" | "shear_y":
-            return _shear(name, sign * np.float32(0.3 * share))
+            return _shear(name, sign * np.float32(amount))
         case "translate_x" | "translate_y":
-            return _translate(name, sign * np.float32(150 / 331 * share), image_size)
+            return _translate(name, sign * np.float32(amount), image_size)
         case "posterize":
-            return Strength(name, number=_mask(round(8 - 4 * share)))
+            return Strength(name, number=_mask(amount))
         case "solarize":
-            return Strength(name, number=round(256 * (1 - share)))
-    return Strength(name, factor=1 + sign * np.float32(0.9 * share), middle=None)
+            return Strength(name, number=amount)
+    return Strength(name, factor=1 + sign * np.float32(amount), middle=None)
 
 
 def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
@@ -438,12 +413,6 @@ def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
 
     See the step on the host for the arguments.
     """
-    from mixer.data.randaugment import OPERATIONS
-
-    if mode not in ("faithful", "fixed"):
-        raise ValueError(f"mode={mode!r} is neither 'faithful' nor 'fixed'")
-    if not 0 <= magnitude <= 30:
-        raise ValueError(f"magnitude={magnitude!r} is not between 0 and 30")
     strengths = [
         _magnitude_strength(name, magnitude, sign, images.shape[1:3], mode == "faithful")
         for name in OPERATIONS
@@ -456,29 +425,29 @@ def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
 
 def _magnitude_strength(name, magnitude, sign, image_size, faithful) -> Strength:
     """An operation as `apply_magnitude` of mixer/data/randaugment.py makes it."""
-    sign, share = np.float32(sign), magnitude / 10
+    sign, amount = np.float32(sign), amount_of_magnitude(name, magnitude, faithful=faithful)
     height, width = (np.float32(side) for side in image_size)
-    factor = np.float32(0.1 + 1.8 * share)
     match name:
+        case "auto_contrast" | "equalize" | "invert":
+            return Strength(name)
         case "rotate":
-            return _rotate(sign * np.float32(30 * share), image_size)
+            return _rotate(sign * np.float32(amount), image_size)
         case "shear_x" | "shear_y":
-            return _shear(name, sign * np.float32(0.3 * share))
+            return _shear(name, sign * np.float32(amount))
         case "translate_x" | "translate_y":
-            return _translate(name, sign * np.float32(100 / 224 * share), image_size)
+            return _translate(name, sign * np.float32(amount), image_size)
         case "posterize":
-            return Strength(name, number=_mask(int(4 * share)))
+            return Strength(name, number=_mask(amount))
         case "solarize":
-            threshold = int(256 * share)
-            return Strength(name, number=threshold % 256 if faithful else min(threshold, 256))
+            return Strength(name, number=amount)
         case "solarize_add":
-            return Strength(name, number=min(int(110 * share), 255))
+            return Strength(name, number=min(amount, 255))
         case "contrast":
             middle = np.floor(min(height * width / np.float32(256), np.float32(255)))
-            return Strength(name, factor=factor, middle=middle if faithful else None)
+            return Strength(name, factor=np.float32(amount), middle=middle if faithful else None)
         case "cutout":
-            return Strength(name, half_size=np.float32(int(40 * share) / 224) * width)
-    return Strength(name, factor=factor)
+            return Strength(name, half_size=np.float32(amount) * width)
+    return Strength(name, factor=np.float32(amount))
 
 
 def _mask(bits):

@@ -8,7 +8,6 @@ import io
 import itertools
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from rich.table import Table
 from rich.text import Text
 
 from mixer import files, layers, microbatches
 from mixer.data import folder, imagenet_names
+from mixer.data import images as image_files
 from mixer.errors import UserError, first_line, nearest
 from mixer.loading import Loaded
 from mixer.train_step import normalize
@@ -234,7 +234,6 @@ def make_reader(
     from mixer.data.preprocess import make_preprocess
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
-    warnings.filterwarnings("ignore", module="PIL")  # odd metadata; what matters is raised
     steps = make_preprocess(preprocess, image_size)
 
     def pixels(data):
@@ -275,25 +274,13 @@ def make_reader(
 
 
 def as_bmp(data: bytes) -> bytes:
-    """Any image that Pillow reads as the BMP of its upright RGB pixels, which loses nothing.
-
-    As `mixer.data.preprocess.decode` does it: of an animation the first frame, of 16 bits the 8
-    high ones, palettes become their colours, and an alpha channel is dropped.
+    """Any image that Pillow reads here as the BMP of its upright RGB pixels, which loses nothing.
 
     Raises:
-      ValueError: pixels whose range of brightness no one defines (32 bits, floats).
-      Exception: whatever Pillow raises for what is damaged or no image.
+      Exception: as `mixer.data.images.pixels`.
     """
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode[0] in "IF":
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"its pixels lie in {values.min()} to {values.max()}; 8 or 16 bits are read"
-            )
-        image = Image.fromarray((values >> 8).astype(np.uint8))
     file = io.BytesIO()
-    image.convert("RGB").save(file, "BMP")
+    Image.fromarray(image_files.pixels(data, image_files.READ)).save(file, "BMP")
     return file.getvalue()
 
 

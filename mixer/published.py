@@ -344,7 +344,7 @@ def _authors_steps(image_size: tuple[int, int]) -> str | None:
 def _timm_steps(
     interpolation: str, crop_pct: float, mean_std: tuple[float, float]
 ) -> Callable[[tuple[int, int]], str | None]:
-    """As timm evaluates: short side at size / crop_pct, resized as Pillow does, then its middle."""
+    """As timm evaluates: read and resized as by Pillow, short side at size / crop_pct, cropped."""
     mean, std = mean_std
     low, high = (int(x) if x == int(x) else x for x in (-mean / std, (1 - mean) / std))
     ending = "" if (low, high) == (-1, 1) else f"|value_range({low}, {high})"
@@ -354,8 +354,8 @@ def _timm_steps(
         if height != width:
             return None
         return (
-            f"decode|resize_small({math.floor(height / crop_pct)}, method='{interpolation}', "
-            f"antialias=True)|central_crop({height}){ending}"
+            f"decode(dct='accurate')|resize_small({math.floor(height / crop_pct)}, "
+            f"method='{interpolation}', antialias=True)|central_crop({height}){ending}"
         )
 
     return steps

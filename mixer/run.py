@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from mixer import distributed, files, layers, loading, resolution, sharding, weights
 from mixer.data import permutation, pipeline, resident
+from mixer.data import steps as steps_lib
 from mixer.errors import UserError
 from mixer.losses import make_loss
 from mixer.mixup import make_mix
@@ -397,6 +398,10 @@ def open_split(
 
 def open_splits(config: ConfigDict, class_names: tuple[str, ...] | None) -> Splits:
     """Opens all splits of the config, with the run's class names where it has some already."""
+    if config.dataset.name != "synthetic":  # which takes no steps
+        for key in ("train_preprocess", "eval_preprocess"):
+            if config.dataset[key]:  # both, before any data is read
+                steps_lib.parse(config.dataset[key], (config.image_size, config.image_size))
     pipeline.forget_listings()
     train = open_split(config, "train", class_names, augment=True)
     val, test = (open_split(config, which, train.class_names) for which in ("val", "test"))

@@ -13,9 +13,11 @@ from mixer import published, remote
 from mixer.errors import UserError
 from mixer.published import CHECKPOINTS, facts, timm_facts
 
-TIMM_STEPS = "decode|resize_small(256, method='bicubic', antialias=True)|central_crop(224)"
+TIMM_STEPS = (
+    "decode(dct='accurate')|resize_small(256, method='bicubic', antialias=True)|central_crop(224)"
+)
 MIIL_STEPS = (
-    "decode|resize_small(256, method='bilinear', antialias=True)|central_crop(224)"
+    "decode(dct='accurate')|resize_small(256, method='bilinear', antialias=True)|central_crop(224)"
     "|value_range(0, 1)"
 )
 HUB_CACHE = "/cache/models--timm--mixer_b16_224.goog_in21k/snapshots/0a"
@@ -124,7 +126,7 @@ def test_steps_follow_the_image_size():
     npz = facts("B/16-i1k", layout="published", num_classes=1000).preprocess
     assert npz((448, 448)) == "decode|resize_small(512, method='area')|central_crop(448)"
     timm = facts("mixer_b16_224.goog_in21k", layout="timm", num_classes=21843).preprocess
-    assert timm((448, 448)).startswith("decode|resize_small(512, method='bicubic'")
+    assert timm((448, 448)).startswith("decode(dct='accurate')|resize_small(512, method='bicubic'")
     assert npz((224, 448)) is None and timm((224, 448)) is None
 
 

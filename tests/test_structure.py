@@ -20,6 +20,8 @@ FLOORS = {
     "mixer.data.labels": 0,
     "mixer.data.imagenet_names": 0,
     "mixer.data.permutation": 0,
+    "mixer.data.images": 0,
+    "mixer.data.policies": 0,
     "mixer.data.imagenet_real": 0,
     "mixer.data.randaugment": 0,
     "mixer.data.autoaugment": 0,

@@ -16,6 +16,7 @@ import psutil
 
 from mixer import augment, flops, sharding
 from mixer.benchmarking import contest, jax_side
+from mixer.data import steps as steps_lib
 from mixer.model import MlpMixer
 
 PHOTOGRAPHS = 1024  # 110 MB, so that disk and page cache play no part
@@ -234,17 +235,15 @@ def decoding_alone(spec: str) -> Callable:
 
     from mixer.data import preprocess
 
-    step, given, options = preprocess.parse_step(spec.split("|")[0], spec)
-    if step is preprocess.inception_crop:
-        options = dict(zip(("size", "min_area", "max_area"), given, strict=False)) | options
-        del options["size"]
+    step = steps_lib.parse(spec)[0]
+    options = {key: value for key, value in step.arguments.items() if key != "size"}
 
     def run(example, key):
-        if step is preprocess.inception_crop:
+        if step.name == "inception_crop":
             key = tf.random.experimental.stateless_fold_in(key, 0)
             pixels = preprocess.inception_window(example["image"], key, **options)
         else:
-            pixels = preprocess.decode(example["image"])
+            pixels = preprocess.decode(example["image"], **options)
         return {"image": tf.shape(pixels)}
 
     return run

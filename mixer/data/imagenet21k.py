@@ -35,6 +35,7 @@ import tensorflow_datasets as tfds
 
 from mixer.data import imagenet21k_source
 from mixer.data.imagenet21k_source import End, Fault, Member, Source, synsets
+from mixer.data.preprocess import decode
 from mixer.errors import UserError, first_line
 
 SHARD_BYTES = 200 * 10**6
@@ -119,11 +120,10 @@ class Summary:
 def _encode(
     features: tfds.features.FeaturesDict, event: Member | Fault | End
 ) -> tuple[Member | Fault | End, bytes | None]:
-    """A member's record, where TensorFlow decodes its image; else the fault, or the event itself.
+    """A member's record, where its image can be decoded; else the fault, or the event itself.
 
-    The bytes are kept as they are, PNG under a JPEG's name, grey and CMYK included: TensorFlow
-    decodes them to RGB here, and so it does in training. Its op is called as it is; the steps of
-    mixer/data/preprocess.py are made for graphs.
+    The bytes are kept as they are, PNG under a JPEG's name, grey and CMYK included: they are
+    decoded to RGB here as they are in training.
     """
     if not isinstance(event, Member):
         return event, None
@@ -131,7 +131,7 @@ def _encode(
         reason = f"{event.size:,} bytes are too many for an image"
         return Fault(event.split, event.synset, event.name, reason), None
     try:
-        tf.io.decode_image(event.data, channels=3, expand_animations=False)
+        decode(tf.constant(event.data))
     except tf.errors.OpError as error:
         return Fault(event.split, event.synset, event.name, first_line(error)), None
     example = features.encode_example(

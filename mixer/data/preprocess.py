@@ -1,56 +1,137 @@
 """Preprocessing: steps on one example, named in the config and applied in the order written.
 
-A config says, for example, `"inception_crop(224)|flip_lr"`. A step is a pure function of the image
-(or, where its first parameter is `example`, of the whole example) and, if it is random, of a
-stateless key: the same image with the same key gives the same pixels. Images stay uint8 all the
-way, unless `value_range` ends the steps; the device turns them into floats.
+A config says, for example, `"inception_crop(224)|flip_lr"`; mixer/data/steps.py has the ops, and
+what their arguments may be. A step is a pure function of the image (or, where its first parameter
+is `example`, of the whole example) and, if it is random, of a stateless key: the same image with
+the same key gives the same pixels. Images stay uint8 all the way, unless `value_range` ends the
+steps; the device turns them into floats.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
 
 import tensorflow as tf
 
-from mixer.data import permutation
+from mixer.data import images, permutation
+from mixer.data import steps as steps_lib
 from mixer.data.autoaugment import autoaugment_cifar
 from mixer.data.randaugment import randaugment
-from mixer.data.steps import parse_call
-from mixer.errors import UserError, nearest
 
 ORIENTATION = 0x0112  # number of the EXIF tag
-# How files begin that TensorFlow does not decode, or decodes wrongly; \C is any byte.
+DCT = {"fast": "INTEGER_FAST", "accurate": "INTEGER_ACCURATE"}  # of JPEG
+MOST_PIXELS = (1 << 29) // 3  # TensorFlow's own bound for JPEG, and Pillow's for all it reads
+METADATA = 1 << 17  # bytes at a file's start, and at a PNG's end, in which EXIF data is looked for
+# More than so many pixels `resize_small` makes only of pictures of an aspect up to MOST_ASPECT.
+MOST_RESIZED, MOST_ASPECT = 1 << 21, 8
+# How files begin that are not decoded. \C is any byte; [^x] matches none from 128 on.
 REFUSED = {
     "TIFF": rb"(II\*\x00|MM\x00\*)\C*",
     "JPEG 2000": rb"\x00\x00\x00\x0cjP\C*",
     "HEIC or AVIF": rb"\C{4}ftyp\C*",
-    "BMP of less than 24 bits a pixel": rb"BM\C{26}[\x01-\x10]\C*",
+    "BMP of less than 24 bits a pixel": rb"BM\C{12}([^\x0c]\C{13}|\x0c\C{9})[\x01-\x10]\C*",
 }
+# How files begin that Pillow decodes, but for the layouts that TensorFlow gets right. Of a GIF it
+# loses the colours beneath transparent pixels, of BMP it knows one layout, and an animated WebP
+# corrupts its memory. No flag of a still WebP says animation or EXIF.
+BY_PILLOW = rb"(GIF8|BM|RIFF\C{4}WEBP)\C*"
+PLAIN_BMP = rb"BM\C{12}[\x28\x34\x38\x6c\x7c]\x00\x00\x00\C{10}\x18\x00\x00\x00\x00\x00"
+STILL_WEBP = rb"RIFF\C{4}WEBP(VP8 |VP8L|VP8X\C{4}[\x00\x04\x10\x14\x20\x24\x30\x34])\C*"
+PNG = rb"\CPNG\r\n\x1a\n\C*"
+SMALL_PNG = (
+    rb"\CPNG\r\n\x1a\n\C{8}\x00\x00[\x00-\x33]\C\x00\x00[\x00-\x33]\C*"  # sides below 13,312
+)
 
 
-@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # traced once
-def decode(image):
+def decode(image, dct="fast"):
     """Encoded bytes (JPEG, PNG, GIF, WebP or BMP) to (H, W, 3) uint8, upright.
 
     Grey images get three equal channels, CMYK becomes RGB, of 16 bits the 8 high ones are kept,
     palettes become their colours, and an alpha channel is dropped (as Pillow's convert("RGB")
-    does). Of an animation the first frame is taken. A JPEG's EXIF orientation is applied.
-    """
+    does). Of an animation the first frame is taken. An EXIF orientation is applied.
 
-    def other():
-        start, kind = tf.strings.substr(image, 0, 30), tf.constant("")
+    Args:
+      image: the file's bytes.
+      dct: of JPEG: "fast", as the authors' code (TensorFlow's default), or "accurate", as Pillow.
+    """
+    return _decoder(dct)(image)
+
+
+@functools.cache
+def _decoder(dct):
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # traced once
+    def decode(image):
+        def jpeg():
+            pixels = tf.io.decode_jpeg(image, channels=3, dct_method=DCT[dct])
+            return _upright(pixels, _orientation(image))
+
+        pixels = tf.cond(tf.io.is_jpeg(image), jpeg, lambda: _decode_other(image))
+        return tf.ensure_shape(pixels, [None, None, 3])
+
+    return decode
+
+
+def _decode_other(image):
+    """As `decode`, of what is no JPEG."""
+    start = tf.strings.substr(image, 0, 34)
+
+    def begins(pattern):
+        return tf.strings.regex_full_match(start, pattern)
+
+    def by_pillow():
+        pixels, reason = tf.numpy_function(
+            images.decoded, [image], [tf.uint8, tf.string], stateful=False
+        )
+        with tf.control_dependencies([tf.debugging.Assert(reason == "", [reason])]):
+            return tf.ensure_shape(pixels, [None, None, 3])
+
+    def plain():
+        return tf.io.decode_image(image, channels=3, expand_animations=False)
+
+    def small_png():
+        return tf.cond(_has_exif_chunk(image), by_pillow, plain)
+
+    def large_png():
+        with tf.control_dependencies([_check_png_size(image)]):
+            return small_png()
+
+    def webp():  # with as many channels as it has: it is decoded to no other number
+        pixels = tf.io.decode_image(image, channels=0, expand_animations=False)
+        return tf.ensure_shape(pixels, [None, None, None])[..., :3]
+
+    def rest():
+        kind = tf.constant("")
         for name, pattern in REFUSED.items():
-            kind = tf.where(tf.strings.regex_full_match(start, pattern), name, kind)
+            kind = tf.where(begins(pattern), name, kind)
         assertion = tf.debugging.Assert(
             kind == "", [kind, "files are not decoded; use JPEG, PNG, GIF, WebP or BMP"]
         )
         with tf.control_dependencies([assertion]):
-            return tf.io.decode_image(image, channels=3, expand_animations=False)
+            return tf.cond(begins(BY_PILLOW) & ~begins(PLAIN_BMP), by_pillow, plain)
 
-    def jpeg():
-        return _upright(tf.io.decode_jpeg(image, channels=3), _orientation(image))
+    def no_small_png():
+        return tf.cond(begins(PNG), large_png, lambda: tf.cond(begins(STILL_WEBP), webp, rest))
 
-    return tf.ensure_shape(tf.cond(tf.io.is_jpeg(image), jpeg, other), [None, None, 3])
+    return tf.cond(begins(SMALL_PNG), small_png, no_small_png)
+
+
+def _has_exif_chunk(image):
+    """Whether a PNG's first or last bytes have the name of an EXIF chunk."""
+    end = tf.strings.substr(image, tf.maximum(tf.strings.length(image) - METADATA, 0), METADATA)
+    ends = tf.strings.join([tf.strings.substr(image, 0, METADATA), end])
+    return tf.strings.regex_full_match(ends, rb"\C*eXIf\C*")
+
+
+def _check_png_size(image):
+    """Fails where a PNG claims more than MOST_PIXELS; its file may be a thousandth of that."""
+    header = tf.strings.join([tf.strings.substr(image, 0, 24), bytes(24)])
+    sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
+    count = tf.reduce_prod(tf.cast(sides, tf.int64))
+    return tf.debugging.Assert(
+        count <= MOST_PIXELS,
+        [count, f"pixels are too many; at most {MOST_PIXELS:,} are decoded"],
+    )
 
 
 def _orientation(image):
@@ -65,8 +146,8 @@ def _orientation(image):
 
 
 def _exif_orientation(image):
-    """As `_orientation`, from the first EXIF segment of the file's first 128 kB."""
-    start = tf.strings.substr(image, 0, 1 << 17)
+    """As `_orientation`, from the first EXIF segment of the file's first bytes."""
+    start = tf.strings.substr(image, 0, METADATA)
     parts = tf.raw_ops.StringSplitV2(input=start[None], sep="Exif\0\0", maxsplit=1).values
     # The zeros let a broken segment be read to its end.
     tiff = tf.cast(tf.io.decode_raw(tf.strings.join([parts[-1], bytes(8)]), tf.uint8), tf.int32)
@@ -99,16 +180,16 @@ def _upright(image, orientation):
     return tf.cond(orientation == 1, lambda: image, turn)
 
 
-def inception_crop(image, key, size, min_area=0.05, max_area=1.0):
+def inception_crop(image, key, size, min_area=0.05, max_area=1.0, dct="fast"):
     """A random window of 5 to 100 % of the area and aspect 3/4 to 4/3, resized to `size`.
 
-    From the bytes of an upright JPEG it decodes the window alone. Bilinear without antialiasing
-    (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`).
+    From the bytes of an upright JPEG it decodes the window alone, as `decode` does with `dct`.
+    Bilinear without antialiasing (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`).
     """
-    return resize(inception_window(image, key, min_area, max_area), size)
+    return resize(inception_window(image, key, min_area, max_area, dct), size)
 
 
-def inception_window(image, key, min_area=0.05, max_area=1.0):
+def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
     """The window of `inception_crop` before it is resized, (h, w, 3) uint8."""
 
     def window(shape):
@@ -130,13 +211,13 @@ def inception_window(image, key, min_area=0.05, max_area=1.0):
 
     def from_jpeg():
         box = tf.stack(window(tf.io.extract_jpeg_shape(image)))
-        return tf.image.decode_and_crop_jpeg(image, box, channels=3)
+        return tf.image.decode_and_crop_jpeg(image, box, channels=3, dct_method=DCT[dct])
 
     def upright():
         return tf.cond(tf.io.is_jpeg(image), lambda: _orientation(image) == 1, lambda: False)
 
     if image.dtype == tf.string:
-        return tf.cond(upright(), from_jpeg, lambda: from_pixels(decode(image)))
+        return tf.cond(upright(), from_jpeg, lambda: from_pixels(decode(image, dct)))
     return from_pixels(image)
 
 
@@ -162,7 +243,15 @@ def resize(image, size, method="bilinear", antialias=False):
 
 
 def resize_small(image, size, method="area", antialias=False):
-    """Resizes so that the short side is `size`, keeping the aspect (evaluation: 256, area)."""
+    """Resizes so that the short side is `size`, keeping the aspect (evaluation: 256, area).
+
+    The ends of a very long picture are cut off first, so that no more than MOST_RESIZED pixels are
+    made of it: at 256, of the middle 32 squares. What a crop takes of the middle stays there.
+    """
+    sides = tf.shape(image)[:2]
+    most = max(MOST_RESIZED // size**2, MOST_ASPECT) * tf.reduce_min(sides)
+    top, left = tf.unstack(tf.maximum(sides - most, 0) // 2)  # as much at either end
+    image = image[top : sides[0] - top, left : sides[1] - left]
     shape = tf.cast(tf.shape(image)[:2], tf.float64)
     shape = tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32)
     return resize(image, shape, method, antialias)
@@ -249,8 +338,6 @@ def random_erasing(
         the paper draws the ratio itself). The first of ten rectangles that fits is taken.
       fill: "noise", a random value for each pixel and channel, or a constant 0 to 255.
     """
-    if fill != "noise" and fill not in range(256):
-        raise ValueError(f"fill={fill!r} is neither 'noise' nor a value 0 to 255")
     keys = tf.random.experimental.stateless_split(key, 2)
     height, width = tf.unstack(tf.shape(image)[:2])
     draws = tf.random.stateless_uniform([41], keys[0])
@@ -352,7 +439,7 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
 
     Args:
       spec: steps with their arguments, joined by "|".
-      image_size: (H, W) that every image must have in the end.
+      image_size: (H, W) that every image must have in the end; None: any.
 
     Returns:
       A function (example, key (2,) int64) -> example. An example is a dict; its "image" comes as
@@ -362,32 +449,20 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
       UserError: an unknown step, wrong arguments, a first step that does not decode, or images of
         another size.
     """
-    steps = [parse_step(text, spec) for text in spec.split("|")]
-    if steps[0][0] not in (decode, inception_crop):
-        raise UserError(f"preprocessing {spec!r}: the first step must be decode or inception_crop")
-    image_steps = [step for step, _, _ in steps if not _takes_example(step)]
-    if value_range in image_steps[:-1]:
-        raise UserError(f"preprocessing {spec!r}: no step on the image may follow value_range")
+    steps = [(STEPS[step.name], step.arguments) for step in steps_lib.parse(spec, image_size)]
 
     @tf.autograph.experimental.do_not_convert  # plain Python that builds the graph
     def preprocess(example, key):
-        for number, (step, args, kwargs) in enumerate(steps):
+        for number, (step, arguments) in enumerate(steps):
+            own = {}
             if _is_random(step):
-                args = (tf.random.experimental.stateless_fold_in(key, number), *args)
+                own["key"] = tf.random.experimental.stateless_fold_in(key, number)
             if _takes_example(step):
-                example = step(example, *args, **kwargs)
+                example = step(example, **own, **arguments)
             else:
-                example = {**example, "image": step(example["image"], *args, **kwargs)}
+                example = {**example, "image": step(example["image"], **own, **arguments)}
         return {**example, "image": tf.ensure_shape(example["image"], [*image_size, 3])}
 
-    try:
-        output_spec(preprocess, {"image": ((), "string"), "label": ((), "int32")})
-    except (ValueError, TypeError) as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-        raise UserError(
-            f"preprocessing {spec!r} gives no images of image_size={image_size[0]}: "
-            f"{reason.strip()}"
-        ) from error
     return preprocess
 
 
@@ -415,24 +490,3 @@ def _is_random(step: Callable) -> bool:
 
 def _takes_example(step: Callable) -> bool:
     return next(iter(inspect.signature(step).parameters)) == "example"
-
-
-def parse_step(text: str, spec: str) -> tuple[Callable, list, dict]:
-    """The function, positional and named arguments of one step of `spec`."""
-    try:
-        name, args, kwargs = parse_call(text)
-    except ValueError:
-        raise UserError(
-            f"preprocessing {spec!r}: {text.strip()!r} is no step; write name(arguments)"
-        ) from None
-    if name not in STEPS:
-        raise UserError(
-            f"preprocessing {spec!r}: unknown step {name!r}; one of {', '.join(STEPS)}."
-            f"{nearest(name, STEPS)}"
-        )
-    try:
-        given = (None, None) if _is_random(STEPS[name]) else (None,)  # image, key
-        inspect.signature(STEPS[name]).bind(*given, *args, **kwargs)
-    except TypeError as error:
-        raise UserError(f"preprocessing {spec!r}: {name}: {error}") from None
-    return STEPS[name], args, kwargs

@@ -10,8 +10,7 @@ import math
 
 import tensorflow as tf
 
-FILL = 128  # of pixels that an operation uncovers
-
+from mixer.data.policies import FILL, OPERATIONS, amount_of_magnitude
 
 # Point operations. TensorFlow's arithmetic on uint8 and float32 runs in vector instructions (15 us
 # for 224 x 224 pixels); tf.where and tf.gather of single values do not (400 to 1000 us).
@@ -229,70 +228,34 @@ def cutout(image, center_y, center_x, half_size):
     return tf.concat([image[:top], middle, image[bottom:]], 0)
 
 
-OPERATIONS = (
-    "auto_contrast",
-    "equalize",
-    "invert",
-    "rotate",
-    "posterize",
-    "solarize",
-    "color",
-    "contrast",
-    "brightness",
-    "sharpness",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "cutout",
-    "solarize_add",
-)
-
-
 def apply_magnitude(image, name, magnitude, *, faithful=True, sign=1.0, place=(0.5, 0.5)):
-    """One operation as strong as `magnitude` makes it; lengths scale with the image.
+    """One operation as strong as `amount_of_magnitude` says; lengths scale with the image.
 
     Args:
       image: (H, W, 3) uint8.
       name: one of OPERATIONS.
-      magnitude: 10 gives rotations of 30 degrees, shears of 0.3, shifts of 100 pixels of 224,
-        factors of 1.9, a cutout of 80 pixels of 224, 4 bits of posterize, and 110 of solarize_add;
-        all are proportional to it but the factors, which start at 0.1.
+      magnitude: as `amount_of_magnitude` takes it.
       faithful: with the quirks of the published recipe.
       sign: -1.0 or 1.0: the direction of geometric operations.
       place: (y, x) in [0, 1): where cutout strikes.
     """
-    share = magnitude / 10
     operation = globals()[name]
+    amount = amount_of_magnitude(name, magnitude, faithful=faithful)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     match name:
-        case "auto_contrast" | "equalize" | "invert":
-            return operation(image)
-        case "rotate":
-            return rotate(image, sign * (30 * share))
-        case "shear_x" | "shear_y":
-            return operation(image, sign * (0.3 * share))
+        case "rotate" | "shear_x" | "shear_y":
+            return operation(image, sign * amount)
         case "translate_x":
-            return translate_x(image, sign * (100 / 224 * share) * width)
+            return translate_x(image, sign * amount * width)
         case "translate_y":
-            return translate_y(image, sign * (100 / 224 * share) * height)
-        case "posterize":
-            return posterize(image, int(4 * share))
-        case "solarize":
-            threshold = int(256 * share)
-            return solarize(image, threshold % 256 if faithful else min(threshold, 256))
-        case "solarize_add":
-            return solarize_add(image, int(110 * share))
+            return translate_y(image, sign * amount * height)
         case "contrast" if faithful:
             # The sum of the histogram, so the number of pixels, stands for the mean.
-            middle = tf.floor(tf.minimum(height * width / 256, 255.0))
-            return contrast(image, 0.1 + 1.8 * share, middle)
-        case "color" | "contrast" | "brightness" | "sharpness":
-            return operation(image, 0.1 + 1.8 * share)
+            return contrast(image, amount, tf.floor(tf.minimum(height * width / 256, 255.0)))
         case "cutout":
             y, x = place[0] * height, place[1] * width
-            return cutout(image, tf.floor(y), tf.floor(x), int(40 * share) / 224 * width)
-    raise ValueError(f"{name!r} is none of {OPERATIONS}")
+            return cutout(image, tf.floor(y), tf.floor(x), amount * width)
+    return operation(image) if amount is None else operation(image, amount)
 
 
 def choose(number, branches, image, **arguments):
@@ -325,15 +288,11 @@ def randaugment(image, key, num_layers=2, magnitude=10, mode="faithful"):
       image: (H, W, 3) uint8.
       key: stateless key.
       num_layers: operations, one after the other.
-      magnitude: see `apply_magnitude`; the paper's ImageNet-1k recipe takes 15.
+      magnitude: see `amount_of_magnitude`; the paper's ImageNet-1k recipe takes 15.
       mode: "faithful" is the published recipe with two quirks: contrast blends with a constant,
         H * W / 256, in place of the image's mean, and solarize's threshold wraps modulo 256.
         "fixed" takes the mean and lets the threshold end at 256.
     """
-    if mode not in ("faithful", "fixed"):
-        raise ValueError(f"mode={mode!r} is neither 'faithful' nor 'fixed'")
-    if not 0 <= magnitude <= 30:
-        raise ValueError(f"magnitude={magnitude!r} is not between 0 and 30")
     faithful = mode == "faithful"
     for draws in tf.unstack(tf.random.stateless_uniform([num_layers, 4], key)):
         sign = tf.where(draws[1] < 0.5, -1.0, 1.0)

@@ -159,11 +159,8 @@ def steps_at(preprocess: str, old: int, new: int) -> str:
     if old == new or not preprocess:  # synthetic data has no steps
         return preprocess
     scaled, found = [], False
-    for text in preprocess.split("|"):
-        try:
-            name, args, kwargs = steps.parse_call(text)
-        except ValueError as error:
-            raise UserError(f"preprocessing {preprocess!r}: {error}") from None
+    for text in [step.text for step in steps.parse(preprocess)]:
+        name, args, kwargs = steps.parse_call(text)
         if name.startswith("permute_"):
             raise UserError(
                 f"{preprocess!r} permutes images of {old} x {old}: there is no permutation of "

@@ -4,9 +4,9 @@
   python -m mixer.tools.predict @list.txt --weights=Mixer-B_16.npz --json > predictions.jsonl
   python -m mixer.tools.predict photos/ --weights=runs/pets --features=features.npz
 
-Images are files, folders (all images below, sorted) or @list.txt with a path a line; any format
-that Pillow reads. They are preprocessed as in the evaluation of the weights. An image that cannot
-be read is named on stderr and passed over; the exit code is 1 then.
+Images are files, folders (all images below, sorted) or @list.txt with a path a line; of most
+formats that Pillow reads. They are preprocessed as in the evaluation of the weights. An image that
+cannot be read is named on stderr and passed over; the exit code is 1 then.
 """
 
 import dataclasses
