@@ -2,7 +2,8 @@
 
 Each operation is a function of an (H, W, 3) uint8 image and returns one. Geometric operations
 take the nearest pixel and fill what they uncover with grey (128). `faithful` is what the
-published Mixer recipe ran (big_vision's code, `mlp_mixer_i1k`), with its quirks.
+published Mixer recipe ran (big_vision's code, `mlp_mixer_i1k`), with its quirks;
+docs/preprocessing.md names the few pixels that differ.
 """
 
 import functools
@@ -289,9 +290,9 @@ def randaugment(image, key, num_layers=2, magnitude=10, mode="faithful"):
       key: stateless key.
       num_layers: operations, one after the other.
       magnitude: see `amount_of_magnitude`; the paper's ImageNet-1k recipe takes 15.
-      mode: "faithful" is the published recipe with two quirks: contrast blends with a constant,
-        H * W / 256, in place of the image's mean, and solarize's threshold wraps modulo 256.
-        "fixed" takes the mean and lets the threshold end at 256.
+      mode: "faithful" is the published recipe at 224 pixels with two quirks: contrast blends with
+        a constant, H * W / 256, in place of the image's mean, and solarize's threshold wraps modulo
+        256. "fixed" takes the mean and lets the threshold end at 256.
     """
     faithful = mode == "faithful"
     for draws in tf.unstack(tf.random.stateless_uniform([num_layers, 4], key)):
