@@ -165,7 +165,7 @@ def _fine_tune(name: str, open_subject) -> None:
 
     subject, _ = open_subject()
     subject = dataclasses.replace(subject, params={})  # the runs read the weights themselves
-    init = subject.name
+    init = subject.path
     if subject.step is not None:
         init = str(checkpoint.find_named(subject.name, CHECKPOINT.value))
     height, width = subject.image_size

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mixer import distributed
+from mixer import distributed, foreign
 from mixer.errors import UserError
 from mixer.train_state import TrainState, fingerprint
 
@@ -396,7 +396,8 @@ def find_step(path: epath.PathLike) -> epath.Path:
             if steps:
                 return directory / str(max(steps))
     raise CheckpointError(
-        f"no checkpoint in {path}; give a run (RUN), or a step of it (RUN/checkpoints/STEP, "
+        foreign.advice(path)
+        or f"no checkpoint in {path}; give a run (RUN), or a step of it (RUN/checkpoints/STEP, "
         "RUN/best/STEP)"
     )
 

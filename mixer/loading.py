@@ -5,11 +5,12 @@ and dtype is checked before the first is read; then each goes where it belongs o
 module is not called load: the function `mixer.load` has that name.)
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +20,10 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mixer import checkpoint, memory, published, remote, resolution, sharding, weights
+from mixer import checkpoint, foreign, memory, published, remote, resolution, sharding, weights
 from mixer.data import imagenet_names
 from mixer.errors import UserError
-from mixer.model import DTYPES, VARIANTS, MlpMixer, check_image_size
+from mixer.model import DTYPES, VARIANTS, MlpMixer, check_image_size, count_params
 from mixer.weights import Card, Shapes
 
 HEADS = ("keep", "reset", "auto")
@@ -84,7 +85,8 @@ def load(
         the legacy layout, a safetensors file with timm's names, each local or at gs://; a file at
         https://; hf://owner/name; or a published checkpoint's short name, such as "B/16-i21k". Of a
         run that keeps a moving average of its parameters, the average.
-      num_classes: width of the head; None: that of the weights.
+      num_classes: width of the head; None: that of the weights, which may have none; 0: no head.
+        Without a head the model's logits are the pre-logits.
       image_size: side in pixels of square images, or (H, W); None: that of the weights.
       dtype: of the computation, "float32" or "bfloat16"; None: the run's own, float32 for a file.
       gelu: "tanh" or "erf"; None: the run's own; of a file, what the JSON beside it says, else
@@ -127,21 +129,25 @@ def read(
     check_image_size(size, found.card.patch_size)
     card = resized(found, size, resize)
     classes = found.card.num_classes if num_classes is None else num_classes
-    if num_classes is None and not classes:
-        raise UserError(f"{path} has no head; mixer.load(..., num_classes=...) makes a new one")
     # The model is made before the arrays are checked: it says what they should be.
     try:
         dtype = found.dtype if dtype is None else jnp.dtype(dtype).name
     except TypeError:
         raise UserError(f"dtype={dtype!r}; one of {', '.join(DTYPES)}") from None
     model = card.model(num_classes=classes, dtype=dtype)
+    # Before anything of that size is made or traced.
+    dims = {name: getattr(card, name) for name in weights.DIMENSIONS}
+    count = count_params(image_size=size, num_classes=classes, **dims)
+    what = f"{found.path} for images of {size[0]} x {size[1]}"
+    memory.check_room(4 * count, what)
+    # One array at a time is on the host, whatever the backend.
+    memory.check_room(4 * math.prod(card.grid) * card.tokens_mlp_dim, what, on_host=True)
     # One block is traced: all have the same shapes.
     one = card.model(num_classes=classes, num_blocks=1)
-    shapes = jax.eval_shape(one.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    shapes = jax.eval_shape(one.init, jax.random.key(0), image)["params"]
     blocks = {f"MixerBlock_{i}": shapes["MixerBlock_0"] for i in range(card.num_blocks)}
     shapes = {**shapes, **blocks}
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    memory.check_room(4 * count, f"{path} for images of {size[0]} x {size[1]}")
     where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     if mesh is not None:
         where = sharding.state_shardings(mesh, shapes)
@@ -150,12 +156,14 @@ def read(
     )
     params, how = fit(found, abstract, image_size=size, head=head, resize=resize)
     if "head" not in params:
-        params["head"] = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract["head"]
-        )
         card = dataclasses.replace(card, class_names=None)
+        if classes:
+            params["head"] = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+                abstract["head"],
+            )
     card = dataclasses.replace(card, num_classes=classes)
-    log(f"{path}: {found.about}; {how}")
+    log(f"{found.path}: {found.about}; {how}")
     return Loaded(model, params, card)
 
 
@@ -175,7 +183,7 @@ def initial_params(
       params: freshly initialised, where they belong on the mesh; a head that is not kept stays.
       image_size: (H, W) that `params` are for.
       class_names: of the new model's data. With head="auto" the head of other classes is not kept,
-        however many they are.
+        however many they are; a head of as many whose classes are not known is kept, and said so.
       head: as for `load`, as is `resize`.
       resize: as for `load`.
 
@@ -191,6 +199,8 @@ def initial_params(
     taken, how = fit(found, params, image_size=image_size, head=head, resize=resize)
     if other:
         how += f", its classes were others ({other})"
+    elif "head" in taken and found.card.class_names is None and class_names:
+        how += ", its classes are not known and taken for these; init_head=reset drops it"
     return {**params, **taken}, how
 
 
@@ -218,7 +228,7 @@ def fit(
       The parameters, without the head where that is not kept; and what was done.
     """
     card, wanted = found.card, traverse_util.flatten_dict(like, sep="/")
-    width = wanted["head/bias"].shape[0]
+    width = wanted["head/bias"].shape[0] if "head/bias" in wanted else 0
     reset = head == "reset" or (head == "auto" and width != card.num_classes)
     shapes = found.shapes
     if reset:
@@ -231,7 +241,10 @@ def fit(
     if image_size != card.image_size:
         to = f"{image_size[0]} x {image_size[1]}"
         how.append(f"interpolated to {to}" if resize == "interpolate" else f"grown to {to}")
-    how.append("head kept" if not reset else f"head reset ({card.num_classes:,} -> {width:,})")
+    if width:
+        how.append("head kept" if not reset else f"head reset ({card.num_classes:,} -> {width:,})")
+    else:
+        how.append(f"head of {card.num_classes:,} classes dropped" if reset else "no head")
     return traverse_util.unflatten_dict(arrays, sep="/"), ", ".join(how)
 
 
@@ -303,30 +316,49 @@ def find(
       gelu: as for `read`.
       log: gets a line on what is fetched.
     """
-    local = remote.fetch(path, log=log) if remote.is_remote_file(path) else None
-    local = epath.Path(path).expanduser() if local is None else local
-    if local.is_dir():
-        return _find_run(str(path), local, gelu)
-    endings = (".npz", ".safetensors")
-    if not local.exists() and local.suffix.lower() not in endings:
+    source = published.shown(path)
+    if remote.is_remote_file(path):
+        local = remote.fetch(path, log=log)
+        with _fetched():
+            return _find_file(source, local, image_size, gelu, fetched=True)
+    local = epath.Path(path).expanduser()
+    if remote.is_directory(path):
+        return _find_run(source, local, gelu)
+    if not remote.exists(path) and local.suffix.lower() not in foreign.ENDINGS:
+        newest = local.with_name(f"{local.name}-LAST")  # of a series of big_vision's
         raise UserError(
-            f"{path}: no such run or file; expected a run, a step of it, an .npz or .safetensors "
-            f"file, or one of {', '.join(published.CHECKPOINTS)}"
+            (remote.exists(newest) and foreign.advice(local))
+            or f"{path}: no such run or file; expected a run, a step of it, an .npz or "
+            f".safetensors file, or one of {', '.join(published.CHECKPOINTS)}"
         )
-    return _find_file(str(path), local, image_size, gelu)
+    return _find_file(source, local, image_size, gelu, fetched=False)
+
+
+@contextlib.contextmanager
+def _fetched() -> Iterator[None]:
+    """Says of a damaged file that was fetched how to get rid of it."""
+    try:
+        yield
+    except weights.DamagedError as error:
+        raise UserError(f"{error}{remote.fetch_anew(error.path)}") from None
 
 
 def _find_file(
-    source: str, path: epath.Path, image_size: int | tuple[int, int] | None, gelu: str | None
+    source: str,
+    path: epath.Path,
+    image_size: int | tuple[int, int] | None,
+    gelu: str | None,
+    *,
+    fetched: bool,
 ) -> Found:
     file = weights.open_file(path)
     # A local file's own name may say what it is; that of its folder is its owner's affair.
-    name = source if remote.is_remote_file(source) else path.name
+    name = source if fetched else path.name
     if released := published.find(source):
         try:
             published.check(released, file.shapes, path.stat().length)
         except UserError as error:
-            raise UserError(f"{error}; delete {path} to fetch it anew") from None
+            raise weights.DamagedError(path, str(error)) from None
     dims = weights.dimensions(file.shapes, source)
     num_tokens, num_classes = dims.pop("num_tokens"), dims["num_classes"]
     says, checksum = weights.read_card(path) or ({}, None)
@@ -345,9 +377,11 @@ def _find_file(
             f"{path.name} are for {num_tokens} patches of {dims['patch_size']} pixels"
         )
     if says and checksum != weights.checksum(file.read, file.shapes):
-        raise UserError(
-            f"{weights.card_path(path)} was written for other weights than {path.name} has now; "
-            "remove it, or bring it up to date"
+        beside = weights.card_path(path)
+        raise weights.DamagedError(
+            beside,
+            f"{beside} was written for other weights than {path.name} has now; remove it, or "
+            "bring it up to date",
         )
     about = [f"{file.layout} layout", *file.notes]
 
@@ -376,7 +410,7 @@ def _find_file(
         gelu=kind,
         preprocess=says["preprocess"] if says else facts.preprocess(size),
         class_names=says["class_names"] if says else facts.class_names,
-        source=says.get("source", source),
+        source=published.shown(says.get("source", source)),
     )
     why = f"the {file.layout} layout's"
     if gelu or says or file.gelu:
@@ -388,7 +422,8 @@ def _find_file(
     def restore(wanted: Mapping[str, Any], turn: Callable | None) -> dict[str, jax.Array]:
         placed, faults = {}, []
         for name, leaf in wanted.items():  # one at a time: the host never holds two copies
-            array = file.read(name)
+            with _fetched() if fetched else contextlib.nullcontext():
+                array = file.read(name)
             if fault := weights.not_finite(array):
                 faults.append(f"{name} {fault}")
             array = array.astype(leaf.dtype, copy=False)
@@ -406,11 +441,7 @@ def _find_file(
 
 def _timm_config(path: epath.Path) -> dict[str, Any] | None:
     """The config.json of timm beside a file, as on the Hugging Face Hub."""
-    path = path.with_name("config.json")
-    try:
-        config = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    config = weights.read_json(path.with_name("config.json"))
     return config if isinstance(config, dict) and "architecture" in config else None
 
 
@@ -501,8 +532,10 @@ def _described(card: Card, gelu: str) -> str:
         what += f" with tokens_mlp_dim={card.tokens_mlp_dim}"
     low, high = card.value_range
     return (
-        f"{what}, {card.image_size[0]} x {card.image_size[1]}, {card.num_classes:,} classes, "
-        f"GELU {gelu}" + f", pixels in [{low:g}, {high:g}]" * ((low, high) != (-1, 1))
+        f"{what}, {card.image_size[0]} x {card.image_size[1]}, "
+        + f"{card.num_classes:,} classes, " * bool(card.num_classes)
+        + f"GELU {gelu}"
+        + f", pixels in [{low:g}, {high:g}]" * ((low, high) != (-1, 1))
     )
 
 

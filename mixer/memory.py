@@ -72,16 +72,21 @@ def threads_for_simulated_devices() -> None:
         os.environ.setdefault("NPROC", str(2 * int(devices[1]) + (os.cpu_count() or 1)))
 
 
-def check_room(num_bytes: int, what: str) -> None:
+def check_room(num_bytes: int, what: str, *, on_host: bool = False) -> None:
     """Raises NoRoomError where `what` takes more memory than is free, and it is the host's.
 
     An accelerator's own allocator says so itself; a host would be killed without a word.
+
+    Args:
+      num_bytes: that it takes.
+      what: it is, for the message.
+      on_host: whether the host takes them even if there is an accelerator.
     """
     import jax
     import psutil
 
     free = psutil.virtual_memory().available
-    if jax.default_backend() == "cpu" and num_bytes > free:
+    if num_bytes > free and (on_host or jax.default_backend() == "cpu"):
         raise NoRoomError(
             f"{what} takes {num_bytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
         )

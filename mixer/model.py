@@ -166,7 +166,8 @@ class MlpMixer(nn.Module):
     """The whole network.
 
     Attributes:
-      num_classes: width of the head.
+      num_classes: width of the head; 0: there is none, and the pre-logits stand for the logits, as
+        in the authors' code.
       patch_size: P, the side of a square patch in pixels.
       hidden_dim: C. num_blocks: L. tokens_mlp_dim: D_S. channels_mlp_dim: D_C.
       gelu: "tanh" (the authors' code) or "erf" (timm).
@@ -281,13 +282,34 @@ class MlpMixer(nn.Module):
                 out[f"block_{i}"] = x
         x = nn.LayerNorm(dtype=dtype, name="pre_head_layer_norm")(x)
         x = out["pre_logits"] = jnp.mean(x, axis=1).astype(jnp.float32)
-        x = out["logits"] = nn.Dense(
-            self.num_classes,
-            kernel_init=nn.initializers.zeros,
-            bias_init=nn.initializers.constant(self.head_bias_init),
-            name="head",
-        )(x)
+        if self.num_classes:
+            x = nn.Dense(
+                self.num_classes,
+                kernel_init=nn.initializers.zeros,
+                bias_init=nn.initializers.constant(self.head_bias_init),
+                name="head",
+            )(x)
+        out["logits"] = x
         return x, out
+
+
+def count_params(
+    *,
+    image_size: tuple[int, int],
+    patch_size: int,
+    hidden_dim: int,
+    num_blocks: int,
+    tokens_mlp_dim: int,
+    channels_mlp_dim: int,
+    num_classes: int,
+) -> int:
+    """Number of parameters for images of (H, W) pixels, without building the model."""
+    c = hidden_dim
+    s = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+    tokens = (2 * s + 1) * tokens_mlp_dim + s
+    channels = (2 * c + 1) * channels_mlp_dim + c
+    stem, norm, head = (3 * patch_size**2 + 1) * c, 2 * c, (c + 1) * num_classes
+    return stem + num_blocks * (tokens + channels + 2 * norm) + norm + head
 
 
 def check_image_size(size: tuple[int, int], patch_size: int) -> None:

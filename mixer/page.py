@@ -19,6 +19,7 @@ from mixer import (
     losses,
     pictures,
     prediction,
+    published,
     run,
     sharding,
 )
@@ -121,11 +122,15 @@ def write(
     else:
         log(f"activations of {min(IMAGES_LOOKED_INTO, split.num_examples):,} images")
         sections.append(_activations(loaded, split, directory))
-        log(f"evaluating {split.num_examples:,} images of {split.name}")
-        result = _evaluate(loaded, config, split, mesh)
-        sections.append(_confusion(result, split, directory, missing))
-        sections.append(_images(loaded, result, split, directory, missing))
-    about = [("weights", source), *_described(loaded)]
+        if loaded.card.num_classes:
+            log(f"evaluating {split.num_examples:,} images of {split.name}")
+            result = _evaluate(loaded, config, split, mesh)
+            sections.append(_confusion(result, split, directory, missing))
+            sections.append(_images(loaded, result, split, directory, missing))
+        else:
+            why = missing("confusions and images", "the weights have no head")
+            sections.append(_section("Guesses", why))
+    about = [("weights", published.shown(source)), *_described(loaded)]
     if workdirs:
         about += _training(runs[workdirs[0]][0])
         about += [
@@ -316,10 +321,10 @@ def _open(
         which or "test",
         loaded.card.preprocess,
         image_size=loaded.card.image_size,
-        num_classes=loaded.card.num_classes,
+        num_classes=loaded.card.num_classes or None,
         class_names=prediction.names_of(loaded.card),
     )
-    if len(split.class_names) != loaded.card.num_classes:
+    if loaded.card.num_classes not in (0, len(split.class_names)):
         raise UserError(
             f"{split.name} has {len(split.class_names):,} classes, and {loaded.card.source} "
             f"{loaded.card.num_classes:,}"
@@ -371,7 +376,7 @@ def _described(loaded: loading.Loaded) -> list[tuple[str, str]]:
         ("parameters", f"{count:,}"),
         ("images", f"{height} x {width} pixels, {card.grid[0]} x {card.grid[1]} patches"),
         ("preprocessing", card.preprocess or "not known"),
-        ("classes", f"{card.num_classes:,}"),
+        ("classes", f"{card.num_classes:,}" if card.num_classes else "none: no head"),
     ]
 
 

@@ -167,6 +167,11 @@ def predict(
             f"--layer={layer}: the model has stem, block_0 to block_{card.num_blocks - 1}, "
             f"pre_logits and logits.{nearest(layer, known)}"
         )
+    if not card.num_classes and layer in (None, "logits"):
+        raise UserError(
+            f"{card.source} has no head, which tells classes; --features=OUT.npz gets features, "
+            "of --layer=pre_logits or another"
+        )
     read = make_reader(preprocess, card.image_size)
     batch_size = min(batch_size, len(images))
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from mixer.data.imagenet_names import LISTS
 from mixer.errors import UserError, nearest
-from mixer.model import VARIANTS
+from mixer.model import VARIANTS, count_params
 
 BUCKET = "https://storage.googleapis.com/mixer_models/"
 IMAGE_SIZE = 224  # of all of them
@@ -40,12 +40,9 @@ class Published:
     @property
     def num_params(self) -> int:
         """Number of parameters, with the head."""
+        size = (IMAGE_SIZE, IMAGE_SIZE)
         dims = VARIANTS[self.variant]
-        p, c, num_blocks = dims["patch_size"], dims["hidden_dim"], dims["num_blocks"]
-        s, d_s, d_c = (IMAGE_SIZE // p) ** 2, dims["tokens_mlp_dim"], dims["channels_mlp_dim"]
-        tokens, channels = (2 * s + 1) * d_s + s, (2 * c + 1) * d_c + c
-        stem, norm, head = (3 * p * p + 1) * c, 2 * c, (c + 1) * self.num_classes
-        return stem + num_blocks * (tokens + channels + 2 * norm) + norm + head
+        return count_params(image_size=size, num_classes=self.num_classes, **dims)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +131,7 @@ def by_short_name(path: epath.PathLike) -> Published | None:
 
 def find(source: epath.PathLike) -> Published | None:
     """The published checkpoint that a short name or an address (https:// or gs://) stands for."""
-    url = https_address(str(source))
+    url = https_address(shown(source))
     for published in CHECKPOINTS.values():
         if published.url == url:
             return published
@@ -156,21 +153,34 @@ def expected(
     Returns:
       None where they are none of the published ones, or no figure is known.
     """
-    text = str(source)
+    text = shown(source)
     published = find(source)
     if published is None:
         names = [name for name in EXPECTED if name.startswith("mixer_") and name in text]
         old = re.search(r"jx_(mixer_[bl]16_224)-", text)
         if old and num_classes == 1000:
             names = [f"{old[1]}.goog_in21k_ft_in1k"]
-        if not names and re.fullmatch(r"Mixer-[SBL]_(8|16|32)\.npz", epath.Path(text).name):
-            folder = epath.Path(text).parent.name
+        if not names and re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", text):
+            folder = text.rpartition("/")[0].rpartition("/")[2]
             label = folder if folder in ("sam", "gsam") else "i1k"
             names = [f"{variant}-{label}"] if num_classes == 1000 else []
     else:
         names = [name for name, each in CHECKPOINTS.items() if each == published]
     known = [name for name in names if name in EXPECTED]
     return (known[0], EXPECTED[known[0]]) if known else None
+
+
+def shown(source: epath.PathLike) -> str:
+    """The source as it may be printed and saved.
+
+    That is without the query of a web address and without the user before its host, both of which
+    can hold secrets.
+    """
+    scheme, separator, rest = str(source).partition("://")
+    if not separator or scheme.lower() not in ("http", "https"):
+        return str(source)
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def https_address(path: str) -> str:
@@ -238,7 +248,7 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
             steps = _timm_steps("bilinear", 0.875, (0.0, 1.0))
         return Facts(lists[num_classes], steps, _timm_note(origin, num_classes))
     published = find(source)
-    named_so = re.fullmatch(r"Mixer-[SBL]_(8|16|32)\.npz", epath.Path(source).name)
+    named_so = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", shown(source))
     if (published or named_so) and num_classes in (1000, 21843):
         note = "" if published else f"taken for the authors' {lists[num_classes]} by its name"
         return Facts(lists[num_classes], _authors_steps, note)
@@ -257,16 +267,19 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
       UserError: the config of another model, or a damaged one.
     """
     inner = fields.get("pretrained_cfg", fields)  # early exports have one level only
-    name = f"{fields.get('architecture', '')}.{inner.get('tag', '')}"
-    refuse_other_models(name)
     try:
+        name = f"{fields.get('architecture', '')}.{inner.get('tag', '')}"
         mean, std = ({float(x) for x in inner[key]} for key in ("mean", "std"))
         crop_pct, interpolation = float(inner["crop_pct"]), inner["interpolation"]
         crop_mode = inner.get("crop_mode", "center")
-        if not mean or not min(std) > 0 or not 0 < crop_pct <= 1:
+        # Far wider than any that timm has; what lies outside leads to infinite or huge sizes.
+        bounded = all(abs(x) <= 1e3 for x in mean) and all(1e-3 <= x <= 1e3 for x in std)
+        if not mean or not std or not bounded or not 0.01 <= crop_pct <= 1:
             raise ValueError(f"mean {mean}, std {std}, crop_pct {crop_pct}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"config.json of {source} is not as timm writes it: {error!r}") from None
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        reason = repr(error)[:200]
+        raise UserError(f"config.json of {source} is not as timm writes it: {reason}") from None
+    refuse_other_models(name)
 
     note = _timm_note(_timm_origin(name), num_classes)
     if len(mean) > 1 or len(std) > 1:
@@ -317,8 +330,9 @@ def _timm_class_names(
 ) -> str | tuple[str, ...] | None:
     """Names that timm's config.json gives, or the list that its tag names."""
     names = fields.get("label_names") or inner.get("label_names")
-    if isinstance(names, list) and len(names) == num_classes:
-        return tuple(map(str, names))
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if whole and len(names) == num_classes:
+        return tuple(names)
     if num_classes == 1000 and str(inner.get("tag", "")).endswith("in1k"):
         return "imagenet1k"
     return _only_21k(num_classes)

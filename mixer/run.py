@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from mixer import distributed, files, layers, loading, resolution, sharding, weights
+from mixer import distributed, files, layers, loading, published, resolution, sharding, weights
 from mixer.data import permutation, pipeline, resident
 from mixer.data import steps as steps_lib
 from mixer.errors import UserError
@@ -210,12 +210,12 @@ def find_initial(config: ConfigDict) -> loading.Found | None:
     height, width = found.card.image_size
     if height != width:
         raise UserError(
-            f"init_from={config.init_from} is for images of {height} x {width}; training takes "
+            f"init_from={found.path} is for images of {height} x {width}; training takes "
             "square ones"
         )
     if config.init_image_size not in (None, height):
         raise UserError(
-            f"init_image_size={config.init_image_size}, and init_from={config.init_from} is for "
+            f"init_image_size={config.init_image_size}, and init_from={found.path} is for "
             f"images of {height} x {width}"
         )
     return found
@@ -558,6 +558,9 @@ def check_trained(workdir: epath.PathLike, config: dict[str, Any]) -> None:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines such as "schedule.decay: 'cosine' -> 'linear'" for each key that binds a run."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
+    for values in (before, after):  # older code saved addresses with their query
+        if values.get("init_from"):
+            values["init_from"] = published.shown(values["init_from"])
     for key in [f"{stem}{unit}" for stem in LENGTHS for unit in UNITS[1:]]:
         before.pop(key, None)  # the steps that came of them bind the run
     return [

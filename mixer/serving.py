@@ -110,6 +110,8 @@ def make_program(
       UserError: weights too large to be inside.
     """
     low, high = loaded.card.value_range
+    if output == "logits" and not loaded.card.num_classes:
+        raise UserError(f"{loaded.card.source} has no head; --output=pre_logits needs none")
 
     def forward(arrays: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         pixels = images.astype(jnp.float32) / (255 / (high - low)) + low

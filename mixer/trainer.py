@@ -29,6 +29,7 @@ from mixer import (
     optimizer,
     pictures,
     profiling,
+    published,
     run,
     sharding,
     signals,
@@ -104,6 +105,7 @@ def _train(
     # What the first weights decide, and what of the data's steps comes of that.
     config = config.copy_and_resolve_references()
     found = None if old_config else run.find_initial(config)
+    config.init_from = published.shown(config.init_from)  # without secrets, as it is saved
     run.resolve_model(config, found, old_config)
     run.resolve_permutation(config)
 

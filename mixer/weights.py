@@ -7,9 +7,13 @@ as "MixerBlock_0/token_mixing/Dense_0/kernel". Nothing is unpickled.
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import re
+import struct
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,10 +23,10 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from mixer import files
+from mixer import files, foreign
 from mixer.data.imagenet_names import LISTS
 from mixer.data.steps import pixel_range
-from mixer.errors import UserError
+from mixer.errors import UserError, first_line
 from mixer.model import GELUS, VARIANTS, MlpMixer, make_model
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -34,6 +38,23 @@ DTYPES = ("float32", "float16", "bfloat16")  # exact in float32
 DIMENSIONS = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
 HEAD = ("head/kernel", "head/bias")
 FORMAT = "mlp-mixer weights, 1"  # what the JSON beside a file says of itself
+MAX_AXES = 32
+# Compressed arrays of trained weights take about 0.9 of their size, and pruned ones a tenth.
+MAX_COMPRESSION = 100
+MAX_HEADER_BYTES = 1 << 16  # of an array in an npz file; NumPy reads 10,000
+MAX_JSON_BYTES = 64_000_000
+
+
+class DamagedError(UserError):
+    """A file is not what its name says, or damaged.
+
+    Attributes:
+      path: of the file.
+    """
+
+    def __init__(self, path: epath.PathLike, text: str):
+        super().__init__(text)
+        self.path = epath.Path(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +65,7 @@ class Card:
       variant: such as "B/16"; None: other dimensions. Grown to a larger image, a variant has a
         multiple of its tokens_mlp_dim.
       patch_size: P. hidden_dim: C. num_blocks: L. tokens_mlp_dim: D_S. channels_mlp_dim: D_C.
-      num_classes: width of the head.
+      num_classes: width of the head; 0: they have none.
       image_size: (H, W) in pixels.
       gelu: "tanh" or "erf".
       preprocess: the steps of evaluation, of mixer/data/preprocess.py; None: not known.
@@ -79,7 +100,10 @@ class Card:
     def model(self, **fields: Any) -> MlpMixer:
         """The model of these weights; `fields` replace its own."""
         own = {name: getattr(self, name) for name in (*DIMENSIONS, "num_classes", "gelu")}
-        return make_model(**own | fields)
+        fields = own | fields
+        if fields["num_classes"] == 0:  # `make_model` is for training too, which needs a head
+            return make_model(**fields | {"num_classes": 1}).clone(num_classes=0)
+        return make_model(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,19 +143,17 @@ def open_file(path: epath.PathLike) -> File:
       UserError: no such file, one of another kind, another model, or an array of another dtype.
     """
     path, gelu = epath.Path(path).expanduser(), None
+    check_regular(path)
     match path.suffix.lower():
         case ".npz":
             arrays = _npz_arrays(path)
         case ".safetensors":
             arrays, gelu = _safetensors_arrays(path)
-        case ".pth" | ".pt" | ".bin" | ".tar" | ".ckpt" | ".pkl":
-            raise UserError(
-                f"{path} is a pickled file, which can run code, and is not opened; with PyTorch: "
-                f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
-                f"'{path.stem}.safetensors')"
-            )
         case _:
-            raise UserError(f"{path} is no file of weights; .npz and .safetensors are read")
+            advice = foreign.advice(path)
+            raise UserError(
+                advice or f"{path} is no file of weights; .npz and .safetensors are read"
+            )
     arrays, notes = _unwrapped(arrays)
     layout = _recognise(arrays, path)
     faults = [
@@ -139,12 +161,16 @@ def open_file(path: epath.PathLike) -> File:
         for name, array in arrays.items()
         if array.dtype not in DTYPES
     ]
+    faults += [
+        f"{name}: it has {len(array.shape)} axes; expected at most {MAX_AXES}"
+        for name, array in arrays.items()
+        if len(array.shape) > MAX_AXES
+    ]
     if faults:
         raise UserError(f"{path}: {listed(faults)}")
 
-    numbers = re.findall(r"(?:MixerBlock_|encoderblock_|blocks\.)(\d+)", " ".join(arrays))
     places = {}  # published name -> the file's
-    for name in leaf_names(max(map(int, numbers), default=-1) + 1):
+    for name in leaf_names(_num_blocks(arrays)):
         if _stored_name(name, layout) in arrays:
             places[name] = _stored_name(name, layout)
     places |= {name: name for name in arrays.keys() - set(places.values())}
@@ -156,6 +182,24 @@ def open_file(path: epath.PathLike) -> File:
         gelu,
         notes,
     )
+
+
+def check_regular(path: epath.Path) -> None:
+    """Raises UserError for a device, a pipe or the like, which might never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is no regular file")
+
+
+def _num_blocks(names: Iterable[str]) -> int:
+    """The largest number of a block, plus 1; a number that the names cannot reach counts for none.
+
+    A file has more arrays than blocks, so that its size bounds what is made of a number.
+    """
+    names = list(names)
+    digits = re.findall(
+        r"(?:MixerBlock_|encoderblock_|blocks\.)([0-9]{1,9})(?![0-9])", " ".join(names)
+    )
+    return max((int(n) + 1 for n in digits if int(n) < len(names)), default=0)
 
 
 def leaf_names(num_blocks: int) -> Iterator[str]:
@@ -221,24 +265,64 @@ def _stored(name: str, array: np.ndarray, layout: str) -> np.ndarray:
 
 
 def _npz_arrays(path: epath.Path) -> dict[str, _Array]:
-    """The arrays of an npz file by name; only their headers are read."""
+    """The arrays of an npz file by name; only their headers are read.
+
+    What the headers claim is compared with the length of the file, so that reading an array takes
+    no more memory than the file accounts for.
+    """
     with _reading(path, "npz"):
         archive = zipfile.ZipFile(path)
+        members, length = archive.infolist(), path.stat().length
+        if sum(member.compress_size for member in members) > length:
+            raise ValueError("its members overlap")
+        size = sum(member.file_size for member in members)
+        if size > MAX_COMPRESSION * length + 1_000_000:
+            raise ValueError(f"it has {length:,} bytes and would become {size:,}")
         arrays = {}
-        for member in archive.namelist():
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read_header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                shape, _, dtype = read_header(file)
-            if dtype.hasobject:
-                raise ValueError(f"{member} holds Python objects, which would have to be unpickled")
+        for member in members:
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(
+                    f"{member.filename} is compressed in a way that NumPy does not use"
+                )
+            shape, dtype = _npy_header(archive, member)
             dtype = _real_dtype(dtype)
             read = functools.partial(_read_npy, path, archive, member, dtype)
-            arrays[member.removesuffix(".npy")] = _Array(shape, dtype.name, read)
+            name = member.filename.removesuffix(".npy")
+            if name in arrays:
+                raise ValueError(f"it has {name} twice")
+            arrays[name] = _Array(shape, dtype.name, read)
         return arrays
+
+
+def _npy_header(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array, which together are as long as the member is."""
+    with archive.open(member) as file:
+        start = io.BytesIO(file.read(MAX_HEADER_BYTES))
+    version = np.lib.format.read_magic(start)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of the syntax of broken ones
+            shape, _, dtype = read_header(start)
+    except (SyntaxError, RecursionError, MemoryError, OverflowError, tokenize.TokenError) as error:
+        # NumPy reads the header as a Python literal.
+        raise ValueError(f"the header of {member.filename}: {error}") from None
+    if dtype.hasobject:
+        raise ValueError(
+            f"{member.filename} holds Python objects, which would have to be unpickled"
+        )
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise ValueError(f"{member.filename} has the shape {str(shape)[:80]}")
+    if math.prod(shape) * dtype.itemsize != member.file_size - start.tell():
+        raise ValueError(
+            f"{member.filename} has the shape {str(shape)[:80]} of {dtype}, and "
+            f"{member.file_size - start.tell():,} bytes of values"
+        )
+    return shape, dtype
 
 
 def _real_dtype(dtype: np.dtype) -> np.dtype:
@@ -247,7 +331,7 @@ def _real_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def _read_npy(
-    path: epath.Path, archive: zipfile.ZipFile, member: str, dtype: np.dtype
+    path: epath.Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: np.dtype
 ) -> np.ndarray:
     with _reading(path, "npz"), archive.open(member) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
@@ -288,7 +372,8 @@ def _reading(path: epath.Path, kind: str) -> Iterator[None]:
     import safetensors
 
     damage = (ValueError, TypeError, AttributeError, KeyError, EOFError, NotImplementedError)
-    damage += (RuntimeError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError)
+    damage += (RuntimeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error)
+    damage += (safetensors.SafetensorError,)
     try:
         yield
     except UserError:
@@ -296,7 +381,10 @@ def _reading(path: epath.Path, kind: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except damage as error:
-        raise UserError(f"{path} is no {kind} file of arrays, or damaged: {error}") from None
+        reason = first_line(error)
+        raise DamagedError(
+            path, f"{path} is no {kind} file of arrays, or damaged: {reason}"
+        ) from None
 
 
 # What training programs put around weights: of several the first, an average before the rest.
@@ -334,7 +422,7 @@ def _recognise(arrays: Mapping[str, _Array], path: epath.Path) -> str:
     if any(name.startswith(("embedding/", "Mixer/")) for name in arrays):
         return "legacy"
     if not any(name.startswith(("stem.", "blocks.")) for name in arrays):
-        some = ", ".join(sorted(arrays)[:4]) or "none"
+        some = ", ".join(map(_printable, sorted(arrays)[:4])) or "none"
         raise UserError(
             f"{path} holds no MLP-Mixer: a published file has stem/kernel, a legacy one "
             f"embedding/kernel, timm's stem.proj.weight; this one has {some}"
@@ -367,23 +455,20 @@ def dimensions(shapes: Shapes, source: epath.PathLike) -> dict[str, int]:
         "MixerBlock_0/channel_mixing/Dense_0/kernel": 2,
     }
     faults = [f"{name}: missing" for name in tell if name not in shapes]
-    faults += [
-        f"{name}: {shapes[name]} has not {axes} axes"
-        for name, axes in tell.items()
-        if name in shapes and len(shapes[name]) != axes
-    ]
-    if "head/kernel" in shapes and len(shapes["head/kernel"]) != 2:
-        faults.append(f"head/kernel: {shapes['head/kernel']} has not 2 axes")
+    for name, axes in (tell | {"head/kernel": 2}).items():
+        if name in shapes and len(shapes[name]) != axes:
+            faults.append(f"{name}: {shapes[name]} has not {axes} axes")
+        elif 0 in shapes.get(name, ()):
+            faults.append(f"{name}: {shapes[name]} holds nothing")
     if faults:
         raise UserError(f"{source} is no whole MLP-Mixer: {'; '.join(faults)}")
     patch_size, _, _, hidden_dim = shapes["stem/kernel"]
     num_tokens, tokens_mlp_dim = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
     _, channels_mlp_dim = shapes["MixerBlock_0/channel_mixing/Dense_0/kernel"]
-    blocks = [int(n) for n in re.findall(r"(?:^|\s)MixerBlock_(\d+)/", " ".join(shapes))]
     return {
         "patch_size": patch_size,
         "hidden_dim": hidden_dim,
-        "num_blocks": max(blocks) + 1,
+        "num_blocks": _num_blocks(shapes),
         "tokens_mlp_dim": tokens_mlp_dim,
         "channels_mlp_dim": channels_mlp_dim,
         "num_tokens": num_tokens,
@@ -422,20 +507,15 @@ def read_card(path: epath.PathLike) -> tuple[dict[str, Any], int] | None:
       UserError: it is damaged, of a later version, or has a value that no card has.
     """
     path = card_path(path)
-    if not path.exists():
-        return None
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None
     if not str(found).startswith(FORMAT.rpartition(",")[0]):
         return None
     if found != FORMAT:
-        raise UserError(f"{path} is of the format {found!r}, and {FORMAT!r} is read")
+        raise UserError(f"{path} is of the format {str(found)[:80]!r}, and {FORMAT!r} is read")
     wanted = [field.name for field in dataclasses.fields(Card)]
     if missing := [name for name in (*wanted, "checksum") if name not in values]:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
+        raise DamagedError(path, f"{path} lacks {', '.join(missing)}")
     card = {name: values[name] for name in wanted}
     names, size = card["class_names"], card["image_size"]
     if isinstance(names, list):
@@ -445,24 +525,45 @@ def read_card(path: epath.PathLike) -> tuple[dict[str, Any], int] | None:
     sized = isinstance(size, list) and len(size) == 2
     for name, good in (
         ("gelu", card["gelu"] in GELUS),
-        ("image_size", sized and all(isinstance(side, int) and side > 0 for side in size)),
+        ("image_size", sized and all(type(side) is int and side > 0 for side in size)),
         ("class_names", named),
         ("preprocess", card["preprocess"] is None or _are_steps(card["preprocess"])),
         ("source", isinstance(card["source"], str)),
     ):
         if not good:
-            raise UserError(f"{path} says {name}={str(card[name])[:80]}, which cannot be")
+            text = str(card[name])[:80]
+            raise DamagedError(path, f"{path} says {name}={text}, which cannot be")
     card["image_size"] = tuple(size)
     card["class_names"] = tuple(names) if isinstance(names, list) else names
     return card, values["checksum"]
 
 
+def read_json(path: epath.Path) -> Any:
+    """What a JSON file holds, None where there is no such file.
+
+    Raises:
+      UserError: it is no regular file, too large or damaged.
+    """
+    try:
+        if not path.exists():
+            return None
+        check_regular(path)
+        if path.is_file() and path.stat().length > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+        return json.loads(path.read_text())
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, f"{path} is damaged: {first_line(error)}") from None
+    except OSError as error:
+        raise DamagedError(path, f"{path} is damaged: {error.strerror or error}") from None
+
+
 def _are_steps(preprocess: Any) -> bool:
     try:
-        pixel_range(preprocess)
-    except (ValueError, TypeError, AttributeError):
+        return all(map(math.isfinite, pixel_range(preprocess)))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError):
         return False
-    return True
 
 
 def checksum(read: Callable[[str], np.ndarray], shapes: Shapes) -> int:
@@ -509,7 +610,10 @@ def write_file(
         if layout == "timm":
             import safetensors.numpy
 
-            safetensors.numpy.save_file(stored, new, {"gelu": card.gelu})
+            try:
+                safetensors.numpy.save_file(stored, new, {"gelu": card.gelu})
+            except safetensors.SafetensorError as error:  # of what the file system says
+                raise OSError(first_line(error)) from None
             files.open_up(new, 0o666)
         else:
             _write_npz(new, stored)
@@ -553,8 +657,14 @@ def not_finite(array: np.ndarray) -> str:
     return f"holds NaN or infinity in {bad:,} of {array.size:,} places" if bad else ""
 
 
+def _printable(text: str) -> str:
+    """A text with names out of a file in one line, not longer than such names are."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:400])
+    return text[:300]
+
+
 def listed(faults: Iterable[str], most: int = 40) -> str:
-    """The faults in one line, in order; of very many the first."""
-    faults = sorted(faults)
+    """The faults in one line, in order; of very many the first, of very long ones the beginning."""
+    faults = sorted(_printable(fault) for fault in faults)
     rest = f"; and {len(faults) - most} more" if len(faults) > most else ""
     return "; ".join(faults[:most]) + rest

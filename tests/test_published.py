@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -230,8 +231,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if data is None or "code" in rule:
             self.send_error(rule.get("code", 404))
             return
-        first = 0 if rule.get("no_range") else first
+        tag = f'"{zlib.crc32(data)}"'
+        if rule.get("no_range") or self.headers["If-Range"] != tag:
+            first = 0
         self.send_response(206 if first else 200)
+        self.send_header("ETag", tag)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Type", rule.get("type", "application/octet-stream"))
         if not rule.get("no_length"):
             self.send_header("Content-Length", str(rule.get("length", len(data)) - first))
@@ -504,7 +510,7 @@ def test_hub_says_what_is_wrong_in_one_line(hub, monkeypatch):
     errors = hub.errors
     for fault, path, message in (
         (None, repository, "has no model.safetensors; name a file"),
-        (None, f"{repository}/pytorch_model.bin", "save them as safetensors"),
+        (None, f"{repository}/pytorch_model.bin", "pytorch_model.bin is a pickled file"),
         (None, "hf://me/mine", "hf://me/mine: no such repository, or a private one"),
         (None, "hf://mine", "expected hf://owner/name"),
         (None, "hf://timm/gmixer_24_224.ra3_in1k", "is GLU-Mixer, another model"),

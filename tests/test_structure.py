@@ -58,6 +58,7 @@ FLOORS = {
     "mixer.memory": 1,
     "mixer.profiling": 1,
     "mixer.signals": 1,
+    "mixer.foreign": 1,
     "mixer.published": 1,
     "mixer.resolution": 1,
     "mixer.optimizer": 2,

@@ -28,6 +28,7 @@ from mixer import (
     losses,
     metrics,
     published,
+    remote,
     run,
     sharding,
     weights,
@@ -49,7 +50,7 @@ class Subject:
     """Weights that are evaluated.
 
     Attributes:
-      name: as it was given: a run, a file, an address or a short name.
+      name: a run, a file, an address without its query, or a short name. path: as it was given.
       model: of them. num_classes: width of its head.
       params: by suffix of the results' names, "" or "_ema", a function that reads them.
       num_params: how many.
@@ -66,6 +67,7 @@ class Subject:
     """
 
     name: str
+    path: str
     model: MlpMixer
     num_classes: int
     params: dict[str, Callable[[], Any]]
@@ -132,6 +134,7 @@ def open_run(
 
     subject = Subject(
         name=str(workdir),
+        path=str(workdir),
         model=model,
         num_classes=model.num_classes,
         params={suffix: reader(item) for suffix, item in items.items()},
@@ -175,7 +178,7 @@ def open_weights(
     """
     mesh = sharding.make_mesh({"data": -1})
     own, own_data = config is None and preprocess is None, False
-    if config is None and epath.Path(path).expanduser().is_dir():
+    if config is None and remote.is_directory(path):
         workdir = checkpoint.find_step(path).parent.parent
         if "total_steps" in (run.read_json(workdir, "config.json") or {}):
             (config, _), own_data = run.read_run(workdir), True
@@ -196,14 +199,16 @@ def open_weights(
     if config is not None and preprocess is not None:
         config.dataset.eval_preprocess = preprocess
     steps = card.preprocess if config is None else config.dataset.eval_preprocess
-    plain = re.sub(r"[^\w.-]+", "_", str(path).rpartition("://")[2]).strip("_.")
+    name = published.shown(path)
+    plain = re.sub(r"[^\w.-]+", "_", name.rpartition("://")[2]).strip("_.")
     arrays = traverse_util.flatten_dict(loaded.params, sep="/")
     checksum = weights.checksum(
         lambda name: np.asarray(arrays[name]), {name: each.shape for name, each in arrays.items()}
     )
     loss = "softmax" if config is None else config.loss
     subject = Subject(
-        name=str(path),
+        name=name,
+        path=str(path),
         model=loaded.model,
         num_classes=card.num_classes,
         params={"": lambda: loaded.params},
@@ -225,7 +230,7 @@ def open_weights(
         checkpoint_name="last",
         step=None,
         identity={
-            "weights": str(path),
+            "weights": name,
             "checksum": checksum,
             "preprocess": preprocess or steps,
             "loss": loss,

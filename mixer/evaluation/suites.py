@@ -334,6 +334,10 @@ def check_classes(
       UserError: other classes.
     """
     ours = split.class_names
+    if not num_classes:
+        raise UserError(
+            f"the weights have no head, and {split.name} asks for one; --suite=fewshot needs none"
+        )
     if len(ours) != num_classes:
         more = ""
         if num_classes in imagenet_names.LISTS.values() and len(ours) == 1000:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 from scipy import special
 
-from mixer import checkpoint, loading, losses, run, sharding, weights
+from mixer import checkpoint, loading, losses, remote, run, sharding, weights
 from mixer.data import permutation as orders
 from mixer.data import pipeline, steps
 from mixer.errors import UserError
@@ -122,20 +122,22 @@ def open_subject(
     height, width = card.image_size
     if height != width:
         raise UserError(
-            f"--weights={path} is for images of {height} x {width}; sweeps take square ones"
+            f"--weights={found.path} is for images of {height} x {width}; sweeps take square ones"
         )
+    if not card.num_classes:
+        raise UserError(f"--weights={found.path} has no head, and so no accuracy")
     class_names = card.class_names if isinstance(card.class_names, tuple) else None
     if config is not None:
         config = config.copy_and_resolve_references()
         run.check_config(config)
         config.model.update({name: getattr(card, name) for name in weights.DIMENSIONS})
         run.resolve_permutation(config)
-    elif epath.Path(path).expanduser().is_dir():
+    elif remote.is_directory(path):
         workdir = checkpoint.find_step(path).parent.parent
         config, class_names = run.read_run(workdir)
     else:
         raise UserError(
-            f"--weights={path} is no run, which would say the data; --config=CONFIG does"
+            f"--weights={found.path} is no run, which would say the data; --config=CONFIG does"
         )
     config.model.num_classes = card.num_classes
     mesh = sharding.make_mesh({"data": -1})
@@ -224,7 +226,7 @@ def resolution(
                 mesh=subject.mesh,
                 log=lambda line: None,
             )
-            say(f"{subject.path} at {size} px: {preprocess}")
+            say(f"{subject.found.path} at {size} px: {preprocess}")
             step = classification.make_eval_step(
                 make_predict(loaded.model, subject.mesh),
                 losses.make_loss(subject.config.loss),
@@ -232,7 +234,7 @@ def resolution(
             )
             result = _evaluate(step, loaded.params, split, subject)
             points.append(_point(size, [result], preprocess))
-        curves.append(Curve(subject.path, "", split.name, tuple(points)))
+        curves.append(Curve(subject.found.path, "", split.name, tuple(points)))
     return Sweep("resolution", resize, tuple(curves))
 
 
@@ -259,10 +261,10 @@ def permutation(
     opened = [_open_split(subject, subject.found.card.image_size[0]) for subject in subjects]
     curves = []
     for subject, (split, preprocess) in zip(subjects, opened, strict=True):
-        say(f"{subject.path}: {preprocess}")
+        say(f"{subject.found.path}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
             points = (_point(x, of_x, preprocess) for x, of_x in zip(shares, results, strict=True))
-            curves.append(Curve(subject.path, kind, split.name, tuple(points)))
+            curves.append(Curve(subject.found.path, kind, split.name, tuple(points)))
     return Sweep("permutation", "", tuple(curves))
 
 
@@ -309,12 +311,12 @@ def _open_split(subject: Subject, size: int) -> tuple[pipeline.Split, str]:
     config.dataset.eval_preprocess = preprocess
     split = run.open_split(config, subject.which, subject.class_names)
     if split is None:
-        raise UserError(f"the config of {subject.path} names no {subject.which}_split")
+        raise UserError(f"the config of {subject.found.path} names no {subject.which}_split")
     card = subject.found.card
     try:
         suites.check_classes(split, card.class_names, card.num_classes)
     except UserError as error:
-        raise UserError(f"{subject.path}: {error}") from None
+        raise UserError(f"{subject.found.path}: {error}") from None
     return split, preprocess
 
 

@@ -13,9 +13,11 @@ tool take. Beside a file stands a JSON that says what it is (docs/weights.md). V
 changed: a round trip gives the same bits.
 """
 
+import contextlib
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
 
 from absl import flags
 from etils import epath
@@ -84,12 +86,28 @@ def _layout(out: epath.Path) -> str:
 
     if "://" in str(out):
         raise UserError(f"{out}: give a local path, and copy what is written there")
-    for path in (out, weights.card_path(out)) if out.suffix else (out,):
-        if path.exists():
-            raise UserError(f"{path} exists already; remove it, or give another name")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent} is no directory to write {out.name} in")
+    with _writing(out):
+        for path in (out, weights.card_path(out)) if out.suffix else (out,):
+            if path.exists():
+                raise UserError(f"{path} exists already; remove it, or give another name")
+        if not out.parent.is_dir():
+            raise UserError(f"{out.parent} is no directory to write {out.name} in")
+        # Before the weights are read: whether a file can be made there, and has such a name.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.json.", dir=out.parent):
+            pass
     return layout
+
+
+@contextlib.contextmanager
+def _writing(out: epath.Path) -> Iterator[None]:
+    """Turns what the file system refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}; give a name in a folder that "
+            "has room and may be written to"
+        ) from None
 
 
 def write(out: epath.Path, loaded, layout: str) -> None:
@@ -99,11 +117,13 @@ def write(out: epath.Path, loaded, layout: str) -> None:
     from mixer import weights
 
     if layout == "run":
-        write_run(out, loaded)
+        with _writing(out):
+            write_run(out, loaded)
         print(f"written: {out} (checkpoints/0, config.json, data.json)")
         return
     arrays = traverse_util.flatten_dict(loaded.params, sep="/")
-    beside = weights.write_file(out, arrays, loaded.card, layout=layout)
+    with _writing(out):
+        beside = weights.write_file(out, arrays, loaded.card, layout=layout)
     count = sum(array.size for array in arrays.values())
     size = out.stat().length / 1e6
     print(f"written: {out} ({layout} layout, {count:,} parameters, {size:,.1f} MB), {beside.name}")

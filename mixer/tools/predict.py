@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         layer=LAYER.value if FEATURES.value else None,
     )
     names = prediction.names_of(loaded.card)
-    if names is None:
+    if names is None and loaded.card.num_classes:
         say("the names of the classes are not known: they are told by their numbers, from 0")
     # A bar would stand between the lines of JSON where both go to a terminal.
     bar = console.is_terminal and len(images) > BATCH_SIZE.value
@@ -93,6 +93,8 @@ def main(argv: list[str]) -> None:
                     features = np.empty((len(images), *result.features.shape), np.float32)
                 features[len(read)] = result.features
             read.append(result.image)
+            if not loaded.card.num_classes:
+                continue  # features alone
             if JSON.value:
                 output.out(json.dumps(prediction.as_json(result, names)), highlight=False)
             else:
