@@ -547,6 +547,8 @@ def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
         sides = (0, 0)
     if min(sides) < 1:
         raise UserError(f"image_size={image_size!r}: a side in pixels, or (height, width)")
+    if max(sides) >= 1 << 31:
+        raise UserError("image_size: a side of 2,147,483,648 pixels or more is in no image")
     return sides
 
 

@@ -17,6 +17,7 @@ from mixer.model import VARIANTS, count_params
 
 BUCKET = "https://storage.googleapis.com/mixer_models/"
 IMAGE_SIZE = 224  # of all of them
+STORES = ("gs", "s3", "az")  # schemes of cloud storage that etils.epath reads
 # What an npz or safetensors file holds beside the values: names, headers, the index.
 MAX_OVERHEAD = 1_000_000
 
@@ -176,11 +177,12 @@ def shown(source: epath.PathLike) -> str:
     That is without the query of a web address and without the user before its host, both of which
     can hold secrets.
     """
-    scheme, separator, rest = str(source).partition("://")
-    if not separator or scheme.lower() not in ("http", "https"):
-        return str(source)
-    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", text := str(source))
+    if match is None or match[1].lower() in (*STORES, "hf"):
+        return text
+    host, slash, path = re.split("[?#]", text[match.end() :], maxsplit=1)[0].partition("/")
+    text = f"{match[0]}{host.rpartition('@')[2]}{slash}{path}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def https_address(path: str) -> str:

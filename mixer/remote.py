@@ -35,8 +35,8 @@ from rich.console import Console
 from mixer import files, foreign, published
 from mixer.errors import UserError, first_line
 from mixer.foreign import ENDINGS
+from mixer.published import STORES
 
-STORES = ("gs", "s3", "az")  # those of etils.epath
 TIMEOUT_SECS = 20  # for a connection, and for the next byte of it
 # A download that is slower than this over SLOW_SECS is given up, and any after MAX_SECS.
 MIN_BYTES_PER_SEC = 10_000
@@ -391,17 +391,16 @@ class _Download:
         self._length: int | None = None  # of the whole
         # What the server calls this version of the file: a header's name and its value.
         self._version: tuple[str, str] | None = None
+        self._stalls = 0  # connections that stood still
         self.received = 0  # bytes, by all connections
 
     def run(self) -> None:
         """Receives the file, by several connections if need be."""
-        attempts, stalls = 0, False
-        while attempts <= RETRIES and not stalls:
-            before = self.received
+        attempts = 0
+        while attempts <= RETRIES and self._stalls < 2:
             if self._receive():
                 return
             attempts += 1
-            stalls = self.received == before and self._version is not None
         length = "an unknown number of" if self._length is None else f"{self._length:,}"
         raise UserError(
             f"{self._where}: {self._file.tell():,} of {length} bytes came, and then no more in "
@@ -465,7 +464,8 @@ class _Download:
             rest = CHUNK_BYTES if self._length is None else self._length - self._file.tell()
             try:
                 chunk = answer.read1(min(rest, CHUNK_BYTES))
-            except (OSError, ValueError, http.client.HTTPException):
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                self._stalls += isinstance(error, TimeoutError)
                 return False
             if not chunk:
                 return self._length is None

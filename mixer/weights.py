@@ -10,7 +10,9 @@ import functools
 import io
 import json
 import math
+import os
 import re
+import stat
 import struct
 import tokenize
 import warnings
@@ -186,7 +188,11 @@ def open_file(path: epath.PathLike) -> File:
 
 def check_regular(path: epath.Path) -> None:
     """Raises UserError for a device, a pipe or the like, which might never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    try:
+        mode = os.stat(path).st_mode  # epath takes a pipe for a file
+    except (OSError, ValueError):
+        return  # whoever opens it says why not
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"{path} is no regular file")
 
 
@@ -310,7 +316,7 @@ def _npy_header(
             shape, _, dtype = read_header(start)
     except (SyntaxError, RecursionError, MemoryError, OverflowError, tokenize.TokenError) as error:
         # NumPy reads the header as a Python literal.
-        raise ValueError(f"the header of {member.filename}: {error}") from None
+        raise ValueError(f"the header of {member.filename}: {first_line(error)}") from None
     if dtype.hasobject:
         raise ValueError(
             f"{member.filename} holds Python objects, which would have to be unpickled"
@@ -548,7 +554,7 @@ def read_json(path: epath.Path) -> Any:
         if not path.exists():
             return None
         check_regular(path)
-        if path.is_file() and path.stat().length > MAX_JSON_BYTES:
+        if path.stat().length > MAX_JSON_BYTES:
             raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
         return json.loads(path.read_text())
     except UserError:

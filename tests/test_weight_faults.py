@@ -1,0 +1,666 @@
+"""Weights that are damaged, hostile, of other programs, or far away: one line, nothing wrong."""
+
+import contextlib
+import http.server
+import json
+import os
+import pwd
+import shlex
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from flax import serialization, traverse_util
+from PIL import Image
+
+import mixer
+from helpers import GOLDENS, assert_same_bits, golden_params, run_program, tiny_config
+from mixer import foreign, loading, published, remote, run, weights
+from mixer.errors import UserError
+from mixer.evaluation import report
+from mixer.model import VARIANTS
+
+PUBLISHED = GOLDENS / "mixer_tiny_official.npz"
+LEGACY = GOLDENS / "mixer_tiny_legacy.npz"
+TIMM = GOLDENS / "mixer_tiny_timm.safetensors"
+SECRET = "53cr3t"
+
+
+def refused(path, match, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        loading.read(path, log=lambda line: None, **options)
+    assert "\n" not in str(caught.value) and SECRET not in str(caught.value)
+    return str(caught.value)
+
+
+def arrays_of(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+# A server on this machine.
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """Serves `files` (bytes by path, or a function that answers by itself)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files, self.asked = {}, []
+
+    def url(self, path):
+        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = self.path.split("?")[0].lstrip("/")
+        self.server.asked.append((path, self.headers["Range"]))
+        content = self.server.files.get(path)
+        if content is None:
+            self.send_error(404)
+        elif callable(content):
+            content(self)
+        else:
+            self.answer(content)
+
+    def answer(self, data, *, code=200, length=None, **headers):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = _Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("path", [PUBLISHED, LEGACY, TIMM], ids=lambda path: path.suffix)
+def test_every_layout_is_loaded_from_an_address(server, path):
+    server.files = {f"a/{path.name}": path.read_bytes()}
+    lines = []
+    loaded = loading.read(server.url(f"a/{path.name}"), log=lines.append)
+    assert_same_bits(loaded.params, loading.read(path, log=lines.append).params)
+    assert loaded.card.source == server.url(f"a/{path.name}")
+    assert published.expected(loaded.card.source, variant=None, num_classes=7) is None
+
+
+def test_short_names_are_loaded_from_the_bucket(server, monkeypatch):
+    card = loading.read(PUBLISHED, log=print).card
+    dims = {name: getattr(card, name) for name in weights.DIMENSIONS}
+    monkeypatch.setitem(VARIANTS, "T/8", dims)
+    monkeypatch.setattr(published, "IMAGE_SIZE", 32)
+    released = published.Published(server.url("t/Mixer-T_8.npz"), "T/8", 7, "imagenet1k")
+    monkeypatch.setitem(published.CHECKPOINTS, "T/8-i1k", released)
+    server.files = {"t/Mixer-T_8.npz": PUBLISHED.read_bytes()}
+    _, params = mixer.load("T/8-i1k", log=lambda line: None)
+    assert_same_bits(params, golden_params())
+    loading.find(released.url, log=print)
+    assert len(server.asked) == 1
+
+
+# Two versions of a file.
+
+OLD, NEW = bytes(5000), bytes([1]) * 5000
+
+
+def _changed(part):
+    """The first answer is cut and of the old version; the second is `part`, later ones are new."""
+
+    def answer(handler):
+        number = len([path for path, _ in handler.server.asked if path == "x.npz"])
+        if number == 1:
+            handler.answer(OLD[:2000], length=5000, **part.get("first", {"ETag": '"old"'}))
+        elif number == 2 and handler.headers["Range"]:
+            handler.answer(NEW[2000:], code=206, **part["then"])
+        else:
+            handler.answer(NEW, ETag='"new"')
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"then": {"ETag": '"new"', "Content_Range": "bytes 2000-4999/5000"}},
+        {"then": {"Content_Range": "bytes 2000-4999/5000"}},
+        {"then": {"ETag": '"old"', "Content_Range": "bytes 2000-4999/6000"}},
+        {"then": {"ETag": '"old"', "Content_Range": "bytes 1000-4999/5000"}},
+        {"then": {"ETag": '"old"'}},
+        {"first": {}, "then": {"Content_Range": "bytes 2000-4999/5000"}},
+        {"first": {"ETag": 'W/"a"'}, "then": {"Content_Range": "bytes 2000-4999/5000"}},
+        {
+            "first": {"Last_Modified": "Mon, 01 Jan 2024 00:00:00 GMT"},
+            "then": {
+                "Last_Modified": "Tue, 02 Jan 2024 00:00:00 GMT",
+                "Content_Range": "bytes 2000-4999/5000",
+            },
+        },
+    ],
+    ids=str,
+)
+def test_a_file_is_of_one_version(server, part):
+    server.files = {"x.npz": _changed(part)}
+    assert remote.fetch(server.url("x.npz"), log=print).read_bytes() == NEW
+
+
+def test_a_part_of_the_same_version_is_added(server):
+    part = {"then": {"ETag": '"old"', "Content_Range": "bytes 2000-4999/5000"}}
+    server.files = {"x.npz": _changed(part)}
+    assert remote.fetch(server.url("x.npz"), log=print).read_bytes() == OLD[:2000] + NEW[2000:]
+
+
+def test_a_file_that_has_become_shorter_begins_anew(server):
+    def answer(handler):
+        if len(handler.server.asked) == 1:
+            handler.answer(OLD[:2000], length=5000, ETag='"old"')
+        elif handler.headers["Range"]:
+            handler.send_error(416)
+        else:
+            handler.answer(NEW[:1000], ETag='"new"')
+
+    server.files = {"x.npz": answer}
+    assert remote.fetch(server.url("x.npz"), log=print).read_bytes() == NEW[:1000]
+
+
+# Servers that do not come to an end.
+
+
+def _trickle(pieces, secs=0.02):
+    def answer(handler):
+        with_end = time.monotonic() + 10
+        try:
+            while time.monotonic() < with_end:
+                handler.wfile.write(pieces)
+                handler.wfile.flush()
+                time.sleep(secs)
+        except OSError:
+            pass  # nobody listens any more
+
+    return answer
+
+
+def _after(headers, then):
+    def answer(handler):
+        handler.wfile.write(headers)
+        then(handler)
+
+    return answer
+
+
+LENGTH = b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        _after(LENGTH, _trickle(b"x")),
+        _after(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", _trickle(b"0")),
+        _after(b"HTTP/1.0 200 OK\r\nX-Long: ", _trickle(b"x")),
+        _after(b"", _trickle(b"", secs=1)),
+    ],
+    ids=["bytes", "chunk", "header", "nothing"],
+)
+def test_a_slow_server_is_given_up(server, monkeypatch, answer):
+    monkeypatch.setattr(remote, "SLOW_SECS", 0.4)
+    server.files = {"x.npz": answer}
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"x\.npz: .*bytes came in the last .*10,000 a second"):
+        remote.fetch(server.url("x.npz"), log=print)
+    assert time.monotonic() - begin < 3
+    assert not list(remote.cache_dir().rglob("*x.npz*"))
+
+
+def test_a_download_has_a_total_time(server, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_SECS", 0.5)
+    monkeypatch.setattr(remote, "SLOW_SECS", 0.6)
+    server.files = {"x.npz": _after(b"HTTP/1.0 200 OK\r\n\r\n", _trickle(b"x" * 5000))}
+    with pytest.raises(UserError, match=r"no end after 0\.5 s"):
+        remote.fetch(server.url("x.npz"), log=print)
+
+
+def test_a_stall_ends_after_two_timeouts(server, monkeypatch):
+    monkeypatch.setattr(remote, "TIMEOUT_SECS", 0.2)
+    headers = LENGTH.replace(b"OK\r\n", b'OK\r\nETag: "a"\r\n') + b"x" * 100
+    server.files = {"x.npz": _after(headers, lambda handler: time.sleep(0.6))}
+    with pytest.raises(UserError, match=r"100 of 100,000 bytes came, .* 2 attempts"):
+        remote.fetch(server.url("x.npz"), log=print)
+
+
+def test_an_end_that_never_comes_does_not_fill_the_disk(server, monkeypatch):
+    usage = remote.shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: usage)
+    server.files = {"x.npz": _after(b"HTTP/1.0 200 OK\r\n\r\n", _trickle(b"x" * 20_000, 0))}
+    with pytest.raises(UserError, match="cannot be written: it does not say its length"):
+        remote.fetch(server.url("x.npz"), log=print)
+    monkeypatch.setattr(remote, "MAX_CARD_BYTES", 100)
+    server.files = {"x.npz": NEW, "x.npz.json": NEW}
+    with pytest.raises(UserError, match=r"x\.npz\.json: 5,000 bytes; expected at most 100"):
+        remote.fetch(server.url("x.npz"), log=print)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "file:///etc/passwd",
+        "ftp://h/x",
+        f"http://[::1/x?{SECRET}",
+        "http://h:port/x",
+        "x\x00",
+        "//",
+    ],
+)
+def test_redirects_to_nonsense(server, location):
+    server.files = {"x.npz": lambda handler: handler.answer(b"", code=302, Location=location)}
+    refused(server.url("x.npz"), r"x\.npz (redirects to .*no web address|cannot be reached|was r)")
+
+
+def test_redirects_are_followed_but_not_for_ever(server):
+    def answer(handler):
+        handler.answer(b"", code=302, Location=server.url(f"x.npz?{SECRET}"))
+
+    server.files = {"x.npz": answer, "y.npz": lambda h: h.answer(b"", code=302, Location="z.npz")}
+    refused(server.url("x.npz"), r"x\.npz was refused: 302")
+    server.files["z.npz"] = NEW
+    assert remote.fetch(server.url("y.npz"), log=print).read_bytes() == NEW
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("file:///x.npz", "file:// is not read"),
+        ("ftp://h/x.npz?" + SECRET, "ftp:// is not read"),
+        ("gs://", "names no bucket"),
+        ("gs:///x.npz", "names no bucket"),
+        (f"http://[::1/x.npz?{SECRET}", r"http://\[::1/x.npz is no web address"),
+        (f"https://me:{SECRET}@h/x.npz", "https://h/x.npz: an address with a user"),
+        (f"https://h:{SECRET}x/x.npz".replace(SECRET, "abc"), "is no web address"),
+        ("http://h:99999/x.npz", "is no web address"),
+        ("http:///x.npz", "is no web address"),
+        ("http://", "is no web address"),
+        ("https://é..x/y.npz", "is no web address"),
+        ("http://127.0.0.1:1/%00.npz", "the file's name"),
+        ("http://127.0.0.1:1/" + "a" * 300 + ".npz", "the file's name"),
+        ("http://127.0.0.1:1/x.npz\nmore", "is no web address"),
+        ("http://127.0.0.1:1/caf\udce9.npz", "is no web address"),
+        ("HTTP://127.0.0.1:1/é x.npz?q=" + SECRET, "%C3%A9%20x.npz cannot be reached"),
+        ("http://127.0.0.1:1/model.pth?" + SECRET, "model.pth is a pickled file"),
+        ("hf://a/../b.npz", "expected hf://owner/name"),
+        ("a" * 300, "no such run or file"),
+    ],
+)
+def test_addresses_that_are_none(tmp_path, monkeypatch, address, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    refused(address, message)
+
+
+def test_no_home_directory(monkeypatch):
+    def none(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", none)
+    for path in ("B/16-i1k", "https://h/x.npz", "gs://b/x.npz"):
+        refused(path, "no home directory.*XDG_CACHE_HOME=DIR")
+
+
+def test_a_damaged_file_in_the_cache_says_what_to_delete(server):
+    flipped = bytearray(PUBLISHED.read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    beside = json.dumps({"format": "mlp-mixer weights, 1"}).encode()
+    server.files = {"x.npz": b"none", "y.npz": bytes(flipped)}
+    server.files |= {"z.npz": PUBLISHED.read_bytes(), "z.npz.json": beside}
+    for name in "xyz":
+        path = remote.fetch(server.url(f"{name}.npz"), log=print)
+        refused(server.url(f"{name}.npz"), f"; delete {path} to fetch it anew$")
+        path.unlink()
+    server.files = {"z.npz": PUBLISHED.read_bytes()}  # the JSON of before is gone, too
+    loading.read(server.url("z.npz"), log=print)
+    assert not list(remote.cache_dir().rglob("*.json"))
+
+
+def test_what_killed_processes_left_is_removed(server):
+    server.files = {"x.npz": NEW}
+    path = remote.fetch(server.url("x.npz"), log=print)
+    path.rename(path.with_name(".x.npz.1234.new"))
+    remote.fetch(server.url("x.npz"), log=print)
+    assert sorted(os.listdir(path.parent)) == [".lock", "x.npz"]
+
+
+# Secrets.
+
+
+def test_secrets_of_an_address_are_not_kept(server, tmp_path):
+    server.files = {"x.npz": PUBLISHED.read_bytes()}
+    first = server.url(f"x.npz?X-Amz-Signature={SECRET}&X-Amz-Date=1")
+    lines = []
+    loaded = loading.read(first, log=lines.append)
+    weights.write_file(
+        tmp_path / "out.npz",
+        traverse_util.flatten_dict(loaded.params, sep="/"),
+        loaded.card,
+        layout="published",
+    )
+    kept = [*lines, (tmp_path / "out.npz.json").read_text(), *map(str, tmp_path.rglob("*"))]
+    assert SECRET not in " ".join(kept) and server.url("x.npz") in lines[0]
+    # Signed anew it is the same file; another query means another one.
+    again = remote.fetch(server.url("x.npz?X-Amz-Signature=another"), log=print)
+    assert again == remote.fetch(first, log=print)
+    assert remote.fetch(server.url("x.npz?version=2"), log=print) != again
+    refused(server.url(f"y.npz?token={SECRET}"), r"y\.npz: no such file")
+
+
+def test_a_run_keeps_the_address_without_its_query():
+    old = {"init_from": f"https://h/x.npz?token={SECRET}"}  # as older code saved it
+    assert run.changes(old, {"init_from": "https://h/x.npz"}) == []
+    assert run.changes(old, {"init_from": "https://h/y.npz"})
+    assert published.shown("gs://b/x?y") == "gs://b/x?y"
+    assert published.shown("odd?name.npz") == "odd?name.npz"
+
+
+# Files that claim more than they hold.
+
+
+def _npy(header, data=b"", version=1):
+    header = header.encode("latin1")
+    length = struct.pack("<H" if version == 1 else "<I", len(header))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header + data
+
+
+def _shaped(shape):
+    return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n"
+
+
+def _zipped(path, member, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("stem/kernel.npy", member)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *map(_shaped, ("(10000000000, 10)", "(-1, 4)", "(True, 4)", "(" + "1," * 70 + ")")),
+        *map(_shaped, ("(1.5,)", "None", "((1,),)", "(" + "9" * 5000 + ",)", "(0, 4)", "(8,)")),
+        *("garbage", "{", "(" * 3000, "-" * 9000 + "1", "'''", "\t x\n y", "\xff\x00", "[]"),
+        "{'descr': ('<f4', (1000000, 1000000)), 'fortran_order': False, 'shape': (1,)}",
+        "{'descr': '|V99999999999', 'fortran_order': False, 'shape': (1,)}",
+    ],
+    ids=lambda header: header[:60],
+)
+def test_headers_of_arrays_are_checked_against_the_file(tmp_path, header):
+    path = _zipped(tmp_path / "x.npz", _npy(header, bytes(16)))
+    refused(path, r"x\.npz is no npz file of arrays, or damaged: \S")
+
+
+def test_archives_that_grow_are_refused_unread(tmp_path):
+    fits = _npy(_shaped("(5000000,)"), bytes(20_000_000))
+    beyond = _npy(_shaped("(1,)"), bytes(20_000_000))
+    header = _npy(" " * 5_000_000, version=2)
+    for member, message in ((fits, "would become 20,0"), (beyond, "would"), (header, "would")):
+        refused(_zipped(tmp_path / "x.npz", member, zipfile.ZIP_DEFLATED), message)
+    np.savez_compressed(tmp_path / "fine.npz", **arrays_of(PUBLISHED))
+    loaded = loading.read(tmp_path / "fine.npz", log=print)
+    assert_same_bits(loaded.params, golden_params())
+
+
+@pytest.mark.parametrize("number", ["999999999", "9" * 5000, "12345678901"])
+def test_numbers_of_blocks_are_bounded_by_the_file(tmp_path, number):
+    for path, name in (
+        (PUBLISHED, "MixerBlock_{}/LayerNorm_0/scale"),
+        (LEGACY, "Mixer/encoderblock_{}/LayerNorm_0/scale"),
+    ):
+        more = {name.format(number): np.zeros(24, np.float32)}
+        np.savez(tmp_path / "x.npz", **arrays_of(path), **more)
+        text = refused(tmp_path / "x.npz", f"{number[:9]}.*")
+        assert "does not fit the model" in text and len(text) < 600
+
+
+def test_names_in_files_do_not_break_the_line(tmp_path):
+    np.savez(tmp_path / "x.npz", **{"a\nb\x1b[31m": np.zeros(1, np.float32)})
+    assert "\x1b" not in refused(tmp_path / "x.npz", r"a\\nb")
+    empty = {"stem/kernel": np.zeros((0, 8, 3, 24), np.float32)}
+    np.savez(tmp_path / "x.npz", **arrays_of(PUBLISHED) | empty)
+    refused(tmp_path / "x.npz", r"stem/kernel: \(0, 8, 3, 24\) holds nothing")
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    refused(tmp_path / "x.npz", "is no regular file")
+    (tmp_path / "y.npz").symlink_to("/dev/zero")
+    refused(tmp_path / "y.npz", "is no regular file")
+    (tmp_path / "z.npz").write_bytes(PUBLISHED.read_bytes())
+    os.mkfifo(tmp_path / "z.npz.json")
+    refused(tmp_path / "z.npz", r"z\.npz\.json is no regular file")
+
+
+ODD = (None, [], {}, 3, -1, True, "x", float("nan"), 1e999, [[[]]], 10**300, [10**9, 10**9])
+ODD += ([True, 16], [float("nan")] * 3, [None] * 3, 1e-300, [1e308] * 3, [{}] * 7)
+
+
+def _one_line(path):
+    """Finds the weights or is told why not, in one line."""
+    try:
+        loading.find(path, log=lambda line: None)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+
+
+def test_cards_of_any_types_get_a_line(tmp_path):
+    loaded = loading.read(PUBLISHED, log=print)
+    flat = traverse_util.flatten_dict(loaded.params, sep="/")
+    path = tmp_path / "x.npz"
+    card = weights.write_file(path, flat, loaded.card, layout="published")
+    values = json.loads(card.read_text())
+    for key in values:
+        for value in (*ODD, "value_range(" + "(" * 300, "decode|value_range(1e999)"):
+            card.write_text(json.dumps(values | {key: value}))
+            with contextlib.suppress(UserError):
+                weights.read_card(path)
+    for value in ODD:
+        card.write_text(json.dumps(dict.fromkeys(values, value) | {"format": values["format"]}))
+        _one_line(path)
+    for value in ([True, 16], [10**9, 10**9], [32, 32.0]):
+        card.write_text(json.dumps(values | {"image_size": value}))
+        refused(path, "says image_size=")
+    for text in ("[" * 100_000, "{", '{"format": "mlp-mixer weights, 1"}', "1" * 5000):
+        card.write_text(text)
+        refused(path, r"x\.npz\.json (is damaged|lacks)")
+
+
+def test_timms_config_of_any_types_gets_a_line(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(TIMM.read_bytes())
+    inner = dict(tag="goog_in21k", mean=[0.5] * 3, std=[0.5] * 3, crop_pct=0.875)
+    inner |= dict(interpolation="bicubic", crop_mode="center")
+    config = {"architecture": "mixer_b16_224"}
+    for value in ODD:
+        for key in (*inner, "label_names"):
+            text = json.dumps(config | {"pretrained_cfg": inner | {key: value}})
+            (tmp_path / "config.json").write_text(text)
+            _one_line(path)
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": value}))
+        _one_line(path)
+    for key, value in (("mean", [float("nan")] * 3), ("std", None), ("crop_pct", 1e-300)):
+        text = json.dumps(config | {"pretrained_cfg": inner | {key: value}})
+        (tmp_path / "config.json").write_text(text)
+        refused(path, "is not as timm writes it")
+
+
+@pytest.mark.parametrize("size", [10**9, (32, 10**9), 32 * 10**6, 10**400], ids=lambda s: "size")
+def test_image_sizes_are_compared_with_the_memory_first(size):
+    for resize in ("grow", "interpolate"):
+        refused(PUBLISHED, "GB of memory|image_size", image_size=size, resize=resize)
+
+
+# Weights of other programs.
+
+
+def _printed_code(text):
+    """The Python of the line that a message offers."""
+    command = text.split("`")[1]
+    program, flag, code = shlex.split(command)
+    assert (program, flag) == ("python", "-c")
+    return code
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "checkpoint.pth", "a 'b'.bin", "x.CKPT"])
+def test_the_line_for_pickles_takes_the_weights_out(tmp_path, monkeypatch, name):
+    """With stand-ins for PyTorch and timm, which are not here."""
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    text = refused(tmp_path / name, "is a pickled file, which can run code, and is not opened")
+    code = _printed_code(text)
+    assert f'timm.models.load_state_dict("{name}")' in code
+    stand_ins = """
+import sys, types
+class Tensor:
+    def clone(self): return self
+    def contiguous(self): return "saved"
+saved = {}
+def module(name, **values):
+    sys.modules[name] = types.SimpleNamespace(**values)
+    return sys.modules[name]
+torch = module("torch", is_tensor=lambda value: isinstance(value, Tensor))
+models = module("timm.models", load_state_dict=lambda name: {"stem": Tensor(), "epoch": 3})
+module("timm", models=models)
+safe = module("safetensors.torch", save_file=lambda values, out: print(values, out))
+module("safetensors", torch=safe)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", stand_ins + code], capture_output=True, text=True, cwd=tmp_path
+    )
+    out = name.partition(".")[0] + ".safetensors"
+    assert done.stdout.strip() == f"{{'stem': 'saved'}} {out}", done.stderr
+
+
+def test_checkpoints_of_big_vision_are_known(tmp_path):
+    step = tmp_path / "run" / "checkpoint.bv-000000100"
+    (step / "params~stem~kernel").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint.bv-LAST").write_text("000000100")
+    last = str(tmp_path / "run" / "checkpoint.bv")
+    for path, place in (
+        (step, str(step)),
+        (tmp_path / "run", last),
+        (tmp_path / "run" / "checkpoint.bv", last),
+        (tmp_path / "run" / "checkpoint.bv-LAST", last),
+    ):
+        code = _printed_code(refused(path, "is a checkpoint of big_vision"))
+        assert f'u.tree_flatten_with_names(u.load_params("{place}"))' in code
+        compile(code, "line", "exec")
+    done = run_program("mixer.tools.convert", tmp_path / "run", tmp_path / "out.npz")
+    assert done.returncode == 2 and "is a checkpoint of big_vision" in done.stderr
+
+
+def test_checkpoints_of_vision_transformer_become_an_npz_by_the_line(tmp_path, monkeypatch):
+    params = traverse_util.unflatten_dict(arrays_of(PUBLISHED), sep="/")
+    state = (params, {"0": {"trace": params}}, 100)
+    (tmp_path / "vt").mkdir()
+    (tmp_path / "vt" / "checkpoint_100").write_bytes(serialization.to_bytes(state))
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "vt", tmp_path / "vt" / "checkpoint_100"):
+        exec(_printed_code(refused(path, "is a checkpoint of flax")), {})
+        loaded = loading.read(tmp_path / "checkpoint_100.npz", log=print)
+        assert_same_bits(loaded.params, golden_params())
+        (tmp_path / "checkpoint_100.npz").unlink()
+
+
+def test_a_folder_of_the_hub_names_its_file(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path, r"pytorch_model\.bin is a pickled file")
+    (tmp_path / "model.safetensors").write_bytes(TIMM.read_bytes())
+    refused(tmp_path, rf"give the file itself: {tmp_path}/model\.safetensors")
+    assert foreign.advice(tmp_path / "none") == ""
+
+
+# Without a head.
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory):
+    arrays = {k: v for k, v in arrays_of(PUBLISHED).items() if not k.startswith("head/")}
+    path = tmp_path_factory.mktemp("headless") / "x.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_weights_without_a_head_are_converted(headless, tmp_path):
+    plain = loading.read(headless, log=print)
+    assert plain.card.num_classes == 0 and "head" not in plain.params
+    for name in ("b.safetensors", "run"):
+        done = run_program("mixer.tools.convert", headless, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        again = loading.read(tmp_path / name, log=print)
+        assert again.card == plain.card
+        assert_same_bits(again.params, plain.params)
+    dropped = loading.read(PUBLISHED, num_classes=0, log=print)
+    assert_same_bits(dropped.params, plain.params)
+    with pytest.raises(UserError, match="head/kernel: not in the model"):
+        loading.read(PUBLISHED, num_classes=0, head="keep", log=print)
+
+
+def test_outputs_that_cannot_be_written_get_a_line(headless, tmp_path, monkeypatch):
+    for out in (tmp_path / ("a" * 300 + ".npz"), "/proc/x.npz", "/proc/run"):
+        done = run_program("mixer.tools.convert", headless, out)
+        assert done.returncode == 2 and "cannot be written" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    done = run_program("mixer.tools.convert", headless, tmp_path / "y.npz")
+    assert done.returncode == 2 and "y.npz cannot be written: No space left" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "x.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_weights_without_a_head_give_features(headless, picture, tmp_path):
+    out = tmp_path / "features.npz"
+    arguments = (picture, f"--weights={headless}", "--preprocess=decode")
+    done = run_program("mixer.tools.predict", *arguments, f"--features={out}")
+    assert done.returncode == 0, done.stderr
+    assert arrays_of(out)["features"].shape == (1, 24) and not done.stdout
+    for more in ((), (f"--features={out}", "--layer=logits")):
+        done = run_program("mixer.tools.predict", *arguments, *more)
+        assert done.returncode == 2 and "has no head" in done.stderr
+
+
+def test_weights_without_a_head_are_probed_and_not_classified(headless, tmp_path):
+    config = tiny_config(image_size=32, global_batch_size=32)
+
+    def open_weights():
+        return report.open_weights(str(headless), config=config, output=str(tmp_path))
+
+    report.evaluate([open_weights], suite=["fewshot"])
+    assert "fewshot" in json.loads((tmp_path / "results.json").read_text())
+    with pytest.raises(UserError, match="no head.*fewshot"):
+        report.evaluate([open_weights], splits=["test"])
