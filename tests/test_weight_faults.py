@@ -20,7 +20,7 @@ from PIL import Image
 
 import mixer
 from helpers import GOLDENS, assert_same_bits, golden_params, run_program, tiny_config
-from mixer import foreign, loading, published, remote, run, weights
+from mixer import foreign, loading, published, remote, run, trainer, weights
 from mixer.errors import UserError
 from mixer.evaluation import report
 from mixer.model import VARIANTS
@@ -572,6 +572,22 @@ def test_checkpoints_of_big_vision_are_known(tmp_path):
     assert done.returncode == 2 and "is a checkpoint of big_vision" in done.stderr
 
 
+def test_checkpoints_of_vision_transformer_are_known(tmp_path):
+    (tmp_path / "vt").mkdir()
+    (tmp_path / "vt" / "checkpoint_100").write_bytes(b"msgpack")
+    (tmp_path / "orbax" / "checkpoint_20" / "d").mkdir(parents=True)
+    for path in (
+        tmp_path / "vt",
+        tmp_path / "vt" / "checkpoint_100",
+        tmp_path / "orbax",
+        tmp_path / "orbax" / "checkpoint_20",
+    ):
+        code = _printed_code(refused(path, "is a checkpoint of flax"))
+        assert f'restore_checkpoint("{path}", None)["0"]' in code
+        compile(code, "line", "exec")
+
+
+@pytest.mark.slow  # flax.training.checkpoints takes 3 s to import
 def test_checkpoints_of_vision_transformer_become_an_npz_by_the_line(tmp_path, monkeypatch):
     params = traverse_util.unflatten_dict(arrays_of(PUBLISHED), sep="/")
     state = (params, {"0": {"trace": params}}, 100)
@@ -580,8 +596,8 @@ def test_checkpoints_of_vision_transformer_become_an_npz_by_the_line(tmp_path, m
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / "vt", tmp_path / "vt" / "checkpoint_100"):
         exec(_printed_code(refused(path, "is a checkpoint of flax")), {})
-        loaded = loading.read(tmp_path / "checkpoint_100.npz", log=print)
-        assert_same_bits(loaded.params, golden_params())
+        made = arrays_of(tmp_path / "checkpoint_100.npz")
+        assert_same_bits(traverse_util.unflatten_dict(made, sep="/"), golden_params())
         (tmp_path / "checkpoint_100.npz").unlink()
 
 
@@ -654,6 +670,7 @@ def test_weights_without_a_head_give_features(headless, picture, tmp_path):
         assert done.returncode == 2 and "has no head" in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_without_a_head_are_probed_and_not_classified(headless, tmp_path):
     config = tiny_config(image_size=32, global_batch_size=32)
 
@@ -662,5 +679,36 @@ def test_weights_without_a_head_are_probed_and_not_classified(headless, tmp_path
 
     report.evaluate([open_weights], suite=["fewshot"])
     assert "fewshot" in json.loads((tmp_path / "results.json").read_text())
-    with pytest.raises(UserError, match="no head.*fewshot"):
+    with pytest.raises(UserError, match=r"no head.*fewshot"):
         report.evaluate([open_weights], splits=["test"])
+
+
+@pytest.mark.slow
+def test_a_run_from_an_address_keeps_no_secret_and_continues(server, tmp_path, capsys):
+    server.files = {"x.npz": PUBLISHED.read_bytes()}
+    short = dict(dataset__val_split="", dataset__test_split="", checkpoint__every_steps=2)
+    short |= dict(schedule__warmup_steps=1)
+    dims = {f"model__{name}": None for name in weights.DIMENSIONS}
+    for steps in (2, 4):
+        address = server.url(f"x.npz?token={SECRET}{steps}")
+        config = tiny_config(init_from=address, image_size=32, total_steps=steps, **short, **dims)
+        trainer.train(config, str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"] == server.url(
+        "x.npz"
+    )
+    assert SECRET not in capsys.readouterr().out
+    for path in (tmp_path / "run").rglob("*"):
+        assert SECRET not in path.name
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes()
+    done = run_program(
+        "evaluate.py",
+        f"--weights={server.url(f'x.npz?token={SECRET}')}",
+        "--suite=throughput",
+        "--batch_sizes=1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    for path in (tmp_path / "runs").rglob("*"):
+        assert SECRET not in str(path)
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes()
