@@ -176,6 +176,12 @@ def run_program(program, *arguments, cwd=ROOT):
 
 def _restore_afterwards(stack):
     """Restores, when `stack` closes, whatever of this process a program changes."""
+    # Flags of tools that tests have imported, whose names the program may define too.
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+        for flag in list(defined) if module.startswith("mixer.tools.") else ():
+            delattr(flags.FLAGS, flag.name)
+            stack.callback(flags.FLAGS.register_flag_by_module, module, flag)
+            stack.callback(flags.FLAGS.__setitem__, flag.name, flag)
     flag_values = flagsaver.save_flag_values()
     stack.callback(flagsaver.restore_flag_values, flag_values)
     stack.callback(sys.modules.__setitem__, "__main__", sys.modules["__main__"])

@@ -1,6 +1,7 @@
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import PUBLISHED, assert_same_bits, run_python
+from helpers import PUBLISHED, assert_same_bits
 from mixer import checkpoint, optimizer, sharding, train_state
 from mixer.errors import UserError
 from mixer.model import make_model
@@ -47,46 +48,67 @@ def _open(path, **options):
     return checkpoint.Checkpoints(path, **{"keep_last": 2, **options})
 
 
-def _save(path, steps=(10, 20, 30), **options):
-    state, abstract = _states()
-    with _open(path, **options) as manager:
-        for step in steps:
-            manager.save(_at(state, step))
+@pytest.fixture(scope="module")
+def states():
+    """A state of step 0, and its abstract form."""
+    return _states()
+
+
+@pytest.fixture(scope="module")
+def saved(states, tmp_path_factory):
+    """Checkpoints of steps 10, 20 and 30, of which two are kept."""
+    path = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with _open(path) as manager:
+        for step in (10, 20, 30):
+            manager.save(_at(states[0], step))
         manager.wait()
-        return state, abstract, manager.steps
+        assert manager.steps == [20, 30]
+    return path
 
 
-def test_round_trip_is_exact_and_saves_versions(tmp_path):
-    state, abstract, _ = _save(tmp_path / "checkpoints")
-    with _open(tmp_path / "checkpoints") as manager:
+@pytest.fixture
+def checkpoints(saved, tmp_path):
+    """A copy of them, to damage."""
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def test_round_trip_is_exact_and_saves_versions(saved, states):
+    state, abstract = states
+    with _open(saved) as manager:
         restored, info = manager.restore_latest(abstract, warn=pytest.fail)
     assert_same_bits(restored, _at(state, 30))
     assert info["step"] == 30
     assert {"python", "commit", "jax", "flax", "optax", "orbax-checkpoint"} <= set(info["versions"])
+    text = (saved / "30" / "info" / "metadata").read_text()
+    assert json.loads(text)["checksums"]["params/head/bias"]
+    assert np.isfinite(json.loads(text)["step"])
 
 
-def test_keeps_the_last_and_the_multiples(tmp_path):
-    assert _save(tmp_path / "a", range(10, 80, 10))[2] == [60, 70]
-    assert _save(tmp_path / "b", range(10, 80, 10), keep_every_steps=30)[2] == [30, 60, 70]
+def test_keeps_the_last_and_the_multiples(states, tmp_path):
+    with _open(tmp_path / "checkpoints", keep_last=1, keep_every_steps=20) as manager:
+        for step in range(10, 60, 10):
+            manager.save(_at(states[0], step))
+        manager.wait()
+        assert manager.steps == [20, 40, 50]
 
 
 def test_saving_goes_on_while_the_state_changes(tmp_path):
     """What is written is the state that was given, though its buffers are donated at once."""
-    state, abstract = _states(hidden_dim=256, channels_mlp_dim=1024, num_blocks=4)
+    state, abstract = _states(hidden_dim=256, channels_mlp_dim=1024, num_blocks=2)
     add = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)
-    wanted = {}
+    expected = {}
     with _open(tmp_path, keep_last=100) as manager:
-        for _ in range(8):
+        for _ in range(4):
             state = add(state)
-            wanted[int(state.step)] = jax.device_get(checkpoint.checksums(state)[0])
+            expected[int(state.step)] = checkpoint.checksums(state.params)[0]
             manager.save(state)
             for _ in range(5):
                 state = add(state)
         manager.wait()
-        for step in manager.steps:
-            restored, _ = manager._restore(step, abstract)
-            assert checkpoint.checksums(restored)[0] == wanted[step]
-    assert len(wanted) == 8
+        assert manager.steps == list(expected)
+    for step, sums in expected.items():
+        params = checkpoint.restore_params(tmp_path / str(step), abstract.params)
+        assert checkpoint.checksums(params)[0] == sums
 
 
 def _files(directory):
@@ -128,13 +150,21 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_newest_is_moved_aside_and_saved_again(tmp_path, damage, capfd):
-    state, abstract, _ = _save(tmp_path / "checkpoints")
-    DAMAGE[damage](tmp_path / "checkpoints" / "30")
+KINDS = ("truncated data", "flipped data", "missing database", "flipped info", "missing state")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(kind, marks=() if kind in KINDS else pytest.mark.slow) for kind in DAMAGE],
+)
+def test_damaged_newest_is_moved_aside_and_saved_again(
+    checkpoints, states, tmp_path, damage, capfd
+):
+    state, abstract = states
+    DAMAGE[damage](checkpoints / "30")
     capfd.readouterr()
     lines = []
-    with _open(tmp_path / "checkpoints") as manager:
+    with _open(checkpoints) as manager:
         restored, _ = manager.restore_latest(abstract, lines.append)
         assert int(restored.step) == 20
         assert_same_bits(restored, _at(state, 20))
@@ -142,25 +172,26 @@ def test_damaged_newest_is_moved_aside_and_saved_again(tmp_path, damage, capfd):
         manager.wait()
         assert manager.steps == [20, 30]
     if lines:  # an empty directory is no checkpoint to Orbax, and needs no warning
-        assert len(lines) == 1 and "30 is damaged" in lines[0] and "\n" not in lines[0]
+        assert len(lines) == 1 and str(checkpoints / "30") in lines[0] and "\n" not in lines[0]
         assert len(list((tmp_path / "damaged").iterdir())) == 1
     assert "Traceback" not in "".join(capfd.readouterr())
-    with _open(tmp_path / "checkpoints") as manager:
+    with _open(checkpoints) as manager:
         assert int(manager.restore_latest(abstract, pytest.fail)[0].step) == 30
 
 
 @pytest.mark.slow
-def test_every_damaged_file_is_noticed_or_harmless(tmp_path, capfd):
+def test_every_damaged_file_is_noticed_or_harmless(saved, states, tmp_path, capfd):
     """Each file of a checkpoint in turn: the state that comes back is always one that was saved."""
-    state, abstract, _ = _save(tmp_path / "whole", steps=(20, 30))
-    for path in _files(tmp_path / "whole" / "30"):
+    state, abstract = states
+    copy = tmp_path / "checkpoints"
+    for path in _files(saved / "30"):
         if not os.path.getsize(path):
             continue
-        for do in (_flip, os.remove):
-            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-            shutil.copytree(tmp_path / "whole", tmp_path / "checkpoints")
-            do(path.replace("whole", "checkpoints"))
-            with _open(tmp_path / "checkpoints") as manager:
+        for damage in (_flip, os.remove):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(saved, copy)
+            damage(copy / os.path.relpath(path, saved))
+            with _open(copy) as manager:
                 restored, info = manager.restore_latest(abstract, lambda line: None)
             assert info["step"] == int(restored.step) in (20, 30)
             assert_same_bits(restored, _at(state, int(restored.step)))
@@ -177,78 +208,77 @@ def test_a_read_of_orbaxs_that_never_began_says_nothing(tmp_path, recwarn):
     assert not [str(seen.message) for seen in recwarn if "never awaited" in str(seen.message)]
 
 
-def test_all_damaged_stops_and_says_so(tmp_path):
-    _, abstract, _ = _save(tmp_path / "checkpoints")
+def test_all_damaged_stops_and_says_so(checkpoints, states):
+    abstract = states[1]
     for step in ("20", "30"):
-        _each_data_file(tmp_path / "checkpoints" / step, _flip)
+        _each_data_file(checkpoints / step, _flip)
     lines = []
-    with _open(tmp_path / "checkpoints") as manager:
-        with pytest.raises(UserError, match=r"none of the checkpoints .* starts from step 0"):
+    with _open(checkpoints) as manager:
+        with pytest.raises(UserError, match=rf"{checkpoints}.*damaged"):
             manager.restore_latest(abstract, lines.append)
         assert len(lines) == 2
         assert manager.restore_latest(abstract, lines.append) is None
 
 
-def test_state_of_another_model_is_refused_and_stays(tmp_path):
-    _save(tmp_path / "checkpoints")
-    _, abstract = _states(hidden_dim=24, num_blocks=1)
-    with _open(tmp_path / "checkpoints") as manager:
-        with pytest.raises(UserError, match="does not fit the model") as caught:
-            manager.restore_latest(abstract, pytest.fail)
+def _abstract(**fields):
+    return train_state.abstract_state(
+        _model(**fields), TX, (8, 8), sharding.make_mesh({"data": -1})
+    )
+
+
+def test_state_of_another_model_is_refused_and_stays(saved):
+    with _open(saved) as manager:
+        with pytest.raises(UserError, match=str(saved / "30")) as caught:
+            manager.restore_latest(_abstract(hidden_dim=24, num_blocks=1), pytest.fail)
         assert manager.steps == [20, 30]
     text = str(caught.value)
-    assert "params/stem/kernel: saved (2, 2, 3, 16), wanted (2, 2, 3, 24)" in text
-    assert "params/MixerBlock_1/LayerNorm_0/bias: not in the model" in text
+    assert re.search(r"params/stem/kernel: .*\(2, 2, 3, 16\).*\(2, 2, 3, 24\)", text)
+    assert "params/MixerBlock_1/LayerNorm_0/bias: " in text
 
 
-def test_state_that_is_not_finite_is_never_saved(tmp_path):
-    state, _ = _states()
+def test_state_that_is_not_finite_is_never_saved(states, tmp_path):
+    state, _ = states
     broken = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
     with _open(tmp_path / "checkpoints") as manager:
-        with pytest.raises(UserError, match=r"NaN.*nothing was saved.*peak_lr"):
+        with pytest.raises(UserError, match=r"NaN.*peak_lr"):
             manager.save(broken)
         assert manager.steps == []
 
 
-def save_on_a_full_disk(directory):
-    """Run as a process of its own: from the second checkpoint on no file may outgrow 2 kB.
-
-    The limit is the whole process's: in pytest it would also cut off the log of the tests.
-    """
-    state, _ = _states()
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with _open(directory) as manager:
-            manager.save(_at(state, 10))
-            manager.wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+def test_failed_background_save_stops_with_its_reason(states, tmp_path):
+    """As on a full disk: from the second checkpoint on no file may outgrow 2 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    state, _ = states
+    with (
+        pytest.raises(UserError, match=r"File too large.*checkpoints/10"),
+        _open(tmp_path / "checkpoints") as manager,
+    ):
+        manager.save(_at(state, 10))
+        manager.wait()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
             manager.save(_at(state, 20))
             manager.wait()
-    except UserError as error:
-        print("UserError:", error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_failed_background_save_stops_with_its_reason(tmp_path):
-    code = "import sys, test_checkpoint as t; t.save_on_a_full_disk(t.Path(sys.argv[1]))"
-    text = run_python("-c", code, tmp_path / "checkpoints").stdout
-    assert "UserError: " in text and "could not be written to" in text
-    assert "File too large" in text and "checkpoints/10" in text
-
-
-def test_parameters_alone(tmp_path):
-    state, abstract, _ = _save(tmp_path / "run" / "checkpoints")
-    for path in ("run", "run/checkpoints", "run/checkpoints/30"):
-        params = checkpoint.restore_params(tmp_path / path, abstract.params)
+def test_parameters_alone(checkpoints, states, tmp_path):
+    state, abstract = states
+    for path in (tmp_path, checkpoints, checkpoints / "30"):
+        params = checkpoint.restore_params(path, abstract.params)
         assert_same_bits(params, _at(state, 30).params)
-    params = checkpoint.restore_params(tmp_path / "run/checkpoints/20", abstract.params)
+    params = checkpoint.restore_params(checkpoints / "20", abstract.params)
     assert_same_bits(params, _at(state, 20).params)
-    with pytest.raises(UserError, match="no checkpoint in"):
+    with pytest.raises(UserError, match="nowhere"):
         checkpoint.restore_params(tmp_path / "nowhere", abstract.params)
-    with pytest.raises(UserError, match=r"stem/bias: saved \(16,\), wanted \(24,\)"):
-        checkpoint.restore_params(tmp_path / "run", _states(hidden_dim=24)[1].params)
-    _each_data_file(tmp_path / "run" / "checkpoints" / "30", _flip)
-    with pytest.raises(UserError, match="30 is damaged"):
-        checkpoint.restore_params(tmp_path / "run", abstract.params)
+    with pytest.raises(UserError, match=r"stem/bias: .*\(16,\).*\(24,\)"):
+        checkpoint.restore_params(tmp_path, _abstract(hidden_dim=24).params)
+    _each_data_file(checkpoints / "30", _flip)
+    with pytest.raises(UserError, match=str(checkpoints / "30")):
+        checkpoint.restore_params(tmp_path, abstract.params)
 
 
 def test_fingerprint_sees_every_bit_and_every_exchange():
@@ -266,16 +296,9 @@ def test_fingerprint_sees_every_bit_and_every_exchange():
 def test_run_directory_is_held_by_one_process(tmp_path):
     with (
         checkpoint.locked(tmp_path),
-        pytest.raises(UserError, match=rf"in use by another process \(pid {os.getpid()}\)"),
+        pytest.raises(UserError, match=rf"{tmp_path}.*\b{os.getpid()}\b"),
         checkpoint.locked(tmp_path),
     ):
         pass
     with checkpoint.locked(tmp_path):
         pass
-
-
-def test_info_is_json(tmp_path):
-    _save(tmp_path)
-    text = (tmp_path / "30" / "info" / "metadata").read_text()
-    assert json.loads(text)["checksums"]["params/head/bias"]
-    assert np.isfinite(json.loads(text)["step"])

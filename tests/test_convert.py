@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from helpers import GOLDENS, TINY, assert_same_bits, run_python
+from helpers import GOLDENS, TINY, assert_same_bits, run_program, run_python
 from mixer import loading, weights
 from mixer.model import make_model
 from mixer.tools import convert
@@ -58,6 +58,16 @@ def write(path, loaded, layout):
     return path
 
 
+def test_through_every_format_and_back_is_bit_exact_and_keeps_the_card(tmp_path):
+    made = loaded = make("rectangle", gelu="erf")
+    for place, layout in enumerate(("run", "published", "timm", "legacy", "run")):
+        loaded = read(write(tmp_path / f"{place}_{NAMES[layout]}", loaded, layout))
+        assert_same_bits(made.params, loaded.params)
+        assert loaded.card == made.card
+        assert loaded.model == made.model
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", NAMES)
 @pytest.mark.parametrize("second", NAMES)
 def test_every_pair_is_bit_exact_and_keeps_the_card(tmp_path, first, second):
@@ -69,7 +79,10 @@ def test_every_pair_is_bit_exact_and_keeps_the_card(tmp_path, first, second):
     assert two.model == made.model
 
 
-@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if name == "run" else ()) for name in NAMES],
+)
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "tiny"])
 def test_odd_shapes_come_back(tmp_path, name, layout):
     made = make(name)
@@ -120,7 +133,7 @@ def test_the_json_tells_timm_how_to_build_the_model():
 def test_values_that_are_not_finite_are_not_written(tmp_path):
     made = make("tiny")
     made.params["stem"]["bias"][0] = np.nan
-    with pytest.raises(weights.UserError, match="not written: stem/bias holds NaN"):
+    with pytest.raises(weights.UserError, match=r"stem/bias.*NaN"):
         write(tmp_path / "x.npz", made, "published")
     assert not list(tmp_path.iterdir())
 
@@ -131,23 +144,20 @@ def test_a_converted_run_is_no_training_run(tmp_path):
 
     path = write(tmp_path / "run", make("tiny"), "run")
     for use in (lambda: run.read_run(path), lambda: trainer.train(tiny_config(), str(path))):
-        with pytest.raises(
-            weights.UserError, match=r"converted weights and no training run; .*init"
-        ):
+        with pytest.raises(weights.UserError, match=rf"{path}.*init"):
             use()
 
 
 def command(*arguments, cwd, code=0):
-    done = run_python("-m", "mixer.tools.convert", *arguments, cwd=cwd, check=False)
+    done = run_program("mixer.tools.convert", *arguments, cwd=cwd)
     assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
 
 
 def test_the_command_converts_reports_and_grows(tmp_path):
     out, err = command(PUBLISHED, "large.safetensors", "--image_size=64", "--report", cwd=tmp_path)
-    assert "grown to 64 x 64, head kept" in err and "published layout" in err
-    assert "written: large.safetensors (timm layout, 42,247 parameters, 0.2 MB)," in out
+    assert "64 x 64" in err and "published" in err
+    assert re.search(r"large\.safetensors.*timm.*42,247.*0\.2 MB", out)
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert rows["params"][1] == "42,247"  # 13,123 and 9,708 more a block
     assert "MixerBlock_2" in rows
@@ -164,21 +174,19 @@ def test_mistakes_get_one_line(tmp_path):
     (tmp_path / "there.npz").write_bytes(b"")
     (tmp_path / "beside.npz.json").write_text("{}")
     for arguments, message in (
-        ((PUBLISHED,), "expected IN OUT, or IN --report"),
-        ((PUBLISHED, "x.h5"), "x.h5: an .npz or .safetensors file can be written, or a run"),
-        ((PUBLISHED, "there.npz"), "there.npz exists already"),
-        ((PUBLISHED, "beside.npz"), "beside.npz.json exists already"),
+        ((PUBLISHED,), "--report"),
+        ((PUBLISHED, "x.h5"), "x.h5: "),
+        ((PUBLISHED, "there.npz"), "there.npz"),
+        ((PUBLISHED, "beside.npz"), "beside.npz.json"),
+        ((PUBLISHED, "x.safetensors", "--layout=legacy"), "--layout=legacy"),
+        ((PUBLISHED, tmp_path / "no" / "x.npz"), f"{tmp_path / 'no'} "),
     ):
         _, err = command(*arguments, cwd=tmp_path, code=2)
         assert len(err.splitlines()) == 1 and message in err, err
-    flags = convert.flags.FLAGS
-    if not flags.is_parsed():
-        flags(["convert"])
-    for name, message in (
-        ("x.safetensors", "--layout=legacy is for"),
-        ("no/x.npz", "no directory"),
-    ):
-        flags["layout"].value = "legacy" if "safetensors" in name else "published"
-        with pytest.raises(weights.UserError, match=message):
-            convert._layout(epath.Path(os.path.join(tmp_path, name)))
-    flags["layout"].value = "published"
+
+
+@pytest.mark.slow
+def test_the_command_is_a_program(tmp_path):
+    run_python("-m", "mixer.tools.convert", PUBLISHED, "x.safetensors", cwd=tmp_path)
+    done = run_python("-m", "mixer.tools.convert", PUBLISHED, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

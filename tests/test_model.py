@@ -23,16 +23,6 @@ COUNTS = {
 }
 
 
-def test_outputs_equal_the_reference_code():
-    answers = golden("outputs")
-    model = make_model(num_classes=7, **TINY)
-    logits, out = model.apply({"params": golden_params()}, answers["image"])
-    assert set(out) == set(answers.files) - {"image"}
-    for name in out:
-        np.testing.assert_allclose(out[name], answers[name], atol=1e-5, rtol=0, err_msg=name)
-    np.testing.assert_array_equal(logits, out["logits"])
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_has_the_published_size_and_names(variant):
     model = make_model(variant=variant, num_classes=1000)
@@ -51,24 +41,26 @@ def test_variant_has_the_published_size_and_names(variant):
     assert "stem/kernel" in flat and "pre_head_layer_norm/scale" in flat and "head/bias" in flat
 
 
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def _apply_model(model, params, images, key, example_index, train):
+    rngs = {"dropout": key} if train else None
+    settings = dict(train=train, example_index=example_index, rngs=rngs)
+    return model.apply({"params": params}, images, **settings)
+
+
 def _apply(images=None, train=False, seed=0, example_index=None, **fields):
     model = make_model(num_classes=7, **{**TINY, **fields})
     images = golden("outputs")["image"] if images is None else images
-    return model.apply(
-        {"params": golden_params()},
-        images,
-        train=train,
-        example_index=example_index,
-        rngs={"dropout": jax.random.key(seed)} if train else None,
-    )
+    key = jax.random.key(seed)
+    return _apply_model(model, golden_params(), images, key, example_index, train)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((1, 32, 32, 3), np.uint8), "images are uint8; floats are taken"),
-        (np.zeros((1, 3, 32, 32), np.float32), r"\(1, 3, 32, 32\); \(N, H, W, 3\) is taken"),
-        (np.zeros((32, 32, 3), np.float32), r"images are \(32, 32, 3\); \(N, H, W, 3\)"),
+        (np.zeros((1, 32, 32, 3), np.uint8), "uint8.*float"),
+        (np.zeros((1, 3, 32, 32), np.float32), r"\(1, 3, 32, 32\).*\(N, H, W, 3\)"),
+        (np.zeros((32, 32, 3), np.float32), r"\(32, 32, 3\).*\(N, H, W, 3\)"),
     ],
 )
 def test_images_of_another_form_are_refused(images, message):
@@ -87,13 +79,14 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_logits()
     assert out["block_2"].dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, golden("outputs")["logits"], atol=0.1)
     model = make_model(num_classes=7, dtype="bfloat16", **TINY)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
 def test_head_starts_at_zero_and_at_its_bias():
     model = make_model(num_classes=7, head_bias_init=-6.9, **TINY)
-    head = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]["head"]
+    images = jnp.zeros((1, 32, 32, 3))
+    head = jax.jit(lambda: model.init(jax.random.key(0), images)["params"]["head"])()
     assert not head["kernel"].any()
     np.testing.assert_allclose(head["bias"], -6.9)
 
@@ -131,11 +124,11 @@ def test_dropout_zeroes_at_its_rate_and_rescales_the_rest():
     """Through the last layer of an MLP, whose masks multiply the output itself."""
     x = jax.random.normal(jax.random.key(1), (256, 4, 6))
     mlp = MlpBlock(axis=2, mlp_dim=8, gelu="tanh", dropout=0.25)
-    params = mlp.init(jax.random.key(0), x, None)
+    params = jax.jit(mlp.init)(jax.random.key(0), x, None)
     params["params"]["Dense_1"]["kernel"] *= 0  # what is left of the output is its bias, 1
     params["params"]["Dense_1"]["bias"] += 1
     keys = jax.random.split(jax.random.key(2), 256)
-    values, counts = np.unique(mlp.apply(params, x, keys), return_counts=True)
+    values, counts = np.unique(jax.jit(mlp.apply)(params, x, keys), return_counts=True)
     np.testing.assert_allclose(values, [0, 1 / 0.75], rtol=1e-6)
     np.testing.assert_allclose(counts[0] / counts.sum(), 0.25, atol=0.02)
     assert _apply(train=True, dropout=0.25)[0].std() != _apply()[0].std()
@@ -153,21 +146,21 @@ def test_masks_depend_on_the_place_in_the_global_batch_and_on_the_key_only():
 
 @pytest.mark.parametrize("size", [(33, 32), (32, 30), (4, 32)])
 def test_size_that_the_patch_does_not_divide_is_refused(size):
-    with pytest.raises(UserError, match="patch size 8 does not divide"):
+    with pytest.raises(UserError, match="8"):
         _apply(np.zeros((1, *size, 3), np.float32))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(variant="B/17"), "unknown model variant 'B/17'.*'B/16'"),
-        (dict(variant="S/16", hiden_dim=3), "no field 'hiden_dim'.*'hidden_dim'"),
+        (dict(variant="B/17"), "'B/17'.*'B/16'"),
+        (dict(variant="S/16", hiden_dim=3), "'hiden_dim'.*'hidden_dim'"),
         (dict(patch_size=4), "hidden_dim"),
-        (dict(variant="S/16", gelu="relu"), "tanh, erf"),
-        (dict(variant="S/16", dtype="float16"), "float32, bfloat16"),
-        (dict(variant="S/16", stoch_depth=1.0), r"in \[0, 1\)"),
-        (dict(variant="S/16", hidden_dim=0), "at least 1"),
-        (dict(variant="S/16", num_classes=0), "at least 1"),
+        (dict(variant="S/16", gelu="relu"), "relu.*tanh, erf"),
+        (dict(variant="S/16", dtype="float16"), "float16.*float32, bfloat16"),
+        (dict(variant="S/16", stoch_depth=1.0), "stoch_depth.*1.0"),
+        (dict(variant="S/16", hidden_dim=0), "hidden_dim.*0"),
+        (dict(variant="S/16", num_classes=0), "num_classes.*0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -181,8 +174,9 @@ def test_explicit_dimensions_replace_the_variants():
     assert (model.hidden_dim, model.num_blocks, model.patch_size) == (64, 8, 16)
 
 
-def _loss_and_gradient(model, params, images):
-    """Of a training pass with all masks on."""
+@functools.partial(jax.jit, static_argnames="model")
+def _training_and_evaluation(model, params, images):
+    """Loss, outputs and gradient of a training pass with all masks on; logits of an evaluation."""
 
     def loss(params):
         logits, out = model.apply(
@@ -190,47 +184,62 @@ def _loss_and_gradient(model, params, images):
         )
         return jnp.sum(logits**2) + jnp.mean(out["block_1"] ** 2), out
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    evaluated, _ = model.apply({"params": params}, images)
+    return jax.value_and_grad(loss, has_aux=True)(params), evaluated
 
 
+@pytest.mark.parametrize(
+    "execution",
+    [
+        pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
+        pytest.param(dict(remat="full"), marks=pytest.mark.slow),
+        pytest.param(dict(scan_blocks=True), marks=pytest.mark.slow),
+        dict(scan_blocks=True, remat="full"),
+    ],
+    ids=["dots", "full", "scan", "scan-full"],
+)
 @pytest.mark.parametrize("rescale", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_remat_and_scan_change_no_number_and_no_name(rescale):
-    fields = dict(patch_size=4, hidden_dim=8, num_blocks=3, tokens_mlp_dim=6, channels_mlp_dim=12)
+def test_remat_and_scan_change_no_number_and_no_name(rescale, execution):
+    fields = dict(patch_size=4, hidden_dim=8, num_blocks=2, tokens_mlp_dim=6, channels_mlp_dim=12)
     fields |= dict(num_classes=5, stoch_depth=0.5, stoch_depth_rescale=rescale, dropout=0.2)
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    plain = make_model(**fields)
-    params = plain.init(jax.random.key(2), images)["params"]
+    plain, model = make_model(**fields), make_model(**fields, **execution)
+    params = jax.jit(plain.init)(jax.random.key(2), images)["params"]
+    born = jax.eval_shape(model.init, jax.random.key(2), images)["params"]
+    assert jax.tree.structure(born) == jax.tree.structure(params)
     params["head"]["kernel"] += 0.1
-    (loss, out), gradient = _loss_and_gradient(plain, params, images)
-    for how in (
-        dict(remat="dots"),
-        dict(remat="full"),
-        dict(scan_blocks=True),
-        dict(scan_blocks=True, remat="full"),
-    ):
-        model = make_model(**fields, **how)
-        born = model.init(jax.random.key(2), images)["params"]
-        assert jax.tree.structure(born) == jax.tree.structure(params)
-        (other, other_out), other_gradient = _loss_and_gradient(model, params, images)
-        np.testing.assert_allclose(other, loss, rtol=1e-6)
-        assert other_out.keys() == out.keys()
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-        jax.tree.map(close, (other_out, other_gradient), (out, gradient))
-        close(
-            model.apply({"params": params}, images)[0], plain.apply({"params": params}, images)[0]
-        )
+    expected = _training_and_evaluation(plain, params, images)
+    actual = _training_and_evaluation(model, params, images)
+    np.testing.assert_allclose(actual[0][0][0], expected[0][0][0], rtol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, actual, expected)
 
 
+@pytest.mark.optimized
+def test_outputs_equal_the_reference_code():
+    answers = golden("outputs")
+    logits, out = _apply()
+    assert set(out) == set(answers.files) - {"image"}
+    for name in out:
+        np.testing.assert_allclose(out[name], answers[name], atol=1e-5, rtol=0, err_msg=name)
+    np.testing.assert_array_equal(logits, out["logits"])
+
+
+@pytest.mark.optimized
 def test_remat_keeps_less_for_the_backward_pass():
     fields = dict(
         patch_size=4, hidden_dim=64, num_blocks=4, tokens_mlp_dim=32, channels_mlp_dim=256
     )
-    images = jnp.zeros((64, 32, 32, 3))
+    images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
     sizes = {}
     for remat in ("none", "dots", "full"):
         # In a loop, so that the compiler, which undoes it elsewhere on a CPU, does not.
         model = make_model(**fields, num_classes=5, remat=remat, scan_blocks=True)
         params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-        step = jax.jit(jax.grad(lambda p, m=model: jnp.sum(m.apply({"params": p}, images)[0] ** 2)))
-        sizes[remat] = step.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+        def loss(params, images, model=model):
+            return jnp.sum(model.apply({"params": params}, images)[0] ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, images).compile()
+        sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert sizes["full"] < 0.5 * sizes["none"] and sizes["full"] < sizes["dots"] < sizes["none"]
