@@ -497,7 +497,7 @@ def _apply(images, strengths, number, place):
         result = _looked_up(_tables(images, names, is_a, value, means), result)
     if "color" in names:
         pixels = images.astype(jnp.float32)
-        coloured = _blend(_luminance(pixels), pixels, _per_image(value("factor")))
+        coloured = _blend(luminance(pixels), pixels, _per_image(value("factor")))
         result = jnp.where(_per_image(is_a("color")), coloured, result)
     if "sharpness" in names:
         sharp = _sharpened(images, _per_image(value("factor")))
@@ -596,7 +596,7 @@ def _looked_up(tables, images):
     return jax.vmap(look_up)(tables, images)
 
 
-def _luminance(pixels):
+def luminance(pixels):
     """Grey version of float pixels in 0 to 255: whole numbers, (N, H, W, 1).
 
     The host's is a matrix product, which rounds once for a product and the sum it is added to where
@@ -610,7 +610,7 @@ def _luminance(pixels):
 def _mean_luminance(images):
     """The mean grey of each image, rounded to a whole number, halves to even: (N,) float32."""
     height, width = images.shape[1:3]
-    grey = _luminance(images.astype(jnp.float32)).astype(jnp.int32)
+    grey = luminance(images.astype(jnp.float32)).astype(jnp.int32)
     whole, rest = jnp.divmod(jnp.sum(grey, (1, 2, 3)), height * width)
     up = (2 * rest > height * width) | ((2 * rest == height * width) & (whole % 2 == 1))
     return (whole + up).astype(jnp.float32)

@@ -68,6 +68,15 @@ def _take_all(split, count, process_count, **settings):
     ]
 
 
+def _whole(split):
+    count = split.num_examples
+    return next(split.sequential_batches(start=0, stop=count, batch_size=count))
+
+
+def _rows(images):
+    return sorted(image.tobytes() for image in images)
+
+
 def _assert_same(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
@@ -155,38 +164,19 @@ def sharded(tmp_path, monkeypatch):
 
 def test_examples_stay_when_the_number_of_processes_changes(sharded):
     """Begun by four processes, gone on by others, across the end of an epoch too."""
-    source = pipeline.open_source(sharded[1].dataset, "train")
-
-    def read(start_step, count, process_count):
-        """(epoch, number, record) of the examples of `count` global batches of 48."""
-        parts = []
-        for process in range(process_count):
-            examples = sources._ordered(
-                source,
-                start_step,
-                seed=2,
-                global_batch_size=48,
-                group_size=100,
-                process_index=process,
-                process_count=process_count,
-                num_readers=4,
-            )
-            size = 48 // process_count
-            rows = [
-                (int(e), int(n), r) for e, n, r in examples.take(count * size).as_numpy_iterator()
-            ]
-            parts.append([rows[i : i + size] for i in range(0, count * size, size)])
-        return [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)]
-
-    begun = read(0, 27, 4)  # an epoch is 26.2 batches
-    flat = list(itertools.chain(*begun))[: source.kept.size]
-    assert sorted(number for _, number, _ in flat) == list(range(source.kept.size))
-    assert {epoch for epoch, _, _ in begun[26]} == {0, 1}
+    split = run.open_split(sharded[1], "train", None)
+    settings = dict(batch=48, seed=2, num_readers=4)
+    begun = _take_all(split, 27, 4, **settings)  # an epoch is 26.2 batches
+    epoch = np.concatenate([batch["image"] for batch in begun])[: split.num_examples]
+    assert _rows(epoch) == _rows(_whole(split)["image"])
     for start, process_count in ((7, 2), (15, 8), (25, 3), (25, 1)):
-        assert read(start, 2, process_count) == begun[start : start + 2], (start, process_count)
+        again = _take_all(split, 2, process_count, start_step=start, **settings)
+        _assert_same(again, begun[start : start + 2])
 
 
-@pytest.mark.parametrize(("process_index", "process_count"), [(0, 1), (2, 8)])
+@pytest.mark.parametrize(
+    ("process_index", "process_count"), [(0, 1), pytest.param(2, 8, marks=pytest.mark.slow)]
+)
 def test_files_before_the_step_are_not_opened(sharded, process_index, process_count):
     """A run begun by two processes: the files but those of the step's groups are deleted."""
     builder, config = sharded
@@ -235,7 +225,7 @@ def test_folder_lists_classes_over_all_splits_and_images_of_any_case(image_folde
 def test_class_without_any_image_is_refused(image_folder):
     (image_folder / "train" / "fox").mkdir()
     (image_folder / "test" / "fox").mkdir()
-    with pytest.raises(UserError, match="1 of 4 classes have no image in any split: fox"):
+    with pytest.raises(UserError, match="fox"):
         folder.scan(str(image_folder))
 
 
@@ -244,7 +234,7 @@ def test_image_that_cannot_be_decoded_is_told_before_the_run(image_folder, tmp_p
 
     Image.new("RGB", (12, 12)).save(image_folder / "train" / "cat" / "a.tif")
     config = _folder_config(image_folder)
-    with pytest.raises(UserError, match=r"holds 1 images .*train/cat/a\.tif.*\.jpg") as caught:
+    with pytest.raises(UserError, match=r"train/cat/a\.tif.*\.jpg") as caught:
         run.open_split(config, "train", None, augment=True)
     assert "\n" not in str(caught.value)
     prepare.check(config, str(tmp_path / "list.jsonl"))
@@ -270,21 +260,21 @@ def test_folder_parts_are_fair_samples(image_folder):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(data_dir="/nowhere"), "dataset.data_dir=/nowhere is no folder.*train/cat"),
-        (dict(train_split="trian"), "split 'trian'.*train"),
-        (dict(train_split="train[:0]"), "is empty"),
-        (dict(name="cifar1O"), "cifar1O.*Did you mean 'cifar10'"),
-        (dict(name="cifar10"), r"not prepared: looked in .*cifar10.*mixer.tools.prepare tfds"),
-        (dict(train_preprocess="decode|flip"), "unknown step 'flip'.*flip_lr"),
-        (dict(train_preprocess="flip_lr"), "first step must be decode"),
-        (dict(train_preprocess="decode|resize"), "resize: missing a required argument: 'size'"),
-        (dict(train_preprocess="decode|resize(8"), "is no step"),
-        (dict(exclude="/nowhere.jsonl"), "cannot be read"),
-        (dict(data_dir=""), "dataset.data_dir is empty"),
-        (dict(train_preprocess="decode|resize(7)"), "gives no images of image_size=8"),
+        (dict(data_dir="/nowhere"), "dataset.data_dir=/nowhere"),
+        (dict(train_split="trian"), "'trian'.*train"),
+        (dict(train_split="train[:0]"), r"train\[:0\]"),
+        (dict(name="cifar1O"), "cifar1O.*'cifar10'"),
+        (dict(name="cifar10"), "cifar10.*mixer.tools.prepare"),
+        (dict(train_preprocess="decode|flip"), "'flip'.*flip_lr"),
+        (dict(train_preprocess="flip_lr"), "decode"),
+        (dict(train_preprocess="decode|resize"), "resize.*'size'"),
+        (dict(train_preprocess="decode|resize(8"), r"resize\(8"),
+        (dict(exclude="/nowhere.jsonl"), "/nowhere.jsonl"),
+        (dict(data_dir=""), "dataset.data_dir"),
+        (dict(train_preprocess="decode|resize(7)"), "image_size=8"),
         (dict(name="digits", data_dir="/tmp/none", train_split="train[:1shard]"), "split"),
         (dict(name="mnist:9.9.9"), "mnist:9.9.9"),
-        (dict(label_key="label"), "label_key='label' is for a TFDS set"),
+        (dict(label_key="label"), "label_key='label'"),
     ],
 )
 def test_mistakes_get_one_line(image_folder, values, message):
@@ -296,12 +286,12 @@ def test_mistakes_get_one_line(image_folder, values, message):
 def test_synthetic_split_and_classes_are_checked():
     with pytest.raises(UserError, match="validation"):
         run.open_split(tiny_config(dataset__train_split="valid"), "train", None)
-    with pytest.raises(UserError, match="other classes than the run"):
+    with pytest.raises(UserError, match="classes"):
         run.open_split(tiny_config(), "train", ("a", "b"))
 
 
 def test_class_of_the_folder_that_the_run_lacks_is_refused(image_folder):
-    with pytest.raises(UserError, match=r"not trained on: \['eel'\]"):
+    with pytest.raises(UserError, match="eel"):
         run.open_split(_folder_config(image_folder), "train", ("cat", "dog"))
 
 
@@ -316,7 +306,7 @@ def test_unreadable_image_stops_by_name_and_can_be_excluded(image_folder, tmp_pa
     empty = image_folder / "test" / "eel" / "0001.JPEG"
     empty.write_bytes(b"")
     config = _folder_config(image_folder)
-    with pytest.raises(UserError, match=r"cannot use train/dog/0003\.jpg") as caught:
+    with pytest.raises(UserError, match=r"train/dog/0003\.jpg") as caught:
         _take(run.open_split(config, "train", None, augment=True), 8)
     assert "\n" not in str(caught.value)
 
@@ -341,7 +331,7 @@ def test_unreadable_image_stops_by_name_and_can_be_excluded(image_folder, tmp_pa
 
 def test_image_of_another_size_is_named(image_folder):
     config = _folder_config(image_folder, train_preprocess="decode")
-    with pytest.raises(UserError, match=r"cannot use train/.*12.*8"):
+    with pytest.raises(UserError, match=r"train/.*12.*8"):
         _take(run.open_split(config, "train", None, augment=True), 1)
 
 
@@ -357,44 +347,42 @@ def test_records_can_be_excluded(tfds_dir, tmp_path, grouped, monkeypatch):
     if grouped:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     config = _digits_config(tfds_dir, dataset__train_split="validation")
-    config.dataset.train_preprocess = "decode"
-    whole = run.open_split(config, "train", None, augment=True)
-    rows = next(whole.sequential_batches(start=0, stop=180, batch_size=180))["image"]
-    listed = [f"digits-validation.tfrecord-00000-of-00001:{i}" for i in (0, 17, 179)]
+    _check_exclusion(config, tmp_path, (0, 17, 179))
+
+
+def test_records_of_several_files_can_be_excluded(sharded, tmp_path):
+    """By file and place, of the parts of files that a split takes."""
+    config = sharded[1]
+    config.dataset.train_split = "train[10%:30%]+train[50%:60%]"
+    whole = run.open_split(config, "train", None)
+    names = [whole.example_id(place) for place in range(whole.num_examples)]
+    files = [name.rpartition(":")[0] for name in names]
+    firsts = [files.index(file) for file in sorted({*files})]
+    _check_exclusion(config, tmp_path, sorted({*firsts, 5, len(names) - 1}))
+
+
+def _check_exclusion(config, tmp_path, places):
+    whole = run.open_split(config, "train", None)
+    rows, ids = _whole(whole)["image"], [whole.example_id(i) for i in range(whole.num_examples)]
+    file, _, _ = ids[0].rpartition(":")
+    listed = [*(ids[place] for place in places), f"{file}:9999", f"x{file}:0", file, f"{file}:"]
     path = tmp_path / "exclude.jsonl"
     path.write_text("".join(json.dumps({"example": name}) + "\n" for name in listed))
     config.dataset.exclude = str(path)
-    split = run.open_split(config, "train", None, augment=True)
-    assert split.num_examples == 177
-    kept = np.delete(rows, [0, 17, 179], axis=0)
-    found = next(split.sequential_batches(start=0, stop=177, batch_size=177))["image"]
-    np.testing.assert_array_equal(found, kept)
-    epoch = np.concatenate([b["image"] for b in _take(split, 59, batch=3)])
-    assert sorted(i.tobytes() for i in epoch) == sorted(i.tobytes() for i in kept)
-
-
-def test_exclusions_are_found_by_file_and_place():
-    files = (("a/one", 0, 10), ("a/two", 5, 3), ("a/one", 20, 4))
-    names = [
-        "one:0",
-        "one:9",
-        "one:10",
-        "one:21",
-        "two:4",
-        "two:7",
-        "two:8",
-        "six:0",
-        "one",
-        "one:",
-    ]
-    assert sources._numbers(names, files).tolist() == [0, 9, 14, 12]
+    split = run.open_split(config, "train", None)
+    assert split.num_examples == len(rows) - len(places)
+    kept = np.delete(rows, places, axis=0)
+    np.testing.assert_array_equal(_whole(split)["image"], kept)
+    count = split.num_examples
+    epoch = np.concatenate([b["image"] for b in _take(split, 2, batch=-(-count // 2))])[:count]
+    assert _rows(epoch) == _rows(kept)
 
 
 # Evaluation.
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("process_count", [1, 2, 7])
+@pytest.mark.parametrize("process_count", [1, pytest.param(2, marks=pytest.mark.slow), 7])
 def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, monkeypatch):
     if grouped:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from helpers import run_python, tiny_config
+from helpers import run_program, run_python, tiny_config
 from mixer import loading, losses, run, sharding, trainer, weights
 from mixer.errors import UserError
 from mixer.evaluation import classification, report, scores, suites
@@ -128,13 +128,13 @@ def test_logits_that_are_not_finite_are_refused(tfds_dir):
     )
     mesh = sharding.make_mesh({"data": -1})
     how = dict(global_batch_size=60, mesh=mesh, prefetch_batches=1)
-    with pytest.raises(UserError, match=r"logits of 3 images are not finite, the first .*:3;"):
+    with pytest.raises(UserError, match=r"\b3 images.*:3\b"):
         classification.evaluate(step, jnp.nan, split, **how)
     assert classification.evaluate(step, 0.0, split, **how).count == 180
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)).at[3].set(params), losses.sigmoid, 10
     )
-    with pytest.raises(UserError, match="logits of 3 images are not finite"):  # sigmoid(inf) is 1
+    with pytest.raises(UserError, match=r"\b3 images"):  # sigmoid(inf) is 1
         classification.evaluate(step, jnp.inf, split, **how)
 
 
@@ -149,7 +149,7 @@ def test_an_example_that_is_missing_or_twice_is_a_fault(tfds_dir):
         batches = split.sequential_batches(start=start, stop=stop, batch_size=batch_size)
         return (batch for place, batch in enumerate(batches) if place != 1)
 
-    with pytest.raises(RuntimeError, match="60 were not seen"):
+    with pytest.raises(RuntimeError, match=r"\b60\b"):
         classification.evaluate(
             step, None, dataclasses.replace(split, sequential_batches=sequential), **how
         )
@@ -207,17 +207,15 @@ def test_eval_suite_mistakes_are_refused(tfds_dir):
         return suites.open_further(config, run.open_splits(config, None))
 
     assert list(opened(eval_suite="digits").splits) == ["digits"]
-    with pytest.raises(UserError, match=r"suite 'digit': no such suite.*Did you mean 'digits'"):
+    with pytest.raises(UserError, match=r"'digit'.*'digits'"):
         opened(eval_suite="digit")
-    with pytest.raises(UserError, match=r"dataset\.val_split is empty"):
+    with pytest.raises(UserError, match=r"dataset\.val_split"):
         opened(eval_suite="digits", dataset__val_split="")
     synthetic = dict(dataset__name="synthetic", dataset__eval_preprocess="")
-    with pytest.raises(
-        UserError, match=r"eval_suite: how images are to be made 8 x 8 is not known"
-    ):
+    with pytest.raises(UserError, match=r"eval_suite.*8 x 8"):
         opened(eval_suite="digits", **synthetic)
     synthetic["dataset__eval_preprocess"] = "decode"
-    with pytest.raises(UserError, match=r"has 10 classes, and the weights' head has 7"):
+    with pytest.raises(UserError, match=r"\b10\b.*\b7\b"):
         config = tiny_config(tfds_dir, eval_suite="digits", **synthetic)
         config.model.num_classes = 7
         suites.open_further(config, run.open_splits(config, None))
@@ -324,13 +322,13 @@ def test_data_of_another_config_does_not_pass_for_the_runs_own(copied, capsys):
     (copied / "data.json").write_text(json.dumps(data))
     capsys.readouterr()
     _evaluate(copied, splits=["test"])
-    assert "is not what the run was trained with: 360 images" in capsys.readouterr().out
+    assert "360" in capsys.readouterr().out
     after = json.loads((copied / "results.json").read_text())["splits"]
     assert after["test"] == before and after["digits_test"]["count"] == 360
 
 
 def test_what_fails_does_not_cost_the_others(copied, tmp_path, capsys):
-    with pytest.raises(UserError, match=r"1 of 2 not evaluated: .*nothing.npz"):
+    with pytest.raises(UserError, match=r"1 of 2.*nothing\.npz"):
         _evaluate(tmp_path / "nothing.npz", copied, splits=["test"])
     assert "test_ema" in capsys.readouterr().out
 
@@ -368,7 +366,6 @@ def test_a_file_is_evaluated_as_the_run_it_is_from(copied, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_fewshot_and_throughput_of_a_run(copied, capsys, monkeypatch):
     measure = report.throughput.measure
     monkeypatch.setattr(
@@ -390,46 +387,46 @@ def test_sets_of_other_classes_are_refused(tfds_dir):
     split = run.open_split(config, "test", None)
     names = split.class_names
     assert suites.check_classes(split, names, 10) == ""
-    assert "do not say their classes" in suites.check_classes(split, None, 10)
+    assert suites.check_classes(split, None, 10) != ""
     numbers = dataclasses.replace(split, class_names=tuple("abcdefghij"))
-    with pytest.raises(UserError, match="class 0 is 'a' there and '0' here"):
+    with pytest.raises(UserError, match=r"'a'.*'0'"):
         suites.check_classes(numbers, names, 10)
-    with pytest.raises(UserError, match=r"has 10 classes, and the weights' head has 1,000"):
+    with pytest.raises(UserError, match=r"\b10\b.*1,000"):
         suites.check_classes(split, "imagenet1k", 1000)
-    with pytest.raises(UserError, match=r"in another order: class 0 is '0' there and '9' here"):
+    with pytest.raises(UserError, match=r"'0'.*'9'"):
         suites.check_classes(split, names[::-1], 10)
     animals = tuple("abcdefghij")
-    with pytest.raises(UserError, match="class 0 is '0' there and 'a' here"):
+    with pytest.raises(UserError, match=r"'0'.*'a'"):
         suites.check_classes(split, animals, 10)
 
 
 def test_unknown_suites_and_files_without_data_are_refused(copied, tmp_path):
-    with pytest.raises(UserError, match=r"suite 'imagnet': .*Did you mean 'imagenet'"):
+    with pytest.raises(UserError, match=r"'imagnet'.*'imagenet'"):
         _evaluate(copied, suite=["imagnet"])
-    with pytest.raises(
-        UserError, match=r"dataset 'cifar10' is not prepared: .*prepare tfds cifar10"
-    ):
+    with pytest.raises(UserError, match="'cifar10'"):
         _evaluate(copied, suite=["cifar10"], data_dir=str(tmp_path))
     golden = "tests/goldens/mixer_tiny_official.npz"
     opened = [lambda: report.open_weights(golden, output=str(tmp_path / "out"))]
-    with pytest.raises(
-        UserError, match=r"says nothing of data: give --config=FILE or --suite=NAME"
-    ):
+    with pytest.raises(UserError, match=r"--config.*--suite"):
         report.evaluate(opened, splits=["test"])
-    with pytest.raises(UserError, match="how images are to be made 32 x 32 is not known"):
+    with pytest.raises(UserError, match="32 x 32"):
         report.evaluate(opened, suite=["digits"])
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_command_lines(copied, tmp_path):
+def test_the_command_is_a_program(copied):
     done = run_python("evaluate.py", f"--workdir={copied}", "--suite=digits")
-    assert "written to" in done.stdout and "results.md" in done.stdout
+    assert str(copied / "results.md") in done.stdout
+    done = run_python("evaluate.py", "--workdir=/nowhere", check=False)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_mistakes_of_a_command_line_are_one_line(trained):
     for arguments, message in (
-        (["--workdir=/nowhere"], "no run"),
-        ([f"--workdir={copied}", "--checkpoint=best", "--tasks=dmlab"], "--tasks is for --suite"),
-        ([f"--workdir={copied}", "--suite=vtab", "--tasks=dmlap"], "--tasks=dmlap: vtab has"),
+        (["--workdir=/nowhere"], "/nowhere"),
+        ([f"--workdir={trained}", "--checkpoint=best", "--tasks=dmlab"], "--tasks"),
+        ([f"--workdir={trained}", "--suite=vtab", "--tasks=dmlap"], "--tasks=dmlap"),
     ):
-        done = run_python("evaluate.py", *arguments, check=False)
+        done = run_program("evaluate.py", *arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1

@@ -53,12 +53,12 @@ def compare(case: Case) -> dict[str, dict[str, Any]]:
         reference = computed(plain_in("float32"), {})
     options = layers.compiler_options(jax.default_backend())
     return {
-        "ours": _errors(computed(ours, options), reference),
-        "plain": _errors(computed(plain_in(case.dtype), {}), reference),
+        "ours": relative_errors(computed(ours, options), reference),
+        "plain": relative_errors(computed(plain_in(case.dtype), {}), reference),
     }
 
 
-def _errors(found: tuple[Any, Any], reference: tuple[Any, Any]) -> dict[str, Any]:
+def relative_errors(found: tuple[Any, Any], reference: tuple[Any, Any]) -> dict[str, Any]:
     """Relative errors of (logits, gradient)."""
     (logits, grads), (true_logits, true_grads) = found, reference
     each = {
