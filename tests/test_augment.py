@@ -11,8 +11,8 @@ from mixer import augment, philox
 from mixer.data import preprocess
 from mixer.errors import UserError
 
-# What rounds where is decided by the compiler's fusions.
-pytestmark = pytest.mark.optimized
+# The compiler's fusions decide what rounds where: each variant is also compiled as in a run.
+AS_IN_A_RUN = [pytest.mark.slow, pytest.mark.optimized]
 
 ENDS = [[0, 0], [-1, -1], [1, 2], [2**63 - 1, -(2**63)], [2**32 - 1, 2**31]]
 
@@ -31,7 +31,8 @@ def _words(seeds):
     return np.asarray(seeds, np.int64).view(np.uint32)
 
 
-def test_random_numbers_are_tensorflows():
+@pytest.mark.parametrize("compiled", ["quickly", pytest.param("as in a run", marks=AS_IN_A_RUN)])
+def test_random_numbers_are_tensorflows(compiled):
     fold_in, uniform = tf.random.experimental.stateless_fold_in, tf.random.stateless_uniform
     seeds = _seeds(60)
 
@@ -92,31 +93,30 @@ def _host(spec, images, seeds, image_size):
     return next(iter(data.map(steps).batch(len(images)))).pop("image").numpy()
 
 
+STEPS = (
+    "decode|resize(20)|random_crop(18, pad=2)|one_hot(3)|flip_lr|random_erasing(0.5)|"
+    "random_affine(10, 2, 0.15, 0.1)|central_crop(16)|permute_patches(16, 4)|"
+    "permute_pixels(16)|value_range(-1.5, 2.25)"
+)
+AUTOAUGMENT = "inception_crop((30, 35))|flip_lr|autoaugment_cifar"
+FIXED = "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fill=7)"
+
+
 @pytest.mark.parametrize(
     ("spec", "image_size", "count"),
     [
-        (
-            "decode|resize(20)|random_crop(18, pad=2)|one_hot(3)|flip_lr|random_erasing(0.5)|"
-            "random_affine(10, 2, 0.15, 0.1)|central_crop(16)|permute_patches(16, 4)|"
-            "permute_pixels(16)|value_range(-1.5, 2.25)",
-            (16, 16),
-            32,
-        ),
+        pytest.param(STEPS, (16, 16), 32, id="steps"),
+        pytest.param(STEPS, (16, 16), 48, marks=AS_IN_A_RUN, id="steps as in a run"),
+        pytest.param(AUTOAUGMENT, (30, 35), 160, marks=AS_IN_A_RUN, id="autoaugment"),
         pytest.param(
-            "inception_crop((30, 35))|flip_lr|autoaugment_cifar",
+            "decode|randaugment(3, 15)",
             (30, 35),
-            160,
-            marks=pytest.mark.slow,
+            40,
+            marks=pytest.mark.optimized,
+            id="randaugment",
         ),
-        ("decode|randaugment(3, 15)", (30, 35), 40),
-        pytest.param(
-            "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fill=7)",
-            (30, 35),
-            96,
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(FIXED, (30, 35), 96, marks=AS_IN_A_RUN, id="fixed"),
     ],
-    ids=["steps", "autoaugment", "randaugment", "fixed"],
 )
 def test_pixels_are_those_of_the_host(spec, image_size, count):
     images, seeds = _photos(count, 30, 35), _seeds(count)
@@ -129,6 +129,7 @@ def test_pixels_are_those_of_the_host(spec, image_size, count):
     assert host.shape != expected.shape or (host != expected).any((1, 2, 3)).mean() > 0.5
 
 
+@pytest.mark.optimized
 def test_grey_of_many_colours_is_the_hosts():
     """Where the rounding of one sum decides; found among all 2^24: none differs."""
     from mixer.data import randaugment

@@ -75,7 +75,7 @@ def test_errors_are_of_the_whole_and_of_the_worst():
     assert errors["name"] == "c" and errors["worst"] == pytest.approx(0.2)  # of a thousandth of 5
 
 
-@pytest.mark.parametrize("name", ["ours", "plain"])
+@pytest.mark.parametrize("name", ["ours", pytest.param("plain", marks=pytest.mark.slow)])
 def test_a_step_of_training_trains(name):
     """The loss on the one batch falls, and what is measured is what was run."""
     program = jax_side.prepare_train(name, tiny_case(), sharding.make_mesh({"data": -1}))
@@ -429,6 +429,7 @@ def test_loop_refuses_images_that_are_made_anew():
         looping.prepare(config, 4)
 
 
+@pytest.mark.slow
 def test_loop_takes_a_config_without_steps():
     config = tiny_config(image_size=8, global_batch_size=4, model__num_classes=10)
     config.model.update(num_blocks=1, stoch_depth=0.0, dropout=0.0)

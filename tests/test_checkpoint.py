@@ -94,7 +94,7 @@ def test_keeps_the_last_and_the_multiples(states, tmp_path):
 
 def test_saving_goes_on_while_the_state_changes(tmp_path):
     """What is written is the state that was given, though its buffers are donated at once."""
-    state, abstract = _states(hidden_dim=256, channels_mlp_dim=1024, num_blocks=2)
+    state, abstract = _states(hidden_dim=256, channels_mlp_dim=1024, num_blocks=1)
     add = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)
     expected = {}
     with _open(tmp_path, keep_last=100) as manager:
@@ -150,7 +150,7 @@ DAMAGE = {
 }
 
 
-KINDS = ("truncated data", "flipped data", "missing database", "flipped info", "missing state")
+KINDS = ("truncated data", "flipped data", "flipped info", "missing state")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_batch_k_is_the_same_streamed_from_0_and_from_k(train_split):
     whole = _take(train_split, steps)
     assert whole[0]["image"].shape == (16, 8, 8, 3) and whole[0]["image"].dtype == np.uint8
     assert whole[0]["label"].dtype == np.int32
-    for start in (1, steps // 2, steps - 2):
+    for start in (1, steps - 2):
         _assert_same(_take(train_split, steps - start, start_step=start), whole[start:])
     other = _take(train_split, 2, seed=1)
     assert any((a["image"] != b["image"]).any() for a, b in zip(other, whole, strict=False))
@@ -148,28 +149,34 @@ def test_two_processes_read_the_batches_of_one(train_split, request):
     _assert_same(together, _take(train_split, 4, num_readers=1))
 
 
-@pytest.fixture
-def sharded(tmp_path, monkeypatch):
-    """The digits in eight files, which are read as files: their builder and a config."""
+@pytest.fixture(scope="module")
+def eight_files(tmp_path_factory):
+    """A TFDS directory with the digits in eight files a split."""
     import tensorflow_datasets as tfds
 
     from mixer.data import digits
 
-    builder = digits.Digits(data_dir=str(tmp_path))
+    path = tmp_path_factory.mktemp("eight_files")
+    builder = digits.Digits(data_dir=str(path))
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=8))
+    return path
+
+
+@pytest.fixture
+def sharded(eight_files, monkeypatch):
+    """Their config; they are read as files."""
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
-    config = _digits_config(tmp_path, dataset__shuffle_group_size=100)
-    return builder, config
+    return _digits_config(eight_files, dataset__shuffle_group_size=100)
 
 
 def test_examples_stay_when_the_number_of_processes_changes(sharded):
     """Begun by four processes, gone on by others, across the end of an epoch too."""
-    split = run.open_split(sharded[1], "train", None)
+    split = run.open_split(sharded, "train", None)
     settings = dict(batch=48, seed=2, num_readers=4)
     begun = _take_all(split, 27, 4, **settings)  # an epoch is 26.2 batches
     epoch = np.concatenate([batch["image"] for batch in begun])[: split.num_examples]
     assert _rows(epoch) == _rows(_whole(split)["image"])
-    for start, process_count in ((7, 2), (15, 8), (25, 3), (25, 1)):
+    for start, process_count in ((7, 2), (25, 3)):
         again = _take_all(split, 2, process_count, start_step=start, **settings)
         _assert_same(again, begun[start : start + 2])
 
@@ -177,9 +184,12 @@ def test_examples_stay_when_the_number_of_processes_changes(sharded):
 @pytest.mark.parametrize(
     ("process_index", "process_count"), [(0, 1), pytest.param(2, 8, marks=pytest.mark.slow)]
 )
-def test_files_before_the_step_are_not_opened(sharded, process_index, process_count):
+def test_files_before_the_step_are_not_opened(sharded, tmp_path, process_index, process_count):
     """A run begun by two processes: the files but those of the step's groups are deleted."""
-    builder, config = sharded
+    config = sharded
+    shutil.copytree(config.dataset.data_dir, tmp_path / "tfds")
+    config.dataset.data_dir = str(tmp_path / "tfds")
+    info = sources.tfds_builder("digits", config.dataset.data_dir).info.splits["train"]
     split = run.open_split(config, "train", None, augment=True)
     settings = dict(process_index=process_index, process_count=process_count, num_readers=2)
     whole = _take(split, 2, start_step=70, **settings)
@@ -188,7 +198,7 @@ def test_files_before_the_step_are_not_opened(sharded, process_index, process_co
         groups = order.groups(
             70,
             seed=0,
-            file_sizes=builder.info.splits["train"].shard_lengths,
+            file_sizes=info.shard_lengths,
             excluded={},
             global_batch_size=16,
             reader=reader,
@@ -198,7 +208,7 @@ def test_files_before_the_step_are_not_opened(sharded, process_index, process_co
         )
         # The one of the step, and the next, which is read ahead.
         needed |= {piece.file for group in itertools.islice(groups, 2) for piece in group.pieces}
-    files = builder.info.splits["train"].filepaths
+    files = info.filepaths
     assert len(needed) < len(files)
     for number, path in enumerate(files):
         if number not in needed:
@@ -352,7 +362,7 @@ def test_records_can_be_excluded(tfds_dir, tmp_path, grouped, monkeypatch):
 
 def test_records_of_several_files_can_be_excluded(sharded, tmp_path):
     """By file and place, of the parts of files that a split takes."""
-    config = sharded[1]
+    config = sharded
     config.dataset.train_split = "train[10%:30%]+train[50%:60%]"
     whole = run.open_split(config, "train", None)
     names = [whole.example_id(place) for place in range(whole.num_examples)]
@@ -381,8 +391,17 @@ def _check_exclusion(config, tmp_path, places):
 # Evaluation.
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("process_count", [1, pytest.param(2, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize(
+    ("grouped", "process_count"),
+    [
+        (False, 1),
+        (True, 7),
+        *[
+            pytest.param(grouped, count, marks=pytest.mark.slow)
+            for grouped, count in ((False, 2), (False, 7), (True, 1), (True, 2))
+        ],
+    ],
+)
 def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, monkeypatch):
     if grouped:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
@@ -414,7 +433,7 @@ def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, mon
     ("stored", "num_examples", "process_count", "counts"),
     [
         ("files", 10, 3, [[2, 2], [2, 2], [2, 0]]),
-        ("files", 3, 4, [[1], [1], [1], [0]]),
+        pytest.param("files", 3, 4, [[1], [1], [1], [0]], marks=pytest.mark.slow),
         ("synthetic", 10, 3, [[2, 2], [2, 2], [2, 0]]),
         ("synthetic", 3, 4, [[1], [1], [1], [0]]),
         ("synthetic", 5, 3, [[2], [2], [1]]),

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 
@@ -142,7 +143,15 @@ def test_the_source_of_batches_reads_it(whole):
     assert int(example["label"]) == label and example["image"].numpy() == image
 
 
-@pytest.mark.parametrize("layout", ["folders", "tar of tars", "packed tars", "tar of folders"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "folders",
+        "tar of tars",
+        pytest.param("packed tars", marks=pytest.mark.slow),
+        pytest.param("tar of folders", marks=pytest.mark.slow),
+    ],
+)
 def test_every_layout_gives_the_same_records(whole, tmp_path, layout):
     tars = [(f"top/{s}.tar", _tar(FILES[s].items())) for s in reversed(SYNSETS)]
     flat = [(f"top/{s}/{n}", data) for s in SYNSETS for n, data in FILES[s].items()]
@@ -217,16 +226,17 @@ def test_what_cannot_be_decoded_is_skipped_and_listed(tmp_path, monkeypatch):
 
 
 def test_of_equal_names_the_first_is_kept_wherever_a_shard_begins(tmp_path):
-    header = imagenet21k._HEADER
-    keys = (b"b", b"a", b"b", b"a", b"b")
-    data = b"".join(header.pack(key * 16, 1) + bytes([i]) for i, key in enumerate(keys))
-    (tmp_path / "train-000").write_bytes(data)
-    buckets = [(tmp_path / "train-000", [len(data), len(keys)])]
-    order = [(place.offset // 25, place.repeated) for place in imagenet21k._places(buckets, 0)]
-    assert order == [(1, False), (3, True), (0, False), (2, True), (4, True)]
-    for start in range(5):
-        found = [(p.offset // 25, p.repeated) for p in imagenet21k._places(buckets, start)]
-        assert found == order[start:]
+    names, copies = [f"{name}.JPEG" for name in "abc"], 6
+    members = [
+        (name, _image(10 * i + place)) for i in range(copies) for place, name in enumerate(names)
+    ]
+    source = _write(tmp_path / "s", {f"{SYNSETS[0]}.tar": _tar(members)})
+    summary = _prepare(source, tmp_path / "data", shard_bytes=1200)  # less than a name's copies
+    assert {name: image for _, name, image in _examples(tmp_path / "data")} == dict(members[:3])
+    assert len(_shards(tmp_path / "data")) > 2
+    repeated = collections.Counter(line["member"] for line in _skipped(tmp_path / "data"))
+    assert repeated == {name: copies - 1 for name in names}
+    assert (summary.skipped, summary.damaged) == (len(members) - len(names), 0)
 
 
 def _cut_inside(tar):
@@ -245,13 +255,18 @@ def _bad_header(tar):
 @pytest.mark.parametrize(
     ("damage", "most", "nested"),
     [
-        (_cut_inside, 4, False),
         (_cut_inside, 4, True),
-        (_cut_between, IMAGES, False),
         (_bad_header, 1, False),
-        (_bad_header, 1, True),
-        (lambda tar: b"", 0, False),
-        (lambda tar: bytes(10240), 0, False),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (_cut_inside, 4, False),
+                (_cut_between, IMAGES, False),
+                (_bad_header, 1, True),
+                (lambda tar: b"", 0, False),
+                (lambda tar: bytes(10240), 0, False),
+            )
+        ],
     ],
 )
 def test_of_a_damaged_tar_the_images_before_are_used(tmp_path, damage, most, nested):
@@ -269,7 +284,7 @@ def test_of_a_damaged_tar_the_images_before_are_used(tmp_path, damage, most, nes
     assert (summary.skipped, summary.damaged, summary.synsets) == (1, 1, 3)
 
 
-@pytest.mark.parametrize("compression", ["", "gz"])
+@pytest.mark.parametrize("compression", ["", pytest.param("gz", marks=pytest.mark.slow)])
 def test_of_a_truncated_whole_tar_the_synsets_before_are_used(tmp_path, compression):
     tars = [(f"{s}.tar", _tar(FILES[s].items())) for s in SYNSETS]
     whole = _tar(tars, compression)
@@ -298,7 +313,14 @@ def _stop_at(stage, number):
     return report
 
 
-@pytest.mark.parametrize("layout", ["tars", "tar of tars", "tar of folders"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tars",
+        pytest.param("tar of tars", marks=pytest.mark.slow),
+        pytest.param("tar of folders", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_anywhere_it_goes_on_to_the_same_records(whole, tmp_path, monkeypatch, layout):
     """Three stops of reading and two of writing; what is finished is not done again."""
     monkeypatch.setattr(imagenet21k, "COMMIT_SECS", 0)
@@ -343,6 +365,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_records(whole, tmp_path, monkey
     assert _prepare(source, data) is None  # prepared already
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_records(whole, tmp_path):
     source, data = whole[0], tmp_path / "data"
     code = f"""
@@ -371,12 +394,12 @@ imagenet21k.prepare(found, {str(data)!r}, shard_bytes={SHARD_BYTES}, report=repo
 def test_bad_sources_are_refused_in_one_line(tmp_path):
     one, two = SYNSETS[:2]
     cases = {
-        "missing": (None, "no such file or folder; expected a folder of nXXXXXXXX.tar"),
-        "empty": ({"README": b""}, "no synset in it; expected"),
-        "unknown": ({f"{one}.tar": b"", "n99999999.tar": b""}, "n99999999: none of the 21,843"),
-        "twice": ({f"{one}.tar": b"", f"{one}/x.JPEG": b""}, f"train/{one} as a tar file and as"),
-        "text.tar": ({"x.tar": b"no tar at all" * 100}, "is no tar file"),
-        "nameless": ({f"{one}.tar": b"", f"{two}.tar": b""}, "give --release=fall11 or"),
+        "missing": (None, "nXXXXXXXX.tar"),
+        "empty": ({"README": b""}, "empty"),
+        "unknown": ({f"{one}.tar": b"", "n99999999.tar": b""}, "n99999999"),
+        "twice": ({f"{one}.tar": b"", f"{one}/x.JPEG": b""}, one),
+        "text.tar": ({"x.tar": b"no tar at all" * 100}, "x.tar"),
+        "nameless": ({f"{one}.tar": b"", f"{two}.tar": b""}, "--release"),
     }
     for name, (files, expected) in cases.items():
         if files is not None:
@@ -389,38 +412,39 @@ def test_bad_sources_are_refused_in_one_line(tmp_path):
 def test_a_preparation_that_cannot_work_is_refused(tmp_path, monkeypatch):
     source = _tars(tmp_path / "fall11", {SYNSETS[0]: FILES[SYNSETS[0]]})
     unknown = _write(tmp_path / "u", {"fall11.tar": _tar([("n99999999.tar", b"")])})
-    with pytest.raises(UserError, match="n99999999: none of the 21,843"):
+    with pytest.raises(UserError, match="n99999999"):
         _prepare(unknown, tmp_path / "1")
     nothing = _write(tmp_path / "n", {"fall11.tar": _tar([("README", b"hello")])})
-    with pytest.raises(UserError, match="no synset in it"):
+    with pytest.raises(UserError, match=r"fall11\.tar"):
         _prepare(nothing, tmp_path / "2")
-    with pytest.raises(UserError, match=r"no image can be used, see .*skipped.jsonl"):
+    with pytest.raises(UserError, match=r"skipped\.jsonl"):
         _prepare(_tars(tmp_path / "b", {SYNSETS[0]: {"x": b"bad"}}), tmp_path / "3")
-    with pytest.raises(UserError, match="local disk"):
+    with pytest.raises(UserError, match="gs://bucket/data"):
         _prepare(source, "gs://bucket/data")
     with pytest.raises(_Stop):
         _prepare(source, tmp_path / "4", report=_stop_at("writing", 1))
     work = tmp_path / "4" / "imagenet21k" / "fall11" / "preparing-1.0.0"
-    with pytest.raises(UserError, match=r"a preparation from --source=.*fall11; finish"):
+    with pytest.raises(UserError, match=r"--source=.*fall11"):
         _prepare(_tars(tmp_path / "other", FILES), tmp_path / "4")
     with open(work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another preparation is at work"):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / "4"))):
             _prepare(source, tmp_path / "4")
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"0.0 GB free; .* needs 0.0 GB here"):
+    with pytest.raises(UserError, match="GB"):
         _prepare(source, tmp_path / "5")
 
 
-def test_the_command_tells_what_it_found(whole, tmp_path, capsys, monkeypatch):
+def test_the_command_tells_how_far_it_is_and_what_was_there(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "LINE_SECS", 0.0)
     source, data = whole
     tool.prepare_imagenet21k(str(source), str(data), "")  # prepared already
     assert capsys.readouterr().out.endswith("1.0.0: train 60\n")
     tool.prepare_imagenet21k(str(source), str(tmp_path), "winter21")
     printed = capsys.readouterr().out
-    assert "5 of 19,167 synsets present, 0 damaged; 0 faults in" in printed
-    assert "imagenet21k/winter21/1.0.0 is prepared in" in printed
+    assert re.search(r"^reading [\d.]+% +\d+ images .* 0 faults +left \d:\d\d", printed, re.M)
+    assert "5 of 19,167" in printed and "imagenet21k/winter21/1.0.0" in printed
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -429,22 +453,11 @@ def test_the_command_tells_what_it_found(whole, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         tool.prepare_imagenet21k(str(source), str(tmp_path / "x"), "")
     assert ended.value.code == 130
-    assert (
-        capsys.readouterr().err == "stopped; the same command goes on, but for the last seconds\n"
-    )
-
-
-def test_progress_is_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(tool, "LINE_SECS", 0.0)
-    with tool._progress() as report:
-        for images in (0, 10):
-            report(imagenet21k.Progress("reading", 100 * images, 4000, images, 2))
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("reading 25.0%  10 images") and "2 faults  left 0:00" in line
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_tfds_alone_points_to_the_command(tmp_path):
-    with pytest.raises(UserError, match="prepare imagenet21k --source"):
+    with pytest.raises(UserError, match="prepare imagenet21k"):
         tool.prepare_tfds("imagenet21k", str(tmp_path))
-    with pytest.raises(UserError, match="prepare imagenet21k --source"):
+    with pytest.raises(UserError, match="prepare imagenet21k"):
         imagenet21k.builder("fall11", str(tmp_path)).download_and_prepare()

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from helpers import GOLDENS, golden_params, run_python, tiny_config
+from helpers import GOLDENS, golden_params, run_program, run_python, tiny_config
 from mixer import checkpoint, inspection, loading, page, pictures, run, weights
 from mixer.errors import UserError
 from mixer.evaluation import classification
@@ -222,7 +223,7 @@ def _rows(count):
     return [*rows, {"step": count, **last, "val/ece": 0.1}]
 
 
-@pytest.mark.parametrize("count", [3, 10_000])
+@pytest.mark.parametrize("count", [3, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_curves_of_any_length(tmp_path, count):
     rows = _rows(count)
     pictures.draw_curves(rows, tmp_path / "curves.png", "_$a run$ " + "x" * 300)
@@ -234,7 +235,10 @@ def test_curves_of_any_length(tmp_path, count):
 
 def test_long_curves_are_drawn_thin_under_their_mean(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    draw = FigureCanvasAgg.draw
+    monkeypatch.setattr(
+        FigureCanvasAgg, "draw", lambda canvas: (drawn.append(canvas.figure), draw(canvas))
+    )
     for count in (3, 1000, 1):
         pictures.draw_curves(_rows(count), tmp_path / "curves.png", "run")
     few, many, _ = (figure.axes[0].lines for figure in drawn)
@@ -248,7 +252,7 @@ def test_long_curves_are_drawn_thin_under_their_mean(tmp_path, monkeypatch):
     assert labels == ["training", "validation", "validation, average"]
 
 
-@pytest.mark.parametrize("count", [3, 40, 300])
+@pytest.mark.parametrize("count", [3, 300, pytest.param(40, marks=pytest.mark.slow)])
 def test_confusions_of_any_number_of_classes(tmp_path, count):
     rng = np.random.default_rng(0)
     label = rng.integers(0, count - 1, 5 * count)  # the last class has no image
@@ -305,7 +309,12 @@ def workdir(tmp_path_factory):
                 pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     config = tiny_config(
-        **dict(total_steps=3, dataset__name="folder", dataset__data_dir=str(root / "data")),
+        **dict(
+            total_steps=3,
+            model__num_blocks=1,
+            dataset__name="folder",
+            dataset__data_dir=str(root / "data"),
+        ),
         **dict(dataset__train_split="train", dataset__val_split="val", dataset__test_split="test"),
         dataset__train_preprocess="decode|value_range(0, 1)",
         dataset__eval_preprocess="decode|value_range(0, 1)",
@@ -436,32 +445,35 @@ def test_file_of_weights_with_images(workdir, tmp_path):
 def test_mistakes(workdir, tmp_path):
     golden = str(GOLDENS / "mixer_tiny_official.npz")
     for options, message in (
-        (dict(workdirs=[tmp_path]), "is no run"),
-        (dict(workdirs=[workdir, workdir]), "names a run twice"),
-        (dict(workdirs=[workdir], checkpoint_name="7"), "no such step"),
+        (dict(workdirs=[tmp_path]), str(tmp_path)),
+        (dict(workdirs=[workdir, workdir]), str(workdir)),
+        (dict(workdirs=[workdir], checkpoint_name="7"), "--checkpoint=7"),
         (dict(workdirs=[workdir], data_dir=str(tmp_path)), str(tmp_path)),
-        (dict(weights=golden), "--output is missing"),
+        (dict(weights=golden), "--output"),
         (dict(weights=golden, output=str(tmp_path), data_dir=str(tmp_path)), "preprocess"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             _write(**options)
 
 
+def test_mistakes_of_a_command_line_are_one_line():
+    for arguments, message in (
+        (["--workdir=nothing"], "nothing"),
+        ([], "--workdir"),
+        (["--workdir=a", "--image_size=8"], "--image_size"),
+        (["--weights=a.npz", "--checkpoint=best"], "--checkpoint=best"),
+    ):
+        done = run_program("mixer.tools.inspect", *arguments)
+        assert done.returncode == 2 and message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_command(workdir, tmp_path):
     command = ["-m", "mixer.tools.inspect"]
     done = run_python(*command, f"--workdir={workdir}", f"--output={tmp_path}", "--split=val")
-    assert f"written to {tmp_path / 'index.html'}" in done.stdout and not done.stderr
+    assert str(tmp_path / "index.html") in done.stdout and not done.stderr
     assert "val, 15 images" in (tmp_path / "index.html").read_text()
-    for arguments, message in (
-        (["--workdir=nothing"], "nothing is no run"),
-        ([], "give --workdir=RUN or --weights=FILE"),
-        (["--workdir=a", "--image_size=8"], "--image_size is for --weights"),
-        (["--weights=a.npz", "--checkpoint=best"], "--checkpoint=best is of a run"),
-    ):
-        done = run_python(*command, *arguments, check=False)
-        assert done.returncode == 2 and message in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
 
 
 WRAPPER = """<!DOCTYPE html><link rel="icon" href="data:,"><body style="margin: 0">

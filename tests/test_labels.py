@@ -126,7 +126,7 @@ def test_numbers_take_the_class_count_of_the_model(tmp_path):
     config = _config(tmp_path, lines, model__num_classes=18291)
     assert len(run.open_split(config, "train", None).class_names) == 18291
     config.model.num_classes = 7
-    with pytest.raises(UserError, match=r"labels\.jsonl, line 1: label 7 is none of the 7 classes"):
+    with pytest.raises(UserError, match=r"labels\.jsonl, line 1.*\b7\b"):
         run.open_split(config, "train", None)
 
 
@@ -136,7 +136,7 @@ def test_labels_are_numbered_as_the_run_numbers_them(tmp_path):
     split = run.open_split(config, "test", names)
     batch = next(split.sequential_batches(start=0, stop=1, batch_size=1))
     assert sorted(names[i] for i in batch["label"][0]) == ["animal", "eel", "fish"]
-    with pytest.raises(UserError, match="line 4: label 'eel' is none of the 2 classes cat, animal"):
+    with pytest.raises(UserError, match=r"line 4.*'eel'.*cat, animal"):
         run.open_split(config, "test", ("cat", "animal"))
 
 
@@ -167,32 +167,32 @@ def test_images_of_a_label_file_can_be_excluded(tmp_path):
 def test_missing_image_is_named(tmp_path):
     config = _config(tmp_path, [{"path": "nowhere.png", "labels": "cat"}])
     split = run.open_split(config, "train", None)
-    with pytest.raises(UserError, match=r"cannot use nowhere\.png"):
+    with pytest.raises(UserError, match=r"nowhere\.png"):
         next(split.sequential_batches(start=0, stop=1, batch_size=1))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"path": "c.png", "labels": ["cat"]', "line 3: no JSON"),
-        ("[1, 2]", "line 3: no object"),
-        (b"\xff\xfe{}", "line 3: no JSON"),
-        ({"labels": ["cat"]}, "line 3: 'path' is missing"),
-        ({"path": "c.png"}, "line 3: 'labels' is missing"),
-        ({"path": "c.png", "labels": ["cat"], "weight": [1]}, "unknown key 'weight'.*'weights'"),
-        ({"path": "/c.png", "labels": ["cat"]}, "path '/c.png' must be text, relative"),
-        ({"path": "\ud800.png", "labels": ["cat"]}, "line 3: .*surrogates not allowed"),
-        ({"path": "c.png", "labels": [3]}, "line 3: labels are names in some lines"),
-        ({"path": "c.png", "labels": ["cat", 3]}, r"labels \['cat', 3\] must be names, or numbers"),
-        ({"path": "c.png", "labels": [True]}, "must be names, or numbers"),
-        ({"path": "c.png", "labels": None}, "must be names, or numbers"),
-        ({"path": "c.png", "labels": [-1]}, r"labels \[-1\] must be numbers from 0"),
-        ({"path": "c.png", "labels": ["cat", "cat"]}, "have one twice"),
-        ({"path": "c.png", "labels": ["cat"], "weights": [1, 1]}, "line 3: 2 weights for 1 labels"),
-        ({"path": "c.png", "labels": ["cat"], "weights": [1.5]}, "must be numbers from 0 to 1"),
-        ('{"path": "c.png", "labels": ["cat"], "weights": [NaN]}', "must be numbers from 0 to 1"),
-        ({"path": "c.png", "labels": ["cat"], "split": "a b"}, "split 'a b' must be a name"),
-        ({"path": "a/0.png", "labels": []}, r"line 3: 'a/0\.png' stands in line 1 already"),
+        ('{"path": "c.png", "labels": ["cat"]', "line 3"),
+        ("[1, 2]", "line 3"),
+        (b"\xff\xfe{}", "line 3"),
+        ({"labels": ["cat"]}, "line 3.*'path'"),
+        ({"path": "c.png"}, "line 3.*'labels'"),
+        ({"path": "c.png", "labels": ["cat"], "weight": [1]}, "line 3.*'weight'.*'weights'"),
+        ({"path": "/c.png", "labels": ["cat"]}, "line 3.*'/c.png'"),
+        ({"path": "\ud800.png", "labels": ["cat"]}, "line 3"),
+        ({"path": "c.png", "labels": [3]}, "line 3.*labels"),
+        ({"path": "c.png", "labels": ["cat", 3]}, r"line 3.*\['cat', 3\]"),
+        ({"path": "c.png", "labels": [True]}, r"line 3.*\[True\]"),
+        ({"path": "c.png", "labels": None}, "line 3.*None"),
+        ({"path": "c.png", "labels": [-1]}, r"line 3.*\[-1\]"),
+        ({"path": "c.png", "labels": ["cat", "cat"]}, r"line 3.*\['cat', 'cat'\]"),
+        ({"path": "c.png", "labels": ["cat"], "weights": [1, 1]}, "line 3.*2 weights.*1 labels"),
+        ({"path": "c.png", "labels": ["cat"], "weights": [1.5]}, r"line 3.*weights.*1\.5"),
+        ('{"path": "c.png", "labels": ["cat"], "weights": [NaN]}', "line 3.*weights.*nan"),
+        ({"path": "c.png", "labels": ["cat"], "split": "a b"}, "line 3.*'a b'"),
+        ({"path": "a/0.png", "labels": []}, r"line 3.*'a/0\.png'.*line 1"),
     ],
 )
 def test_faults_are_told_by_line(tmp_path, line, message):
@@ -211,11 +211,11 @@ def test_faults_are_told_by_line(tmp_path, line, message):
 def test_other_mistakes_with_label_files_get_one_line(tmp_path):
     config = _config(tmp_path, LINES)
     for values, message in (
-        (dict(label_file=str(tmp_path / "no.jsonl")), "no.jsonl cannot be read: No such file"),
-        (dict(data_dir="/nowhere"), "data_dir=/nowhere is no folder"),
-        (dict(train_split="validation"), r"split 'validation'.*train \(4\), test \(1\)"),
-        (dict(train_split="train[:0]"), "is empty"),
-        (dict(name="digits"), "label_file='.*' is for folder; dataset.name is 'digits'"),
+        (dict(label_file=str(tmp_path / "no.jsonl")), "no.jsonl"),
+        (dict(data_dir="/nowhere"), "data_dir=/nowhere"),
+        (dict(train_split="validation"), "'validation'.*train.*test"),
+        (dict(train_split="train[:0]"), r"train\[:0\]"),
+        (dict(name="digits"), "label_file=.*'digits'"),
     ):
         wrong = config.copy_and_resolve_references()
         wrong.dataset.update(values)
@@ -223,10 +223,10 @@ def test_other_mistakes_with_label_files_get_one_line(tmp_path):
             run.open_split(wrong, "train", None)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('\n{"path": "a/0.png", "labels": []}\n')
-    with pytest.raises(UserError, match="holds 1 images and no label"):
+    with pytest.raises(UserError, match=r"empty\.jsonl"):
         folder.read_label_file(str(empty), str(tmp_path))
     empty.write_text('{"path": "a/0.png", "labels": [1871234567]}')
-    with pytest.raises(UserError, match="line 1: label 1,871,234,567 would make"):
+    with pytest.raises(UserError, match=r"line 1.*1,871,234,567"):
         folder.read_label_file(str(empty), str(tmp_path)).names(None)
 
 
@@ -292,12 +292,12 @@ def test_sequence_of_classes_of_a_tfds_set(tmp_path, monkeypatch, in_memory):
     plain = sources.tfds_source(builder, "train", (), "kind")
     assert plain.max_labels is None and plain.fingerprint != source.fingerprint
     np.testing.assert_array_equal(_read(plain, 4)["label"], [0, 1, 0, 1])
-    with pytest.raises(UserError, match=r"no image 'image' with label 'tag'; .*: tags, kind.*Did"):
+    with pytest.raises(UserError, match=r"'tag'.*tags, kind"):
         sources.tfds_source(builder, "train", (), "tag")
     if not in_memory:
         monkeypatch.setattr(sources, "MOST_LABELS", 2)
         short = sources.tfds_source(builder, "train", (), "tags")
-        with pytest.raises(UserError, match=r"tfrecord.*:3: 3 labels, where at most 2 are read"):
+        with pytest.raises(UserError, match=r"tfrecord.*:3\b.*\b3\b.*\b2\b"):
             _read(short, 4)
 
 
@@ -309,7 +309,7 @@ def test_label_outside_the_classes_is_named(tmp_path):
     }
     examples = [{"image": _image(), "label": label} for label in (0, 2, -1)]
     source = sources.tfds_source(_build(tmp_path, "tiny_labels", features, examples), "train", ())
-    with pytest.raises(UserError, match=r":2: label -1 where the classes are 0 to 2") as caught:
+    with pytest.raises(UserError, match=r":2\b.*-1\b") as caught:
         _read(source, 3)
     assert "\n" not in str(caught.value)
     faults = dict(sources.check(source, make_preprocess("decode", (8, 8))))
@@ -320,9 +320,7 @@ def test_unprepared_imagenet21k_names_its_own_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "mixer.data.imagenet21k", types.ModuleType("stand_in"))
     builder = types.SimpleNamespace(is_prepared=lambda: False, data_dir="/nowhere/imagenet21k")
     monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
-    with pytest.raises(
-        UserError, match="prepare imagenet21k --source=TAR_OR_FOLDER --data_dir=/nowhere"
-    ):
+    with pytest.raises(UserError, match=r"prepare imagenet21k.*--data_dir=/nowhere"):
         sources.tfds_builder("imagenet21k/fall11", "/nowhere")
 
 
@@ -410,9 +408,9 @@ def test_derived_label_of_a_stored_set(tmp_path):
     assert source.class_names == labels.DERIVED["kitti_distance"].class_names
     wanted = [_reference("kitti_distance", example) for example in examples]
     np.testing.assert_array_equal(_read(source, len(wanted))["label"], wanted)
-    with pytest.raises(UserError, match=r"with label 'label'; .* it has: kitti_distance"):
+    with pytest.raises(UserError, match=r"'label'.*kitti_distance"):
         sources.tfds_source(builder, "train", ())
-    with pytest.raises(UserError, match="with label 'clevr_count'"):
+    with pytest.raises(UserError, match="'clevr_count'"):
         sources.tfds_source(builder, "train", (), "clevr_count")
 
 
@@ -517,7 +515,7 @@ def test_images_without_labels_are_left_out_of_the_accuracy(tmp_path):
 def test_softmax_on_several_labels_is_refused(tmp_path):
     config = _config(tmp_path, LINES)
     config.loss = "softmax"
-    with pytest.raises(UserError, match=r"several labels an image, or none; .*loss=sigmoid"):
+    with pytest.raises(UserError, match="loss=sigmoid"):
         run.open_split(config, "train", None)
 
 
@@ -526,7 +524,7 @@ def test_one_hot_of_other_classes_is_refused(tmp_path):
     config = _config(tmp_path, lines)
     spec = config.dataset.train_preprocess
     config.dataset.train_preprocess = f"{spec}|one_hot(5)"
-    with pytest.raises(UserError, match=r"one_hot gives 5 classes, but .* has 3"):
+    with pytest.raises(UserError, match=r"one_hot.*\b5\b.*\b3\b"):
         run.open_split(config, "train", None, augment=True)
     config.dataset.train_preprocess = f"{spec}|one_hot(3)"
     split = run.open_split(config, "train", None, augment=True)

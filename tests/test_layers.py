@@ -14,13 +14,23 @@ def _arrays(*shapes, seed=0):
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
+def _value_and_gradients(function, arguments):
+    """Of all arguments, for an arbitrary gradient of the result."""
+
+    @jax.jit
+    def computed(*arguments):
+        value, pull = jax.vjp(function, *arguments)
+        grad = _arrays(value.shape, seed=1)[0].astype(value.dtype)
+        return value, pull(grad)
+
+    return computed(*arguments)
+
+
 def _compare(ours, plain, arguments, rtol=1e-5):
-    """Values, and gradients of all arguments for an arbitrary gradient of the result."""
-    value, pull = jax.vjp(ours, *arguments)
-    wanted, plain_pull = jax.vjp(plain, *arguments)
-    np.testing.assert_allclose(value, wanted, rtol=rtol, atol=rtol)
-    grad = _arrays(value.shape, seed=1)[0]
-    for one, other in zip(pull(grad), plain_pull(grad), strict=True):
+    value, gradients = _value_and_gradients(ours, arguments)
+    expected, expected_gradients = _value_and_gradients(plain, arguments)
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol)
+    for one, other in zip(gradients, expected_gradients, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * np.abs(other).max())
 
@@ -68,26 +78,45 @@ def test_norm_dense_keeps_one_array_of_the_inputs_size():
     assert sum(leaf.size == x.size for leaf in kept) == 1
 
 
+@pytest.fixture
+def patched(monkeypatch):
+    """Patches what is read while a function is traced: JAX keeps what it has traced."""
+
+    def patch(*arguments):
+        monkeypatch.setattr(*arguments)
+        jax.clear_caches()
+
+    yield patch
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("tokens", [6, 8], ids=["with room", "without room"])
-def test_bias_within_the_product_is_the_added_bias(tokens):
+def test_bias_within_the_product_is_the_added_bias(tokens, patched):
     """What a GPU computes, here on the CPU: values, and gradients of kernel and bias."""
-    x, kernel, bias, grad = _arrays((3, tokens, 5), (tokens, 4), (4,), (3, 4, 5))
-    x, grad = x.astype(jnp.bfloat16), grad.astype(jnp.bfloat16)
-    bias = bias.astype(jnp.bfloat16).astype(jnp.float32)
-    ours, wanted = layers._affine_in_one(x, kernel, bias), layers._affine(x, kernel, bias)
-    assert ours.shape == wanted.shape and ours.dtype == wanted.dtype
-    np.testing.assert_allclose(ours.astype(float), wanted.astype(float), rtol=1e-2, atol=1e-2)
-    for one, other in zip(layers._sums_in_one(x, grad), layers._sums(x, grad), strict=True):
+    x, kernel, bias = _arrays((3, tokens, 5), (tokens, 4), (4,))
+    x, bias = x.astype(jnp.bfloat16), bias.astype(jnp.bfloat16).astype(jnp.float32)
+    expected, (_, *expected_gradients) = _value_and_gradients(layers.token_dense, (x, kernel, bias))
+
+    def as_on_a_gpu(*arguments, default, cuda=None, cpu=None):
+        return (cuda or default)(*arguments)
+
+    patched(layers.lax, "platform_dependent", as_on_a_gpu)
+    actual, (_, *gradients) = _value_and_gradients(layers.token_dense, (x, kernel, bias))
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    np.testing.assert_allclose(actual.astype(float), expected.astype(float), rtol=1e-2, atol=1e-2)
+    for one, other in zip(gradients, expected_gradients, strict=True):
         assert one.dtype == other.dtype == jnp.float32
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_token_gradients_do_not_depend_on_how_images_lie(monkeypatch):
+def test_token_gradients_do_not_depend_on_how_images_lie(patched):
     """A CPU multiplies all images at once where there are many tokens."""
-    x, grad = _arrays((3, 6, 5), (3, 4, 5))
-    apart = layers._token_products(x, grad)
-    monkeypatch.setattr(layers, "MANY_TOKENS", 4)
-    np.testing.assert_allclose(layers._token_products(x, grad), apart, rtol=1e-5, atol=1e-5)
+    arguments = _arrays((3, 6, 5), (6, 4), (4,))
+    _, (_, apart, _) = _value_and_gradients(layers.token_dense, arguments)
+    patched(layers, "MANY_TOKENS", 4)
+    _, (_, together, _) = _value_and_gradients(layers.token_dense, arguments)
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
     assert apart.shape == (6, 4)
 
 

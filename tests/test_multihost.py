@@ -31,25 +31,14 @@ def _record(workdir):
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("processes", "mesh"),
-    [
-        (2, {"fsdp": 2}),
-        pytest.param(2, {}, marks=pytest.mark.slow),
-        pytest.param(2, {"tensor": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"fsdp": 2}, marks=pytest.mark.slow),
-    ],
-    ids=["2-fsdp", "2-data", "2-tensor", "4-fsdp-tensor", "4-data-fsdp"],
-)
-def test_processes_give_the_numbers_of_one(tmp_path, processes, mesh):
+def _check_numbers_of_one(tmp_path, processes, mesh, *flags):
     """With the same mesh: bit for bit on two processes, and to 1e-6 on four.
 
     XLA adds what four devices bring in one order, and gloo in another.
     """
-    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    multihost.run(1, processes, *TRAIN, *axes, f"--workdir={tmp_path / 'one'}")
-    out = multihost.run(processes, 1, *TRAIN, *axes, f"--workdir={tmp_path / 'many'}")
+    flags += tuple(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())
+    multihost.run(1, processes, *TRAIN, *flags, f"--workdir={tmp_path / 'one'}")
+    out = multihost.run(processes, 1, *TRAIN, *flags, f"--workdir={tmp_path / 'many'}")
     assert f"devices: {processes} x cpu in {processes} processes" in out
     assert _difference(tmp_path / "one", tmp_path / "many") <= 1e-6
     if processes == 2:
@@ -58,6 +47,21 @@ def test_processes_give_the_numbers_of_one(tmp_path, processes, mesh):
     assert len(_record(tmp_path / "many")) == len(_record(tmp_path / "one"))  # one has written
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "many")]
     assert results[0]["splits"]["test"]["count"] == results[1]["splits"]["test"]["count"] == 256
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    _check_numbers_of_one(tmp_path, 2, {"fsdp": 2}, "--config.total_steps=2")
+
+
+@pytest.mark.slow
+@pytest.mark.bitwise
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [(2, {}), (2, {"tensor": 2}), (4, {"fsdp": 2, "tensor": 2}), (4, {"fsdp": 2})],
+    ids=["2-data", "2-tensor", "4-fsdp-tensor", "4-data-fsdp"],
+)
+def test_every_mesh_gives_the_numbers_of_one_process(tmp_path, processes, mesh):
+    _check_numbers_of_one(tmp_path, processes, mesh)
 
 
 def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM):
@@ -80,6 +84,7 @@ def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM)
 
 
 @pytest.mark.slow
+@pytest.mark.bitwise
 def test_signal_on_any_process_stops_all_and_another_machine_goes_on(tmp_path):
     """Two processes are stopped and continued by two, by one and by four."""
     step = _stopped_at(2, tmp_path / "run", 1)

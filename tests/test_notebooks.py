@@ -50,6 +50,7 @@ def _run(place, name, last, **replaced):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_use_a_checkpoint(place):
     last = "print(json.dumps([int(correct[test].sum()), accuracy, units.shape, len(least_sure)]))"
     correct, accuracy, units, shown = _run(place, "use_a_checkpoint", "import json; " + last)
