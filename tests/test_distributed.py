@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -208,7 +209,8 @@ def test_two_processes_agree_stop_together_and_end_with_the_reason(tmp_path):
     message = "data_dir=/nowhere: no such directory"
     assert (second.code, second.errors.strip()) == (2, f"worker.py: {message}")
     assert first.code == 1
-    assert first.errors.strip() == f"process 1 ({socket.gethostname()}) failed: {message}"
+    assert f"process 1 ({socket.gethostname()})" in first.errors and message in first.errors
+    assert len(first.errors.strip().splitlines()) == 1
 
 
 def _slurm(count):
@@ -229,7 +231,7 @@ def test_four_processes_of_slurm_end_naming_the_one_that_was_killed():
     assert [result.code for result in results] == [1, 1, -signal.SIGKILL, 1]
     for index in (0, 1, 3):
         errors = results[index].errors.strip()
-        assert errors.startswith(f"process 2 ({socket.gethostname()}) is gone: no sign of life")
+        assert errors.startswith(f"process 2 ({socket.gethostname()})")
         assert len(errors.splitlines()) == 1
 
 
@@ -239,14 +241,14 @@ def test_lost_connection_is_no_traceback_and_names_the_process_that_was_killed()
     assert (first.code, second.code, third.code) == (1, -signal.SIGKILL, 1)
     for result in (first, third):
         assert "Traceback" not in result.all
-        assert result.errors.startswith(f"process 1 ({socket.gethostname()}) is gone")
+        assert result.errors.startswith(f"process 1 ({socket.gethostname()})")
 
 
 @pytest.mark.slow
 def test_killed_process_0_ends_the_others_naming_it():
     first, second = _end(_start(_by_flags(2, do=[["killed", 0, False]])))
     assert (first.code, second.code) == (-signal.SIGKILL, 1)
-    assert second.errors.splitlines()[-1].startswith("process 0 (localhost) is gone")
+    assert second.errors.splitlines()[-1].startswith("process 0 (localhost)")
 
 
 @pytest.mark.slow
@@ -255,9 +257,8 @@ def test_fault_of_process_0_is_heard_by_all_before_its_service_ends():
     assert [result.code for result in results] == [1] * 4
     assert "Traceback" in results[0].errors and "KeyError: 'labels'" in results[0].errors
     for result in results[1:]:
-        assert result.errors.strip() == (
-            f"process 0 ({socket.gethostname()}) failed: KeyError: 'labels'"
-        )
+        assert f"process 0 ({socket.gethostname()})" in result.errors
+        assert "KeyError: 'labels'" in result.errors and "Traceback" not in result.errors
 
 
 @pytest.mark.slow
@@ -269,7 +270,7 @@ def test_all_end_by_themselves_with_their_own_code(kind):
         plans[1]["do"] = [["mistake", 1]]
     results = _end(_start(plans))
     assert [result.code for result in results] == [143 if kind == "stopped" else 2] * 2
-    assert not any("failed" in result.errors for result in results)
+    assert not any(re.search(r"process \d", result.errors) for result in results)
 
 
 def test_laptop_joins_nothing_and_starts_no_thread():
@@ -377,16 +378,17 @@ def test_processes_meet_or_all_hear_why_not(monkeypatch):
     assert _meet([(3, 0), (3, 1), (3, 2)], monkeypatch) == [None] * 3
     host = socket.gethostname()
     twice = _meet([(3, 0), (3, 1), (3, 1)], monkeypatch)
-    assert twice == [f"two processes have --process_id=1: {host} and {host}"] * 3
+    assert all("--process_id=1" in each and host in each for each in twice)
     other = _meet([(2, 0), (3, 1)], monkeypatch)
-    assert other == [f"process 1 ({host}) has --num_processes=3, process 0 ({host}) has 2"] * 2
+    pattern = rf"process 1 \({host}\).*--num_processes=3.*process 0 \({host}\).*\b2\b"
+    assert all(re.search(pattern, each) for each in other)
     late = _meet([(4, 0), (4, 2)], monkeypatch, secs=0.5)
-    assert late == ["after 0 s 2 of 4 processes are there; missing: --process_id=1, 3"] * 2
+    assert all(re.search(r"\b2 of 4\b.*--process_id=1, 3", each) for each in late)
     (alone,) = _meet([(2, 1)], monkeypatch, secs=0.1)
-    assert "process 0 did not answer in 0 s (Connection refused)" in alone
+    assert "process 0" in alone and "Connection refused" in alone
     with socket.create_server(("", 0)) as server:  # two processes 0 on one host
         port = server.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of --coordinator_address"):
+        with pytest.raises(UserError, match=rf"\b{port}\b.*--coordinator_address"):
             distributed.meet(f"localhost:{port}", 2, 0)
 
 
@@ -449,21 +451,22 @@ def _watch(stall_secs=120):
 def test_stall_of_one_process_is_told_at_each_doubling():
     watching, clock, lines = _watch()
     for doing, secs, expected in (
-        ("starting", 125, ["still starting after 125 s (at step 0)"]),
-        ("compiling", 130, ["still compiling the first step after 130 s (at step 0)"]),
+        ("starting", 125, [r"starting.*125 s"]),
+        ("compiling", 130, [r"compiling.*130 s"]),
         ("waiting for data", 119, []),
-        ("waiting for data", 6, ["no step for 125 s: at step 1; waiting for data since 125 s"]),
+        ("waiting for data", 6, [r"125 s.*step 1\b.*waiting for data"]),
         ("waiting for data", 100, []),
-        ("waiting for data", 20, ["no step for 245 s: at step 1; waiting for data since 245 s"]),
+        ("waiting for data", 20, [r"245 s.*step 1\b.*waiting for data"]),
         ("evaluating", 100, []),
         ("saving", 100, []),
         ("computing", 100, []),
-        ("computing", 21, ["no step for 121 s: at step 1; computing since 121 s"]),
+        ("computing", 21, [r"121 s.*step 1\b.*computing"]),
     ):
         watching.beat(int(doing in ("computing", "waiting for data", "saving")), doing)
         clock.now += secs
         watching.check()
-        assert lines == expected, (doing, secs)
+        assert len(lines) == len(expected), (doing, secs)
+        assert all(map(re.search, expected, lines)), lines
         lines.clear()
     for step in range(2, 10):  # steps of 100 s each
         for doing in ("waiting for data", "computing"):
@@ -488,42 +491,41 @@ def _states(*rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("rows", "pattern", "named"),
     [
         (
             [(341, "computing", 119), (341, "computing", 119), (341, "waiting for data", 118)],
-            "no step for 120 s: at step 341; process 2 (h2) is waiting for data since 118 s; the "
-            "others wait for it",
+            r"120 s.*step 341.*process 2 \(h2\).*waiting for data.*118 s",
+            "2",
         ),
         (
             [(341, "computing", 119), (339, "computing", 120), (341, "waiting for data", 3)],
-            "no step for 120 s: at step 341; process 1 (h1) is computing since 120 s; the others "
-            "wait for it",
+            r"120 s.*step 341.*process 1 \(h1\).*computing.*120 s",
+            "1",
         ),
         (
             [(341, "waiting for data", 119)] * 2 + [(341, "computing", 1)],
-            "no step for 120 s: at step 341; process 0 (h0) is waiting for data since 119 s, "
-            "process 1 (h1) is waiting for data since 119 s; the others wait for them",
+            r"120 s.*step 341.*process 0 \(h0\).*waiting for data.*119 s.*process 1 \(h1\)",
+            "01",
         ),
-        (
-            [(341, "computing", 119)] * 2,
-            "no step for 120 s: at step 341; all processes are computing since 119 s",
-        ),
+        ([(341, "computing", 119)] * 2, r"120 s.*step 341.*computing.*119 s", ""),
         (
             [(341, "waiting for data", 119)] * 6 + [(342, "computing", 1)],
-            "process 3 (h3) is waiting for data since 119 s and 2 more are behind; the others",
+            r"process 3 \(h3\).*waiting for data.*119 s.*\b2\b",
+            "0123",
         ),
-        ([(341, "saving", 120)] * 2, "still saving after 120 s (at step 341)"),
+        ([(341, "saving", 120)] * 2, r"saving.*120 s.*step 341", ""),
         (
             [(341, "evaluating", 120), (340, "computing", 130)],
-            "still evaluating after 120 s (at step 341); process 1 (h1) is computing since 130 s; "
-            "the others wait for it",
+            r"evaluating.*120 s.*step 341.*process 1 \(h1\).*computing.*130 s",
+            "1",
         ),
     ],
 )
-def test_stall_line_names_who_keeps_the_others_waiting(rows, expected):
+def test_stall_line_names_who_keeps_the_others_waiting(rows, pattern, named):
     line = distributed.stall_line(120, _states(*rows))
-    assert expected in line and "\n" not in line
+    assert re.search(pattern, line) and "\n" not in line
+    assert "".join(re.findall(r"process (\d)", line)) == named
 
 
 def test_process_0_finds_the_starved_and_the_dead(monkeypatch):
@@ -546,17 +548,15 @@ def test_process_0_finds_the_starved_and_the_dead(monkeypatch):
     for _ in range(13):
         clock.now += 10
         others(dead=set())
-    assert lines == [
-        "no step for 120 s: at step 7; process 2 (h2) is waiting for data since 120 s; the others "
-        "wait for it"
-    ]
+    (line,) = lines
+    assert re.search(r"120 s.*step 7\b.*process 2 \(h2\).*waiting for data.*120 s", line)
     for _ in range(6):
         clock.now += 10
         others(dead={1})
     assert not ended  # 60 s are not too long
     clock.now += 5
     others(dead={1})
-    assert ended[0]["process"] == 1 and "no sign of life for 65 s" in ended[0]["reason"]
+    assert ended[0]["process"] == 1 and "65 s" in ended[0]["reason"]
 
     # Where a collective has failed, a silence of 11 s is enough.
     ended.clear(), client.rows.pop("mixer/failure/0")

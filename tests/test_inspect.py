@@ -223,7 +223,8 @@ def _rows(count):
     return [*rows, {"step": count, **last, "val/ece": 0.1}]
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the page draws them
+@pytest.mark.parametrize("count", [3, 10_000])
 def test_curves_of_any_length(tmp_path, count):
     rows = _rows(count)
     pictures.draw_curves(rows, tmp_path / "curves.png", "_$a run$ " + "x" * 300)
@@ -252,7 +253,8 @@ def test_long_curves_are_drawn_thin_under_their_mean(tmp_path, monkeypatch):
     assert labels == ["training", "validation", "validation, average"]
 
 
-@pytest.mark.parametrize("count", [3, 300, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the page draws one
+@pytest.mark.parametrize("count", [3, 40, 300])
 def test_confusions_of_any_number_of_classes(tmp_path, count):
     rng = np.random.default_rng(0)
     label = rng.integers(0, count - 1, 5 * count)  # the last class has no image
@@ -263,6 +265,7 @@ def test_confusions_of_any_number_of_classes(tmp_path, count):
     assert 500 < Image.open(path).size[0] < 2000
 
 
+@pytest.mark.slow  # the page draws some
 @pytest.mark.parametrize(("side", "count"), [(2, 3), (16, 768), (32, 100)])
 def test_filters_of_any_size(tmp_path, side, count):
     kernel = np.random.default_rng(0).standard_normal((side, side, 3, count))
