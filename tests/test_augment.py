@@ -99,6 +99,7 @@ STEPS = (
     "permute_pixels(16)|value_range(-1.5, 2.25)"
 )
 AUTOAUGMENT = "inception_crop((30, 35))|flip_lr|autoaugment_cifar"
+RANDAUGMENT = "decode|randaugment(3, 15)"
 FIXED = "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fill=7)"
 
 
@@ -108,13 +109,8 @@ FIXED = "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fil
         pytest.param(STEPS, (16, 16), 32, id="steps"),
         pytest.param(STEPS, (16, 16), 48, marks=AS_IN_A_RUN, id="steps as in a run"),
         pytest.param(AUTOAUGMENT, (30, 35), 160, marks=AS_IN_A_RUN, id="autoaugment"),
-        pytest.param(
-            "decode|randaugment(3, 15)",
-            (30, 35),
-            40,
-            marks=pytest.mark.optimized,
-            id="randaugment",
-        ),
+        pytest.param(RANDAUGMENT, (30, 35), 40, id="randaugment"),
+        pytest.param(RANDAUGMENT, (30, 35), 64, marks=AS_IN_A_RUN, id="randaugment as in a run"),
         pytest.param(FIXED, (30, 35), 96, marks=AS_IN_A_RUN, id="fixed"),
     ],
 )

@@ -58,9 +58,9 @@ def write(path, loaded, layout):
     return path
 
 
-def test_through_every_format_and_back_is_bit_exact_and_keeps_the_card(tmp_path):
+def test_through_every_format_is_bit_exact_and_keeps_the_card(tmp_path):
     made = loaded = make("rectangle", gelu="erf")
-    for place, layout in enumerate(("run", "published", "timm", "legacy", "run")):
+    for place, layout in enumerate(("run", "published", "timm", "legacy")):
         loaded = read(write(tmp_path / f"{place}_{NAMES[layout]}", loaded, layout))
         assert_same_bits(made.params, loaded.params)
         assert loaded.card == made.card

@@ -111,7 +111,9 @@ def test_digits_are_the_fixed_split_of_the_scans(tfds_dir):
         assert found == wanted
 
 
-@pytest.fixture(params=["memory", "groups", "folder", "synthetic"])
+@pytest.fixture(
+    params=["memory", "groups", pytest.param("folder", marks=pytest.mark.slow), "synthetic"]
+)
 def train_split(request, tfds_dir, image_folder, monkeypatch):
     """A split for each way of reading."""
     if request.param == "groups":
@@ -139,7 +141,7 @@ def test_batch_k_is_the_same_streamed_from_0_and_from_k(train_split):
 
 def test_two_processes_read_the_batches_of_one(train_split, request):
     if train_split.order_depends_on_readers:
-        parts = [_take(train_split, 40, process_index=p, process_count=2) for p in (0, 1)]
+        parts = [_take(train_split, 25, process_index=p, process_count=2) for p in (0, 1)]
         one, two = ({i.tobytes() for batch in part for i in batch["image"]} for part in parts)
         assert len(one) > 150 and len(one & two) < 5  # a few scans are nearly blank twins
     # Only in sets of files does it matter how many processes the run was begun with.
@@ -352,7 +354,7 @@ def test_file_that_vanished_is_named(image_folder):
         _take(split, 8)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_records_can_be_excluded(tfds_dir, tmp_path, grouped, monkeypatch):
     if grouped:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)

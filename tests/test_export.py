@@ -192,14 +192,19 @@ def test_the_command_is_a_program(tmp_path):
     assert (tmp_path / "tiny.stablehlo.json").exists()
 
 
-@pytest.mark.optimized
-def test_bfloat16_stores_what_is_rounded_anyway(images):
-    loaded = read(dtype="bfloat16")
-    arrays = serving.served_weights(loaded)
+def test_bfloat16_stores_what_is_rounded_anyway():
+    arrays = serving.served_weights(read(dtype="bfloat16"))
     dtypes = {name: array.dtype for name, array in arrays.items()}
     assert dtypes["stem/kernel"] == dtypes["MixerBlock_1/token_mixing/Dense_0/bias"]
     assert dtypes["stem/kernel"] == ml_dtypes.bfloat16
     assert dtypes["head/kernel"] == dtypes["MixerBlock_1/LayerNorm_0/scale"] == np.float32
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_bfloat16_gives_the_models_numbers(images):
+    loaded = read(dtype="bfloat16")
+    arrays = serving.served_weights(loaded)
     got = serving.make_program(loaded, arrays, weights="beside").call(arrays, images)
     expected = np.asarray(outputs(loaded, images)["logits"])
     assert got.dtype == np.float32

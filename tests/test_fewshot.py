@@ -128,7 +128,12 @@ def _folder_config(directory, **values):
     return config
 
 
-@pytest.fixture(params=["memory", "groups", "folder", "labels", "several", "synthetic"])
+@pytest.fixture(
+    params=[
+        *("memory", "groups", "folder", "several", "synthetic"),
+        pytest.param("labels", marks=pytest.mark.slow),
+    ]
+)
 def split(request, tfds_dir, tmp_path, monkeypatch):
     """A split for each way of reading."""
     if request.param in ("memory", "groups"):

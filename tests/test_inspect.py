@@ -240,9 +240,9 @@ def test_long_curves_are_drawn_thin_under_their_mean(tmp_path, monkeypatch):
     monkeypatch.setattr(
         FigureCanvasAgg, "draw", lambda canvas: (drawn.append(canvas.figure), draw(canvas))
     )
-    for count in (3, 1000, 1):
+    for count in (3, 1000):
         pictures.draw_curves(_rows(count), tmp_path / "curves.png", "run")
-    few, many, _ = (figure.axes[0].lines for figure in drawn)
+    few, many = (figure.axes[0].lines for figure in drawn)
     assert [line.get_marker() for line in few] == ["o"] * 3
     raw, mean, *_ = many
     assert raw.get_linewidth() < 1 < mean.get_linewidth() and raw.get_marker() == "None"
@@ -451,8 +451,17 @@ def test_mistakes(workdir, tmp_path):
         (dict(workdirs=[tmp_path]), str(tmp_path)),
         (dict(workdirs=[workdir, workdir]), str(workdir)),
         (dict(workdirs=[workdir], checkpoint_name="7"), "--checkpoint=7"),
-        (dict(workdirs=[workdir], data_dir=str(tmp_path)), str(tmp_path)),
         (dict(weights=golden), "--output"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            _write(**options)
+
+
+@pytest.mark.slow
+def test_data_that_is_asked_for_has_to_be_there(workdir, tmp_path):
+    golden = str(GOLDENS / "mixer_tiny_official.npz")
+    for options, message in (
+        (dict(workdirs=[workdir], data_dir=str(tmp_path)), str(tmp_path)),
         (dict(weights=golden, output=str(tmp_path), data_dir=str(tmp_path)), "preprocess"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):

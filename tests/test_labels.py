@@ -270,7 +270,7 @@ def _image(value=0, size=8, channels=3):
     return np.full((size, size, channels), value, np.uint8)
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sequence_of_classes_of_a_tfds_set(tmp_path, monkeypatch, in_memory):
     if not in_memory:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)

@@ -52,15 +52,9 @@ def test_mixup_of_image_and_label(per_example):
     assert len(np.unique(own.round(5))) == (1 if not per_example else N)
 
 
-def test_lambda_has_the_distribution_of_beta():
-    """The mean of max(u, 1 - u), u from Beta(0.5, 0.5), is 1/2 + 1/pi."""
-    lambdas = np.concatenate(
-        [_shares(_mixed(seed, alpha=0.5, per_example=True)[1]) for seed in range(30)]
-    )
-    assert abs(lambdas.mean() - (0.5 + 1 / np.pi)) < 0.02
-
-
-@pytest.mark.parametrize("alpha", [0.01, 0.2, 0.5, 3.0])
+@pytest.mark.parametrize(
+    "alpha", [0.2, *[pytest.param(alpha, marks=pytest.mark.slow) for alpha in (0.01, 0.5, 3.0)]]
+)
 def test_draws_are_those_of_beta(alpha):
     count = 20_000
     mix = _compiled(alpha=alpha, per_example=True)
@@ -149,9 +143,9 @@ def test_lambda_has_the_same_bits_inside_a_loop():
         def body(row, found):
             return found.at[row].set(share(keys[row]))
 
-        return jax.lax.fori_loop(0, count, body, jnp.zeros((64, 2, 2)))
+        return jax.lax.fori_loop(0, count, body, jnp.zeros((32, 2, 2)))
 
-    keys = jax.random.split(jax.random.key(0), 64)
+    keys = jax.random.split(jax.random.key(0), 32)
     alone = jax.jit(share)
     alone = [alone(key) for key in keys]
-    np.testing.assert_array_equal(looped(keys, 64), alone)
+    np.testing.assert_array_equal(looped(keys, 32), alone)

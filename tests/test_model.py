@@ -23,7 +23,10 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow if v.startswith("L") else ()) for v in VARIANTS],
+)
 def test_variant_has_the_published_size_and_names(variant):
     model = make_model(variant=variant, num_classes=1000)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]

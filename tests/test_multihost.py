@@ -12,6 +12,9 @@ import pytest
 from helpers import final_state, leaves
 from mixer.metrics import read_metrics
 
+# Two processes that agree and stop together are tested in test_distributed.py before each commit.
+pytestmark = pytest.mark.slow
+
 TRAIN = ("train.py", "--config=tests/tiny_synthetic.py")
 
 
@@ -32,14 +35,26 @@ def _record(workdir):
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
-def _check_numbers_of_one(tmp_path, processes, mesh, *flags):
+@pytest.mark.bitwise
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [
+        (2, {"fsdp": 2}),
+        (2, {}),
+        (2, {"tensor": 2}),
+        (4, {"fsdp": 2, "tensor": 2}),
+        (4, {"fsdp": 2}),
+    ],
+    ids=["2-fsdp", "2-data", "2-tensor", "4-fsdp-tensor", "4-data-fsdp"],
+)
+def test_processes_give_the_numbers_of_one(tmp_path, processes, mesh):
     """With the same mesh: bit for bit on two processes, and to 1e-6 on four.
 
     XLA adds what four devices bring in one order, and gloo in another.
     """
-    flags += tuple(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())
-    multihost.run(1, processes, *TRAIN, *flags, f"--workdir={tmp_path / 'one'}")
-    out = multihost.run(processes, 1, *TRAIN, *flags, f"--workdir={tmp_path / 'many'}")
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    multihost.run(1, processes, *TRAIN, *axes, f"--workdir={tmp_path / 'one'}")
+    out = multihost.run(processes, 1, *TRAIN, *axes, f"--workdir={tmp_path / 'many'}")
     assert re.search(rf"\b{processes} x cpu.*\b{processes} processes", out)
     assert _difference(tmp_path / "one", tmp_path / "many") <= 1e-6
     if processes == 2:
@@ -48,21 +63,6 @@ def _check_numbers_of_one(tmp_path, processes, mesh, *flags):
     assert len(_record(tmp_path / "many")) == len(_record(tmp_path / "one"))  # one has written
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "many")]
     assert results[0]["splits"]["test"]["count"] == results[1]["splits"]["test"]["count"] == 256
-
-
-def test_two_processes_give_the_numbers_of_one(tmp_path):
-    _check_numbers_of_one(tmp_path, 2, {"fsdp": 2}, "--config.total_steps=2")
-
-
-@pytest.mark.slow
-@pytest.mark.bitwise
-@pytest.mark.parametrize(
-    ("processes", "mesh"),
-    [(2, {}), (2, {"tensor": 2}), (4, {"fsdp": 2, "tensor": 2}), (4, {"fsdp": 2})],
-    ids=["2-data", "2-tensor", "4-fsdp-tensor", "4-data-fsdp"],
-)
-def test_every_mesh_gives_the_numbers_of_one_process(tmp_path, processes, mesh):
-    _check_numbers_of_one(tmp_path, processes, mesh)
 
 
 def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM):
@@ -84,7 +84,6 @@ def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM)
     return step
 
 
-@pytest.mark.slow
 @pytest.mark.bitwise
 def test_signal_on_any_process_stops_all_and_another_machine_goes_on(tmp_path):
     """Two processes are stopped and continued by two, by one and by four."""
@@ -105,7 +104,6 @@ def test_signal_on_any_process_stops_all_and_another_machine_goes_on(tmp_path):
     assert _difference(tmp_path / "whole", tmp_path / "more") <= 1e-5
 
 
-@pytest.mark.slow
 def test_process_with_other_settings_ends_the_run_with_its_reason(tmp_path):
     """Whichever finds out first tells the others, who are on their way to a collective."""
     address = multihost.free_address()
@@ -123,7 +121,6 @@ def test_process_with_other_settings_ends_the_run_with_its_reason(tmp_path):
     assert "Traceback" not in out + other_out
 
 
-@pytest.mark.slow
 def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
     address = multihost.free_address()
     started = [
@@ -147,7 +144,6 @@ def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
     assert all(before[k].tobytes() == after[k].tobytes() for k in before)
 
 
-@pytest.mark.slow
 def test_evaluate_on_two_processes(tmp_path):
     """Of a run on more devices than there are now."""
     multihost.run(1, 4, *TRAIN, "--config.mesh.fsdp=4", f"--workdir={tmp_path}")
@@ -159,7 +155,6 @@ def test_evaluate_on_two_processes(tmp_path):
     assert two["top1"] == one["top1"] and two["loss"] == pytest.approx(one["loss"], abs=1e-6)
 
 
-@pytest.mark.slow
 def test_write_that_fails_in_the_background_of_one_process_ends_all(tmp_path):
     """As on a full disk: the others wait for it in Orbax, which waits minutes."""
     code = """
