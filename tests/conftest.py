@@ -1,6 +1,7 @@
 """What holds for every test: quiet on the CPU, one compile cache, cheap compilation."""
 
 import fcntl
+import gc
 import os
 import shutil
 import sys
@@ -85,6 +86,17 @@ def pytest_runtest_protocol(item, nextitem):
     else:
         _compile(_OPTIMIZED if item.get_closest_marker("optimized") else _QUICK)
     return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_collections():
+    """Keeps what earlier files have made out of the collections of garbage.
+
+    `Checkpoints` collects whenever it opens, closes or reads, which takes a second or more where a
+    process has traced many programs.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _made_once(tmp_path_factory, name, make):
