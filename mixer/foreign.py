@@ -12,7 +12,7 @@ import shlex
 from etils import epath
 
 ENDINGS = (".npz", ".safetensors")  # of the files that are read
-PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".pickle", ".th")
+PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".th")
 _MOST_NAMES = 10_000  # of a folder that are looked at
 
 _BIG_VISION = re.compile(r"checkpoint\.bv(-LAST|-\d+(-tmp)?)?")
@@ -56,7 +56,7 @@ def advice(path: epath.PathLike) -> str:
 
 
 def is_pickled(name: str) -> bool:
-    """Whether a file's name says that it is one of PyTorch's, or another pickle."""
+    """Whether a file's name says that it is one of PyTorch's, or another pickled one."""
     return name.lower().endswith(PICKLED)
 
 
