@@ -374,7 +374,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
     try:
         compiled = lowered.compile()
     except JaxRuntimeError as error:
-        needed = _memory_of_error(str(error))
+        needed = memory_of_error(str(error))
         if needed is None:
             raise
         return dataclasses.replace(
@@ -417,7 +417,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
     )
 
 
-def _memory_of_error(text: str) -> float | None:
+def memory_of_error(text: str) -> float | None:
     """Bytes that a program needs, of the compiler's message that they are too many."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", text)
     if not match:

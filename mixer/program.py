@@ -43,7 +43,7 @@ def run(
     if name == "__main__.py" or sys.modules["__main__"].__spec__ is not None:
         name = sys.modules["__main__"].__spec__.name
     logging.set_verbosity(logging.FATAL)  # what matters is raised, and told in one line
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app.run(main, flags_parser=parse)
     except UserError as error:
@@ -61,14 +61,14 @@ def run(
         sys.exit(code)
 
 
-def _interrupt(signum: int, frame: types.FrameType | None) -> None:
+def interrupt(signum: int, frame: types.FrameType | None) -> None:
     """Raises KeyboardInterrupt, a moment later where it would be lost.
 
     JAX has a callback in the garbage collector, and what is raised there is printed and forgotten.
     """
     while frame is not None:
         if frame.f_code.co_name == "_xla_gc_callback":
-            signal.signal(signal.SIGALRM, _interrupt)
+            signal.signal(signal.SIGALRM, interrupt)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             return
         frame = frame.f_back

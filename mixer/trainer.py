@@ -445,7 +445,7 @@ def _loop(
             first = step + 1
             watch.beat(first, "waiting for data")
             with meter.waiting():
-                count, update = source.take(step, _next_stop(config, step) - step)
+                count, update = source.take(step, next_stop(config, step) - step)
             step += count
 
             # Dispatched, not awaited: the device computes while the host goes on, two calls ahead
@@ -510,7 +510,7 @@ def _loop(
     return state
 
 
-def _next_stop(config: ConfigDict, step: int) -> int:
+def next_stop(config: ConfigDict, step: int) -> int:
     """The next step after which the host has something to do, where no call goes beyond."""
     every = (config.log_every_steps, config.checkpoint.every_steps, config.eval_every_steps)
     stops = [(step // steps + 1) * steps for steps in every if steps]

@@ -95,6 +95,17 @@ def assert_same_bits(one, other):
         assert one[path].tobytes() == other[path].tobytes(), path
 
 
+def assert_close(state, expected):
+    """Equal but for rounding: where the two programs may have been compiled differently."""
+    state, expected = leaves(state), leaves(expected)
+    assert state.keys() == expected.keys()
+    for path, value in state.items():
+        other = expected[path].astype(np.float64)
+        np.testing.assert_allclose(
+            value.astype(np.float64), other, rtol=1e-5, atol=1e-6, err_msg=path
+        )
+
+
 def final_state(workdir, step=None):
     """The arrays of a run's checkpoint, read without the model."""
     import orbax.checkpoint as ocp

@@ -20,11 +20,10 @@ from mixer.train_step import make_predict
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What takes a few steps is compiled for longer than it runs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def no_curves():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.pictures, "draw_curves", lambda *_: None)
+        yield
 
 
 # Sorting the first 12 integers of PCG64([0, 0]).
@@ -60,10 +59,10 @@ def test_patches_move_whole_and_their_pixels_alike():
     old = _patches(image, 4)
     between = permutation.shuffled(6, seed=5)
     within = permutation.shuffled(16, seed=5, stream=1)
-    for inside, wanted in ((False, old[between]), (True, old[between][:, within])):
+    for inside, expected in ((False, old[between]), (True, old[between][:, within])):
         order = permutation.patch_order((8, 12), 4, seed=5, within=inside)
         new = image.reshape(96, 3)[order].reshape(8, 12, 3)
-        assert np.array_equal(_patches(new, 4), wanted)
+        assert np.array_equal(_patches(new, 4), expected)
     assert not np.array_equal(between, np.arange(6))
 
 
@@ -100,18 +99,18 @@ def test_step_shuffles_what_the_other_steps_give(step, rest, order):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(dataset__permutation="patch"), "'patch'; one of patches, pixels, or empty"),
+        (dict(dataset__permutation="patch"), "permutation='patch'.*patches, pixels"),
         (
             dict(dataset__permutation="pixels", dataset__name="synthetic"),
-            "is a step of the preprocessing, and synthetic data takes none",
+            "permutation='pixels'.*synthetic",
         ),
         (
             dict(dataset__permutation="patches", model__patch_size=3),
-            "the patch size 3 does not divide 8; the nearest sides that work are 6 or 9",
+            "patch size 3 .* 8.* 6 or 9",
         ),
         (
             dict(dataset__permutation="patches", model__patch_size=None),
-            r"the model needs a variant .* or \['patch_size'\]",
+            r"model.*variant.*patch_size",
         ),
     ],
 )
@@ -137,6 +136,7 @@ def trained(tmp_path_factory, tfds_dir):
     """A run under a permutation: its directory and what was asked for."""
     path = tmp_path_factory.mktemp("permuted")
     values = dict(total_steps=4, dataset__permutation="patches", dataset__val_split="")
+    values |= dict(model__num_blocks=1)
     values |= dict(optimizer__ema_decay=0.0, optimizer__accumulate_steps=1, mixup__alpha=0.0)
     config = tiny_config(tfds_dir, model__stoch_depth=0.0, model__dropout=0.0, **values)
     trainer.train(config, path)
@@ -150,7 +150,7 @@ def test_config_of_the_run_says_the_steps_and_the_same_command_continues_it(trai
     assert config.dataset.eval_preprocess == "decode"  # the caller's stays as it was
     other = config.copy_and_resolve_references()
     other.optimizer.peak_lr = 1.0
-    with pytest.raises(UserError, match=r"another config: optimizer.peak_lr: 0.003 -> 1.0. Give"):
+    with pytest.raises(UserError, match=r"optimizer.peak_lr: 0.003 -> 1.0"):
         trainer.train(other, path)
     other = config.copy_and_resolve_references()
     other.dataset.permutation = ""
@@ -190,10 +190,10 @@ def test_evaluation_predict_and_converted_weights_see_the_same(trained, tmp_path
         said = prediction.predict(source, files, preprocess=preprocess, top=5, batch_size=48)
         return np.array([each.classes for each in said])
 
-    wanted = result.predictions.guesses[:48]
-    assert np.array_equal(guesses(loaded, loaded.card.preprocess), wanted)
+    expected = result.predictions.guesses[:48]
+    assert np.array_equal(guesses(loaded, loaded.card.preprocess), expected)
     assert converted.card.preprocess == loaded.card.preprocess
-    assert (guesses(converted, "decode") != wanted).any()  # the permutation matters
+    assert (guesses(converted, "decode") != expected).any()  # the permutation matters
 
 
 def _leaves(params):
@@ -216,7 +216,9 @@ def _permuted_params(params, between, within):
     return jax.tree_util.tree_map_with_path(permuted, params)
 
 
-@pytest.mark.parametrize(("name", "lr"), [("sgd", 0.3), ("adamw", 3e-3)])
+@pytest.mark.parametrize(
+    ("name", "lr"), [("sgd", 0.3), pytest.param("adamw", 3e-3, marks=pytest.mark.slow)]
+)
 def test_patch_order_leaves_the_curve_as_it_is(tfds_dir, name, lr):
     """With augmentation, weight decay and clipping, 10 steps.
 

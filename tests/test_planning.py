@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import common, mixer_b16_i1k
-from helpers import TINY, run_python, tiny_config
+from helpers import TINY, run_program, run_python, tiny_config
 from mixer import chips, hlo, planning, run, sharding, train_state
 from mixer.errors import UserError
 from mixer.model import make_model
@@ -51,8 +51,11 @@ def lowered(config):
     [
         {},
         dict(model__scan_blocks=True, optimizer__accumulate_steps=4),
-        dict(optimizer__sam_rho=0.1),
-        dict(optimizer__lr_multipliers=((r"stem/.*|MixerBlock_0/.*", 0.0),)),
+        pytest.param(dict(optimizer__sam_rho=0.1), marks=pytest.mark.slow),
+        pytest.param(
+            dict(optimizer__lr_multipliers=((r"stem/.*|MixerBlock_0/.*", 0.0),)),
+            marks=pytest.mark.slow,
+        ),
         dict(optimizer__lr_multipliers=((r"(?!head).*", 0.0),)),
     ],
     ids=["plain", "scan and accumulation", "sam", "lower half frozen", "head alone"],
@@ -63,7 +66,7 @@ def test_closed_form_is_what_the_update_computes(values):
     assert counted == planning.train_flops(subject_of(config)) * config.global_batch_size
 
 
-@pytest.mark.parametrize("scan_blocks", [False, True])
+@pytest.mark.parametrize("scan_blocks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recomputation_is_counted_and_estimated(scan_blocks):
     config = small(model__scan_blocks=scan_blocks, model__remat="full")
     subject = subject_of(config, "gpu:1xH100")
@@ -264,7 +267,7 @@ def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits,
     assert [step.fits for step in compiled] == fits
     assert {step.settings.remat for step in compiled} == remats
     assert len(compiled) == planning.COMPILES == sum(step.compiled for step in steps)
-    assert "0 s left" in lines[-1]
+    assert "0 s" in lines[-1]
     rows = planning.ranking(subject, steps)
     assert rows[1][1:4:2] == ("compiled", "yes")
 
@@ -296,17 +299,18 @@ def test_which_sets_stay_on_the_device(change, topology, stays):
     """As `data.resident.read` decides where the data is."""
     config = large(model__num_blocks=1, model__num_classes=10, global_batch_size=64, **change)
     subject = subject_of(config, topology)
-    assert planning._stays_on_device(subject) == stays
+    plan = planning.summary(subject, planning.make_step(subject, planning.own_settings(subject)))
+    assert plan["host"]["input"]["stays_on_device"] == stays
 
 
 @pytest.mark.parametrize(
     ("change", "core_rate", "verdict", "advice"),
     [
-        ({}, 840, "yes: about", None),  # on GPUs RandAugment goes to the device
-        (dict(dataset__augment_on="host"), 530, "NO: ", "augment_on=device (flip_lr|randaugment"),
-        (dict(dataset__train_preprocess="inception_crop(224)"), 840, "yes: about", None),
-        (SMALL, 840, "yes: the images are read once", None),
-        (SMALL | dict(dataset__on_device="off"), 840, "yes: about", None),
+        ({}, 840, "yes", None),  # on GPUs RandAugment goes to the device
+        (dict(dataset__augment_on="host"), 530, "NO", "augment_on=device (flip_lr|randaugment"),
+        (dict(dataset__train_preprocess="inception_crop(224)"), 840, "yes", None),
+        (SMALL, 840, "yes", None),
+        (SMALL | dict(dataset__on_device="off"), 840, "yes", None),
     ],
     ids=["device", "host", "nothing to move", "stays on the device", "small and read"],
 )
@@ -337,7 +341,7 @@ def test_what_does_not_fit_is_advised(monkeypatch):
     assert "--config.model.remat=" in rows["to change"]
     huge = subject_of(large(model__hidden_dim=32768, model__channels_mlp_dim=131072), "gpu:1xA100")
     step = planning.make_step(huge, planning.own_settings(huge))
-    assert "more devices" in planning.advice(huge, step)
+    assert "devices" in planning.advice(huge, step)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +353,7 @@ def test_what_does_not_fit_is_advised(monkeypatch):
     ],
 )
 def test_the_compilers_word_on_memory(message, gib):
-    needed = planning._memory_of_error(message)
+    needed = planning.memory_of_error(message)
     assert needed == (None if gib is None else pytest.approx(gib * 2**30))
 
 
@@ -357,14 +361,14 @@ def test_the_compilers_word_on_memory(message, gib):
     ("change", "options", "message"),
     [
         ({}, dict(topology="v7:2x2"), "v3, v4, v5e"),
-        ({}, dict(topology="v5e:256"), "shape in chips"),
+        ({}, dict(topology="v5e:256"), "v5e:256"),
         ({}, dict(topology="gpu:8xH1000"), "A100, H100, H200"),
-        ({}, dict(topology="gpu:12xH100"), "no multiple"),
+        ({}, dict(topology="gpu:12xH100"), "gpu:12xH100"),
         ({}, dict(utilization=1.5), "--utilization=1.5"),
-        (dict(mesh__data=3), {}, "must multiply to 8"),
-        (dict(mesh__fsdp=-1), {}, "must multiply to 8"),
+        (dict(mesh__data=3), {}, "'data': 3.* 8"),
+        (dict(mesh__fsdp=-1), {}, "'fsdp': -1.* 8"),
         (dict(dataset__name="imagenet21k/winter21"), {}, "--num_classes"),
-        (dict(global_batch_size=12), {}, "do not divide it"),
+        (dict(global_batch_size=12), {}, "global_batch_size=12"),
         (dict(dataset__name="mine"), {}, "--num_classes"),
         (dict(dataset__name="mine"), dict(num_classes=5), "--num_examples"),
     ],
@@ -385,7 +389,23 @@ def test_missing_compiler_is_said(monkeypatch):
         subject_of(tiny_config(), "v5e:2x2")
 
 
-def test_program_without_tensorflow_and_accelerator(tmp_path):
+ARGUMENTS = ("--config=configs/mixer_s16_jft.py:mode=gpu8", "--topology=gpu:16xH100", "--search")
+ARGUMENTS += ("--num_examples=300000000", "--num_classes=18291")
+
+
+def test_program_ranks_what_fits(tmp_path):
+    path = tmp_path / "plan.json"
+    done = run_program("mixer.tools.plan", *ARGUMENTS, f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    assert "ESTIMATED" in done.stdout and "device-hours" in done.stdout
+    plan = json.loads(path.read_text())
+    assert plan["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
+    ranked = [step["step"]["seconds"] for step in plan["search"] if step["fits"]]
+    assert ranked == sorted(ranked)
+
+
+@pytest.mark.slow
+def test_program_without_tensorflow_and_accelerator():
     code = """
 import sys
 for name in ("tensorflow", "tensorflow_datasets"):
@@ -394,16 +414,7 @@ sys.argv = ["plan", *sys.argv[1:]]
 import runpy
 runpy.run_module("mixer.tools.plan", run_name="__main__", alter_sys=True)
 """
-    path = tmp_path / "plan.json"
-    done = run_python(
-        *("-c", code, "--config=configs/mixer_s16_jft.py:mode=gpu8", "--topology=gpu:16xH100"),
-        *("--search", f"--json={path}", "--num_examples=300000000", "--num_classes=18291"),
-    )
-    assert "ESTIMATED" in done.stdout and "device-hours" in done.stdout
-    plan = json.loads(path.read_text())
-    assert plan["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
-    ranked = [step["step"]["seconds"] for step in plan["search"] if step["fits"]]
-    assert ranked == sorted(ranked)
+    assert "ESTIMATED" in run_python("-c", code, *ARGUMENTS).stdout
 
 
 @pytest.mark.tpu_backend
@@ -454,5 +465,5 @@ def test_program_that_does_not_fit_a_tpu(tpu):
 
 
 def test_batch_that_no_mesh_divides_is_one_line():
-    with pytest.raises(UserError, match="global_batch_size=4096: no mesh of 24 devices divides it"):
+    with pytest.raises(UserError, match=r"global_batch_size=4096.* 24 devices"):
         planning.candidates(subject_of(large(), "gpu:24xH100"))

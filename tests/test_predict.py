@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from helpers import GOLDENS, golden_params, run_python, tiny_config
+from helpers import GOLDENS, golden_params, run_program, run_python, tiny_config
 from mixer import files, loading, prediction, trainer
 from mixer.data import imagenet_names
 from mixer.errors import UserError
@@ -156,10 +156,10 @@ def test_what_cannot_be_read_says_why(read, tmp_path):
     _picture(20, 20).save(tmp_path / "small.png")
     for name, reason in (
         ("cut.jpg", "truncated"),
-        ("text.jpg", "no image, or of a format that Pillow does not read"),
+        ("text.jpg", "no image"),
         ("empty.png", "no image"),
-        ("float.tif", "8 or 16 bits are read"),
-        ("small.png", "make 20 x 20 of it, and the weights are for 40 x 47"),
+        ("float.tif", "8 or 16 bits"),
+        ("small.png", "40 x 47"),
         ("none.png", "No such file"),
     ):
         result = read(str(tmp_path / name))
@@ -183,11 +183,11 @@ def test_folders_files_and_lists(tmp_path, monkeypatch):
     (tmp_path / "c").mkdir()
     (tmp_path / "bad.txt").write_text("a.png\nmissing.png\n")
     for arguments, message in (
-        ([], "no images: give files"),
-        (["x.png"], "x.png: no such file or folder"),
-        (["c"], "c: the folder holds no images"),
-        (["@bad.txt"], "@bad.txt line 2: missing.png: no such file or folder"),
-        (["@none.txt"], "@none.txt: the list cannot be read: No such file"),
+        ([], "no images"),
+        (["x.png"], "x.png: "),
+        (["c"], "c: "),
+        (["@bad.txt"], "@bad.txt line 2: missing.png: "),
+        (["@none.txt"], "@none.txt: "),
     ):
         with pytest.raises(UserError) as caught:
             prediction.list_images(arguments)
@@ -209,17 +209,17 @@ def pictures(tmp_path_factory):
     return sorted(folder.iterdir()), pixels
 
 
-@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_probabilities_are_the_models_own(loaded, reference, pictures, batch_size):
     paths, pixels = pictures
     logits, out = reference(pixels / np.float32(127.5) - 1)
-    wanted = np.asarray(jax.nn.softmax(logits))
+    expected = np.asarray(jax.nn.softmax(logits))
     results = _predict(loaded, paths, batch_size=batch_size, layer="block_1")
     faults = [result for result in results if isinstance(result, prediction.Unreadable)]
     results = [result for result in results if isinstance(result, prediction.Prediction)]
     assert [fault.image for fault in faults] == [str(paths[5])] and "4x.png" in str(paths[5])
     assert [result.image for result in results] == [str(p) for p in paths if "4x" not in p.name]
-    for result, row, features in zip(results, wanted, out["block_1"], strict=True):
+    for result, row, features in zip(results, expected, out["block_1"], strict=True):
         assert (np.diff(result.probabilities) <= 0).all()
         np.testing.assert_allclose(result.probabilities, row[result.classes], atol=1e-5)
         assert sorted(result.classes) == list(range(7))
@@ -229,7 +229,8 @@ def test_probabilities_are_the_models_own(loaded, reference, pictures, batch_siz
 def test_images_of_another_size_than_the_weights_say_so(loaded, tmp_path):
     Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(tmp_path / "x.png")
     (result,) = _predict(loaded, [tmp_path / "x.png"], preprocess="decode")
-    assert "the steps 'decode' make 40 x 32 of it, and the weights are for 32 x 32" in result.reason
+    assert "'decode'" in result.reason
+    assert "40 x 32" in result.reason and " 32 x 32" in result.reason
     assert "--preprocess='decode|resize((32, 32))'" in result.reason
 
 
@@ -241,7 +242,7 @@ def test_an_interrupt_is_not_lost_in_jaxs_callback():
     from mixer import program
 
     def _xla_gc_callback():
-        program._interrupt(signal.SIGINT, sys._getframe())
+        program.interrupt(signal.SIGINT, sys._getframe())
 
     old = signal.getsignal(signal.SIGALRM)
     try:
@@ -249,7 +250,7 @@ def test_an_interrupt_is_not_lost_in_jaxs_callback():
             _xla_gc_callback()  # what is raised here would be lost
             time.sleep(5)
         with pytest.raises(KeyboardInterrupt):
-            program._interrupt(signal.SIGINT, sys._getframe())
+            program.interrupt(signal.SIGINT, sys._getframe())
     finally:
         signal.signal(signal.SIGALRM, old)
 
@@ -286,10 +287,10 @@ def test_floats_reach_the_model_as_they_are(loaded, reference, pictures):
 
 def test_mistakes_are_named(loaded, pictures):
     for options, message in (
-        (dict(preprocess=None), r"32 x 32 is not known; .*resize_small\(36\)\|central_crop\(32\)'"),
-        (dict(layer="prelogits"), r"block_0 to block_2, pre_logits .* mean 'pre_logits'"),
-        (dict(layer="block_3"), r"--layer=block_3: the model has stem"),
-        (dict(preprocess="decode|resize(64)"), "gives no images of image_size=32"),
+        (dict(preprocess=None), r"32 x 32.*resize_small\(36\)\|central_crop\(32\)'"),
+        (dict(layer="prelogits"), r"layer=prelogits.*'pre_logits'"),
+        (dict(layer="block_3"), r"--layer=block_3"),
+        (dict(preprocess="decode|resize(64)"), "image_size=32"),
     ):
         with pytest.raises(UserError, match=message):
             _predict(loaded, pictures[0], **options)
@@ -387,27 +388,24 @@ def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_where_features_cannot_go_is_said_first(tmp_path):
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="--features="):
         files.check_output("features", tmp_path / "none" / "out.npz")
-    with pytest.raises(UserError, match=r"--features=.* cannot be written: it is a folder"):
+    with pytest.raises(UserError, match=r"--features=.*folder"):
         files.check_output("features", tmp_path)
 
 
 # The command.
 
-PROGRAM = ["-m", "mixer.tools.predict"]
-
 
 def test_command_with_json_and_features(loaded, pictures, tmp_path):
     paths, _ = pictures
     output = tmp_path / "features.npz"
-    done = run_python(
-        *PROGRAM,
+    done = run_program(
+        "mixer.tools.predict",
         paths[0].parent,
         f"--weights={WEIGHTS}",
         f"--preprocess={STEPS}",
         *("--json", "--top=2", "--batch_size=4", f"--features={output}"),
-        check=False,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     expected = _predict(loaded, paths, top=2, layer="pre_logits")
@@ -422,19 +420,26 @@ def test_command_with_json_and_features(loaded, pictures, tmp_path):
     with np.load(output, allow_pickle=False) as file:
         assert file["images"].tolist() == [each.image for each in expected]
         np.testing.assert_allclose(file["features"], [e.features for e in expected], atol=1e-5)
-    assert done.stderr.count("names of the classes are not known") == 1
-    assert f"{paths[5]}: no image, or of a format that Pillow does not read" in done.stderr
-    assert "1 of 11 images could not be read" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+    assert f"{paths[5]}: no image" in done.stderr
+    assert "1 of 11 images" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.png"], "--weights is missing; give a run or a file"),
-        (["a.png", "--weights=x.npz", "--layer=stem"], "give --features=OUT.npz too"),
-        (["--weights=x.npz", "--top=0"], "top"),
+        (["a.png"], "--weights"),
+        (["a.png", "--weights=x.npz", "--layer=stem"], "--features"),
+        (["--weights=x.npz", "--top=0"], "top=0"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
-    done = run_python(*PROGRAM, *arguments, check=False)
+    done = run_program("mixer.tools.predict", *arguments)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_command_as_a_process(pictures):
+    arguments = (f"--weights={WEIGHTS}", f"--preprocess={STEPS}", "--json")
+    done = run_python("-m", "mixer.tools.predict", pictures[0][0], *arguments)
+    assert json.loads(done.stdout)["image"] == str(pictures[0][0])

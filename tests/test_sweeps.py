@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +12,8 @@ from flax import traverse_util
 from PIL import Image
 from rich.console import Console
 
-from helpers import run_python, tiny_config
-from mixer import loading, losses, run, sharding, trainer, weights
+from helpers import run_program, run_python, tiny_config
+from mixer import loading, losses, run, sharding, weights
 from mixer.errors import UserError
 from mixer.evaluation import classification, sweeps
 from mixer.train_step import make_predict
@@ -44,14 +45,6 @@ from mixer.train_step import make_predict
 def test_steps_at_another_size(preprocess, old, new, wanted):
     wanted = wanted or "decode|resize((96, 48), 'area')|central_crop(48)"
     assert sweeps.steps_at(preprocess, old, new) == wanted
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is computed once is compiled for longer than it runs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +131,9 @@ def test_permutation_shuffles_on_the_device_what_the_step_shuffles_in_the_data(
     assert f"{low:.2%} to {high:.2%}" in console.export_text()
 
 
-@pytest.mark.parametrize(("resize", "sizes"), [("grow", [16]), ("interpolate", [6])])
+@pytest.mark.parametrize(
+    ("resize", "sizes"), [("grow", [16]), pytest.param("interpolate", [6], marks=pytest.mark.slow)]
+)
 def test_resolution_evaluates_resized_weights_on_resized_images(file, config, resize, sizes):
     said = []
     sweep = sweeps.resolution([_subject(file, config)], sizes, resize=resize, say=said.append)
@@ -154,9 +149,9 @@ def test_resolution_evaluates_resized_weights_on_resized_images(file, config, re
 
 
 def test_weights_of_a_file_take_the_data_of_a_config(file, config, tmp_path):
-    with pytest.raises(UserError, match="is no run, which would say the data; --config=CONFIG"):
+    with pytest.raises(UserError, match="--config=CONFIG"):
         _subject(file, None)
-    with pytest.raises(UserError, match="--output is missing"):
+    with pytest.raises(UserError, match="--output"):
         sweeps.output_directory([_subject(file, config)], None)
 
     # A permutation of the config's is the data's too.
@@ -164,7 +159,7 @@ def test_weights_of_a_file_take_the_data_of_a_config(file, config, tmp_path):
     config.dataset.permutation = "patches"
     subject = _subject(file, config)
     assert subject.config.dataset.eval_preprocess == "decode|permute_patches(8, 2, seed=0)"
-    with pytest.raises(UserError, match="no permutation of 16 x 16 that the weights have seen"):
+    with pytest.raises(UserError, match=r"permutation .*16 x 16"):
         sweeps.resolution([subject], [8, 16], resize="grow", say=print)
 
     # Of other data the classes are others.
@@ -172,58 +167,58 @@ def test_weights_of_a_file_take_the_data_of_a_config(file, config, tmp_path):
         (tmp_path / split / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
     config.dataset.update(name="folder", data_dir=str(tmp_path), permutation="")
-    with pytest.raises(UserError, match="holds classes that the run was not trained on"):
+    with pytest.raises(UserError, match="classes"):
         sweeps.permutation([_subject(file, config)], [0], say=print)
 
 
 @pytest.mark.parametrize(
     ("sizes", "resize", "message"),
     [
-        ([8, 12], "grow", "cannot be grown to 12 x 12.*the nearest are"),
-        ([4, 8], "grow", "cannot be grown to 4 x 4"),
-        ([8, 9], "interpolate", "the patch size 2 does not divide 9"),
+        ([8, 12], "grow", "12 x 12.*nearest"),
+        ([4, 8], "grow", "4 x 4"),
+        ([8, 9], "interpolate", "patch size 2 .* 9"),
     ],
 )
 def test_sizes_that_do_not_work_are_refused_before_anything_is_computed(
     file, config, monkeypatch, sizes, resize, message
 ):
-    monkeypatch.setattr(sweeps, "_evaluate", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(sweeps.classification, "evaluate", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(UserError, match=message):
         sweeps.resolution([_subject(file, config)], sizes, resize=resize, say=print)
 
 
 def test_other_mistakes_are_one_line(file, config, tmp_path):
-    with pytest.raises(UserError, match=r"--shares: 1\.5 is no share"):
+    with pytest.raises(UserError, match=r"--shares: 1\.5"):
         sweeps.permutation([_subject(file, config)], [0, 1.5], say=print)
     other = config.copy_and_resolve_references()
     other.dataset.eval_preprocess = "decode|resize(8"
-    with pytest.raises(UserError, match=r"'resize\(8' is no step"):
+    with pytest.raises(UserError, match=r"'resize\(8'"):
         sweeps.resolution([_subject(file, other)], [16], resize="grow", say=print)
     other.dataset.test_split = ""
-    with pytest.raises(UserError, match="names no test_split"):
+    with pytest.raises(UserError, match="test_split"):
         sweeps.permutation([_subject(file, other)], [0], say=print)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output=.* cannot be made"):
+    with pytest.raises(UserError, match=r"--output="):
         sweeps.output_directory([], str(tmp_path / "file" / "sweep"))
 
 
 def test_mistakes_of_the_flags():
     for arguments, message in (
-        (["sideways"], "give resolution or permutation"),
-        (["resolution", "--weights=x"], "--sizes is missing"),
-        (["resolution", "--weights=x", "--sizes=8,big"], "--sizes=8,big: whole numbers"),
-        (["resolution", "--weights=x", "--shares=1"], "--shares is for the permutation sweep"),
+        (["sideways"], "resolution or permutation"),
+        (["resolution", "--weights=x"], "--sizes"),
+        (["resolution", "--weights=x", "--sizes=8,big"], "--sizes=8,big"),
+        (["resolution", "--weights=x", "--shares=1"], "--shares"),
     ):
-        done = run_python("-m", "mixer.tools.sweep", *arguments, check=False)
+        done = run_program("mixer.tools.sweep", *arguments)
         assert done.returncode == 2 and message in done.stderr
         assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
 @pytest.mark.slow
-def test_command_takes_the_data_of_runs(config, tmp_path):
+def test_command_takes_the_data_of_runs(finished_run, tmp_path):
     """Two in one drawing; and one, whose results are in the run."""
-    path, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "12"
-    trainer.train(config, path)
+    path = shutil.copytree(finished_run, tmp_path / "run")
+    step = path / "checkpoints" / "12"
     command = ["-m", "mixer.tools.sweep", "permutation", "--shares=0,1"]
     done = run_python(*command, f"--weights={path},{step}", f"--output={tmp_path / 'two'}")
     assert "lowest to highest" in done.stdout and "Traceback" not in done.stderr
@@ -232,8 +227,8 @@ def test_command_takes_the_data_of_runs(config, tmp_path):
     assert curves[0]["points"] == curves[2]["points"]
     top1 = json.loads((path / "results.json").read_text())["splits"]["test_ema"]["top1"]
     assert curves[0]["points"][0]["top1"] == top1
-    command = ["-m", "mixer.tools.sweep", "resolution", "--sizes=6,8"]
-    run_python(*command, f"--weights={path}")
+    done = run_program("mixer.tools.sweep", "resolution", "--sizes=6,8", f"--weights={path}")
+    assert done.returncode == 0, done.stderr
     (curve,) = json.loads((path / "sweep_resolution.json").read_text())["curves"]
     assert [point["x"] for point in curve["points"]] == [6, 8]
     assert curve["points"][1]["top1"] == top1 and (path / "sweep_resolution.png").exists()

@@ -12,8 +12,18 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny_digits
 
-from helpers import ROOT, assert_same_bits, environment, final_state, run_python, tiny_config
+from helpers import (
+    ROOT,
+    assert_close,
+    assert_same_bits,
+    environment,
+    final_state,
+    run_program,
+    run_python,
+    tiny_config,
+)
 from mixer import metrics, stepping, trainer
 from mixer.errors import UserError
 from mixer.metrics import read_metrics
@@ -28,30 +38,52 @@ def _metrics(workdir):
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tfds_dir):
-    """An uninterrupted run on the digits: augmentation, mixup, masks and an average."""
-    path = tmp_path_factory.mktemp("whole")
-    trainer.train(tiny_config(tfds_dir), path)
-    return path
+@pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """Drawing the curves takes longer than training does here; tests/test_evaluation.py draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.pictures, "draw_curves", lambda *_: None)
+        yield
 
 
-def test_run_leaves_everything_in_its_directory(whole, capsys):
-    names = {path.name for path in whole.iterdir()}
+@pytest.fixture
+def finished(finished_run, tmp_path):
+    """A copy of the finished run, to continue or to damage."""
+    return shutil.copytree(finished_run, tmp_path / "finished")
+
+
+@pytest.fixture
+def unfinished(finished):
+    """The same at step 8 of 12."""
+    shutil.rmtree(finished / "checkpoints" / "12")
+    return finished
+
+
+def _assert_same_record(workdir, expected):
+    rows, expected = _metrics(workdir), _metrics(expected)
+    assert [row.keys() for row in rows] == [row.keys() for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_run_leaves_everything_in_its_directory(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
     assert names >= {"checkpoints", "best", "config.json", "data.json", "metrics.jsonl"}
     assert names >= {"results.json", "curves.png"}
-    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["12", "8"]
-    data = json.loads((whole / "data.json").read_text())
+    steps = [path.name for path in sorted((finished_run / "checkpoints").iterdir())]
+    assert steps == ["12", "8"]
+    data = json.loads((finished_run / "data.json").read_text())
     assert data["class_names"] == [str(digit) for digit in range(10)]
     assert data["splits"]["train"]["num_examples"] == 1257
-    results = json.loads((whole / "results.json").read_text())
+    results = json.loads((finished_run / "results.json").read_text())
     assert results["step"] == 12 and results["splits"]["test"]["count"] == 360
     assert results["splits"]["val"]["count"] == 180
-    assert json.loads((whole / "config.json").read_text())["model"]["num_classes"] == 10
+    config = json.loads((finished_run / "config.json").read_text())
+    assert config["model"]["num_classes"] == 10
 
 
-def test_metrics_of_every_log_step_are_recorded(whole):
-    rows = read_metrics(whole)
+def test_metrics_of_every_log_step_are_recorded(finished_run):
+    rows = read_metrics(finished_run)
     logged = [row["step"] for row in rows if "train/loss" in row]
     assert logged == [2, 4, 6, 8, 10, 12]
     for row in rows:
@@ -64,45 +96,8 @@ def test_metrics_of_every_log_step_are_recorded(whole):
     assert [row["step"] for row in rows if "test/top1" in row] == [12]
 
 
-@pytest.mark.parametrize(
-    "stop_at",
-    [
-        pytest.param(1, marks=pytest.mark.slow),
-        pytest.param(4, marks=pytest.mark.slow),
-        5,
-        pytest.param(11, marks=pytest.mark.slow),
-    ],
-)
-def test_stopped_and_continued_run_is_the_same_bit_for_bit(
-    tmp_path, tfds_dir, whole, stop_at, monkeypatch
-):
-    """SIGTERM is raised during step `stop_at`; parameters, optimizer and record are compared."""
-    config = tiny_config(tfds_dir)
-    _raise_at_step(monkeypatch, stop_at, signal.SIGTERM)
-    with pytest.raises(Stopped) as caught:
-        trainer.train(config, tmp_path)
-    assert caught.value.exit_code == 143
-    assert (tmp_path / "checkpoints" / str(stop_at)).is_dir()
-    monkeypatch.undo()
-    trainer.train(config, tmp_path)
-    assert_same_bits(final_state(tmp_path), final_state(whole))
-    assert _metrics(tmp_path) == _metrics(whole)
-
-
-def _raise_at_step(monkeypatch, step, signum):
-    """Sends this process a signal when the loop shows step `step`."""
-    shown = trainer.console.Terminal.step
-
-    def show(self, number):
-        if number == step:
-            os.kill(os.getpid(), signum)
-        shown(self, number)
-
-    monkeypatch.setattr(trainer.console.Terminal, "step", show)
-
-
 def test_crash_between_checkpoint_and_evaluation_is_made_good(
-    tmp_path, tfds_dir, whole, monkeypatch
+    tmp_path, tfds_dir, finished_run, monkeypatch
 ):
     """A fault in an evaluator costs no training, and the evaluation is run on the next start."""
     config = tiny_config(tfds_dir, checkpoint__every_steps=6)
@@ -110,37 +105,33 @@ def test_crash_between_checkpoint_and_evaluation_is_made_good(
     def fail(*args, **kwargs):
         raise RuntimeError("no evaluation today")
 
-    monkeypatch.setattr(trainer.classification, "evaluate", fail)
-    with pytest.raises(RuntimeError, match="no evaluation today"):
-        trainer.train(config, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.classification, "evaluate", fail)
+        with pytest.raises(RuntimeError, match="no evaluation today"):
+            trainer.train(config, tmp_path)
     assert (tmp_path / "checkpoints" / "6").is_dir()
-    monkeypatch.undo()
     trainer.train(config, tmp_path)
-    assert_same_bits(final_state(tmp_path), final_state(whole))
-    assert _metrics(tmp_path) == _metrics(whole)
+    assert_close(final_state(tmp_path), final_state(finished_run))
+    _assert_same_record(tmp_path, finished_run)
 
 
-def test_damaged_newest_checkpoint_is_passed_over(tmp_path, tfds_dir, whole, capsys):
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "checkpoints" / "12" / "state" / "d")
-    trainer.train(tiny_config(tfds_dir), tmp_path)
+def test_damaged_newest_checkpoint_is_passed_over(finished, tfds_dir, finished_run, capsys):
+    shutil.rmtree(finished / "checkpoints" / "12" / "state" / "d")
+    trainer.train(tiny_config(tfds_dir), finished)
     out = capsys.readouterr().out
     assert "12 is damaged" in out and "continuing from step 8" in out
-    assert_same_bits(final_state(tmp_path), final_state(whole))
-    assert _metrics(tmp_path) == _metrics(whole)
+    assert_close(final_state(finished), final_state(finished_run))
+    _assert_same_record(finished, finished_run)
 
 
-def test_half_written_record_is_cut(tmp_path, whole):
-    from mixer.metrics import MetricWriter
-
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+def test_half_written_record_is_cut(finished, finished_run):
+    with (finished / "metrics.jsonl").open("a") as file:
         file.write('{"step": 14, "train/lo')
-    assert len(read_metrics(tmp_path)) == len(read_metrics(whole))
-    writer = MetricWriter(tmp_path, last_step=6, tensorboard=False)
+    assert len(read_metrics(finished)) == len(read_metrics(finished_run))
+    writer = metrics.MetricWriter(finished, last_step=6, tensorboard=False)
     writer.write(8, {"train/loss": 1.0})
     writer.close()
-    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 6, 6, 8]
+    assert [row["step"] for row in read_metrics(finished)] == [2, 4, 6, 6, 8]
 
 
 def _tensorboard(workdir):
@@ -165,106 +156,81 @@ def test_tensorboard_is_a_copy_of_the_record_without_what_was_cut(tmp_path):
     trainer.train(config, tmp_path)
     (tmp_path / "checkpoints" / "12").rename(tmp_path / "elsewhere")
     trainer.train(config, tmp_path)  # from step 8 again
-    found = _tensorboard(tmp_path)
+    actual = _tensorboard(tmp_path)
     for tag in ("train/loss", "val/top1", "train/learning_rate", "test/top1"):
-        wanted = [(row["step"], row[tag]) for row in read_metrics(tmp_path) if tag in row]
-        np.testing.assert_allclose(found[tag], wanted, rtol=1e-6)
+        expected = [(row["step"], row[tag]) for row in read_metrics(tmp_path) if tag in row]
+        np.testing.assert_allclose(actual[tag], expected, rtol=1e-6)
 
 
-def test_finished_run_says_so_and_evaluates(whole, tfds_dir, capsys):
-    before = final_state(whole)
-    trainer.train(tiny_config(tfds_dir), whole)
+def test_finished_run_says_so_and_evaluates(finished, tfds_dir, capsys):
+    before = final_state(finished)
+    trainer.train(tiny_config(tfds_dir), finished)
     out = capsys.readouterr().out
-    assert "finished already" in out and re.search(r"test accuracy \d+\.\d+% \(\d+ of 360\)", out)
-    assert_same_bits(final_state(whole), before)
+    assert "finished" in out and re.search(r"test accuracy \d+\.\d+% \(\d+ of 360\)", out)
+    assert_same_bits(final_state(finished), before)
 
 
 @pytest.mark.slow
-def test_finished_run_can_be_extended(tmp_path, tfds_dir, capsys):
-    trainer.train(tiny_config(total_steps=4), tmp_path)
-    trainer.train(tiny_config(total_steps=8), tmp_path)
-    assert "continuing from step 4\nthe finished run is extended" in capsys.readouterr().out
-    assert int(final_state(tmp_path)["step"]) == 8
+def test_finished_run_can_be_extended(finished, tfds_dir, capsys):
+    trainer.train(tiny_config(tfds_dir, total_steps=14), finished)
+    assert "continuing from step 12\n" in capsys.readouterr().out
+    assert int(final_state(finished)["step"]) == 14
 
 
 @pytest.mark.parametrize(
     "change",
     [
         dict(model__hidden_dim=32),
-        dict(optimizer__peak_lr=1e-2),
         dict(total_steps=6),
-        dict(global_batch_size=8),
-        dict(seed=1),
-        dict(schedule__decay="linear"),
-        dict(dataset__train_split="validation"),
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (
+                dict(optimizer__peak_lr=1e-2),
+                dict(global_batch_size=8),
+                dict(seed=1),
+                dict(schedule__decay="linear"),
+                dict(dataset__train_split="validation"),
+            )
+        ),
     ],
     ids=str,
 )
-def test_other_config_is_refused_by_key(tmp_path_factory, change):
-    path = _short_run(tmp_path_factory)
-    key = next(iter(change)).replace("__", ".")
-    with pytest.raises(UserError, match=rf"{re.escape(key)}: .* -> .*--allow_config_change"):
-        trainer.train(tiny_config(**{"total_steps": 8, **change}), path)
-
-
-_SHORT = {}
-
-
-def _short_run(tmp_path_factory):
-    """A run of 8 steps stopped at step 4: unfinished."""
-    if not _SHORT:
-        path = tmp_path_factory.mktemp("short")
-        with pytest.MonkeyPatch.context() as patch:
-            _raise_at_step(patch, 4, signal.SIGINT)
-            with pytest.raises(Stopped) as caught:
-                trainer.train(tiny_config(total_steps=8), path)
-        assert caught.value.exit_code == 130
-        _SHORT["path"] = path
-    return _SHORT["path"]
+def test_other_config_is_refused_by_key(finished, tfds_dir, change):
+    key = re.escape(next(iter(change)).replace("__", "."))
+    with pytest.raises(UserError, match=rf"{key}: .* -> .*--allow_config_change"):
+        trainer.train(tiny_config(tfds_dir, **change), finished)
 
 
 @pytest.mark.slow
-def test_longer_unfinished_run_is_refused_and_allowed_on_request(tmp_path_factory, tmp_path):
-    shutil.copytree(_short_run(tmp_path_factory), tmp_path, dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"total_steps: 8 -> 12"):
-        trainer.train(tiny_config(total_steps=12), tmp_path)
-    trainer.train(tiny_config(total_steps=12), tmp_path, allow_config_change=True)
-    assert int(final_state(tmp_path)["step"]) == 12
+def test_longer_unfinished_run_is_refused_and_allowed_on_request(unfinished, tfds_dir):
+    config = tiny_config(tfds_dir, total_steps=14)
+    with pytest.raises(UserError, match=r"total_steps: 12 -> 14"):
+        trainer.train(config, unfinished)
+    trainer.train(config, unfinished, allow_config_change=True)
+    assert int(final_state(unfinished)["step"]) == 14
 
 
-def test_free_keys_may_change(tmp_path_factory, tmp_path):
-    shutil.copytree(_short_run(tmp_path_factory), tmp_path, dirs_exist_ok=True)
-    config = tiny_config(total_steps=8, log_every_steps=1, eval_every_steps=2)
-    config.checkpoint.update(every_steps=1, keep_last=1)
-    trainer.train(config, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["8"]
-
-
-def test_changed_data_is_refused(tmp_path, tmp_path_factory):
-    shutil.copytree(_short_run(tmp_path_factory), tmp_path, dirs_exist_ok=True)
-    data = json.loads((tmp_path / "data.json").read_text())
-    data["splits"]["train"]["fingerprint"] = "other"
-    (tmp_path / "data.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match="training data has changed"):
-        trainer.train(tiny_config(total_steps=8), tmp_path)
-
-
-def test_best_checkpoint_is_kept(tmp_path):
-    config = tiny_config(total_steps=12, eval_every_steps=3, checkpoint__every_steps=12)
-    trainer.train(config, tmp_path)
-    tops = {row["step"]: row["val/top1"] for row in read_metrics(tmp_path) if "val/top1" in row}
+def test_free_keys_may_change_and_the_best_checkpoint_is_kept(unfinished, tfds_dir):
+    config = tiny_config(tfds_dir, log_every_steps=1, eval_every_steps=1)
+    config.checkpoint.update(every_steps=2, keep_last=1)
+    trainer.train(config, unfinished)
+    assert [path.name for path in (unfinished / "checkpoints").iterdir()] == ["12"]
+    rows = [row for row in read_metrics(unfinished) if "val_ema/top1" in row]
+    assert [row["step"] for row in rows] == [6, 8, 9, 10, 11, 12]
+    tops = {row["step"]: row["val_ema/top1"] for row in rows}
     best = max(tops, key=lambda step: (tops[step], -step))
-    assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
+    assert [path.name for path in (unfinished / "best").iterdir()] == [str(best)]
 
 
 @pytest.mark.slow
-def test_new_run_starts_from_another_runs_weights(whole, tfds_dir, tmp_path):
-    config = tiny_config(tfds_dir, init_from=str(whole), optimizer__peak_lr=0.0, total_steps=2)
+def test_new_run_starts_from_another_runs_weights(finished_run, tfds_dir, tmp_path):
+    init_from = str(finished_run)
+    config = tiny_config(tfds_dir, init_from=init_from, optimizer__peak_lr=0.0, total_steps=2)
     config.schedule.warmup_steps = 0
     trainer.train(config, tmp_path)
-    assert_same_bits(final_state(tmp_path)["params"], final_state(whole)["ema_params"])
-    config = tiny_config(tfds_dir, init_from=str(whole), model__hidden_dim=8)
-    with pytest.raises(UserError, match=r"stem/bias: saved \(16,\), wanted \(8,\)"):
+    assert_same_bits(final_state(tmp_path)["params"], final_state(finished_run)["ema_params"])
+    config = tiny_config(tfds_dir, init_from=init_from, model__hidden_dim=8)
+    with pytest.raises(UserError, match=r"stem/bias: .*\(16,\).*\(8,\)"):
         trainer.train(config, tmp_path / "other")
 
 
@@ -288,39 +254,59 @@ def test_lengths_in_epochs_and_examples(tmp_path):
     assert int(final_state(tmp_path)["step"]) == 16
 
 
-def test_average_is_evaluated_beside_the_parameters(whole):
+def test_average_is_evaluated_beside_the_parameters(finished):
     from mixer.evaluation import report
 
-    (row,) = (row for row in read_metrics(whole) if row["step"] == 12 and "val/top1" in row)
+    (row,) = (row for row in read_metrics(finished) if row["step"] == 12 and "val/top1" in row)
     assert row["val_ema/loss"] != row["val/loss"] and row["val_ema/count"] == 180
-    before = json.loads((whole / "results.json").read_text())["splits"]
+    before = json.loads((finished / "results.json").read_text())["splits"]
     assert set(before) == {"val", "val_ema", "test", "test_ema"}
-    report.evaluate([lambda: report.open_run(str(whole))], splits=["test"])
-    after = json.loads((whole / "results.json").read_text())["splits"]
+    report.evaluate([lambda: report.open_run(str(finished))], splits=["test"])
+    after = json.loads((finished / "results.json").read_text())["splits"]
     for name, result in before.items():
         assert {key: after[name][key] for key in result} == result
     assert after["test_ema"]["loss"] != after["test"]["loss"]
 
 
 def test_diverging_run_stops_by_name(tmp_path):
-    config = tiny_config(optimizer__peak_lr=1e30, optimizer__grad_clip_norm=0.0)
+    config = _small(optimizer__peak_lr=1e30, optimizer__grad_clip_norm=0.0)
     config.optimizer.name = "sgd"
     with pytest.raises(UserError, match=r"(nan|NaN|inf).*peak_lr"):
         trainer.train(config, tmp_path)
 
 
-def test_run_of_earlier_code_and_other_moments_are_continued(tmp_path):
-    """Its checkpoints lack what the state has since; and dtypes of moments may be turned."""
+def _small(**values):
+    """A run on synthetic data whose program compiles quickly."""
+    values = {"model__num_blocks": 1, "model__dropout": 0.0, "dataset__test_split": "", **values}
+    return tiny_config(**values)
+
+
+def _remove_from_checkpoint(directory, keys):
+    """Removes what is None from a saved state, as earlier code saved it."""
     import orbax.checkpoint as ocp
 
-    trainer.train(tiny_config(total_steps=4), tmp_path)
-    directory = tmp_path / "checkpoints" / "4" / "state"
     with ocp.StandardCheckpointer() as checkpointer:
         old = checkpointer.restore(directory)
-        assert old.pop("skipped") is None and old.pop("ema_params") is None
+        for key in keys:
+            assert old.pop(key) is None
         shutil.rmtree(directory)
         checkpointer.save(directory, old)
-    config = tiny_config(total_steps=8, nan_policy="skip")
+
+
+def test_run_of_earlier_code_is_continued(unfinished, tfds_dir):
+    """Its checkpoints lack what the state has since."""
+    _remove_from_checkpoint(unfinished / "checkpoints" / "8" / "state", ["skipped"])
+    trainer.train(tiny_config(tfds_dir), unfinished)
+    state = final_state(unfinished)
+    assert int(state["step"]) == 12 and state["skipped"] is None
+    assert not (unfinished / "damaged").exists()
+
+
+@pytest.mark.slow
+def test_dtypes_of_moments_and_the_count_of_skipped_steps_may_change(tmp_path):
+    trainer.train(_small(total_steps=4), tmp_path)
+    _remove_from_checkpoint(tmp_path / "checkpoints" / "4" / "state", ["skipped", "ema_params"])
+    config = _small(total_steps=8, nan_policy="skip")
     config.optimizer.update(momentum_dtype="bfloat16", variance_dtype="bfloat16")
     with pytest.raises(UserError, match=r"optimizer.momentum_dtype.*--allow_config_change"):
         trainer.train(config, tmp_path)
@@ -328,14 +314,14 @@ def test_run_of_earlier_code_and_other_moments_are_continued(tmp_path):
     state = final_state(tmp_path)
     assert int(state["step"]) == 8 and int(state["skipped"]) == 0
     assert not (tmp_path / "damaged").exists()
-    trainer.train(tiny_config(total_steps=10), tmp_path, allow_config_change=True)
+    trainer.train(_small(total_steps=10), tmp_path, allow_config_change=True)
     assert final_state(tmp_path)["skipped"] is None and not (tmp_path / "damaged").exists()
 
 
 def test_updates_that_are_not_finite_are_skipped_a_bounded_number_of_times(tmp_path, monkeypatch):
     """The third and fourth batch have a label's weight of infinity."""
     _spoil_batches(monkeypatch, {2, 3})
-    config = tiny_config(nan_policy="skip", max_skipped_steps=2, total_steps=6)
+    config = _small(nan_policy="skip", max_skipped_steps=2, total_steps=6)
     trainer.train(config, tmp_path / "two")
     rows = [row for row in read_metrics(tmp_path / "two") if "train/skipped_steps" in row]
     assert [row["train/skipped_steps"] for row in rows] == [0, 2, 2]
@@ -345,7 +331,7 @@ def test_updates_that_are_not_finite_are_skipped_a_bounded_number_of_times(tmp_p
     config.max_skipped_steps = 1
     monkeypatch.undo()
     _spoil_batches(monkeypatch, {2, 3})
-    with pytest.raises(UserError, match=r"2 updates up to step 4 .* max_skipped_steps=1"):
+    with pytest.raises(UserError, match=r"max_skipped_steps=1"):
         trainer.train(config, tmp_path / "one")
 
 
@@ -367,13 +353,13 @@ def _spoil_batches(monkeypatch, spoilt):
     monkeypatch.setattr(trainer.sharding, "abstract_batch", spec)
 
 
+@pytest.mark.slow
 def test_profile_is_kept(tmp_path, capsys):
-    config = tiny_config(total_steps=6, profile_steps=(3, 4))
-    trainer.train(config, tmp_path)
+    trainer.train(_small(total_steps=6, profile_steps=(3, 4)), tmp_path)
     assert "profile of steps 3 to 4" in capsys.readouterr().out
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    trainer.train(tiny_config(total_steps=6, profile_steps=(7, 9)), tmp_path / "other")
-    assert "warning: profile_steps=(7, 9): this start runs steps 1 to 6" in capsys.readouterr().out
+    trainer.train(_small(total_steps=8, profile_steps=(3, 4)), tmp_path)  # extended
+    assert "warning: profile_steps=(3, 4)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -413,15 +399,16 @@ def test_step_that_takes_far_longer_than_the_others_is_told(monkeypatch):
         now[0] += 5.0 if step == 50 else 0.5
         told.append(meter.outlier())
     assert [step for step, line in enumerate(told) if line] == [30, 50]
-    assert told[30] == "4.5 s, where 0.50 s are usual; 4.0 s of it it waited for data"
-    assert told[50].endswith("0.0 s of it it waited for data")
+    assert all(secs in told[30] for secs in ("4.5 s", "0.50 s", "4.0 s"))
+    assert "5.0 s" in told[50] and "0.0 s" in told[50]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("due", ["eval_every_steps", "checkpoint__every_steps"])
 def test_what_is_under_way_counts_as_training(tmp_path, monkeypatch, due):
     """An evaluation or a checkpoint between two log steps begins when the updates are done."""
     times = dict(total_steps=6, log_every_steps=6, eval_every_steps=6, checkpoint__every_steps=6)
-    config = tiny_config(image_size=64, global_batch_size=256, **(times | {due: 3}))
+    config = _small(image_size=64, global_batch_size=256, **(times | {due: 3}))
     take, seen = stepping.Streamed.take, []
 
     def noted(self, step, most):
@@ -450,33 +437,33 @@ def test_what_is_under_way_counts_as_training(tmp_path, monkeypatch, due):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(total_steps=0), "total_steps is 0"),
-        (dict(seed=1 << 32), "seed is 4294967296; it must be from 0 to 4294967295"),
-        (dict(seed=-1), "seed is -1"),
-        (dict(total_steps=None), "no length of the run: give total_steps, total_epochs"),
-        (dict(total_epochs=2.0), "total_steps=12 and total_epochs=2.0 are set"),
-        (dict(schedule__cooldown_epochs=-1.0), "cooldown_epochs is -1.0; it must be 0 or more"),
-        (dict(total_steps=None, total_epochs=float("inf")), "total_epochs is inf; it must be more"),
-        (dict(dataset__label_key="x"), "label_key='x' is for a TFDS set; .* is 'synthetic'"),
-        (dict(optimizer__accumulate_steps=3), "accumulate_steps=3 does not divide.*=16"),
-        (dict(optimizer__ema_decay=1.0), r"ema_decay is 1.0; it must be in \[0, 1\)"),
-        (dict(label_smoothing=1.5), r"label_smoothing is 1.5; it must be in \[0, 1\)"),
-        (dict(nan_policy="ignore"), "nan_policy='ignore'; one of stop, skip"),
-        (dict(profile_steps=(5, 3)), r"profile_steps=\(5, 3\); give \(first, last\)"),
-        (dict(stall_secs=-1), "stall_secs is -1"),
-        (dict(model__remat="all"), "model.remat is 'all'; one of none, dots, full"),
+        (dict(total_steps=0), "total_steps.* 0"),
+        (dict(seed=1 << 32), "seed.* 4294967296"),
+        (dict(seed=-1), "seed.* -1"),
+        (dict(total_steps=None), "total_steps, total_epochs"),
+        (dict(total_epochs=2.0), "total_steps=12.*total_epochs=2.0"),
+        (dict(schedule__cooldown_epochs=-1.0), "cooldown_epochs.* -1.0"),
+        (dict(total_steps=None, total_epochs=float("inf")), "total_epochs.* inf"),
+        (dict(dataset__label_key="x"), "label_key='x'.*'synthetic'"),
+        (dict(optimizer__accumulate_steps=3), "accumulate_steps=3 .*=16"),
+        (dict(optimizer__ema_decay=1.0), r"ema_decay.* 1.0.*\[0, 1\)"),
+        (dict(label_smoothing=1.5), r"label_smoothing.* 1.5.*\[0, 1\)"),
+        (dict(nan_policy="ignore"), "nan_policy='ignore'.*stop, skip"),
+        (dict(profile_steps=(5, 3)), r"profile_steps=\(5, 3\)"),
+        (dict(stall_secs=-1), "stall_secs.* -1"),
+        (dict(model__remat="all"), "model.remat.*'all'.*none, dots, full"),
         (dict(optimizer__variance_dtype="bf16"), "optimizer.variance_dtype='bf16'"),
-        (dict(optimizer__peak_lr=float("nan")), "peak_lr is nan"),
-        (dict(optimizer__lr_multipliers=(("hed/.*", 0.0),)), "'hed/.*' decides for no parameter"),
+        (dict(optimizer__peak_lr=float("nan")), "peak_lr.* nan"),
+        (dict(optimizer__lr_multipliers=(("hed/.*", 0.0),)), "'hed/.*'"),
         (dict(mixup__cutmix_prob=0.5), "cutmix_alpha"),
-        (dict(global_batch_size=None), "global_batch_size is None"),
-        (dict(mesh__data=3), r"mesh \{'data': 3, .*\} does not fit 1 device"),
-        (dict(schedule__warmup_steps=12), r"warmup_steps=12 does not fit"),
-        (dict(model__num_classes=11, dataset__name="digits"), "num_classes=11.*data has 10"),
-        (dict(image_size=9), "patch size 2 does not divide 9.*8 or 10"),
-        (dict(dataset__name=""), "dataset.name is empty"),
-        (dict(dataset__train_split=""), "train_split is empty"),
-        (dict(loss="hinge"), "unknown loss 'hinge'"),
+        (dict(global_batch_size=None), "global_batch_size.* None"),
+        (dict(mesh__data=3), r"'data': 3, .* 1 device"),
+        (dict(schedule__warmup_steps=12), r"warmup_steps=12"),
+        (dict(model__num_classes=11, dataset__name="digits"), "num_classes=11.* 10"),
+        (dict(image_size=9), "patch size 2 .* 9.*8 or 10"),
+        (dict(dataset__name=""), "dataset.name"),
+        (dict(dataset__train_split=""), "train_split"),
+        (dict(loss="hinge"), "loss 'hinge'"),
     ],
     ids=str,
 )
@@ -489,81 +476,60 @@ def test_mistakes_stop_before_training(tmp_path, tfds_dir, values, message):
 
 # train.py and evaluate.py as a user runs them.
 
-COMMAND = ["train.py", "--config=tests/tiny_digits.py"]
-
-
-def _popen(workdir, tfds_dir, *more):
-    return subprocess.Popen(
-        [sys.executable, *COMMAND, f"--workdir={workdir}", *more],
-        cwd=ROOT,
-        env=environment(TFDS_DIR=str(tfds_dir)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
 
 @pytest.fixture(scope="module")
-def whole_command(tmp_path_factory, tfds_dir):
+def command(tmp_path_factory, tfds_dir):
     """Without --workdir, from another directory: the run is in runs/<config name> there."""
-    cwd = tmp_path_factory.mktemp("command")
-    command = [ROOT / "train.py", f"--config={ROOT / 'tests' / 'tiny_digits.py'}"]
-    done = run_python(*command, cwd=cwd, TFDS_DIR=str(tfds_dir))
-    assert done.stderr == ""
-    return cwd / "runs" / "tiny_digits", done.stdout
+    cwd, config = tmp_path_factory.mktemp("command"), tmp_path_factory.mktemp("configs") / "tiny.py"
+    values = f"{str(tfds_dir)!r}, log_every_steps=4"
+    config.write_text(
+        f"import helpers\n\ndef get_config():\n    return helpers.tiny_config({values})"
+    )
+    done = run_program("train.py", f"--config={config}", cwd=cwd)
+    assert done.returncode == 0 and done.stderr == ""
+    return cwd / "runs" / "tiny", done.stdout
 
 
-def test_plain_output_is_calm_and_ends_with_accuracy_and_place(whole_command):
-    path, out = whole_command
+def test_plain_output_is_calm_and_ends_with_accuracy_and_place(command):
+    path, out = command
     assert "\x1b" not in out and "\r" not in out
     lines = out.splitlines()
     assert re.match(r"test accuracy \d+\.\d\d% \(\d+ of 360\)", lines[-3])
     assert lines[-2].startswith("test (average) accuracy")
-    assert lines[-1].startswith("run: runs/tiny_digits") and path.is_dir()
-    assert any(re.match(r"step 20/40 .*images/s .*data wait .*memory .*left", li) for li in lines)
+    assert lines[-1].startswith("run: runs/tiny") and path.is_dir()
+    assert any(re.match(r"step 8/12 .*images/s .*data wait .*memory .*left", li) for li in lines)
+
+
+def test_evaluate_prints_a_table_and_writes_json(command):
+    path, out = command
+    done = run_program("evaluate.py", "--workdir=runs/tiny", cwd=path.parent.parent)
+    accuracy = re.search(r"test accuracy (\d+\.\d\d%)", out)[1]
+    assert accuracy in done.stdout and "360" in done.stdout and "180" in done.stdout
+    results = json.loads((path / "results.json").read_text())["splits"]
+    assert f"{results['test']['top1']:.2%}" == accuracy
+    assert results["test"]["count"] == 360 and results["val"]["count"] == 180
+    np.testing.assert_allclose(results["test"]["top1"], results["test"]["correct"] / 360)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_ends_the_same_bit_for_bit(tmp_path, tfds_dir, whole_command):
-    """SIGKILL in the first steps, around a checkpoint and later; then once to the end."""
-    for wanted in (2, 10, 16):
-        process = _popen(tmp_path, tfds_dir)
-        for line in process.stdout:
-            step = re.match(r"step (\d+)/", line)
-            if step and int(step[1]) >= wanted:
-                break
-        time.sleep(0.05 * wanted % 0.13)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
-    assert max(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*[0-9]")) < 40
-    run_python(*COMMAND, f"--workdir={tmp_path}", TFDS_DIR=str(tfds_dir))
-    assert_same_bits(final_state(tmp_path), final_state(whole_command[0]))
-    assert _metrics(tmp_path) == _metrics(whole_command[0])
+def test_evaluate_as_a_process(command):
+    path, _ = command
+    best = run_python("evaluate.py", f"--workdir={path}", "--checkpoint=best", "--split=val")
+    assert "best" in best.stdout and "Traceback" not in best.stderr
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ("arguments", "message"),
+    [
+        ([], "--workdir"),
+        (["--workdir=/nowhere"], "/nowhere"),
+        (["--workdir=/nowhere", "--split=tset"], "tset"),
+    ],
 )
-def test_signal_saves_says_so_and_exits_with_its_code(
-    tmp_path, tfds_dir, whole_command, signum, code
-):
-    process = _popen(tmp_path, tfds_dir, "--config.log_every_steps=1")
-    out = []
-    for line in process.stdout:
-        out.append(line)
-        if line.startswith("step 7/"):
-            process.send_signal(signum)
-    assert process.wait(60) == code, out
-    name = signal.Signals(signum).name
-    assert any(re.match(rf"{name}: saving step \d+", line) for line in out)
-    assert "Traceback" not in "".join(out)
-    saved = int(re.search(r"checkpoints/(\d+)", out[-1])[1])
-    assert 7 <= saved < 40
-    second = run_python(*COMMAND, f"--workdir={tmp_path}", TFDS_DIR=str(tfds_dir))
-    assert f"continuing from step {saved}" in second.stdout
-    assert_same_bits(final_state(tmp_path), final_state(whole_command[0]))
+def test_evaluate_mistakes(arguments, message):
+    done = run_program("evaluate.py", *arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -591,42 +557,122 @@ def test_progress_bar_at_a_terminal(tmp_path, tfds_dir):
     assert re.search(r"test accuracy \d+", text) and "Traceback" not in text
 
 
-def test_second_process_in_the_same_run_is_refused(tmp_path, tfds_dir):
-    first = _popen(tmp_path, tfds_dir)
-    try:
-        next(first.stdout)
-        second = run_python(*COMMAND, f"--workdir={tmp_path}", check=False, TFDS_DIR=str(tfds_dir))
-        assert second.returncode == 2
-        message = r"train\.py: .* in use by another process \(pid \d+\).*\n"
-        assert re.fullmatch(message, second.stderr)
-    finally:
-        first.kill()
-        first.wait()
-        first.stdout.close()
+# Bits: one run without an interruption, and the same interrupted in this process and in others.
+
+COMMAND = ["train.py", "--config=tests/tiny_digits.py"]
 
 
-def test_evaluate_prints_a_table_and_writes_json(whole_command):
-    path, out = whole_command
-    done = run_python(ROOT / "evaluate.py", "--workdir=runs/tiny_digits", cwd=path.parent.parent)
-    accuracy = re.search(r"test accuracy (\d+\.\d\d%)", out)[1]
-    assert accuracy in done.stdout and "360" in done.stdout and "180" in done.stdout
-    results = json.loads((path / "results.json").read_text())["splits"]
-    assert f"{results['test']['top1']:.2%}" == accuracy
-    assert results["test"]["count"] == 360 and results["val"]["count"] == 180
-    np.testing.assert_allclose(results["test"]["top1"], results["test"]["correct"] / 360)
-    best = run_python("evaluate.py", f"--workdir={path}", "--checkpoint=best", "--split=val")
-    assert "best" in best.stdout
+def _popen(workdir, tfds_dir, *more):
+    return subprocess.Popen(
+        [sys.executable, *COMMAND, f"--workdir={workdir}", *more],
+        cwd=ROOT,
+        env=environment(TFDS_DIR=str(tfds_dir)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
+@pytest.fixture
+def config(tfds_dir, monkeypatch):
+    """That of the command: augmentation, mixup, masks, an average and accumulation."""
+    monkeypatch.setenv("TFDS_DIR", str(tfds_dir))
+    config = tiny_digits.get_config()
+    assert config.mixup.alpha and config.model.dropout and config.optimizer.ema_decay
+    assert config.optimizer.accumulate_steps > 1 and "random" in config.dataset.train_preprocess
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tfds_dir):
+    """The uninterrupted run, in this process."""
+    path = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DIR", str(tfds_dir))
+        trainer.train(tiny_digits.get_config(), path)
+    return path
+
+
+def _raise_at_step(monkeypatch, step, signum):
+    """Sends this process a signal when the loop shows step `step`."""
+    shown = trainer.console.Terminal.step
+
+    def show(self, number):
+        if number == step:
+            os.kill(os.getpid(), signum)
+        shown(self, number)
+
+    monkeypatch.setattr(trainer.console.Terminal, "step", show)
+
+
+@pytest.mark.bitwise
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "stop_at",
     [
-        ([], "--workdir or --weights is missing"),
-        (["--workdir=/nowhere"], "/nowhere is no run"),
-        (["--workdir=/nowhere", "--split=tset"], "tset"),
+        15,
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(20, marks=pytest.mark.slow),
+        pytest.param(39, marks=pytest.mark.slow),
     ],
 )
-def test_evaluate_mistakes(arguments, message):
-    done = run_python("evaluate.py", *arguments, check=False)
-    assert done.returncode == 2 and message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_stopped_and_continued_run_is_the_same_bit_for_bit(
+    tmp_path, config, whole, stop_at, monkeypatch
+):
+    """SIGTERM is raised during step `stop_at`; parameters, optimizer and record are compared."""
+    with monkeypatch.context() as patch:
+        _raise_at_step(patch, stop_at, signal.SIGTERM)
+        with pytest.raises(Stopped) as caught:
+            trainer.train(config, tmp_path)
+    assert caught.value.exit_code == 143
+    assert (tmp_path / "checkpoints" / str(stop_at)).is_dir()
+    trainer.train(config, tmp_path)
+    assert_same_bits(final_state(tmp_path), final_state(whole))
+    assert _metrics(tmp_path) == _metrics(whole)
+
+
+@pytest.mark.bitwise
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_process_holds_its_run_and_leaves_it_saved_when_a_signal_arrives(
+    tmp_path, tfds_dir, config, whole, signum, code, capsys
+):
+    """A second process on the same run is refused; after the signal the run is continued here."""
+    process = _popen(tmp_path, tfds_dir, "--config.log_every_steps=1")
+    out = [next(process.stdout)]
+    second = run_program(*COMMAND, f"--workdir={tmp_path}")
+    assert second.returncode == 2
+    assert re.fullmatch(rf"train\.py: .*pid {process.pid}\b.*\n", second.stderr)
+    for line in process.stdout:
+        out.append(line)
+        if line.startswith("step 7/"):
+            process.send_signal(signum)
+    assert process.wait(60) == code, out
+    assert any(re.match(rf"{signal.Signals(signum).name}: .*\d+", line) for line in out)
+    assert "Traceback" not in "".join(out)
+    saved = int(re.search(r"checkpoints/(\d+)", out[-1])[1])
+    assert 7 <= saved < 40
+    trainer.train(config, tmp_path)
+    assert f"continuing from step {saved}\n" in capsys.readouterr().out
+    assert_same_bits(final_state(tmp_path), final_state(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.bitwise
+def test_killed_at_any_moment_ends_the_same_bit_for_bit(tmp_path, tfds_dir, config, whole):
+    """SIGKILL in the first steps, around a checkpoint and later; then once to the end."""
+    for kill_at in (2, 20, 32):
+        process = _popen(tmp_path, tfds_dir)
+        for line in process.stdout:
+            step = re.match(r"step (\d+)/", line)
+            if step and int(step[1]) >= kill_at:
+                break
+        time.sleep(0.05 * kill_at % 0.13)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*[0-9]")) < 40
+    trainer.train(config, tmp_path)
+    assert_same_bits(final_state(tmp_path), final_state(whole))
+    assert _metrics(tmp_path) == _metrics(whole)

@@ -86,7 +86,7 @@ def folder_source(
     excluded: Collection[str],
 ) -> Source:
     """The images of a split such as "train[:90%]" of a folder."""
-    instructions = _absolute(spec, {split: len(files) for split, files in folder.files.items()})
+    instructions = absolute(spec, {split: len(files) for split, files in folder.files.items()})
     files = [
         file for part in instructions for file in folder.files[part.splitname][part.from_ : part.to]
     ]
@@ -120,7 +120,7 @@ def label_file_source(
     excluded: Collection[str],
 ) -> Source:
     """The images of a split such as "train[:90%]" of a label file."""
-    instructions = _absolute(spec, {split: len(rows) for split, rows in listing.splits.items()})
+    instructions = absolute(spec, {split: len(rows) for split, rows in listing.splits.items()})
     images = np.concatenate(
         [listing.splits[part.splitname][part.from_ : part.to] for part in instructions]
         or [np.zeros(0, np.int64)]
@@ -252,7 +252,7 @@ def tfds_source(
             f"dataset {builder.name!r} in {builder.data_dir} is stored as "
             f"{info.file_format.value}; only tfrecord is read: prepare it again in that format"
         )
-    _absolute(spec, {split: info.splits[split].num_examples for split in info.splits})
+    absolute(spec, {split: info.splits[split].num_examples for split in info.splits})
     instructions = info.splits[spec].file_instructions
     files = tuple(
         (str(i.filename), i.skip, i.take if i.take > 0 else i.examples_in_shard - i.skip)
@@ -384,7 +384,7 @@ def _checked(label, num_classes: int) -> tf.Tensor:
         return tf.identity(label)
 
 
-def _absolute(spec: str, sizes: dict[str, int]) -> list:
+def absolute(spec: str, sizes: dict[str, int]) -> list:
     """Parses a split spec with TFDS's own grammar; UserError where it names no split."""
     try:
         instructions = tfds.core.ReadInstruction.from_spec(spec).to_absolute(
