@@ -57,6 +57,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 _QUICK, _OPTIMIZED, _BITWISE = "quick", "optimized", "bitwise"
 _compilation = None
@@ -89,6 +90,7 @@ def _compile(mode: str) -> None:
     ):
         os.environ[variable] = str(int(value))
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

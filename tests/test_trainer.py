@@ -96,6 +96,33 @@ def test_metrics_of_every_log_step_are_recorded(finished_run):
     assert [row["step"] for row in rows if "test/top1" in row] == [12]
 
 
+def _raise_at_step(monkeypatch, step, signum):
+    """Sends this process a signal when the loop shows step `step`."""
+    shown = trainer.console.Terminal.step
+
+    def show(self, number):
+        if number == step:
+            os.kill(os.getpid(), signum)
+        shown(self, number)
+
+    monkeypatch.setattr(trainer.console.Terminal, "step", show)
+
+
+def test_signal_in_the_loop_saves_and_the_run_goes_on(
+    tmp_path, tfds_dir, finished_run, monkeypatch
+):
+    config = tiny_config(tfds_dir)
+    with monkeypatch.context() as patch:
+        _raise_at_step(patch, 5, signal.SIGTERM)
+        with pytest.raises(Stopped) as caught:
+            trainer.train(config, tmp_path)
+    assert caught.value.exit_code == 143
+    assert (tmp_path / "checkpoints" / "5").is_dir()
+    trainer.train(config, tmp_path)
+    assert_close(final_state(tmp_path), final_state(finished_run))
+    _assert_same_record(tmp_path, finished_run)
+
+
 def test_crash_between_checkpoint_and_evaluation_is_made_good(
     tmp_path, tfds_dir, finished_run, monkeypatch
 ):
@@ -562,9 +589,9 @@ def test_progress_bar_at_a_terminal(tmp_path, tfds_dir):
 COMMAND = ["train.py", "--config=tests/tiny_digits.py"]
 
 
-def _popen(workdir, tfds_dir, *more):
+def _popen(workdir, tfds_dir):
     return subprocess.Popen(
-        [sys.executable, *COMMAND, f"--workdir={workdir}", *more],
+        [sys.executable, *COMMAND, f"--workdir={workdir}"],
         cwd=ROOT,
         env=environment(TFDS_DIR=str(tfds_dir)),
         stdout=subprocess.PIPE,
@@ -578,7 +605,7 @@ def config(tfds_dir, monkeypatch):
     """That of the command: augmentation, mixup, masks, an average and accumulation."""
     monkeypatch.setenv("TFDS_DIR", str(tfds_dir))
     config = tiny_digits.get_config()
-    assert config.mixup.alpha and config.model.dropout and config.optimizer.ema_decay
+    assert config.mixup.alpha and config.model.stoch_depth and config.optimizer.ema_decay
     assert config.optimizer.accumulate_steps > 1 and "random" in config.dataset.train_preprocess
     return config
 
@@ -593,28 +620,9 @@ def whole(tmp_path_factory, tfds_dir):
     return path
 
 
-def _raise_at_step(monkeypatch, step, signum):
-    """Sends this process a signal when the loop shows step `step`."""
-    shown = trainer.console.Terminal.step
-
-    def show(self, number):
-        if number == step:
-            os.kill(os.getpid(), signum)
-        shown(self, number)
-
-    monkeypatch.setattr(trainer.console.Terminal, "step", show)
-
-
+@pytest.mark.slow
 @pytest.mark.bitwise
-@pytest.mark.parametrize(
-    "stop_at",
-    [
-        15,
-        pytest.param(1, marks=pytest.mark.slow),
-        pytest.param(20, marks=pytest.mark.slow),
-        pytest.param(39, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("stop_at", [1, 15, 20, 39])
 def test_stopped_and_continued_run_is_the_same_bit_for_bit(
     tmp_path, config, whole, stop_at, monkeypatch
 ):
@@ -635,27 +643,28 @@ def test_stopped_and_continued_run_is_the_same_bit_for_bit(
     ("signum", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
-def test_process_holds_its_run_and_leaves_it_saved_when_a_signal_arrives(
+def test_process_stopped_by_a_signal_and_continued_here_is_the_same_bit_for_bit(
     tmp_path, tfds_dir, config, whole, signum, code, capsys
 ):
-    """A second process on the same run is refused; after the signal the run is continued here."""
-    process = _popen(tmp_path, tfds_dir, "--config.log_every_steps=1")
+    """While it runs, its directory is refused to others."""
+    process = _popen(tmp_path, tfds_dir)
     out = [next(process.stdout)]
     second = run_program(*COMMAND, f"--workdir={tmp_path}")
     assert second.returncode == 2
     assert re.fullmatch(rf"train\.py: .*pid {process.pid}\b.*\n", second.stderr)
     for line in process.stdout:
         out.append(line)
-        if line.startswith("step 7/"):
+        if line.startswith("step 8/"):
             process.send_signal(signum)
     assert process.wait(60) == code, out
     assert any(re.match(rf"{signal.Signals(signum).name}: .*\d+", line) for line in out)
     assert "Traceback" not in "".join(out)
     saved = int(re.search(r"checkpoints/(\d+)", out[-1])[1])
-    assert 7 <= saved < 40
+    assert 8 <= saved < 40
     trainer.train(config, tmp_path)
     assert f"continuing from step {saved}\n" in capsys.readouterr().out
     assert_same_bits(final_state(tmp_path), final_state(whole))
+    assert _metrics(tmp_path) == _metrics(whole)
 
 
 @pytest.mark.slow

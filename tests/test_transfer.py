@@ -390,17 +390,6 @@ def test_groups_of_vtab_are_its_tasks_each_once():
 
 
 @pytest.mark.slow
-def test_vtab_task_whose_label_is_computed(tmp_path):
-    """From the objects of CLEVR; the other forms are in the slow test."""
-    counts, means = _check_vtab(("clevr_count",), tmp_path)
-    assert counts == {"clevr_count": 24}
-    assert {key: (mean.num_tasks, mean.of) for key, mean in means.items()} == {
-        "structured": (1, 8),
-        "mean": (1, 19),
-    }
-
-
-@pytest.mark.slow
 def test_all_tasks_of_vtab(tmp_path):
     names = [name for names in finetune.VTAB_GROUPS.values() for name in names]
     counts, means = _check_vtab(names, tmp_path)
