@@ -420,7 +420,7 @@ def test_command_with_json_and_features(loaded, pictures, tmp_path):
     with np.load(output, allow_pickle=False) as file:
         assert file["images"].tolist() == [each.image for each in expected]
         np.testing.assert_allclose(file["features"], [e.features for e in expected], atol=1e-5)
-    assert len(done.stderr.splitlines()) == 3
+    assert sum("names" in line for line in done.stderr.splitlines()) == 1
     assert f"{paths[5]}: no image" in done.stderr
     assert "1 of 11 images" in done.stderr
 

@@ -656,7 +656,7 @@ def test_process_stopped_by_a_signal_and_continued_here_is_the_same_bit_for_bit(
         out.append(line)
         if line.startswith("step 8/"):
             process.send_signal(signum)
-    assert process.wait(60) == code, out
+    assert process.wait(200) == code, out
     assert any(re.match(rf"{signal.Signals(signum).name}: .*\d+", line) for line in out)
     assert "Traceback" not in "".join(out)
     saved = int(re.search(r"checkpoints/(\d+)", out[-1])[1])
