@@ -61,19 +61,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 _QUICK, _OPTIMIZED, _BITWISE = "quick", "optimized", "bitwise"
 _compilation = None
-_num_modules = 0
-
-
-def _freeze_imports() -> None:
-    """Takes what imports have made, most of it TensorFlow's, out of later garbage collections.
-
-    A training collects several times, and each collection would visit all of it.
-    """
-    global _num_modules
-    if len(sys.modules) > _num_modules + 300:
-        _num_modules = len(sys.modules)
-        gc.collect()
-        gc.freeze()
 
 
 def _compile(mode: str) -> None:
@@ -96,7 +83,6 @@ def _compile(mode: str) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
     """Most tests compile for longer than they compute: XLA optimizes only where numbers count."""
-    _freeze_imports()
     if item.get_closest_marker("bitwise"):
         _compile(_BITWISE)
     else:
