@@ -23,7 +23,7 @@ from mixer import (
     run,
     sharding,
 )
-from mixer.data import pipeline
+from mixer.data import folder, pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
 from mixer.metrics import read_metrics
@@ -438,7 +438,7 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def _text(value: Any) -> str:
     """Escaped for HTML, also within an attribute."""
-    return html.escape(prediction.displayed(str(value)))
+    return html.escape(folder.displayed(str(value)))
 
 
 def _accuracy(share: float, interval: tuple[float, float]) -> str:

@@ -58,8 +58,8 @@ def list_images(arguments: Iterable[str]) -> list[str]:
     """Paths of the images that the arguments name, in their order.
 
     Args:
-      arguments: files, folders (the images below, known by their endings, sorted; what is hidden
-        is passed over) and "@FILE", which holds a path of either kind a line.
+      arguments: files, folders (the images below as `folder.walk` finds them, known by their
+        endings, sorted) and "@FILE", which holds a path of either kind a line.
 
     Raises:
       UserError: nothing is given or there, or a folder holds no image.
@@ -70,7 +70,10 @@ def list_images(arguments: Iterable[str]) -> list[str]:
             images += _images_at(argument, "")
             continue
         try:
-            text = Path(argument[1:]).expanduser().read_text("utf-8", "surrogateescape")
+            list_file = Path(argument[1:]).expanduser()
+            if fault := folder.fault_of(list_file):
+                raise OSError(None, fault)
+            text = list_file.read_text("utf-8", "surrogateescape")
         except OSError as error:
             raise UserError(f"{argument}: the list cannot be read: {error.strerror}") from None
         for number, line in enumerate(text.split("\n"), 1):
@@ -85,33 +88,16 @@ def _images_at(name: str, place: str) -> list[str]:
     path = os.path.expanduser(name)
     if not os.path.isdir(path):
         if not os.path.exists(path):
-            raise UserError(f"{place}{displayed(name)[:200]}: no such file or folder")
+            raise UserError(f"{place}{folder.displayed(name)[:200]}: no such file or folder")
         return [path]
-    endings = _endings()
-    found = []
-    for parent, folders, names in os.walk(path):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        found += [
-            os.path.join(parent, file)
-            for file in names
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in endings
-        ]
-    if not found:
-        raise UserError(f"{place}{displayed(name)}: the folder holds no images")
-    return sorted(found)
-
-
-def _endings() -> set[str]:
-    """Endings of image files; of those that cannot be read here too, so that they are named."""
-    known = Image.registered_extensions().items()
-    # Pillow also knows films, PostScript and scientific data.
-    pictures = {e for e, kind in known if Image.MIME.get(kind, "").startswith("image/")}
-    return pictures.union(folder.ENDINGS, folder.UNDECODABLE)
-
-
-def displayed(text: str) -> str:
-    """The text with bytes of a file name that are no UTF-8 written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    images = [
+        os.path.join(path, os.fsdecode(file))
+        for file, _ in folder.walk(path)
+        if folder.ending(file) in folder.LISTED.union(folder.RARE)
+    ]
+    if not images:
+        raise UserError(f"{place}{folder.displayed(name)}: the folder holds no images")
+    return sorted(images)
 
 
 def names_of(card: Card) -> tuple[str, ...] | None:
@@ -249,6 +235,8 @@ def make_reader(
 
     def read(path: str) -> tuple[str, np.ndarray] | Unreadable:
         try:
+            if fault := folder.fault_of(path):
+                return Unreadable(path, fault)
             data = Path(path).read_bytes()
         except OSError as error:
             return Unreadable(path, error.strerror)
@@ -314,7 +302,7 @@ def as_table(predictions: Iterable[Prediction], names: Sequence[str] | None) -> 
     if names is not None:
         table.add_column("name", overflow="fold")
     for prediction in predictions:
-        image = displayed(prediction.image)
+        image = folder.displayed(prediction.image)
         for row in as_json(prediction, names)["top"]:
             cells = [image, f"{row['probability']:.1%}", str(row["class"]), row["name"]]
             table.add_row(*(Text(cell) for cell in cells if cell is not None))

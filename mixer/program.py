@@ -1,6 +1,7 @@
 """What every program shares: its environment, and how a mistake or a signal ends it."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -42,6 +43,8 @@ def run(
     name = os.path.basename(sys.argv[0])
     if name == "__main__.py" or sys.modules["__main__"].__spec__ is not None:
         name = sys.modules["__main__"].__spec__.name
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.FATAL)  # what matters is raised, and told in one line
     signal.signal(signal.SIGINT, interrupt)
     try:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer import distributed, files, layers, loading, published, resolution, sharding, weights
-from mixer.data import permutation, pipeline, resident
+from mixer.data import folder, permutation, pipeline, resident
 from mixer.data import steps as steps_lib
 from mixer.errors import UserError
 from mixer.losses import make_loss
@@ -67,11 +67,19 @@ ADDED = (
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The splits a config names; `val` and `test` are None where it names none."""
+    """The splits a config names; `val` and `test` are None where it names none.
+
+    Attributes:
+      train, val, test: the splits.
+      remarks: lines for the user on the data.
+      subfolders: whether images in folders of a class folder are read (`folder.scan`).
+    """
 
     train: pipeline.Split
     val: pipeline.Split | None
     test: pipeline.Split | None
+    remarks: Sequence[str] = ()
+    subfolders: bool = True
 
 
 def check_config(config: ConfigDict) -> None:
@@ -369,10 +377,12 @@ def open_split(
     class_names: tuple[str, ...] | None,
     *,
     augment: bool = False,
+    subfolders: bool = True,
 ) -> pipeline.Split | None:
     """Opens the split "train", "val" or "test" of the config, None where the config has none.
 
-    `augment` takes the preprocessing of training instead of that of evaluation.
+    `augment` takes the preprocessing of training instead of that of evaluation; `subfolders` is as
+    of `folder.scan`.
     """
     spec = config.dataset[f"{which}_split"]
     if not spec:
@@ -387,6 +397,7 @@ def open_split(
         image_size=(config.image_size, config.image_size),
         num_classes=config.model.num_classes,
         class_names=class_names,
+        subfolders=subfolders,
     )
     if split.multi_label and config.loss == "softmax":
         raise UserError(
@@ -396,16 +407,39 @@ def open_split(
     return split
 
 
-def open_splits(config: ConfigDict, class_names: tuple[str, ...] | None) -> Splits:
-    """Opens all splits of the config, with the run's class names where it has some already."""
+def open_splits(
+    config: ConfigDict,
+    class_names: tuple[str, ...] | None,
+    record: dict[str, Any] | None = None,
+) -> Splits:
+    """Opens all splits of the config, with the run's class names where it has some already.
+
+    `record` is what the run has saved of its data. Runs begun by older code read no images in
+    folders of a class folder, and go on without.
+    """
     if config.dataset.name != "synthetic":  # which takes no steps
         for key in ("train_preprocess", "eval_preprocess"):
             if config.dataset[key]:  # both, before any data is read
                 steps_lib.parse(config.dataset[key], (config.image_size, config.image_size))
     pipeline.forget_listings()
-    train = open_split(config, "train", class_names, augment=True)
-    val, test = (open_split(config, which, train.class_names) for which in ("val", "test"))
-    return Splits(train, val, test)
+    subfolders = True if record is None else record.get("subfolders")
+    if subfolders is None and pipeline.has_subfolders(config.dataset):
+        splits = _open_splits(config, class_names, subfolders=False)
+        if record["splits"]["train"]["fingerprint"] == splits.train.fingerprint:
+            return splits
+    return _open_splits(config, class_names, subfolders=subfolders is not False)
+
+
+def _open_splits(
+    config: ConfigDict, class_names: tuple[str, ...] | None, *, subfolders: bool
+) -> Splits:
+    train = open_split(config, "train", class_names, augment=True, subfolders=subfolders)
+    val, test = (
+        open_split(config, which, train.class_names, subfolders=subfolders)
+        for which in ("val", "test")
+    )
+    remarks = pipeline.remarks(config.dataset, train, subfolders=subfolders)
+    return Splits(train, val, test, remarks, subfolders)
 
 
 def check_same_config(workdir: epath.Path, old: dict[str, Any], new: ConfigDict) -> None:
@@ -439,13 +473,45 @@ def check_same_everywhere(mine: dict[str, Any], what: str) -> None:
 
 def check_same_data(workdir: epath.Path, record: dict[str, Any], split: pipeline.Split) -> None:
     """Raises UserError where `split`, of training, is not the one of the run's record."""
-    old = record["splits"]["train"]
-    if old["fingerprint"] != split.fingerprint:
+    change = data_change(record["splits"]["train"], split)
+    if change:
         raise UserError(
-            f"the training data has changed since {workdir} was started: {old['name']} with "
-            f"{old['num_examples']:,} examples, now {split.name} with {split.num_examples:,}. "
+            f"the training data has changed since {workdir} was started: {change}. "
             "Bring it back, give another --workdir, or --allow_config_change"
         )
+
+
+def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
+    """How a split differs from what a run has saved of it; "" where it does not.
+
+    Sizes of files are compared where both are known: older code saved none.
+    """
+    before, stored = old.get("files"), split.stored()
+    now = stored.record() if before and stored else None
+    resized = now is not None and before["sizes"] != now["sizes"]
+    if old["fingerprint"] == split.fingerprint and not resized:
+        return ""
+    change = (
+        f"{old['name']} with {old['num_examples']:,} examples, now {split.name} with "
+        f"{split.num_examples:,}"
+    )
+    if not resized:
+        return change
+    change += f" ({before['num_bytes']:,} bytes, now {now['num_bytes']:,})"
+    rows = [
+        list(zip(each.get("class_files") or (), each.get("class_bytes") or (), strict=True))
+        for each in (before, now)
+    ]
+    pairs = zip(*rows, strict=False)
+    label = next((label for label, (one, two) in enumerate(pairs) if one != two), None)
+    if label is not None:
+        (files, num_bytes), (files_now, num_bytes_now) = (row[label] for row in rows)
+        change += (
+            f"; class {split.class_names[label]!r} had {files:,} images of {num_bytes:,} bytes and "
+            f"has {files_now:,} of {num_bytes_now:,}"
+        )
+    newest = stored.newest(label) if now["num_files"] >= before["num_files"] else ""
+    return change + (newest and f", changed last is {folder.displayed(newest)}")
 
 
 def data_name(config: ConfigDict) -> str:
@@ -460,16 +526,24 @@ def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
     return {
         "class_names": list(splits.train.class_names),
         "num_readers": num_readers,
+        "subfolders": splits.subfolders,
         "splits": {
             which: {
                 "name": split.name,
                 "num_examples": split.num_examples,
                 "fingerprint": split.fingerprint,
+                **_files_record(split),
             }
             for which, split in opened.items()
             if split is not None
         },
     }
+
+
+def _files_record(split: pipeline.Split) -> dict[str, Any]:
+    stored = split.stored()
+    record = stored and stored.record()
+    return {"files": record} if record else {}
 
 
 def write_json(path: epath.Path, value: Any) -> None:

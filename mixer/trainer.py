@@ -115,7 +115,9 @@ def _train(
     # first program is compiled, where the config says how many classes there are.
     with ThreadPoolExecutor(1, "data") as thread:
         class_names = tuple(old_data["class_names"]) if old_data else None
-        opening = thread.submit(run.open_splits, config.copy_and_resolve_references(), class_names)
+        opening = thread.submit(
+            run.open_splits, config.copy_and_resolve_references(), class_names, old_data
+        )
         if config.model.num_classes is None:
             config.model.num_classes = len(opening.result().train.class_names)
         sized = opening.result().train.num_examples if run.needs_epochs(config) else None
@@ -222,7 +224,10 @@ def _train(
         raise UserError(
             f"{workdir} has reached step {start_step}, beyond total_steps={config.total_steps}"
         )
-    fingerprints = {which: split["fingerprint"] for which, split in data["splits"].items()}
+    fingerprints = {
+        which: {"fingerprint": split["fingerprint"], "sizes": split.get("files", {}).get("sizes")}
+        for which, split in data["splits"].items()
+    }
     run.check_same_everywhere(fingerprints, "data")
     distributed.barrier("reading of the run")
     run.write_json(workdir / "config.json", config.to_dict())
@@ -650,6 +655,8 @@ def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
         f"px, patch {model.patch_size}, {model.num_classes} classes"
     )
     say(f"data: {splits.train.name}, {splits.train.num_examples:,} examples")
+    for line in splits.remarks:
+        say(f"warning: {line}")
     processes = f" in {jax.process_count()} processes" * (jax.process_count() > 1)
     kind = jax.devices()[0].device_kind
     say(f"devices: {jax.device_count()} x {kind}{processes} (mesh: {shape})")

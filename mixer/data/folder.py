@@ -6,23 +6,319 @@ split lacks shifts no label. A label file is jsonl, an image a line, with one la
 """
 
 import array
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+import os
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, first_line, nearest
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".jxl")
-# Images that TensorFlow cannot decode: they are listed, so that none is left out unseen.
+# Images that TensorFlow cannot decode: training refuses them, so that none is left out unseen.
 UNDECODABLE = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2")
+# Images that `predict` may read by Pillow; training leaves them out with a line.
+RARE = (
+    *(".apng", ".avifs", ".bw", ".dib", ".icb", ".icns", ".ico", ".j2c", ".j2k", ".jpc", ".jpf"),
+    *(".jpx", ".mpo", ".palm", ".pbm", ".pcx", ".pfm", ".pgm", ".pnm", ".ppm", ".psd", ".rgb"),
+    *(".rgba", ".sgi", ".tga", ".vda", ".vst", ".xbm", ".xpm"),
+)
+LISTED = frozenset(ENDINGS + UNDECODABLE)
+ACCEPTED = ", ".join(ENDINGS)
+# What systems and programs leave behind between a user's folders; hidden folders are such too.
+LEFT_BEHIND = frozenset(
+    ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
+)
 # Labels that are numbers make as many classes as the largest says; beyond this they are other ids.
 MOST_CLASSES = 1 << 20
 LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 0.5]}'
+STORES = ("gs", "s3")
+# In place of a file's size.
+MISSING, IRREGULAR = -1, -2
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+EXAMPLES = 5  # that a message lists
+
+
+def encode(name: str) -> bytes:
+    """The bytes of a name that Python may have read from a disk."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def decode(name: bytes) -> str:
+    """A name's text, in which bytes that are not UTF-8 are written out in four characters."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def displayed(text: str) -> str:
+    """`text` in one line that every terminal takes: what it cannot show is written out."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(
+        ascii(each)[1:-1] if unicodedata.category(each) in ("Cc", "Zl", "Zp") else each
+        for each in text
+    )
+
+
+def irregular(mode: int) -> str:
+    """Why a file of this `st_mode` is not opened; "" for a regular one."""
+    if stat.S_ISREG(mode):
+        return ""
+    return f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
+
+
+def fault_of(path: bytes | str) -> str:
+    """Why a local file is not opened; "" for a regular one."""
+    try:
+        return irregular(os.stat(path).st_mode)
+    except OSError as error:
+        return error.strerror
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What lies in one folder, by name, sorted; what is hidden is passed over.
+
+    Attributes:
+      folders: names, and whether each is a symbolic link.
+      files: names, and "" or why the file is not to be opened.
+    """
+
+    folders: list[tuple[bytes, bool]]
+    files: list[tuple[bytes, str]]
+
+
+def _is_left_out(name: bytes) -> bool:
+    return name.startswith(b".") or decode(name).lower() in LEFT_BEHIND
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether it is an address in a store such as gs://."""
+    return "://" in os.fspath(path)
+
+
+def parse_path(key: str, path: str) -> epath.Path:
+    """The path or address that a user gave as `key`; UserError where it can be none."""
+    scheme, separator, rest = path.partition("://")
+    if separator and scheme not in STORES:
+        hint = f"; write {key}={rest}" if scheme == "file" else ""
+        raise UserError(
+            f"{key}={displayed(path)}: {scheme}:// is not read; expected a path, or an address in "
+            f"{' or '.join(f'{store}://' for store in STORES)}{hint}"
+        )
+    if separator and not rest.strip("/"):
+        raise UserError(f"{key}={displayed(path)}: expected a bucket, as in {scheme}://BUCKET/PATH")
+    if "\0" in path:
+        raise UserError(f"{key}={displayed(path)}: expected a path, without a null character")
+    return epath.Path(path).expanduser()
+
+
+def find_file(key: str, path: str) -> epath.Path:
+    """The file that a user gave as `key`; UserError where it is another thing, or not there."""
+    file = parse_path(key, path)
+    if not is_remote(file):
+        try:
+            fault = irregular(os.stat(file).st_mode)
+        except OSError as error:
+            fault = error.strerror
+        if fault:
+            raise UserError(f"{key}={displayed(path)} cannot be read: {fault}")
+    return file
+
+
+@contextlib.contextmanager
+def _naming(path: bytes) -> Iterator[None]:
+    """Names a folder that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{displayed(decode(path))} cannot be read: {error.strerror}") from None
+
+
+def _identity(root: epath.Path, inside: bytes) -> Any:
+    """What all paths of the folder `inside` of `root` share."""
+    if is_remote(root):
+        return inside
+    path = _join(os.fsencode(root), inside)
+    with _naming(path):
+        status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def list_folder(root: epath.Path, inside: bytes) -> Listing:
+    """Lists the folder `inside` of `root`; UserError where it cannot be read."""
+    if is_remote(root):
+        return _list_in_store(root / inside.decode())
+    path = _join(os.fsencode(root), inside)
+    folders, files = [], []
+    with _naming(path), os.scandir(path) as children:
+        for child in children:
+            if _is_left_out(child.name):
+                continue
+            try:
+                if child.is_dir():
+                    folders.append((child.name, child.is_symlink()))
+                    continue
+                fault = "" if child.is_file() else fault_of(child.path)
+            except OSError as error:  # a link to itself
+                fault = error.strerror
+            files.append((child.name, fault))
+    return Listing(sorted(folders), sorted(files))
+
+
+def _list_in_store(folder: epath.Path) -> Listing:
+    folders, files = [], []
+    for child in folder.iterdir():
+        name = child.name.encode()
+        if _is_left_out(name):
+            continue
+        # Each question is a request to the store: what has an ending is a file.
+        if b"." not in name and child.is_dir():
+            folders.append((name, False))
+        else:
+            files.append((name, ""))
+    return Listing(sorted(folders), sorted(files))
+
+
+def walk(
+    root: epath.PathLike, inside: bytes = b"", *, above: Iterable[bytes] = ()
+) -> Iterator[tuple[bytes, str]]:
+    """Yields the files below a folder, with "" or why the file is not to be opened.
+
+    Symbolic links are followed. A folder that is reached by several ways is read once, and by its
+    own way rather than by a link; so links that lead back end nowhere.
+
+    Args:
+      root: where the paths start.
+      inside: the folder in it to read.
+      above: folders that are not to be read, as paths from the root.
+
+    Raises:
+      UserError: a folder cannot be read.
+    """
+    root = epath.Path(root)
+    seen = {_identity(root, folder) for folder in above}
+    waiting = collections.deque([inside])
+    while waiting:
+        here = waiting.popleft()
+        identity = _identity(root, here)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        listing = list_folder(root, here)
+        for name, fault in listing.files:
+            yield _join(here, name), fault
+        waiting.extend(_join(here, name) for name, is_link in listing.folders if is_link)
+        waiting.extendleft(
+            _join(here, name) for name, is_link in reversed(listing.folders) if not is_link
+        )
+
+
+def _join(folder: bytes, name: bytes) -> bytes:
+    return b"/".join(filter(None, (folder, name)))
+
+
+def ending(name: bytes) -> str:
+    """The ending of a file's name in small letters, such as ".jpg"."""
+    return "." + decode(name.rpartition(b".")[2].lower())
+
+
+def file_sizes(root: epath.PathLike, paths: Sequence[bytes]) -> np.ndarray | None:
+    """Sizes in bytes of local files, (n,) int64; MISSING or IRREGULAR where there is none.
+
+    None for a store such as gs://, which would have to be asked once a file.
+    """
+    if is_remote(root):
+        return None
+    root = os.fsencode(root)
+
+    def sizes(some: Sequence[bytes]) -> list[int]:
+        found = []
+        for path in some:
+            try:
+                status = os.stat(os.path.join(root, path))
+                found.append(IRREGULAR if irregular(status.st_mode) else status.st_size)
+            except OSError:
+                found.append(MISSING)
+        return found
+
+    rest = iter(paths)
+    parts = iter(lambda: list(itertools.islice(rest, 1024)), [])
+    # Threads: of a network's disk each answer takes a while.
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return np.array(list(itertools.chain.from_iterable(pool.map(sizes, parts))), np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredFiles:
+    """The files that hold the examples of a split.
+
+    Attributes:
+      root: the folder that the paths start from.
+      paths: of each file.
+      class_numbers: the class of each, (n,); None where a file holds several.
+      num_classes: how many classes there are.
+      known_sizes: their sizes as of `file_sizes`, where they are known already.
+    """
+
+    root: epath.Path
+    paths: Sequence[bytes]
+    class_numbers: np.ndarray | None
+    num_classes: int
+    known_sizes: np.ndarray | None = None
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray | None:
+        """As `file_sizes`."""
+        if self.known_sizes is not None:
+            return self.known_sizes
+        return file_sizes(self.root, self.paths)
+
+    def record(self) -> dict[str, Any] | None:
+        """What a run saves, to know the files again; None where their sizes are not known."""
+        if self.sizes is None:
+            return None
+        sizes = np.maximum(self.sizes, 0)
+        record = {
+            "num_files": len(sizes),
+            "num_bytes": int(sizes.sum()),
+            "sizes": hashlib.blake2b(self.sizes.tobytes(), digest_size=16).hexdigest(),
+        }
+        if self.class_numbers is not None:
+            numbers = self.class_numbers
+            summed = np.bincount(numbers, sizes, self.num_classes)  # float64: exact up to 8 PiB
+            record["class_files"] = np.bincount(numbers, minlength=self.num_classes).tolist()
+            record["class_bytes"] = summed.astype(np.int64).tolist()
+        return record
+
+    def newest(self, class_number: int | None) -> str:
+        """Path of the file that was changed last, of one class or of all; "" if there is none."""
+        chosen = range(len(self.paths))
+        if class_number is not None:
+            chosen = np.flatnonzero(self.class_numbers == class_number).tolist()
+
+        def changed(place: int) -> float:
+            try:
+                return os.stat(os.path.join(os.fsencode(self.root), self.paths[place])).st_mtime
+            except OSError:
+                return -1.0
+
+        return decode(self.paths[max(chosen, key=changed)]) if len(chosen) else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,83 +330,176 @@ class ImageFolder:
       class_names: sorted names of the classes of all splits.
       files: by split, paths relative to the root, in an order that mixes the classes and is the
         same on every machine, so that `train[:90%]` is a fair sample.
-      undecodable: those of them that TensorFlow cannot decode, by their endings.
+      faults: why some of them cannot be used, by path.
+      remarks: lines for the user on what may not be as it was meant.
+      nested: how many images lie in folders of a class folder.
     """
 
     root: epath.Path
     class_names: tuple[str, ...]
-    files: dict[str, list[str]]
-    undecodable: tuple[str, ...]
+    files: dict[str, list[bytes]]
+    faults: dict[bytes, str]
+    remarks: tuple[str, ...]
+    nested: int
 
-    def labels(self, files: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+    def labels(self, files: Sequence[bytes], class_names: Sequence[str]) -> np.ndarray:
         """Class numbers of `files` in the list `class_names`, (n,) int32."""
-        number = {name: i for i, name in enumerate(class_names)}
-        unknown = sorted({file.split("/")[1] for file in files} - set(number))
-        if unknown:
+        places = {name: place for place, name in enumerate(class_names)}
+        names = {_class_of(file) for file in files}
+        numbers = {name: places[decode(name)] for name in names if decode(name) in places}
+        if unknown := sorted(map(decode, names - set(numbers))):
             raise UserError(
-                f"{self.root} holds classes that the run was not trained on: {unknown[:5]}; "
-                f"the run's {len(class_names)} classes are {', '.join(list(class_names)[:5])}, ..."
+                f"{displayed(str(self.root))} holds classes that the run was not trained on: "
+                f"{unknown[:EXAMPLES]}; the run's {len(class_names)} classes are "
+                f"{listed(class_names)}"
             )
-        return np.array([number[file.split("/")[1]] for file in files], np.int32)
+        return np.array([numbers[_class_of(file)] for file in files], np.int32)
 
 
-def scan(root: str) -> ImageFolder:
+def _class_of(file: bytes) -> bytes:
+    return file.split(b"/", 2)[1]
+
+
+def listed(names: Iterable[str], show: Callable[[str], str] = displayed) -> str:
+    """The first few of the names, for a message."""
+    names = list(names)
+    more = ", ..." if len(names) > EXAMPLES else ""
+    return ", ".join(displayed(show(name)) for name in names[:EXAMPLES]) + more
+
+
+class _Scan:
+    """Goes through the folders of a data set.
+
+    Attributes:
+      images: by split, the images of all classes.
+      class_folders: by class, its folders in the splits that hold images.
+      faults: as of `ImageFolder`.
+      nested, beside, rare: images in folders of a class folder, images outside of class folders,
+        and images of formats that training leaves out.
+      copies: folders that are no class but a split of another data set.
+    """
+
+    def __init__(self, root: epath.Path, subfolders: bool):
+        self.root, self.subfolders = root, subfolders
+        self.images: dict[bytes, list[bytes]] = {}
+        self.class_folders: dict[str, list[bytes]] = {}
+        self.faults: dict[bytes, str] = {}
+        self.nested, self.beside, self.rare, self.copies = [], [], [], []
+        top = list_folder(root, b"")
+        self.beside += [name for name, _ in top.files if ending(name) in LISTED]
+        self.splits = [name for name, _ in top.folders]
+        for split in self.splits:
+            self._read_split(split)
+
+    def _read_split(self, split: bytes) -> None:
+        inside = list_folder(self.root, split)
+        self.beside += [_join(split, name) for name, _ in inside.files if ending(name) in LISTED]
+        by_class = {name: self._read_class(split, name) for name, _ in inside.folders}
+        if images := [image for images in by_class.values() for image in images]:
+            self.images[split] = images
+            for name in by_class:
+                self.class_folders.setdefault(decode(name), []).append(_join(split, name))
+
+    def _read_class(self, split: bytes, name: bytes) -> list[bytes]:
+        images, nested = [], []
+        for file, fault in walk(self.root, _join(split, name), above=(b"", split)):
+            if ending(file) in RARE:
+                self.rare.append(file)
+            if ending(file) not in LISTED:
+                continue
+            (images if file.count(b"/") == 2 else nested).append(file)
+            if ending(file) in UNDECODABLE:
+                fault = fault or "TensorFlow cannot decode its format; convert it"
+            if fault:
+                self.faults[file] = fault
+        if self.subfolders and name in self.splits and len(nested) > len(images):
+            self.copies.append(_join(split, name))  # as in backup/train/cat/1.jpg
+        self.nested += nested
+        return images + nested if self.subfolders else images
+
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for the user on what may not be as it was meant."""
+        nested = "read as images of the class"
+        if not self.subfolders:
+            nested = "left out, as they were when this run was begun"
+        return tuple(
+            f"{len(images):,} {what}, such as {displayed(decode(images[0]))}, are {fate}"
+            for images, what, fate in (
+                (self.nested, "images in folders of a class folder", nested),
+                (self.beside, "images outside of class folders", "left out"),
+                (self.rare, "images of other formats", f"left out; expected {ACCEPTED}"),
+            )
+            if images
+        )
+
+
+def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     """Lists the images under `root`.
 
+    Args:
+      root: the folder, laid out as `<split>/<class>/<image>`.
+      subfolders: whether images in folders of a class folder are read. Runs begun by older code
+        did not.
+
     Raises:
-      UserError: the folder does not exist or is not laid out as `<split>/<class>/<image>`, or a
-        class has no image.
+      UserError: the folder does not exist or is laid out otherwise, or a class has no image.
     """
     layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
-    root = _root(root, layout)
-    files: dict[str, list[str]] = {}
-    classes: set[str] = set()
-    for split in _folders(root):
-        found = []
-        for label in _folders(split):
-            classes.add(label.name)
-            found += [
-                f"{split.name}/{label.name}/{image.name}"
-                for image in label.iterdir()
-                if image.name.lower().endswith(ENDINGS + UNDECODABLE)
-                and not image.name.startswith(".")
-            ]
-        if found:
-            # Sorted by a hash of the name: an image that is added or taken away moves no other.
-            files[split.name] = sorted(
-                found, key=lambda file: hashlib.blake2b(file.encode(), digest_size=16).digest()
-            )
-    if not files:
-        raise UserError(f"{root} holds no images ({', '.join(ENDINGS)}); {layout}")
-    every = [file for found in files.values() for file in found]
-    empty = sorted(classes - {file.split("/")[1] for file in every})
-    if empty:
+    seen = _Scan(find_root(root, layout), subfolders)
+    shown = displayed(str(seen.root))
+    if seen.copies:
         raise UserError(
-            f"{root}: {len(empty)} of {len(classes)} classes have no image in any split: "
-            f"{', '.join(empty[:5])}; put images ({', '.join(ENDINGS)}) into their folders, or "
-            "remove the folders"
+            f"{shown}: {listed(map(decode, seen.copies))}: the name of a split in the place of a "
+            f"class; {layout} (a second data set in this one has to be moved out)"
         )
-    undecodable = tuple(file for file in every if file.lower().endswith(UNDECODABLE))
-    return ImageFolder(root, tuple(sorted(classes)), files, undecodable)
+    if not seen.images:
+        others = seen.beside + seen.rare
+        hint = f" (not as {displayed(decode(others[0]))})" if others else ""
+        raise UserError(f"{shown} holds no images ({ACCEPTED}) of a class; {layout}{hint}")
+    names = {decode(_class_of(image)) for images in seen.images.values() for image in images}
+    if empty := sorted(set(seen.class_folders) - names):
+        folders = [decode(folder) for name in empty for folder in seen.class_folders[name]]
+        raise UserError(
+            f"{shown}: {len(empty)} of {len(seen.class_folders)} classes have no image in any "
+            f"split: {listed(folders)}; put images ({ACCEPTED}) into these folders, or remove them"
+        )
+    # Sorted by a hash of the name: an image that is added or taken away moves no other.
+    files = {
+        decode(split): sorted(
+            images, key=lambda file: hashlib.blake2b(file, digest_size=16).digest()
+        )
+        for split, images in seen.images.items()
+    }
+    return ImageFolder(
+        root=seen.root,
+        class_names=tuple(sorted(names)),
+        files=files,
+        faults=seen.faults,
+        remarks=seen.remarks(),
+        nested=len(seen.nested),
+    )
 
 
-def _root(path: str, layout: str) -> epath.Path:
+def find_root(path: str, layout: str) -> epath.Path:
+    """The folder `dataset.data_dir`; UserError where there is none."""
     if not path:
         raise UserError(
             f"dataset.data_dir is empty; give --config.dataset.data_dir=FOLDER; {layout}"
         )
-    root = epath.Path(path).expanduser()
-    if not root.is_dir():
+    root = parse_path("dataset.data_dir", path)
+    try:
+        is_folder = root.is_dir()
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(root):
+            raise  # a store's client has exceptions of its own
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"dataset.data_dir={displayed(path)} cannot be read: {reason}") from None
+    if not is_folder:
         raise UserError(
-            f"dataset.data_dir={root} is no folder; {layout}; where data has moved, --data_dir (of "
-            "evaluate.py and inspect) says where to"
+            f"dataset.data_dir={displayed(str(root))} is no folder; {layout}; where data has "
+            "moved, --data_dir (of evaluate.py and inspect) says where to"
         )
     return root
-
-
-def _folders(path: epath.Path) -> list[epath.Path]:
-    inside = (child for child in path.iterdir() if not child.name.startswith("."))
-    return sorted((child for child in inside if child.is_dir()), key=lambda child: child.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,8 +536,12 @@ class LabelFile:
     splits: dict[str, np.ndarray]
 
     def path(self, image: int) -> str:
-        """The path of an image, as the file has it."""
-        return self.paths[self.path_starts[image] : self.path_starts[image + 1]].decode()
+        """The path of an image as text."""
+        return decode(self.encoded_path(image))
+
+    def encoded_path(self, image: int) -> bytes:
+        """The path of an image."""
+        return self.paths[self.path_starts[image] : self.path_starts[image + 1]]
 
     def names(self, num_classes: int | None) -> tuple[str, ...]:
         """The class names: the file's; of labels that are numbers, 0 to num_classes - 1.
@@ -202,8 +595,8 @@ def read_label_file(file: str, root: str) -> LabelFile:
     Raises:
       UserError: no such file or folder, or a line that is not as it must be, by its number.
     """
-    root = _root(root, f"dataset.label_file={file} has paths relative to it")
-    file = epath.Path(file).expanduser()
+    root = find_root(root, f"dataset.label_file={file} has paths relative to it")
+    file = find_file("dataset.label_file", file)
     path_starts, label_starts = array.array("q", [0]), array.array("q", [0])
     labels, weights = array.array("i"), array.array("f")
     lines, hashes, split_of = array.array("i"), array.array("Q"), array.array("i")
@@ -216,7 +609,7 @@ def read_label_file(file: str, root: str) -> LabelFile:
                     continue
                 try:
                     image = _parse_line(row)
-                    encoded = image.path.encode()
+                    encoded = encode(image.path)
                     found = type(image.labels[0]) if image.labels else kind
                     if kind not in (None, found):
                         raise ValueError("labels are names in some lines and numbers in others")
@@ -270,6 +663,24 @@ def read_label_file(file: str, root: str) -> LabelFile:
             reason = f"{listing.path(two)!r} stands in line {lines[one]} already"
             raise _line_fault(file, lines[two], reason)
     return listing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledPaths(Sequence):
+    """Paths of some images of a label file, made as they are asked for: they may be millions.
+
+    Attributes:
+      listing: the label file. images: (n,) numbers of its images.
+    """
+
+    listing: LabelFile
+    images: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: int) -> bytes:
+        return self.listing.encoded_path(self.images[place])
 
 
 def _line_fault(file: epath.Path, number: int, reason: str) -> UserError:

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from mixer.data import imagenet_names
+from mixer.data.folder import fault_of
 from mixer.errors import UserError
 
 # Synsets of each release: those of image-net.org's list of fall 2011, those left in winter 2021
@@ -95,6 +96,8 @@ def find_source(source: str, release: str = "") -> Source:
     if path.is_dir():
         path, units = _look_into(path)
     if units is None:
+        if fault := fault_of(path):
+            raise UserError(f"--source={path}: {fault}; {_EXPECTED}")
         _open_tar(path).close()
         num_bytes = path.stat().st_size
     else:

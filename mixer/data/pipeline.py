@@ -3,16 +3,17 @@
 TensorFlow is imported only where the data needs it: synthetic data runs without.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 import json
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from mixer.data import folder as folder_lib
 from mixer.data import synthetic
@@ -53,6 +54,9 @@ class Split:
         of `image_size` may be None: any. With `keys`, training batches have "augment_key" (n, 4)
         uint32 too, the examples' keys as mixer/philox.py takes them.
       stored_bytes: () -> about how many bytes have to be decoded to read all images once.
+      stored: () -> the files that hold the examples; None: there are none.
+      class_counts: () -> how many examples have each class, (C,) int64; None: to know it, all would
+        have to be read.
     """
 
     name: str
@@ -71,6 +75,12 @@ class Split:
     numbers: np.ndarray
     with_steps: Callable[..., "Split"]
     stored_bytes: Callable[[], int]
+    stored: Callable[[], folder_lib.StoredFiles | None] = lambda: None
+    class_counts: Callable[[], np.ndarray | None] = lambda: None
+
+
+class Unusable(UserError):
+    """Some images of a split cannot be used, by what is known before they are read."""
 
 
 def open_split(
@@ -81,6 +91,7 @@ def open_split(
     image_size: tuple[int, int],
     num_classes: int | None,
     class_names: tuple[str, ...] | None = None,
+    subfolders: bool = True,
 ) -> Split:
     """Opens split `spec` of the data set that a config names.
 
@@ -91,6 +102,7 @@ def open_split(
       image_size: (H, W) of the images that come out.
       num_classes: the config's; the synthetic set has that many (10 where it is None).
       class_names: those of the run; None takes the data set's own.
+      subfolders: as of `folder.scan`.
 
     Raises:
       UserError: no such data set or split, an empty one, other classes than the run's.
@@ -98,6 +110,7 @@ def open_split(
     for key, of, fits in (
         ("label_file", "folder", dataset.name == "folder"),
         ("label_key", "a TFDS set", dataset.name not in ("folder", "synthetic")),
+        ("exclude", "stored images", dataset.name != "synthetic"),
     ):
         if dataset[key] and not fits:
             raise UserError(
@@ -106,7 +119,8 @@ def open_split(
     if dataset.name == "synthetic":
         split = _open_synthetic(spec, image_size, num_classes or 10)
     else:
-        split = _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names)
+        source = open_source(dataset, spec, class_names, num_classes, subfolders=subfolders)
+        split = _prepare(source, dataset, preprocess, image_size)
     if not split.num_examples:
         raise UserError(f"{split.name} is empty: no examples are left in this split")
     if class_names is not None and split.class_names != tuple(class_names):
@@ -162,7 +176,8 @@ def _selected(kept: np.ndarray, places: np.ndarray, fingerprint: str) -> tuple[n
     return kept, f"{fingerprint} kept {zlib.crc32(kept.tobytes())}"
 
 
-def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names) -> Split:
+def _prepare(source, dataset, preprocess: str, image_size: tuple[int, int]) -> Split:
+    """A split of what a source holds, with its preprocessing."""
     import tensorflow as tf
 
     from mixer.data import sources
@@ -170,9 +185,13 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
     steps = make_preprocess(preprocess, image_size)
-    source = open_source(dataset, spec, class_names, num_classes)
-    if dataset.name == "folder" and not dataset.label_file:
-        _check_decodable(_scan(dataset.data_dir), read_exclusions(dataset.exclude))
+    if faults := sorted(source.faults.keys() & set(source.kept.tolist())):
+        raise Unusable(
+            f"{source.name} holds {len(faults):,} images that cannot be used, such as "
+            f"{folder_lib.displayed(source.example_id(faults[0]))}: {source.faults[faults[0]]}; "
+            f"accepted are regular files in {folder_lib.ACCEPTED}; leave others out with the list "
+            "that `python -m mixer.tools.prepare check` writes"
+        )
     example_spec = output_spec(steps, source.example_spec)
     shape, dtype = example_spec["label"]
     if dtype == "float32" and shape != (len(source.class_names),):
@@ -221,6 +240,8 @@ def _open_stored(dataset, spec, preprocess, image_size, num_classes, class_names
             numbers=kept,
             with_steps=with_steps,
             stored_bytes=functools.partial(sources.stored_bytes, part),
+            stored=functools.cache(lambda: part.stored(kept)),
+            class_counts=lambda: part.count_classes and part.count_classes(kept),
         )
 
     return split(source.kept, fingerprint, preprocess, steps, example_spec)
@@ -231,6 +252,8 @@ def open_source(
     spec: str,
     class_names: tuple[str, ...] | None = None,
     num_classes: int | None = None,
+    *,
+    subfolders: bool = True,
 ):
     """Opens the stored examples of a split, without preprocessing."""
     from mixer.data import sources
@@ -243,14 +266,15 @@ def open_source(
         listing = _read_label_file(dataset.label_file, dataset.data_dir)
         names = listing.names(num_classes) if class_names is None else class_names
         return sources.label_file_source(listing, spec, names, excluded)
-    folder = _scan(dataset.data_dir)
+    folder = scan(dataset.data_dir, subfolders)
     names = folder.class_names if class_names is None else class_names
     return sources.folder_source(folder, spec, names, excluded)
 
 
 @functools.lru_cache(maxsize=1)
-def _scan(root: str) -> folder_lib.ImageFolder:
-    return folder_lib.scan(root)
+def scan(root: str, subfolders: bool) -> folder_lib.ImageFolder:
+    """As `folder.scan`, once for all splits."""
+    return folder_lib.scan(root, subfolders=subfolders)
 
 
 @functools.lru_cache(maxsize=1)
@@ -260,38 +284,89 @@ def _read_label_file(file: str, root: str) -> folder_lib.LabelFile:
 
 def forget_listings() -> None:
     """Lets folders and label files be read anew: they may have changed since the last run."""
-    _scan.cache_clear()
+    scan.cache_clear()
     _read_label_file.cache_clear()
 
 
-def _check_decodable(folder: folder_lib.ImageFolder, excluded: frozenset[str]) -> None:
-    left = [file for file in folder.undecodable if file not in excluded]
-    if left:
-        raise UserError(
-            f"{folder.root} holds {len(left):,} images that TensorFlow cannot decode, such as "
-            f"{left[0]}; convert them (accepted: {', '.join(folder_lib.ENDINGS)}), or leave them "
-            "out with the list that `python -m mixer.tools.prepare check` writes"
+def has_subfolders(dataset) -> bool:
+    """Whether a folder of images has some in folders of a class folder."""
+    if dataset.name != "folder" or dataset.label_file:
+        return False
+    return scan(dataset.data_dir, True).nested > 0
+
+
+def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
+    """Lines on what may not be as the user meant it: nothing stands in the way of training.
+
+    Args:
+      dataset: the config's `dataset`.
+      train: the split to train on.
+      subfolders: as of `folder.scan`.
+    """
+    show = folder_lib.listed
+    lines = []
+    if dataset.name == "folder" and not dataset.label_file:
+        lines += scan(dataset.data_dir, subfolders).remarks
+    names = train.class_names
+    counts = train.class_counts()
+    if counts is not None and (missing := np.flatnonzero(counts == 0).tolist()):
+        lines.append(
+            f"{len(missing):,} of {len(names):,} classes have no training image ({train.name}): "
+            f"{show(names[label] for label in missing)}"
         )
+    if dataset.name == "folder":
+        alike = collections.defaultdict(list)
+        for name in names:
+            alike["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+        if groups := [" and ".join(map(ascii, same)) for same in alike.values() if len(same) > 1]:
+            lines.append(
+                f"classes that differ by case, blanks or Unicode form alone: {show(groups)}"
+            )
+    if len(names) == 1:
+        lines.append(f"the data has one class, {show(names)}: every answer is right")
+    if unmatched := _unmatched(dataset, subfolders):
+        lines.append(
+            f"{len(unmatched):,} names in dataset.exclude={dataset.exclude} match no example: "
+            f"{show(unmatched)}"
+        )
+    return lines
+
+
+def _unmatched(dataset, subfolders: bool) -> list[str]:
+    """Names of the exclusion list that are no example of any split, sorted."""
+    excluded = read_exclusions(dataset.exclude)
+    if not excluded:
+        return []
+    if dataset.name != "folder":
+        from mixer.data import sources
+
+        builder = sources.tfds_builder(dataset.name, dataset.data_dir)
+        return sorted(sources.unmatched(builder, excluded))
+    if dataset.label_file:
+        listing = _read_label_file(dataset.label_file, dataset.data_dir)
+        return sorted(excluded.difference(map(listing.path, range(len(listing.lines)))))
+    files = itertools.chain(*scan(dataset.data_dir, subfolders).files.values())
+    return sorted(excluded.difference(map(folder_lib.decode, files)))
 
 
 def read_exclusions(path: str) -> frozenset[str]:
     """Names of the examples that a list made by `prepare check` leaves out."""
     if not path:
         return frozenset()
-    try:
-        lines = epath.Path(path).read_text().splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
-        raise UserError(
-            f"dataset.exclude={path} cannot be read: {reason}; `prepare check` writes such a list"
-        ) from None
-    try:
-        return frozenset(json.loads(line)["example"] for line in lines if line.strip())
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'dataset.exclude={path}: each line must be like {{"example": "train/cat/1.jpg"}} '
-            f"({error})"
-        ) from None
+    file = folder_lib.find_file("dataset.exclude", path)
+    names = set()
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            # As `example_id` has the name, where the list has Python's form of other bytes.
+            names.add(folder_lib.decode(folder_lib.encode(json.loads(line)["example"])))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"dataset.exclude={path}, line {number}: expected "
+                '{"example": "train/cat/1.jpg"}, as `prepare check` writes it'
+            ) from None
+    return frozenset(names)
 
 
 def eval_batches(

@@ -1,17 +1,21 @@
 """Where examples are stored, read with TensorFlow: TFDS records and folders of images."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+import re
+import socket
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core.download import download_manager, downloader, extractor
 
 from mixer.data import folder as folder_lib
 from mixer.data import labels as labels_lib
@@ -26,6 +30,21 @@ MOST_LABELS = 128
 # What TFDS's pixels are multiplied by; dSprites' are 0 and 1.
 PIXEL_SCALE = {"dsprites": 255}
 LABELS_AT_ONCE = 4096
+# Waited for in a download: for a connection, and for the next bytes.
+CONNECT_SECS, READ_SECS, RETRIES = 10.0, 60.0, 3
+# What reading and decoding raise; where a path is no UTF-8, TensorFlow fails to say so.
+READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
+# No network, a file that has moved, is another now or has to be fetched by hand, a full disk, a
+# package that is missing.
+DOWNLOAD_ERRORS = (
+    *(OSError, ImportError, AssertionError, tf.errors.OpError, tfds.download.DownloadError),
+    *(extractor.ExtractError, download_manager.NonMatchingChecksumError),
+)
+# What TFDS's grammar of splits raises for what is none.
+SPEC_ERRORS = (
+    *(ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError),
+    RecursionError,
+)
 AUTOTUNE = tf.data.AUTOTUNE
 Example = dict[str, tf.Tensor]
 Preprocess = Callable[[Example, tf.Tensor], Example]
@@ -49,6 +68,10 @@ class Source:
       max_labels: M, where an image has any number of labels; None where each has one.
       labels: (N,) int32 of all N numbers, excluded ones too; None where they are many an image, or
         stored with the images.
+      faults: why the files of some numbers must not be opened.
+      count_classes: from numbers to how many of them have each class, (C,) int64; None where the
+        labels are stored with the images.
+      stored: from numbers to the files that hold them.
     """
 
     name: str
@@ -60,6 +83,9 @@ class Source:
     files: tuple[tuple[str, int, int], ...] = ()
     max_labels: int | None = None
     labels: np.ndarray | None = None
+    faults: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    count_classes: Callable[[np.ndarray], np.ndarray] | None = None
+    stored: Callable[[np.ndarray], folder_lib.StoredFiles] | None = None
 
     @property
     def example_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -93,23 +119,28 @@ def folder_source(
     labels = folder.labels(files, class_names)
     digest = hashlib.blake2b(digest_size=16)
     for file, label in zip(files, labels, strict=True):
-        digest.update(f"{file}\0{label}\n".encode())
+        digest.update(file + f"\0{label}\n".encode())
     paths = tf.constant(files, tf.string)
-    root, numbers = str(folder.root), tf.constant(labels)
+    root, numbers = os.fsencode(folder.root), tf.constant(labels)
 
     def load(number):
         path = tf.strings.join([root, paths[number]], "/")
         return {"image": tf.io.read_file(path), "label": numbers[number]}
 
-    keep = np.array([file not in excluded for file in files], bool)
+    keep = np.array([folder_lib.decode(file) not in excluded for file in files], bool)
     return Source(
         name=f"{folder.root} {spec}",
         class_names=tuple(class_names),
         kept=np.flatnonzero(keep),
         fingerprint=digest.hexdigest(),
-        example_id=lambda number: files[number],
+        example_id=lambda number: folder_lib.decode(files[number]),
         load=load,
         labels=labels,
+        faults={i: folder.faults[file] for i, file in enumerate(files) if file in folder.faults},
+        count_classes=lambda kept: np.bincount(labels[kept], minlength=len(class_names)),
+        stored=lambda kept: folder_lib.StoredFiles(
+            folder.root, [files[number] for number in kept], labels[kept], len(class_names)
+        ),
     )
 
 
@@ -133,7 +164,7 @@ def label_file_source(
     for values in (listing.path_hashes[images], counts, numbers[entries], listing.weights[entries]):
         digest.update(values.tobytes())
     most = max(int(counts.max(initial=0)), 1) if listing.several else None
-    root, images_tensor = str(listing.root), tf.constant(images)
+    root, images_tensor = os.fsencode(listing.root), tf.constant(images)
     paths, path_starts, label_starts = _tensors(listing)
     labels, weights = tf.constant(numbers), tf.constant(listing.weights)
 
@@ -150,6 +181,25 @@ def label_file_source(
     keep = np.ones(len(images), bool)
     if excluded:
         keep = np.array([listing.path(image) not in excluded for image in images], bool)
+    labels_alone = numbers[entries] if most is None else None
+    all_paths = folder_lib.LabelledPaths(listing, images)
+    sizes = folder_lib.file_sizes(listing.root, all_paths)
+    irregular = [] if sizes is None else np.flatnonzero(sizes == folder_lib.IRREGULAR).tolist()
+    faults = {
+        place: folder_lib.fault_of(os.path.join(root, all_paths[place])) for place in irregular
+    }
+
+    def count_classes(kept):
+        chosen = np.zeros(len(images), bool)
+        chosen[kept] = True
+        return np.bincount(numbers[entries][np.repeat(chosen, counts)], minlength=len(class_names))
+
+    def stored(kept):
+        paths = folder_lib.LabelledPaths(listing, images[kept])
+        alone = None if labels_alone is None else labels_alone[kept]
+        known = None if sizes is None else sizes[kept]
+        return folder_lib.StoredFiles(listing.root, paths, alone, len(class_names), known)
+
     return Source(
         name=f"{listing.root} {spec} with {listing.file.name}",
         class_names=tuple(class_names),
@@ -158,7 +208,10 @@ def label_file_source(
         example_id=lambda number: listing.path(images[number]),
         load=load,
         max_labels=most,
-        labels=numbers[entries] if most is None else None,
+        labels=labels_alone,
+        faults=faults,
+        count_classes=count_classes,
+        stored=stored,
     )
 
 
@@ -196,14 +249,15 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
         from mixer.data import digits  # noqa: F401 (registers the builder)
     if name.startswith("imagenet21k"):
         from mixer.data import imagenet21k  # noqa: F401
+    directory = os.fspath(folder_lib.parse_path("data_dir", data_dir)) if data_dir else None
     try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+        builder = tfds.builder(name, data_dir=directory)
     except tfds.core.registered.DatasetNotFoundError:
         raise UserError(
             f"dataset.name={name!r}: neither 'synthetic' nor 'folder' nor known to "
             f"tensorflow-datasets.{nearest(name, ['synthetic', 'folder', *tfds.list_builders()])}"
         ) from None
-    except (ValueError, AssertionError, KeyError) as error:  # a version or a config it has not
+    except (ValueError, KeyError, *DOWNLOAD_ERRORS) as error:  # a version or a config it has not
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"dataset.name={name!r}: {reason}") from None
     if prepared and not builder.is_prepared():
@@ -221,10 +275,32 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
             builder.download_and_prepare()
         except OSError:
             # Another process of the run was first; what it has made is what this one wanted.
-            builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+            builder = tfds.builder(name, data_dir=directory)
             if not builder.is_prepared():
                 raise
     return builder
+
+
+@contextlib.contextmanager
+def bounded_downloads() -> Iterator[None]:
+    """Gives TFDS's downloads time limits: they have none, and try again for minutes."""
+    import requests
+
+    adapter, retries = requests.adapters.HTTPAdapter, downloader.MAX_RETRIES
+
+    class Bounded(adapter):
+        def send(self, request, *args, timeout=None, **options):
+            timeout = timeout or (CONNECT_SECS, READ_SECS)
+            return super().send(request, *args, timeout=timeout, **options)
+
+    waiting = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(READ_SECS)  # of ftp://
+    requests.adapters.HTTPAdapter, downloader.MAX_RETRIES = Bounded, RETRIES
+    try:
+        yield
+    finally:
+        requests.adapters.HTTPAdapter, downloader.MAX_RETRIES = adapter, retries
+        socket.setdefaulttimeout(waiting)
 
 
 def tfds_source(
@@ -258,6 +334,7 @@ def tfds_source(
         (str(i.filename), i.skip, i.take if i.take > 0 else i.examples_in_shard - i.skip)
         for i in instructions
     )
+    shards = sorted({os.fsencode(path) for path, _, _ in files})
     ends = np.cumsum([count for _, _, count in files])
     # Only what is needed is parsed, and the image is left to the preprocessing.
     keys = (image_key, *(derived.features if derived else (label_key,)))
@@ -310,6 +387,9 @@ def tfds_source(
         load=functools.partial(parse_several, most=MOST_LABELS) if several else parse,
         files=files,
         max_labels=MOST_LABELS if several else None,
+        stored=lambda kept: folder_lib.StoredFiles(
+            epath.Path(builder.data_dir), shards, None, len(class_names)
+        ),
     )
     if total * bytes_per_example > IN_MEMORY_BYTES:
         return source
@@ -336,6 +416,16 @@ def tfds_source(
         files=(),
         max_labels=most,
     )
+
+
+def unmatched(builder: tfds.core.DatasetBuilder, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are no example of a TFDS data set, in any split."""
+    files = [
+        (str(part.filename), part.skip, part.take)
+        for split in builder.info.splits.values()
+        for part in split.file_instructions
+    ]
+    return [name for name in names if not len(_numbers([name], files))]
 
 
 def _numbers(names: Collection[str], files: Sequence[tuple[str, int, int]]) -> np.ndarray:
@@ -385,19 +475,41 @@ def _checked(label, num_classes: int) -> tf.Tensor:
 
 
 def absolute(spec: str, sizes: dict[str, int]) -> list:
-    """Parses a split spec with TFDS's own grammar; UserError where it names no split."""
+    """Parses a split spec with TFDS's own grammar; UserError where it names no split.
+
+    Unlike there, a split may have any name without "+" and "[", but for "all".
+    """
+    # Names longer than any other stand for those that the grammar does not take.
+    longest = max(map(len, sizes), default=0)
+    names = {
+        name if re.fullmatch(r"[\w-]+", name) else "x" * (longest + i): name
+        for i, name in enumerate(sizes, 1)
+    }
+    aliases = {name: alias for alias, name in names.items()}
+    parts = []
+    for part in spec.split("+"):
+        name, bracket, rest = part.strip().partition("[")
+        parts.append(aliases.get(name, name) + bracket + rest)
     try:
-        instructions = tfds.core.ReadInstruction.from_spec(spec).to_absolute(
-            {split: _SplitSize(size) for split, size in sizes.items()}
+        if any(part.startswith("all[") for part in parts):
+            raise ValueError("`all` is all splits whole; write train[:90%]+test[:90%]")
+        if "all" in parts and "all" in sizes:
+            raise ValueError("`all` is all splits together; rename the split called 'all'")
+        instructions = tfds.core.ReadInstruction.from_spec("+".join(parts)).to_absolute(
+            {alias: _SplitSize(sizes[name]) for alias, name in names.items()}
         )
-    except (ValueError, AssertionError, KeyError, AttributeError) as error:
+    except SPEC_ERRORS as error:
         known = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
         reason = str(error).splitlines()[0] if str(error) else "not understood"
+        for alias, name in names.items():
+            reason = reason.replace(alias, name) if alias != name else reason
+        odd = [name for name in sizes if "+" in name or "[" in name]
+        hint = f"; rename {odd[0]!r}: + and [ have a meaning here" if odd else ""
         raise UserError(
             f"split {spec!r}: {reason}; the splits are {known}, and parts such as train[:90%] "
-            "(an empty val_split or test_split means none)"
+            f"(an empty val_split or test_split means none){hint}"
         ) from None
-    return instructions
+    return [dataclasses.replace(part, splitname=names[part.splitname]) for part in instructions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -572,24 +684,31 @@ def _batches(
         for batch in batches.with_options(options).as_numpy_iterator():
             yield batch
             done += 1
-    except tf.errors.OpError as error:
+    except READ_ERRORS as error:
         # TensorFlow does not say which image it was: take the batch's examples one by one.
         cause = error
         try:
             for epoch, number, item in examples(done).take(batch_size):
                 try:
                     finish(epoch, number, item)
-                except tf.errors.OpError as fault:
+                except READ_ERRORS as fault:
                     raise unreadable(source, int(number), fault) from None
-        except tf.errors.OpError as fault:
+        except READ_ERRORS as fault:
             cause = fault
-        raise UserError(f"{source.name}: reading failed: {first_line(cause)}") from cause
+        raise UserError(f"{source.name}: reading failed: {_reason(cause)}") from cause
+
+
+def _reason(fault: Exception) -> str:
+    if isinstance(fault, UnicodeDecodeError):  # of TensorFlow's message
+        fault = ValueError(folder_lib.decode(fault.object))
+    return first_line(fault)
 
 
 def unreadable(source: Source, number: int, fault: Exception) -> UserError:
     """The line that names an example that cannot be read or preprocessed."""
     return UserError(
-        f"{source.name}: cannot use {source.example_id(number)}: {first_line(fault)}; "
+        f"{source.name}: cannot use {folder_lib.displayed(source.example_id(number))}: "
+        f"{_reason(fault)}; "
         "`python -m mixer.tools.prepare check` finds all such images and writes a list to leave "
         "them out"
     )
@@ -670,7 +789,7 @@ def stored_bytes(source: Source) -> int:
     for number in source.kept[places].tolist():
         try:
             sizes.append(len(source.load(tf.constant(number))["image"].numpy()))
-        except tf.errors.OpError as fault:
+        except READ_ERRORS as fault:
             raise unreadable(source, number, fault) from None
     return int(np.mean(sizes) * len(source.kept))
 
@@ -681,13 +800,15 @@ def check(source: Source, preprocess: Preprocess) -> Iterator[tuple[int, str | N
 
     def fault(element) -> tuple[int, str | None]:
         _, number, item = element
+        if int(number) in source.faults:
+            return int(number), source.faults[int(number)]
         try:
             example = source.load(item)
             # All of it, where a crop would decode its window only.
             decode(example["image"])
             preprocess(example, key)
-        except tf.errors.OpError as error:
-            return int(number), first_line(error)
+        except READ_ERRORS as error:
+            return int(number), _reason(error)
         return int(number), None
 
     elements = iter(_sequential(source, 0, len(source.kept)))

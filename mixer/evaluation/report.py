@@ -432,10 +432,14 @@ def _open(
                 continue
             # "val" and "test" of a run are those of its training.
             known = (subject.data or {}).get(which)
-            if known and known["fingerprint"] != split.fingerprint:
+            if known and run.data_change(known, split) and pipeline.has_subfolders(config.dataset):
+                # A run of older code has read no images in folders of a class folder.
+                older = run.open_split(config, which, names, subfolders=False)
+                split = split if run.data_change(known, older) else older
+            if known and (change := run.data_change(known, split)):
                 say(
                     f"{split.name} is not what the run was trained with: {split.num_examples:,} "
-                    f"images, and {known['num_examples']:,} then, or others; its result is "
+                    f"images, and {known['num_examples']:,} then ({change}); its result is "
                     f"{run.data_name(config)}_{which}"
                 )
                 known = None

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mixer import run
-from mixer.data import imagenet_names, imagenet_real, pipeline
+from mixer.data import folder, imagenet_names, imagenet_real, pipeline
 from mixer.errors import UserError, nearest
 from mixer.evaluation import fewshot
 
@@ -224,7 +224,10 @@ def open_further(config: ConfigDict, splits: run.Splits) -> Further:
         check_classes(split, splits.train.class_names, config.model.num_classes)
     probed = None
     if "fewshot" in names:
-        shots = run.open_split(config, "train", splits.train.class_names)  # not augmented
+        # Not augmented.
+        shots = run.open_split(
+            config, "train", splits.train.class_names, subfolders=splits.subfolders
+        )
         probed = (shots, splits.val)
         fewshot.check(*probed)
     return Further(opened, probed)
@@ -270,14 +273,13 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
             break
     else:
         prefix = ""
-    endings = (".jpeg", ".jpg", ".png")
-    paths = []
-    for child in root.iterdir():
-        if child.name.lower().endswith(endings):
-            paths.append(child.name)
-        elif re.fullmatch(r"n\d{8}", child.name) and child.is_dir():
-            inside = (image.name for image in child.iterdir())
-            paths += [f"{child.name}/{each}" for each in inside if each.lower().endswith(endings)]
+    top = folder.list_folder(root, b"")
+    images = [name for name, _ in top.files]
+    for synset, _ in top.folders:
+        if re.fullmatch(rb"n\d{8}", synset):
+            images += [file for file, _ in folder.walk(root, synset, above=(b"",))]
+    images = [file for file in images if folder.ending(file) in folder.LISTED]
+    paths = [file.decode("utf-8", "surrogateescape") for file in images]
     paths.sort(key=lambda path: path.rpartition("/")[2])
     if not paths:
         raise UserError(

@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--image_size is for --weights: a run has its own")
     if WEIGHTS.value and flags.FLAGS["checkpoint"].present:
         raise UserError(f"--checkpoint={CHECKPOINT.value} is of a run; give --workdir")
-    from mixer import page, prediction
+    from mixer import page
+    from mixer.data import folder
 
     path = page.write(
         workdirs=WORKDIR.value,
@@ -57,9 +58,9 @@ def main(argv: list[str]) -> None:
         which=SPLIT.value,
         data_dir=DATA_DIR.value,
         image_size=cli.image_size("image_size", IMAGE_SIZE.value),
-        log=lambda line: print(prediction.displayed(line), flush=True),
+        log=lambda line: print(folder.displayed(line), flush=True),
     )
-    print(prediction.displayed(f"written to {path}"))
+    print(folder.displayed(f"written to {path}"))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     from rich.progress import Progress
 
     from mixer import loading, prediction
+    from mixer.data import folder
 
     images = prediction.list_images(argv[1:])
     if FEATURES.value:
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def say(text: str) -> None:
-        console.print(prediction.displayed(text), markup=False)
+        console.print(folder.displayed(text), markup=False)
 
     size = cli.image_size("image_size", IMAGE_SIZE.value)
     loaded = loading.read(WEIGHTS.value, image_size=size, log=say)

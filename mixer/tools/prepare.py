@@ -67,13 +67,16 @@ def prepare_tfds(name: str, data_dir: str) -> None:
         )
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    builder = sources.tfds_builder(name, data_dir, prepared=False)
-    try:
-        builder.download_and_prepare(file_format=tfds.core.FileFormat.TFRECORD)
-    except (OSError, tfds.download.DownloadError, AssertionError) as error:
-        # No network, a moved file, or one that has to be fetched by hand: the message says where.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} could not be prepared in {builder.data_dir}: {reason}") from error
+    with sources.bounded_downloads():
+        builder = sources.tfds_builder(name, data_dir, prepared=False)
+        try:
+            builder.download_and_prepare(file_format=tfds.core.FileFormat.TFRECORD)
+        except sources.DOWNLOAD_ERRORS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{name} could not be prepared in {builder.data_dir}: {reason[:500]} (without a "
+                "network, copy the folder from a machine that has prepared it)"
+            ) from error
     _print_prepared(builder)
 
 
@@ -155,11 +158,14 @@ def _print_prepared(builder) -> None:
 
 
 def check(config, output: str) -> None:
-    """Decodes every image of the config's splits; writes a list of those that cannot be read."""
+    """Decodes every image of the config's splits; writes a list of those that cannot be read.
+
+    Whatever else would end or disturb a training run is told as training tells it.
+    """
     from rich.console import Console
     from rich.progress import track
 
-    from mixer.data import pipeline, sources
+    from mixer.data import folder, pipeline, sources
     from mixer.data.preprocess import make_preprocess
 
     if config.dataset.name == "synthetic":
@@ -168,6 +174,9 @@ def check(config, output: str) -> None:
     faults: dict[str, str] = {}
     seen = 0
     files.check_output("output", output)
+    # The mistakes that are not an image's come first: reading all may take hours.
+    with contextlib.suppress(pipeline.Unusable):
+        _open_as_training(config)
     size = (config.image_size, config.image_size)
     for which in ("train", "val", "test"):
         spec = config.dataset[f"{which}_split"]
@@ -188,10 +197,27 @@ def check(config, output: str) -> None:
     with files.whole(output) as new, new.open("w") as file:
         for example in sorted(faults):
             file.write(json.dumps({"example": example, "reason": faults[example]}) + "\n")
-            console.print(f"{example}: {faults[example]}", markup=False)
+            line = f"{folder.displayed(example)}: {faults[example]}"
+            console.print(line, markup=False, emoji=False)
     console.print(f"{seen:,} images checked, {len(faults):,} cannot be used; list: {output}")
+    rest = config.copy_and_resolve_references()
     if faults:
         console.print(f"leave them out with --config.dataset.exclude={output}")
+        rest.dataset.exclude = output
+    train = _open_as_training(rest).train
+    for line in pipeline.remarks(config.dataset, train):
+        console.print(f"warning: {line}", markup=False, emoji=False)
+
+
+def _open_as_training(config) -> Any:
+    """The splits of a config; UserError for what a run with it would be refused for."""
+    from mixer import run
+
+    run.check_config(config)
+    splits = run.open_splits(config, None)
+    if config.model.num_classes is not None:
+        run.check_classes(config, splits.train.class_names)
+    return splits
 
 
 if __name__ == "__main__":
