@@ -12,6 +12,11 @@ Of a run, the model, the data, the preprocessing and the class names are its own
 preprocessing and names where they are known. docs/evaluation.md has the suites.
 """
 
+from mixer import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()  # before the imports that take a while
+
 import dataclasses
 import functools
 
@@ -74,14 +79,21 @@ def main(argv: list[str]) -> None:
     tuned = [name for name in suite if name in ("vtab", "transfer")]
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
-    launch.join()
-    from mixer import distributed
-    from mixer.evaluation import report
-
     try:
         batch_sizes = [int(each) for each in BATCH_SIZES.value]
     except ValueError:
         raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: whole numbers") from None
+    if not all(1 <= size < 2**31 for size in batch_sizes):
+        raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: 1 to {2**31 - 1} images")
+    config = None
+    if cli.CONFIG.value is not None and tuned and suite:
+        raise cli.UserError(f"--suite={','.join(suite)} with --config: in another command")
+    if cli.CONFIG.value is not None and not tuned:
+        config = cli.config()
+    launch.join()
+    from mixer import distributed
+    from mixer.evaluation import report
+
     if tuned and distributed.state().num_processes > 1:
         raise cli.UserError(
             f"--suite={tuned[0]} fine-tunes on the devices of one host: one process"
@@ -97,11 +109,6 @@ def main(argv: list[str]) -> None:
         return
     several = len(workdirs) + len(paths) > 1
     output = None if several else OUTPUT.value
-    config = None
-    if cli.CONFIG.value is not None and not tuned:
-        config = cli.config()
-    elif cli.CONFIG.value is not None and suite:
-        raise cli.UserError(f"--suite={','.join(suite)} with --config: in another command")
 
     def of_run(workdir: str):
         return lambda: report.open_run(
@@ -200,4 +207,4 @@ def _fine_tune(name: str, open_subject) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    launch.run(main)

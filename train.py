@@ -9,6 +9,11 @@ stopped. Without --workdir the run is in runs/<name of the config file>. On seve
 command is given on each (docs/pods.md).
 """
 
+from mixer import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()  # before the imports that take a while
+
 import gc
 
 from absl import flags
@@ -39,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    launch.run(main)

@@ -45,7 +45,9 @@ def base() -> ConfigDict:
         # tanh (the authors' code) or erf (timm); None: that of init_from, tanh without one.
         gelu=config_dict.placeholder(str),
         stoch_depth=0.0,  # drop rate of the last block; falls linearly to 0 at the first
-        stoch_depth_rescale=False,  # False: the authors' code; True: timm's
+        # Whether a kept branch is divided by its probability: False, the authors' code; True, as
+        # timm does, though timm's Mixers have one rate in all blocks, which cannot be set here.
+        stoch_depth_rescale=False,
         dropout=0.0,
         head_bias_init=0.0,  # the authors' sigmoid loss: -6.9 with 1,000 classes, -10 with 21,843
         dtype="float32",  # of the computation: float32 or bfloat16; parameters are float32
@@ -89,7 +91,7 @@ def base() -> ConfigDict:
     # On the device, on the global batch, anew in every step.
     config.mixup = dict(
         alpha=0.0,  # mixup with lambda from Beta(alpha, alpha); 0: none
-        per_example=False,  # False: one lambda a step, the authors' form; True: one an image
+        per_example=False,  # False: one lambda a step, as the authors have it; True: one an image
         cutmix_alpha=0.0,  # CutMix with the area from Beta(cutmix_alpha, cutmix_alpha); 0: none
         cutmix_prob=0.0,  # share of the steps that take CutMix; the others take mixup, if any
     )
@@ -285,7 +287,8 @@ def pretraining(
           times sqrt(b / 4096) (Adam's rule: Malladi et al., 2022, recalled); warm-up over as many
           images, hence 4096 / b times the steps; weight_decay times sqrt(b / 4096), so that an
           epoch takes as much from a kernel as before. So: 5e-4, 40,000 steps and 0.05 for 1e-3,
-          10,000 and 0.1. The rule is not measured. Where memory is short, add
+          10,000 and 0.1. The rule is not measured, and is not that of big_vision's gpu8
+          (batch 512, 60 epochs, learning rate and warm-up as they are). Where memory is short, add
           --config.optimizer.accumulate_steps=2 (or more): the update stays the same.
         smoke: 8 steps of synthetic images with 2 blocks, whatever `data` and `epochs` say: the
           same path through the code on a laptop (B/16: 75 s of CPU time, 2.5 GB).

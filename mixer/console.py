@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mixer import formatting
+
 
 class _Console(Console):
     """A console whose reader may go away, as `tee` does at Ctrl-C, before the run is saved."""
@@ -70,27 +72,14 @@ class Terminal:
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
         else:
-            self.line(f"step {step}/{self._total}  {status}  left {duration(seconds_left)}")
+            self.line(
+                f"step {step}/{self._total}  {status}  left {formatting.duration(seconds_left)}"
+            )
 
     def close(self) -> None:
         """Ends the bar."""
         if self._bar:
             self._bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """Such as 1:02:03 or 0:07."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def short(value: float, unit: str) -> str:
-    """Three figures and a prefix: 75.4 GFLOP, 293 kB, 13.1 ms."""
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}{unit}"
-    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
 
 
 def memory() -> str:

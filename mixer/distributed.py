@@ -7,7 +7,6 @@ texts that need no device. So a process can be heard although its devices wait f
 import atexit
 import contextlib
 import ctypes
-import errno
 import importlib.util
 import itertools
 import json
@@ -26,7 +25,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mixer.errors import UserError, first_line
+from mixer.errors import UserError, first_line, line_of
 
 JOIN_SECS = 300.0  # for all processes to come: the hosts of a pod start minutes apart
 TELL_SECS = 20.0  # between lines that say for whom a process waits
@@ -82,7 +81,7 @@ def initialize(
         if join is None:
             return
     else:
-        _check(coordinator_address, num_processes, process_id)
+        check_place(coordinator_address, num_processes, process_id)
         if num_processes == 1:
             return
         meet(coordinator_address, num_processes, process_id)
@@ -100,7 +99,7 @@ def initialize(
     # would spoil the count of `signals.Signals.poll`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**join, initialization_timeout=int(JOIN_SECS))
+        _interruptibly(jax.distributed.initialize, **join, initialization_timeout=int(JOIN_SECS))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(
             f"the processes of this run were not joined: {first_line(error)}; the launcher's "
@@ -110,6 +109,23 @@ def initialize(
         # JAX takes one GPU per process under Slurm, also where a process is alone on its node.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
+
+
+def _interruptibly(function: Callable[..., None], **kwargs: Any) -> None:
+    """Calls it in a thread: a signal is handled at once although it waits outside of Python."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function(**kwargs)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name="join", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -144,7 +160,8 @@ def _one_process_per_node(environ: Mapping[str, str]) -> bool:
     return bool(re.fullmatch(r"1(\(x\d+\))?(,1(\(x\d+\))?)*", tasks))
 
 
-def _check(address: str, num_processes: int, process_id: int) -> None:
+def check_place(address: str, num_processes: int, process_id: int) -> None:
+    """Raises UserError where the three flags cannot be those of a process."""
     if not re.fullmatch(r".+:[0-9]+", address) or not 0 < int(address.rpartition(":")[2]) < 65536:
         raise UserError(f"--coordinator_address={address}: it must be HOST:PORT")
     if num_processes < 1:
@@ -162,7 +179,7 @@ def meet(address: str, num_processes: int, process_id: int) -> None:
     JAX's own start ends the program without a clear word where one is missing or is there twice.
 
     Raises:
-      UserError: it is so; on every process that has come.
+      UserError: it is so, or one of them has failed; on every process that has come.
     """
     host, _, port = address.rpartition(":")
     if process_id == 0:
@@ -171,12 +188,71 @@ def meet(address: str, num_processes: int, process_id: int) -> None:
         _report((host.strip("[]"), int(port)), num_processes, process_id)
 
 
-def _receive(port: int, num_processes: int) -> None:
-    """Process 0's side: hears who comes, and answers all at once."""
+def tell_failure(address: str, num_processes: int, process_id: int, reason: str) -> None:
+    """Tells the others that this process ends before it has met them, where they listen.
+
+    They may start a little later: for `LEAVE_SECS` they are waited for.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or num_processes < 2:
+        return
+    deadline = time.monotonic() + LEAVE_SECS
+    hello = _hello(num_processes, process_id) | {"failed": reason}
+    with contextlib.suppress(OSError):
+        if process_id:
+            peer = _connect((host.strip("[]"), int(port)), deadline)
+            with peer:
+                peer.settimeout(LEAVE_SECS)
+                peer.sendall(_line(hello))
+                peer.recv(1)  # process 0 has heard it
+            return
+        with _open_port(int(port)) as server:
+            _refuse(server, num_processes - 1, f"{process_name(process_id)} failed: {reason}")
+
+
+def _refuse(server: socket.socket, count: int, problem: str) -> None:
+    """Tells it to `count` processes that are still to come, for `LEAVE_SECS` at most."""
+    deadline = time.monotonic() + LEAVE_SECS
+    for _ in range(count):
+        with contextlib.suppress(OSError):
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            peer, _ = server.accept()
+            with peer:
+                peer.settimeout(5)
+                peer.makefile().readline()
+                peer.sendall(_line({"problem": problem}))
+                peer.recv(1)
+
+
+def _hello(num_processes: int, process_id: int) -> dict[str, Any]:
+    return dict(process=process_id, processes=num_processes, host=socket.gethostname())
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+def _open_port(port: int) -> socket.socket:
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     both = family == socket.AF_INET6
+    return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+
+
+def _connect(address: tuple[str, int], deadline: float) -> socket.socket:
+    """Connects as soon as process 0 listens; OSError after `deadline`."""
+    while True:
+        try:
+            return socket.create_connection(address, timeout=5)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _receive(port: int, num_processes: int) -> None:
+    """Process 0's side: hears who comes, and answers all at once."""
     try:
-        server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+        server = _open_port(port)
     except OSError as error:
         raise UserError(
             f"port {port} of --coordinator_address cannot be had: {error.strerror}; another "
@@ -184,17 +260,25 @@ def _receive(port: int, num_processes: int) -> None:
         ) from None
     deadline = time.monotonic() + JOIN_SECS
     there: dict[int, tuple[str, socket.socket]] = {}
+    gone: dict[int, float] = {}  # of those who left again: since when
     problem = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
         stack.enter_context(
             _telling(lambda: f"{len(there) + 1} of {num_processes} processes are at port {port}")
         )
-        while len(there) < num_processes - 1 and problem is None:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
+        while problem is None:
+            # One that has said who it is may be gone since, and come again.
+            if len(there) == num_processes - 1 and not any(map(_is_closed, _peers(there))):
+                break
+            server.settimeout(min(max(deadline - time.monotonic(), 0.001), BEAT_SECS))
             try:
                 peer, _ = server.accept()
             except TimeoutError:
+                if problem := _left(there, gone):
+                    break
+                if time.monotonic() < deadline:
+                    continue
                 missing = sorted({*range(1, num_processes)} - there.keys())
                 problem = (
                     f"after {JOIN_SECS:.0f} s {len(there) + 1} of {num_processes} processes are "
@@ -213,16 +297,34 @@ def _receive(port: int, num_processes: int) -> None:
                     f"process {index} ({name}) has --num_processes={count}, process 0 "
                     f"({socket.gethostname()}) has {num_processes}"
                 )
+            elif "failed" in hello:
+                problem = f"{_name(index, name)} failed: {hello['failed']}"
             elif index in there and not _is_closed(there[index][1]):
                 problem = f"two processes have --process_id={index}: {there[index][0]} and {name}"
             there[index if problem is None else -1] = name, peer
-        answer = json.dumps({"problem": problem}) + "\n"
-        for _, peer in there.values():
+        for peer in _peers(there):
             with contextlib.suppress(OSError):
-                peer.sendall(answer.encode())
+                peer.sendall(_line({"problem": problem}))
                 peer.recv(1)  # the other side closes first, so that the port is free at once
+        if problem and time.monotonic() < deadline:
+            _refuse(server, num_processes - 1 - len(there), problem)
     if problem:
         raise UserError(problem)
+
+
+def _peers(there: Mapping[int, tuple[str, socket.socket]]) -> list[socket.socket]:
+    return [peer for _, peer in there.values()]
+
+
+def _left(there: Mapping[int, tuple[str, socket.socket]], gone: dict[int, float]) -> str | None:
+    """What is wrong where a process has left, and was not restarted within `LEAVE_SECS`."""
+    now = time.monotonic()
+    for index, (name, peer) in there.items():
+        if not _is_closed(peer):
+            gone.pop(index, None)
+        elif now - gone.setdefault(index, now) >= LEAVE_SECS:
+            return f"{_name(index, name)} left before all processes had come"
+    return None
 
 
 @contextlib.contextmanager
@@ -232,7 +334,7 @@ def _telling(line: Callable[[], str]) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(TELL_SECS):
-            print(f"waiting: {line()}", flush=True)
+            print(f"waiting, {JOIN_SECS:.0f} s at most: {line()}", flush=True)
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
@@ -256,22 +358,17 @@ def _report(address: tuple[str, int], num_processes: int, process_id: int) -> No
     where = "--coordinator_address={}:{}".format(*address)
     deadline = time.monotonic() + JOIN_SECS
     with _telling(lambda: f"process {process_id} waits for process 0, {where}"):
-        while True:
-            try:
-                peer = socket.create_connection(address, timeout=5)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{where}: process 0 did not answer in {JOIN_SECS:.0f} s "
-                        f"({error.strerror or error})"
-                    ) from None
-                time.sleep(0.2)
-    hello = dict(process=process_id, processes=num_processes, host=socket.gethostname())
+        try:
+            peer = _connect(address, deadline)
+        except OSError as error:
+            raise UserError(
+                f"{where}: process 0 did not answer in {JOIN_SECS:.0f} s "
+                f"({error.strerror or error})"
+            ) from None
     with peer:
         peer.settimeout(JOIN_SECS + 10)
         try:
-            peer.sendall((json.dumps(hello) + "\n").encode())
+            peer.sendall(_line(_hello(num_processes, process_id)))
             line = peer.makefile().readline()
             problem = json.loads(line)["problem"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -290,9 +387,10 @@ def is_main() -> bool:
     return state().num_processes == 1 or jax.process_index() == 0
 
 
-def process_name() -> str:
-    """Such as "process 3 (tpu-w-3)"."""
-    return _name(state().process_id, socket.gethostname())
+def process_name(process_id: int | None = None) -> str:
+    """Such as "process 3 (tpu-w-3)": this one, whose number may not be known to JAX yet."""
+    process_id = state().process_id if process_id is None else process_id
+    return _name(process_id, socket.gethostname())
 
 
 def _name(process: int, host: str) -> str:
@@ -463,7 +561,7 @@ class Watch:
             this.client.key_value_set(f"mixer/suspect/{this.process_id}", "", True)
             time.sleep(2 * SUSPECT_SECS)
         self._leaving.set()
-        reason = str(error) if isinstance(error, UserError) else _brief(error)
+        reason = line_of(error) or _brief(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone
             _publish_failure(this.process_id, socket.gethostname(), f"failed: {reason}")
             self._acknowledge()
@@ -652,8 +750,7 @@ def _brief(error: BaseException) -> str:
 
 def _exit_code(error: BaseException) -> int:
     """With which mixer.cli ends the program."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
-    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in full):
+    if line_of(error) is not None:
         return 2
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code

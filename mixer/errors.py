@@ -1,6 +1,7 @@
-"""A user's mistake: one clear line, and no traceback."""
+"""A user's mistake or a failure of the machine: one clear line, and no traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -10,6 +11,31 @@ class UserError(ValueError):
     The entry points print it without a traceback; every other exception is the program's own fault
     and keeps its traceback.
     """
+
+
+# A disk that is full or broken, rights, names and limits of the system.
+_OF_SYSTEM = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
+
+
+def line_of(error: BaseException) -> str | None:
+    """The line for an error that is a user's mistake or a failure of the machine.
+
+    None for every other error: a fault of the program, which keeps its traceback.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OF_SYSTEM:
+        return f"{error.strerror}: {error.filename or 'while reading or writing'}"
+    if isinstance(error, MemoryError):
+        return f"the host's memory is full: {first_line(error)}"
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED: " in str(error):  # of XLA
+        reason = first_line(error).partition("RESOURCE_EXHAUSTED: ")[2] or first_line(error)
+        return f"the device's memory is full: {reason} (docs/scaling.md says what takes less)"
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -243,12 +243,13 @@ def _side_by_side(matrix: jax.Array, x: jax.Array) -> jax.Array:
     # The images of small models are too small for a matmul each. Whole rows of channels move. A
     # matrix that XLA has to transpose within the product gets a slower one.
     matrix = lax.optimization_barrier(matrix)
-    return (matrix @ _joined(x)).reshape(-1, x.shape[0], x.shape[2]).swapaxes(0, 1)
+    product = matrix @ _joined(x)
+    return product.reshape(matrix.shape[0], x.shape[0], x.shape[2]).swapaxes(0, 1)
 
 
 def _joined(x: jax.Array) -> jax.Array:
     """Each token's channels of all images in a row: (N, S, C) to (S, N * C)."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+    return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
 
 
 def _token_dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:

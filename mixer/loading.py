@@ -20,7 +20,17 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mixer import checkpoint, foreign, memory, published, remote, resolution, sharding, weights
+from mixer import (
+    backend,
+    checkpoint,
+    foreign,
+    memory,
+    published,
+    remote,
+    resolution,
+    sharding,
+    weights,
+)
 from mixer.data import imagenet_names
 from mixer.errors import UserError
 from mixer.model import DTYPES, VARIANTS, MlpMixer, check_image_size, count_params
@@ -316,6 +326,7 @@ def find(
       gelu: as for `read`.
       log: gets a line on what is fetched.
     """
+    backend.start()
     source = published.shown(path)
     if remote.is_remote_file(path):
         local = remote.fetch(path, log=log)

@@ -90,3 +90,27 @@ def check_room(num_bytes: int, what: str, *, on_host: bool = False) -> None:
         raise NoRoomError(
             f"{what} takes {num_bytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
         )
+
+
+def check_batch(
+    key: str, batch_size: int, *, side: int, num_classes: int, prefetch_batches: int
+) -> None:
+    """Raises NoRoomError where batches take more of the host's memory than is free.
+
+    Activations, which depend on the compiled program, come on top.
+
+    Args:
+      key: of the config, for the message.
+      batch_size: images of a batch, over all processes.
+      side: of the images in pixels.
+      num_classes: that their labels are over.
+      prefetch_batches: on their way besides the one that is computed.
+    """
+    import jax
+
+    values = 3 * side**2
+    num_bytes = values * (prefetch_batches + 1)
+    if jax.default_backend() == "cpu":  # what the model takes: float32, and dense labels
+        num_bytes += 4 * (values + num_classes)
+    what = f"{key}={batch_size}: a batch of images of {side} x {side}, {prefetch_batches} ahead,"
+    check_room(num_bytes * batch_size // jax.process_count(), what, on_host=True)

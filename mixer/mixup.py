@@ -1,7 +1,8 @@
 """Mixup and CutMix on the device: on the global batch, anew in every step.
 
-The partner of image i is image i - 1 of the global batch, the last one for the first: the authors'
-form of mixup (big_vision). Everything is a function of the step's key and of the places in the
+The partner of image i is image i - 1 of the global batch, the last one for the first. big_vision
+rolls by one too, but within each device's share of the batch: on one device it makes the same
+pairs, on several others. Everything here is a function of the step's key and of the places in the
 global batch, so that the number of devices changes nothing.
 """
 
@@ -11,7 +12,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from mixer.errors import UserError
 
@@ -76,6 +76,8 @@ def _beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
     """
     if alpha == 1:
         return jax.random.uniform(key, shape)
+    from scipy import special  # a fifth of a second, which a run without mixing can do without
+
     places = (np.arange(1 << 16) + 0.5) / (1 << 16)
     quantiles = special.betaincinv(alpha, alpha, places).astype(np.float32)
     return jnp.asarray(quantiles)[jax.random.bits(key, shape, jnp.uint16)]

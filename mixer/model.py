@@ -5,6 +5,7 @@ D_C (`channels_mlp_dim`), P (`patch_size`). Parameters bear the names of the rel
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +28,8 @@ VARIANTS = {
     name: dict(_SIZES[name[0]], patch_size=int(name[2:]))
     for name in ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
 }
+MOST_BLOCKS = 1000  # each is traced and compiled; the deepest of the variants has 32
+MOST_SIDE = 1 << 15  # pixels
 GELUS = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
 # What the backward pass finds in memory, beside the blocks' inputs; the rest it computes again.
@@ -60,8 +63,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         """Returns kernel and bias, float32."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), self.shape)
-        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), self.shape, jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:], jnp.float32)
 
 
 class Norm(nn.Module):
@@ -72,9 +75,9 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         """Returns scale and bias, float32."""
-        shape = (self.width,)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        return scale, self.param("bias", nn.initializers.zeros, shape)
+        of = ((self.width,), jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, *of)
+        return scale, self.param("bias", nn.initializers.zeros, *of)
 
 
 class MlpBlock(nn.Module):
@@ -174,7 +177,8 @@ class MlpMixer(nn.Module):
       stoch_depth: drop rate r of the last block; block i of L drops each of its two branches, per
         example, with probability i / max(L - 1, 1) * r.
       stoch_depth_rescale: False is the authors' code: a kept branch is left as it is, and
-        evaluation scales nothing. True divides a kept branch by its probability, as timm does.
+        evaluation scales nothing. True divides a kept branch by its probability, as timm does,
+        whose Mixers drop with one rate in all blocks; here the rate grows either way.
       dropout: rate after each of the two layers of every MLP; kept values are rescaled.
       head_bias_init: first value of the head's bias (the authors' code starts the sigmoid loss at
         -6.9 with 1,000 classes and at -10 with 21,843). The head's kernel starts at zero.
@@ -243,7 +247,8 @@ class MlpMixer(nn.Module):
         kernel, bias = Dense((self.patch_size, self.patch_size, 3, self.hidden_dim), name="stem")()
         x = layers.patches(images.astype(dtype), self.patch_size)
         x = out["stem"] = layers.dense(x, kernel.reshape(-1, self.hidden_dim), bias)
-        x = constrain(x.reshape(x.shape[0], -1, x.shape[-1]), BATCH, None, None)
+        n, rows, columns, _ = x.shape  # of no images, too
+        x = constrain(x.reshape(n, rows * columns, self.hidden_dim), BATCH, None, None)
         fields = dict(
             tokens_mlp_dim=self.tokens_mlp_dim,
             channels_mlp_dim=self.channels_mlp_dim,
@@ -314,10 +319,12 @@ def count_params(
 
 def check_image_size(size: tuple[int, int], patch_size: int) -> None:
     """Raises UserError where `patch_size` does not divide both sides of `size` (H, W)."""
+    if max(size) > MOST_SIDE:
+        raise UserError(f"image {size[0]} x {size[1]}: sides are expected up to {MOST_SIDE} pixels")
     for side in size:
-        if side % patch_size or not side:
+        if side % patch_size or side < 1:
             low = side // patch_size * patch_size
-            near = " or ".join(str(s) for s in (low, low + patch_size) if s)
+            near = " or ".join(str(s) for s in (low, low + patch_size) if s > 0) or patch_size
             raise UserError(
                 f"image {size[0]} x {size[1]}: the patch size {patch_size} does not divide {side}; "
                 f"the nearest sides that work are {near}"
@@ -352,8 +359,13 @@ def make_model(*, variant: str | None = None, num_classes: int, **fields) -> Mlp
         raise UserError(f"the model needs a variant ({', '.join(VARIANTS)}) or {missing}")
     for name in ("num_classes", *dimensions):
         value = num_classes if name == "num_classes" else fields[name]
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"model.{name} is {value!r}; it must be a whole number of at least 1")
+        most = MOST_BLOCKS if name == "num_blocks" else 2**31 - 1
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise UserError(
+                f"model.{name} is {value!r}; it must be a whole number from 1 to {most}"
+            )
+    if not math.isfinite(fields.get("head_bias_init", 0)):
+        raise UserError(f"model.head_bias_init is {fields['head_bias_init']}; it must be finite")
     for name in ("stoch_depth", "dropout"):
         if not 0 <= fields.get(name, 0) < 1:
             raise UserError(f"model.{name} is {fields[name]}; it must be in [0, 1)")

@@ -146,6 +146,17 @@ def describe_multipliers(params: Any, rules: Rules) -> list[str]:
     ]
 
 
+def describe_average(ema_decay: float, total_steps: int) -> str | None:
+    """A line where the average of the parameters ends with more of the first ones than not."""
+    share = ema_decay**total_steps
+    if share <= 0.5:
+        return None
+    return (
+        f"optimizer.ema_decay={ema_decay}: at step {total_steps} the average still holds "
+        f"{share:.0%} of the initial parameters; a smaller decay holds less"
+    )
+
+
 def _scale_by_adam(
     b1: float, b2: float, eps: float, momentum_dtype: str, variance_dtype: str
 ) -> optax.GradientTransformation:

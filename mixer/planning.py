@@ -18,10 +18,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from mixer import augment, chips, hlo, run, sharding, train_state
-from mixer.console import duration, short
 from mixer.data import resident, synthetic
 from mixer.errors import UserError
 from mixer.flops import forward_flops, layers
+from mixer.formatting import duration, short
 from mixer.model import REMAT, MlpMixer
 from mixer.optimizer import multipliers
 
@@ -200,6 +200,7 @@ def open_subject(
     config = config.copy_and_resolve_references()
     known = SETS.get(config.dataset.name.removesuffix("/fall11"))
     run.resolve_model(config, run.find_initial(config), None)
+    run.resolve_permutation(config)
     if config.model.num_classes is None:
         config.model.num_classes = num_classes or (known.num_classes if known else None)
     if config.model.num_classes is None:

@@ -55,6 +55,7 @@ FREE_KEYS = (
 
 AUGMENT_ON = ("auto", "host", "device")
 UNITS = ("steps", "epochs", "examples")
+MOST = 2**31 - 1  # of anything that is counted: steps are int32, as are indices on devices
 # What is given in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
 # Keys that evaluation reads and runs begun before they existed lack, with what those runs did.
@@ -90,9 +91,10 @@ def check_config(config: ConfigDict) -> None:
         _check_count(config, key)
     for key in ("dataset.prefetch_batches", "dataset.shuffle_group_size"):
         _check_count(config, key)
-    for key in ("eval_batch_size", "checkpoint.keep_every_steps"):
+    for key in ("eval_batch_size", "checkpoint.keep_every_steps", "init_image_size"):
         _check_count(config, key, optional=True)
-    _check_count(config, "optimizer.accumulate_steps")
+    for key in ("optimizer.accumulate_steps", "schedule.rsqrt_timescale"):
+        _check_count(config, key)
     for key, value in (
         ("optimizer.peak_lr", config.optimizer.peak_lr),
         ("optimizer.weight_decay", config.optimizer.weight_decay),
@@ -179,11 +181,11 @@ def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
         given = lengths_given(config, stem)
         steps = None if stem == "eval_every_" else 0
         for key, value in given.items():
-            if key.endswith("steps"):
-                steps = value
-            else:
-                examples = value * num_examples if key.endswith("epochs") else value
-                steps = max(round(examples / config.global_batch_size), 1) if value else 0
+            batch_size = 1 if key.endswith("steps") else config.global_batch_size
+            examples = value * num_examples if key.endswith("epochs") else value
+            if examples > MOST * batch_size:
+                raise UserError(f"{key} is {value}; it must give at most {MOST} updates")
+            steps = max(round(examples / batch_size), 1) if value else 0
         config.update_from_flattened_dict({f"{stem}steps": steps})
 
 
@@ -202,8 +204,8 @@ def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
         value = value[part]
     if value is None and optional:
         return
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{key} is {value}; it must be a whole number of at least 1")
+    if not isinstance(value, int) or not 1 <= value <= MOST:
+        raise UserError(f"{key} is {value}; it must be a whole number from 1 to {MOST}")
 
 
 def find_initial(config: ConfigDict) -> loading.Found | None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer import console
+from mixer import formatting
 from mixer.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor")
@@ -179,11 +179,11 @@ def describe_rules(mesh: Mesh, params: Any) -> list[str]:
     total = sum(map(sum, found.values()))
     return [
         f"parameters by name, what each dimension is split over, and a device's share of "
-        f"{console.short(total, 'B')}:",
+        f"{formatting.short(total, 'B')}:",
         *(
             f"  {RULES[number][0] if RULES[number][1] else 'all others'}: "
             f"{_described(mesh, RULES[number][1])}, {len(sizes)} array(s), "
-            f"{console.short(sum(sizes), 'B')}"
+            f"{formatting.short(sum(sizes), 'B')}"
             for number, sizes in sorted(found.items())
         ),
     ]

@@ -104,7 +104,8 @@ def fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     finite = jnp.bool_(True)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         finite = jnp.all(jnp.isfinite(leaf))
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        # Of 64 bits two numbers.
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
         leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
     bits = leaf.astype(jnp.uint32)
     place = jnp.zeros(bits.shape, jnp.uint32)

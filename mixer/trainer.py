@@ -20,9 +20,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from mixer import (
+    backend,
     checkpoint,
     console,
     distributed,
+    formatting,
     loading,
     losses,
     memory,
@@ -62,6 +64,8 @@ def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False
       signals.Stopped: SIGTERM or SIGINT arrived; the state is saved.
     """
     with distributed.watch(stall_secs=config.stall_secs, tell=_warn) as watch:
+        backend.check_settings()
+        backend.start()
         run.check_config(config)
         with (
             _directory(workdir) as path,
@@ -137,6 +141,17 @@ def _train(
         if config.init_image_size not in (None, config.image_size):
             what += f", from weights for {config.init_image_size} px,"
         memory.check_room(num_bytes, what)
+        for key, size in (
+            ("global_batch_size", config.global_batch_size),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            memory.check_batch(
+                key,
+                size,
+                side=config.image_size,
+                num_classes=model.num_classes,
+                prefetch_batches=config.dataset.prefetch_batches,
+            )
 
         # A finished run may be given more steps; any other change of what binds it is refused.
         extended = (
@@ -360,6 +375,7 @@ def _train(
             num_readers=num_readers,
             update=(model, schedule, tx, abstract),
         )
+        _check_step(config, source.compiled)
         del reading  # and with it the host's copy of the images
         terminal.line(where)
         seconds = time.perf_counter() - started
@@ -510,7 +526,7 @@ def _loop(
             if stop:
                 terminal.line(f"{caught.name}: saving step {step}")
                 _leave_if_asked(caught, checkpoints, terminal.line)
-    seconds = console.duration(time.perf_counter() - started)
+    seconds = formatting.duration(time.perf_counter() - started)
     terminal.line(f"trained to step {config.total_steps} in {seconds}")
     return state
 
@@ -616,13 +632,21 @@ def _memory_line(abstract: train_state.TrainState, train_step: Any) -> str:
     params = sharding.bytes_per_device((abstract.params, abstract.ema_params))
     moments = sharding.bytes_per_device(abstract.opt_state)
     line = (
-        f"memory a device: parameters {console.short(params, 'B')}, optimizer "
-        f"{console.short(moments, 'B')}"
+        f"memory a device: parameters {formatting.short(params, 'B')}, optimizer "
+        f"{formatting.short(moments, 'B')}"
     )
     analysis = train_step.memory_analysis()
     if analysis is None:  # not every backend has it
         return line
-    return f"{line}, gradients and activations {console.short(analysis.temp_size_in_bytes, 'B')}"
+    return f"{line}, gradients and activations {formatting.short(analysis.temp_size_in_bytes, 'B')}"
+
+
+def _check_step(config: ConfigDict, compiled: Any) -> None:
+    """Raises NoRoomError where the compiled step computes with more memory than is free."""
+    analysis = compiled.memory_analysis()
+    if analysis is not None:
+        what = f"global_batch_size={config.global_batch_size}: what a step computes with"
+        memory.check_room(analysis.temp_size_in_bytes, what)
 
 
 def _say(line: str) -> None:
@@ -663,6 +687,8 @@ def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
     if mesh.shape["data"] < mesh.size:
         for line in sharding.describe_rules(mesh, abstract.params):
             say(line)
+    if line := optimizer.describe_average(config.optimizer.ema_decay, config.total_steps):
+        _warn(line)
     for line in optimizer.describe_multipliers(abstract.params, config.optimizer.lr_multipliers):
         say(line)
 

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import console, loading, run, trainer
+from mixer import formatting, loading, run, trainer
 from mixer.errors import UserError
 from mixer.evaluation import scores
 
@@ -188,7 +188,7 @@ def fine_tune(
         hint = ""
         if images_seen:
             left = sum(images_left[other] for other in tasks if other not in finished)
-            hint = f", about {console.duration(seconds / images_seen * left)} left"
+            hint = f", about {formatting.duration(seconds / images_seen * left)} left"
         say(f"{place}: begins{hint}")
         begun = time.monotonic()
         with _naming(name):
@@ -200,7 +200,7 @@ def fine_tune(
         jax.clear_caches()
         finished[name] = _read(name, workdirs[name])
         run.write_json(directory / RECORD, _gather(tasks, groups, finished).summary())
-        took = console.duration(time.monotonic() - begun)
+        took = formatting.duration(time.monotonic() - begun)
         say(f"{place}: {_sentence(finished[name])}, took {took}")
     result = _gather(tasks, groups, finished)
     run.write_json(directory / RECORD, result.summary())

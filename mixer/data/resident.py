@@ -16,10 +16,10 @@ import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixer import augment, sharding
-from mixer.console import short
 from mixer.data import order
 from mixer.data.pipeline import Batches, Split
 from mixer.errors import UserError
+from mixer.formatting import short
 
 MODES = ("auto", "on", "off")
 # What "auto" keeps at most, and decodes at most of what is stored: the first step waits for all of

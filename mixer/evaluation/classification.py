@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mixer import files, layers, losses, sharding
+from mixer import files, layers, losses, memory, sharding
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.evaluation import scores
@@ -59,8 +59,8 @@ class Classification:
       ece: expected calibration error of the first guess, in 15 bins.
       mean_per_class: mean over the classes that the split has of the accuracy on their images, and
         its interval, None where images have several labels.
-      per_class: (K,) that accuracy, NaN for a class that the split lacks. confusion: (K, K) images
-        by label and first guess. Both are of the images with one label.
+      per_class: (K,) that accuracy, NaN for a class that the split lacks; of the images with one
+        label.
       predictions: what all this is made from.
     """
 
@@ -76,12 +76,22 @@ class Classification:
     mean_per_class: float | None
     mean_per_class_interval: tuple[float, float] | None
     per_class: np.ndarray
-    confusion: np.ndarray
     predictions: Predictions
+
+    @functools.cached_property
+    def confusion(self) -> np.ndarray:
+        """(K, K) images by label and first guess, of the images with one label.
+
+        Raises:
+          NoRoomError: so many classes that it does not fit into memory.
+        """
+        count = len(self.per_class)
+        memory.check_room(8 * count**2, f"a confusion matrix of {count:,} classes", on_host=True)
+        return scores.confusion(self.predictions.label, self.predictions.guesses[:, 0], count)
 
     def summary(self) -> dict[str, Any]:
         """The numbers and intervals, as JSON has them."""
-        large = ("per_class", "confusion", "predictions")
+        large = ("per_class", "predictions")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if name not in large}
 
@@ -112,7 +122,6 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
             scores.mean_interval(accuracies[there], counts[there]) if single else None
         ),
         per_class=accuracies,
-        confusion=scores.confusion(p.label, p.guesses[:, 0], num_classes),
         predictions=p,
     )
 
@@ -224,6 +233,14 @@ def collect(
     Raises:
       RuntimeError: an example was not seen, or seen twice.
     """
+    if split.example_spec["image"][0][0] is not None:
+        memory.check_batch(
+            "eval_batch_size",
+            global_batch_size,
+            side=max(split.example_spec["image"][0][:2]),
+            num_classes=len(split.class_names),
+            prefetch_batches=prefetch_batches,
+        )
     index, count = sharding.data_processes(mesh)
     batches = pipeline.eval_batches(
         split,

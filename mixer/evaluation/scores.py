@@ -60,8 +60,16 @@ def per_class(label: np.ndarray, hit: np.ndarray, num_classes: int) -> tuple[np.
     return np.bincount(label[single], hit[single], num_classes), counts
 
 
+def confusions(label: np.ndarray, guess: np.ndarray) -> np.ndarray:
+    """(n, 3) rows of label, first guess and number of images, those with one label; sorted."""
+    pairs = np.stack([label, guess], axis=1)[label >= 0]
+    cells, counts = np.unique(pairs, axis=0, return_counts=True)
+    return np.concatenate([cells, counts[:, None]], axis=1)
+
+
 def confusion(label: np.ndarray, guess: np.ndarray, num_classes: int) -> np.ndarray:
     """(K, K) numbers of images by label (row) and first guess (column)."""
-    single = label >= 0
-    cells = label[single].astype(np.int64) * num_classes + guess[single]
-    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+    result = np.zeros((num_classes, num_classes), np.int64)
+    labels, guesses, counts = confusions(label, guess).T
+    result[labels, guesses] = counts
+    return result

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mixer import console, layers, memory, sharding, train_state
+from mixer import formatting, layers, memory, sharding, train_state
 from mixer.errors import UserError
 from mixer.model import VARIANTS, MlpMixer, check_image_size, make_model
 from mixer.train_step import make_predict
@@ -317,7 +317,7 @@ def cost_sentence(summary: Mapping[str, Any]) -> str:
     low, high = summary["devices"]
     devices = f"{low} device{'s' * (low > 1)}" if low == high else f"{low} to {high} devices"
     return (
-        f"Training: {summary['images']:,} images in {console.duration(summary['seconds'])} on "
+        f"Training: {summary['images']:,} images in {formatting.duration(summary['seconds'])} on "
         f"{devices}, without evaluations and checkpoints: {summary['device_hours']:.3g} "
         f"device-hours ({summary['device_days']:.3g} device-days; the paper's are of TPUv3 cores)."
     )

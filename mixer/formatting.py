@@ -1,0 +1,16 @@
+"""Numbers as people read them."""
+
+
+def duration(seconds: float) -> str:
+    """Such as 1:02:03 or 0:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def short(value: float, unit: str) -> str:
+    """Three figures and a prefix: 75.4 GFLOP, 293 kB, 13.1 ms."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
