@@ -25,22 +25,70 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
         new.unlink(missing_ok=True)
 
 
-def check_output(flag: str, path: epath.PathLike) -> None:
-    """Raises UserError where `whole` could not write, before the long work and not after it."""
-    target = epath.Path(path).expanduser()
-    if "://" in os.fspath(target):
-        return  # a store has no folders
-    if not target.parent.is_dir():
-        raise UserError(f"--{flag}={path}: there is no folder {target.parent}")
+@contextlib.contextmanager
+def whole_directory(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a directory to fill, which becomes `path` where nothing goes wrong."""
+    path = epath.Path(path).expanduser()
+    new = _beside(path)
     try:
-        if target.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
+        new.mkdir()
+        yield new
+        new.rename(path)
+    finally:
+        if new.exists():
+            new.rmtree()
+
+
+def check_output(what: str, path: epath.PathLike) -> epath.Path:
+    """The path of a file to be written, expanded; before the long work and not after it.
+
+    Args:
+      what: that names it, such as "--output"; "" where the path is an argument by itself.
+      path: as it was given.
+
+    Raises:
+      UserError: neither `whole` nor `whole_directory` could write there.
+    """
+    target = epath.Path(path).expanduser()
+    name = f"{what}={path}" if what else str(path)
+    if "://" in os.fspath(target):
+        return target  # a store has no folders
+    if not target.parent.is_dir():
+        raise UserError(f"{name}: there is no folder {target.parent}")
+    try:
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise OSError(None, "it is a folder" if target.is_dir() else "it is a device")
         _beside(target).touch()
         _beside(target).unlink()
     except OSError as error:
         raise UserError(
-            f"--{flag}={path} cannot be written: {error.strerror}; give a file in a folder of yours"
+            f"{name} cannot be written: {error.strerror}; give a file in a folder of yours"
         ) from None
+    return target
+
+
+def make_output_directory(what: str, path: epath.PathLike) -> epath.Path:
+    """The path of a directory of results, expanded and made; before the long work.
+
+    Args:
+      what: as for `check_output`.
+      path: as it was given.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
+    target = epath.Path(path).expanduser()
+    name = f"{what}={path}" if what else str(path)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if "://" not in os.fspath(target):
+            _beside(target / "x").touch()
+            _beside(target / "x").unlink()
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be made, or written to: {error.strerror}; give a folder of yours"
+        ) from None
+    return target
 
 
 def open_up(path: epath.PathLike, mode: int) -> None:

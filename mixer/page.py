@@ -87,14 +87,14 @@ def write(
     """
     if not output and not workdirs:
         raise UserError("--output is missing: where do the pictures of --weights go?")
-    directory = epath.Path(output) if output else epath.Path(workdirs[0]) / "inspect"
     runs = {workdir: run.read_run(workdir) for workdir in workdirs}
     if len(runs) < len(workdirs):
         raise UserError(f"--workdir={','.join(workdirs)} names a run twice")
     source = checkpoint.find_named(workdirs[0], checkpoint_name) if workdirs else weights
+    what = "--output" if output else ""
+    directory = files.make_output_directory(what, output or epath.Path(workdirs[0]) / "inspect")
     mesh = sharding.make_mesh({"data": -1})
     loaded = loading.read(source, image_size=image_size, mesh=mesh, log=log)
-    directory.mkdir(parents=True, exist_ok=True)
 
     def missing(what: str, why: Any) -> str:
         log(f"not drawn: {what}: {why}")

@@ -51,8 +51,7 @@ def check(path: str | Path, *, weights: str, platforms: Sequence[str]) -> Paths:
     for file in _present(paths):
         if file.exists():
             raise UserError(f"{file} exists; move it away, or choose another name")
-    if not program.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {program.parent}")
+        files.check_output("", file)
     for platform in platforms or [""]:
         if platform not in PLATFORMS:
             raise UserError(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "load": psutil.getloadavg()[0],
+        "others": round(cores_of_others(), 2),
         "system": f"{platform.system()} {platform.release()}",
         "versions": {
             "python": platform.python_version(),
@@ -63,6 +64,27 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
         "memory_setting": "kept, in every contestant" if memory.keeps() else "as glibc has it",
         "environment": variables,
     }
+
+
+def cores_of_others(seconds: float = 1.5) -> float:
+    """How many cores other processes use now: a mean over `seconds`, in which this one waits.
+
+    The system's load average would still have the work of a benchmark that has just ended.
+    """
+
+    def busy() -> tuple[float, float]:
+        """CPU seconds of all processes so far, and of this one."""
+        all_of_it = psutil.cpu_times()
+        idle = all_of_it.idle + getattr(all_of_it, "iowait", 0.0)
+        # Linux counts what guests take as the users' too.
+        idle += getattr(all_of_it, "guest", 0.0) + getattr(all_of_it, "guest_nice", 0.0)
+        own = psutil.Process().cpu_times()
+        return sum(all_of_it) - idle, own.user + own.system
+
+    before, start = busy(), time.monotonic()
+    time.sleep(seconds)
+    everyone, own = (now - then for now, then in zip(busy(), before, strict=True))
+    return max(everyone - own, 0.0) / (time.monotonic() - start)
 
 
 def _processor() -> str:
@@ -81,11 +103,11 @@ def header(environment: Mapping[str, Any]) -> list[str]:
     if environment["backend"] != "cpu" or environment["devices"] > 1:
         where = f"{environment['devices']} x {environment['device']}; host: {where}"
     settings = ", ".join(f"{name}={value}" for name, value in environment["environment"].items())
-    busy = environment["load"] > environment["cores"] / 2
+    busy = environment["others"] > environment["cores"] / 8
     return [
         environment["command"],
         where,
-        *([f"BUSY: other work has this machine (load {environment['load']:.1f})"] * busy),
+        *([f"BUSY: other processes use {environment['others']:.1f} cores"] * busy),
         ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
         f"freed memory: {environment['memory_setting']}"
         + f"; environment: {settings}" * bool(settings),

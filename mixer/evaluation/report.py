@@ -571,8 +571,8 @@ def _write_classes(
     """Writes accuracy and interval of every class, and the confusions that were made."""
     if result.mean_per_class is None or jax.process_index():
         return  # several labels an image: no class is its own
-    hits = result.confusion.diagonal()
-    images = result.confusion.sum(axis=1)
+    said = result.predictions
+    hits, images = scores.per_class(said.label, said.hit, len(split.class_names))
     classes = [
         {
             "name": name,
@@ -582,11 +582,7 @@ def _write_classes(
         }
         for name, hit, count in zip(split.class_names, hits, images, strict=True)
     ]
-    rows, columns = result.confusion.nonzero()
-    cells = [
-        [int(row), int(column), int(result.confusion[row, column])]
-        for row, column in zip(rows, columns, strict=True)
-    ]
+    cells = scores.confusions(said.label, said.guesses[:, 0]).tolist()
     lines = ",\n".join(f"  {json.dumps(each)}" for each in classes)
     triples = ",\n".join(f"  {json.dumps(cell)}" for cell in cells)
     with files.whole(path) as new:
@@ -771,8 +767,7 @@ def measure_variants(
     Raises:
       UserError: no such variant, or a patch that does not divide the images.
     """
-    console, directory = _console(), epath.Path(output).expanduser()
-    _make_directory(directory)
+    console, directory = _console(), files.make_output_directory("--output", output)
     mesh = sharding.make_mesh({"data": -1})
     size = (image_size, image_size)
     for name in names:

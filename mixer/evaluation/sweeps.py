@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 from scipy import special
 
-from mixer import checkpoint, loading, losses, remote, run, sharding, weights
+from mixer import checkpoint, files, loading, losses, remote, run, sharding, weights
 from mixer.data import permutation as orders
 from mixer.data import pipeline, steps
 from mixer.errors import UserError
@@ -439,12 +439,7 @@ def output_directory(subjects: Sequence[Subject], given: str | None) -> epath.Pa
         if len(subjects) > 1 or subjects[0].workdir is None:
             raise UserError("--output is missing: a directory for the picture and the numbers")
         return subjects[0].workdir
-    path = epath.Path(given).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={given} cannot be made: {error.strerror or error}") from None
-    return path
+    return files.make_output_directory("--output", given)
 
 
 def write(sweep: Sweep, directory: epath.Path) -> tuple[epath.Path, epath.Path]:

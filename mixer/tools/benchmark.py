@@ -30,8 +30,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags
 
-from mixer import files, memory, program
+from mixer import backend, files, memory, program
 from mixer.errors import UserError, nearest
+
+MOST = 2**31 - 1  # of images: indices on devices are int32
 
 MODELS = flags.DEFINE_list(
     "models", ["S/32", "B/16"], "S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4)."
@@ -40,7 +42,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of the computation; trained parameters: float32."
 )
 GELU = flags.DEFINE_enum("gelu", "tanh", ["tanh", "erf"], "Of every contestant.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Pixels; 224, or 32 for cifar.", 1)
+IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Pixels; 224, or 32 for cifar.", 1, 1 << 15)
 BATCH_SIZE = flags.DEFINE_list(
     "batch_size", None, "Images a device, one or several; 256 on accelerators, 8 on CPUs."
 )
@@ -50,8 +52,8 @@ AGAINST = flags.DEFINE_list(
     "plain (the paper's formulation in Flax), timm, timm_compiled (torch.compile), timm_autotuned "
     "(torch.compile, max-autotune); empty: none.",
 )
-SECONDS = flags.DEFINE_float("seconds", None, "Of a contestant's turn; 3, and 10 for data.", 0)
-ROUNDS = flags.DEFINE_integer("rounds", None, "Turns of each contestant; 5, and 3 for data.", 1)
+SECONDS = flags.DEFINE_float("seconds", None, "Of a contestant's turn; 3; for data 10.", 0, 3600)
+ROUNDS = flags.DEFINE_integer("rounds", None, "Turns of each contestant; 5; for data 3.", 1, 1000)
 TORCH_PYTHON = flags.DEFINE_string(
     "torch_python", sys.executable, "The Python that has torch and timm, if not this one."
 )
@@ -60,7 +62,7 @@ STEP_RATE = flags.DEFINE_float(
     "images_per_second_per_device", None, "data: the training step's, instead of measuring it.", 0
 )
 
-EXAMPLES = flags.DEFINE_integer("examples", 50_000, "loop: images that lie on the device.", 1)
+EXAMPLES = flags.DEFINE_integer("examples", 50_000, "loop: images that lie on the device.", 1, MOST)
 
 _CASES = ("models", "dtype", "gelu", "image_size", "batch_size")
 _TURNS = ("seconds", "rounds")
@@ -86,12 +88,13 @@ def main(argv: list[str]) -> None:
         )
     _check_flags(argv[1])
     if OUTPUT.value:
-        files.check_output("output", OUTPUT.value)
+        files.check_output("--output", OUTPUT.value)
     import jax
 
     # What is compiled is measured, and not what an earlier run has compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     memory.compute_in_the_calling_thread()
+    backend.start()
     if argv[1] == "data":
         data()
     elif argv[1] == "loop":
@@ -470,8 +473,8 @@ def _batch_sizes() -> list[int]:
     if not BATCH_SIZE.value:
         raise UserError("--batch_size is empty: whole numbers of at least 1 are taken")
     for text in BATCH_SIZE.value:
-        if not text.isdecimal() or int(text) < 1:
-            raise UserError(f"--batch_size={text}: a whole number of at least 1 is taken")
+        if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= MOST:
+            raise UserError(f"--batch_size={text}: a whole number from 1 to {MOST} is taken")
     return [int(text) for text in BATCH_SIZE.value]
 
 

@@ -15,14 +15,14 @@ changed: a round trip gives the same bits.
 
 import contextlib
 import math
+import os
 import sys
-import tempfile
 from collections.abc import Iterator
 
 from absl import flags
 from etils import epath
 
-from mixer import cli
+from mixer import cli, files
 from mixer.errors import UserError
 
 LAYOUT = flags.DEFINE_enum(
@@ -86,15 +86,10 @@ def _layout(out: epath.Path) -> str:
 
     if "://" in str(out):
         raise UserError(f"{out}: give a local path, and copy what is written there")
-    with _writing(out):
-        for path in (out, weights.card_path(out)) if out.suffix else (out,):
-            if path.exists():
-                raise UserError(f"{path} exists already; remove it, or give another name")
-        if not out.parent.is_dir():
-            raise UserError(f"{out.parent} is no directory to write {out.name} in")
-        # Before the weights are read: whether a file can be made there, and has such a name.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.json.", dir=out.parent):
-            pass
+    for path in (out, weights.card_path(out)) if out.suffix else (out,):
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists already; remove it, or give another name")
+        files.check_output("", path)
     return layout
 
 
@@ -136,16 +131,8 @@ def write(out: epath.Path, loaded, layout: str) -> None:
 
 def write_run(out: epath.Path, loaded) -> None:
     """Writes weights as a run of no steps, whole or not at all."""
-    from mixer import files
-
-    new = epath.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with files.whole_directory(out) as new:
         _fill_run(new, loaded)
-        files.open_up(new, 0o777)
-        new.rename(out)
-    finally:
-        if new.exists():
-            new.rmtree()
 
 
 def _fill_run(new: epath.Path, loaded) -> None:

@@ -4,7 +4,7 @@
   python -m mixer.tools.export Mixer-B_16.npz B16.stablehlo --weights=beside --dtype=bfloat16
 
 WEIGHTS is a run, a step of it, a file or a short name, whatever `mixer.load` takes. The program
-takes uint8 images of any number and returns float32 logits; a JSON beside it tells what it takes,
+takes one uint8 image or more and returns float32 logits; a JSON beside it tells what it takes,
 what it returns and how it is called from Python. docs/export.md shows how it is loaded.
 """
 
@@ -34,7 +34,7 @@ IMAGE_SIZE = flags.DEFINE_list(
     "For images of another size: a side in pixels, or HEIGHT,WIDTH; the weights are grown to it.",
 )
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Fixes the number of images; any number if not given.", lower_bound=1
+    "batch_size", None, "Fixes the number of images; any from 1 if not given.", 1, 2**31 - 1
 )
 
 

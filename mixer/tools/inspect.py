@@ -47,9 +47,10 @@ def main(argv: list[str]) -> None:
         raise UserError("--image_size is for --weights: a run has its own")
     if WEIGHTS.value and flags.FLAGS["checkpoint"].present:
         raise UserError(f"--checkpoint={CHECKPOINT.value} is of a run; give --workdir")
-    from mixer import page
+    from mixer import backend, page
     from mixer.data import folder
 
+    backend.start()
     path = page.write(
         workdirs=WORKDIR.value,
         weights=WEIGHTS.value,

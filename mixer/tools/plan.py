@@ -33,9 +33,9 @@ SEARCH = flags.DEFINE_bool(
     "search", False, "Try meshes, rematerialisation and accumulation, and rank what fits."
 )
 NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", None, "Of the training split, where the data set is not a known one.", 1
+    "num_examples", None, "Of the training split, where the data set is not a known one.", 1, 10**15
 )
-NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Likewise.", 1)
+NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Likewise.", 1, 2**31 - 1)
 JSON = flags.DEFINE_string("json", None, "File to write every figure to.")
 
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     from mixer import files, planning, run
 
     if JSON.value:
-        files.check_output("json", JSON.value)
+        files.check_output("--json", JSON.value)
     console = Console(highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:

@@ -21,9 +21,10 @@ from mixer.errors import UserError
 WEIGHTS = flags.DEFINE_string(
     "weights", "", "A run, a step of it, a file of weights, or a short name such as B/16-i21k."
 )
-TOP = flags.DEFINE_integer("top", 5, "Number of classes to tell of each image.", lower_bound=1)
+MOST = 2**31 - 1  # of images and classes: indices on devices are int32
+TOP = flags.DEFINE_integer("top", 5, "Number of classes to tell of each image.", 1, MOST)
 JSON = flags.DEFINE_bool("json", False, "Print a JSON object a line in place of a table.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images computed at once.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images computed at once.", 1, MOST)
 FEATURES = flags.DEFINE_string("features", "", "npz file to write the values of --layer to.")
 LAYER = flags.DEFINE_string(
     "layer", "pre_logits", "For --features: stem, block_0, block_1, ..., pre_logits or logits."
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
 
     images = prediction.list_images(argv[1:])
     if FEATURES.value:
-        files.check_output("features", FEATURES.value)
+        files.check_output("--features", FEATURES.value)
 
     # stdout has the results alone.
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)

@@ -110,7 +110,7 @@ def _progress() -> Iterator[Callable[[Any], None]]:
     from rich import progress
     from rich.console import Console
 
-    from mixer.console import duration
+    from mixer.formatting import duration
 
     console = Console(highlight=False, soft_wrap=True)
     columns = (
@@ -173,7 +173,7 @@ def check(config, output: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     faults: dict[str, str] = {}
     seen = 0
-    files.check_output("output", output)
+    files.check_output("--output", output)
     # The mistakes that are not an image's come first: reading all may take hours.
     with contextlib.suppress(pipeline.Unusable):
         _open_as_training(config)

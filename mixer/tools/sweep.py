@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
 
 def _numbers(flag: str, texts: list[str] | None, kind: type) -> list:
     """The numbers of a list flag."""
+    if texts == []:
+        raise UserError(f"--{flag} is empty; expected numbers, joined by commas")
     try:
         return [kind(text) for text in texts or []]
     except ValueError:
