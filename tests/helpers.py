@@ -173,6 +173,8 @@ def run_program(program, *arguments, cwd=ROOT):
         stack.enter_context(contextlib.chdir(cwd))
         _restore_afterwards(stack)
         flags.FLAGS.unparse_flags()
+        for name in flags.FLAGS:
+            flags.FLAGS[name].allow_override = True  # another tool's, which a test has imported
         spec.loader.exec_module(module)  # defines the program's flags
         if is_file:
             module.__spec__ = None  # as Python has it where a file is run

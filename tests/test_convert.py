@@ -179,7 +179,7 @@ def test_mistakes_get_one_line(tmp_path):
         ((PUBLISHED, "there.npz"), "there.npz"),
         ((PUBLISHED, "beside.npz"), "beside.npz.json"),
         ((PUBLISHED, "x.safetensors", "--layout=legacy"), "--layout=legacy"),
-        ((PUBLISHED, tmp_path / "no" / "x.npz"), f"{tmp_path / 'no'} "),
+        ((PUBLISHED, tmp_path / "no" / "x.npz"), f"no folder {tmp_path / 'no'}"),
     ):
         _, err = command(*arguments, cwd=tmp_path, code=2)
         assert len(err.splitlines()) == 1 and message in err, err

@@ -234,27 +234,6 @@ def test_images_of_another_size_than_the_weights_say_so(loaded, tmp_path):
     assert "--preprocess='decode|resize((32, 32))'" in result.reason
 
 
-def test_an_interrupt_is_not_lost_in_jaxs_callback():
-    import signal
-    import sys
-    import time
-
-    from mixer import program
-
-    def _xla_gc_callback():
-        program.interrupt(signal.SIGINT, sys._getframe())
-
-    old = signal.getsignal(signal.SIGALRM)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            _xla_gc_callback()  # what is raised here would be lost
-            time.sleep(5)
-        with pytest.raises(KeyboardInterrupt):
-            program.interrupt(signal.SIGINT, sys._getframe())
-    finally:
-        signal.signal(signal.SIGALRM, old)
-
-
 def test_one_program_serves_all_batches(loaded, pictures):
     with jax.log_compiles(), _Records() as records:
         _predict(loaded, pictures[0], batch_size=3, top=2)

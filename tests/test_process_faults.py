@@ -1,0 +1,583 @@
+"""How programs start and end: devices, signals, lost processes, and values that cannot be meant."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import multihost
+import numpy as np
+import psutil
+import pytest
+from ml_collections import ConfigDict
+
+import mixer
+from configs import common
+from helpers import ROOT, environment, run_program, run_python, tiny_config
+from mixer import (
+    backend,
+    checkpoint,
+    cli,
+    distributed,
+    errors,
+    files,
+    interrupts,
+    memory,
+    optimizer,
+    run,
+)
+from mixer.benchmarking import report
+from mixer.errors import UserError
+from mixer.evaluation import classification, scores
+from mixer.model import check_image_size, make_model
+from mixer.train_state import TrainState
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A run of no steps, made by hand."""
+    path = tmp_path_factory.mktemp("weights") / "run"
+    config = tiny_config(model__num_classes=10)
+    model, images = run.build_model(config), np.zeros((1, 8, 8, 3), "float32")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    params = jax.tree.map(lambda leaf: jax.numpy.asarray(np.ones(leaf.shape, leaf.dtype)), shapes)
+    with checkpoint.Checkpoints(path / "checkpoints", keep_last=1) as checkpoints:
+        checkpoints.save(TrainState(jax.numpy.zeros((), "int32"), params["params"], ()))
+        checkpoints.wait()
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    (path / "data.json").write_text(json.dumps({"class_names": list("0123456789")}))
+    return path
+
+
+# Devices and settings of JAX.
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("mixer.tools.predict", ".", "--weights={run}"),
+        ("mixer.tools.inspect", "--workdir={run}"),
+        ("mixer.tools.convert", "{run}", "--report"),
+        ("mixer.tools.benchmark", "matmul"),
+        ("evaluate.py", "--workdir={run}"),
+        ("train.py", "--config=configs/digits.py", "--workdir={run}"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_missing_device_is_named_before_a_checkpoint_is_read(command, weights, monkeypatch):
+    def fail():
+        raise AssertionError  # as JAX 0.10 does for CUDA
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setattr(checkpoint, "saved_params", None)
+    monkeypatch.setattr(checkpoint, "restore_params", None)
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        done = run_program(*(part.format(run=weights) for part in command))
+    finally:
+        jax.config.update("jax_platforms", "cpu")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "cuda device (JAX_PLATFORMS=cuda)" in done.stderr and "damaged" not in done.stderr
+
+
+def test_programs_forget_settings_that_change_numbers():
+    names = [name.upper() for name in backend.SETTINGS]
+    code = f"import mixer.program, os; print([n for n in {names} if n in os.environ])"
+    done = run_python("-c", code, **dict.fromkeys(names, "1"))
+    assert done.stdout == "[]\n" and "JAX_ENABLE_X64" in names
+
+
+def test_weights_are_float32_and_whole_under_x64(weights, tmp_path):
+    with jax.enable_x64(True):
+        assert jax.numpy.zeros(()).dtype == "float64"
+        model, params = mixer.load(str(weights), log=lambda line: None)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+        images = jax.ShapeDtypeStruct((2, 8, 8, 3), "float64")
+        logits, _ = jax.eval_shape(model.apply, {"params": params}, images)
+        assert logits.dtype == "float32"
+        fresh = jax.eval_shape(model.init, jax.random.key(0), images)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
+        sums, _ = checkpoint.checksums(params)
+        _, finite = checkpoint.checksums({"wide": jax.numpy.array([1.0, math.nan])})
+        assert not finite
+    assert sums == checkpoint.checksums(params)[0]
+
+
+def test_training_in_a_notebook_refuses_x64(tmp_path):
+    from mixer import trainer
+
+    with jax.enable_x64(True), pytest.raises(UserError, match="jax_enable_x64=True"):
+        trainer.train(tiny_config(), str(tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError("Unable to allocate 74.5 GiB"), "74.5 GiB"),
+        (OSError(28, "No space left on device", "x.json"), "No space left on device: x.json"),
+        (OSError(36, "File name too long", "xx"), "File name too long: xx"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), "allocating 9"),
+        (RuntimeError("INTERNAL: a fault"), None),
+        (KeyError("a fault"), None),
+    ],
+)
+def test_failures_of_the_machine_are_a_line(error, line):
+    text = errors.line_of(error)
+    assert text is None if line is None else line in text and "\n" not in text
+
+
+# Signals.
+
+
+def test_an_interrupt_is_not_lost_in_a_callback():
+    """JAX's in the garbage collector, or a destructor: what is raised there goes no further."""
+
+    def _xla_gc_callback():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    class Thing:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)
+
+    def forget():
+        Thing()
+
+    saved = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGALRM)]
+    hook = sys.unraisablehook
+    try:
+        for function in (_xla_gc_callback, forget):
+            interrupts.raise_interrupt()
+            with pytest.raises(KeyboardInterrupt):
+                function()
+                time.sleep(5)
+            assert interrupts.was_raised()
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in saved:
+            signal.signal(number, handler)
+
+
+def test_what_a_library_makes_of_an_interrupt_is_one(monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise ImportError("while initializing the extension") from None
+
+    monkeypatch.setattr(files, "check_output", interrupted)
+    flags = ("--config=configs/digits.py", "--topology=gpu:8xH100", f"--json={tmp_path / 'x'}")
+    done = run_program("mixer.tools.plan", *flags)
+    assert (done.returncode, done.stderr) == (130, "mixer.tools.plan: interrupted\n")
+
+
+IMPORTING = """
+import sys
+from mixer import interrupts
+interrupts.{}()
+sys.path.insert(0, {!r})
+try:
+    import slow
+finally:
+    print("cleaned up")
+"""
+
+
+@pytest.mark.parametrize("state", ["leave_at_once", "raise_interrupt"])
+def test_interrupt_during_an_import_ends_the_process_at_once(state, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    )
+    done = run_python("-c", IMPORTING.format(state, str(tmp_path)), check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "-c: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [("train.py",), ("-m", "mixer.tools.predict")])
+def test_interrupt_at_any_moment_of_the_start_is_one_line(program, tmp_path):
+    arguments = ["--config=configs/digits.py", f"--workdir={tmp_path}"]
+    if program[0] == "-m":
+        arguments = ["x.png", "--weights=B/16-i1k"]
+    for after in np.arange(0.15, 2.5, 0.15):
+        process = subprocess.Popen(
+            [sys.executable, *program, *arguments],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=60)[1]
+        if "site.py" in stderr:
+            continue  # Python itself had not started yet
+        assert process.returncode in (130, 2) and "Traceback" not in stderr, (after, stderr)
+
+
+# Several processes.
+
+
+def _in_thread(results, function, *args):
+    def call():
+        try:
+            function(*args)
+        except UserError as error:
+            results[args[-2 if len(args) == 4 else -1]] = str(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_process_with_a_bad_flag_is_heard_by_the_others(failed, monkeypatch):
+    monkeypatch.setattr(distributed, "JOIN_SECS", 30.0)
+    address, results, begun = multihost.free_address(), {}, time.monotonic()
+    reason = "config has no key 'x'"
+    teller = _in_thread(results, distributed.tell_failure, address, 3, failed, reason)
+    teller.join(0.3)  # it may be first
+    others = [
+        _in_thread(results, distributed.meet, address, 3, index)
+        for index in range(3)
+        if index != failed
+    ]
+    for thread in (teller, *others):
+        thread.join()
+    assert sorted(results) == sorted({0, 1, 2} - {failed}) and time.monotonic() - begun < 10
+    name = f"process {failed} ({socket.gethostname()}) failed: {reason}"
+    assert set(results.values()) == {name}
+
+
+def test_process_that_is_killed_while_it_waits_is_missed_within_seconds(monkeypatch):
+    monkeypatch.setattr(distributed, "JOIN_SECS", 30.0)
+    monkeypatch.setattr(distributed, "LEAVE_SECS", 0.2)
+    monkeypatch.setattr(distributed, "BEAT_SECS", 0.1)
+    address, results = multihost.free_address(), {}
+    main = _in_thread(results, distributed.meet, address, 3, 0)
+    peer = None
+    while peer is None:
+        try:
+            peer = socket.create_connection(("localhost", int(address.rpartition(":")[2])))
+        except OSError:
+            time.sleep(0.02)
+    peer.sendall(json.dumps(dict(process=2, processes=3, host="h")).encode() + b"\n")
+    time.sleep(0.2)
+    peer.close()
+    main.join()
+    assert results == {0: "process 2 (h) left before all processes had come"}
+
+
+def test_bad_flag_of_a_process_is_told_with_its_place(monkeypatch):
+    from mixer import launch
+
+    told = []
+    monkeypatch.setattr(distributed, "tell_failure", lambda *args: told.append(args))
+    monkeypatch.setattr(cli, "run", lambda main, tell: tell("a mistake"))
+    for place in (
+        ["--coordinator_address=h:1", "--num_processes=2", "--process_id=1"],
+        ["--coordinator_address", "h:1", "-num_processes=2", "--process_id", "1"],
+        ["--process_id=1"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--typo=1", *place])
+        launch.run(None)
+    assert told == [("h:1", 2, 1, "a mistake")] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_end_within_seconds_where_one_has_a_bad_flag(tmp_path):
+    begun, address = time.monotonic(), multihost.free_address()
+    flags = ("train.py", "--config=tests/tiny_synthetic.py", f"--workdir={tmp_path / 'run'}")
+    started = [
+        multihost.start_one(address, 2, 0, *flags),
+        multihost.start_one(address, 2, 1, *flags, "--config.typo=1"),
+    ]
+    for code, output in multihost.finish(started, 120):
+        assert code == 2 and "typo" in output, output
+    assert time.monotonic() - begun < 60
+
+
+# Flags and config files.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--config.model={}"], ["--config.model={}", "model.variant"]),
+        (["--config.dataset=cifar10"], ["--config.dataset=cifar10", "dataset.name"]),
+        (["--config.input.batch_size=1"], ["'input.batch_size'", "'global_batch_size'"]),
+        (["--config.model_init=x"], ["'model_init'", "'init_from'"]),
+        (["--config.base_lr=1"], ["'base_lr'", "'optimizer.peak_lr'"]),
+        (["--config.wd=1"], ["'wd'", "'optimizer.weight_decay'"]),
+        (["--config.drop_path=1"], ["'drop_path'", "'model.stoch_depth'"]),
+        (["--workdir", "--seed=1"], ["--workdir", "--seed=1"]),
+        (["--workdir=--seed=1"], ["--workdir", "--seed=1"]),
+    ],
+)
+def test_mistaken_flag_is_named(arguments, wanted):
+    done = run_program("train.py", "--config=configs/digits.py", *arguments)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert all(text in done.stderr for text in wanted), done.stderr
+
+
+def test_no_far_fetched_hint():
+    done = run_program("train.py", "--config=configs/digits.py", "--config.typo=1")
+    assert "'typo'" in done.stderr and "Did you mean" not in done.stderr
+
+
+def test_names_of_other_programs_are_of_keys():
+    keys = set(common.base().to_dict()) | {
+        f"{group}.{key}"
+        for group, value in common.base().items()
+        if isinstance(value, ConfigDict)
+        for key in value
+    }
+    assert set(cli.USUAL_NAMES) <= keys
+    named = [name for names in cli.USUAL_NAMES.values() for name in names.split()]
+    assert len(named) == len(set(named)) and not keys & set(named)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "argument", "wanted"),
+    [
+        ("config.json", '{"seed": true}', "", "a run"),
+        ("config.yaml", "seed: 1", "", "Python"),
+        ("broken.py", "x = (\n", "", "line 1"),
+        ("empty.py", "", "", "get_config()"),
+        ("plain.py", "def get_config(): return {}\n", "", "dict"),
+        ("plain.py", "def get_config(): return {}\n", ":x", "no argument"),
+        ("greedy.py", "def get_config(arg): return {}\n", "", "an argument"),
+    ],
+)
+def test_file_that_is_no_config_is_named(name, text, argument, wanted, tmp_path):
+    path = tmp_path / name
+    path.write_text(text)
+    done = run_program("train.py", f"--config={path}{argument}")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert str(path) in done.stderr and wanted in done.stderr, done.stderr
+
+
+def test_package_of_the_same_name_does_not_replace_the_configs(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    config = f"--config={ROOT / 'configs' / 'digits.py'}"
+    for cwd, program in ((ROOT, "train.py"), (tmp_path, ROOT / "evaluate.py")):
+        done = run_python(program, config, "surplus", cwd=cwd, check=False, PYTHONPATH=path)
+        assert (done.returncode, "surplus" in done.stderr) == (2, True), done.stderr
+    code = "from mixer import cli; cli.run(lambda argv: cli.config() and None)"
+    done = run_python("-c", code, config, cwd=tmp_path, check=False, PYTHONPATH=path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Values.
+
+
+def _integer_keys(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, ConfigDict):
+            yield from _integer_keys(value, f"{prefix}{key}.")
+        elif tree.get_type(key) is int:
+            yield prefix + key
+
+
+@pytest.mark.parametrize("value", [10**20, 10**400, 0, -1])
+def test_every_integer_of_a_config_is_checked(value):
+    """Refused by name, or too small a matter to be refused."""
+    harmless = {
+        0: ("schedule.warmup_steps", "schedule.cooldown_steps", "schedule.cooldown_examples"),
+        -1: ("mesh.data",),
+    }
+    harmless[0] += ("schedule.warmup_examples", "seed", "max_skipped_steps", "stall_secs")
+    for key in _integer_keys(common.base()):
+        config = tiny_config(**{key.replace(".", "__"): value, "model__num_classes": 10})
+        if key == "model.num_classes":
+            config.model.num_classes = value
+        stem, _, unit = key.rpartition("_")
+        if unit in ("epochs", "examples"):
+            config.update_from_flattened_dict({f"{stem}_steps": None})
+        try:
+            run.check_config(config)
+            run.resolve_lengths(config, 100)
+            run.build_model(config)
+            run.build_optimizer(config)
+        except UserError as error:
+            assert key.rpartition(".")[2].partition("_")[0] in str(error), (key, error)
+        else:
+            free = ("stall_secs", "max_skipped_steps") if value > 0 else harmless.get(value, ())
+            assert key in free or key.startswith("mesh."), key
+
+
+def test_batches_that_do_not_fit_are_refused_before_anything_runs(tmp_path):
+    done = run_program(
+        "train.py",
+        "--config=tests/tiny_synthetic.py",
+        f"--workdir={tmp_path}",
+        "--config.global_batch_size=1000000000",
+    )
+    assert done.returncode == 2 and "global_batch_size=1000000000" in done.stderr
+    with pytest.raises(memory.NoRoomError, match="eval_batch_size=10000"):
+        memory.check_batch("eval_batch_size", 10**14, side=8, num_classes=10, prefetch_batches=2)
+
+
+def test_sizes_have_bounds():
+    for size in ((0, 8), (-8, 8), (10**6, 10**6)):
+        with pytest.raises(UserError, match=f"image {size[0]} x"):
+            check_image_size(size, 8)
+    with pytest.raises(UserError, match=r"model\.num_blocks is 1000000000"):
+        make_model(variant="S/16", num_classes=1, num_blocks=10**9)
+
+
+def test_many_classes_need_no_matrix_of_them(monkeypatch):
+    count = 100_000
+    labels, guesses = np.array([5, 99_999, 5, -1]), np.array([5, 7, 6, 3])
+    columns = dict(label=labels, labelled=labels >= 0, guesses=guesses[:, None])
+    columns |= dict(hit=labels == guesses, hit5=labels == guesses, loss=np.ones(4, "float32"))
+    predictions = classification.Predictions(**columns, probability=np.ones(4, "float32"))
+    result = classification.summarize(predictions, count)
+    assert result.top1 == 1 / 3 and "confusion" not in result.summary()
+    assert scores.confusions(labels, guesses).tolist() == [[5, 5, 1], [5, 6, 1], [99_999, 7, 1]]
+    free = psutil.virtual_memory()._replace(available=2**34)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(memory.NoRoomError, match="100,000 classes"):
+        _ = result.confusion
+    small = classification.summarize(
+        classification.Predictions(
+            **(columns | dict(label=np.array([0, 1, 0, -1]))), probability=np.ones(4, "float32")
+        ),
+        10,
+    )
+    assert small.confusion[0, 5] == 1 and small.confusion.sum() == 3
+
+
+def test_average_that_stays_with_the_first_weights_is_told():
+    line = optimizer.describe_average(0.9999, 3)
+    assert "optimizer.ema_decay=0.9999" in line and "step 3" in line and "100%" in line
+    assert optimizer.describe_average(0.9999, 6932) is None  # 0.49998
+    assert optimizer.describe_average(0.0, 3) is None
+
+
+# Outputs.
+
+
+@pytest.mark.parametrize(
+    "path", ["/dev/null", "/proc/x", "{tmp}/file/x", "{tmp}", "{tmp}/" + "n" * 300, "{tmp}/no/x"]
+)
+def test_output_that_cannot_be_written_is_named_first(path, weights, tmp_path):
+    (tmp_path / "file").touch()
+    path = path.format(tmp=tmp_path)
+    with pytest.raises(UserError, match=f"--json={path}"):
+        files.check_output("--json", path)
+    done = run_program("mixer.tools.convert", weights, path)
+    assert done.returncode == 2 and path in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    if path != str(tmp_path) and "/no/" not in path:
+        with pytest.raises(UserError, match=f"--output={path}"):
+            files.make_output_directory("--output", path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_pictures_need_a_directory_that_can_be_written(weights):
+    done = run_program("mixer.tools.inspect", f"--workdir={weights}", "--output=/dev/null")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "/dev/null" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--shares=", "--shares=x", "--shares=2"])
+def test_shares_that_are_none(flag, weights):
+    done = run_program("mixer.tools.sweep", "permutation", f"--weights={weights}", f"{flag}")
+    assert done.returncode == 2 and "--shares" in done.stderr
+
+
+# Numbers and programs.
+
+
+def test_no_images_give_no_logits():
+    model = make_model(
+        patch_size=4,
+        hidden_dim=8,
+        num_blocks=1,
+        tokens_mlp_dim=8,
+        channels_mlp_dim=8,
+        num_classes=3,
+    )
+    one, none = (jax.ShapeDtypeStruct((n, 48, 48, 3), "float32") for n in (1, 0))
+    params = jax.eval_shape(model.init, jax.random.key(0), one)
+    logits, out = jax.eval_shape(model.apply, params, none)
+    assert logits.shape == (0, 3) and out["stem"].shape == (0, 12, 12, 8)
+
+
+def test_a_byte_formatter_pulls_nothing():
+    for module, heavy in (
+        ("formatting", {"jax", "rich", "psutil"}),
+        ("train_step", {"psutil", "scipy.special"}),
+    ):
+        code = f"import sys, mixer.{module}; print(sorted({heavy} & set(sys.modules)))"
+        assert run_python("-c", code).stdout == "[]\n"
+
+
+def test_plan_knows_the_permutation():
+    from mixer import planning
+
+    config = tiny_config(model__num_classes=10)
+    config.dataset.update(name="digits", train_preprocess="decode", eval_preprocess="decode")
+    config.dataset.permutation = "pixels"
+    subject = planning.open_subject(config, "gpu:8xH100", utilization=0.5)
+    assert "permute_pixels(8, seed=0)" in subject.config.dataset.train_preprocess
+
+
+def test_busy_is_what_other_processes_use_now(monkeypatch):
+    """Whatever this process, or the system's average, has done before."""
+    now = dict(everyone=100.0, own=90.0)
+
+    class Process:
+        def cpu_times(self):
+            return ConfigDict(dict(user=now["own"], system=0.0))
+
+    times = type(psutil.cpu_times())
+
+    def cpu_times():
+        fields = dict.fromkeys(times._fields, 0.0)
+        return times(**(fields | dict(user=now["everyone"], idle=50.0)))
+
+    def sleep(seconds):
+        now.update(everyone=now["everyone"] + 4.0, own=now["own"] + 1.0)
+
+    monkeypatch.setattr(report.psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(report.psutil, "Process", Process)
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    ticks = iter((10.0, 12.0))
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(ticks))
+    assert report.cores_of_others() == 1.5
+
+
+@pytest.mark.parametrize(
+    ("program", "flag"),
+    [
+        (("mixer.tools.predict", "x.png", "--weights=x"), "--top"),
+        (("mixer.tools.predict", "x.png", "--weights=x"), "--batch_size"),
+        (("mixer.tools.predict", "x.png", "--weights={run}"), "--image_size"),
+        (("mixer.tools.export", "x", "x.stablehlo"), "--batch_size"),
+        (("mixer.tools.benchmark", "train"), "--rounds"),
+        (("mixer.tools.benchmark", "train"), "--image_size"),
+        (("mixer.tools.benchmark", "train"), "--batch_size"),
+        (("mixer.tools.benchmark", "loop"), "--examples"),
+        (("mixer.tools.plan",), "--num_examples"),
+        (("mixer.tools.plan",), "--num_classes"),
+        (("evaluate.py", "--weights=x", "--suite=throughput"), "--batch_sizes"),
+    ],
+)
+def test_every_integer_flag_has_a_bound(program, flag, weights, tmp_path):
+    picture = tmp_path / "x.png"
+    picture.touch()
+    arguments = [part.format(run=weights) for part in program]
+    done = run_program(*arguments, f"{flag}={10**20}", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert flag.lstrip("-") in done.stderr
