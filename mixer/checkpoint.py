@@ -13,9 +13,12 @@ import importlib.metadata
 import itertools
 import logging as python_logging
 import os
+import re
+import stat
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +30,23 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mixer import distributed, foreign
-from mixer.errors import UserError
+from mixer import backend, distributed, files, foreign, run_files
+from mixer.errors import UserError, printable
 from mixer.train_state import TrainState, fingerprint
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
+TIMES = "_CHECKPOINT_METADATA"  # Orbax's file of a checkpoint's times
+STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's directory
+
+
 class CheckpointError(UserError):
     """A checkpoint could not be written or used."""
+
+
+class DamagedError(CheckpointError):
+    """What a checkpoint's files hold is not what was saved."""
 
 
 class Checkpoints:
@@ -44,6 +55,7 @@ class Checkpoints:
     def __init__(
         self, directory: epath.PathLike, *, keep_last: int, keep_every_steps: int | None = None
     ):
+        check_name(directory, writes=True)
         policies = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_every_steps:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every_steps))
@@ -59,16 +71,40 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
+            # Else threads wait five minutes, also at the program's end, for a directory that could
+            # not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = self._open()
+        self._identity = self._identify()
         versions()  # now: the files may change under a run that lasts
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = {"state": _telling_handler(), "info": ocp.JsonCheckpointHandler()}
         with _quiet():
-            return ocp.CheckpointManager(
-                _absolute(self.directory), options=self._options, item_handlers=handlers
+            make = functools.partial(
+                ocp.CheckpointManager,
+                _absolute(self.directory),
+                options=self._options,
+                item_handlers=handlers,
             )
+            try:
+                try:
+                    return make()
+                except DAMAGE:
+                    # Times of writing, which nobody needs, and which Orbax will not do without
+                    # where they are there and are none.
+                    for step in saved_steps(self.directory):
+                        (self.directory / str(step) / TIMES).unlink(missing_ok=True)
+                    return make()
+            except OSError as error:
+                reason = f"{error.strerror or error}: {error.filename or self.directory}"
+                raise CheckpointError(f"{self.directory} cannot be opened: {reason}") from error
+
+    def _identify(self) -> tuple[int, int] | None:
+        if "://" in str(self.directory):
+            return None  # a store has no directories
+        return files.identity(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         self._quiet = _quiet()
@@ -84,6 +120,8 @@ class Checkpoints:
                 return
             with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
                 self._manager.close()
+            if kind:
+                _join_writers()
         finally:
             self._quiet.__exit__(None, None, None)
 
@@ -92,16 +130,20 @@ class Checkpoints:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, *, value: dict[str, float] | None = None) -> None:
         """Starts writing `state` under its step; returns once the device's memory is copied.
+
+        Args:
+          state: what is saved.
+          value: stands in its `info`: the figure for which it is kept, by name.
 
         Raises:
           CheckpointError: the state is not finite, or an earlier write has failed.
         """
         step = int(state.step)
+        self.check()
         if step in self._manager.all_steps():
             return  # the same bits: they are a function of the seed and the step
-        self.check()
         sums, finite = checksums(state)
         if not finite:
             raise CheckpointError(
@@ -110,6 +152,8 @@ class Checkpoints:
                 "optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
             )
         info = {"step": step, "checksums": sums, "versions": versions()}
+        if value is not None:
+            info["value"] = value
         with self._reporting(step):
             saved = self._manager.save(
                 step,
@@ -122,7 +166,12 @@ class Checkpoints:
 
     def describe_last(self) -> str:
         """Path of the newest whole checkpoint, or "none"."""
-        return str(self.directory / str(self.steps[-1])) if self.steps else "none"
+        steps = saved_steps(self.directory)  # Orbax forgets some when a write has failed
+        return str(self.directory / str(steps[-1])) if steps else "none"
+
+    def read_info(self, step: int) -> dict[str, Any]:
+        """What stands beside the state of a step; DamagedError where that is damaged."""
+        return read_info(self.directory / str(step))
 
     def delete_after(self, step: int) -> None:
         """Deletes checkpoints of steps beyond `step`."""
@@ -131,15 +180,26 @@ class Checkpoints:
                 self._manager.delete(later)
 
     def check(self) -> None:
-        """Raises CheckpointError if a write in the background has failed."""
+        """Raises CheckpointError if a write in the background has failed, or the place is gone."""
+        if self._identity not in (None, now := self._identify()):
+            what = "is gone" if now is None else "is another directory than it was"
+            raise CheckpointError(
+                f"{self.directory} {what}: it was removed or replaced while the run was writing to "
+                "it; the run cannot go on there"
+            )
         with self._reporting(None):
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns once all writes are whole, or raises CheckpointError."""
+        """Returns once all writes are whole and in their place, or raises CheckpointError."""
         with self._reporting(None):
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        self.check()
+        if self.steps and not (self.directory / str(self.steps[-1])).exists():
+            raise CheckpointError(
+                f"{self.directory / str(self.steps[-1])} is gone: it was removed while the run was "
+                "under way"
+            )
 
     @contextlib.contextmanager
     def _reporting(self, step: int | None) -> Iterator[None]:
@@ -159,8 +219,8 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the newest checkpoint that is whole.
 
-        A damaged one (missing or truncated files, changed bytes) is moved to
-        `RUN/damaged/`, with a warning, and the one before is tried.
+        A damaged one (missing or truncated files, changed bytes) is moved to `RUN/damaged/`, with a
+        warning, and the one before is tried. Whatever else a reading fails of moves nothing.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -176,23 +236,17 @@ class Checkpoints:
         if not self.steps:
             return None
         for step in reversed(self.steps):
-            restored, reason = None, "as another process finds"
+            restored = None
+            reason = f"checkpoint {self.directory / str(step)} is damaged, as another process finds"
             try:
                 restored = self._restore(step, abstract)
-            except (UserError, MemoryError):
-                raise
-            except Exception as error:  # whatever Orbax makes of the damage
-                if _is_of_the_machine(error):
-                    raise
-                reason = _reason(error)
+            except DamagedError as error:
+                reason = str(error)
             # Each process reads its own part of the arrays; all go back, or none.
             if distributed.agree(restored is not None):
                 return restored
             aside = self._move_aside(step)
-            warn(
-                f"checkpoint {self.directory / str(step)} is damaged ({reason}); moved to {aside}, "
-                "going back to the one before"
-            )
+            warn(f"{reason}; moved to {aside}, going back to the one before")
         raise CheckpointError(
             f"none of the checkpoints in {self.directory} can be read; they are in {aside.parent}. "
             "The same command now starts from step 0; weights in best/ can be a new run's init_from"
@@ -209,15 +263,22 @@ class Checkpoints:
         )
         distributed.barrier("choice of a directory for a damaged checkpoint")
         if distributed.is_main():
-            aside.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
+            try:
+                aside.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint {self.directory / str(step)} is damaged and cannot be moved to "
+                    f"{aside}: {error.strerror or error}"
+                ) from None
         distributed.barrier("removal of a damaged checkpoint")
         self._manager = self._open()
         return aside
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         directory = self.directory / str(step)
-        saved = saved_leaves(directory)
+        with _reading(directory):
+            saved = saved_leaves(directory)
         # A run that begins to leave updates out counts from here on; one that ends it forgets.
         begins = abstract.skipped is not None and "skipped" not in saved
         wanted = abstract.replace(skipped=None) if begins else abstract
@@ -233,7 +294,7 @@ class Checkpoints:
             ],
         )
         item = {name: value for name, value in vars(as_saved).items() if value is not None}
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _reading(directory), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(
                 _absolute(directory) / "state",
                 ocp.args.PyTreeRestore(
@@ -243,9 +304,9 @@ class Checkpoints:
                 ),
             )
         state, info = wanted.replace(**tree), read_info(directory)
-        _verify(state, info)
+        _verify(state, info, directory)
         if int(state.step) != step:
-            raise ValueError(f"its state is of step {int(state.step)}")
+            raise DamagedError(f"checkpoint {directory} is damaged: its state is of another step")
         state = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), state, wanted)
         if begins:
             state = state.replace(skipped=jnp.zeros_like(state.step))
@@ -281,6 +342,18 @@ class _Write:
             fault = f"a checkpoint could not be written: {_reason(error)}"
             distributed.abort(CheckpointError(fault))
             raise
+
+
+def _join_writers(timeout_secs: float = 20) -> None:
+    """Waits for Orbax's threads, which go on when a save has failed.
+
+    Else they would write into what is being removed, and tell of their own failures afterwards.
+    """
+    deadline = time.monotonic() + timeout_secs
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            with contextlib.suppress(Exception):  # its own failure, which is told already
+                thread.join(max(deadline - time.monotonic(), 0))
 
 
 @contextlib.contextmanager
@@ -326,20 +399,41 @@ def _paths(tree: Any) -> list[str]:
     ]
 
 
-def _verify(tree: Any, info: dict[str, Any], prefix: str = "") -> None:
+def check_name(path: epath.PathLike, *, writes: bool) -> None:
+    """Raises UserError for a path at which Orbax and TensorStore read or write other files.
+
+    They take a backslash for something else, have no use for bytes that are no UTF-8, and read a
+    path that they write to as a pattern of names, by which `run[1]` is another.
+    """
+    path = str(_absolute(path))
+    shown = printable(path)
+    if wrong := re.search(r"[\\\ud800-\udfff]", path):
+        what = "a backslash" if wrong[0] == "\\" else "bytes that are no UTF-8"
+        raise CheckpointError(
+            f"{shown}: checkpoints cannot be in a directory whose name has {what}; rename it"
+        )
+    if writes and (wrong := re.search(r"[*?\[\x00-\x1f\x7f]", path)):
+        raise CheckpointError(
+            f"{shown}: checkpoints cannot be written to a directory whose name has "
+            f"{printable(wrong[0])!r}; give it another name"
+        )
+
+
+def _verify(tree: Any, info: dict[str, Any], directory: epath.Path, prefix: str = "") -> None:
     sums, _ = checksums(tree)
     wrong = [path for path, value in sums.items() if info["checksums"].get(prefix + path) != value]
     if wrong:
-        raise ValueError(f"{len(wrong)} array(s) differ from their checksums, {wrong[0]} first")
+        raise DamagedError(
+            f"checkpoint {directory} is damaged: {len(wrong)} array(s) differ from their "
+            f"checksums, {wrong[0]} first"
+        )
 
 
 def saved_leaves(directory: epath.Path) -> dict[str, Any]:
     """Shape and dtype of every saved leaf by its path, read without reading the leaves."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(_absolute(directory) / "state").item_metadata
-    if metadata is None:
-        raise ValueError("its list of arrays cannot be read")
-    tree = metadata.tree
+    # Orbax's checkpointer would hide why a list cannot be read.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        tree = handler.metadata(_absolute(directory) / "state").tree
     return dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
@@ -371,7 +465,7 @@ def find_named(workdir: epath.PathLike, name: str) -> epath.Path:
     if name in ("last", "best"):
         return find_step(workdir / "best" if name == "best" else workdir)
     for directory in (workdir / "checkpoints" / name, workdir / "best" / name):
-        if name.isdigit() and directory.is_dir():
+        if STEP.fullmatch(name) and directory.is_dir():
             return directory
     raise UserError(f"--checkpoint={name}: {workdir} has no such step; last, best or a number")
 
@@ -383,23 +477,33 @@ def find_step(path: epath.PathLike) -> epath.Path:
       CheckpointError: there is none.
     """
     path = epath.Path(path).expanduser()
-    if (path / "state").is_dir():
+    if (path / "state").is_dir() and not (path / "checkpoints").is_dir():
         return path
     for directory in (path / "checkpoints", path):
-        if directory.is_dir():
-            steps = [
-                int(step.name)
-                for step in directory.iterdir()
-                # In an object store an unfinished step has its name already.
-                if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step)
-            ]
-            if steps:
-                return directory / str(max(steps))
+        if steps := saved_steps(directory):
+            return directory / str(steps[-1])
     raise CheckpointError(
         foreign.advice(path)
         or f"no checkpoint in {path}; give a run (RUN), or a step of it (RUN/checkpoints/STEP, "
         "RUN/best/STEP)"
     )
+
+
+def saved_steps(directory: epath.Path) -> list[int]:
+    """The steps of the whole checkpoints in a directory, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(path.name)
+        for path in directory.iterdir()
+        # In an object store an unfinished step has its name already.
+        if STEP.fullmatch(path.name) and path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
+    )
+
+
+def last_step(workdir: epath.PathLike) -> int | None:
+    """The step of a run's newest checkpoint, None where it has none."""
+    return max(saved_steps(epath.Path(workdir) / "checkpoints"), default=None)
 
 
 def restore_params(
@@ -430,7 +534,7 @@ def restore_params(
                 partial_restore=True,
             ),
         )
-        _verify(tree[item], read_info(directory), f"{item}/")
+    _verify(tree[item], read_info(directory), directory, f"{item}/")
     return tree[item]
 
 
@@ -448,36 +552,69 @@ def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple
 
 @contextlib.contextmanager
 def _reading(directory: epath.Path) -> Iterator[None]:
-    """Whatever Orbax makes of damaged files becomes a CheckpointError."""
+    """Decides, for all readers, what a failure tells of.
+
+    What Orbax makes of damaged files becomes a DamagedError; a fault of the path, the machine or
+    its devices a CheckpointError in one line. A fault of the program stays what it is.
+    """
+    check_name(directory, writes=False)
+    backend.start()
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        if _is_of_the_machine(error):
+        cause = _cause(error)  # Orbax wraps TensorStore's in a plain Exception
+        if _is_of_the_machine(cause):
+            raise CheckpointError(
+                f"checkpoint {directory} could not be read: {_reason(error)}"
+            ) from error
+        if not isinstance(cause, DAMAGE):
             raise
-        raise CheckpointError(f"checkpoint {directory} is damaged: {_reason(error)}") from error
+        raise DamagedError(f"checkpoint {directory} is damaged: {_reason(error)}") from error
 
 
 def read_info(directory: epath.Path) -> dict[str, Any]:
-    """The JSON saved beside the state in a step's directory."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(_absolute(directory) / "info")
+    """The JSON saved beside the state in a step's directory; DamagedError where it is damaged."""
+    try:
+        return run_files.read_info(directory)
+    except UserError as error:
+        if error.__cause__ is not None and _is_of_the_machine(error.__cause__):
+            raise
+        raise DamagedError(f"checkpoint {directory} is damaged: {error}") from None
 
 
-def _is_of_the_machine(error: Exception) -> bool:
-    """Whether a failed read tells of memory, rights or the network, and not of damaged files."""
+# TensorStore's and XLA's words for a lack of memory, files or rights, and for networks.
+MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+OS_ERROR = r"os_error_code='(\d+)'"  # TensorStore's, in its text
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# What Orbax makes of files that are not as it has written them.
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RecursionError)
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether a failed read tells of memory, rights, disks or networks, not of damaged files."""
     if isinstance(error, OSError):
-        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    codes = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-    return any(code in str(error) for code in codes)
+        return not isinstance(error, NOT_THERE)
+    text = str(error)
+    numbers = map(int, re.findall(OS_ERROR, text))
+    return any(code in text for code in MACHINE) or any(
+        not isinstance(OSError(number, ""), NOT_THERE) for number in numbers
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _reason(error: BaseException) -> str:
     """The innermost cause, in one line; a long one without its middle."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = _cause(error)
     text = " ".join(str(error).split()) or type(error).__name__
+    if number := re.search(OS_ERROR, text):  # the cause comes first: the text may be cut
+        text = f"{os.strerror(int(number[1]))}: {text}"
     return text if len(text) < 300 else f"{text[:120]} ... {text[-170:]}"
 
 
@@ -516,18 +653,27 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     if "://" in str(workdir):  # an object store has no locks
         yield
         return
-    descriptor = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    path = workdir / ".lock"
     try:
+        # O_NONBLOCK: opening a pipe would wait for its other end.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is no regular file; remove it")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(descriptor, 64).decode() or "unknown"
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        except BlockingIOError:
+            owner = os.read(descriptor, 64).decode(errors="replace") or "unknown"
             raise UserError(
                 f"{workdir} is in use by another process (pid {owner}); wait for it, or give "
                 "another --workdir"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            raise UserError(f"{path} cannot be locked: {error.strerror}") from None
         yield
     finally:
         os.close(descriptor)

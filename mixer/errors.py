@@ -45,6 +45,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {lowered[close[0]]!r}?" if close else ""
 
 
+def printable(text: str) -> str:
+    """The text with line breaks, control characters and bytes that are no UTF-8 written out."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def first_line(error: Exception) -> str:
     """TensorFlow's message without its op names and node traces."""
     text = getattr(error, "message", None) or str(error)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 from etils import epath
@@ -23,6 +24,26 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def remove_unfinished(directory: epath.Path) -> None:
+    """Removes what processes that were killed in `whole` have left in a local directory."""
+    if "://" in os.fspath(directory):
+        return  # a writer to a store leaves nothing behind
+    for path in directory.iterdir():
+        name = re.fullmatch(r"\..+\.([0-9]{1,9})\.new", path.name)
+        if name and not _is_another_alive(int(name[1])) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _is_another_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it lives, and is another user's
+    return True
 
 
 @contextlib.contextmanager
@@ -91,6 +112,15 @@ def make_output_directory(what: str, path: epath.PathLike) -> epath.Path:
     return target
 
 
+def identity(path: epath.PathLike) -> tuple[int, int] | None:
+    """What tells a local file or directory from one made later under its name; None: no such."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino
+
+
 def open_up(path: epath.PathLike, mode: int) -> None:
     """Gives a local file or directory that a library made for its maker alone the usual rights.
 
@@ -100,3 +130,22 @@ def open_up(path: epath.PathLike, mode: int) -> None:
     """
     os.umask(umask := os.umask(0))
     os.chmod(path, mode & ~umask)
+
+
+def read_regular(path: epath.PathLike) -> bytes | None:
+    """The bytes of a file, None where there is none.
+
+    Raises:
+      UserError: it is a directory, a device or a pipe, or cannot be read.
+    """
+    path = epath.Path(path)
+    try:
+        if not path.exists():
+            return None
+        is_local = "://" not in os.fspath(path)
+        if path.is_dir() or (is_local and not os.path.isfile(path)):
+            kind = "a directory" if path.is_dir() else "no regular file"
+            raise UserError(f"{path} is {kind}; expected a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

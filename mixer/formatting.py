@@ -1,5 +1,9 @@
 """Numbers as people read them."""
 
+import re
+
+from mixer.errors import printable
+
 
 def duration(seconds: float) -> str:
     """Such as 1:02:03 or 0:07."""
@@ -14,3 +18,15 @@ def short(value: float, unit: str) -> str:
         if value >= 10**power:
             return f"{value / 10**power:.3g} {prefix}{unit}"
     return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
+
+
+def in_markdown(text: str) -> str:
+    """The text as Markdown shows it: what would be markup, or HTML, is written as entities.
+
+    `html.unescape` gives back what a terminal shows.
+    """
+    return re.sub(r"[&<>|*\[\]`~\\]|\b_|_\b|^#", _entity, printable(text))
+
+
+def _entity(match: re.Match[str]) -> str:
+    return f"&#{ord(match[0])};"

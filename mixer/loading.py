@@ -7,7 +7,6 @@ module is not called load: the function `mixer.load` has that name.)
 
 import contextlib
 import dataclasses
-import json
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from mixer import (
     published,
     remote,
     resolution,
+    run_files,
     sharding,
     weights,
 )
@@ -466,7 +466,9 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> Found:
         shapes = checkpoint.saved_params(step)
     dims = weights.dimensions(shapes, path)
     num_tokens = dims.pop("num_tokens")
-    config, data = (_beside_run(step, name) for name in ("config.json", "data.json"))
+    workdir = step.parent.parent
+    config = run_files.read_config(workdir)
+    data = run_files.read_data(workdir, is_trained=run_files.is_trained(config or {}))
     if config is None:
         side = weights.square_side(num_tokens, dims["patch_size"])
         if side is None:
@@ -522,14 +524,6 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> Found:
         restore,
         "; ".join(about),
     )
-
-
-def _beside_run(step: epath.Path, name: str) -> dict[str, Any] | None:
-    path = step.parent.parent / name
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def _names(names: Any) -> str | tuple[str, ...] | None:

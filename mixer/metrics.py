@@ -8,30 +8,14 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from etils import epath
 
-from mixer import distributed
-
-
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`: {"step": k, "train/loss": ...}, in order.
-
-    A last line that was cut off by a crash is left out.
-    """
-    path = epath.Path(workdir) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+from mixer import distributed, files
+from mixer.errors import UserError, first_line
+from mixer.run_files import read_metrics
 
 
 class MetricWriter:
@@ -40,18 +24,25 @@ class MetricWriter:
     Process 0 alone writes; the others hold the same `rows`, from which the run takes decisions.
     """
 
-    def __init__(self, workdir: epath.Path, *, last_step: int, tensorboard: bool):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        last_step: int,
+        tensorboard: bool,
+        warn: Callable[[str], None] = print,
+    ):
         """Opens the record of a run that goes on after `last_step`.
 
         Lines of later steps, which that run will write again, are cut. With several processes, all
-        call this.
+        call this. `warn` gets a line on what is left out.
         """
         self._workdir = epath.Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._file = self._tensorboard = None
-        self._writes = distributed.is_main()
+        self._writes, self._warn = distributed.is_main(), warn
         self._wants_tensorboard = tensorboard and self._writes
-        rows = read_metrics(workdir) if self._writes else []
+        rows = read_metrics(workdir, warn) if self._writes else []
         self.rows = distributed.broadcast([row for row in rows if row["step"] <= last_step])
         # An object store has whole objects only: there each write replaces the record.
         self._in_store = "://" in os.fspath(self._path)
@@ -64,6 +55,7 @@ class MetricWriter:
             self._replace(new)
             new.replace(self._path)
             self._file = self._path.open("a")
+            self._identity = files.identity(self._path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; `metrics` are scalars such as {"train/loss": 0.3}."""
@@ -71,15 +63,46 @@ class MetricWriter:
         # JSON has no NaN; of a step that was left out the others are of use.
         row = {"step": step, **{k: v for k, v in numbers.items() if math.isfinite(v)}}
         self.rows.append(row)
+        self.check()
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         elif self._writes:
             self._replace(self._path)
         if self._wants_tensorboard and self._tensorboard is None:
-            self._open_tensorboard()
+            with self._copying():
+                self._open_tensorboard()
         elif self._tensorboard is not None:
-            self._tensorboard.write_scalars(step, {k: v for k, v in row.items() if k != "step"})
+            with self._copying():
+                self._tensorboard.write_scalars(step, {k: v for k, v in row.items() if k != "step"})
+
+    def check(self) -> None:
+        """Raises UserError where the record on disk is not the file that is written to."""
+        if self._file is None or (now := files.identity(self._path)) == self._identity:
+            return
+        what = "is gone" if now is None else "is another file than it was"
+        raise UserError(
+            f"{self._path} {what}: it was removed or replaced while the run was writing to it; "
+            "the run cannot go on there"
+        )
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Gives up TensorBoard's files, with a line, where they cannot be written.
+
+        They are a copy; the record is not.
+        """
+        try:
+            yield
+        except Exception as error:  # TensorFlow has exceptions of its own for each kind
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("tensor"):
+                raise
+            reason = getattr(error, "strerror", None) or first_line(error)
+            self._warn(
+                f"{self._workdir / 'tensorboard'} cannot be written: {reason}; the run goes on "
+                "without it, metrics.jsonl has everything"
+            )
+            self._tensorboard, self._wants_tensorboard = None, False
 
     def _replace(self, path: epath.Path) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -109,7 +132,8 @@ class MetricWriter:
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self._copying():
+                self._tensorboard.close()
 
 
 OUTLIER = 5  # times the median: a step that took so long, and a second more than it, is told

@@ -21,12 +21,12 @@ from mixer import (
     prediction,
     published,
     run,
+    run_files,
     sharding,
 )
 from mixer.data import folder, pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
-from mixer.metrics import read_metrics
 from mixer.train_step import make_predict
 
 IMAGES_LOOKED_INTO = 256  # of whose activations there are statistics
@@ -102,7 +102,7 @@ def write(
 
     sections = []
     if workdirs:
-        rows = {workdir: read_metrics(workdir) for workdir in workdirs}
+        rows = {workdir: run_files.read_metrics(workdir, log) for workdir in workdirs}
         results = _results(workdirs, checkpoint_name)
         if len(runs) > 1:
             log(f"comparing {len(runs)} runs")
@@ -350,16 +350,17 @@ def _results(
     workdirs: Sequence[str], checkpoint_name: str
 ) -> list[tuple[str, int, str, tuple[float, tuple[float, float]]]]:
     """What the runs' results.json say: run, step, split, and accuracy with its interval."""
-    name = "results.json" if checkpoint_name == "last" else f"results_{checkpoint_name}.json"
     found = []
     for workdir in workdirs:
-        saved = run.read_json(workdir, name)
-        for split, value in (saved or {}).get("splits", {}).items():
-            if "top1" in value:
-                interval = value.get("top1_interval") or scores.interval(
-                    value["top1"] * value["count"], value["count"]
-                )
-                found.append((workdir, saved["step"], split, (value["top1"], tuple(interval))))
+        saved = run_files.read_results(workdir, checkpoint_name) or {}
+        for split, value in saved.get("splits", {}).items():
+            if not value.keys() >= {"top1", "count"}:
+                continue  # edited
+            interval = value.get("top1_interval") or scores.interval(
+                value["top1"] * value["count"], value["count"]
+            )
+            step = saved.get("step", 0)
+            found.append((workdir, step, split, (value["top1"], tuple(interval))))
     return found
 
 

@@ -55,7 +55,7 @@ def draw_curves(rows: Rows, path: epath.PathLike, title: str) -> None:
 
     A curve of more than SMOOTHED_FROM points is drawn faint, and its running mean over it.
     """
-    with _drawing():
+    with drawing():
         panels = [panel for panel in PANELS if any(_points(rows, key) for key in panel[1])]
         figure, grid = _panels(len(panels), shortened(title, 90))
         for axes, (name, keys, from_zero) in zip(grid, panels, strict=False):
@@ -80,7 +80,7 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
         for panel in PANELS
         if any(_points(rows, key) for rows in runs.values() for key in panel[1])
     ]
-    with _drawing():
+    with drawing():
         figure, grid = _panels(len(panels), "", below=0.22 * len(runs) + 0.3)
         for axes, (name, keys, from_zero) in zip(grid, panels, strict=False):
             judged = [key for key in keys if key.startswith("val")]
@@ -99,7 +99,7 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
                 Line2D([], [], color=f"C{i % 10}", linestyle=LINES[i // 10 % len(LINES)])
                 for i in range(len(runs))
             ],
-            [_label(name) for name in runs],
+            [legend_label(name) for name in runs],
             loc="outside lower left",
             fontsize=8,
         )
@@ -110,7 +110,7 @@ def draw_results(
     results: Sequence[tuple[str, str, float, tuple[float, float]]], path: epath.PathLike
 ) -> None:
     """Draws accuracies with their intervals, a line each: (run, split, accuracy, (low, high))."""
-    with _drawing():
+    with drawing():
         figure = _figure(8, 0.9 + 0.28 * len(results))
         axes = figure.add_subplot()
         splits = list(dict.fromkeys(split for _, split, _, _ in results))
@@ -118,7 +118,7 @@ def draw_results(
             error = [[max(share - low, 0)], [max(high - share, 0)]]
             color = f"C{splits.index(split)}"
             axes.errorbar(share, place, xerr=error, fmt="o", ms=4, capsize=3, color=color)
-        names = [f"{shortened(run, 30)}, {split}" for run, split, _, _ in results]
+        names = [f"{shortened(run, 30)}, {shortened(split, 30)}" for run, split, _, _ in results]
         axes.set_yticks(range(len(results)), names)
         axes.set_ylim(len(results) - 0.5, -0.5)
         axes.xaxis.set_major_formatter(_percent)
@@ -171,7 +171,7 @@ def draw_activations(found: Activations, path: epath.PathLike) -> None:
 
     depth = np.arange(len(found.norm))
     blocks = depth[:-1]
-    with _drawing():
+    with drawing():
         figure, grid = _panels(6, f"over {found.num_images:,} images; depth 0 is behind the stem")
         for axes, values, name in (
             (grid[0], found.mean, "mean of a channel"),
@@ -213,7 +213,7 @@ def draw_confusion(
     intervals = np.array(
         [scores.interval(result.confusion[k, k], counts[k]) for k in range(len(counts))]
     )
-    with _drawing():
+    with drawing():
         if len(class_names) <= NAMED_CLASSES:
             _draw_named(shares, result.per_class, intervals, class_names, path)
         else:
@@ -230,7 +230,7 @@ def draw_images(
     lines = max(caption.count("\n") for caption in captions) + 1
     cell = (side + gap, side * height / width + line * lines + gap)
     size = (4 * cell[0] + gap, -(-len(images) // 4) * cell[1] + gap)
-    with _drawing():
+    with drawing():
         figure = _figure(size[0] / DPI, size[1] / DPI, layout=None)
         for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
             left = gap + number % 4 * cell[0]
@@ -312,7 +312,7 @@ def _percent(value: float, _: Any) -> str:
     return f"{100 * value:.4g}%"
 
 
-def _label(name: str) -> str:
+def legend_label(name: str) -> str:
     """A name for a legend, which leaves out those that begin with an underscore."""
     name = shortened(name, 90)
     return f" {name}" if name.startswith("_") else name
@@ -441,7 +441,7 @@ def _draw_tiles(
     """Draws images with a title each one below the other, a pixel as a pixel."""
     width = max(560, *(image.shape[1] + 24 for _, image in parts))
     height = sum(image.shape[0] + TITLE_PIXELS for _, image in parts) + 12
-    with _drawing():
+    with drawing():
         figure = _figure((width + 0.1) / DPI, (height + 0.1) / DPI, layout=None)
         top = height
         for title, image in parts:
@@ -459,7 +459,8 @@ def _draw_tiles(
 
 
 @contextlib.contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
+    """Draws names as they are: not as formulas, and without a word on what the font lacks."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():

@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import math
-import re
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +16,16 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from mixer import distributed, files, layers, loading, published, resolution, sharding, weights
+from mixer import (
+    distributed,
+    layers,
+    loading,
+    published,
+    resolution,
+    run_files,
+    sharding,
+    weights,
+)
 from mixer.data import folder, permutation, pipeline, resident
 from mixer.data import steps as steps_lib
 from mixer.errors import UserError
@@ -58,12 +67,9 @@ UNITS = ("steps", "epochs", "examples")
 MOST = 2**31 - 1  # of anything that is counted: steps are int32, as are indices on devices
 # What is given in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
-# Keys that evaluation reads and runs begun before they existed lack, with what those runs did.
-ADDED = (
-    ("dataset", "label_key", ""),
-    ("dataset", "label_file", ""),
-    ("optimizer", "ema_decay", 0.0),
-)
+# What a run directory holds; nothing else may have these names.
+DIRECTORIES = ("checkpoints", "best", "damaged", "tensorboard", "profile", "evaluation")
+FILES = ("config.json", "data.json", "metrics.jsonl", "results.json", "results.md", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -501,7 +507,7 @@ def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
         return change
     change += f" ({before['num_bytes']:,} bytes, now {now['num_bytes']:,})"
     rows = [
-        list(zip(each.get("class_files") or (), each.get("class_bytes") or (), strict=True))
+        list(zip(each.get("class_files") or (), each.get("class_bytes") or (), strict=False))
         for each in (before, now)
     ]
     pairs = zip(*rows, strict=False)
@@ -549,18 +555,9 @@ def _files_record(split: pipeline.Split) -> dict[str, Any]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all, a list of numbers in one line; on process 0 alone."""
-    if not distributed.is_main():
-        return
-    text = json.dumps(value, indent=2)
-    text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
-    with files.whole(path) as new:
-        new.write_text(text + "\n")
-
-
-def results_path(directory: epath.PathLike, name: str) -> epath.Path:
-    """Of the results of the last checkpoint, or of the one called `name`."""
-    return epath.Path(directory) / ("results.json" if name == "last" else f"results_{name}.json")
+    """Writes a JSON file whole or not at all, on process 0 alone."""
+    if distributed.is_main():
+        run_files.write_json(path, value)
 
 
 def record_result(
@@ -584,42 +581,77 @@ def record_result(
       result: what JSON can hold.
       section: of the file: "splits", or what else an evaluation finds.
     """
-    path = results_path(directory, name)
+    path = run_files.results_path(directory, name)
     if not distributed.is_main():
         return path
     weights = json.loads(json.dumps(weights))
-    old = read_json(directory, path.name) or {}
+    old = run_files.read_results(directory, name) or {}
     if {key: old.get(key) for key in (*weights, "weights")} != {"weights": None, **weights}:
         old = weights
         path.with_suffix(".md").unlink(missing_ok=True)  # a card of those
-    write_json(path, {**old, section: {**old.get(section, {}), which: result}})
+    run_files.write_json(path, {**old, section: {**old.get(section, {}), which: result}})
     return path
 
 
-def read_json(workdir: epath.PathLike, name: str) -> dict[str, Any] | None:
-    """Reads a JSON file of a run, None where it has none."""
-    path = epath.Path(workdir) / name
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
 def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
-    """The config and the class names of a run.
+    """The config, with every key of today's code, and the class names of a run.
 
     Raises:
-      UserError: the directory is no run.
+      UserError: the directory is no run, or a file of it is damaged.
     """
-    config, data = read_json(workdir, "config.json"), read_json(workdir, "data.json")
-    if config is None or data is None:
-        raise UserError(f"{workdir} is no run: it holds no config.json and data.json")
-    check_trained(workdir, config)
-    for group, key, neutral in ADDED:
-        config[group].setdefault(key, neutral)
-    return ConfigDict(config), tuple(data["class_names"])
+    config = run_files.read_config(workdir)
+    if config is not None:
+        check_trained(workdir, config)
+    data = run_files.read_data(workdir)
+    files = {"config.json": config, "data.json": data}
+    if missing := [name for name, value in files.items() if value is None]:
+        raise UserError(f"{workdir} is no run: it holds no {' and no '.join(missing)}")
+    class_names = tuple(data["class_names"])
+    config = ConfigDict(run_files.completed(config))
+    if config.model.num_classes is None:
+        config.model.num_classes = len(class_names)
+    if config.model.num_classes != len(class_names):
+        raise UserError(
+            f"{workdir}: config.json has model.num_classes={config.model.num_classes}, and "
+            f"data.json {len(class_names)} class_names"
+        )
+    return config, class_names
+
+
+def read_begun(
+    workdir: epath.PathLike, *, allow_config_change: bool
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Config and data that bind a run with checkpoints; None where one is missing and may be.
+
+    Raises:
+      UserError: a file is damaged, or missing without `allow_config_change`; or the weights are
+        converted ones.
+    """
+    config = run_files.read_config(workdir)
+    if config is not None:
+        check_trained(workdir, config)
+    data = run_files.read_data(workdir)
+    for name, value in (("config.json", config), ("data.json", data)):
+        if value is None and not allow_config_change:
+            raise UserError(
+                f"{epath.Path(workdir) / name} is missing, and {workdir} has checkpoints: what the "
+                "run was begun with is not known. Bring the file back, give another --workdir, or "
+                "--allow_config_change to continue with what the command says"
+            )
+    return config, data
+
+
+def check_place(workdir: epath.Path) -> None:
+    """Raises UserError where a name of a run's is that of something else."""
+    if "://" in os.fspath(workdir):
+        return
+    for names, is_right, what in (
+        (DIRECTORIES, os.path.isdir, "directory"),
+        (FILES, os.path.isfile, "regular file"),
+    ):
+        for path in (workdir / name for name in names):
+            if os.path.lexists(path) and not is_right(path):
+                raise UserError(f"{path} is no {what}, which a run has there; move it away")
 
 
 def check_trained(workdir: epath.PathLike, config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,7 @@ from mixer import (
     checkpoint,
     console,
     distributed,
+    files,
     formatting,
     loading,
     losses,
@@ -33,6 +34,7 @@ from mixer import (
     profiling,
     published,
     run,
+    run_files,
     sharding,
     signals,
     stepping,
@@ -93,11 +95,10 @@ def _train(
     best: checkpoint.Checkpoints,
 ) -> None:
     # What this directory's run was begun with binds it. A run that never saved binds nothing.
-    begun = bool(checkpoints.steps)
-    old_config = run.read_json(workdir, "config.json") if begun else None
-    old_data = run.read_json(workdir, "data.json") if begun else None
-    if old_config:
-        run.check_trained(workdir, old_config)
+    old_config = old_data = None
+    if checkpoints.steps:
+        old_config, old_data = run.read_begun(workdir, allow_config_change=allow_config_change)
+    run_files.read_results(workdir, "last")  # is added to at the end; damage is told now
 
     _keep_compiled_programs(config.compile_cache_dir, workdir)
     mesh = sharding.make_mesh(config.mesh)
@@ -247,7 +248,7 @@ def _train(
     distributed.barrier("reading of the run")
     run.write_json(workdir / "config.json", config.to_dict())
     run.write_json(workdir / "data.json", data)
-    writer = MetricWriter(workdir, last_step=start_step, tensorboard=config.tensorboard)
+    writer = MetricWriter(workdir, last_step=start_step, tensorboard=config.tensorboard, warn=_warn)
     terminal = console.Terminal(start_step=start_step, total_steps=config.total_steps)
     _introduce(config, workdir, model, abstract, splits, mesh, terminal.line)
     if start_step:
@@ -285,6 +286,10 @@ def _train(
                     return None
         return results
 
+    # The best so far belongs to the best checkpoint: the record may be cut, or be gone.
+    judged = "val_ema/top1" if ema else "val/top1"
+    highest = best_so_far(best, judged, writer.rows) if start_step else -1.0
+
     def validate(state: train_state.TrainState, step: int) -> None:
         """Evaluates on the validation split and what `eval_suite` names; keeps the best weights.
 
@@ -295,17 +300,11 @@ def _train(
             results = evaluate(state, which, split)
             if results is None:
                 return
-            judged = "val_ema" if ema else "val"
-            so_far = [row[f"{judged}/top1"] for row in writer.rows if f"{judged}/top1" in row]
-            keep = which == "val" and config.checkpoint.keep_best
-            if keep and results[judged].top1 > max(so_far, default=-1):
-                # Others of this step and beyond are of a run that was here before.
-                best.delete_after(step - 1)
-                best.save(state)
-                best.wait()  # the line below says that it is whole
+            if which == "val" and config.checkpoint.keep_best:
+                keep_if_best(state, step, results[judged.partition("/")[0]].top1)
             record(step, results)
-            for name, result in results.items():
-                terminal.line(f"step {step}: {_sentence(name, result)}")
+            for line in _sentences(which, results):
+                terminal.line(f"step {step}: {line}")
         for name, result in (probe(state) or {}).items():
             if not any(row["step"] == step and f"{name}/{SHOT}" in row for row in writer.rows):
                 writer.write(step, _probed(name, result))
@@ -317,6 +316,15 @@ def _train(
                 f"{key}: {value:.2%}" for key, value in _probed(name, result).items()
             )
             terminal.line(f"step {step}: {shares}")
+
+    def keep_if_best(state: train_state.TrainState, step: int, accuracy: float) -> None:
+        nonlocal highest
+        if accuracy > highest:
+            # Others of this step and beyond are of a run that was here before.
+            best.delete_after(step - 1)
+            best.save(state, value={judged: accuracy})
+            best.wait()  # the line that tells of the evaluation says that it is whole
+            highest = accuracy
 
     def probe(state: train_state.TrainState) -> dict[str, fewshot.FewShot] | None:
         """The few-shot probe, where `eval_suite` has it; None where a signal has ended it."""
@@ -406,8 +414,8 @@ def _train(
         results = evaluate(state, which, split)
         _leave_if_asked(caught, checkpoints, terminal.line)
         record(config.total_steps, results)
-        for name, result in results.items():
-            terminal.line(_sentence(name, result))
+        for line in _sentences(which, results):
+            terminal.line(line)
     writer.close()
     if distributed.is_main():
         pictures.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
@@ -583,16 +591,19 @@ def _check_finite(
 def _directory(workdir: str) -> Iterator[epath.Path]:
     """Makes the run's directory, which all processes have to see, and holds it."""
     path = epath.Path(workdir).expanduser()
+    checkpoint.check_name(path, writes=True)
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except Exception as error:
-                if not isinstance(error, OSError) and "://" not in workdir:
+                if not isinstance(error, OSError) and "://" not in os.fspath(workdir):
                     raise  # an object store's client has exceptions of its own
                 reason = getattr(error, "strerror", None) or first_line(error)
                 raise UserError(f"--workdir={workdir} cannot be made: {reason}") from None
             stack.enter_context(checkpoint.locked(path))
+            run.check_place(path)
+            files.remove_unfinished(path)
         distributed.check_shared(path)
         yield path
 
@@ -704,10 +715,32 @@ def _probed(prefix: str, result: fewshot.FewShot) -> dict[str, float]:
     return {f"{prefix}/{each.shots}shot": each.mean for each in result.results}
 
 
-def _sentence(name: str, result: classification.Classification) -> str:
-    which, _, average = name.partition("_")
-    split = {"val": "validation"}.get(which, which) + (" (average)" if average else "")
-    return (
-        f"{split} accuracy {result.top1:.2%} ({result.correct:,} of {result.labelled:,}), top-5 "
-        f"{result.top5:.2%}, loss {result.loss:.4f}"
-    )
+def _sentences(which: str, results: dict[str, classification.Classification]) -> Iterator[str]:
+    """A line for the parameters, and one for their average, on the set called `which`."""
+    for name, result in results.items():
+        split = {"val": "validation"}.get(which, which) + " (average)" * (name != which)
+        yield (
+            f"{split} accuracy {result.top1:.2%} ({result.correct:,} of {result.labelled:,}), "
+            f"top-5 {result.top5:.2%}, loss {result.loss:.4f}"
+        )
+
+
+def best_so_far(
+    best: checkpoint.Checkpoints, judged: str, rows: Sequence[dict[str, float]]
+) -> float:
+    """The value by which the best checkpoint was kept; -1 where there is none.
+
+    One of older code does not say it: it is in the record then, or else the best there is.
+    """
+    if not best.steps:
+        return -1.0
+    try:
+        value = best.read_info(best.steps[-1]).get("value", {})
+    except checkpoint.DamagedError as error:
+        _warn(f"{error}; the next evaluation takes its place")
+        return -1.0
+    if judged not in value:
+        there = [row for row in rows if judged in row]
+        of_step = [row for row in there if row["step"] == best.steps[-1]]
+        value = {judged: max((row[judged] for row in of_step or there), default=-1.0)}
+    return value[judged]

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import formatting, loading, run, trainer
+from mixer import checkpoint, formatting, loading, run, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import scores
 
@@ -224,20 +224,18 @@ def _naming(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {error}") from error
 
 
-def _last_step(workdir: epath.Path) -> int | None:
-    """The step of a run's newest checkpoint, None where it has none."""
-    directory = workdir / "checkpoints"
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=None)
-
-
 def _read(name: str, workdir: epath.Path) -> TaskResult | None:
     """The result of a finished run, None where there is none yet."""
-    files = ("results.json", "config.json", "data.json")
-    results, config, data = (run.read_json(workdir, file) or {} for file in files)
+    results = run_files.read_results(workdir, "last") or {}
+    config, data = run_files.read_config(workdir), run_files.read_data(workdir)
     test = results.get("splits", {}).get("test")
     if not (test and config and data) or results.get("step") != config["total_steps"]:
         return None
+    if (
+        not {"count", "top1", "top1_interval", "mean_per_class", "mean_per_class_interval"}
+        <= test.keys()
+    ):
+        return None  # edited: the run is finished, and evaluates once more
     per_class = test["mean_per_class_interval"]
     return TaskResult(
         name=name,
@@ -253,12 +251,15 @@ def _read(name: str, workdir: epath.Path) -> TaskResult | None:
 
 def _check_same_config(workdir: epath.Path, config: ConfigDict) -> None:
     """Raises UserError where `workdir` holds a run of another config."""
-    old, data = (run.read_json(workdir, file) for file in ("config.json", "data.json"))
+    old = run_files.read_config(workdir)
+    if old is not None:
+        run.check_trained(workdir, old)
+    data = run_files.read_data(workdir)
     if old is None or data is None:
         return
-    if _last_step(workdir) is None and run.read_json(workdir, "results.json") is None:
+    results = run_files.read_results(workdir, "last")
+    if checkpoint.last_step(workdir) is None and results is None:
         return  # what never saved binds nothing
-    run.check_trained(workdir, old)
     new = _resolved(config, None, old)
     if new.model.num_classes is None:
         new.model.num_classes = len(data["class_names"])
@@ -318,7 +319,7 @@ def _find_weights(
     found: dict[tuple[str, int | None], loading.Found | None] = {}
     for name, config in tasks.items():
         key = config.init_from, config.init_image_size
-        needed = _last_step(workdirs[name]) is None
+        needed = checkpoint.last_step(workdirs[name]) is None
         if found.get(key) is None:
             with _naming(name):
                 found[key] = run.find_initial(config) if needed else None
@@ -346,8 +347,8 @@ def _check(
     Raises:
       UserError: data or model that training would refuse, or data of another size.
     """
-    done = _last_step(workdir)
-    old = None if done is None else run.read_json(workdir, "config.json")
+    done = checkpoint.last_step(workdir)
+    old = None if done is None else run_files.read_config(workdir)
     config = _resolved(config, found, old)
     splits = run.open_splits(config, None)
     if splits.test is None:

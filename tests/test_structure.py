@@ -13,6 +13,7 @@ FLOORS = {
     "mixer.backend": -1,
     "mixer.formatting": -1,
     "mixer.interrupts": -1,
+    "mixer.run_files": -1,
     "mixer.data": -1,
     "mixer.data.order": 0,
     "mixer.data.steps": 0,

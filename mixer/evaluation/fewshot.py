@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from scipy import special
 
-from mixer import layers, microbatches, sharding
+from mixer import formatting, layers, microbatches, sharding
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
@@ -90,8 +90,9 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
             short = each["short_classes"]
             images = f"{each['examples']:,}" + (f" ({short:,} classes have fewer)" if short else "")
             draws = ", ".join(f"{accuracy:.2%}" for accuracy in each["accuracies"])
+            which = formatting.in_markdown(name)
             lines.append(
-                f"| {name} | {each['shots']} | {images} | {each['mean']:.2%} "
+                f"| {which} | {each['shots']} | {images} | {each['mean']:.2%} "
                 f"| {low:.2%} to {high:.2%} | {deviation} | {draws} |"
             )
     return lines

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import html
 import itertools
 import json
 import math
@@ -26,16 +27,17 @@ from mixer import (
     files,
     loading,
     losses,
-    metrics,
     published,
     remote,
     run,
+    run_files,
     sharding,
     weights,
 )
 from mixer.data import pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, fewshot, scores, suites, throughput
+from mixer.formatting import in_markdown
 from mixer.model import VARIANTS, MlpMixer, check_image_size
 from mixer.train_state import abstract_params
 from mixer.train_step import make_predict
@@ -147,7 +149,7 @@ def open_run(
         batch_size=data.eval_batch_size or data.global_batch_size,
         config=data,
         own_data=config is None,
-        data=None if config is not None else run.read_json(workdir, "data.json")["splits"],
+        data=None if config is not None else run_files.read_data(workdir)["splits"],
         output=epath.Path(output or workdir).expanduser(),
         checkpoint_name=checkpoint_name,
         step=int(directory.name),
@@ -180,7 +182,7 @@ def open_weights(
     own, own_data = config is None and preprocess is None, False
     if config is None and remote.is_directory(path):
         workdir = checkpoint.find_step(path).parent.parent
-        if "total_steps" in (run.read_json(workdir, "config.json") or {}):
+        if run_files.is_trained(run_files.read_config(workdir) or {}):
             (config, _), own_data = run.read_run(workdir), True
     size = None if config is None else config.image_size
     loaded = loading.read(
@@ -272,6 +274,8 @@ def evaluate(
         others are evaluated all the same.
     """
     console = _console()
+    if output is not None and distributed.is_main():
+        files.make_output_directory("--output", output)
     names = suites.expand(suite, others=(FEWSHOT, THROUGHPUT))
     done: list[tuple[str, dict[str, dict[str, Any]]]] = []
     failed: list[str] = []
@@ -291,7 +295,6 @@ def evaluate(
         console.print()
         _print(console, "\n".join(table))
         if output is not None and distributed.is_main():
-            _make_directory(epath.Path(output).expanduser())
             path = epath.Path(output).expanduser() / "side_by_side.md"
             path.write_text("\n".join(table) + "\n")
             console.print(f"written to {path}", markup=False)
@@ -344,7 +347,7 @@ def _evaluate(
                 subject.model, params, subject.image_size, batch_sizes=batch_sizes, mesh=mesh
             )
         card.add(THROUGHPUT, subject.variant or "model", measured.summary())
-    card.add_cost()
+    card.add_cost(say)
     _print(console, markdown(subject, card.new))
     say(f"written to {card.path.with_suffix('.md')} and {card.path.name}")
     return card.new
@@ -356,10 +359,15 @@ class _Card:
     def __init__(self, subject: Subject):
         self._subject = subject
         self.new: dict[str, dict[str, Any]] = {}
-        _make_directory(subject.output / "evaluation")
         self.directory = subject.output / "evaluation"
+        if distributed.is_main():
+            files.make_output_directory("--output", subject.output)
+            files.make_output_directory("--output", self.directory)
+            run.check_place(subject.output)
+            files.remove_unfinished(subject.output)
+            run_files.read_results(subject.output, subject.checkpoint_name)
         self.prefix = "" if subject.checkpoint_name == "last" else f"{subject.checkpoint_name}_"
-        self.path = run.results_path(subject.output, subject.checkpoint_name)
+        self.path = run_files.results_path(subject.output, subject.checkpoint_name)
 
     def add(self, section: str, name: str, value: dict[str, Any]) -> None:
         """Enters a result; those of other weights that the file had are gone."""
@@ -371,7 +379,8 @@ class _Card:
             subject.output, subject.checkpoint_name, subject.identity, name, value, section=section
         )
         with files.whole(self.path.with_suffix(".md")) as new:
-            new.write_text(markdown(subject, json.loads(self.path.read_text())))
+            results = run_files.read_results(subject.output, subject.checkpoint_name)
+            new.write_text(markdown(subject, results or self.new))
 
     def add_split(
         self, which: str, result: classification.Classification, split: pipeline.Split
@@ -389,12 +398,12 @@ class _Card:
             }
         self.add("splits", which, value)
 
-    def add_cost(self) -> None:
+    def add_cost(self, say: Callable[[str], None]) -> None:
         """Enters what the training took, from the run's own log."""
         config = self._subject.config
         if self._subject.step is None or config is None:
             return
-        rows = metrics.read_metrics(self._subject.name)
+        rows = run_files.read_metrics(self._subject.name, say)
         rows = [row for row in rows if row["step"] <= self._subject.step]
         cost = throughput.core_hours(rows, global_batch_size=_trained_batch(self._subject))
         if cost is not None:
@@ -505,7 +514,7 @@ def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[int
     Yields what moves it by a number of images; it returns False: an evaluation need not stop.
     """
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
@@ -537,7 +546,7 @@ def _fewshot(
     """Adds the few-shot probe on each of `data`."""
     for name, (train, test) in data.items():
         for suffix, read in subject.params.items():
-            with console.status(f"few-shot probe on {name}{suffix}"):
+            with console.status(Text(f"few-shot probe on {name}{suffix}")):
                 result = fewshot.evaluate(
                     subject.model,
                     read(),
@@ -613,6 +622,10 @@ COLUMNS = (
 )
 
 
+# What a result needs to have a row, beside those of COLUMNS that may be empty.
+SHOWN = {"count", "labelled", "top1", "top1_interval", "top5", "loss", "ece", "mean_per_class"}
+
+
 def _row(name: str, result: dict[str, Any]) -> list[str]:
     """The cells of COLUMNS."""
     images = f"{result['count']:,}"
@@ -638,9 +651,9 @@ def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
     for name, result in results.items():
         if known := result.get("published"):
             share, of = _percent(known["top1"]), f"{known['weights']} ({known['source']})"
-            whole = suites.TASKS[name].num_images
             notes.append(f"{name}: {share} is published for {of}")
-            notes[-1] += f", of {whole:,} images" * (result["count"] != whole)
+            if name in suites.TASKS and result["count"] != suites.TASKS[name].num_images:
+                notes[-1] += f", of {suites.TASKS[name].num_images:,} images"
     return notes
 
 
@@ -658,12 +671,15 @@ def _title(subject: Subject) -> str:
 
 
 def _fewshot_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    keys = {"train", "test", "count", "results"}
+    results = {name: each for name, each in results.items() if each.keys() >= keys}
     lines = [*fewshot.markdown(results), ""]
     for name, result in results.items():
-        lines.append(
+        line = (
             f"{name}: shots from {result['train']}; top-1 on {result['count']:,} images of "
-            f"{result['test']}.  "
+            f"{result['test']}"
         )
+        lines.append(f"{in_markdown(line)}.  ")
     return lines
 
 
@@ -680,14 +696,14 @@ def markdown(subject: Subject, results: dict[str, Any]) -> str:
     """The report card, from what results.json holds."""
     height, width = subject.image_size
     lines = [
-        f"# {_title(subject)}",
+        f"# {in_markdown(_title(subject))}",
         "",
         f"{subject.variant or 'MLP-Mixer'}, {subject.num_params:,} parameters, images of "
         f"{height} x {width}, {subject.num_classes:,} classes.",
     ]
     # What was recorded before results had all of these is left out.
     splits = results.get("splits", {}).items()
-    if whole := {name: each for name, each in splits if "top1_interval" in each}:
+    if whole := {name: each for name, each in splits if each.keys() >= SHOWN}:
         columns, rows = _shown(whole)
         lines += [
             "",
@@ -695,8 +711,8 @@ def markdown(subject: Subject, results: dict[str, Any]) -> str:
             "is the mean of the classes' accuracies.",
         ]
         lines += ["", _line(columns), "|---" * len(columns) + "|", *map(_line, rows), ""]
-        lines += [f"{name} is {each['data']}.  " for name, each in whole.items() if "data" in each]
-        lines += [f"{note}.  " for note in _notes(whole)]
+        notes = [f"{name} is {each['data']}" for name, each in whole.items() if "data" in each]
+        lines += [f"{in_markdown(note)}.  " for note in (*notes, *_notes(whole))]
     for section, made in SECTIONS.items():
         if section in results:
             lines += ["", *made(results[section])]
@@ -704,19 +720,22 @@ def markdown(subject: Subject, results: dict[str, Any]) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(in_markdown, cells))} |"
 
 
 def _print(console: Console, text: str) -> None:
     """Prints Markdown, its tables drawn."""
     for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
         if not is_table:
-            console.print("\n".join(line.strip() for line in lines), markup=False)
+            text = html.unescape("\n".join(line.strip() for line in lines))
+            console.print(text, markup=False)
             continue
-        header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+        header, _, *rows = (
+            [html.unescape(cell.strip()) for cell in line.split("|")[1:-1]] for line in lines
+        )
         table = Table()
         for name in header:
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(name), overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
@@ -738,19 +757,11 @@ def add_transfer(subject: Subject, name: str, result: Any) -> None:
       name: "vtab" or "transfer".
       result: a `mixer.transfer.Transfer`.
     """
-    _make_directory(subject.output)
     console, card = _console(), _Card(subject)
     card.add("transfer", name, result.summary() | {"markdown": result.markdown()})
     _print(console, markdown(subject, card.new))
     written = f"written to {card.path.with_suffix('.md')} and {card.path.name}"
     console.print(written, markup=False)
-
-
-def _make_directory(path: epath.Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be made: {error.strerror or error}") from None
 
 
 def measure_variants(

@@ -14,12 +14,13 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
+from rich.text import Text
 from scipy import special
 
-from mixer import checkpoint, files, loading, losses, remote, run, sharding, weights
+from mixer import checkpoint, files, loading, losses, pictures, remote, run, sharding, weights
 from mixer.data import permutation as orders
 from mixer.data import pipeline, steps
-from mixer.errors import UserError
+from mixer.errors import UserError, printable
 from mixer.evaluation import classification, scores, suites
 from mixer.model import check_image_size
 from mixer.train_step import make_predict
@@ -374,14 +375,14 @@ def as_table(sweep: Sweep) -> Table:
         table.add_column("lowest to highest", justify="right", no_wrap=True)
     table.add_column("loss", justify="right", no_wrap=True)
     for curve in sweep.curves:
-        label = curve.label
+        label = Text(printable(curve.label))
         for point in curve.points:
             low, high = point.top1_interval
             row = [label, f"{point.x:g}", f"{point.top1:.2%}", f"{low:.2%} to {high:.2%}"]
             if sweep.kind == "permutation":
                 row.append(f"{min(point.top1_by_seed):.2%} to {max(point.top1_by_seed):.2%}")
             table.add_row(*row, f"{point.loss:.4f}")
-            label = ""
+            label = Text()
         table.add_section()
     return table
 
@@ -390,8 +391,14 @@ def draw(sweep: Sweep, path: epath.PathLike) -> None:
     """Draws the curves as a PNG: means with their intervals, and a dot for each permutation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    with pictures.drawing():
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        _draw_curves(sweep, figure.subplots())
+        with epath.Path(path).open("wb") as file:
+            figure.savefig(file, format="png", dpi=120)
+
+
+def _draw_curves(sweep: Sweep, axes: Any) -> None:
     checkpoints = list(dict.fromkeys(curve.weights for curve in sweep.curves))
     for curve in sweep.curves:
         xs = [point.x for point in curve.points]
@@ -407,7 +414,7 @@ def draw(sweep: Sweep, path: epath.PathLike) -> None:
             marker="o",
             markersize=4,
             capsize=3,
-            label=curve.label,
+            label=pictures.legend_label(curve.label),
         )
         for point in curve.points:
             if len(point.top1_by_seed) > 1:
@@ -421,8 +428,6 @@ def draw(sweep: Sweep, path: epath.PathLike) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with epath.Path(path).open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
 
 
 def output_directory(subjects: Sequence[Subject], given: str | None) -> epath.Path:
@@ -438,7 +443,7 @@ def output_directory(subjects: Sequence[Subject], given: str | None) -> epath.Pa
     if given is None:
         if len(subjects) > 1 or subjects[0].workdir is None:
             raise UserError("--output is missing: a directory for the picture and the numbers")
-        return subjects[0].workdir
+        given = subjects[0].workdir
     return files.make_output_directory("--output", given)
 
 

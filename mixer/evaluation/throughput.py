@@ -234,10 +234,10 @@ def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     for name, summary in summaries.items():
         height, width = summary["image_size"]
-        what = f"{name}, {height} x {width}, {summary['dtype']}"
-        devices = f"{summary['devices']} x {summary['device']}"
-        published = summary["published"]
-        published = "" if published is None else f"{published:,} ({summary['variant']})"
+        what = formatting.in_markdown(f"{name}, {height} x {width}, {summary['dtype']}")
+        devices = f"{summary['devices']} x {formatting.in_markdown(summary['device'])}"
+        published, variant = summary["published"], formatting.in_markdown(str(summary["variant"]))
+        published = "" if published is None else f"{published:,} ({variant})"
         for rate in summary["rates"]:
             median, span = "does not fit into memory", ""
             if rate["images_per_second"] is not None:
@@ -287,16 +287,17 @@ def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> T
     after that.
 
     Args:
-      rows: as `metrics.read_metrics` gives them.
+      rows: as `run_files.read_metrics` gives them.
       global_batch_size: of the run.
     """
     seconds = device_seconds = 0.0
     last, counts = 0, []
     for row in rows:
-        rate = row.get("perf/images_per_second")
-        if rate is None:
+        rate = row.get("perf/images_per_second", 0)
+        per_device = row.get("perf/images_per_second_per_device", 0)
+        if rate <= 0 or per_device <= 0:
             continue
-        counts.append(round(rate / row["perf/images_per_second_per_device"]))
+        counts.append(round(rate / per_device))
         passed = (row["step"] - last) * global_batch_size / rate
         seconds += passed
         device_seconds += passed * counts[-1]

@@ -138,7 +138,7 @@ def write_run(out: epath.Path, loaded) -> None:
 def _fill_run(new: epath.Path, loaded) -> None:
     import jax.numpy as jnp
 
-    from mixer import checkpoint, run, weights
+    from mixer import checkpoint, run_files, weights
     from mixer.train_state import TrainState
 
     card = loaded.card
@@ -153,8 +153,8 @@ def _fill_run(new: epath.Path, loaded) -> None:
         "model": {"variant": card.variant, "dtype": loaded.model.dtype} | fields,
         "dataset": {"eval_preprocess": card.preprocess},
     }
-    run.write_json(new / "config.json", config)
-    run.write_json(new / "data.json", {"class_names": card.class_names})
+    run_files.write_json(new / "config.json", config)
+    run_files.write_json(new / "data.json", {"class_names": card.class_names})
 
 
 def report(params) -> None:

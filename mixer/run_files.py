@@ -1,0 +1,500 @@
+"""Reads, checks and writes the JSON files of a run.
+
+Every program reads a run's `config.json`, `data.json`, `results.json` and `metrics.jsonl` here. A
+file that is not as this code writes it is refused in one line that names file, key and value; what
+is returned has every key that a reader asks for, in a type that it can use.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from mixer import files
+from mixer.errors import UserError
+
+MOST_LEVELS = 20  # of lists and objects inside each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A value that is no object: what a message calls it, and whether a value is one."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOf:
+    """A list of values of one schema."""
+
+    item: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DictOf:
+    """An object with any keys and values of one schema."""
+
+    item: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """A key that files of older code lack, with the value that says what that code did."""
+
+    schema: Any
+    value: Any = None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _optional(kind: Kind) -> Kind:
+    return Kind(f"{kind.name} or null", lambda value: value is None or kind.fits(value))
+
+
+def _one_of(*values: str) -> Kind:
+    return Kind(f"one of {', '.join(values)}", lambda value: value in values)
+
+
+TEXT = Kind("a string", lambda value: isinstance(value, str))
+BOOL = Kind("true or false", lambda value: isinstance(value, bool))
+WHOLE = Kind("a whole number", _is_whole)
+NATURAL = Kind("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
+COUNT = Kind("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+NUMBER = Kind("a finite number", _is_number)
+REAL = Kind("a number", lambda value: _is_whole(value) or isinstance(value, float))  # or NaN
+SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+SPAN = Kind(
+    "a list of two numbers",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(REAL.fits, value)),
+)
+SIDE = Kind(
+    "a side in pixels, or a list of height and width",
+    lambda value: (
+        all(COUNT.fits(side) for side in (value if isinstance(value, list) else [value, value]))
+        and (not isinstance(value, list) or len(value) == 2)
+    ),
+)
+MULTIPLIERS = Kind(
+    "a list of [regex, multiplier]",
+    lambda value: (
+        isinstance(value, list)
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and TEXT.fits(pair[0]) and _is_number(pair[1])
+            for pair in value
+        )
+    ),
+)
+CLASS_NAMES = Kind(
+    "a list of strings, the name of a list, or null",
+    lambda value: (
+        value is None
+        or TEXT.fits(value)
+        or (isinstance(value, list) and all(map(TEXT.fits, value)))
+    ),
+)
+
+
+# The keys of configs/common.py, which has their meaning.
+CONFIG = {
+    "seed": NATURAL,
+    "total_steps": COUNT,
+    "total_epochs": Added(_optional(NUMBER)),
+    "total_examples": Added(_optional(NUMBER)),
+    "global_batch_size": COUNT,
+    "image_size": COUNT,
+    "loss": _one_of("softmax", "sigmoid"),
+    "label_smoothing": Added(SHARE, 0.0),
+    "mesh": {"data": WHOLE, "fsdp": Added(WHOLE, 1), "tensor": Added(WHOLE, 1)},
+    "init_from": TEXT,
+    "init_head": Added(TEXT, "auto"),
+    "init_resize": Added(TEXT, "grow"),
+    "init_image_size": Added(_optional(COUNT)),
+    "model": {
+        "variant": _optional(TEXT),
+        "patch_size": _optional(COUNT),
+        "hidden_dim": _optional(COUNT),
+        "num_blocks": _optional(COUNT),
+        "tokens_mlp_dim": _optional(COUNT),
+        "channels_mlp_dim": _optional(COUNT),
+        "num_classes": _optional(COUNT),  # null in the first runs: as many as data.json has
+        "gelu": _optional(_one_of("tanh", "erf")),
+        "stoch_depth": SHARE,
+        "stoch_depth_rescale": BOOL,
+        "dropout": SHARE,
+        "head_bias_init": NUMBER,
+        "dtype": TEXT,
+        "remat": Added(TEXT, "none"),
+        "scan_blocks": Added(BOOL, False),
+    },
+    "dataset": {
+        "name": TEXT,
+        "data_dir": TEXT,
+        "label_key": Added(TEXT, ""),
+        "label_file": Added(TEXT, ""),
+        "train_split": TEXT,
+        "val_split": TEXT,
+        "test_split": TEXT,
+        "train_preprocess": TEXT,
+        "eval_preprocess": TEXT,
+        "permutation": Added(TEXT, ""),
+        "exclude": TEXT,
+        "shuffle_group_size": COUNT,
+        "prefetch_batches": COUNT,
+        "on_device": Added(TEXT, "auto"),
+        "augment_on": Added(TEXT, "auto"),
+    },
+    "mixup": Added(
+        {
+            "alpha": Added(NUMBER, 0.0),
+            "per_example": Added(BOOL, False),
+            "cutmix_alpha": Added(NUMBER, 0.0),
+            "cutmix_prob": Added(SHARE, 0.0),
+        },
+        {},
+    ),
+    "optimizer": {
+        "name": TEXT,
+        "peak_lr": NUMBER,
+        "b1": NUMBER,
+        "b2": NUMBER,
+        "eps": NUMBER,
+        "momentum_dtype": Added(TEXT, "float32"),
+        "variance_dtype": Added(TEXT, "float32"),
+        "weight_decay": NUMBER,
+        "weight_decay_form": Added(TEXT, "lr"),
+        "grad_clip_norm": NUMBER,
+        "lr_multipliers": Added(MULTIPLIERS, []),
+        "sam_rho": Added(NUMBER, 0.0),
+        "ema_decay": Added(SHARE, 0.0),
+        "accumulate_steps": Added(COUNT, 1),
+    },
+    "schedule": {
+        "decay": TEXT,
+        "warmup_steps": _optional(NATURAL),
+        "warmup_epochs": Added(_optional(NUMBER)),
+        "warmup_examples": Added(_optional(NUMBER)),
+        "final_multiplier": NUMBER,
+        "rsqrt_timescale": Added(NUMBER, 10_000),
+        "cooldown_steps": Added(_optional(NATURAL), 0),
+        "cooldown_epochs": Added(_optional(NUMBER)),
+        "cooldown_examples": Added(_optional(NUMBER)),
+    },
+    "log_every_steps": COUNT,
+    "eval_every_steps": _optional(COUNT),
+    "eval_every_epochs": Added(_optional(NUMBER)),
+    "eval_every_examples": Added(_optional(NUMBER)),
+    "eval_suite": Added(TEXT, ""),
+    "eval_batch_size": _optional(COUNT),
+    "checkpoint": {
+        "every_steps": COUNT,
+        "keep_last": COUNT,
+        "keep_every_steps": _optional(COUNT),
+        "keep_best": BOOL,
+    },
+    "tensorboard": BOOL,
+    "nan_policy": Added(TEXT, "stop"),
+    "max_skipped_steps": Added(NATURAL, 10),
+    "profile_steps": Added(ListOf(WHOLE), []),
+    "stall_secs": Added(NUMBER, 120),
+    "compile_cache_dir": Added(TEXT, "auto"),
+}
+# What mixer.tools.convert writes in place of a training's config.
+CONVERTED = {
+    "source": Added(_optional(TEXT)),
+    "image_size": SIDE,
+    "model": {
+        "variant": Added(_optional(TEXT)),
+        "gelu": Added(_optional(_one_of("tanh", "erf"))),
+        "dtype": Added(TEXT, "float32"),
+    },
+    "dataset": {"eval_preprocess": Added(_optional(TEXT))},
+}
+
+SPLIT = {
+    "name": TEXT,
+    "num_examples": COUNT,
+    "fingerprint": TEXT,
+    "files": Added(
+        {
+            "num_files": NATURAL,
+            "num_bytes": NATURAL,
+            "sizes": TEXT,
+            "class_files": Added(ListOf(NATURAL)),
+            "class_bytes": Added(ListOf(NATURAL)),
+        }
+    ),
+}
+DATA = {
+    "class_names": ListOf(TEXT),
+    "num_readers": Added(COUNT, 1),
+    "on_device": Added(BOOL, True),
+    "splits": {"train": SPLIT, "val": Added(SPLIT), "test": Added(SPLIT)},
+}
+CONVERTED_DATA = {"class_names": CLASS_NAMES}
+
+RESULTS = {
+    "step": Added(NATURAL),
+    "weights": Added(TEXT),
+    "splits": Added(
+        DictOf(
+            {
+                "count": Added(COUNT),
+                "labelled": Added(NATURAL),
+                "top1": Added(SHARE),
+                "top1_interval": Added(SPAN),
+                "top5": Added(SHARE),
+                "loss": Added(REAL),
+                "ece": Added(REAL),
+                "mean_per_class": Added(_optional(SHARE)),
+                "mean_per_class_interval": Added(_optional(SPAN)),
+                "data": Added(TEXT),
+                "published": Added({"weights": TEXT, "top1": SHARE, "source": TEXT}),
+            }
+        )
+    ),
+    "fewshot": Added(
+        DictOf(
+            {
+                "train": Added(TEXT),
+                "test": Added(TEXT),
+                "count": Added(COUNT),
+                "results": Added(
+                    ListOf(
+                        {
+                            "shots": COUNT,
+                            "examples": NATURAL,
+                            "short_classes": NATURAL,
+                            "accuracies": ListOf(SHARE),
+                            "mean": SHARE,
+                            "std": _optional(REAL),
+                            "interval": SPAN,
+                        }
+                    )
+                ),
+            }
+        )
+    ),
+    "throughput": Added(
+        DictOf(
+            {
+                "image_size": SPAN,
+                "dtype": TEXT,
+                "device": TEXT,
+                "devices": COUNT,
+                "variant": _optional(TEXT),
+                "published": _optional(NUMBER),
+                "rates": ListOf(
+                    {
+                        "batch_size": COUNT,
+                        "images_per_second": _optional(NUMBER),
+                        "low": _optional(NUMBER),
+                        "high": _optional(NUMBER),
+                    }
+                ),
+            }
+        )
+    ),
+    "transfer": Added(DictOf({"markdown": ListOf(TEXT)})),
+    "training": Added(
+        DictOf(
+            {
+                "images": NUMBER,
+                "seconds": NUMBER,
+                "devices": SPAN,
+                "device_hours": NUMBER,
+                "device_days": NUMBER,
+            }
+        )
+    ),
+}
+
+INFO = {
+    "step": NATURAL,
+    "checksums": DictOf(ListOf(WHOLE)),
+    "versions": DictOf(TEXT),
+    "value": Added(DictOf(NUMBER)),
+}
+
+
+def is_trained(config: dict[str, Any]) -> bool:
+    """Whether a config.json is a training's, and not of converted weights."""
+    return "total_steps" in config or "optimizer" in config
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The config of a training run or of converted weights, as it stands; None: there is none."""
+    path = epath.Path(workdir) / "config.json"
+    return _read(path, lambda config: CONFIG if is_trained(config) else CONVERTED)
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A training's config with the keys that its code did not have, at what that code did."""
+    return _completed(config, CONFIG)
+
+
+def read_data(workdir: epath.PathLike, *, is_trained: bool = True) -> dict[str, Any] | None:
+    """What data.json of a training run or of converted weights says; None: there is none."""
+    return _read(
+        epath.Path(workdir) / "data.json", lambda _: DATA if is_trained else CONVERTED_DATA
+    )
+
+
+def results_path(directory: epath.PathLike, name: str) -> epath.Path:
+    """Of the results of the last checkpoint, or of the one called `name`."""
+    return epath.Path(directory) / ("results.json" if name == "last" else f"results_{name}.json")
+
+
+def read_results(directory: epath.PathLike, name: str) -> dict[str, Any] | None:
+    """The results of the checkpoint called `name`; None: there are none.
+
+    They can be made again, unlike all else in a run.
+    """
+    hint = "; remove the file, evaluate.py makes it anew"
+    return _read(results_path(directory, name), lambda _: RESULTS, hint=hint)
+
+
+def read_info(directory: epath.PathLike) -> dict[str, Any]:
+    """What stands beside the state in a checkpoint's directory: checksums and versions.
+
+    Raises:
+      UserError: it is not there, or is none.
+    """
+    path = epath.Path(directory) / "info" / "metadata"
+    info = _read(path, lambda _: INFO)
+    if info is None:
+        raise UserError(f"{path} is missing")
+    return info
+
+
+def read_metrics(
+    workdir: epath.PathLike, warn: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`: {"step": k, "train/loss": ...}, in order.
+
+    A damaged line is left out, with a line to `warn`; a last one that a crash has cut off without a
+    word.
+    """
+    path = epath.Path(workdir) / "metrics.jsonl"
+    content = files.read_regular(path) or b""
+    *lines, rest = content.split(b"\n")
+    rows, damaged = [], []
+    for number, line in enumerate([*lines, rest], 1):
+        if not line.strip():
+            continue
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number <= len(lines):
+            damaged.append(number)
+    if damaged and warn is not None:
+        several = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
+        warn(f"{path}: line {damaged[0]} is damaged{several}; left out")
+    return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not NATURAL.fits(row.get("step")):
+        return None
+    if not all(map(REAL.fits, row.values())):
+        return None
+    return {key: value for key, value in row.items() if _is_number(value)}
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all, a list of numbers in one line."""
+    text = json.dumps(value, indent=2)
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    with files.whole(path) as new:
+        new.write_text(text + "\n")
+
+
+def _read(path: epath.Path, schema_of: Callable[[dict[str, Any]], Any], hint: str = "") -> Any:
+    """The object in a file, of the schema that `schema_of` has for it; None: there is no file."""
+    content = files.read_regular(path)
+    if content is None:
+        return None
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}{hint}") from None
+    try:
+        _check(value, {}, ())
+        _check_levels(value)
+        _check(value, schema_of(value), ())
+    except _Mismatch as mismatch:
+        raise UserError(f"{path}: {mismatch}{hint}") from None
+    return value
+
+
+class _Mismatch(Exception):
+    """Key, value and what was expected."""
+
+
+def _check(value: Any, schema: Any, keys: tuple[str, ...]) -> None:
+    name = ".".join(keys) or "the file"
+
+    def expect(kind: str, fits: bool) -> None:
+        if not fits:
+            raise _Mismatch(f"{name} is {reprlib.repr(value)}; expected {kind}")
+
+    match schema:
+        case Added():
+            _check(value, schema.schema, keys)
+        case Kind():
+            expect(schema.name, schema.fits(value))
+        case ListOf():
+            expect("a list", isinstance(value, list))
+            for number, item in enumerate(value):
+                _check(item, schema.item, (*keys, str(number)))
+        case DictOf():
+            expect("an object", isinstance(value, dict))
+            for key, item in value.items():
+                _check(item, schema.item, (*keys, key))
+        case dict():
+            expect("an object", isinstance(value, dict))
+            for key, inner in schema.items():
+                if key in value:
+                    _check(value[key], inner, (*keys, key))
+                elif not isinstance(inner, Added):
+                    raise _Mismatch(f"{'.'.join((*keys, key))} is missing")
+
+
+def _check_levels(value: Any) -> None:
+    """Raises _Mismatch where lists and objects lie deeper than any reader goes."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            item
+            for each in level
+            if isinstance(each, list | dict)
+            for item in (each.values() if isinstance(each, dict) else each)
+        ]
+    if any(isinstance(each, list | dict) for each in level):
+        raise _Mismatch(f"lists and objects lie more than {MOST_LEVELS} levels deep")
+
+
+def _completed(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    result = dict(value)
+    for key, inner in schema.items():
+        if isinstance(inner, Added):
+            result.setdefault(key, inner.value)
+            inner = inner.schema
+        if isinstance(inner, dict):
+            result[key] = _completed(result[key], inner)
+    return result
