@@ -240,6 +240,7 @@ DATA = {
     "class_names": ListOf(TEXT),
     "num_readers": Added(COUNT, 1),
     "on_device": Added(BOOL, True),
+    "subfolders": Added(BOOL),
     "splits": {"train": SPLIT, "val": Added(SPLIT), "test": Added(SPLIT)},
 }
 CONVERTED_DATA = {"class_names": CLASS_NAMES}

@@ -31,7 +31,7 @@ UNDECODABLE = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2")
 # Images that `predict` may read by Pillow; training leaves them out with a line.
 RARE = (
     *(".apng", ".avifs", ".bw", ".dib", ".icb", ".icns", ".ico", ".j2c", ".j2k", ".jpc", ".jpf"),
-    *(".jpx", ".mpo", ".palm", ".pbm", ".pcx", ".pfm", ".pgm", ".pnm", ".ppm", ".psd", ".rgb"),
+    *(".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".pnm", ".ppm", ".psd", ".rgb"),
     *(".rgba", ".sgi", ".tga", ".vda", ".vst", ".xbm", ".xpm"),
 )
 LISTED = frozenset(ENDINGS + UNDECODABLE)
