@@ -16,7 +16,7 @@ import jax
 import pytest
 
 from helpers import ROOT, environment, run_python
-from mixer import distributed, metrics
+from mixer import distributed, files, metrics, run_files
 from mixer.errors import UserError
 
 # One process of several; its plan is JSON: how it joins, and what it does one after the other.
@@ -590,15 +590,22 @@ class _Object:
     def exists(self):
         return self._name in self.stored
 
+    def is_dir(self):
+        return False
+
     def read_text(self):
         return self.stored[self._name]
+
+    def read_bytes(self):
+        return self.stored[self._name].encode()
 
     def write_text(self, text):
         self.stored[self._name] = text
 
 
 def test_record_in_an_object_store_is_written_whole(monkeypatch):
-    monkeypatch.setattr(metrics, "epath", types.SimpleNamespace(Path=_Object))
+    for module in (metrics, files, run_files):
+        monkeypatch.setattr(module, "epath", types.SimpleNamespace(Path=_Object))
     old = '{"step": 1, "a": 2.0}\n{"step": 9, "a": 3.0}\n'
     monkeypatch.setattr(_Object, "stored", {"gs://bucket/run/metrics.jsonl": old})
     writer = metrics.MetricWriter("gs://bucket/run", last_step=3, tensorboard=False)

@@ -704,18 +704,6 @@ def test_a_grown_run_goes_on_without_the_file(fine_tuned, tmp_path):
         trainer.train(_fine_tune(gone, model__tokens_mlp_dim=16), path)
 
 
-def test_a_run_whose_config_is_lost_takes_it_from_the_weights_again(
-    fine_tuned, small_file, tmp_path
-):
-    path = shutil.copytree(fine_tuned[0], tmp_path / "lost")
-    saved = json.loads((path / "config.json").read_text())
-    (path / "config.json").unlink()
-    none = {f"model__{name}": None for name in weights.DIMENSIONS}
-    trainer.train(_fine_tune(small_file, **none), path)
-    assert json.loads((path / "config.json").read_text()) == saved
-    assert_same_bits(final_state(path), final_state(fine_tuned[0]))
-
-
 def test_what_differs_from_the_first_weights_is_told(small_file, tmp_path, capsys, monkeypatch):
     """Another range of pixels, another GELU, and interpolation."""
     loaded = loading.read(small_file, log=print)

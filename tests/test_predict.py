@@ -368,9 +368,9 @@ def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_where_features_cannot_go_is_said_first(tmp_path):
     with pytest.raises(UserError, match="--features="):
-        files.check_output("features", tmp_path / "none" / "out.npz")
+        files.check_output("--features", tmp_path / "none" / "out.npz")
     with pytest.raises(UserError, match=r"--features=.*folder"):
-        files.check_output("features", tmp_path)
+        files.check_output("--features", tmp_path)
 
 
 # The command.

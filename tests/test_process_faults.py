@@ -51,7 +51,9 @@ def weights(tmp_path_factory):
         checkpoints.save(TrainState(jax.numpy.zeros((), "int32"), params["params"], ()))
         checkpoints.wait()
     (path / "config.json").write_text(json.dumps(config.to_dict()))
-    (path / "data.json").write_text(json.dumps({"class_names": list("0123456789")}))
+    split = {"name": "train", "num_examples": 1, "fingerprint": ""}
+    data = {"class_names": list("0123456789"), "splits": {"train": split}}
+    (path / "data.json").write_text(json.dumps(data))
     return path
 
 

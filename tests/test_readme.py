@@ -109,7 +109,8 @@ def test_documented_keys_and_steps_exist():
                 assert part in node, (page, path)
                 node = node[part]
         for group, name in re.findall(
-            r"`(checkpoint|dataset|mixup|model|optimizer|schedule)\.(?!py\b|safetensors\b)(\w+)", page.read_text()
+            r"`(checkpoint|dataset|mixup|model|optimizer|schedule)\.(?!py\b|safetensors\b|bv\b)(\w+)",
+            page.read_text(),
         ):
             assert name in common.base()[group], (page, group, name)
     text = (ROOT / "docs" / "preprocessing.md").read_text()

@@ -176,6 +176,7 @@ report.evaluate([lambda: report.open_run({str(tmp_path)!r})], splits=["test"])
 """
     done = run_python("-c", code)
     assert "test accuracy" in done.stdout and "written to" in done.stdout
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_import_mixer_is_cheap():

@@ -69,7 +69,7 @@ def _assert_same_record(workdir, expected):
 def test_run_leaves_everything_in_its_directory(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names >= {"checkpoints", "best", "config.json", "data.json", "metrics.jsonl"}
-    assert names >= {"results.json", "curves.png"}
+    assert "results.json" in names
     steps = [path.name for path in sorted((finished_run / "checkpoints").iterdir())]
     assert steps == ["12", "8"]
     data = json.loads((finished_run / "data.json").read_text())

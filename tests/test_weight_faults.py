@@ -511,7 +511,7 @@ def test_timms_config_of_any_types_gets_a_line(tmp_path):
 @pytest.mark.parametrize("size", [10**9, (32, 10**9), 32 * 10**6, 10**400], ids=lambda s: "size")
 def test_image_sizes_are_compared_with_the_memory_first(size):
     for resize in ("grow", "interpolate"):
-        refused(PUBLISHED, "GB of memory|image_size", image_size=size, resize=resize)
+        refused(PUBLISHED, "GB of memory|image_size|sides", image_size=size, resize=resize)
 
 
 # Weights of other programs.
