@@ -363,6 +363,7 @@ def written(workdir, tmp_path_factory):
     return _write([workdir, other])
 
 
+@pytest.mark.slow
 def test_page_has_every_picture_and_fetches_nothing(workdir, written):
     path, lines = written
     assert path == workdir / "inspect" / "index.html"
@@ -382,6 +383,7 @@ def test_page_has_every_picture_and_fetches_nothing(workdir, written):
     ]
 
 
+@pytest.mark.slow
 def test_names_are_escaped(workdir, written):
     text = written[0].read_text()
     for name in (*CLASSES, str(workdir)):
@@ -390,6 +392,7 @@ def test_names_are_escaped(workdir, written):
     assert "<b>" not in text
 
 
+@pytest.mark.slow
 def test_numbers_of_the_page(workdir, written):
     text = written[0].read_text()
     assert "val, step 3</th><td>50.00% (36.64% to 63.36%)" in text  # Wilson's

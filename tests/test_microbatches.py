@@ -80,6 +80,7 @@ def test_predictions_come_in_the_images_order(many_parts):
     np.testing.assert_allclose(predict(params, images), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_update_is_that_of_the_whole_batch(many_parts, monkeypatch):
     """Masks included."""
     mixer = model.make_model(num_classes=7, **TINY | dict(dropout=0.5, num_blocks=1))

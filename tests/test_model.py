@@ -190,17 +190,18 @@ def _training_and_evaluation(model, params, images):
     return jax.value_and_grad(loss, has_aux=True)(params), evaluated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "execution",
     [
-        pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
-        pytest.param(dict(remat="full"), marks=pytest.mark.slow),
-        pytest.param(dict(scan_blocks=True), marks=pytest.mark.slow),
+        dict(remat="dots"),
+        dict(remat="full"),
+        dict(scan_blocks=True),
         dict(scan_blocks=True, remat="full"),
     ],
     ids=["dots", "full", "scan", "scan-full"],
 )
-@pytest.mark.parametrize("rescale", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("rescale", [False, True])
 def test_remat_and_scan_change_no_number_and_no_name(rescale, execution):
     fields = dict(patch_size=4, hidden_dim=8, num_blocks=2, tokens_mlp_dim=6, channels_mlp_dim=12)
     fields |= dict(num_classes=5, stoch_depth=0.5, stoch_depth_rescale=rescale, dropout=0.2)

@@ -51,6 +51,7 @@ def _record(workdir):
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_as_a_stream_stays_one(finished_run, tfds_dir, tmp_path, capsys):
     """Its first 12 steps draw less than an epoch, these 80 more: "auto" would keep the images."""
     path = shutil.copytree(finished_run, tmp_path / "run")

@@ -70,14 +70,14 @@ LOOPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mixing", "variants", "tolerance"),
     [
-        ("sgd", "plain", MESHES[-1:], 1e-6),
-        pytest.param("sgd", "mixing", MESHES + LOOPS, 1e-6, marks=pytest.mark.slow),
-        pytest.param("adamw", "plain", [MESHES[-1], LOOPS[-1]], 1e-4, marks=pytest.mark.slow),
+        ("sgd", "mixing", MESHES + LOOPS, 1e-6),
+        ("adamw", "plain", [MESHES[-1], LOOPS[-1]], 1e-4),
     ],
-    ids=["sgd", "sgd-mixing", "adamw"],
+    ids=["sgd-mixing", "adamw"],
 )
 def test_every_mesh_gives_the_same_numbers(name, mixing, variants, tolerance):
     """Stochastic depth and dropout included; without warm-up, so that everything moves.

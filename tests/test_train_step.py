@@ -62,6 +62,7 @@ def test_step_counts_learns_and_reports():
     np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(state.params), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_masks_change_from_step_to_step_and_with_the_seed():
     model = make_model(num_classes=7, **SMALL)
     schedule = lambda step: jnp.float32(0)  # noqa: E731 (nothing moves: only the masks differ)
