@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         batch_sizes = [int(each) for each in BATCH_SIZES.value]
     except ValueError:
         raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: whole numbers") from None
-    if not all(1 <= size < 2**31 for size in batch_sizes):
+    if not batch_sizes or not all(1 <= size < 2**31 for size in batch_sizes):
         raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: 1 to {2**31 - 1} images")
     config = None
     if cli.CONFIG.value is not None and tuned and suite:

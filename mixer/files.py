@@ -7,7 +7,37 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mixer.errors import UserError
+from mixer.errors import UserError, first_line, printable
+
+STORES = ("gs", "s3", "az")  # schemes of cloud storage that etils.epath reads
+
+
+def parse_path(what: str, path: epath.PathLike) -> epath.Path:
+    """The path or address that a user gave, expanded.
+
+    Args:
+      what: that names it, such as "--output"; "" where the path is an argument by itself.
+      path: as it was given.
+
+    Raises:
+      UserError: it can be none.
+    """
+    text = os.fspath(path)
+    name = f"{what}={printable(text)}" if what else printable(text)
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme not in STORES:
+        hint = ""
+        if scheme == "file":
+            hint = f"; write {what}={rest}" if what else f"; write {rest}"
+        raise UserError(
+            f"{name}: {scheme}:// is not read or written; expected a path, or an address in "
+            f"{', '.join(f'{store}://' for store in STORES)}{hint}"
+        )
+    if separator and not rest.strip("/"):
+        raise UserError(f"{name}: expected a bucket, as in {scheme}://BUCKET/PATH")
+    if "\0" in text:
+        raise UserError(f"{name}: expected a path, without a null character")
+    return epath.Path(path).expanduser()
 
 
 def _beside(path: epath.Path) -> epath.Path:
@@ -70,7 +100,7 @@ def check_output(what: str, path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: neither `whole` nor `whole_directory` could write there.
     """
-    target = epath.Path(path).expanduser()
+    target = parse_path(what, path)
     name = f"{what}={path}" if what else str(path)
     if "://" in os.fspath(target):
         return target  # a store has no folders
@@ -98,7 +128,7 @@ def make_output_directory(what: str, path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: it cannot be made, or not be written to.
     """
-    target = epath.Path(path).expanduser()
+    target = parse_path(what, path)
     name = f"{what}={path}" if what else str(path)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -136,7 +166,7 @@ def read_regular(path: epath.PathLike) -> bytes | None:
     """The bytes of a file, None where there is none.
 
     Raises:
-      UserError: it is a directory, a device or a pipe, or cannot be read.
+      UserError: it is a directory, a device or a pipe, or cannot be read; a store does not answer.
     """
     path = epath.Path(path)
     try:
@@ -147,5 +177,8 @@ def read_regular(path: epath.PathLike) -> bytes | None:
             kind = "a directory" if path.is_dir() else "no regular file"
             raise UserError(f"{path} is {kind}; expected a file")
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and "://" not in os.fspath(path):
+            raise  # a store's client has exceptions of its own
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read: {reason}") from error

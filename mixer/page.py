@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -87,6 +88,9 @@ def write(
     """
     if not output and not workdirs:
         raise UserError("--output is missing: where do the pictures of --weights go?")
+    if output:
+        output = files.parse_path("--output", output)
+    workdirs = [os.fspath(files.parse_path("--workdir", workdir)) for workdir in workdirs]
     runs = {workdir: run.read_run(workdir) for workdir in workdirs}
     if len(runs) < len(workdirs):
         raise UserError(f"--workdir={','.join(workdirs)} names a run twice")

@@ -13,11 +13,11 @@ from etils import epath
 
 from mixer.data.imagenet_names import LISTS
 from mixer.errors import UserError, nearest
+from mixer.files import STORES
 from mixer.model import VARIANTS, count_params
 
 BUCKET = "https://storage.googleapis.com/mixer_models/"
 IMAGE_SIZE = 224  # of all of them
-STORES = ("gs", "s3", "az")  # schemes of cloud storage that etils.epath reads
 # What an npz or safetensors file holds beside the values: names, headers, the index.
 MAX_OVERHEAD = 1_000_000
 

@@ -34,8 +34,8 @@ from rich.console import Console
 
 from mixer import files, foreign, published
 from mixer.errors import UserError, first_line
+from mixer.files import STORES
 from mixer.foreign import ENDINGS
-from mixer.published import STORES
 
 TIMEOUT_SECS = 20  # for a connection, and for the next byte of it
 # A download that is slower than this over SLOW_SECS is given up, and any after MAX_SECS.

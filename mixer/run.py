@@ -512,6 +512,8 @@ def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
     ]
     pairs = zip(*rows, strict=False)
     label = next((label for label, (one, two) in enumerate(pairs) if one != two), None)
+    if label is None and before["num_bytes"] == now["num_bytes"]:
+        return f"{change}: single files have other names, or other sizes"
     if label is not None:
         (files, num_bytes), (files_now, num_bytes_now) = (row[label] for row in rows)
         change += (

@@ -236,6 +236,10 @@ def _train(
         data["on_device"] = old_data["on_device"]
     if old_data and not allow_config_change:
         run.check_same_data(workdir, old_data, splits.train)
+    for which, split in (("val", splits.val), ("test", splits.test)):
+        old = old_data and split and old_data["splits"].get(which)
+        if old and (change := run.data_change(old, split)):
+            _warn(f"dataset.{which}_split has other data than this run's results so far: {change}")
     if start_step > config.total_steps:
         raise UserError(
             f"{workdir} has reached step {start_step}, beyond total_steps={config.total_steps}"
@@ -590,7 +594,7 @@ def _check_finite(
 @contextlib.contextmanager
 def _directory(workdir: str) -> Iterator[epath.Path]:
     """Makes the run's directory, which all processes have to see, and holds it."""
-    path = epath.Path(workdir).expanduser()
+    path = files.parse_path("--workdir", workdir)
     checkpoint.check_name(path, writes=True)
     with contextlib.ExitStack() as stack:
         if distributed.is_main():

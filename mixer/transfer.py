@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import checkpoint, formatting, loading, run, run_files, trainer
+from mixer import checkpoint, files, formatting, loading, run, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import scores
 
@@ -159,11 +159,7 @@ def fine_tune(
         another config. Later: whatever ends the training of a task.
       signals.Stopped: SIGTERM or SIGINT arrived; the state of the task under way is saved.
     """
-    directory = epath.Path(directory).expanduser()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be made: {error.strerror or error}") from None
+    directory = files.make_output_directory("--output", directory)
     workdirs = {name: directory / name.replace("/", "_") for name in tasks}
     finished, unfinished = {}, {}
     for name, config in tasks.items():

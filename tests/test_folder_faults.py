@@ -222,6 +222,15 @@ def test_replaced_images_are_named(stored, data):
     assert ("class 'bee' had 4" in message) == ("class_bytes" in record["splits"]["train"]["files"])
     test = run.open_splits(stored, None, record).test
     assert not run.data_change(record["splits"]["test"], test)
+    # As many files and bytes, in another order: no file is blamed that has not changed.
+    file.write_bytes(bytes(old))
+    record = record_of(run.open_splits(stored, None))
+    other = data / "train" / "bee" / "1.png"
+    sizes = file.stat().st_size, other.stat().st_size
+    file.write_bytes(bytes(sizes[1] + 3))
+    other.write_bytes(bytes(sizes[0] - 3))
+    change = run.data_change(record["splits"]["train"], run.open_splits(stored, None, record).train)
+    assert "other sizes" in change and "changed last" not in change
 
 
 def test_sizes_are_those_of_the_examples_that_are_read(stored, data, tmp_path):
@@ -657,6 +666,10 @@ def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
     assert again == record | {"subfolders": False}
     report.evaluate([lambda: report.open_run(str(workdir))], splits=["val"])
     assert "is not what the run was trained with" not in capsys.readouterr().out
+    Image.new("RGB", (8, 8)).save(data / "test" / "bee" / "0.png")
+    trainer.train(config, str(workdir))
+    said = capsys.readouterr().out
+    assert "dataset.test_split has other data" in said and "dataset.val_split has" not in said
 
 
 def test_a_file_that_vanished_is_named_whatever_its_bytes(data):

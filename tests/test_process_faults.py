@@ -15,6 +15,7 @@ import multihost
 import numpy as np
 import psutil
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 import mixer
@@ -490,6 +491,45 @@ def test_output_that_cannot_be_written_is_named_first(path, weights, tmp_path):
 def test_pictures_need_a_directory_that_can_be_written(weights):
     done = run_program("mixer.tools.inspect", f"--workdir={weights}", "--output=/dev/null")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "/dev/null" in done.stderr
+
+
+@pytest.mark.parametrize("path", ["file:///tmp/x", "http://127.0.0.1:9/x", "ftp://x/y", "gs://"])
+def test_addresses_that_are_no_place_of_a_run_or_of_results(path, weights):
+    """Whatever takes a directory or a file to write answers alike; etils raises a KeyError."""
+    train = ["train.py", f"--config={ROOT}/tests/tiny_synthetic.py", f"--workdir={path}"]
+    commands = [
+        ["evaluate.py", f"--workdir={path}"],
+        ["evaluate.py", f"--workdir={weights}", f"--output={path}"],
+        ["evaluate.py", f"--weights={weights}", f"--output={path}"],
+        ["mixer.tools.inspect", f"--workdir={path}"],
+        ["mixer.tools.inspect", f"--workdir={weights}", f"--output={path}"],
+        ["mixer.tools.predict", __file__, f"--weights={weights}", f"--features={path}"],
+        ["mixer.tools.convert", weights, path],
+        train,
+    ]
+    for command in commands:
+        done = run_program(*command)
+        assert done.returncode == 2, (command, done.stdout)
+        assert path in done.stderr and done.stderr.count("\n") == 1, (command, done.stderr)
+    for flag in ("--output", "--json"):
+        with pytest.raises(UserError, match=f"{flag}={path}"):
+            files.check_output(flag, path)
+
+
+def test_a_store_that_does_not_answer_is_one_line(monkeypatch):
+    def fail(path):
+        raise RuntimeError("no such host\nat frame 1")  # TensorFlow's errors are no OSErrors
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", fail)
+    with pytest.raises(UserError, match=r"gs://bucket/run/config.json.*no such host$"):
+        run.read_run("gs://bucket/run")
+
+
+def test_an_empty_list_is_no_success():
+    done = run_program("evaluate.py", "--weights=x", "--suite=throughput", "--batch_sizes=")
+    assert done.returncode == 2 and "--batch_sizes" in done.stderr
+    done = run_program("mixer.tools.inspect", "--workdir=,")
+    assert done.returncode == 2 and "--workdir" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--shares=", "--shares=x", "--shares=2"])

@@ -24,6 +24,7 @@ import numpy as np
 from etils import epath
 
 from mixer.errors import UserError, first_line, nearest
+from mixer.files import parse_path
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".jxl")
 # Images that TensorFlow cannot decode: training refuses them, so that none is left out unseen.
@@ -43,7 +44,6 @@ LEFT_BEHIND = frozenset(
 # Labels that are numbers make as many classes as the largest says; beyond this they are other ids.
 MOST_CLASSES = 1 << 20
 LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 0.5]}'
-STORES = ("gs", "s3")
 # In place of a file's size.
 MISSING, IRREGULAR = -1, -2
 KINDS = {
@@ -110,22 +110,6 @@ def _is_left_out(name: bytes) -> bool:
 def is_remote(path: epath.PathLike) -> bool:
     """Whether it is an address in a store such as gs://."""
     return "://" in os.fspath(path)
-
-
-def parse_path(key: str, path: str) -> epath.Path:
-    """The path or address that a user gave as `key`; UserError where it can be none."""
-    scheme, separator, rest = path.partition("://")
-    if separator and scheme not in STORES:
-        hint = f"; write {key}={rest}" if scheme == "file" else ""
-        raise UserError(
-            f"{key}={displayed(path)}: {scheme}:// is not read; expected a path, or an address in "
-            f"{' or '.join(f'{store}://' for store in STORES)}{hint}"
-        )
-    if separator and not rest.strip("/"):
-        raise UserError(f"{key}={displayed(path)}: expected a bucket, as in {scheme}://BUCKET/PATH")
-    if "\0" in path:
-        raise UserError(f"{key}={displayed(path)}: expected a path, without a null character")
-    return epath.Path(path).expanduser()
 
 
 def find_file(key: str, path: str) -> epath.Path:

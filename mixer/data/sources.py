@@ -22,6 +22,7 @@ from mixer.data import labels as labels_lib
 from mixer.data import order
 from mixer.data.preprocess import decode
 from mixer.errors import UserError, first_line, nearest
+from mixer.files import parse_path
 
 # A TFDS split of up to this size is held in memory, encoded as it is on disk, and shuffled whole.
 IN_MEMORY_BYTES = 2 << 30
@@ -249,7 +250,7 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
         from mixer.data import digits  # noqa: F401 (registers the builder)
     if name.startswith("imagenet21k"):
         from mixer.data import imagenet21k  # noqa: F401
-    directory = os.fspath(folder_lib.parse_path("data_dir", data_dir)) if data_dir else None
+    directory = os.fspath(parse_path("data_dir", data_dir)) if data_dir else None
     try:
         builder = tfds.builder(name, data_dir=directory)
     except tfds.core.registered.DatasetNotFoundError:

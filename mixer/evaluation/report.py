@@ -110,6 +110,8 @@ def open_run(
     Raises:
       UserError: no such run or checkpoint.
     """
+    workdir = files.parse_path("--workdir", workdir)
+    output = files.parse_path("--output", output) if output else workdir
     own, class_names = run.read_run(workdir)
     directory = checkpoint.find_named(workdir, checkpoint_name)
     mesh = sharding.make_mesh({"data": -1})  # the devices that it was trained on may not be here
@@ -128,7 +130,7 @@ def open_run(
         data.model.update({name: getattr(model, name) for name in weights.DIMENSIONS})
         run.resolve_permutation(data)
     identity = {"step": int(directory.name)}
-    if output is not None:
+    if output != workdir:
         identity |= {"weights": str(directory)}
 
     def reader(item: str) -> Callable[[], Any]:
@@ -150,7 +152,7 @@ def open_run(
         config=data,
         own_data=config is None,
         data=None if config is not None else run_files.read_data(workdir)["splits"],
-        output=epath.Path(output or workdir).expanduser(),
+        output=output,
         checkpoint_name=checkpoint_name,
         step=int(directory.name),
         identity=identity,
@@ -178,6 +180,8 @@ def open_weights(
       output: directory of the results; None: runs/evaluate_<name>.
       say: gets a line on what the weights are.
     """
+    if output:
+        output = files.parse_path("--output", output)
     mesh = sharding.make_mesh({"data": -1})
     own, own_data = config is None and preprocess is None, False
     if config is None and remote.is_directory(path):
@@ -228,7 +232,7 @@ def open_weights(
         config=config,
         own_data=own_data,
         data=None,
-        output=epath.Path(output or f"runs/evaluate_{plain}").expanduser(),
+        output=epath.Path(output or f"runs/evaluate_{plain}"),
         checkpoint_name="last",
         step=None,
         identity={

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import run
+from mixer import files, run
 from mixer.data import folder, imagenet_names, imagenet_real, pipeline
 from mixer.errors import UserError, nearest
 from mixer.evaluation import fewshot
@@ -114,13 +114,14 @@ def open_task(
       UserError: the data is not there, or not as it should be.
     """
     task = TASKS[name]
-    if task.dataset == "digits" and not (epath.Path(data_dir).expanduser() / "digits").is_dir():
+    root = files.parse_path("--data_dir", data_dir)
+    if task.dataset == "digits" and not (root / "digits").is_dir():
         data_dir = ""  # they are made where they lack, and that is no folder of the user's images
     dataset = dict(name=task.dataset, data_dir=data_dir, label_key=task.label_key)
     dataset = ConfigDict(dataset | dict(label_file="", exclude="", shuffle_group_size=1))
     how = dict(image_size=image_size, num_classes=None)
     if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
-        lines = _folder_lines(name, epath.Path(data_dir).expanduser())
+        lines = _folder_lines(name, root)
         with tempfile.TemporaryDirectory() as directory:
             # Read when it is opened, and never again.
             file = Path(directory) / "labels.jsonl"
@@ -238,7 +239,7 @@ def is_prepared(name: str, data_dir: str = "") -> bool:
     task = TASKS[name]
     if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
         try:
-            return bool(_folder_lines(name, epath.Path(data_dir).expanduser()))
+            return bool(_folder_lines(name, files.parse_path("--data_dir", data_dir)))
         except UserError:
             return False
     from mixer.data import sources
@@ -249,7 +250,7 @@ def is_prepared(name: str, data_dir: str = "") -> bool:
 
 
 def _has_tfds(data_dir: str, dataset: str) -> bool:
-    directory = epath.Path(data_dir).expanduser()
+    directory = files.parse_path("--data_dir", data_dir)
     return any((directory / each).is_dir() for each in (dataset.split("/")[0], "imagenet2012"))
 
 

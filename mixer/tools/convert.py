@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     """Converts what the arguments name."""
     match argv[1:]:
         case [source, out]:
-            out = epath.Path(out).expanduser()
+            out = files.parse_path("", out)
             layout = _layout(out)
         case [source] if REPORT.value:
             out = None

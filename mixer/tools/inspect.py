@@ -41,9 +41,10 @@ def main(argv: list[str]) -> None:
         )
     if cli.CONFIG.value is not None:
         raise UserError("--config is not accepted: a run is drawn with its own config")
-    if bool(WORKDIR.value) == bool(WEIGHTS.value):
+    workdirs = list(filter(None, WORKDIR.value))
+    if bool(workdirs) == bool(WEIGHTS.value):
         raise UserError("give --workdir=RUN or --weights=FILE; for example --workdir=runs/digits")
-    if WORKDIR.value and IMAGE_SIZE.value:
+    if workdirs and IMAGE_SIZE.value:
         raise UserError("--image_size is for --weights: a run has its own")
     if WEIGHTS.value and flags.FLAGS["checkpoint"].present:
         raise UserError(f"--checkpoint={CHECKPOINT.value} is of a run; give --workdir")
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
 
     backend.start()
     path = page.write(
-        workdirs=WORKDIR.value,
+        workdirs=workdirs,
         weights=WEIGHTS.value,
         checkpoint_name=CHECKPOINT.value,
         output=OUTPUT.value,
