@@ -205,6 +205,7 @@ def test_a_crop_takes_the_accurate_dct_too():
         ("decode|permute_patches(16, 0)", "permute_patches: patch_size=0 | 1 and 8192"),
         ("decode|resize(1000000)|central_crop(8)", "resize: size=1000000 | 1 and 8192"),
         ("decode|resize_small(-1)", "resize_small: size=-1 | 1 and 8192"),
+        ("decode|resize(size=8, size=9)", "resize: | twice"),
         ("decode|resize(8, method='cubic')", "resize: method='cubic' | 'bicubic'"),
         ("decode|resize(8)|random_affine(nan)", "random_affine: degrees=nan | 0 and 360"),
         ("decode|resize(8)|random_affine(-1e999)", "random_affine: degrees=-inf | 0 and 360"),

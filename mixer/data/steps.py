@@ -286,9 +286,12 @@ def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
             call = ast.Call(call, [], [])
         args = [_literal(arg) for arg in call.args]
         kwargs = {str(word.arg): _literal(word.value) for word in call.keywords}
-        return call.func.id, args, kwargs
+        name = call.func.id
     except (SyntaxError, AttributeError, MemoryError, RecursionError):  # the parser's own limits
         raise ValueError(f"{text.strip()[:80]!r} is no step; write name(arguments)") from None
+    if len(kwargs) < len(call.keywords):
+        raise ValueError(f"{name}: an argument is given twice")
+    return name, args, kwargs
 
 
 @dataclasses.dataclass(frozen=True)
