@@ -56,6 +56,11 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
         new.unlink(missing_ok=True)
 
 
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes UTF-8; lone surrogates, which it has no bytes for, as JSON writes them."""
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
 def remove_unfinished(directory: epath.Path) -> None:
     """Removes what processes that were killed in `whole` have left in a local directory."""
     if "://" in os.fspath(directory):

@@ -304,7 +304,8 @@ def as_table(predictions: Iterable[Prediction], names: Sequence[str] | None) -> 
     for prediction in predictions:
         image = folder.displayed(prediction.image)
         for row in as_json(prediction, names)["top"]:
-            cells = [image, f"{row['probability']:.1%}", str(row["class"]), row["name"]]
+            name = row["name"] and folder.displayed(row["name"])
+            cells = [image, f"{row['probability']:.1%}", str(row["class"]), name]
             table.add_row(*(Text(cell) for cell in cells if cell is not None))
             image = ""
         table.add_section()

@@ -64,7 +64,7 @@ def is_remote_file(path: epath.PathLike) -> bool:
       UserError: what looks like a short name is none, or an address that cannot be one.
     """
     scheme, rest = _split(path)
-    if not scheme:
+    if not scheme and not str(path).startswith("://"):
         return published.by_short_name(path) is not None
     if scheme in STORES:
         if not rest.partition("/")[0]:
@@ -102,8 +102,8 @@ def _ask(path: epath.PathLike, question: Callable[[epath.Path], bool]) -> bool:
 
 def _split(path: epath.PathLike) -> tuple[str, str]:
     """The scheme in lower case, "" for a path of this machine, and the rest."""
-    match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", text := str(path))
-    return (match[1].lower(), text[match.end() :]) if match else ("", text)
+    scheme, separator, rest = str(path).partition("://")  # as etils.epath sees it
+    return (scheme.lower(), rest) if separator else ("", scheme)
 
 
 def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:

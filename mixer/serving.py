@@ -170,7 +170,7 @@ def write(
     with contextlib.ExitStack() as stack:
         # Names are given last first, so the program's comes when the others are there.
         new = {path: stack.enter_context(files.whole(path)) for path in _present(paths)[::-1]}
-        new[paths.card].write_text(described + "\n")
+        files.write_text(new[paths.card], described + "\n")
         if paths.weights is not None:
             import safetensors.numpy
 

@@ -612,7 +612,7 @@ def write_file(
     values["timm"] = timm_arguments(card)
     # The JSON gets its name first: arrays without it could be taken for something else.
     with files.whole(path) as new, files.whole(card_path(path)) as new_card:
-        new_card.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        files.write_text(new_card, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if layout == "timm":
             import safetensors.numpy
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import html
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from rich.console import Console
 
 from configs import common
 from helpers import run_program, tiny_config
@@ -25,6 +28,7 @@ from mixer import (
     metrics,
     page,
     pictures,
+    prediction,
     run,
     run_files,
     trainer,
@@ -653,6 +657,29 @@ def test_names_are_no_markup_in_markdown(tmp_path):
         assert not set("<>|*`[]\n") & set(text) and not text.startswith("#")
         assert html.unescape(text) == name.replace("\n", "\\n")
     assert formatting.in_markdown("runs/val_ema 12.5 %") == "runs/val_ema 12.5 %"
+
+
+def test_class_names_of_any_text_are_converted_exported_and_shown(copy, tmp_path):
+    """A label file may have any string that JSON has, lone surrogates and terminals' codes too."""
+    names = ["\ud800", "b\x1b[31m", "c\nd", *"3456789"]
+    _edited("class_names", names)(copy / "data.json")
+    for program, file in (
+        ("mixer.tools.convert", "x.npz"),
+        ("mixer.tools.convert", "x.safetensors"),
+        ("mixer.tools.export", "x.stablehlo"),
+    ):
+        options = ["--platforms=cpu"] * (program == "mixer.tools.export")
+        done = run_program(program, copy, tmp_path / file, *options)
+        assert done.returncode == 0, done.stderr
+        card = json.loads((tmp_path / f"{file}.json").read_text())
+        assert card.get("card", card)["class_names"] == names
+    found = loading.find(str(tmp_path / "x.npz"), log=print)
+    assert found.card.class_names == tuple(names)
+    one = prediction.Prediction("x.png", np.arange(3), np.ones(3, np.float32), None)
+    terminal = Console(file=io.StringIO(), width=99)
+    terminal.print(prediction.as_table([one], names))
+    shown = terminal.file.getvalue()
+    assert "\x1b" not in shown and r"\ud800" in shown and r"c\nd" in shown
 
 
 def test_report_cards_show_names_as_they_are(copy, tmp_path, capsys):

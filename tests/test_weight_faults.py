@@ -290,6 +290,8 @@ def test_redirects_are_followed_but_not_for_ever(server):
     [
         ("file:///x.npz", "file:// is not read"),
         ("ftp://h/x.npz?" + SECRET, "ftp:// is not read"),
+        ("://x.npz", ":// is not read"),
+        ("1a://x/y.npz", "1a:// is not read"),
         ("gs://", "names no bucket"),
         ("gs:///x.npz", "names no bucket"),
         (f"http://[::1/x.npz?{SECRET}", r"http://\[::1/x.npz is no web address"),

@@ -366,8 +366,8 @@ class _Card:
         self.directory = subject.output / "evaluation"
         if distributed.is_main():
             files.make_output_directory("--output", subject.output)
-            files.make_output_directory("--output", self.directory)
             run.check_place(subject.output)
+            files.make_output_directory("--output", self.directory)
             files.remove_unfinished(subject.output)
             run_files.read_results(subject.output, subject.checkpoint_name)
         self.prefix = "" if subject.checkpoint_name == "last" else f"{subject.checkpoint_name}_"
