@@ -118,7 +118,8 @@ def write(
     result = None
     try:
         config = runs[workdirs[0]][0] if workdirs else None
-        split = _open(config, loaded, which, data_dir)
+        data = run_files.read_data(workdirs[0]) if workdirs else None
+        split = _open(config, loaded, which, data_dir, data and data["splits"])
     except UserError as error:
         if data_dir or which:
             raise
@@ -302,7 +303,11 @@ def _images(loaded, result, split, directory, missing) -> str:
 
 
 def _open(
-    config: Any, loaded: loading.Loaded, which: str | None, data_dir: str | None
+    config: Any,
+    loaded: loading.Loaded,
+    which: str | None,
+    data_dir: str | None,
+    record: dict[str, Any] | None,
 ) -> pipeline.Split:
     """The split to evaluate, of a run's config, or of a folder for a file of weights."""
     if config is not None:
@@ -310,7 +315,7 @@ def _open(
             config.dataset.data_dir = data_dir
         names = tuple(loaded.card.class_names)
         for name in (which,) if which else ("test", "val"):
-            split = run.open_split(config, name, names)
+            split = run.open_own_split(config, name, names, record)
             if split is not None:
                 return split
         raise UserError(f"the config names no split {which or 'test or val'}")

@@ -415,6 +415,27 @@ def open_split(
     return split
 
 
+def open_own_split(
+    config: ConfigDict,
+    which: str,
+    class_names: tuple[str, ...] | None,
+    record: dict[str, Any] | None,
+) -> pipeline.Split | None:
+    """As `open_split`, of a run's config, with the images that the run has read.
+
+    A run of older code has read none in folders of a class folder. `record` is what the run's
+    data.json says of its splits; None: the data is not a run's own.
+    """
+    split = open_split(config, which, class_names)
+    before = (record or {}).get(which)
+    if split is None or not before or not data_change(before, split):
+        return split
+    if not pipeline.has_subfolders(config.dataset):
+        return split
+    older = open_split(config, which, class_names, subfolders=False)
+    return split if data_change(before, older) else older
+
+
 def open_splits(
     config: ConfigDict,
     class_names: tuple[str, ...] | None,

@@ -666,6 +666,12 @@ def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
     assert again == record | {"subfolders": False}
     report.evaluate([lambda: report.open_run(str(workdir))], splits=["val"])
     assert "is not what the run was trained with" not in capsys.readouterr().out
+    # Whoever reads a run's own data reads what the run has read.
+    record = json.loads((workdir / "data.json").read_text())["splits"]
+    own, names = run.read_run(workdir)
+    split = run.open_own_split(own, "train", names, record)
+    assert split.num_examples == record["train"]["num_examples"]
+    assert run.open_split(own, "train", names).num_examples > split.num_examples
     Image.new("RGB", (8, 8)).save(data / "test" / "bee" / "0.png")
     trainer.train(config, str(workdir))
     said = capsys.readouterr().out

@@ -440,15 +440,11 @@ def _open(
         config = subject.config
         names = subject.class_names if subject.own_data else None
         for which in splits:
-            split = run.open_split(config, which, names)
+            split = run.open_own_split(config, which, names, subject.data)
             if split is None:
                 continue
             # "val" and "test" of a run are those of its training.
             known = (subject.data or {}).get(which)
-            if known and run.data_change(known, split) and pipeline.has_subfolders(config.dataset):
-                # A run of older code has read no images in folders of a class folder.
-                older = run.open_split(config, which, names, subfolders=False)
-                split = split if run.data_change(known, older) else older
             if known and (change := run.data_change(known, split)):
                 say(
                     f"{split.name} is not what the run was trained with: {split.num_examples:,} "

@@ -17,7 +17,18 @@ from rich.table import Table
 from rich.text import Text
 from scipy import special
 
-from mixer import checkpoint, files, loading, losses, pictures, remote, run, sharding, weights
+from mixer import (
+    checkpoint,
+    files,
+    loading,
+    losses,
+    pictures,
+    remote,
+    run,
+    run_files,
+    sharding,
+    weights,
+)
 from mixer.data import permutation as orders
 from mixer.data import pipeline, steps
 from mixer.errors import UserError, printable
@@ -310,7 +321,8 @@ def _open_split(subject: Subject, size: int) -> tuple[pipeline.Split, str]:
     preprocess = steps_at(config.dataset.eval_preprocess, config.image_size, size)
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
-    split = run.open_split(config, subject.which, subject.class_names)
+    data = run_files.read_data(subject.workdir) if subject.workdir is not None else None
+    split = run.open_own_split(config, subject.which, subject.class_names, data and data["splits"])
     if split is None:
         raise UserError(f"the config of {subject.found.path} names no {subject.which}_split")
     card = subject.found.card
