@@ -757,7 +757,7 @@ def test_where_results_go_is_looked_at_before_anything_is_computed(copy, monkeyp
 
     monkeypatch.setattr(report.classification, "evaluate", fail)
     (copy / "evaluation").write_text("a file in place of the folder")
-    with pytest.raises(UserError, match=r"--output=.*evaluation"):
+    with pytest.raises(UserError, match=r"run/evaluation is no directory"):
         report.evaluate([lambda: report.open_run(str(copy))], splits=["val"])
     (copy / "evaluation").unlink()
     before = _files(copy)
