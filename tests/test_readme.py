@@ -45,6 +45,7 @@ def _run(command, clone, timeout=400):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # they train models of the real sizes
 def test_commands_run_as_written(clone):
     (block,) = _blocks("bash")
     outputs = {}
