@@ -80,6 +80,15 @@ def _compile(mode: str) -> None:
     compilation_cache.reset_cache()  # JAX asks once whether there is one
 
 
+# Started first: started last, one of them would keep one process busy after the other has ended.
+LONGEST = ("test_readme", "test_trainer", "test_resident", "test_loading", "test_multihost")
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the files that take longest to the start; the others keep their order."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
     """Most tests compile for longer than they compute: XLA optimizes only where numbers count."""

@@ -106,7 +106,7 @@ FIXED = "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fil
 @pytest.mark.parametrize(
     ("spec", "image_size", "count"),
     [
-        pytest.param(STEPS, (16, 16), 32, id="steps"),
+        pytest.param(STEPS, (16, 16), 32, marks=pytest.mark.slow, id="steps"),
         pytest.param(STEPS, (16, 16), 48, marks=AS_IN_A_RUN, id="steps as in a run"),
         pytest.param(AUTOAUGMENT, (30, 35), 160, marks=AS_IN_A_RUN, id="autoaugment"),
         pytest.param(RANDAUGMENT, (30, 35), 40, id="randaugment"),

@@ -97,6 +97,7 @@ def _evaluated(path, config, preprocess, size=8, resize="grow"):
     )
 
 
+@pytest.mark.slow
 def test_permutation_shuffles_on_the_device_what_the_step_shuffles_in_the_data(
     file, config, monkeypatch, tmp_path
 ):

@@ -147,6 +147,7 @@ def test_average_follows_the_parameters():
             np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_sam_takes_the_gradient_at_the_ascended_parameters():
     """One update without momentum, against the two gradients computed here."""
     options = dict(optimizer_changes=dict(b1=0.0, weight_decay=0.0, grad_clip_norm=0.0))
