@@ -401,9 +401,8 @@ def test_weights_without_a_head(tmp_path):
 # Higher resolution.
 
 
-@pytest.mark.parametrize(
-    "factors", [(1, 2), *(pytest.param(f, marks=pytest.mark.slow) for f in ((2, 2), (3, 3)))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("factors", [(1, 2), (2, 2), (3, 3)])
 def test_grown_weights_give_the_mean_over_the_tiles(factors):
     model, params, _ = load(PUBLISHED)
     large, grown, line = load(PUBLISHED, image_size=(32 * factors[0], 32 * factors[1]))

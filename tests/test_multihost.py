@@ -126,7 +126,7 @@ def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
         for i in range(2)
     ]
     for code, out in multihost.finish(started, 120):
-        assert code == 2 and str(tmp_path) in out
+        assert code == 2 and str(tmp_path) in out, out
     run = tmp_path / "run"
     flags = ("--config.checkpoint.every_steps=4", "--config.mesh.fsdp=2")
     multihost.run(2, 1, *TRAIN, *flags, f"--workdir={run}")

@@ -216,9 +216,8 @@ def _permuted_params(params, between, within):
     return jax.tree_util.tree_map_with_path(permuted, params)
 
 
-@pytest.mark.parametrize(
-    ("name", "lr"), [("sgd", 0.3), pytest.param("adamw", 3e-3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "lr"), [("sgd", 0.3), ("adamw", 3e-3)])
 def test_patch_order_leaves_the_curve_as_it_is(tfds_dir, name, lr):
     """With augmentation, weight decay and clipping, 10 steps.
 

@@ -132,9 +132,8 @@ def test_permutation_shuffles_on_the_device_what_the_step_shuffles_in_the_data(
     assert f"{low:.2%} to {high:.2%}" in console.export_text()
 
 
-@pytest.mark.parametrize(
-    ("resize", "sizes"), [("grow", [16]), pytest.param("interpolate", [6], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("resize", "sizes"), [("grow", [16]), ("interpolate", [6])])
 def test_resolution_evaluates_resized_weights_on_resized_images(file, config, resize, sizes):
     said = []
     sweep = sweeps.resolution([_subject(file, config)], sizes, resize=resize, say=said.append)

@@ -225,6 +225,7 @@ def test_float_images_go_to_the_model_as_they_are():
     np.testing.assert_array_equal(normalize(floats), floats)
 
 
+@pytest.mark.slow
 def test_update_that_is_not_finite_is_left_out_and_counted():
     """The step and the schedule go on; parameters, moments and average stay."""
     model = make_model(num_classes=7, **{**TINY, "num_blocks": 1})

@@ -108,6 +108,7 @@ def _raise_at_step(monkeypatch, step, signum):
     monkeypatch.setattr(trainer.console.Terminal, "step", show)
 
 
+@pytest.mark.slow
 def test_signal_in_the_loop_saves_and_the_run_goes_on(
     tmp_path, tfds_dir, finished_run, monkeypatch
 ):
