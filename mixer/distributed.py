@@ -41,6 +41,8 @@ QUIET = ("starting", "compiling", "evaluating", "saving")
 
 _watches: list["Watch"] = []  # the one that stands around the run
 _counts: dict[str, Iterator[int]] = {}
+_exit_codes: list[int] = []  # of this process, once it has printed why it ends
+_abort_handlers: list[Any] = []  # libc keeps no reference to them
 
 
 def state() -> Any:
@@ -564,18 +566,29 @@ class Watch:
         reason = line_of(error) or _brief(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone
             _publish_failure(this.process_id, socket.gethostname(), f"failed: {reason}")
-            self._acknowledge()
         # JAX would wait at exit for the others, and for computations that they take part in.
         code = _exit_code(error)
-        atexit.register(_leave, code)
-        late = threading.Timer(LEAVE_SECS, _leave, [code])
+        atexit.register(self.leave, code)
+        late = threading.Timer(2 * LEAVE_SECS, _leave, [code])
         late.daemon = True
         late.start()
+
+    def leave(self, code: int) -> None:
+        """Ends this process, which has printed its reason; process 0 waits for the others.
+
+        Process 0 hosts the coordination service. JAX aborts every process that is alive when the
+        service disappears, so the others acknowledge only after they have printed their own line.
+        """
+        _exit_codes.append(code)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._acknowledge()
+        _leave(code)
 
     def end(self, failure: Mapping[str, Any]) -> None:
         """Ends this process, whatever its main thread waits for, because of another's failure."""
         who = _name(failure["process"], failure["host"])
         _write(f"{who} {failure['reason']}")
+        _exit_codes.append(1)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._acknowledge(failure["process"])
         _leave(1)
@@ -678,7 +691,7 @@ def abort(error: BaseException) -> None:
         return
     _watches[0].fail(error)
     _write(str(error))
-    _leave(_exit_code(error))
+    _watches[0].leave(_exit_code(error))
 
 
 def stall_line(seconds: float, states: Sequence[Mapping[str, Any]]) -> str:
@@ -784,6 +797,8 @@ def _naming_lost_coordinator() -> Iterator[None]:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def aborted(signum: int) -> None:
+        if _exit_codes:
+            os._exit(_exit_codes[0])
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError:
@@ -795,8 +810,8 @@ def _naming_lost_coordinator() -> Iterator[None]:
 
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    _abort_handlers.append(aborted)
     before = libc.signal(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
-    try:
-        yield
-    finally:
-        libc.signal(signal.SIGABRT, before)
+    yield
+    # Not after a failure: JAX may abort this process until it has ended.
+    libc.signal(signal.SIGABRT, before)
