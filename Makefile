@@ -20,6 +20,7 @@ test-all: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-logo --no-cache
 
 # The stamp is written last: an installation that was interrupted is taken up again.
 .venv/installed: requirements.txt pyproject.toml

@@ -12,7 +12,7 @@ Of a run, the model, the data, the preprocessing and the class names are its own
 preprocessing and names where they are known. docs/evaluation.md has the suites.
 """
 
-from mixer import interrupts
+from mixer.cli import interrupts
 
 if __name__ == "__main__":
     interrupts.leave_at_once()  # before the imports that take a while
@@ -22,7 +22,8 @@ import functools
 
 from absl import flags
 
-from mixer import cli, launch
+from mixer.cli import config as cli
+from mixer.cli import launch
 from mixer.errors import nearest
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
@@ -91,8 +92,8 @@ def main(argv: list[str]) -> None:
     if cli.CONFIG.value is not None and not tuned:
         config = cli.config()
     launch.join()
-    from mixer import distributed
     from mixer.evaluation import report
+    from mixer.parallel import processes as distributed
 
     if tuned and distributed.state().num_processes > 1:
         raise cli.UserError(
@@ -167,8 +168,9 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
 def _fine_tune(name: str, open_subject) -> None:
     """Fine-tunes on every task of `vtab` or `transfer`, and tabulates."""
     from configs import finetune
-    from mixer import checkpoint, transfer
+    from mixer import transfer
     from mixer.evaluation import report
+    from mixer.weights import checkpoint
 
     subject, _ = open_subject()
     subject = dataclasses.replace(subject, params={})  # the runs read the weights themselves

@@ -9,7 +9,7 @@ stopped. Without --workdir the run is in runs/<name of the config file>. On seve
 command is given on each (docs/pods.md).
 """
 
-from mixer import interrupts
+from mixer.cli import interrupts
 
 if __name__ == "__main__":
     interrupts.leave_at_once()  # before the imports that take a while
@@ -18,7 +18,8 @@ import gc
 
 from absl import flags
 
-from mixer import cli, launch
+from mixer.cli import config as cli
+from mixer.cli import launch
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; runs/<name of the config file> if not given."

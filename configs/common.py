@@ -69,7 +69,7 @@ def base() -> ConfigDict:
         train_split="train",
         val_split="validation",  # evaluated during training; empty: none
         test_split="test",  # evaluated once, at the end; empty: none
-        train_preprocess="",  # steps of mixer/data/preprocess.py, joined by |
+        train_preprocess="",  # steps of mixer/data/preprocessing/host.py, joined by |
         eval_preprocess="",
         # patches or pixels: every image's are shuffled by one fixed permutation, the last step of
         # both preprocessings (docs/probes.md); empty: none.
@@ -189,7 +189,7 @@ def parse_arg(arg: str, **defaults):
     return ConfigDict(values)
 
 
-# The models that the recipes' `model=` takes; mixer/model.py has their dimensions.
+# The models that the recipes' `model=` takes; mixer/models/mlp_mixer.py has their dimensions.
 VARIANTS = ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
 MODES = ("tpu", "gpu8", "smoke")
 PUBLISHED_BATCH = 4096  # of every pre-training run of the paper

@@ -1,7 +1,7 @@
 """MLP-Mixer in JAX/Flax: train, fine-tune, evaluate and use.
 
-`import mixer; model, params = mixer.load("RUN_OR_FILE")` (mixer/loading.py). JAX is imported when
-`load` is first asked for.
+`import mixer; model, params = mixer.load("RUN_OR_FILE")` loads weights (mixer/weights/load.py). JAX
+is imported when `load` is first used.
 """
 
 from typing import Any
@@ -14,6 +14,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name != "load":
         raise AttributeError(f"module 'mixer' has no attribute {name!r}")
-    from mixer.loading import load
+    from mixer.weights.load import load
 
     return load

@@ -19,33 +19,23 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mixer import (
-    backend,
-    checkpoint,
-    console,
-    distributed,
-    files,
-    formatting,
-    loading,
-    losses,
-    memory,
-    optimizer,
-    pictures,
-    profiling,
-    published,
-    run,
-    run_files,
-    sharding,
-    signals,
-    stepping,
-    train_state,
-)
+from mixer import console, files, formatting, memory, run_files
 from mixer.data import resident
-from mixer.data.steps import pixel_range
+from mixer.data.preprocessing.spec import pixel_range
 from mixer.errors import UserError, first_line
 from mixer.evaluation import classification, fewshot, suites
-from mixer.metrics import Meter, MetricWriter
-from mixer.train_step import make_predict
+from mixer.parallel import backend, sharding, signals
+from mixer.parallel import processes as distributed
+from mixer.runs import config as run
+from mixer.runs import profile as profiling
+from mixer.runs.record import Meter, MetricWriter
+from mixer.tools.inspect import pictures
+from mixer.training import losses, optimizer
+from mixer.training import state as train_state
+from mixer.training import updates as stepping
+from mixer.training.step import make_predict
+from mixer.weights import checkpoint, published
+from mixer.weights import load as loading
 
 SHOT = "10shot"  # of the few-shot probe, the one by which it is known to be in the record
 

@@ -16,9 +16,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import checkpoint, files, formatting, loading, run, run_files, trainer
+from mixer import files, formatting, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import scores
+from mixer.runs import config as run
+from mixer.weights import checkpoint
+from mixer.weights import load as loading
 
 RECORD = "transfer.json"
 
@@ -293,7 +296,7 @@ def _check_prepared(tasks: Mapping[str, ConfigDict]) -> None:
     }
     if not stored:
         return
-    from mixer.data import sources
+    from mixer.data.sources import stored as sources
 
     missing = [
         f"`python -m mixer.tools.prepare tfds {name}{f' --data_dir={where}' if where else ''}`"

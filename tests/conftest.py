@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# matplotlib and TensorFlow otherwise import each other through Keras (mixer/program.py).
+# matplotlib and TensorFlow otherwise import each other through Keras (mixer/cli/program.py).
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 CACHE = Path(__file__).parent.parent / ".test_cache"
@@ -126,7 +126,7 @@ def _made_once(tmp_path_factory, name, make):
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
     """A TFDS directory with the digits prepared in it."""
-    from mixer.data import sources
+    from mixer.data.sources import stored as sources
 
     return _made_once(
         tmp_path_factory, "tfds", lambda path: sources.tfds_builder("digits", str(path))

@@ -110,7 +110,7 @@ def final_state(workdir, step=None):
     """The arrays of a run's checkpoint, read without the model."""
     import orbax.checkpoint as ocp
 
-    from mixer import checkpoint
+    from mixer.weights import checkpoint
 
     directory = workdir / "checkpoints" / str(step) if step else checkpoint.find_step(workdir)
     # As NumPy's arrays: the devices that saved them may not be here.
@@ -124,7 +124,7 @@ def final_state(workdir, step=None):
 
 def environment(**extra):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    if "XLA_FLAGS" in extra:  # several devices: as mixer.cli does for the programs
+    if "XLA_FLAGS" in extra:  # several devices: as mixer.cli.config does for the programs
         extra.setdefault("NPROC", "32")
     return {**os.environ, "PYTHONPATH": paths, **extra}
 
@@ -159,10 +159,13 @@ def run_program(program, *arguments, cwd=ROOT):
       A CompletedProcess with returncode, stdout and stderr. An exception that would end the
       process in a traceback is raised.
     """
-    from mixer import cli, launch  # noqa: F401 (their flags stay; those of the program go)
+    from mixer.cli import config as cli
+    from mixer.cli import launch  # noqa: F401 (its flags stay; those of the program go)
 
     app.define_help_flags()  # absl does so once in a process
     is_file = program.endswith(".py")
+    if not is_file and importlib.util.find_spec(program).submodule_search_locations:
+        program += ".__main__"
     path = ROOT / program if is_file else importlib.util.find_spec(program).origin
     spec = importlib.util.spec_from_file_location(program.removesuffix(".py"), path)
     module = importlib.util.module_from_spec(spec)

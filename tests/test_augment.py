@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mixer import augment, philox
-from mixer.data import preprocess
+from mixer.data import philox
+from mixer.data.preprocessing import device as augment
+from mixer.data.preprocessing import host as preprocess
 from mixer.errors import UserError
 
 # The compiler's fusions decide what rounds where: each variant is also compiled as in a run.
@@ -128,7 +129,7 @@ def test_pixels_are_those_of_the_host(spec, image_size, count):
 @pytest.mark.optimized
 def test_grey_of_many_colours_is_the_hosts():
     """Where the rounding of one sum decides; found among all 2^24: none differs."""
-    from mixer.data import randaugment
+    from mixer.data.preprocessing import randaugment
 
     rows = np.mgrid[0:256:5, :256, 0:256:3].reshape(3, -1).T[None].astype(np.uint8)
     actual = jax.jit(augment.luminance)(rows[:, :, None].astype(np.float32))[0, :, 0]

@@ -16,12 +16,15 @@ import safetensors.numpy
 
 import mixer
 from helpers import TINY, environment, run_program, run_python, tiny_config
-from mixer import flops, memory, run, sharding
-from mixer.benchmarking import agreement, contest, jax_side, report, torch_side
-from mixer.benchmarking import input as pipeline
-from mixer.benchmarking import loop as looping
+from mixer import memory
 from mixer.errors import UserError
-from mixer.model import make_model
+from mixer.models import flops
+from mixer.models.mlp_mixer import make_model
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.tools.benchmark import agreement, contest, jax_side, report, torch_side
+from mixer.tools.benchmark import input as pipeline
+from mixer.tools.benchmark import loop as looping
 
 DIMENSIONS = TINY | dict(num_blocks=1)
 
@@ -225,7 +228,7 @@ SAVING = """
 import sys
 import torch
 from safetensors.torch import save_file
-from mixer.benchmarking.torch_child import make_timm
+from mixer.tools.benchmark.torch_child import make_timm
 
 request = dict(num_classes=7, image_size=16, gelu="tanh", dimensions=DIMENSIONS)
 torch.manual_seed(0)
@@ -258,7 +261,7 @@ WITHOUT = """
 import runpy, sys
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections"):
     sys.modules[name] = None
-from mixer.benchmarking import contest
+from mixer.tools.benchmark import contest
 contest.MODELS["cifar"].update(num_blocks=1, channels_mlp_dim=32)
 contest.LARGE["cpu"] = 64
 sys.argv = ["benchmark", *sys.argv[1:]]

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from helpers import PUBLISHED, assert_same_bits
-from mixer import checkpoint, optimizer, sharding, train_state
 from mixer.errors import UserError
-from mixer.model import make_model
+from mixer.models.mlp_mixer import make_model
+from mixer.parallel import sharding
+from mixer.training import optimizer
+from mixer.training import state as train_state
+from mixer.weights import checkpoint
 
 
 def _model(**fields):

@@ -14,10 +14,14 @@ import optax
 import pytest
 from jax.experimental import topologies
 
-from mixer import flops, hlo, layers, losses, mixup, sharding, train_state
-from mixer.benchmarking import plain
-from mixer.model import MixerBlock, make_model
-from mixer.train_step import make_predict, make_train_step
+from mixer.models import flops, layers
+from mixer.models.mlp_mixer import MixerBlock, make_model
+from mixer.parallel import sharding
+from mixer.tools.benchmark import plain
+from mixer.tools.plan import hlo
+from mixer.training import losses, mixup
+from mixer.training import state as train_state
+from mixer.training.step import make_predict, make_train_step
 
 cuda_backend = pytest.mark.cuda_backend
 needs_plugin = pytest.mark.skipif(

@@ -10,8 +10,8 @@ import pytest
 
 from configs import common, finetune
 from helpers import ROOT, run_program, run_python
-from mixer import run
 from mixer.errors import UserError
+from mixer.runs import config as run
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_shipped_config_is_accepted_and_its_model_fits_the_images(name, arg):
 def test_preprocessing_gives_images_of_the_configs_size(name, arg, split):
     import tensorflow as tf
 
-    from mixer.data.preprocess import make_preprocess
+    from mixer.data.preprocessing.host import make_preprocess
 
     spec, side, stored = preprocessing(name, arg, split)
     preprocess = make_preprocess(spec, (side, side))
@@ -340,7 +340,8 @@ def test_preprocessing_gives_images_of_the_configs_size(name, arg, split):
 def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
     import jax
 
-    from mixer import sharding, train_state
+    from mixer.parallel import sharding
+    from mixer.training import state as train_state
 
     config = reduced(name, arg)
     run.resolve_model(config, None, None)

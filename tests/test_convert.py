@@ -12,9 +12,10 @@ import safetensors.numpy
 from etils import epath
 
 from helpers import GOLDENS, TINY, assert_same_bits, run_program, run_python
-from mixer import loading, weights
-from mixer.model import make_model
+from mixer.models.mlp_mixer import make_model
 from mixer.tools import convert
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 PUBLISHED = GOLDENS / "mixer_tiny_official.npz"
 NAMES = {"run": "run", "published": "new.npz", "legacy": "old.npz", "timm": "timm.safetensors"}
@@ -140,7 +141,8 @@ def test_values_that_are_not_finite_are_not_written(tmp_path):
 
 def test_a_converted_run_is_no_training_run(tmp_path):
     from helpers import tiny_config
-    from mixer import run, trainer
+    from mixer import trainer
+    from mixer.runs import config as run
 
     path = write(tmp_path / "run", make("tiny"), "run")
     for use in (lambda: run.read_run(path), lambda: trainer.train(tiny_config(), str(path))):

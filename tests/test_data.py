@@ -7,9 +7,12 @@ import pytest
 from PIL import Image
 
 from helpers import tiny_config
-from mixer import run
-from mixer.data import folder, order, pipeline, sources
+from mixer.data import order
+from mixer.data import splits as pipeline
+from mixer.data.sources import folder
+from mixer.data.sources import stored as sources
 from mixer.errors import UserError
+from mixer.runs import config as run
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -156,7 +159,7 @@ def eight_files(tmp_path_factory):
     """A TFDS directory with the digits in eight files a split."""
     import tensorflow_datasets as tfds
 
-    from mixer.data import digits
+    from mixer.data.sources import digits
 
     path = tmp_path_factory.mktemp("eight_files")
     builder = digits.Digits(data_dir=str(path))

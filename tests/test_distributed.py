@@ -16,15 +16,19 @@ import jax
 import pytest
 
 from helpers import ROOT, environment, run_python
-from mixer import distributed, files, metrics, run_files
+from mixer import files, run_files
 from mixer.errors import UserError
+from mixer.parallel import processes as distributed
+from mixer.runs import record as metrics
 
 # One process of several; its plan is JSON: how it joins, and what it does one after the other.
 WORKER = """
 import json, os, signal, sys, time
 plan = json.loads(sys.argv[1])
 import jax
-from mixer import cli, distributed, metrics, signals
+from mixer.cli import config as cli
+from mixer.parallel import processes as distributed, signals
+from mixer.runs import record as metrics
 from mixer.errors import UserError
 distributed.BEAT_SECS, distributed.SUSPECT_SECS, distributed.SHARE_SECS = 0.2, 2.5, 0.5
 distributed.LOST_SECS, signals.NOTICE_SECS = 4.0, 0.05
@@ -276,7 +280,7 @@ def test_all_end_by_themselves_with_their_own_code(kind):
 def test_laptop_joins_nothing_and_starts_no_thread():
     code = """
 import threading
-from mixer import distributed, signals
+from mixer.parallel import processes as distributed, signals
 distributed.initialize()
 with distributed.watch() as watching, signals.catch() as caught:
     watching.beat(1, "computing")

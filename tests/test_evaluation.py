@@ -11,10 +11,15 @@ import pytest
 from sklearn import metrics as sk
 
 from helpers import run_program, run_python, tiny_config
-from mixer import loading, losses, run, sharding, trainer, weights
+from mixer import trainer
 from mixer.errors import UserError
 from mixer.evaluation import classification, report, scores, suites
-from mixer.metrics import read_metrics
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.runs.record import read_metrics
+from mixer.training import losses
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 
 def _config(tfds_dir, suite):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from helpers import GOLDENS, ROOT, run_program, run_python
-from mixer import loading, serving
 from mixer.errors import UserError
+from mixer.tools.export import serving
+from mixer.weights import load as loading
 
 WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
 SHAPE = (32, 32, 3)

@@ -13,10 +13,13 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 
 from helpers import ROOT, environment, tiny_config
-from mixer import run, sharding, train_state
-from mixer.data import pipeline, sources
+from mixer.data import splits as pipeline
+from mixer.data.sources import stored as sources
 from mixer.errors import UserError
 from mixer.evaluation import fewshot
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.training import state as train_state
 
 L2 = 2.0**10
 
@@ -320,9 +323,11 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 from helpers import tiny_config
-from mixer import losses, run, sharding, train_state
+from mixer.training import losses, state as train_state
+from mixer.runs import config as run
+from mixer.parallel import sharding
 from mixer.evaluation import classification, fewshot
-from mixer.train_step import make_predict
+from mixer.training.step import make_predict
 
 counts = (1, 8)
 if len(sys.argv) > 1:

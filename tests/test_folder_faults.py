@@ -12,11 +12,15 @@ import pytest
 from PIL import Image
 
 from helpers import tiny_config
-from mixer import prediction, run
-from mixer.data import folder, imagenet_names, pipeline, sources
+from mixer.data import splits as pipeline
+from mixer.data.imagenet import names as imagenet_names
+from mixer.data.sources import folder
+from mixer.data.sources import stored as sources
 from mixer.errors import UserError
 from mixer.evaluation import suites
+from mixer.runs import config as run
 from mixer.tools import prepare
+from mixer.tools.predict import prediction
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from helpers import run_python
-from mixer.data import imagenet21k, imagenet21k_source, sources
+from mixer.data.imagenet import imagenet21k, imagenet21k_source
+from mixer.data.sources import stored as sources
 from mixer.errors import UserError
 from mixer.tools import prepare as tool
 
@@ -370,7 +371,7 @@ def test_killed_it_goes_on_to_the_same_records(whole, tmp_path):
     source, data = whole[0], tmp_path / "data"
     code = f"""
 import os, signal
-from mixer.data import imagenet21k, imagenet21k_source
+from mixer.data.imagenet import imagenet21k, imagenet21k_source
 imagenet21k.COMMIT_SECS, imagenet21k.BUFFER_BYTES = 0, 700
 calls = 0
 def report(progress):

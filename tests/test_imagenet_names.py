@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mixer.data import imagenet_names
-from mixer.data.imagenet_names import LISTS, class_names, synsets
+from mixer.data.imagenet import names as imagenet_names
+from mixer.data.imagenet.names import LISTS, class_names, synsets
 from mixer.errors import UserError
 
 # SHA-256 of ids and of names, in label order, joined by newlines.

@@ -19,10 +19,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from helpers import GOLDENS, golden_params, run_program, run_python, tiny_config
-from mixer import checkpoint, inspection, loading, page, pictures, run, weights
 from mixer.errors import UserError
 from mixer.evaluation import classification
-from mixer.train_state import TrainState
+from mixer.runs import config as run
+from mixer.tools.inspect import activations as inspection
+from mixer.tools.inspect import page, pictures
+from mixer.training.state import TrainState
+from mixer.weights import checkpoint
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 # Names as a folder may have them.
 CLASSES = ("$x_1$ & <b>", "<script>alert(1)<", "a name of very many words that goes on and on 汉字")

@@ -14,11 +14,15 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from helpers import assert_same_bits, tiny_config
-from mixer import losses, run, sharding
-from mixer.data import folder, labels, sources
-from mixer.data.preprocess import make_preprocess
+from mixer.data import labels
+from mixer.data.preprocessing.host import make_preprocess
+from mixer.data.sources import folder
+from mixer.data.sources import stored as sources
 from mixer.errors import UserError
 from mixer.evaluation import classification
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.training import losses
 
 LINES = [
     {"path": "a/0.png", "labels": ["dog", "animal"], "weights": [0.75, 1.0]},
@@ -317,7 +321,9 @@ def test_label_outside_the_classes_is_named(tmp_path):
 
 
 def test_unprepared_imagenet21k_names_its_own_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mixer.data.imagenet21k", types.ModuleType("stand_in"))
+    monkeypatch.setitem(
+        sys.modules, "mixer.data.imagenet.imagenet21k", types.ModuleType("stand_in")
+    )
     builder = types.SimpleNamespace(is_prepared=lambda: False, data_dir="/nowhere/imagenet21k")
     monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
     with pytest.raises(UserError, match=r"prepare imagenet21k.*--data_dir=/nowhere"):

@@ -92,7 +92,7 @@ exit $worst
 PROBE = """
 import sys
 import jax
-from mixer import distributed
+from mixer.parallel import processes as distributed
 distributed.initialize()
 print("found", jax.process_index(), jax.process_count(), *distributed.gather(sys.argv[1:]))
 """
@@ -100,7 +100,7 @@ print("found", jax.process_index(), jax.process_count(), *distributed.gather(sys
 
 @pytest.mark.slow
 def test_slurm_job_joins_its_tasks(tmp_path):
-    """`mixer.distributed` finds them in Slurm's variables; what they run is a stand-in."""
+    """`mixer.parallel.processes` finds them in Slurm's variables; what they run is a stand-in."""
     _program(tmp_path / "srun", SRUN)
     _program(tmp_path / "python", f"exec {sys.executable} -c '{PROBE}' \"$@\"")
     job_id = os.getpid() % 4096  # JAX takes its port from it

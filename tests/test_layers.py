@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer import layers
+from mixer.models import layers
 
 
 def _arrays(*shapes, seed=0):

@@ -30,11 +30,15 @@ from helpers import (
     run_python,
     tiny_config,
 )
-from mixer import loading, run, sharding, trainer, weights
-from mixer.data.steps import pixel_range
+from mixer import trainer
+from mixer.data.preprocessing.spec import pixel_range
 from mixer.errors import UserError
-from mixer.model import make_model
-from mixer.train_state import abstract_params
+from mixer.models.mlp_mixer import make_model
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.training.state import abstract_params
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 PUBLISHED = GOLDENS / "mixer_tiny_official.npz"
 LEGACY = GOLDENS / "mixer_tiny_legacy.npz"
@@ -507,7 +511,7 @@ def test_weights_lie_on_the_mesh():
 def test_each_of_eight_devices_gets_its_part(plain):
     code = f"""
 import jax, mixer, numpy as np
-from mixer import sharding
+from mixer.parallel import sharding
 
 mesh = sharding.make_mesh({{"data": 2, "fsdp": 2, "tensor": 2}})
 for path, size in (({str(PUBLISHED)!r}, 32), ({str(plain)!r}, 16)):

@@ -6,9 +6,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from helpers import PLAIN_STEP, TINY, leaves
-from mixer import losses, microbatches, model, sharding
-from mixer.train_state import TrainState
-from mixer.train_step import make_predict, make_train_step
+from mixer.models import microbatches
+from mixer.models import mlp_mixer as model
+from mixer.parallel import sharding
+from mixer.training import losses
+from mixer.training.state import TrainState
+from mixer.training.step import make_predict, make_train_step
 
 CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
 

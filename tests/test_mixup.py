@@ -7,7 +7,7 @@ import pytest
 from scipy import special
 
 from mixer.errors import UserError
-from mixer.mixup import make_mix
+from mixer.training.mixup import make_mix
 
 OFF = dict(alpha=0.0, per_example=False, cutmix_alpha=0.0, cutmix_prob=0.0)
 N = 64

@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from helpers import TINY, golden, golden_params
 from mixer.errors import UserError
-from mixer.model import VARIANTS, MlpBlock, MlpMixer, make_model
+from mixer.models.mlp_mixer import VARIANTS, MlpBlock, MlpMixer, make_model
 
 # REFERENCE: parameters with 1,000 classes.
 COUNTS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import final_state, leaves
-from mixer.metrics import read_metrics
+from mixer.runs.record import read_metrics
 
 # Two processes that agree and stop together are tested in test_distributed.py before each commit.
 pytestmark = pytest.mark.slow
@@ -159,7 +159,7 @@ def test_write_that_fails_in_the_background_of_one_process_ends_all(tmp_path):
 import errno, sys
 sys.path.insert(0, "tests")
 import jax
-from mixer import cli, launch
+from mixer.cli import config as cli, launch
 from absl import flags
 
 def main(argv):

@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from helpers import PUBLISHED, golden_params
-from mixer import losses, optimizer
 from mixer.errors import UserError
+from mixer.training import losses, optimizer
 
 
 def _schedule(**changes):

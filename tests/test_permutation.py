@@ -9,14 +9,19 @@ from PIL import Image
 
 from configs import digits
 from helpers import tiny_config
-from mixer import loading, prediction, run, sharding, trainer, weights
-from mixer.data import permutation
-from mixer.data.preprocess import make_preprocess
+from mixer import trainer
+from mixer.data.preprocessing import permutation
+from mixer.data.preprocessing.host import make_preprocess
 from mixer.errors import UserError
 from mixer.evaluation import classification
-from mixer.losses import make_loss
-from mixer.train_state import init_state
-from mixer.train_step import make_predict
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.tools.predict import prediction
+from mixer.training.losses import make_loss
+from mixer.training.state import init_state
+from mixer.training.step import make_predict
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,9 +15,14 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from helpers import ROOT, run_program, tiny_config
-from mixer import augment, prediction, run
-from mixer.data import images, pipeline, preprocess, steps
+from mixer.data import splits as pipeline
+from mixer.data.preprocessing import device as augment
+from mixer.data.preprocessing import host as preprocess
+from mixer.data.preprocessing import images
+from mixer.data.preprocessing import spec as steps
 from mixer.errors import UserError, first_line
+from mixer.runs import config as run
+from mixer.tools.predict import prediction
 
 KEY = tf.constant([1, 2], tf.int64)
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
@@ -325,16 +330,16 @@ def test_policies_on_the_device_need_no_tensorflow(monkeypatch):
     for name in list(sys.modules):
         if name == "tensorflow" or name.startswith("tensorflow."):
             monkeypatch.setitem(sys.modules, name, None)
-    for name in ("preprocess", "randaugment", "autoaugment"):
-        monkeypatch.delitem(sys.modules, f"mixer.data.{name}")
-        monkeypatch.delattr(f"mixer.data.{name}")
+    for name in ("host", "randaugment", "autoaugment"):
+        monkeypatch.delitem(sys.modules, f"mixer.data.preprocessing.{name}")
+        monkeypatch.delattr(f"mixer.data.preprocessing.{name}")
     spec = importlib.util.spec_from_file_location("augment_anew", augment.__file__)
     anew = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "augment_anew", anew)
     spec.loader.exec_module(anew)
     anew.make_augment("decode|flip_lr|randaugment(1)|autoaugment_cifar", (8, 8))
     with pytest.raises(ImportError):  # it is hidden indeed
-        import mixer.data.randaugment  # noqa: F401
+        import mixer.data.preprocessing.randaugment  # noqa: F401
 
 
 def test_the_device_takes_the_hosts_arguments_and_no_others():

@@ -7,9 +7,12 @@ import pytest
 
 from configs import common, mixer_b16_i1k
 from helpers import TINY, run_program, run_python, tiny_config
-from mixer import chips, hlo, planning, run, sharding, train_state
 from mixer.errors import UserError
-from mixer.model import make_model
+from mixer.models.mlp_mixer import make_model
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.tools.plan import chips, hlo, planning
+from mixer.training import state as train_state
 
 
 def subject_of(config, topology="gpu:8xH100", **options):

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from helpers import GOLDENS, golden_params, run_program, run_python, tiny_config
-from mixer import files, loading, prediction, trainer
-from mixer.data import imagenet_names
+from mixer import files, trainer
+from mixer.data.imagenet import names as imagenet_names
 from mixer.errors import UserError
+from mixer.tools.predict import prediction
+from mixer.weights import load as loading
 
 WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
 STEPS = "decode|resize(32)"

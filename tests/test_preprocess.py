@@ -11,9 +11,9 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from helpers import GOLDENS
-from mixer.data import autoaugment
-from mixer.data import randaugment as ops
-from mixer.data.preprocess import STEPS, make_preprocess, output_spec
+from mixer.data.preprocessing import autoaugment
+from mixer.data.preprocessing import randaugment as ops
+from mixer.data.preprocessing.host import STEPS, make_preprocess, output_spec
 from mixer.errors import UserError, first_line
 
 KEY = tf.constant([1, 2], tf.int64)

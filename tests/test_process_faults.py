@@ -21,23 +21,19 @@ from ml_collections import ConfigDict
 import mixer
 from configs import common
 from helpers import ROOT, environment, run_program, run_python, tiny_config
-from mixer import (
-    backend,
-    checkpoint,
-    cli,
-    distributed,
-    errors,
-    files,
-    interrupts,
-    memory,
-    optimizer,
-    run,
-)
-from mixer.benchmarking import report
+from mixer import errors, files, memory
+from mixer.cli import config as cli
+from mixer.cli import interrupts
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
-from mixer.model import check_image_size, make_model
-from mixer.train_state import TrainState
+from mixer.models.mlp_mixer import check_image_size, make_model
+from mixer.parallel import backend
+from mixer.parallel import processes as distributed
+from mixer.runs import config as run
+from mixer.tools.benchmark import report
+from mixer.training import optimizer
+from mixer.training.state import TrainState
+from mixer.weights import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +87,7 @@ def test_missing_device_is_named_before_a_checkpoint_is_read(command, weights, m
 
 def test_programs_forget_settings_that_change_numbers():
     names = [name.upper() for name in backend.SETTINGS]
-    code = f"import mixer.program, os; print([n for n in {names} if n in os.environ])"
+    code = f"import mixer.cli.program, os; print([n for n in {names} if n in os.environ])"
     done = run_python("-c", code, **dict.fromkeys(names, "1"))
     assert done.stdout == "[]\n" and "JAX_ENABLE_X64" in names
 
@@ -184,7 +180,7 @@ def test_what_a_library_makes_of_an_interrupt_is_one(monkeypatch, tmp_path):
 
 IMPORTING = """
 import sys
-from mixer import interrupts
+from mixer.cli import interrupts
 interrupts.{}()
 sys.path.insert(0, {!r})
 try:
@@ -283,7 +279,7 @@ def test_process_that_is_killed_while_it_waits_is_missed_within_seconds(monkeypa
 
 
 def test_bad_flag_of_a_process_is_told_with_its_place(monkeypatch):
-    from mixer import launch
+    from mixer.cli import launch
 
     told = []
     monkeypatch.setattr(distributed, "tell_failure", lambda *args: told.append(args))
@@ -379,7 +375,7 @@ def test_package_of_the_same_name_does_not_replace_the_configs(tmp_path):
     for cwd, program in ((ROOT, "train.py"), (tmp_path, ROOT / "evaluate.py")):
         done = run_python(program, config, "surplus", cwd=cwd, check=False, PYTHONPATH=path)
         assert (done.returncode, "surplus" in done.stderr) == (2, True), done.stderr
-    code = "from mixer import cli; cli.run(lambda argv: cli.config() and None)"
+    code = "from mixer.cli import config as cli; cli.run(lambda argv: cli.config() and None)"
     done = run_python("-c", code, config, cwd=tmp_path, check=False, PYTHONPATH=path)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -562,14 +558,14 @@ def test_no_images_give_no_logits():
 def test_a_byte_formatter_pulls_nothing():
     for module, heavy in (
         ("formatting", {"jax", "rich", "psutil"}),
-        ("train_step", {"psutil", "scipy.special"}),
+        ("training.step", {"psutil", "scipy.special"}),
     ):
         code = f"import sys, mixer.{module}; print(sorted({heavy} & set(sys.modules)))"
         assert run_python("-c", code).stdout == "[]\n"
 
 
 def test_plan_knows_the_permutation():
-    from mixer import planning
+    from mixer.tools.plan import planning
 
     config = tiny_config(model__num_classes=10)
     config.dataset.update(name="digits", train_preprocess="decode", eval_preprocess="decode")

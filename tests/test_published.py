@@ -10,9 +10,10 @@ import zlib
 import numpy as np
 import pytest
 
-from mixer import published, remote
 from mixer.errors import UserError
-from mixer.published import CHECKPOINTS, facts, timm_facts
+from mixer.weights import fetch as remote
+from mixer.weights import published
+from mixer.weights.published import CHECKPOINTS, facts, timm_facts
 
 TIMM_STEPS = (
     "decode(dct='accurate')|resize_small(256, method='bicubic', antialias=True)|central_crop(224)"
@@ -28,7 +29,7 @@ BV_STEPS = "decode|resize_small(256, method='area')|central_crop(224)"
 def _shapes(variant, num_classes):
     import jax
 
-    from mixer.model import make_model
+    from mixer.models.mlp_mixer import make_model
 
     model = make_model(variant=variant, num_classes=num_classes)
     init = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
@@ -534,5 +535,5 @@ def test_hub_says_what_is_wrong_in_one_line(hub, monkeypatch):
 def test_tensorflow_is_not_needed():
     from helpers import run_python
 
-    code = "import sys; sys.modules['tensorflow'] = None\nfrom mixer import remote; print('fine')"
+    code = "import sys; sys.modules['tensorflow'] = None; import mixer.weights.fetch; print('fine')"
     assert run_python("-c", code).stdout.strip() == "fine"

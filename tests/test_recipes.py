@@ -58,7 +58,7 @@ def build(name, arg=""):
 
 def resolve(config, num_examples):
     """The config with its lengths in steps, and its learning rate."""
-    from mixer import run
+    from mixer.runs import config as run
 
     run.resolve_lengths(config, num_examples)
     return config, run.build_optimizer(config)[0]
@@ -147,7 +147,7 @@ def test_the_records_recipe_keeps_its_proportions():
 def test_the_cifar_model_is_the_records(arg):
     import jax
 
-    from mixer import run
+    from mixer.runs import config as run
 
     config = build("cifar10", arg)
     config.model.num_classes = 10
@@ -182,7 +182,7 @@ def test_fine_tuning_is_the_authors(dataset):
 
 def examples(spec, sizes):
     """The examples of a split spec as (split, number), by TFDS's own grammar."""
-    from mixer.data.sources import absolute
+    from mixer.data.sources.stored import absolute
 
     return {
         (part.splitname, number)
@@ -228,7 +228,7 @@ def test_sets_and_labels_of_fine_tuning_are_known(dataset, tmp_path):
 
 
 def test_names_are_those_of_the_model():
-    from mixer.model import VARIANTS
+    from mixer.models.mlp_mixer import VARIANTS
 
     assert tuple(VARIANTS) == common.VARIANTS
     assert len(finetune.VTAB) == 19

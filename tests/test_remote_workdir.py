@@ -6,7 +6,9 @@ from etils import epath
 
 import mixer
 from helpers import assert_same_bits, final_state, tiny_config
-from mixer import checkpoint, metrics, trainer
+from mixer import trainer
+from mixer.runs import record as metrics
+from mixer.weights import checkpoint
 
 WORKDIR = "gs://bucket/runs/tiny"
 

@@ -14,11 +14,14 @@ import pytest
 from PIL import Image
 
 from helpers import assert_same_bits, final_state, run_python, tiny_config
-from mixer import run, stepping, trainer
-from mixer.data import pipeline, resident
+from mixer import trainer
+from mixer.data import resident
+from mixer.data import splits as pipeline
 from mixer.errors import UserError
-from mixer.metrics import read_metrics
-from mixer.signals import Stopped
+from mixer.parallel.signals import Stopped
+from mixer.runs import config as run
+from mixer.runs.record import read_metrics
+from mixer.training import updates as stepping
 
 STEPS = "decode|resize(8)|random_crop(8, pad=1)|flip_lr"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from mixer import resolution
 from mixer.errors import UserError
-from mixer.model import make_model
+from mixer.models import resize as resolution
+from mixer.models.mlp_mixer import make_model
 
 P = 2
 SMALL = dict(patch_size=P, hidden_dim=8, num_blocks=2, channels_mlp_dim=12, num_classes=5)

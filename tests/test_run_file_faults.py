@@ -19,23 +19,16 @@ from rich.console import Console
 
 from configs import common
 from helpers import run_program, tiny_config
-from mixer import (
-    checkpoint,
-    console,
-    files,
-    formatting,
-    loading,
-    metrics,
-    page,
-    pictures,
-    prediction,
-    run,
-    run_files,
-    trainer,
-)
+from mixer import console, files, formatting, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import report, sweeps
-from mixer.train_state import TrainState
+from mixer.runs import config as run
+from mixer.runs import record as metrics
+from mixer.tools.inspect import page, pictures
+from mixer.tools.predict import prediction
+from mixer.training.state import TrainState
+from mixer.weights import checkpoint
+from mixer.weights import load as loading
 
 
 def _config(**values):

@@ -2,8 +2,8 @@ import jax
 import pytest
 
 from helpers import run_python
-from mixer import sharding
 from mixer.errors import UserError
+from mixer.parallel import sharding
 
 # In a process of its own: the number of devices is set before JAX starts. Each line of its output
 # is a mesh: the largest differences of losses and parameters from those of one device.
@@ -12,7 +12,9 @@ import sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 from helpers import tiny_config, leaves
-from mixer import run, sharding, train_state
+from mixer.runs import config as run
+from mixer.parallel import sharding
+from mixer.training import state as train_state
 
 optimizer, mixing, variants = sys.argv[1], sys.argv[2] == "mixing", eval(sys.argv[3])
 config = tiny_config(image_size=8, global_batch_size=16, total_steps=10)
@@ -162,7 +164,7 @@ def test_slices_are_crossed_by_the_outermost_axis(tpu):
     """Two slices of 16 chips, four hosts each; what a host has of a batch lies together."""
     code = """
 from jax.experimental import topologies
-from mixer import sharding
+from mixer.parallel import sharding
 from mixer.errors import UserError
 
 devices = topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2).devices

@@ -13,11 +13,14 @@ from flax import traverse_util
 from PIL import Image
 
 from helpers import run_program
-from mixer import published, weights
-from mixer.data import imagenet_names, imagenet_real, labels
+from mixer.data import labels
+from mixer.data.imagenet import names as imagenet_names
+from mixer.data.imagenet import real as imagenet_real
 from mixer.errors import UserError
 from mixer.evaluation import report, suites
-from mixer.model import make_model
+from mixer.models.mlp_mixer import make_model
+from mixer.weights import formats as weights
+from mixer.weights import published
 
 SIZE = 16
 PREPROCESS = f"decode|resize_small({SIZE * 8 // 7}, method='area')|central_crop({SIZE})"

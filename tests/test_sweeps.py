@@ -13,10 +13,14 @@ from PIL import Image
 from rich.console import Console
 
 from helpers import run_program, run_python, tiny_config
-from mixer import loading, losses, run, sharding, weights
 from mixer.errors import UserError
 from mixer.evaluation import classification, sweeps
-from mixer.train_step import make_predict
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.training import losses
+from mixer.training.step import make_predict
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import jax
 import pytest
 
 from helpers import run_program, tiny_config
-from mixer import metrics, run, sharding, train_state
 from mixer.errors import UserError
 from mixer.evaluation import throughput
-from mixer.model import VARIANTS
+from mixer.models.mlp_mixer import VARIANTS
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.runs import record as metrics
+from mixer.training import state as train_state
 
 
 @pytest.fixture(scope="module")

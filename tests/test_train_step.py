@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from helpers import PLAIN_STEP, PUBLISHED, TINY, assert_same_bits, golden, golden_params, leaves
-from mixer import losses, optimizer
-from mixer.mixup import make_mix
-from mixer.model import make_model
-from mixer.train_state import TrainState
-from mixer.train_step import make_train_step, normalize
+from mixer.models.mlp_mixer import make_model
+from mixer.training import losses, optimizer
+from mixer.training.mixup import make_mix
+from mixer.training.state import TrainState
+from mixer.training.step import make_train_step, normalize
 
 
 def _schedule(**changes):

@@ -24,10 +24,12 @@ from helpers import (
     run_python,
     tiny_config,
 )
-from mixer import metrics, stepping, trainer
+from mixer import trainer
 from mixer.errors import UserError
-from mixer.metrics import read_metrics
-from mixer.signals import Stopped
+from mixer.parallel.signals import Stopped
+from mixer.runs import record as metrics
+from mixer.runs.record import read_metrics
+from mixer.training import updates as stepping
 
 
 def _metrics(workdir):

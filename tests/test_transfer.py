@@ -16,8 +16,9 @@ import pytest
 
 from configs import finetune
 from helpers import GOLDENS, assert_close, final_state, run_python, tiny_config
-from mixer import signals, trainer, transfer
+from mixer import trainer, transfer
 from mixer.errors import UserError
+from mixer.parallel import signals
 
 WEIGHTS = str(GOLDENS / "mixer_tiny_official.npz")  # for images of 32 pixels, 7 classes, 3 blocks
 GROUPS = {"one": ("a", "b/x", "c"), "other": ("d", "e")}
@@ -310,7 +311,7 @@ def _mock(name, data_dir, splits):
 
 def _vtab(names, data_dir):
     """The tasks as evaluate.py has them, cut to 2 steps; their sets are made in `data_dir`."""
-    from mixer.data.sources import absolute
+    from mixer.data.sources.stored import absolute
 
     weights = data_dir.with_name("one_block.npz")
     arrays = np.load(WEIGHTS)

@@ -20,10 +20,15 @@ from PIL import Image
 
 import mixer
 from helpers import GOLDENS, assert_same_bits, golden_params, run_program, tiny_config
-from mixer import foreign, loading, published, remote, run, trainer, weights
+from mixer import trainer
 from mixer.errors import UserError
 from mixer.evaluation import report
-from mixer.model import VARIANTS
+from mixer.models.mlp_mixer import VARIANTS
+from mixer.runs import config as run
+from mixer.weights import fetch as remote
+from mixer.weights import foreign, published
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 PUBLISHED = GOLDENS / "mixer_tiny_official.npz"
 LEGACY = GOLDENS / "mixer_tiny_legacy.npz"

@@ -1,0 +1,1 @@
+"""Images and labels: the only home of TensorFlow and TFDS."""

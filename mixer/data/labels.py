@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from mixer.data import imagenet_names
-from mixer.data import imagenet_real as imagenet_real_labels
+from mixer.data.imagenet import names as imagenet_names
+from mixer.data.imagenet import real as imagenet_real_labels
 
 # Distances of the closest object, in CLEVR's units of depth: class i is (THRESHOLD[i],
 # THRESHOLD[i + 1]].

@@ -2,7 +2,8 @@
 
 The training images go to the devices as they are after the steps that are the same in every epoch;
 there they are drawn in the order of the streaming path (`order.batch_examples`) and take their
-random steps (`mixer/augment.py`) with the same keys. Images for evaluation stay on the host.
+random steps (`mixer/data/preprocessing/device.py`) with the same keys. Images for evaluation stay
+on the host.
 """
 
 import dataclasses
@@ -15,11 +16,12 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mixer import augment, sharding
 from mixer.data import order
-from mixer.data.pipeline import Batches, Split
+from mixer.data.preprocessing import device as augment
+from mixer.data.splits import Batches, Split
 from mixer.errors import UserError
 from mixer.formatting import short
+from mixer.parallel import sharding
 
 MODES = ("auto", "on", "off")
 # What "auto" keeps at most, and decodes at most of what is stored: the first step waits for all of

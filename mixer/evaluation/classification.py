@@ -17,10 +17,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mixer import files, layers, losses, memory, sharding
-from mixer.data import pipeline
+from mixer import files, memory
+from mixer.data import splits as pipeline
 from mixer.errors import UserError
 from mixer.evaluation import scores
+from mixer.models import layers
+from mixer.parallel import sharding
+from mixer.training import losses
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from scipy import special
 
-from mixer import formatting, layers, microbatches, sharding
-from mixer.data import pipeline
+from mixer import formatting
+from mixer.data import splits as pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
-from mixer.model import MlpMixer
-from mixer.train_step import normalize
+from mixer.models import layers, microbatches
+from mixer.models.mlp_mixer import MlpMixer
+from mixer.parallel import sharding
+from mixer.training.step import normalize
 
 BIAS = 100.0  # the constant feature, so large that its weight is hardly regularised
 MIN_DEVIATION = 1e-5  # added to the deviation of each feature

@@ -21,26 +21,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mixer import (
-    checkpoint,
-    distributed,
-    files,
-    loading,
-    losses,
-    published,
-    remote,
-    run,
-    run_files,
-    sharding,
-    weights,
-)
-from mixer.data import pipeline
+from mixer import files, run_files
+from mixer.data import splits as pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, fewshot, scores, suites, throughput
 from mixer.formatting import in_markdown
-from mixer.model import VARIANTS, MlpMixer, check_image_size
-from mixer.train_state import abstract_params
-from mixer.train_step import make_predict
+from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size
+from mixer.parallel import processes as distributed
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.training import losses
+from mixer.training.state import abstract_params
+from mixer.training.step import make_predict
+from mixer.weights import checkpoint, published
+from mixer.weights import fetch as remote
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 # What --suite names besides the sets of `suites`, and evaluates on the data given or the run's own.
 FEWSHOT, THROUGHPUT = "fewshot", "throughput"

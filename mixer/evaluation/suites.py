@@ -11,10 +11,14 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import files, run
-from mixer.data import folder, imagenet_names, imagenet_real, pipeline
+from mixer import files
+from mixer.data import splits as pipeline
+from mixer.data.imagenet import names as imagenet_names
+from mixer.data.imagenet import real as imagenet_real
+from mixer.data.sources import folder
 from mixer.errors import UserError, nearest
 from mixer.evaluation import fewshot
+from mixer.runs import config as run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Task:
       dataset: TFDS name.
       split: such as "validation".
       label_key: as `dataset.label_key`.
-      classes: the list of mixer/data/imagenet_names.py that the labels follow; "": the set's own.
+      classes: the list of mixer/data/imagenet/names.py that the labels follow; "": the set's own.
       mean_per_class: whether papers report the mean over the classes in place of top-1.
       num_images: of the whole set, that published figures are of; 0: there are none.
     """
@@ -148,7 +152,7 @@ def open_fewshot(
     Raises:
       UserError: none is.
     """
-    from mixer.data import sources
+    from mixer.data.sources import stored as sources
 
     height, width = image_size
     preprocess = f"decode|resize({height * 8 // 7})|central_crop({height})"
@@ -242,7 +246,7 @@ def is_prepared(name: str, data_dir: str = "") -> bool:
             return bool(_folder_lines(name, files.parse_path("--data_dir", data_dir)))
         except UserError:
             return False
-    from mixer.data import sources
+    from mixer.data.sources import stored as sources
 
     if task.dataset == "digits":
         return True

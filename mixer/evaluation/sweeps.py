@@ -17,24 +17,22 @@ from rich.table import Table
 from rich.text import Text
 from scipy import special
 
-from mixer import (
-    checkpoint,
-    files,
-    loading,
-    losses,
-    pictures,
-    remote,
-    run,
-    run_files,
-    sharding,
-    weights,
-)
-from mixer.data import permutation as orders
-from mixer.data import pipeline, steps
+from mixer import files, run_files
+from mixer.data import splits as pipeline
+from mixer.data.preprocessing import permutation as orders
+from mixer.data.preprocessing import spec as steps
 from mixer.errors import UserError, printable
 from mixer.evaluation import classification, scores, suites
-from mixer.model import check_image_size
-from mixer.train_step import make_predict
+from mixer.models.mlp_mixer import check_image_size
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.tools.inspect import pictures
+from mixer.training import losses
+from mixer.training.step import make_predict
+from mixer.weights import checkpoint
+from mixer.weights import fetch as remote
+from mixer.weights import formats as weights
+from mixer.weights import load as loading
 
 SEEDS = (0, 1, 2)  # of the permutations at each share
 AXES = {"resolution": "side of the images, pixels", "permutation": "share that is shuffled"}
@@ -213,7 +211,7 @@ def resolution(
     Args:
       subjects: the weights.
       sizes: sides in pixels.
-      resize: how weights come to another size, "grow" or "interpolate" (mixer/resolution.py).
+      resize: how weights come to another size, "grow" or "interpolate" (mixer/models/resize.py).
       say: gets a line on the weights and the steps at each size.
 
     Raises:

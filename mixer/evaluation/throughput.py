@@ -13,10 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mixer import formatting, layers, memory, sharding, train_state
+from mixer import formatting, memory
 from mixer.errors import UserError
-from mixer.model import VARIANTS, MlpMixer, check_image_size, make_model
-from mixer.train_step import make_predict
+from mixer.models import layers
+from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
+from mixer.parallel import sharding
+from mixer.training import state as train_state
+from mixer.training.step import make_predict
 
 BATCH_SIZES = (1, 8, 64, 512)  # images a device
 WINDOWS = 5  # of time, in each of which the rate is measured

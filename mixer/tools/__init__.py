@@ -1,6 +1,6 @@
 import sys
 
-from mixer import interrupts
+from mixer.cli import interrupts
 
 if sys.argv[0] == "-m":  # a tool is about to be imported and run
     interrupts.leave_at_once()

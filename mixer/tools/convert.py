@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from absl import flags
 from etils import epath
 
-from mixer import cli, files
+from mixer import files
+from mixer.cli import config as cli
 from mixer.errors import UserError
 
 LAYOUT = flags.DEFINE_enum(
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 "expected IN OUT, or IN --report; see python -m mixer.tools.convert --help"
             )
-    from mixer import loading
+    from mixer.weights import load as loading
 
     loaded = loading.read(
         source,
@@ -82,7 +83,7 @@ def _layout(out: epath.Path) -> str:
     layout = layouts[out.suffix]
     if LAYOUT.value == "legacy" and layout != "legacy":
         raise UserError(f"--layout=legacy is for .npz files, and not for {out}")
-    from mixer import weights
+    from mixer.weights import formats as weights
 
     if "://" in str(out):
         raise UserError(f"{out}: give a local path, and copy what is written there")
@@ -109,7 +110,7 @@ def write(out: epath.Path, loaded, layout: str) -> None:
     """Writes the weights as a file of `layout` with its JSON, or as a "run"."""
     from flax import traverse_util
 
-    from mixer import weights
+    from mixer.weights import formats as weights
 
     if layout == "run":
         with _writing(out):
@@ -138,8 +139,10 @@ def write_run(out: epath.Path, loaded) -> None:
 def _fill_run(new: epath.Path, loaded) -> None:
     import jax.numpy as jnp
 
-    from mixer import checkpoint, run_files, weights
-    from mixer.train_state import TrainState
+    from mixer import run_files
+    from mixer.training.state import TrainState
+    from mixer.weights import checkpoint
+    from mixer.weights import formats as weights
 
     card = loaded.card
     with checkpoint.Checkpoints(new / "checkpoints", keep_last=1) as checkpoints:

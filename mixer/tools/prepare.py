@@ -21,7 +21,8 @@ from typing import Any
 
 from absl import flags
 
-from mixer import cli, files
+from mixer import files
+from mixer.cli import config as cli
 from mixer.errors import UserError
 
 DATA_DIR = flags.DEFINE_string(
@@ -58,7 +59,7 @@ def prepare_tfds(name: str, data_dir: str) -> None:
     """Downloads and prepares a TFDS data set."""
     import tensorflow_datasets as tfds
 
-    from mixer.data import sources
+    from mixer.data.sources import stored as sources
 
     if name.partition("/")[0] == "imagenet21k":
         raise UserError(
@@ -84,7 +85,7 @@ def prepare_imagenet21k(source: str, data_dir: str, release: str) -> None:
     """Prepares ImageNet-21k from its tar files, or goes on where it was stopped."""
     import tensorflow as tf
 
-    from mixer.data import imagenet21k, imagenet21k_source
+    from mixer.data.imagenet import imagenet21k, imagenet21k_source
 
     tf.config.set_visible_devices([], "GPU")  # TensorFlow would take all of its memory
     found = imagenet21k_source.find_source(source, release)
@@ -165,8 +166,10 @@ def check(config, output: str) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from mixer.data import folder, pipeline, sources
-    from mixer.data.preprocess import make_preprocess
+    from mixer.data import splits as pipeline
+    from mixer.data.preprocessing.host import make_preprocess
+    from mixer.data.sources import folder
+    from mixer.data.sources import stored as sources
 
     if config.dataset.name == "synthetic":
         raise UserError("synthetic data has no images to check")
@@ -211,7 +214,7 @@ def check(config, output: str) -> None:
 
 def _open_as_training(config) -> Any:
     """The splits of a config; UserError for what a run with it would be refused for."""
-    from mixer import run
+    from mixer.runs import config as run
 
     run.check_config(config)
     splits = run.open_splits(config, None)

@@ -11,7 +11,7 @@ It prints a table and writes sweep_<kind>.json and sweep_<kind>.png: top-1 with 
 
 from absl import flags
 
-from mixer import cli
+from mixer.cli import config as cli
 from mixer.errors import UserError
 
 KINDS = ("resolution", "permutation")

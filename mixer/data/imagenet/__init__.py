@@ -1,0 +1,1 @@
+"""ImageNet's own matters: class names, ReaL labels, the preparation of ImageNet-21k."""

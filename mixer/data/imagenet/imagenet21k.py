@@ -1,0 +1,517 @@
+"""ImageNet-21k as a TFDS data set, prepared from the official tar files.
+
+14 million images and 1.3 TB do not fit into memory, and a preparation takes hours, so it has two
+stages, each of which goes on where it was stopped. *Reading* goes through the source once, decodes
+every image in a pool of threads to see that it can be used, and appends its record to one of up to
+256 bucket files by a hash of its name. *Writing* sorts one bucket after the other by that hash,
+cuts the sequence into shards and deletes the buckets that are used up. The order of the records is
+the order of the hashes: it depends neither on the number of threads nor on interruptions, and every
+part of a split is a fair sample of it.
+
+What is finished stands in `state.json`, which is replaced as a whole. The other files hold at least
+what it says; what a killed run has written beyond that is cut off when the next one starts.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from mixer.data.imagenet import imagenet21k_source
+from mixer.data.imagenet.imagenet21k_source import End, Fault, Member, Source, synsets
+from mixer.data.preprocessing.host import decode
+from mixer.errors import UserError, first_line
+
+SHARD_BYTES = 200 * 10**6
+BUCKET_BYTES = 4 << 30  # sorted by an index, so memory need not hold one; the page cache should
+MAX_BUCKETS = 256
+BUFFER_BYTES = 256 << 20  # records held back, so that each bucket is written in large pieces
+SKIPPED = "skipped.jsonl"
+COMMIT_SECS = 10.0  # a killed run loses at most this much reading, and the synset it was at
+_HEADER = struct.Struct(">16sQ")  # in a bucket, before each record: hash, length
+
+
+class Imagenet21k(tfds.core.GeneratorBasedBuilder):
+    """Builder of the data sets "imagenet21k/fall11", "/winter21" and "/winter21_p".
+
+    All have the 21,843 classes, so that a head means the same whichever release it was trained on.
+    It reads what `prepare` has written; `download_and_prepare` has no way to get at the images.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: dict[str, str] = {"1.0.0": "First version."}  # noqa: RUF012 (TFDS reads it so)
+    BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads it so)
+        tfds.core.BuilderConfig(name="fall11", description="All of fall 2011: 21,841 synsets."),
+        tfds.core.BuilderConfig(name="winter21", description="All of winter 2021: 19,167 synsets."),
+        tfds.core.BuilderConfig(
+            name="winter21_p", description="Winter 2021 processed: 10,450 synsets, resized images."
+        ),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            description="ImageNet-21k, its images as they are in the official tar files.",
+            homepage="https://image-net.org/download-images.php",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(names=synsets()),
+                    "file_name": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        del dl_manager
+        raise UserError(
+            f"{self.name} is not downloaded but prepared from its tar files: "
+            f"`python -m mixer.tools.prepare {self.name} --source=TAR_OR_FOLDER`"
+        )
+
+    def _generate_examples(self):
+        raise NotImplementedError  # TFDS wants it defined; _split_generators has refused before
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a preparation is; bytes and images are those of the stage, as in "reading"."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+    images: int
+    skipped: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a preparation has found.
+
+    Attributes:
+      synsets: number of training synsets in the source.
+      skipped: number of lines of `skipped_path`: images left out, damaged synsets.
+      damaged: number of those lines that stand for a synset or for the source, not for an image.
+      skipped_path: list of them, jsonl.
+    """
+
+    synsets: int
+    skipped: int
+    damaged: int
+    skipped_path: Path
+
+
+def _encode(
+    features: tfds.features.FeaturesDict, event: Member | Fault | End
+) -> tuple[Member | Fault | End, bytes | None]:
+    """A member's record, where its image can be decoded; else the fault, or the event itself.
+
+    The bytes are kept as they are, PNG under a JPEG's name, grey and CMYK included: they are
+    decoded to RGB here as they are in training.
+    """
+    if not isinstance(event, Member):
+        return event, None
+    if event.data is None:
+        reason = f"{event.size:,} bytes are too many for an image"
+        return Fault(event.split, event.synset, event.name, reason), None
+    try:
+        decode(tf.constant(event.data))
+    except tf.errors.OpError as error:
+        return Fault(event.split, event.synset, event.name, first_line(error)), None
+    example = features.encode_example(
+        {"image": io.BytesIO(event.data), "label": event.synset, "file_name": event.name}
+    )
+    record = tfds.core.ExampleSerializer(features.get_serialized_info()).get_tf_example(example)
+    # Else the order of the features within a record changes from process to process.
+    return dataclasses.replace(event, data=None), record.SerializeToString(deterministic=True)
+
+
+def _hash(split: str, synset: str, name: str) -> bytes:
+    return hashlib.blake2b(f"{split}/{synset}/{name}".encode(), digest_size=16).digest()
+
+
+def _ordered_map(
+    pool: ThreadPoolExecutor, function: Callable, items: Iterable, in_flight: int
+) -> Iterator:
+    """`map` in the pool's threads, in order, `in_flight` items at a time."""
+    pending = collections.deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == in_flight:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+class _Appended:
+    """Files that only grow, and that are cut back to their committed sizes when opened.
+
+    Attributes:
+      sizes: by name, [bytes, records] appended so far.
+    """
+
+    def __init__(self, folder: Path, committed: dict[str, list[int]]):
+        self._folder = folder
+        self._buffers: dict[str, list[bytes]] = collections.defaultdict(list)
+        self._buffered = 0
+        self._unsynced: set[str] = set()
+        self.sizes = {name: list(size) for name, size in committed.items()}
+        folder.mkdir(exist_ok=True)
+        present = {path.name: path.stat().st_size for path in folder.iterdir()}
+        for name, (size, _) in self.sizes.items():
+            if present.get(name, 0) < size:
+                raise UserError(
+                    f"{folder / name} has lost data: {present.get(name, 0):,} of {size:,} bytes "
+                    f"are left; delete {folder.parent} and start anew"
+                )
+        for name in present:
+            os.truncate(folder / name, self.sizes.get(name, [0])[0])
+
+    def append(self, name: str, data: bytes) -> None:
+        """Adds one record."""
+        size = self.sizes.setdefault(name, [0, 0])
+        size[0] += len(data)
+        size[1] += 1
+        self._buffers[name].append(data)
+        self._buffered += len(data)
+        if self._buffered > BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        for name, pieces in self._buffers.items():
+            with open(self._folder / name, "ab") as file:
+                file.writelines(pieces)
+        self._unsynced.update(self._buffers)
+        self._buffers.clear()
+        self._buffered = 0
+
+    def sync(self) -> None:
+        """Brings everything to the disk."""
+        self._flush()
+        for name in self._unsynced:
+            _sync(self._folder / name)
+        self._unsynced.clear()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(state))
+    _sync(new)
+    new.replace(path)
+
+
+def builder(release: str, data_dir: str) -> Imagenet21k:
+    """The builder of a release in `data_dir`; empty is TFDS's own default."""
+    return Imagenet21k(config=release, data_dir=os.path.expanduser(data_dir) or None)
+
+
+def prepare(
+    source: Source,
+    data_dir: str,
+    *,
+    workers: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Summary | None:
+    """Prepares the data set, or goes on where an earlier call was stopped or killed.
+
+    Args:
+      source: from `find_source`.
+      data_dir: as TFDS takes it; empty is TFDS's own default.
+      workers: threads that decode and write; as many as there are cores if None.
+      shard_bytes: size of a shard at most.
+      report: called after every image and every shard.
+
+    Returns:
+      What was found; None where the data set is prepared already.
+
+    Raises:
+      UserError: the disk is too small, another process is at work, an unfinished preparation was
+        begun from another source, or no image can be used.
+    """
+    place = data_dir or os.environ.get("TFDS_DATA_DIR", "")
+    if "://" in place:
+        raise UserError(
+            f"--data_dir={place}: a preparation appends to files, which needs a local disk; "
+            "prepare there and copy the finished folder"
+        )
+    target = builder(source.release, data_dir)
+    final = Path(target.data_path)
+    work = final.with_name(f"preparing-{final.name}")
+    if target.is_prepared():
+        shutil.rmtree(work, ignore_errors=True)  # killed after its last step but one
+        return None
+    work.mkdir(parents=True, exist_ok=True)
+    workers = workers or os.cpu_count() or 1
+    with open(work / "lock", "w") as lock, ThreadPoolExecutor(workers) as pool:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another preparation is at work in {work}") from None
+        state = _begin(source, work, shard_bytes)
+        if not state["read"]:
+            _read(source, work, state, target.info.features, pool, workers, report)
+        names = sorted({name.partition("-")[0] for name in state["files"]} - {SKIPPED})
+        if not names:
+            raise UserError(f"{source.path}: no image can be used, see {work / 'files' / SKIPPED}")
+        splits = [_write(name, target, work, state, pool, workers, report) for name in names]
+        summary = _finish(splits, target, work, state)
+        (work / "ready").replace(final)
+    shutil.rmtree(work)
+    return dataclasses.replace(summary, skipped_path=final / SKIPPED)
+
+
+def _begin(source: Source, work: Path, shard_bytes: int) -> dict[str, Any]:
+    """The state of a preparation that was begun, or that of a new one."""
+    path = work / "state.json"
+    if path.exists():
+        state = json.loads(path.read_text())
+        if state["source"] != str(source.path.resolve()):
+            raise UserError(
+                f"{work} holds a preparation from --source={state['source']}; finish that one, "
+                "or delete the folder to begin anew"
+            )
+        buckets = state["buckets"]
+    else:
+        buckets = min(MAX_BUCKETS, -(-source.num_bytes // BUCKET_BYTES) or 1)
+        state = dict(
+            source=str(source.path.resolve()),
+            buckets=buckets,
+            shard_bytes=shard_bytes,
+            read=False,  # whether the source has been read to its end
+            units=[],  # those read so far, while it has not
+            source_bytes=0,  # what they take of the source
+            synsets=0,  # training synsets in the source
+            files={},  # [bytes, records] of each bucket and of the list of what was skipped
+            damaged=0,  # lines of that list that stand for no single image
+            written={},  # by split, [examples, bytes, faults] of each finished shard
+        )
+    # The records, and while a bucket is written out as shards that bucket again.
+    needed = int(source.num_bytes * (1.05 + 1 / buckets))
+    present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free = shutil.disk_usage(work).free
+    if free < needed - present:
+        raise UserError(
+            f"{work}: {_gigabytes(free)} free; {source.path} with {_gigabytes(source.num_bytes)} "
+            f"needs {_gigabytes(needed - present)} here"
+        )
+    return state
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def _read(
+    source: Source,
+    work: Path,
+    state: dict[str, Any],
+    features: tfds.features.FeaturesDict,
+    pool: ThreadPoolExecutor,
+    workers: int,
+    report: Callable[[Progress], None],
+) -> None:
+    """First stage: from the source to the buckets, committed at ends of units."""
+    files = _Appended(work / "files", state["files"])
+    state["files"] = files.sizes
+    (work / "files" / SKIPPED).touch()
+    skipped = files.sizes.setdefault(SKIPPED, [0, 0])
+    images = sum(records for _, records in files.sizes.values()) - skipped[1]
+    committed = time.monotonic()
+    encode = functools.partial(_encode, features)
+    found = imagenet21k_source.events(source, frozenset(state["units"]))
+    for event, record in _ordered_map(pool, encode, found, 4 * workers):
+        if isinstance(event, Member):
+            key = _hash(event.split, event.synset, event.name)
+            bucket = int.from_bytes(key[:8], "big") * state["buckets"] >> 64
+            files.append(f"{event.split}-{bucket:03}", _HEADER.pack(key, len(record)) + record)
+            state["source_bytes"] += event.size
+            images += 1
+        elif isinstance(event, Fault):
+            files.append(SKIPPED, _line(event))
+            state["damaged"] += not event.member
+        else:
+            state["units"].append(event.unit)
+            if time.monotonic() - committed > COMMIT_SECS:
+                files.sync()
+                _save(work / "state.json", state)
+                committed = time.monotonic()
+        report(Progress("reading", state["source_bytes"], source.num_bytes, images, skipped[1]))
+    files.sync()
+    train = {unit.split("/")[1] for unit in state["units"] if unit.startswith("train/")}
+    state.update(read=True, units=[], synsets=len(train))
+    _save(work / "state.json", state)
+
+
+def _line(fault: Fault) -> bytes:
+    return json.dumps(dataclasses.asdict(fault)).encode() + b"\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a record lies; `repeated` if the one before has the same hash, so the same name."""
+
+    path: Path
+    offset: int
+    length: int
+    repeated: bool
+
+
+def _places(buckets: list[tuple[Path, list[int]]], start: int) -> Iterator[_Place]:
+    """The records of a split in the order of their hashes, from number `start` on."""
+    for path, (size, records) in buckets:
+        if start >= records:  # written out, and deleted
+            start -= records
+            continue
+        found = []
+        with open(path, "rb") as file:
+            while (offset := file.tell()) < size:
+                key, length = _HEADER.unpack(file.read(_HEADER.size))
+                found.append((key, offset + _HEADER.size, length))
+                file.seek(length, os.SEEK_CUR)
+        found.sort()  # of those with the same hash, the first read is the first
+        before = found[start - 1][0] if start else b""
+        for key, offset, length in found[start:]:
+            yield _Place(path, offset, length, key == before)
+            before = key
+        start = 0
+
+
+def _write_shard(path: Path, split: str, places: list[_Place]) -> list:
+    """Writes a shard under a temporary name and renames it; [examples, bytes, faults]."""
+    written = [0, 0, []]
+    new = path.with_name(f"{path.name}.new")
+    with contextlib.ExitStack() as stack:
+        files = {
+            each: stack.enter_context(open(each, "rb"))
+            for each in dict.fromkeys(place.path for place in places)
+        }
+
+        def records():
+            for place in places:
+                record = os.pread(files[place.path].fileno(), place.length, place.offset)
+                if place.repeated:
+                    written[2].append(dataclasses.asdict(_repeated(split, record)))
+                    continue
+                written[0] += 1
+                written[1] += place.length
+                yield None, record  # a TFRecord file has no keys
+
+        try:
+            tfds.core.ExampleWriter(tfds.core.FileFormat.TFRECORD).write(new, records())
+        except tf.errors.OpError as error:  # a full disk
+            raise UserError(f"{new} cannot be written: {error.message}") from error
+    _sync(new)
+    new.replace(path)
+    return written
+
+
+def _repeated(split: str, record: bytes) -> Fault:
+    features = tf.train.Example.FromString(record).features.feature
+    synset = synsets()[features["label"].int64_list.value[0]]
+    name = features["file_name"].bytes_list.value[0].decode()
+    return Fault(split, synset, name, "a second image of this name")
+
+
+def _write(
+    split: str,
+    target: Imagenet21k,
+    work: Path,
+    state: dict[str, Any],
+    pool: ThreadPoolExecutor,
+    workers: int,
+    report: Callable[[Progress], None],
+) -> tfds.core.SplitInfo:
+    """Second stage: from a split's buckets to its shards, committed shard by shard."""
+    buckets = sorted(
+        (work / "files" / name, size)
+        for name, size in state["files"].items()
+        if name.partition("-")[0] == split
+    )
+    num_bytes = sum(size for _, (size, _) in buckets)
+    num_examples = sum(records for _, (_, records) in buckets)
+    num_shards = min(-(-num_bytes // state["shard_bytes"]), num_examples)
+    ends = [num_examples * shard // num_shards for shard in range(num_shards + 1)]
+    ready = work / "ready"
+    ready.mkdir(exist_ok=True)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=ready, dataset_name=target.name, split=split, filetype_suffix="tfrecord"
+    )
+    written = state["written"].setdefault(split, [])
+    first = len(written)
+    places = _places(buckets, ends[first])
+    shards = (
+        (
+            Path(template.sharded_filepath(shard_index=shard, num_shards=num_shards)),
+            split,
+            list(itertools.islice(places, ends[shard + 1] - ends[shard])),
+        )
+        for shard in range(first, num_shards)
+    )
+    for result in _ordered_map(pool, lambda shard: _write_shard(*shard), shards, workers):
+        written.append(result)
+        _save(work / "state.json", state)
+        done = ends[len(written)]
+        records = 0
+        for path, (_, count) in buckets:
+            records += count
+            if records <= done:
+                path.unlink(missing_ok=True)
+        skipped = state["files"][SKIPPED][1]
+        done_bytes = num_bytes * done // num_examples
+        report(Progress(f"writing {split}", done_bytes, num_bytes, done, skipped))
+    return tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[examples for examples, _, _ in written],
+        num_bytes=sum(size for _, size, _ in written),
+        filename_template=template,
+    )
+
+
+def _finish(
+    splits: list[tfds.core.SplitInfo], target: Imagenet21k, work: Path, state: dict[str, Any]
+) -> Summary:
+    """Writes TFDS's own description and the list of what was skipped beside the shards."""
+    ready = work / "ready"
+    shutil.copyfile(work / "files" / SKIPPED, ready / SKIPPED)
+    repeated = [
+        Fault(**fault)
+        for shards in state["written"].values()
+        for _, _, faults in shards
+        for fault in faults
+    ]
+    with open(ready / SKIPPED, "ab") as file:
+        file.writelines(map(_line, repeated))
+    target.info.set_file_format(tfds.core.FileFormat.TFRECORD, override=True)
+    target.info.set_splits(tfds.core.SplitDict(splits))
+    target.info.write_to_directory(ready)
+    return Summary(
+        synsets=state["synsets"],
+        skipped=state["files"][SKIPPED][1] + len(repeated),
+        damaged=state["damaged"],
+        skipped_path=ready / SKIPPED,
+    )

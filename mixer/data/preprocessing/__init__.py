@@ -1,0 +1,1 @@
+"""The preprocessing ops, on the host (tf.data) and on the device (JAX)."""

@@ -1,0 +1,492 @@
+"""Preprocessing: steps on one example, named in the config and applied in the order written.
+
+A config says, for example, `"inception_crop(224)|flip_lr"`; mixer/data/preprocessing/spec.py has
+the ops, and what their arguments may be. A step is a pure function of the image (or, where its
+first parameter is `example`, of the whole example) and, if it is random, of a stateless key: the
+same image with the same key gives the same pixels. Images stay uint8 all the way, unless
+`value_range` ends the steps; the device turns them into floats.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from mixer.data.preprocessing import images, permutation
+from mixer.data.preprocessing import spec as steps_lib
+from mixer.data.preprocessing.autoaugment import autoaugment_cifar
+from mixer.data.preprocessing.randaugment import randaugment
+
+ORIENTATION = 0x0112  # number of the EXIF tag
+DCT = {"fast": "INTEGER_FAST", "accurate": "INTEGER_ACCURATE"}  # of JPEG
+MOST_PIXELS = (1 << 29) // 3  # TensorFlow's own bound for JPEG, and Pillow's for all it reads
+METADATA = 1 << 17  # bytes at a file's start, and at a PNG's end, in which EXIF data is looked for
+# More than so many pixels `resize_small` makes only of pictures of an aspect up to MOST_ASPECT.
+MOST_RESIZED, MOST_ASPECT = 1 << 21, 8
+# How files begin that are not decoded. \C is any byte; [^x] matches none from 128 on.
+REFUSED = {
+    "TIFF": rb"(II\*\x00|MM\x00\*)\C*",
+    "JPEG 2000": rb"\x00\x00\x00\x0cjP\C*",
+    "HEIC or AVIF": rb"\C{4}ftyp\C*",
+    "BMP of less than 24 bits a pixel": rb"BM\C{12}([^\x0c]\C{13}|\x0c\C{9})[\x01-\x10]\C*",
+}
+# How files begin that Pillow decodes, but for the layouts that TensorFlow gets right. Of a GIF it
+# loses the colours beneath transparent pixels, of BMP it knows one layout, and an animated WebP
+# corrupts its memory. No flag of a still WebP says animation or EXIF.
+BY_PILLOW = rb"(GIF8|BM|RIFF\C{4}WEBP)\C*"
+PLAIN_BMP = rb"BM\C{12}[\x28\x34\x38\x6c\x7c]\x00\x00\x00\C{10}\x18\x00\x00\x00\x00\x00"
+STILL_WEBP = rb"RIFF\C{4}WEBP(VP8 |VP8L|VP8X\C{4}[\x00\x04\x10\x14\x20\x24\x30\x34])\C*"
+PNG = rb"\CPNG\r\n\x1a\n\C*"
+SMALL_PNG = (
+    rb"\CPNG\r\n\x1a\n\C{8}\x00\x00[\x00-\x33]\C\x00\x00[\x00-\x33]\C*"  # sides below 13,312
+)
+
+
+def decode(image, dct="fast"):
+    """Encoded bytes (JPEG, PNG, GIF, WebP or BMP) to (H, W, 3) uint8, upright.
+
+    Grey images get three equal channels, CMYK becomes RGB, of 16 bits the 8 high ones are kept,
+    palettes become their colours, and an alpha channel is dropped (as Pillow's convert("RGB")
+    does). Of an animation the first frame is taken. An EXIF orientation is applied.
+
+    Args:
+      image: the file's bytes.
+      dct: of JPEG: "fast", as the authors' code (TensorFlow's default), or "accurate", as Pillow.
+    """
+    return _decoder(dct)(image)
+
+
+@functools.cache
+def _decoder(dct):
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # traced once
+    def decode(image):
+        def jpeg():
+            pixels = tf.io.decode_jpeg(image, channels=3, dct_method=DCT[dct])
+            return _upright(pixels, _orientation(image))
+
+        pixels = tf.cond(tf.io.is_jpeg(image), jpeg, lambda: _decode_other(image))
+        return tf.ensure_shape(pixels, [None, None, 3])
+
+    return decode
+
+
+def _decode_other(image):
+    """As `decode`, of what is no JPEG."""
+    start = tf.strings.substr(image, 0, 34)
+
+    def begins(pattern):
+        return tf.strings.regex_full_match(start, pattern)
+
+    def by_pillow():
+        pixels, reason = tf.numpy_function(
+            images.decoded, [image], [tf.uint8, tf.string], stateful=False
+        )
+        with tf.control_dependencies([tf.debugging.Assert(reason == "", [reason])]):
+            return tf.ensure_shape(pixels, [None, None, 3])
+
+    def plain():
+        return tf.io.decode_image(image, channels=3, expand_animations=False)
+
+    def small_png():
+        return tf.cond(_has_exif_chunk(image), by_pillow, plain)
+
+    def large_png():
+        with tf.control_dependencies([_check_png_size(image)]):
+            return small_png()
+
+    def webp():  # with as many channels as it has: it is decoded to no other number
+        pixels = tf.io.decode_image(image, channels=0, expand_animations=False)
+        return tf.ensure_shape(pixels, [None, None, None])[..., :3]
+
+    def rest():
+        kind = tf.constant("")
+        for name, pattern in REFUSED.items():
+            kind = tf.where(begins(pattern), name, kind)
+        assertion = tf.debugging.Assert(
+            kind == "", [kind, "files are not decoded; use JPEG, PNG, GIF, WebP or BMP"]
+        )
+        with tf.control_dependencies([assertion]):
+            return tf.cond(begins(BY_PILLOW) & ~begins(PLAIN_BMP), by_pillow, plain)
+
+    def no_small_png():
+        return tf.cond(begins(PNG), large_png, lambda: tf.cond(begins(STILL_WEBP), webp, rest))
+
+    return tf.cond(begins(SMALL_PNG), small_png, no_small_png)
+
+
+def _has_exif_chunk(image):
+    """Whether a PNG's first or last bytes have the name of an EXIF chunk."""
+    end = tf.strings.substr(image, tf.maximum(tf.strings.length(image) - METADATA, 0), METADATA)
+    ends = tf.strings.join([tf.strings.substr(image, 0, METADATA), end])
+    return tf.strings.regex_full_match(ends, rb"\C*eXIf\C*")
+
+
+def _check_png_size(image):
+    """Fails where a PNG claims more than MOST_PIXELS; its file may be a thousandth of that."""
+    header = tf.strings.join([tf.strings.substr(image, 0, 24), bytes(24)])
+    sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
+    count = tf.reduce_prod(tf.cast(sides, tf.int64))
+    return tf.debugging.Assert(
+        count <= MOST_PIXELS,
+        [count, f"pixels are too many; at most {MOST_PIXELS:,} are decoded"],
+    )
+
+
+def _orientation(image):
+    """EXIF orientation of a JPEG, 1 (upright) to 8; 1 where there is none."""
+    # Most have no segment that could hold it: from a JFIF header, if any, straight to the tables.
+    start = tf.strings.substr(image, 0, 22)
+    plain = (tf.strings.substr(start, 0, 4) == b"\xff\xd8\xff\xdb") | (
+        (tf.strings.substr(start, 0, 6) == b"\xff\xd8\xff\xe0\x00\x10")
+        & (tf.strings.substr(start, -2, 2) == b"\xff\xdb")
+    )
+    return tf.cond(plain, lambda: 1, lambda: _exif_orientation(image))
+
+
+def _exif_orientation(image):
+    """As `_orientation`, from the first EXIF segment of the file's first bytes."""
+    start = tf.strings.substr(image, 0, METADATA)
+    parts = tf.raw_ops.StringSplitV2(input=start[None], sep="Exif\0\0", maxsplit=1).values
+    # The zeros let a broken segment be read to its end.
+    tiff = tf.cast(tf.io.decode_raw(tf.strings.join([parts[-1], bytes(8)]), tf.uint8), tf.int32)
+    little = tiff[0] == ord("I")  # the byte order; "M" else
+
+    def number(places):  # unsigned, 16 bits
+        places = tf.minimum(places, tf.size(tiff) - 2)
+        first, second = tf.gather(tiff, places), tf.gather(tiff, places + 1)
+        return tf.where(little, first + 256 * second, 256 * first + second)
+
+    # A segment is shorter than 64 kB, so the directory's place is in the low half of its four
+    # bytes. It begins with the number of its entries, of 12 bytes each.
+    directory = number(tf.where(little, 4, 6))
+    entries = directory + 2 + 12 * tf.range(tf.minimum(number(directory), 1000))
+    value = tf.reduce_max(tf.where(number(entries) == ORIENTATION, number(entries + 8), 0))
+    before = tf.strings.substr(tf.strings.join(["    ", parts[0]]), -4, 2)
+    is_exif = (tf.size(parts) == 2) & (before == b"\xff\xe1")
+    return tf.where(is_exif & (value >= 1) & (value <= 8), value, 1)
+
+
+def _upright(image, orientation):
+    """Undoes an EXIF orientation (the exchange of the axes first, then the mirrors)."""
+
+    def turn():
+        turned = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+        rows = tf.reduce_any(orientation == [3, 4, 7, 8])
+        columns = tf.reduce_any(orientation == [2, 3, 6, 7])
+        return tf.raw_ops.Reverse(tensor=turned, dims=tf.stack([rows, columns, False]))
+
+    return tf.cond(orientation == 1, lambda: image, turn)
+
+
+def inception_crop(image, key, size, min_area=0.05, max_area=1.0, dct="fast"):
+    """A random window of 5 to 100 % of the area and aspect 3/4 to 4/3, resized to `size`.
+
+    From the bytes of an upright JPEG it decodes the window alone, as `decode` does with `dct`.
+    Bilinear without antialiasing (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`).
+    """
+    return resize(inception_window(image, key, min_area, max_area, dct), size)
+
+
+def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
+    """The window of `inception_crop` before it is resized, (h, w, 3) uint8."""
+
+    def window(shape):
+        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+            shape,
+            tf.zeros([1, 0, 4]),
+            seed=key,
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(min_area, max_area),
+            max_attempts=100,
+            use_image_if_no_bounding_boxes=True,
+        )
+        return begin[0], begin[1], extent[0], extent[1]
+
+    def from_pixels(pixels):
+        top, left, height, width = window(tf.shape(pixels))
+        return pixels[top : top + height, left : left + width]
+
+    def from_jpeg():
+        box = tf.stack(window(tf.io.extract_jpeg_shape(image)))
+        return tf.image.decode_and_crop_jpeg(image, box, channels=3, dct_method=DCT[dct])
+
+    def upright():
+        return tf.cond(tf.io.is_jpeg(image), lambda: _orientation(image) == 1, lambda: False)
+
+    if image.dtype == tf.string:
+        return tf.cond(upright(), from_jpeg, lambda: from_pixels(decode(image, dct)))
+    return from_pixels(image)
+
+
+def resize(image, size, method="bilinear", antialias=False):
+    """To `size`: a side of a square, or (H, W); values rounded to uint8.
+
+    With `antialias` a smaller image takes in all of the larger one's pixels, as Pillow's resize
+    does ("bilinear", "bicubic"; timm's preprocessing); without, as the authors' code, only those
+    next to each point. "area" averages as it is.
+    """
+    size = (size, size) if isinstance(size, int) else size
+    image = tf.ensure_shape(image, [None, None, 3])
+    if method == "bilinear" and not antialias:
+        # From float32 the kernel takes half the time; of large images the copy eats that up.
+        image = tf.cond(
+            tf.size(image) < 1 << 20,
+            lambda: tf.image.resize(tf.cast(image, tf.float32), size),
+            lambda: tf.image.resize(image, size),
+        )
+        return tf.cast(tf.round(image), tf.uint8)
+    image = tf.image.resize(image, size, method=method, antialias=antialias)
+    return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+
+
+def resize_small(image, size, method="area", antialias=False):
+    """Resizes so that the short side is `size`, keeping the aspect (evaluation: 256, area).
+
+    The ends of a very long picture are cut off first, so that no more than MOST_RESIZED pixels are
+    made of it: at 256, of the middle 32 squares. What a crop takes of the middle stays there.
+    """
+    sides = tf.shape(image)[:2]
+    most = max(MOST_RESIZED // size**2, MOST_ASPECT) * tf.reduce_min(sides)
+    top, left = tf.unstack(tf.maximum(sides - most, 0) // 2)  # as much at either end
+    image = image[top : sides[0] - top, left : sides[1] - left]
+    shape = tf.cast(tf.shape(image)[:2], tf.float64)
+    shape = tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32)
+    return resize(image, shape, method, antialias)
+
+
+def central_crop(image, size):
+    """The window of `size` x `size` pixels in the middle."""
+    top, left = tf.unstack((tf.shape(image)[:2] - size) // 2)
+    return _window(image, top, left, size)
+
+
+def random_crop(image, key, size, pad=0):
+    """A window of `size` x `size` pixels at a random place, after `pad` black pixels all around."""
+    image = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]])
+    room = tf.shape(image)[:2] - size
+    top, left = tf.unstack(
+        tf.cast(tf.random.stateless_uniform([2], key) * tf.cast(room + 1, tf.float32), tf.int32)
+    )
+    return _window(image, top, left, size)
+
+
+def _window(image, top, left, size):
+    shape = tf.shape(image)
+    assertion = tf.debugging.Assert(
+        (top >= 0) & (left >= 0), ["a crop of", size, "pixels from an image of", shape[:2]]
+    )
+    with tf.control_dependencies([assertion]):
+        return tf.ensure_shape(image[top : top + size, left : left + size], [size, size, 3])
+
+
+def flip_lr(image, key):
+    """Mirrors half of the images left to right."""
+    return tf.cond(
+        tf.random.stateless_uniform([], key) < 0.5, lambda: tf.reverse(image, [1]), lambda: image
+    )
+
+
+def random_affine(image, key, degrees=0.0, translate=0.0, scale=0.0, shear=0.0):
+    """A small random affine map around the image's middle; bilinear, black outside.
+
+    Args:
+      image: (H, W, 3) uint8.
+      key: stateless key.
+      degrees: rotation, uniform in +-degrees.
+      translate: shift of each axis, uniform in +-translate pixels.
+      scale: each axis is scaled by its own exp(u), u uniform in +-scale.
+      shear: horizontal shear, uniform in +-shear.
+    """
+    u = tf.random.stateless_uniform([6], key, -1.0, 1.0)
+    angle = u[0] * (degrees * math.pi / 180)
+    cos, sin = tf.cos(angle), tf.sin(angle)
+    wide, high = tf.exp(u[1] * scale), tf.exp(u[2] * scale)
+    slant = u[3] * shear
+    # From output to input coordinates: rotation, then shear, then one scale an axis.
+    a, b = wide * cos, wide * (slant * cos - sin)
+    c, d = high * sin, high * (slant * sin + cos)
+    middle = (tf.cast(tf.shape(image)[:2], tf.float32) - 1) / 2
+    y, x = middle[0], middle[1]
+    shift_x = x - a * x - b * y + u[4] * translate
+    shift_y = y - c * x - d * y + u[5] * translate
+    image = tf.raw_ops.ImageProjectiveTransformV3(
+        images=tf.cast(image, tf.float32)[None],
+        transforms=tf.stack([a, b, shift_x, c, d, shift_y, 0.0, 0.0])[None],
+        output_shape=tf.shape(image)[:2],
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+        fill_value=0.0,
+    )[0]
+    return tf.cast(tf.round(image), tf.uint8)
+
+
+def random_erasing(
+    image, key, prob=0.25, min_area=0.02, max_area=1 / 3, min_aspect=0.3, fill="noise"
+):
+    """Erases a random rectangle (Zhong et al., 2020) of some of the images.
+
+    Args:
+      image: (H, W, 3) uint8.
+      key: stateless key.
+      prob: share of the images that lose a rectangle.
+      min_area: of the rectangle, as a share of the image's; uniform up to `max_area`.
+      max_area: see `min_area`.
+      min_aspect: height / width lies between this and its inverse, uniform in the logarithm (timm;
+        the paper draws the ratio itself). The first of ten rectangles that fits is taken.
+      fill: "noise", a random value for each pixel and channel, or a constant 0 to 255.
+    """
+    keys = tf.random.experimental.stateless_split(key, 2)
+    height, width = tf.unstack(tf.shape(image)[:2])
+    draws = tf.random.stateless_uniform([41], keys[0])
+    area, aspect, top, left = tf.unstack(tf.reshape(draws[1:], [4, 10]))
+    area = (min_area + area * (max_area - min_area)) * tf.cast(height * width, tf.float32)
+    aspect = tf.exp((2 * aspect - 1) * math.log(min_aspect))
+    high = tf.cast(tf.round(tf.sqrt(area * aspect)), tf.int32)
+    wide = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
+    fits = (high < height) & (wide < width)
+
+    def erased():
+        first = tf.argmax(fits)
+        h, w = high[first], wide[first]
+        y = tf.cast(top[first] * tf.cast(height - h + 1, tf.float32), tf.int32)
+        x = tf.cast(left[first] * tf.cast(width - w + 1, tf.float32), tf.int32)
+        rows = (tf.range(height) >= y) & (tf.range(height) < y + h)
+        columns = (tf.range(width) >= x) & (tf.range(width) < x + w)
+        if fill == "noise":
+            noise = tf.random.stateless_uniform(tf.shape(image), keys[1], 0, 256, tf.int32)
+            value = tf.cast(noise, tf.uint8)
+        else:
+            value = tf.constant(fill, tf.uint8)
+        return tf.where((rows[:, None] & columns)[..., None], value, image)
+
+    return tf.cond((draws[0] < prob) & tf.reduce_any(fits), erased, lambda: image)
+
+
+def permute_patches(image, size, patch_size, seed=0):
+    """Shuffles the patches, and all patches' pixels alike, by one permutation for every image.
+
+    Args:
+      image: uint8 of `size`.
+      size: a side of a square, or (H, W).
+      patch_size: P, pixels.
+      seed: of the permutation, which is a function of the three.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    return _reordered(image, sides, permutation.patch_order(sides, patch_size, seed=seed))
+
+
+def permute_pixels(image, size, seed=0):
+    """Shuffles all pixels by one permutation for every image, a function of `size` and `seed`."""
+    sides = (size, size) if isinstance(size, int) else size
+    return _reordered(image, sides, permutation.pixel_order(sides, seed=seed))
+
+
+def _reordered(image, sides, order):
+    image = tf.ensure_shape(image, [*sides, 3])
+    return tf.reshape(tf.gather(tf.reshape(image, [-1, 3]), order), [*sides, 3])
+
+
+def value_range(image, low=-1.0, high=1.0):
+    """Maps 0 to `low` and 255 to `high`, as float32. Without it the device maps to [-1, 1]."""
+    return tf.cast(image, tf.float32) * ((high - low) / 255) + low
+
+
+def one_hot(example, num_classes, on=1.0, off=0.0):
+    """Turns the label into a row of `num_classes` float32: `on` at the label, `off` elsewhere.
+
+    Of several labels each gets its weight's share of the way from `off` to `on`.
+    """
+    labels = tf.reshape(example["label"], [-1])
+    weights = example.get("label_weight", tf.ones(tf.shape(labels)))
+    assertion = tf.debugging.Assert(
+        tf.reduce_all((labels < num_classes) & ((labels >= 0) | (weights == 0))),
+        ["a label outside 0 to", num_classes - 1, ":", labels],
+    )
+    with tf.control_dependencies([assertion]):
+        rows = tf.maximum(labels, 0)[:, None]  # the padding is -1, of weight 0
+    share = tf.tensor_scatter_nd_max(tf.zeros([num_classes]), rows, weights)
+    rest = {name: value for name, value in example.items() if name != "label_weight"}
+    return {**rest, "label": off + share * (on - off)}
+
+
+STEPS = {
+    step.__name__: step
+    for step in (
+        decode,
+        inception_crop,
+        resize,
+        resize_small,
+        central_crop,
+        random_crop,
+        flip_lr,
+        random_affine,
+        randaugment,
+        autoaugment_cifar,
+        random_erasing,
+        permute_patches,
+        permute_pixels,
+        value_range,
+        one_hot,
+    )
+}
+
+
+def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
+    """Builds the function that a spec such as "decode|random_crop(32, pad=4)|flip_lr" describes.
+
+    Args:
+      spec: steps with their arguments, joined by "|".
+      image_size: (H, W) that every image must have in the end; None: any.
+
+    Returns:
+      A function (example, key (2,) int64) -> example. An example is a dict; its "image" comes as
+      encoded bytes and leaves as (H, W, 3) uint8, or float32 after `value_range`.
+
+    Raises:
+      UserError: an unknown step, wrong arguments, a first step that does not decode, or images of
+        another size.
+    """
+    steps = [(STEPS[step.name], step.arguments) for step in steps_lib.parse(spec, image_size)]
+
+    @tf.autograph.experimental.do_not_convert  # plain Python that builds the graph
+    def preprocess(example, key):
+        for number, (step, arguments) in enumerate(steps):
+            own = {}
+            if _is_random(step):
+                own["key"] = tf.random.experimental.stateless_fold_in(key, number)
+            if _takes_example(step):
+                example = step(example, **own, **arguments)
+            else:
+                example = {**example, "image": step(example["image"], **own, **arguments)}
+        return {**example, "image": tf.ensure_shape(example["image"], [*image_size, 3])}
+
+    return preprocess
+
+
+def output_spec(preprocess: Callable, example_spec: dict) -> dict:
+    """What examples are after preprocessing.
+
+    Args:
+      preprocess: made by `make_preprocess`.
+      example_spec: name -> (shape, dtype's name) of what it gets: the image is ((), "string").
+
+    Returns:
+      The same of what it gives.
+    """
+    inputs = {name: tf.TensorSpec(*spec) for name, spec in example_spec.items()}
+    graph = tf.function(preprocess).get_concrete_function(inputs, tf.TensorSpec([2], tf.int64))
+    return {
+        name: (tuple(spec.shape), spec.dtype.name)
+        for name, spec in graph.structured_outputs.items()
+    }
+
+
+def _is_random(step: Callable) -> bool:
+    return "key" in inspect.signature(step).parameters
+
+
+def _takes_example(step: Callable) -> bool:
+    return next(iter(inspect.signature(step).parameters)) == "example"

@@ -1,0 +1,118 @@
+"""RandAugment's and AutoAugment's tables, and how strong they make each operation. No TensorFlow.
+
+mixer/data/preprocessing/randaugment.py and mixer/data/preprocessing/autoaugment.py compute the
+operations on the host, and mixer/data/preprocessing/device.py does on the device.
+"""
+
+FILL = 128  # of pixels that an operation uncovers
+
+# RandAugment draws from these (Cubuk et al., 2020).
+OPERATIONS = (
+    "auto_contrast",
+    "equalize",
+    "invert",
+    "rotate",
+    "posterize",
+    "solarize",
+    "color",
+    "contrast",
+    "brightness",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "cutout",
+    "solarize_add",
+)
+
+# AutoAugment's for CIFAR-10 (Cubuk et al., 2019, arXiv 1805.09501): twenty-five sub-policies of two
+# operations, (name, probability, level 0 to 9). Some take no level.
+CIFAR_POLICY = (
+    (("invert", 0.1, None), ("contrast", 0.2, 6)),
+    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
+    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
+    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
+    (("auto_contrast", 0.5, None), ("equalize", 0.9, None)),
+    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
+    (("color", 0.4, 3), ("brightness", 0.6, 7)),
+    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
+    (("equalize", 0.6, None), ("equalize", 0.5, None)),
+    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
+    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
+    (("equalize", 0.3, None), ("auto_contrast", 0.4, None)),
+    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
+    (("brightness", 0.9, 6), ("color", 0.2, 8)),
+    (("solarize", 0.5, 2), ("invert", 0.0, None)),
+    (("equalize", 0.2, None), ("auto_contrast", 0.6, None)),
+    (("equalize", 0.2, None), ("equalize", 0.6, None)),
+    (("color", 0.9, 9), ("equalize", 0.6, None)),
+    (("auto_contrast", 0.8, None), ("solarize", 0.2, 8)),
+    (("brightness", 0.1, 3), ("color", 0.7, 0)),
+    (("solarize", 0.4, 5), ("auto_contrast", 0.9, None)),
+    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
+    (("auto_contrast", 0.9, None), ("solarize", 0.8, 3)),
+    (("equalize", 0.8, None), ("invert", 0.1, None)),
+    (("translate_y", 0.7, 9), ("auto_contrast", 0.9, None)),
+)
+
+
+def amount_of_magnitude(name: str, magnitude: float, *, faithful: bool) -> float | int | None:
+    """How much RandAugment has an operation do at a magnitude.
+
+    Args:
+      name: one of OPERATIONS.
+      magnitude: 10 gives rotations of 30 degrees, shears of 0.3, shifts of 100 pixels of 224,
+        factors of 1.9, a cutout of 80 pixels of 224, 4 bits of posterize, and 110 of solarize_add;
+        all are proportional to it but the factors, which start at 0.1.
+      faithful: with the published recipe's quirk: solarize's threshold wraps modulo 256.
+
+    Returns:
+      Degrees, a slope, a share of the side, bits, a threshold, an addition, half of cutout's side
+      as a share of the width, or a factor; None: it takes none.
+    """
+    share = magnitude / 10
+    threshold = int(256 * share)
+    factor = 0.1 + 1.8 * share
+    return {
+        "rotate": 30 * share,
+        "shear_x": 0.3 * share,
+        "shear_y": 0.3 * share,
+        "translate_x": 100 / 224 * share,
+        "translate_y": 100 / 224 * share,
+        "posterize": int(4 * share),
+        "solarize": threshold % 256 if faithful else min(threshold, 256),
+        "solarize_add": int(110 * share),
+        "cutout": int(40 * share) / 224,
+        "color": factor,
+        "contrast": factor,
+        "brightness": factor,
+        "sharpness": factor,
+    }.get(name)
+
+
+def amount_of_level(name: str, level: int) -> float | int:
+    """How much AutoAugment has an operation do at a level, as the common PyTorch implementations.
+
+    Args:
+      name: an operation of CIFAR_POLICY that takes a level.
+      level: 0 (weakest) to 9; ranges over the levels are linear.
+
+    Returns:
+      Degrees, a slope, a share of the side, bits or a threshold; of what enhances, how far its
+      factor is from 1, either way.
+    """
+    share = level / 9
+    return {
+        "rotate": 30 * share,
+        "shear_x": 0.3 * share,
+        "shear_y": 0.3 * share,
+        "translate_x": 150 / 331 * share,
+        "translate_y": 150 / 331 * share,
+        "posterize": round(8 - 4 * share),
+        "solarize": round(256 * (1 - share)),
+        "color": 0.9 * share,
+        "contrast": 0.9 * share,
+        "brightness": 0.9 * share,
+        "sharpness": 0.9 * share,
+    }[name]

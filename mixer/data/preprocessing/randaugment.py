@@ -1,0 +1,306 @@
+"""RandAugment (Cubuk et al., 2020): its sixteen operations, and the step that draws from them.
+
+Each operation is a function of an (H, W, 3) uint8 image and returns one. Geometric operations
+take the nearest pixel and fill what they uncover with grey (128). `faithful` is what the
+published Mixer recipe ran (big_vision's code, `mlp_mixer_i1k`), with its quirks;
+docs/preprocessing.md names the few pixels that differ.
+"""
+
+import functools
+import math
+
+import tensorflow as tf
+
+from mixer.data.preprocessing.policies import FILL, OPERATIONS, amount_of_magnitude
+
+# Point operations. TensorFlow's arithmetic on uint8 and float32 runs in vector instructions (15 us
+# for 224 x 224 pixels); tf.where and tf.gather of single values do not (400 to 1000 us).
+
+
+def invert(image):
+    """255 minus each value."""
+    return 255 - image
+
+
+def posterize(image, bits):
+    """Keeps the `bits` highest bits of each value, 1 to 8."""
+    shift = 8 - min(max(bits, 1), 8)
+    return tf.bitwise.bitwise_and(image, tf.constant(0xFF >> shift << shift, tf.uint8))
+
+
+def solarize(image, threshold):
+    """Inverts the values from `threshold` (0 to 256) on."""
+    if threshold > 255:
+        return tf.identity(image)
+    return tf.bitwise.bitwise_xor(image, _mask(image >= tf.constant(threshold, tf.uint8)))
+
+
+def solarize_add(image, addition, threshold=128):
+    """Adds `addition` to the values below `threshold`; the sum ends at 255."""
+    room = tf.minimum(255 - image, tf.constant(min(addition, 255), tf.uint8))
+    below = _mask(image < tf.constant(threshold, tf.uint8))
+    return image + tf.bitwise.bitwise_and(room, below)
+
+
+def _mask(condition):
+    """All bits set where `condition` holds."""
+    return tf.cast(condition, tf.uint8) * 255
+
+
+def brightness(image, factor):
+    """Blends black (factor 0) and the image (1); above 1, brighter."""
+    return _to_uint8(tf.cast(image, tf.float32) * factor)
+
+
+def contrast(image, factor, middle=None):
+    """Blends a grey image (factor 0) and the image (1); above 1, more contrast.
+
+    Args:
+      image: (H, W, 3) uint8.
+      factor: share of the image.
+      middle: value of the grey image; None: the mean luminance, as a whole number.
+    """
+    if middle is None:
+        middle = tf.round(tf.reduce_mean(_luminance(tf.cast(image, tf.float32))))
+    return _blend(middle, tf.cast(image, tf.float32), factor)
+
+
+def auto_contrast(image):
+    """Stretches each channel's values to the range 0 to 255."""
+    rows = tf.cast(_rows(image), tf.float32)
+    low, high = _by_channel(tf.reduce_min, rows), _by_channel(tf.reduce_max, rows)
+    scale = tf.where(high > low, 255.0 / (high - low), 1.0)
+    offset = tf.where(high > low, -low * scale, 0.0)
+    # Whole rows as vectors: adding a vector of three to each pixel is slow.
+    width = tf.shape(image)[1]
+    stretched = rows * tf.tile(scale, [width]) + tf.tile(offset, [width])
+    return tf.reshape(_to_uint8(stretched), tf.shape(image))
+
+
+def equalize(image):
+    """Flattens each channel's histogram, with Pillow's integer arithmetic."""
+    size = tf.shape(image)[0] * tf.shape(image)[1]
+    # Places in the three channels' tables, one after the other.
+    places = tf.cast(_rows(image), tf.int32) + tf.tile(256 * tf.range(3), [tf.shape(image)[1]])
+    places = tf.reshape(places, [-1])
+    counts = tf.raw_ops.Bincount(arr=places, size=768, weights=tf.constant([], tf.int32))
+    counts = tf.reshape(counts, [3, 256])
+    last = tf.reduce_max(tf.where(counts > 0, tf.range(256), 0), 1, keepdims=True)
+    step = (size - tf.gather(counts, last, batch_dims=1)) // 255
+    below = tf.cumsum(counts, 1, exclusive=True)
+    tables = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
+    tables = tf.cast(tf.where(step > 0, tables, tf.range(256)), tf.uint8)
+    values = tf.gather_nd(tf.reshape(tables, [-1]), places[:, None])  # faster than tf.gather
+    return tf.reshape(values, tf.shape(image))
+
+
+def _rows(image):
+    """(H, W, 3) to (H, 3 W)."""
+    return tf.reshape(image, [tf.shape(image)[0], -1])
+
+
+def _by_channel(reduce, rows):
+    """Reduces (H, 3 W) over the pixels: (3,)."""
+    return reduce(tf.reshape(reduce(rows, 0), [-1, 3]), 0)
+
+
+def _blend(zero, one, factor):
+    """At `factor` between two float images, or beyond; (H, W, 3) uint8."""
+    return _to_uint8(zero + factor * (one - zero))
+
+
+def _to_uint8(image):
+    return tf.cast(tf.clip_by_value(image, 0.0, 255.0), tf.uint8)  # the cast truncates
+
+
+# Operations that mix channels or neighbouring pixels.
+
+
+def _luminance(pixels):
+    """Grey version of float pixels in 0 to 255: whole numbers, the same in the three channels.
+
+    As tf.image.rgb_to_grayscale, whose scaling by 255 and 255.5 it keeps.
+    """
+    weights = tf.constant([[0.2989], [0.587], [0.114]]) * tf.ones([1, 3])
+    grey = tf.linalg.matmul(tf.reshape(pixels * (1 / 255), [-1, 3]), weights)
+    return tf.reshape(tf.floor(grey * 255.5), tf.shape(pixels))
+
+
+def color(image, factor):
+    """Blends the grey version (factor 0) and the image (1); above 1, more saturated."""
+    pixels = tf.cast(image, tf.float32)
+    return _blend(_luminance(pixels), pixels, factor)
+
+
+def sharpness(image, factor):
+    """Blends a smoothed version (factor 0) and the image (1); above 1, sharper; border kept."""
+    # The kernel, ones around a five over 13, as sums of whole rows: a convolution takes 3 ms.
+    rows = _rows(image)
+    pixels = tf.cast(rows, tf.float32)
+    sums = pixels[:, :-6] + pixels[:, 3:-3] + pixels[:, 6:]
+    center = pixels[1:-1, 3:-3]
+    smooth = tf.floor((sums[:-2] + sums[1:-1] + sums[2:] + 4 * center) * (1 / 13))
+    inner = tf.concat([rows[1:-1, :3], _blend(smooth, center, factor), rows[1:-1, -3:]], 1)
+    return tf.reshape(tf.concat([rows[:1], inner, rows[-1:]], 0), tf.shape(image))
+
+
+# Geometry: where each output pixel comes from.
+
+
+def rotate(image, degrees):
+    """Rotates around the middle, counter-clockwise."""
+    angle = tf.cast(degrees, tf.float32) * (math.pi / 180)
+    cos, sin = tf.cos(angle), tf.sin(angle)
+    y, x = _grid(image)
+    bottom, right = y[-1, 0], x[0, -1]
+    shift_y = (bottom - (sin * right + cos * bottom)) / 2
+    shift_x = (right - (cos * right - sin * bottom)) / 2
+    return _sample(image, sin * x + cos * y + shift_y, cos * x - sin * y + shift_x)
+
+
+def shear_x(image, amount):
+    """Moves each row to the left by `amount` pixels a row, counted from the top."""
+    y, x = _grid(image)
+    return _sample(image, y, x + amount * y)
+
+
+def shear_y(image, amount):
+    """Moves each column up by `amount` pixels a column, counted from the left."""
+    y, x = _grid(image)
+    return _sample(image, y + amount * x, x)
+
+
+def translate_x(image, pixels):
+    """Moves the image to the left, by whole pixels."""
+    return _shift(image, 0, pixels)
+
+
+def translate_y(image, pixels):
+    """Moves the image up, by whole pixels."""
+    return _shift(image, pixels, 0)
+
+
+def _shift(image, up, left):
+    shift = tf.stack(
+        [tf.cast(tf.floor(tf.cast(n, tf.float32) + 0.5), tf.int32) for n in (up, left)]
+    )
+    shift = tf.clip_by_value(shift, -tf.shape(image)[:2], tf.shape(image)[:2])
+    room = tf.concat([tf.abs(shift), [0]], 0)
+    framed = tf.pad(image, tf.stack([room, room], 1), constant_values=FILL)
+    begin = tf.concat([tf.abs(shift) + shift, [0]], 0)
+    return tf.slice(framed, begin, tf.shape(image))
+
+
+def _grid(image):
+    """Coordinates of the pixels: (H, 1) and (1, W) float32."""
+    shape = tf.cast(tf.shape(image), tf.float32)
+    return tf.range(shape[0])[:, None], tf.range(shape[1])[None]
+
+
+def _sample(image, y, x):
+    """The nearest pixels to (y, x), each (H or 1, W or 1); grey outside.
+
+    tf.raw_ops.ImageProjectiveTransformV3 gives the same and takes three times as long.
+    """
+    height, width = tf.unstack(tf.shape(image)[:2])
+    framed = tf.pad(image, [[1, 1], [1, 1], [0, 0]], constant_values=FILL)
+
+    def nearest(coordinate, size):  # in the framed image; adding a half, the cast rounds
+        end = tf.cast(size, tf.float32) + 1
+        return tf.cast(tf.clip_by_value(coordinate + 1.5, 0.0, end), tf.int32)
+
+    places = nearest(y, height) * (width + 2) + nearest(x, width)
+    return tf.gather_nd(tf.reshape(framed, [-1, 3]), places[..., None])
+
+
+def cutout(image, center_y, center_x, half_size):
+    """Fills the square of side 2 * `half_size` around a point, cut off at the borders."""
+    height, width = tf.unstack(tf.shape(image)[:2])
+
+    def ends(center, size):  # the pixels whose middle is nearer than half_size
+        low = tf.floor(center - half_size - 0.5) + 1
+        high = tf.math.ceil(center + half_size - 0.5)
+        return [tf.clip_by_value(tf.cast(end, tf.int32), 0, size) for end in (low, high)]
+
+    top, bottom = ends(center_y, height)
+    left, right = ends(center_x, width)
+    grey = tf.fill([bottom - top, right - left, 3], tf.constant(FILL, tf.uint8))
+    middle = tf.concat([image[top:bottom, :left], grey, image[top:bottom, right:]], 1)
+    return tf.concat([image[:top], middle, image[bottom:]], 0)
+
+
+def apply_magnitude(image, name, magnitude, *, faithful=True, sign=1.0, place=(0.5, 0.5)):
+    """One operation as strong as `amount_of_magnitude` says; lengths scale with the image.
+
+    Args:
+      image: (H, W, 3) uint8.
+      name: one of OPERATIONS.
+      magnitude: as `amount_of_magnitude` takes it.
+      faithful: with the quirks of the published recipe.
+      sign: -1.0 or 1.0: the direction of geometric operations.
+      place: (y, x) in [0, 1): where cutout strikes.
+    """
+    operation = globals()[name]
+    amount = amount_of_magnitude(name, magnitude, faithful=faithful)
+    height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+    match name:
+        case "rotate" | "shear_x" | "shear_y":
+            return operation(image, sign * amount)
+        case "translate_x":
+            return translate_x(image, sign * amount * width)
+        case "translate_y":
+            return translate_y(image, sign * amount * height)
+        case "contrast" if faithful:
+            # The sum of the histogram, so the number of pixels, stands for the mean.
+            return contrast(image, amount, tf.floor(tf.minimum(height * width / 256, 255.0)))
+        case "cutout":
+            y, x = place[0] * height, place[1] * width
+            return cutout(image, tf.floor(y), tf.floor(x), amount * width)
+    return operation(image) if amount is None else operation(image, amount)
+
+
+def choose(number, branches, image, **arguments):
+    """Calls branch `number` on an image: `branches[number](image, **arguments)`.
+
+    tf.switch_case lays the nodes of all branches into the graph, and passing over those that are
+    not chosen takes longer than most operations do. Here each branch stays a function.
+    """
+    image = tf.ensure_shape(image, [None, None, 3])
+    inputs = {"image": image, **{key: tf.convert_to_tensor(x) for key, x in arguments.items()}}
+    signature = {key: tf.TensorSpec(x.shape, x.dtype) for key, x in inputs.items()}
+
+    def function(branch):
+        traced = tf.function(lambda values: branch(**values), autograph=False)
+        return traced.get_concrete_function(signature)
+
+    (image,) = tf.raw_ops.Case(
+        branch_index=number,
+        input=tf.nest.flatten(inputs),
+        Tout=[tf.uint8],
+        branches=[function(branch) for branch in branches],
+    )
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def randaugment(image, key, num_layers=2, magnitude=10, mode="faithful"):
+    """`num_layers` operations, each drawn uniformly from the sixteen and always applied.
+
+    Args:
+      image: (H, W, 3) uint8.
+      key: stateless key.
+      num_layers: operations, one after the other.
+      magnitude: see `amount_of_magnitude`; the paper's ImageNet-1k recipe takes 15.
+      mode: "faithful" is the published recipe at 224 pixels with two quirks: contrast blends with
+        a constant, H * W / 256, in place of the image's mean, and solarize's threshold wraps modulo
+        256. "fixed" takes the mean and lets the threshold end at 256.
+    """
+    faithful = mode == "faithful"
+    for draws in tf.unstack(tf.random.stateless_uniform([num_layers, 4], key)):
+        sign = tf.where(draws[1] < 0.5, -1.0, 1.0)
+        branches = [
+            functools.partial(apply_magnitude, name=name, magnitude=magnitude, faithful=faithful)
+            for name in OPERATIONS
+        ]
+        number = tf.cast(draws[0] * len(OPERATIONS), tf.int32)
+        image = choose(number, branches, image, sign=sign, place=draws[2:])
+    return image

@@ -1,0 +1,1 @@
+"""Networks, and what follows from their shape: parameter names, FLOPs, resizing."""

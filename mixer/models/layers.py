@@ -1,0 +1,323 @@
+"""The model's layers as functions of their parameters, with derivatives written out.
+
+Autodiff of the plain formulation (Dense, GELU, and a transpose before and after token mixing)
+costs more than the mathematics asks for. Here:
+
+- token mixing is a matmul over the token axis with channels where they are, so that nothing is
+  transposed: one for each image, or on a CPU one for all images side by side; on an NVIDIA GPU bias
+  and GELU are part of it;
+- of a LayerNorm and the matmul behind it the backward pass finds the normalized input alone, where
+  the batch outweighs the kernel;
+- the gradient of GELU is computed from its input alone, the one array that the forward pass keeps;
+- on a CPU, gradients of weights are products that transpose the smaller of their two operands,
+  where XLA would transpose the one on the left;
+- gradients of weights and biases are sums in float32, whatever the dtype of the computation.
+
+In float32 each is the same function as the plain formulation up to rounding (tests/test_layers.py).
+docs/performance.md has what they bring. Only reverse-mode differentiation is defined.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mixer.parallel.sharding import sum_over_shards
+
+# GELU by tanh: x / 2 * (1 + tanh(SCALE * (x + CUBIC * x^3))) (Hendrycks and Gimpel, 2016).
+_SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+# From so many on a CPU's product over all images and channels has enough rows and columns to share.
+MANY_TOKENS = 128
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: jax.Array, kind: str) -> jax.Array:
+    """GELU of any shape; `kind` is "tanh" or "erf"."""
+    return jax.nn.gelu(x, approximate=kind == "tanh")
+
+
+def _gelu_forward(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    return gelu(x, kind), x
+
+
+def _gelu_backward(kind: str, x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    if kind == "tanh":
+        square = x * x
+        tanh = jnp.tanh(_SCALE * x * (1 + _CUBIC * square))
+        inner = _SCALE * (1 + 3 * _CUBIC * square)
+        slope = 0.5 * (1 + tanh) * (1 + x * (1 - tanh) * inner)
+    else:
+        density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        slope = 0.5 * (1 + lax.erf(x / math.sqrt(2))) + x * density
+    return ((grad.astype(jnp.float32) * slope).astype(dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Affine map of the last axis, in the dtype of `x`.
+
+    Args:
+      x: (..., I).
+      kernel: (I, O) float32.
+      bias: (O,) float32.
+
+    Returns:
+      (..., O).
+    """
+    return jnp.dot(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+
+
+def _dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
+    return dense(x, kernel, bias), (x, kernel)
+
+
+def _dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, kernel = residuals
+    return _dense_x_grad(kernel, grad), *_dense_sums(x, grad)
+
+
+def _dense_x_grad(kernel: jax.Array, grad: jax.Array) -> jax.Array:
+    return lax.dot_general(grad, kernel.astype(grad.dtype), (((grad.ndim - 1,), (1,)), ((), ())))
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+def norm_dense(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """LayerNorm over the last axis (epsilon 1e-6) and an affine map of it, in the dtype of `x`.
+
+    Args:
+      x: (..., I).
+      scale: (I,) float32, LayerNorm's.
+      shift: (I,) float32, LayerNorm's bias.
+      kernel: (I, O) float32.
+      bias: (O,) float32.
+
+    Returns:
+      (..., O).
+    """
+    # To scale the kernel takes longer there than what it saves. (An exported program does not know
+    # its batch, and takes no gradients.)
+    if isinstance(x.size, int) and x.size < 2 * kernel.size:
+        return _dense_of_norm(x, scale, shift, kernel, bias)
+    return _joined_norm_dense(x, scale, shift, kernel, bias)
+
+
+def _dense_of_norm(x, scale, shift, kernel, bias) -> jax.Array:
+    normal, _ = _standardize(x)
+    return dense((normal * scale + shift).astype(x.dtype), kernel, bias)
+
+
+# Where gradients are wanted, scale and shift are part of the affine map: the normalized `x` is then
+# all that is kept of both, and their gradients come from those of kernel and bias.
+_joined_norm_dense = jax.custom_vjp(_dense_of_norm)
+
+
+def _standardize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` (..., I) with mean 0 and variance 1, and 1 over its deviation (..., 1); float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, -1, keepdims=True)
+    variance = jnp.maximum(0.0, jnp.mean(x * x, -1, keepdims=True) - mean * mean)
+    inverse = lax.rsqrt(variance + 1e-6)
+    return (x - mean) * inverse, inverse
+
+
+def _norm_dense_forward(x, scale, shift, kernel, bias) -> tuple[jax.Array, tuple]:
+    normal, inverse = _standardize(x)
+    normal = normal.astype(x.dtype)
+    bias = bias + jnp.sum(shift[:, None] * kernel, 0)
+    return dense(normal, scale[:, None] * kernel, bias), (normal, inverse, scale, shift, kernel)
+
+
+def _norm_dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, ...]:
+    normal, inverse, scale, shift, kernel = residuals
+
+    def of_shard(normal: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
+        """Gradients of the four parameters."""
+        scaled_grad, bias_grad = _dense_sums(normal, grad)
+        return (
+            jnp.sum(kernel * scaled_grad, 1),
+            jnp.sum(kernel * bias_grad, 1),
+            scale[:, None] * scaled_grad + shift[:, None] * bias_grad,
+            bias_grad,
+        )
+
+    scaled = scale[:, None] * kernel
+    x_grad = _dense_x_grad(scaled, grad).astype(jnp.float32)
+    x = normal.astype(jnp.float32)
+    along = jnp.mean(x_grad * x, -1, keepdims=True)
+    x_grad = inverse * (x_grad - jnp.mean(x_grad, -1, keepdims=True) - along * x)
+    return x_grad.astype(normal.dtype), *sum_over_shards(of_shard, normal, grad)
+
+
+_joined_norm_dense.defvjp(_norm_dense_forward, _norm_dense_backward)
+
+
+def _dense_sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of kernel and bias, (I, O) and (O,) float32: sums over all but the last axis.
+
+    A product transposes its left operand, which on a CPU costs as much as half of the product
+    itself where that is the wide one.
+    """
+    rows = tuple(range(x.ndim - 1))
+
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        dimensions = ((rows, rows), ((), ()))
+        return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+
+    def exchanged(x: jax.Array, grad: jax.Array) -> jax.Array:
+        # Without the barrier XLA exchanges the operands again, to save the small transpose.
+        return lax.optimization_barrier(product(grad, x)).T
+
+    if x.shape[-1] <= grad.shape[-1]:
+        kernel_grad = product(x, grad)
+    else:
+        kernel_grad = lax.platform_dependent(x, grad, cpu=exchanged, default=product)
+    return kernel_grad, jnp.sum(grad.astype(jnp.float32), rows)
+
+
+@jax.custom_vjp
+def token_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Affine map of the token axis, for each channel alike, in the dtype of `x`.
+
+    Args:
+      x: (N, I, C).
+      kernel: (I, O) float32.
+      bias: (O,) float32.
+
+    Returns:
+      (N, O, C).
+    """
+    return lax.platform_dependent(x, kernel, bias, cuda=_affine_in_one, default=_affine)
+
+
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return _token_product(kernel.T, x) + bias.astype(x.dtype)[:, None]
+
+
+def _affine_in_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """As `_affine`, the bias being part of the product where that has room for it.
+
+    GELU can then be part of the product too: cuBLASLt itself adds biases along the other axis only.
+    """
+    if not (room := _room(x)):
+        return _affine(x, kernel, bias)
+    extended = jnp.pad(jnp.concatenate([kernel, bias[None]]), ((0, room - 1), (0, 0)))
+    return _image_by_image(extended.T.astype(x.dtype), _extended(x))
+
+
+def _room(x: jax.Array) -> int:
+    """How many empty tokens XLA adds to `x` (N, I, C) for a GPU, which multiplies by eights."""
+    return -x.shape[1] % 8 if x.dtype == jnp.bfloat16 else 0
+
+
+def _extended(x: jax.Array) -> jax.Array:
+    """`x` with them; the first is of ones, and takes the bias."""
+    ones = jnp.zeros((x.shape[0], _room(x), x.shape[2]), x.dtype).at[:, 0].set(1)
+    return jnp.concatenate([x, ones], 1)
+
+
+def _token_product(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """`matrix` (O, I) times each image's (I, C): (N, O, C)."""
+    matrix = matrix.astype(x.dtype)
+    return lax.platform_dependent(matrix, x, cpu=_side_by_side, default=_image_by_image)
+
+
+def _image_by_image(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    # Broadcast by hand: XLA would take the one matrix for a reason to transpose `x`.
+    matrix = jnp.broadcast_to(matrix, (x.shape[0], *matrix.shape))
+    return lax.dot_general(matrix, x, (((2,), (1,)), ((0,), (0,))))
+
+
+def _side_by_side(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    # The images of small models are too small for a matmul each. Whole rows of channels move. A
+    # matrix that XLA has to transpose within the product gets a slower one.
+    matrix = lax.optimization_barrier(matrix)
+    product = matrix @ _joined(x)
+    return product.reshape(matrix.shape[0], x.shape[0], x.shape[2]).swapaxes(0, 1)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """Each token's channels of all images in a row: (N, S, C) to (S, N * C)."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
+
+
+def _token_dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
+    return token_dense(x, kernel, bias), (x, kernel)
+
+
+def _token_dense_backward(
+    residuals: tuple, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, kernel = residuals
+
+    kernel_grads = lax.platform_dependent(x, grad, cuda=_sums_in_one, default=_sums)
+    return _token_product(kernel, grad), *kernel_grads
+
+
+def _sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of kernel and bias."""
+    return _token_products(x, grad), jnp.sum(grad.astype(jnp.float32), (0, 2))
+
+
+def _sums_in_one(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `_sums`, for `_affine_in_one`."""
+    if not _room(x):
+        return _sums(x, grad)
+    products = _token_products(_extended(x), grad)
+    return products[: x.shape[1]], products[x.shape[1]]
+
+
+def _token_products(x: jax.Array, grad: jax.Array) -> jax.Array:
+    """Sum over images and channels of the outer products of tokens: (I, O) float32."""
+
+    def image_by_image(x: jax.Array, grad: jax.Array) -> jax.Array:
+        dimensions = (((2,), (2,)), ((0,), (0,)))
+        each = lax.dot_general(x, grad, dimensions, preferred_element_type=jnp.float32)
+        return jnp.sum(each, 0)
+
+    def side_by_side(x: jax.Array, grad: jax.Array) -> jax.Array:
+        dimensions = (((1,), (1,)), ((), ()))
+        x, grad = _joined(x), _joined(grad)
+        return lax.dot_general(x, grad, dimensions, preferred_element_type=jnp.float32)
+
+    if min(x.shape[1], grad.shape[1]) < MANY_TOKENS:
+        return image_by_image(x, grad)
+    return lax.platform_dependent(x, grad, cpu=side_by_side, default=image_by_image)
+
+
+token_dense.defvjp(_token_dense_forward, _token_dense_backward)
+
+
+def compiler_options(platform: str) -> dict[str, bool | int]:
+    """What XLA is told beside the program, for `jax.jit(..., compiler_options=...)`.
+
+    On CPUs vectors are as wide as the machine has them; XLA uses half of AVX-512's.
+
+    On GPUs matmuls are cuBLASLt's, whose epilogues take in bias and GELU, and what is rounded to
+    bfloat16 stays so. XLA would otherwise keep the float32 original of GELU's gradient for the sum
+    that follows, and store it.
+    """
+    if platform == "cpu":
+        return {"xla_cpu_prefer_vector_width": 512}
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}
+
+
+def patches(images: jax.Array, patch_size: int) -> jax.Array:
+    """Cuts images (N, H, W, 3) into rows of pixels: (N, H / P, W / P, P * P * 3)."""
+    n, height, width, channels = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = images.reshape(n, rows, patch_size, columns, patch_size, channels)
+    return cut.swapaxes(2, 3).reshape(n, rows, columns, patch_size**2 * channels)

@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, and how processes join, agree, fail and stop together."""

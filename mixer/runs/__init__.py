@@ -1,0 +1,1 @@
+"""One run directory: its config, its record, its results."""

@@ -1,0 +1,1 @@
+"""Measures training and inference beside plain Flax and timm."""

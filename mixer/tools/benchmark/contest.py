@@ -1,0 +1,171 @@
+"""A contest: programs that do the same work take turns, so that what disturbs one disturbs all."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from mixer import memory
+from mixer.models.mlp_mixer import VARIANTS
+
+# The record's model for CIFAR-10 (github.com/omihub777/MLP-Mixer-CIFAR; configs/cifar10.py).
+CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
+MODELS = {**VARIANTS, "cifar": CIFAR}
+LARGE = {"cpu": 2048}  # side of the large matmul by backend; 8192 of the others
+
+
+class Failed(Exception):
+    """A contestant cannot take part, for the reason given, and the others go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What all contestants of a contest compute.
+
+    Attributes:
+      what: "train" (an update by AdamW, softmax cross-entropy) or "infer" (pixels to logits).
+      model: its name. dimensions: its fields for `make_model`.
+      image_size: side in pixels. num_classes: width of the head.
+      batch_size: images a device, which lie there as uint8.
+      dtype: of the computation, "float32" or "bfloat16"; trained parameters are float32.
+      gelu: "tanh" or "erf".
+    """
+
+    what: str
+    model: str
+    dimensions: Mapping[str, int]
+    image_size: int
+    num_classes: int
+    batch_size: int
+    dtype: str
+    gelu: str
+
+
+class Contestant(Protocol):
+    """A program that is ready to run.
+
+    Attributes:
+      devices: how many work at once.
+      compile_seconds: 0 where nothing is compiled.
+      memory: bytes of a device's memory at the most; None where it is not known.
+    """
+
+    devices: int
+    compile_seconds: float
+    memory: int | None
+
+    def run(self, seconds: float) -> tuple[int, float]:
+        """Runs for about that long: (steps, seconds that they took), all results being there."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What a contest has measured of a contestant.
+
+    Attributes:
+      devices, compile_seconds, memory: as the contestant's.
+      rounds: seconds a step in each round.
+      failure: why it did not take part, else None.
+    """
+
+    devices: int = 1
+    compile_seconds: float = 0.0
+    memory: int | None = None
+    rounds: list[float] = dataclasses.field(default_factory=list)
+    failure: str | None = None
+
+
+def compete(
+    prepare: Mapping[str, Callable[[], Contestant]],
+    *,
+    seconds: float,
+    rounds: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Result]:
+    """Prepares contestants one after the other, and has them take turns.
+
+    Each round begins with the one after that with which the last round began.
+
+    Args:
+      prepare: makes each ready: compiled, and warmed up by some steps.
+      seconds: of a turn.
+      rounds: how many turns each has.
+      say: is told what is being prepared.
+    """
+    ready: dict[str, Contestant] = {}
+    results: dict[str, Result] = {}
+    try:
+        for name, make in prepare.items():
+            say(f"preparing {name}")
+            try:
+                ready[name] = make()
+                memory.give_back_freed_memory()  # the next one may need it
+            except Failed as error:
+                results[name] = Result(failure=str(error))
+            else:
+                one = ready[name]
+                results[name] = Result(one.devices, one.compile_seconds)
+        for turn in range(rounds):
+            names = [name for name in ready if results[name].failure is None]
+            start = turn % max(len(names), 1)
+            for name in [*names[start:], *names[:start]]:
+                try:
+                    steps, passed = ready[name].run(seconds)
+                    memory.give_back_freed_memory()
+                except Failed as error:
+                    results[name].failure = str(error)
+                    continue
+                results[name].rounds.append(passed / steps)
+                results[name].memory = ready[name].memory
+    finally:
+        for one in ready.values():
+            one.close()
+    return results
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def rates(result: Result, work: float) -> dict[str, float] | None:
+    """`spread` of `work` a second, which a step does; None where it did not take part."""
+    if result.failure is not None:
+        return None
+    return spread([work / seconds for seconds in result.rounds])
+
+
+def ratio(one: Result, other: Result) -> dict[str, float] | None:
+    """How many times as fast `one` is for each device, of the rounds of both; None without one."""
+    if one.failure is not None or other.failure is not None:
+        return None
+    return spread([b / a for a, b in zip(one.rounds, other.rounds, strict=True)])
+
+
+def as_json(result: Result, images: int, flops: float, limit: float | None) -> dict[str, Any]:
+    """Figures of a contestant.
+
+    Args:
+      result: what was measured.
+      images: that a step computes on each device.
+      flops: that an image takes, by the closed form.
+      limit: FLOP/s of a large matmul on a device.
+    """
+    if result.failure is not None:
+        return {"failure": result.failure}
+    per_device = rates(result, images)
+    achieved = rates(result, images * flops)
+    return {
+        "devices": result.devices,
+        "images_per_second": {k: v * result.devices for k, v in per_device.items()},
+        "images_per_second_per_device": per_device,
+        "seconds_per_step": spread(result.rounds),
+        "flops_per_second_per_device": achieved,
+        "share_of_matmul": achieved["median"] / limit if limit else None,
+        "memory_bytes_per_device": result.memory,
+        "compile_seconds": result.compile_seconds,
+        "rounds_seconds_per_step": result.rounds,
+    }

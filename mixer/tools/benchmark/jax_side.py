@@ -1,0 +1,283 @@
+"""Contestants in JAX, which live in this process."""
+
+import collections
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mixer import memory
+from mixer.errors import first_line
+from mixer.models import layers
+from mixer.models.mlp_mixer import MlpMixer, make_model
+from mixer.parallel import sharding
+from mixer.tools.benchmark import plain
+from mixer.tools.benchmark.contest import Case, Failed
+from mixer.training.losses import make_loss
+from mixer.training.optimizer import make_optimizer, make_schedule
+from mixer.training.state import TrainState
+from mixer.training.step import make_predict, make_train_step
+
+WARM_UP_STEPS = 3
+IN_FLIGHT = 2  # steps that the host is ahead of the device
+
+
+class Program:
+    """A contestant (see contest.py): a function that is called again and again."""
+
+    def __init__(
+        self, call: Callable[[], Any], *, devices: int, compile_seconds: float, memory: int | None
+    ):
+        """Warms it up.
+
+        Args:
+          call: begins a step and returns what is there when it is done.
+          devices: that work at once.
+          compile_seconds: that it took to compile.
+          memory: bytes of a device's memory, by the compiler.
+        """
+        self.call = call
+        self.devices, self.compile_seconds, self.memory = devices, compile_seconds, memory
+        self._steps(WARM_UP_STEPS)
+
+    def _steps(self, count: int) -> None:
+        jax.block_until_ready([self.call() for _ in range(count)])
+
+    def run(self, seconds: float) -> tuple[int, float]:
+        """As `Contestant.run`; a first step, which finds the caches cold, is not counted."""
+        return _fitting(lambda: self._run(seconds))
+
+    def _run(self, seconds: float) -> tuple[int, float]:
+        self._steps(1)
+        in_flight: collections.deque[Any] = collections.deque()
+        start, steps = time.perf_counter(), 0
+        while steps == 0 or time.perf_counter() - start < seconds:
+            in_flight.append(self.call())
+            steps += 1
+            if len(in_flight) > IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+        jax.block_until_ready(list(in_flight))
+        return steps, time.perf_counter() - start
+
+    def close(self) -> None:
+        """Lets go of the arrays."""
+        del self.call
+
+
+def _fitting(run: Callable[[], Any]) -> Any:
+    """`run()`, whose failure on the device is a reason not to take part."""
+    try:
+        return run()
+    except jax.errors.JaxRuntimeError as error:
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        raise Failed("does not fit into memory" if full else first_line(error)) from None
+    except memory.NoRoomError as error:
+        raise Failed(f"does not fit: {error}") from None
+
+
+def may_fail(function: Callable) -> Callable:
+    """`function`, all of it as in `_fitting`."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return _fitting(lambda: function(*args, **kwargs))
+
+    return called
+
+
+def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
+    """The program for such arguments, seconds to compile it, and the memory it takes on a device.
+
+    The memory is the arguments', among them parameters and optimizer's state, the results' and
+    what lies between, as the compiler has laid it out.
+    """
+    start = time.perf_counter()
+    program = jitted.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    size = memory_of(program)
+    if size is not None:
+        given = program.memory_analysis().argument_size_in_bytes
+        memory.check_room(size - given, "what a step computes with")
+    return program, seconds, size
+
+
+def memory_of(program: Any) -> int | None:
+    """Bytes that a compiled program takes on a device; None where its backend does not say."""
+    used = program.memory_analysis()
+    if used is None:
+        return None
+    results = used.output_size_in_bytes - used.alias_size_in_bytes
+    return used.argument_size_in_bytes + results + used.temp_size_in_bytes
+
+
+def make_mixer(case: Case) -> MlpMixer:
+    """This project's model of a case."""
+    return make_model(
+        **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu
+    )
+
+
+def make_plain(case: Case) -> plain.Mixer:
+    """The plain model of a case, of the same parameters."""
+    return plain.Mixer(
+        **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu
+    )
+
+
+def draw_params(case: Case) -> Any:
+    """Parameters as at a training's start, but for the head's, which are not zeros; NumPy's."""
+    size = (1, case.image_size, case.image_size, 3)
+    shapes = jax.eval_shape(make_mixer(case).init, jax.random.key(0), jnp.zeros(size))["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key == "kernel":
+            deviation = np.sqrt(1 / np.prod(leaf.shape[:-1]))
+            return rng.standard_normal(leaf.shape, np.float32) * np.float32(deviation)
+        return np.full(leaf.shape, path[-1].key == "scale", np.float32)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def _batch(case: Case, mesh: Mesh) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(1)
+    count = case.batch_size * mesh.size
+    shape = (count, case.image_size, case.image_size, 3)
+    batch = {
+        "image": rng.integers(0, 256, shape, np.uint8),
+        "label": rng.integers(0, case.num_classes, count, np.int32),
+    }
+    return jax.device_put(batch, sharding.batch_sharding(mesh))
+
+
+def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Callable[[], Any]:
+    """A call that makes a step from where the last one ended."""
+    states = [state]
+
+    def call() -> jax.Array:
+        state, metrics = train_step(states.pop(), batch)
+        states.append(state)
+        return loss_of(metrics)
+
+    return call
+
+
+@may_fail
+def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
+    """The update of `name`, "ours" or "plain", of a batch that lies on the devices.
+
+    Ours is what `train.py` runs, clipping and metrics included, which the plain one leaves out.
+
+    Raises:
+      Failed: it does not fit into memory.
+    """
+    whole = sharding.replicated(mesh)
+    params = jax.device_put(draw_params(case), whole)
+    if name == "ours":
+        schedule = make_schedule(
+            peak_lr=1e-3,
+            total_steps=100_000,
+            decay="linear",
+            warmup_steps=10_000,
+            final_multiplier=1e-5,
+            rsqrt_timescale=10_000,
+            cooldown_steps=0,
+        )
+        tx = make_optimizer(
+            schedule,
+            name="adamw",
+            peak_lr=1e-3,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            momentum_dtype="float32",
+            variance_dtype="float32",
+            weight_decay=0.1,
+            weight_decay_form="lr",
+            grad_clip_norm=1.0,
+            lr_multipliers=(),
+        )
+        step = make_train_step(
+            make_mixer(case),
+            tx,
+            schedule,
+            make_loss("softmax"),
+            seed=0,
+            mix=lambda key, images, labels: (images, labels),
+            label_smoothing=0.0,
+            lr_multipliers=(),
+            sam_rho=0.0,
+            ema_decay=0.0,
+            accumulate_steps=1,
+        )
+        step = sharding.on_mesh(step, mesh)
+    else:
+        tx = optax.adamw(1e-3, weight_decay=0.1)
+        step = plain.make_train_step(make_plain(case), tx)
+    opt_state = jax.jit(tx.init, out_shardings=whole)(params)
+    state: Any = (params, opt_state)
+    if name == "ours":
+        state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), params, opt_state)
+    batch = _batch(case, mesh)
+    options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
+    program, seconds, size = compile_for(jitted, state, batch)
+    call = _repeat(program, state, batch, lambda m: m["loss"] if name == "ours" else m)
+    return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
+
+
+@may_fail
+def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
+    """From pixels on the devices to logits by `name`, "ours" or "plain"; parameters are float32.
+
+    Raises:
+      Failed: it does not fit into memory.
+    """
+    params = jax.device_put(draw_params(case), sharding.replicated(mesh))
+    images = _batch(case, mesh)["image"]
+    if name == "ours":
+        predict = make_predict(make_mixer(case), mesh)
+    else:
+        model = make_plain(case)
+
+        def predict(params: Any, images: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, images)
+
+    options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
+    where = sharding.batch_sharding(mesh)
+    jitted = jax.jit(predict, out_shardings=where, compiler_options=options)
+    program, seconds, size = compile_for(jitted, params, images)
+    call = functools.partial(program, params, images)
+    return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
+
+
+@may_fail
+def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
+    """(m, k) by (k, n) on every device at once, at JAX's default precision.
+
+    Raises:
+      Failed: it does not fit into memory.
+    """
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    # Random numbers: a GPU multiplies zeros with less power, and so faster.
+    one, other = (rng.standard_normal(size, np.float32) for size in ((m, k), (k, n)))
+    pairs = [
+        [jax.device_put(x.astype(jnp.dtype(dtype)), device) for x in (one, other)]
+        for device in jax.local_devices()
+    ]
+    matmul = jax.jit(jnp.matmul)
+
+    def call() -> list[jax.Array]:
+        return [matmul(*pair) for pair in pairs]
+
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    seconds = time.perf_counter() - start
+    return Program(call, devices=len(pairs), compile_seconds=seconds, memory=None)

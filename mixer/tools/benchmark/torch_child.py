@@ -1,0 +1,217 @@
+"""Contestants in PyTorch: a program of its own, which `mixer.tools.benchmark.torch_side` starts.
+
+It reads requests, one line of JSON each, and answers each with one line of JSON. Neither JAX nor
+what needs it is imported here: the Python that has torch need not have it.
+
+  {"prepare": KEY, "program": "timm" | "timm_compiled" | "timm_autotuned" | "matmul", ...}
+  {"run": KEY, "seconds": 2.0}
+"""
+
+import collections
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mixer import memory
+
+memory.keep_freed_memory()  # as the contestants in JAX have it
+
+import torch
+
+WARM_UP_STEPS = 3
+IN_FLIGHT = 2
+# How `torch.compile` is told to search. CUDA graphs do not go with gradients and an optimizer
+# outside of the compiled part.
+MODES = {
+    ("timm_compiled", "train"): "default",
+    ("timm_compiled", "infer"): "default",
+    ("timm_autotuned", "train"): "max-autotune-no-cudagraphs",
+    ("timm_autotuned", "infer"): "max-autotune",
+}
+
+
+def make_timm(request: dict[str, Any], device: torch.device) -> torch.nn.Module:
+    """The Mixer of timm, of the request's dimensions and GELU.
+
+    Raises:
+      ImportError: timm is not installed.
+    """
+    from timm.layers import GELUTanh
+    from timm.models.mlp_mixer import MlpMixer
+
+    size, width = request["dimensions"], request["dimensions"]["hidden_dim"]
+    model = MlpMixer(
+        num_classes=request["num_classes"],
+        img_size=request["image_size"],
+        patch_size=size["patch_size"],
+        num_blocks=size["num_blocks"],
+        embed_dim=width,
+        # Multiplied by the width they are cut down to whole numbers.
+        mlp_ratio=tuple((size[f"{mlp}_mlp_dim"] + 0.5) / width for mlp in ("tokens", "channels")),
+        act_layer=GELUTanh if request["gelu"] == "tanh" else torch.nn.GELU,
+    )
+    # The stem then makes its tokens where the first block reads them.
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def make_step(request: dict[str, Any], device: torch.device) -> Callable[[], Any]:
+    """A function that begins a step of the model that the request describes.
+
+    Training is under autocast where bfloat16 is asked for, parameters being float32; inference has
+    its parameters in bfloat16 then, which takes less than autocast.
+    """
+    torch.manual_seed(0)
+    size = (request["batch_size"], 3, request["image_size"], request["image_size"])
+    images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(0, request["num_classes"], (request["batch_size"],), device=device)
+    model = make_timm(request, device)
+    narrow = request["dtype"] == "bfloat16"
+    train = request["what"] == "train"
+    if not train:
+        model = model.train(False).requires_grad_(False)
+        model = model.to(torch.bfloat16) if narrow else model
+    mode = MODES.get((request["program"], request["what"]))
+    if mode == "max-autotune":
+        from torch._inductor import config as inductor
+
+        inductor.freezing = True  # weights are laid out once
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        pixels = images.to(torch.bfloat16 if narrow and not train else torch.float32)
+        return model(pixels / 127.5 - 1)
+
+    if not train:
+        predict = torch.compile(forward, mode=mode) if mode else forward
+
+        def infer() -> torch.Tensor:
+            # Not inference_mode, whose tensors frozen graphs do not take.
+            with torch.no_grad():
+                return predict(images)
+
+        return infer
+
+    def mean_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+            return torch.nn.functional.cross_entropy(forward(images), labels)
+
+    loss_of = torch.compile(mean_loss, mode=mode) if mode else mean_loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+
+    def update() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(images, labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return update
+
+
+def make_matmul(request: dict[str, Any], device: torch.device) -> Callable[[], Any]:
+    """A function that begins a matmul of the request's shape."""
+    m, k, n = request["shape"]
+    dtype = getattr(torch, request["dtype"])
+    one, other = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (k, n)))
+    return lambda: one @ other
+
+
+class Program:
+    """A function that is called again and again, and what it takes."""
+
+    def __init__(self, request: dict[str, Any], device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._before = self._memory()
+        make = make_matmul if request["program"] == "matmul" else make_step
+        self._call = make(request, device)
+        start = time.perf_counter()
+        self._steps(1)
+        first = time.perf_counter() - start
+        self._steps(WARM_UP_STEPS)
+        start = time.perf_counter()
+        self._steps(1)
+        compiles = (request["program"], request.get("what")) in MODES
+        self.compile_seconds = compiles * max(first - (time.perf_counter() - start), 0.0)
+        memory.give_back_freed_memory()
+
+    def _memory(self) -> int:
+        """Bytes held at the most: of the GPU's memory, or of the host's by this process."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        if sys.platform == "linux":  # where ru_maxrss begins with the parent's
+            with open("/proc/self/status") as status:
+                return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read())[1])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+    @property
+    def memory(self) -> int:
+        """What the peak has risen by."""
+        return self._memory() - self._before
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def _steps(self, count: int) -> None:
+        for _ in range(count):
+            self._call()
+        self._wait()
+
+    def run(self, seconds: float) -> tuple[int, float]:
+        """As `Contestant.run` of mixer.tools.benchmark.contest."""
+        self._steps(1)
+        in_flight: collections.deque[torch.cuda.Event] = collections.deque()
+        start, steps = time.perf_counter(), 0
+        while steps == 0 or time.perf_counter() - start < seconds:
+            self._call()
+            steps += 1
+            if self._cuda:
+                event = torch.cuda.Event()
+                event.record()
+                in_flight.append(event)
+                if len(in_flight) > IN_FLIGHT:
+                    in_flight.popleft().synchronize()
+        self._wait()
+        passed = time.perf_counter() - start
+        memory.give_back_freed_memory()
+        return steps, passed
+
+
+def answer(programs: dict[str, Program], request: dict[str, Any]) -> dict[str, Any]:
+    """Does what a request asks."""
+    device = torch.device(request.get("device", "cpu"))
+    try:
+        if "prepare" in request:
+            if device.type == "cuda" and not torch.cuda.is_available():
+                return {"failure": "this torch sees no GPU"}
+            if device.type == "cuda":
+                # JAX's float32 matmuls take TF32 by default; so may torch's.
+                torch.set_float32_matmul_precision("high")
+                torch.backends.cudnn.benchmark = True
+            program = programs[request["prepare"]] = Program(request, device)
+            return {"compile_seconds": program.compile_seconds}
+        program = programs[request["run"]]
+        steps, passed = program.run(request["seconds"])
+        return {"steps": steps, "seconds": passed, "memory": program.memory}
+    except torch.OutOfMemoryError:
+        return {"failure": "does not fit into memory"}
+
+
+def main() -> None:
+    """Answers requests until there are no more."""
+    # What compilers print is not to stand among the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    programs: dict[str, Program] = {}
+    for line in sys.stdin:
+        print(json.dumps(answer(programs, json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

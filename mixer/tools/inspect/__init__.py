@@ -1,0 +1,1 @@
+"""Draws what a model has learnt as one HTML page."""

@@ -1,0 +1,70 @@
+"""Draws pictures of a run, as PNG files and one page that shows them.
+
+  python -m mixer.tools.inspect --workdir=runs/digits
+  python -m mixer.tools.inspect --workdir=runs/digits,runs/seed1 --checkpoint=best --output=pictures
+  python -m mixer.tools.inspect --weights=Mixer-B_16.npz --output=B16 --data_dir=FOLDER --split=val
+
+Training curves, the stem's filters, token-mixing units, activations by depth, confusions, the
+surest images; of several runs the first is looked into, and all are compared.
+RUN/inspect/index.html holds everything in one file. docs/inspect.md explains the pictures.
+"""
+
+from absl import flags
+
+from mixer.cli import config as cli
+from mixer.errors import UserError
+
+WORKDIR = flags.DEFINE_list("workdir", [], "Directory of the run, or of several: RUN,RUN2,...")
+WEIGHTS = flags.DEFINE_string(
+    "weights", None, "In place of runs: a file of weights or a short name such as B/16-i21k."
+)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "last", "Which weights: last, best (by validation) or a step's number."
+)
+OUTPUT = flags.DEFINE_string("output", None, "Directory of the pictures; RUN/inspect if not given.")
+SPLIT = flags.DEFINE_enum(
+    "split", None, ["test", "val"], "Split to evaluate; test if not given, val where there is none."
+)
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where the data is now; for --weights, a folder with SPLIT/CLASS/IMAGE."
+)
+IMAGE_SIZE = flags.DEFINE_list(
+    "image_size", None, "For --weights: a side in pixels, or HEIGHT,WIDTH, if not their own."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Draws what the flags say."""
+    if len(argv) > 1:
+        raise UserError(
+            f"unexpected argument {argv[1]!r}; see python -m mixer.tools.inspect --help"
+        )
+    if cli.CONFIG.value is not None:
+        raise UserError("--config is not accepted: a run is drawn with its own config")
+    workdirs = list(filter(None, WORKDIR.value))
+    if bool(workdirs) == bool(WEIGHTS.value):
+        raise UserError("give --workdir=RUN or --weights=FILE; for example --workdir=runs/digits")
+    if workdirs and IMAGE_SIZE.value:
+        raise UserError("--image_size is for --weights: a run has its own")
+    if WEIGHTS.value and flags.FLAGS["checkpoint"].present:
+        raise UserError(f"--checkpoint={CHECKPOINT.value} is of a run; give --workdir")
+    from mixer.data.sources import folder
+    from mixer.parallel import backend
+    from mixer.tools.inspect import page
+
+    backend.start()
+    path = page.write(
+        workdirs=workdirs,
+        weights=WEIGHTS.value,
+        checkpoint_name=CHECKPOINT.value,
+        output=OUTPUT.value,
+        which=SPLIT.value,
+        data_dir=DATA_DIR.value,
+        image_size=cli.image_size("image_size", IMAGE_SIZE.value),
+        log=lambda line: print(folder.displayed(line), flush=True),
+    )
+    print(folder.displayed(f"written to {path}"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,452 @@
+"""The page of `mixer.tools.inspect`: what is drawn of a run or a file, and the HTML around it."""
+
+import base64
+import html
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mixer import files, run_files
+from mixer.data import splits as pipeline
+from mixer.data.sources import folder
+from mixer.errors import UserError
+from mixer.evaluation import classification, scores
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.tools.inspect import activations as inspection
+from mixer.tools.inspect import pictures
+from mixer.tools.predict import prediction
+from mixer.training import losses
+from mixer.training.step import make_predict
+from mixer.weights import checkpoint, published
+from mixer.weights import load as loading
+
+IMAGES_LOOKED_INTO = 256  # of whose activations there are statistics
+SHOWN = 12  # of the surest right and wrong images
+LISTED = 20  # of the most frequent confusions
+PER_DEVICE = 64  # images at once
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d0d0d0; --quiet: #666; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --quiet: #aaa; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto;
+  padding: 0 1rem 3rem; }
+h1, h2, td, th, p, pre, figcaption { overflow-wrap: anywhere; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+figure { margin: 1rem 0; }
+.wide { overflow-x: auto; }
+.wide img { min-width: 36rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+figcaption, .missing { color: var(--quiet); font-size: 0.9rem; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+td, th { text-align: left; vertical-align: top; min-width: 3.6rem; padding: 0.2rem 0.8rem 0.2rem 0;
+  border-bottom: 1px solid var(--line); }
+pre { white-space: pre-wrap; font-size: 0.8rem; }
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write(
+    *,
+    workdirs: Sequence[str],
+    weights: str | None,
+    checkpoint_name: str,
+    output: str | None,
+    which: str | None,
+    data_dir: str | None,
+    image_size: tuple[int, int] | None,
+    log: Callable[[str], None],
+) -> epath.Path:
+    """Draws what can be drawn of a run, or a file of weights, as PNG files and `index.html`.
+
+    What cannot be is said in a line, to `log` and on the page.
+
+    Args:
+      workdirs: runs; the first is looked into, all are compared. Empty with `weights`.
+      weights: whatever `mixer.load` takes, in place of runs.
+      checkpoint_name: "last", "best" or a step's number.
+      output: directory of the files; None: `inspect` in the first run.
+      which: split "val" or "test" that is evaluated; None: the test split if there is one.
+      data_dir: where the data is now; of a file of weights, a folder of images by split and class.
+      image_size: (H, W) of the images that a file of weights is for, or is grown to.
+      log: gets a line on each thing that is done or cannot be.
+
+    Returns:
+      The path of `index.html`.
+
+    Raises:
+      UserError: no such run, checkpoint or file; data that was asked for and is not there.
+    """
+    if not output and not workdirs:
+        raise UserError("--output is missing: where do the pictures of --weights go?")
+    if output:
+        output = files.parse_path("--output", output)
+    workdirs = [os.fspath(files.parse_path("--workdir", workdir)) for workdir in workdirs]
+    runs = {workdir: run.read_run(workdir) for workdir in workdirs}
+    if len(runs) < len(workdirs):
+        raise UserError(f"--workdir={','.join(workdirs)} names a run twice")
+    source = checkpoint.find_named(workdirs[0], checkpoint_name) if workdirs else weights
+    what = "--output" if output else ""
+    directory = files.make_output_directory(what, output or epath.Path(workdirs[0]) / "inspect")
+    mesh = sharding.make_mesh({"data": -1})
+    loaded = loading.read(source, image_size=image_size, mesh=mesh, log=log)
+
+    def missing(what: str, why: Any) -> str:
+        log(f"not drawn: {what}: {why}")
+        return f'<p class="missing">Not drawn: {_text(what)}: {_text(why)}</p>'
+
+    sections = []
+    if workdirs:
+        rows = {workdir: run_files.read_metrics(workdir, log) for workdir in workdirs}
+        results = _results(workdirs, checkpoint_name)
+        if len(runs) > 1:
+            log(f"comparing {len(runs)} runs")
+            sections.append(_comparison(rows, results, directory, missing))
+        sections.append(_curves(workdirs[0], rows[workdirs[0]], directory, missing))
+    log("drawing the stem's filters and the token-mixing units")
+    sections += [_stem(loaded, directory), _units(loaded, directory)]
+
+    result = None
+    try:
+        config = runs[workdirs[0]][0] if workdirs else None
+        data = run_files.read_data(workdirs[0]) if workdirs else None
+        split = _open(config, loaded, which, data_dir, data and data["splits"])
+    except UserError as error:
+        if data_dir or which:
+            raise
+        sections.append(_section("Data", missing("activations, confusions and images", error)))
+    else:
+        log(f"activations of {min(IMAGES_LOOKED_INTO, split.num_examples):,} images")
+        sections.append(_activations(loaded, split, directory))
+        if loaded.card.num_classes:
+            log(f"evaluating {split.num_examples:,} images of {split.name}")
+            result = _evaluate(loaded, config, split, mesh)
+            sections.append(_confusion(result, split, directory, missing))
+            sections.append(_images(loaded, result, split, directory, missing))
+        else:
+            why = missing("confusions and images", "the weights have no head")
+            sections.append(_section("Guesses", why))
+    about = [("weights", published.shown(source)), *_described(loaded)]
+    if workdirs:
+        about += _training(runs[workdirs[0]][0])
+        about += [
+            (f"{name}, step {step:,}", _accuracy(*value))
+            for workdir, step, name, value in results
+            if workdir == workdirs[0]
+        ]
+    if result is not None:
+        interval = (result.top1, result.top1_interval)
+        about.append((f"here: {split.name}, {result.count:,} images", _accuracy(*interval)))
+        about.append(("here: top-5", _accuracy(result.top5, result.top5_interval)))
+        about.append(("here: loss; calibration error", f"{result.loss:.4f}; {result.ece:.2%}"))
+    summary = [_table((), about)]
+    if workdirs:
+        text = json.dumps(runs[workdirs[0]][0].to_dict(), indent=2)
+        summary.append(f"<details><summary>config</summary><pre>{_text(text)}</pre></details>")
+    title = str(workdirs[0] if workdirs else weights)
+    path = directory / "index.html"
+    with files.whole(path) as new:
+        new.write_text(document(title, [_section("Summary", *summary), *sections]))
+    return path
+
+
+# What is drawn.
+
+
+def _comparison(rows, results, directory, missing) -> str:
+    names = _short_names(list(rows))
+    parts = []
+    if drawn := {names[workdir]: part for workdir, part in rows.items() if part}:
+        path = directory / "comparison.png"
+        pictures.draw_comparison(drawn, path)
+        parts.append(_picture(path, f"curves of {len(drawn)} runs over each other"))
+    parts += [
+        missing("curves", f"{w} has no metrics.jsonl") for w, part in rows.items() if not part
+    ]
+    if results:
+        path = directory / "results.png"
+        lines = [(names[workdir], name, *value) for workdir, _, name, value in results]
+        pictures.draw_results(lines, path)
+        parts.append(_picture(path, "accuracies of the runs with their intervals"))
+        body = [(names[w], name, f"{step:,}", _accuracy(*v)) for w, step, name, v in results]
+        parts.append(_table(("run", "split", "step", "top-1, interval of 95 %"), body))
+    for workdir in rows:
+        if all(workdir != other for other, *_ in results):
+            parts.append(missing("results", f"{workdir} has none; evaluate.py makes them"))
+    parts.append(f"<p>The pictures below are of {_text(next(iter(rows)))}.</p>")
+    return _section("Comparison", *parts)
+
+
+def _curves(workdir, rows, directory, missing) -> str:
+    if not rows:
+        return _section("Curves", missing("curves", f"{workdir} has no metrics.jsonl"))
+    path = directory / "curves.png"
+    pictures.draw_curves(rows, path, epath.Path(workdir).name)
+    last = rows[-1]["step"]
+    return _section(
+        "Curves", _picture(path, f"training curves, {len(rows):,} lines, {last:,} steps")
+    )
+
+
+def _stem(loaded, directory) -> str:
+    path = directory / "stem.png"
+    kernel = np.asarray(loaded.params["stem"]["kernel"])
+    pictures.draw_filters(inspection.stem_filters(kernel), path)
+    caption = (
+        "The stem's filters, those with the largest norm first. Each has a scale of its own, its "
+        "largest weight in size; grey is 0."
+    )
+    return _section("Stem", _picture(path, "the stem's filters as colour tiles", caption))
+
+
+def _units(loaded, directory) -> str:
+    grid = loaded.card.grid
+    units = [
+        inspection.paired_units(
+            np.asarray(loaded.params[f"MixerBlock_{i}"]["token_mixing"]["Dense_0"]["kernel"]), grid
+        )
+        for i in range(loaded.card.num_blocks)
+    ]
+    parts = [
+        "<p>Input weights of the hidden units on the grid of "
+        f"{grid[0]} x {grid[1]} patches: red is positive, blue negative, each unit has a scale of "
+        "its own. Units of opposite phase stand together, paired greedily; pairs go from low to "
+        "high spatial frequency. The median cosine similarity within the pairs says how opposite "
+        "they are (-1: exactly), beside what pairing finds among the same weights shuffled.</p>"
+    ]
+    for blocks in pictures.unit_figures(units):
+        path = directory / f"units_{blocks.start:02}.png"
+        pictures.draw_units(units[blocks.start : blocks.stop], blocks.start, path)
+        which = ", ".join(map(str, blocks))
+        parts.append(_picture(path, f"token-mixing units of block {which}"))
+    return _section("Token mixing", *parts)
+
+
+def _activations(loaded, split, directory) -> str:
+    images = inspection.read_first(split, IMAGES_LOOKED_INTO)
+    found = inspection.activations(loaded.model, loaded.params, images)
+    path = directory / "activations.png"
+    pictures.draw_activations(found, path)
+    caption = (
+        "The residual stream behind the stem (depth 0) and behind each block: over all tokens of "
+        f"the first {found.num_images:,} images of {split.name}. The bands are over the channels."
+    )
+    alt = "statistics of the channels by depth"
+    return _section("Activations", _picture(path, alt, caption))
+
+
+def _confusion(result, split, directory, missing) -> str:
+    if not result.confusion.any():
+        return _section("Confusions", missing("confusions", "no image has one label alone"))
+    path, names = directory / "confusion.png", split.class_names
+    pictures.draw_confusion(result, names, path)
+    caption = f"{int(result.confusion.sum()):,} images of {split.name}."
+    parts = [_picture(path, "confusion matrix and accuracy of each class", caption)]
+    if found := inspection.frequent_confusions(result.confusion, LISTED):
+        body = [(names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in found]
+        head = ("label", "first guess", "images", "of the label's")
+        parts += ["<h3>The most frequent confusions</h3>", _table(head, body)]
+    order = np.argsort(np.nan_to_num(result.per_class, nan=2), kind="stable")
+    counts = result.confusion.sum(axis=1)
+    body = []
+    for k in order[: np.count_nonzero(counts)]:
+        interval = scores.interval(result.confusion[k, k], counts[k])
+        body.append((names[k], f"{counts[k]:,}", _accuracy(result.per_class[k], interval)))
+    table = _table(("class", "images", "accuracy, interval of 95 %"), body)
+    parts.append(f"<details><summary>Accuracy of each class</summary>{table}</details>")
+    return _section("Confusions", *parts)
+
+
+def _images(loaded, result, split, directory, missing) -> str:
+    names, said = split.class_names, result.predictions
+    parts = []
+    for hit, file, what in (
+        (True, "right.png", "right with the highest probability"),
+        (False, "wrong.png", "wrong with the highest probability"),
+    ):
+        places = inspection.surest(said, hit, SHOWN)
+        if not len(places):
+            parts.append(missing(f"images that were {what}", "there are none"))
+            continue
+        found = inspection.read_images(split, places)
+        images = [inspection.as_pixels(image, loaded.card.preprocess) for image in found]
+        captions, body = [], []
+        for place in places:
+            label = "several" if said.label[place] < 0 else names[said.label[place]]
+            guess, sure = names[said.guesses[place, 0]], f"{said.probability[place]:.1%}"
+            short = pictures.shortened(guess, 20)
+            if not hit:
+                short += f"\n({pictures.shortened(label, 20)})"
+            captions.append(f"{sure} {short}")
+            body.append((split.example_id(int(place)), label, guess, sure))
+        pictures.draw_images(images, captions, directory / file)
+        caption = "Probability and first guess" + "; the label in brackets" * (not hit) + "."
+        table = _table(("image", "label", "first guess", "probability"), body)
+        parts += [
+            f"<h3>{what.capitalize()}</h3>",
+            _picture(directory / file, f"images that were {what}", caption),
+            f"<details><summary>Which they are</summary>{table}</details>",
+        ]
+    return _section("Images", *parts)
+
+
+# Where it comes from.
+
+
+def _open(
+    config: Any,
+    loaded: loading.Loaded,
+    which: str | None,
+    data_dir: str | None,
+    record: dict[str, Any] | None,
+) -> pipeline.Split:
+    """The split to evaluate, of a run's config, or of a folder for a file of weights."""
+    if config is not None:
+        if data_dir is not None:
+            config.dataset.data_dir = data_dir
+        names = tuple(loaded.card.class_names)
+        for name in (which,) if which else ("test", "val"):
+            split = run.open_own_split(config, name, names, record)
+            if split is not None:
+                return split
+        raise UserError(f"the config names no split {which or 'test or val'}")
+    if data_dir is None:
+        raise UserError("no data: --data_dir=FOLDER would give images")
+    if loaded.card.preprocess is None:
+        raise UserError(f"{loaded.card.source} does not say how its images are preprocessed")
+    folder = dict(name="folder", data_dir=data_dir, label_file="", label_key="", exclude="")
+    folder = ConfigDict(folder | dict(shuffle_group_size=1))
+    split = pipeline.open_split(
+        folder,
+        which or "test",
+        loaded.card.preprocess,
+        image_size=loaded.card.image_size,
+        num_classes=loaded.card.num_classes or None,
+        class_names=prediction.names_of(loaded.card),
+    )
+    if loaded.card.num_classes not in (0, len(split.class_names)):
+        raise UserError(
+            f"{split.name} has {len(split.class_names):,} classes, and {loaded.card.source} "
+            f"{loaded.card.num_classes:,}"
+        )
+    return split
+
+
+def _evaluate(loaded, config, split, mesh) -> classification.Classification:
+    loss = losses.make_loss(config.loss if config is not None else "softmax")
+    predict = make_predict(loaded.model, mesh)
+    step = classification.make_eval_step(predict, loss, loaded.card.num_classes)
+    return classification.evaluate(
+        step,
+        loaded.params,
+        split,
+        global_batch_size=PER_DEVICE * jax.device_count(),
+        mesh=mesh,
+        prefetch_batches=2,
+    )
+
+
+def _results(
+    workdirs: Sequence[str], checkpoint_name: str
+) -> list[tuple[str, int, str, tuple[float, tuple[float, float]]]]:
+    """What the runs' results.json say: run, step, split, and accuracy with its interval."""
+    found = []
+    for workdir in workdirs:
+        saved = run_files.read_results(workdir, checkpoint_name) or {}
+        for split, value in saved.get("splits", {}).items():
+            if not value.keys() >= {"top1", "count"}:
+                continue  # edited
+            interval = value.get("top1_interval") or scores.interval(
+                value["top1"] * value["count"], value["count"]
+            )
+            step = saved.get("step", 0)
+            found.append((workdir, step, split, (value["top1"], tuple(interval))))
+    return found
+
+
+def _described(loaded: loading.Loaded) -> list[tuple[str, str]]:
+    card = loaded.card
+    count = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+    model = (
+        f"{card.num_blocks} blocks, patch {card.patch_size}, {card.hidden_dim} channels, MLPs of "
+        f"{card.tokens_mlp_dim} (tokens) and {card.channels_mlp_dim:,} (channels)"
+    )
+    height, width = card.image_size
+    return [
+        ("model", f"{card.variant}: {model}" if card.variant else model),
+        ("parameters", f"{count:,}"),
+        ("images", f"{height} x {width} pixels, {card.grid[0]} x {card.grid[1]} patches"),
+        ("preprocessing", card.preprocess or "not known"),
+        ("classes", f"{card.num_classes:,}" if card.num_classes else "none: no head"),
+    ]
+
+
+def _training(config: Any) -> list[tuple[str, str]]:
+    data, optimizer = config.dataset, config.optimizer
+    return [
+        ("data", " ".join(filter(None, (data.name, data.data_dir, data.train_split)))),
+        ("training", f"{config.total_steps:,} steps of {config.global_batch_size:,} images"),
+        (
+            "optimizer",
+            f"{optimizer.name}, peak learning rate {optimizer.peak_lr:g}, weight decay "
+            f"{optimizer.weight_decay:g}, {config.schedule.decay} schedule",
+        ),
+        ("training images", data.train_preprocess),
+    ]
+
+
+def _short_names(workdirs: Sequence[str]) -> dict[str, str]:
+    """The runs' last parts, or their whole paths where two have the same."""
+    names = [epath.Path(workdir).name for workdir in workdirs]
+    return dict(zip(workdirs, names if len({*names}) == len(names) else workdirs, strict=True))
+
+
+# HTML.
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A page that fetches nothing and runs nothing."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{_text(title)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{_text(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _picture(path: epath.Path, alt: str, caption: str = "") -> str:
+    """A picture inside the page; on a narrow screen it can be scrolled in its own box."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    image = f'<img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
+    box = f'<div class="wide" tabindex="0">{image}</div>'
+    return f"<figure>{box}<figcaption>{_text(caption)}</figcaption></figure>"
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table; without a head the first cell of each row is one."""
+    rows = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>"] if head else []
+    for first, *others in body:
+        kind = "td" if head else "th"
+        cells = "".join(f"<td>{_text(cell)}</td>" for cell in others)
+        rows.append(f"<tr><{kind}>{_text(first)}</{kind}>{cells}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _text(value: Any) -> str:
+    """Escaped for HTML, also within an attribute."""
+    return html.escape(folder.displayed(str(value)))
+
+
+def _accuracy(share: float, interval: tuple[float, float]) -> str:
+    return f"{share:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"

@@ -1,0 +1,92 @@
+"""Plans a run on accelerators that are not there: whether it fits, how fast it is, what it takes.
+
+  python -m mixer.tools.plan --config=configs/mixer_b16_i1k.py --topology=v5e:16x16
+  python -m mixer.tools.plan --config=configs/mixer_h14_jft.py --topology=v3:8x8 --search \
+      --num_examples=300000000 --num_classes=18291 --json=plan.json
+  python -m mixer.tools.plan --config=configs/mixer_b16_i1k.py:mode=gpu8 --topology=gpu:8xH100
+
+Topologies: v3, v4, v5e, v5p and v6e with their shape in chips, for which the run's own update is
+compiled (pip install -e '.[plan]'); gpu:COUNTxTYPE (A100, H100, H200), estimated by
+arithmetic. No data and no accelerator is needed. docs/plan.md explains every line.
+"""
+
+import os
+
+# The process itself computes nothing; the TPU's compiler looks for no TPU and asks no server.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+
+from absl import flags
+
+from mixer.cli import config as cli
+from mixer.errors import UserError
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, v3:8x8 or gpu:8xH100.")
+UTILIZATION = flags.DEFINE_float(
+    "utilization", 0.5, "Share of their peak that matmuls are expected to reach, 0 to 1."
+)
+SEARCH = flags.DEFINE_bool(
+    "search", False, "Try meshes, rematerialisation and accumulation, and rank what fits."
+)
+NUM_EXAMPLES = flags.DEFINE_integer(
+    "num_examples", None, "Of the training split, where the data set is not a known one.", 1, 10**15
+)
+NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Likewise.", 1, 2**31 - 1)
+JSON = flags.DEFINE_string("json", None, "File to write every figure to.")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan that the flags ask for."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; see python -m mixer.tools.plan --help")
+    config = cli.config()
+    if TOPOLOGY.value is None:
+        raise UserError("--topology is missing; for example --topology=v5e:16x16 or gpu:8xH100")
+
+    from rich.console import Console
+
+    from mixer import files
+    from mixer.runs import config as run
+    from mixer.tools.plan import planning
+
+    if JSON.value:
+        files.check_output("--json", JSON.value)
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    subject = planning.open_subject(
+        config,
+        TOPOLOGY.value,
+        utilization=UTILIZATION.value,
+        num_examples=NUM_EXAMPLES.value,
+        num_classes=NUM_CLASSES.value,
+    )
+    if SEARCH.value:
+        steps = planning.search(subject, say)
+        rows = planning.ranking(subject, steps)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            say("  ".join(map(str.ljust, row, widths)).rstrip())
+        say("")
+    else:
+        steps = [planning.make_step(subject, planning.own_settings(subject))]
+    for what, how_much in planning.report(subject, steps[0]):
+        say(f"{what:19}  {how_much}")
+    if SEARCH.value:
+        say(f"{'command line':19}  {steps[0].settings.overrides}")
+    if JSON.value:
+        plan = planning.summary(subject, steps[0])
+        if SEARCH.value:
+            plan["search"] = [planning.summary(subject, step) for step in steps]
+        run.write_json(JSON.value, plan)
+        say(f"written to {JSON.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

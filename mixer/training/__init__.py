@@ -1,0 +1,1 @@
+"""The update of a training step: state, optimizer, losses; no files and no flags."""

@@ -1,0 +1,119 @@
+"""What a run carries from update to update, born on the mesh."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mixer.models.mlp_mixer import MlpMixer
+from mixer.parallel import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The whole state of training.
+
+    Attributes:
+      step: int32 scalar, the number of finished updates; data order, augmentation and masks of the
+        next update are functions of (seed, step).
+      params: parameters by their published names.
+      opt_state: of the optimizer.
+      ema_params: moving average of the parameters; None where the run keeps none.
+      skipped: int32 scalar, how many updates were not finite and left out; None where the run
+        leaves none out.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema_params: Any = None
+    skipped: jax.Array | None = None
+
+
+def abstract_state(
+    model: MlpMixer,
+    tx: optax.GradientTransformation,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    skips: bool = False,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    shapes = jax.eval_shape(_make_init(model, tx, image_size, ema, skips), jax.random.key(0))
+    shardings = sharding.state_shardings(mesh, shapes)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def init_state(
+    model: MlpMixer,
+    tx: optax.GradientTransformation,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    seed: int,
+    *,
+    ema: bool = False,
+    skips: bool = False,
+) -> TrainState:
+    """Makes the state of step 0, each leaf directly where it belongs on the mesh."""
+    abstract = abstract_state(model, tx, image_size, mesh, ema=ema, skips=skips)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(_make_init(model, tx, image_size, ema, skips), out_shardings=shardings)
+    return init(jax.random.key(seed))
+
+
+def _make_init(
+    model: MlpMixer,
+    tx: optax.GradientTransformation,
+    image_size: tuple[int, int],
+    ema: bool,
+    skips: bool,
+):
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), average, zero if skips else None)
+
+    return init
+
+
+def abstract_params(model: MlpMixer, image_size: tuple[int, int], mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters alone."""
+    return abstract_state(model, optax.identity(), image_size, mesh).params
+
+
+@jax.jit
+def fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A checksum of an array's bits, and whether all of it is finite.
+
+    Each element's bits are mixed with its position and summed modulo 2^32: integer arithmetic, so
+    that neither the mesh nor the order of summation changes the result. One program per shape, of
+    which a Mixer has few.
+
+    Returns:
+      (uint32 (2,), bool scalar).
+    """
+    finite = jnp.bool_(True)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        finite = jnp.all(jnp.isfinite(leaf))
+        # Of 64 bits two numbers.
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
+    bits = leaf.astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    sums = []
+    for salt in (0x9E3779B9, 0x85EBCA6B):
+        mixed = (bits ^ (place * jnp.uint32(salt) + jnp.uint32(salt))) * jnp.uint32(0xC2B2AE35)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x27D4EB2F)
+        sums.append(jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32))
+    return jnp.stack(sums), finite

@@ -1,0 +1,379 @@
+"""Published weights: where they are, how large they are, and what a source's name says of them.
+
+Nothing here is downloaded (`mixer.weights.fetch` does) or read from the arrays
+(`mixer.weights.load` does).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from mixer.data.imagenet.names import LISTS
+from mixer.errors import UserError, nearest
+from mixer.files import STORES
+from mixer.models.mlp_mixer import VARIANTS, count_params
+
+BUCKET = "https://storage.googleapis.com/mixer_models/"
+IMAGE_SIZE = 224  # of all of them
+# What an npz or safetensors file holds beside the values: names, headers, the index.
+MAX_OVERHEAD = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A file that the authors released.
+
+    Attributes:
+      url: its https address.
+      variant: such as "B/16"; the weights are for 224 x 224 pixels.
+      num_classes: width of the head.
+      class_names: the list its labels follow, "imagenet1k" or "imagenet21k".
+    """
+
+    url: str
+    variant: str
+    num_classes: int
+    class_names: str
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, with the head."""
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        dims = VARIANTS[self.variant]
+        return count_params(image_size=size, num_classes=self.num_classes, **dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the name of a source, or timm's config.json beside it, says of weights.
+
+    Attributes:
+      class_names: name of a list, names in label order, or None where not known.
+      preprocess: from the image size (H, W) to evaluation steps of `mixer.data.preprocessing.host`,
+      or None
+        where not known or, for that size, not expressible.
+      note: a line for the log; "" for none.
+    """
+
+    class_names: str | tuple[str, ...] | None
+    preprocess: Callable[[tuple[int, int]], str | None]
+    note: str = ""
+
+
+def _released(folder: str, variants: str, class_names: str) -> dict[str, Published]:
+    """Entries such as "B/16-i1k" for the files of one folder of the bucket."""
+    label = {"imagenet1k": "i1k", "imagenet21k": "i21k"}.get(folder, folder)
+    return {
+        f"{variant}-{label}": Published(
+            url=f"{BUCKET}{folder}/Mixer-{variant.replace('/', '_')}.npz",
+            variant=variant,
+            num_classes=LISTS[class_names],
+            class_names=class_names,
+        )
+        for variant in variants.split()
+    }
+
+
+# The bucket's files [read: VT, BV]. Weights from JFT, and any H/14, were never released.
+CHECKPOINTS: dict[str, Published] = {
+    **_released("imagenet1k", "B/16 L/16", "imagenet1k"),
+    **_released("imagenet21k", "B/16 L/16", "imagenet21k"),
+    **_released("sam", "B/16 B/32", "imagenet1k"),
+    **_released("gsam", "S/8 S/16 S/32 B/16 B/32", "imagenet1k"),
+}
+# Top-1 on the sets of mixer/evaluation/suites.py that others found, and where that stands.
+_PAPER, _TIMM = "paper, recalled", "timm's results, erf GELU"
+_SAM = "Chen et al., 2021, arXiv 2106.01548, recalled"
+EXPECTED: dict[str, dict[str, tuple[float, str]]] = {
+    "B/16-i1k": {"imagenet_val": (0.7644, _PAPER), "imagenet_real": (0.8236, _PAPER)},
+    "L/16-i1k": {"imagenet_val": (0.7176, _PAPER)},
+    "B/16-sam": {"imagenet_val": (0.774, _SAM)},
+    "B/32-sam": {"imagenet_val": (0.724, _SAM)},
+    # The authors' ImageNet-1k weights, whatever the tag says (timm pull request 651).
+    "mixer_b16_224.goog_in21k_ft_in1k": {
+        "imagenet_val": (0.76602, _TIMM),
+        "imagenet_real": (0.81976, _TIMM),
+        "imagenet_v2": (0.6329, _TIMM),
+    },
+    "mixer_l16_224.goog_in21k_ft_in1k": {
+        "imagenet_val": (0.72054, _TIMM),
+        "imagenet_real": (0.77279, _TIMM),
+        "imagenet_v2": (0.5666, _TIMM),
+    },
+    "mixer_b16_224.miil_in21k_ft_in1k": {"imagenet_val": (0.82306, _TIMM)},
+}
+# big_vision's names for the four files it knows.
+ALIASES = {
+    f"{size}-{label}/16": f"{size}/16-{label}" for size in ("B", "L") for label in ("i1k", "i21k")
+}
+_SHORT_NAME = re.compile(r"[A-Za-z](-\w+)?/\d+(-\w+)?")
+
+
+def by_short_name(path: epath.PathLike) -> Published | None:
+    """The checkpoint that a short name such as "B/16-i21k" or "B-i21k/16" stands for.
+
+    None for anything that does not look like one, and where a file or folder has that name.
+
+    Raises:
+      UserError: it looks like one, and there is none.
+    """
+    name = str(path)
+    if not _SHORT_NAME.fullmatch(name) or epath.Path(name).exists():
+        return None
+    if name not in CHECKPOINTS and name not in ALIASES:
+        raise UserError(
+            f"{name!r} is no file or run, and no published checkpoint; those are "
+            f"{', '.join(CHECKPOINTS)}.{nearest(name, [*CHECKPOINTS, *ALIASES])}"
+        )
+    return CHECKPOINTS[ALIASES.get(name, name)]
+
+
+def find(source: epath.PathLike) -> Published | None:
+    """The published checkpoint that a short name or an address (https:// or gs://) stands for."""
+    url = https_address(shown(source))
+    for published in CHECKPOINTS.values():
+        if published.url == url:
+            return published
+    return by_short_name(source)
+
+
+def expected(
+    source: epath.PathLike, *, variant: str | None, num_classes: int
+) -> tuple[str, dict[str, tuple[float, str]]] | None:
+    """What others found for published weights: (their name, {set: (top-1, where it stands)}).
+
+    Args:
+      source: the path as it was given. A copy of one of the authors' files is known by its own name
+        and, as the names of three folders are the same, the name of its folder; without that it is
+        taken for imagenet1k's.
+      variant: of the weights.
+      num_classes: width of their head.
+
+    Returns:
+      None where they are none of the published ones, or no figure is known.
+    """
+    text = shown(source)
+    published = find(source)
+    if published is None:
+        names = [name for name in EXPECTED if name.startswith("mixer_") and name in text]
+        old = re.search(r"jx_(mixer_[bl]16_224)-", text)
+        if old and num_classes == 1000:
+            names = [f"{old[1]}.goog_in21k_ft_in1k"]
+        if not names and re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", text):
+            folder = text.rpartition("/")[0].rpartition("/")[2]
+            label = folder if folder in ("sam", "gsam") else "i1k"
+            names = [f"{variant}-{label}"] if num_classes == 1000 else []
+    else:
+        names = [name for name, each in CHECKPOINTS.items() if each == published]
+    known = [name for name in names if name in EXPECTED]
+    return (known[0], EXPECTED[known[0]]) if known else None
+
+
+def shown(source: epath.PathLike) -> str:
+    """The source as it may be printed and saved.
+
+    That is without the query of a web address and without the user before its host, both of which
+    can hold secrets.
+    """
+    match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", text := str(source))
+    if match is None or match[1].lower() in (*STORES, "hf"):
+        return text
+    host, slash, path = re.split("[?#]", text[match.end() :], maxsplit=1)[0].partition("/")
+    text = f"{match[0]}{host.rpartition('@')[2]}{slash}{path}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def https_address(path: str) -> str:
+    """Of a file in the authors' public bucket the https address, which asks for no credentials."""
+    inside = path.removeprefix("gs://mixer_models/")
+    return path if inside == path else BUCKET + inside
+
+
+def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:
+    """Checks a file against what was released under its address.
+
+    Args:
+      published: what it should be.
+      shapes: shape of each array in the file, by name.
+      num_bytes: size of the file.
+
+    Raises:
+      UserError: another number of parameters, or of bytes.
+    """
+    num_params = sum(math.prod(shape) for shape in shapes.values())
+    if num_params != published.num_params:
+        raise UserError(
+            f"{published.url} should hold {published.num_params:,} parameters ({published.variant},"
+            f" {published.num_classes:,} classes), and the file has {num_params:,}"
+        )
+    low = 4 * published.num_params
+    if not low <= num_bytes <= low + MAX_OVERHEAD:
+        raise UserError(
+            f"{published.url} should have {low:,} to {low + MAX_OVERHEAD:,} bytes (4 a parameter), "
+            f"and the file has {num_bytes:,}"
+        )
+
+
+# Names of timm's models; of several in a path the last is the file's or the nearest folder's.
+_TIMM_MODEL = re.compile(
+    r"(?<![a-z])(?:jx_)?(?P<kind>mixer|gmixer|resmlp|gmlp)_(?:big_)?[a-z]*\d+_[a-z0-9_]+(?:\.\w+)?"
+)
+_OTHER_MODELS = {"gmixer": "GLU-Mixer", "resmlp": "ResMLP", "gmlp": "gMLP"}
+_NOT_21K = (
+    "timm's goog_in21k_ft_in1k are in truth the authors' ImageNet-1k weights, not ImageNet-21k "
+    "weights fine-tuned (timm pull request 651)"
+)
+_TANH = "the authors trained these with the tanh form of GELU, and timm computes the erf form"
+
+
+def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
+    """What the name of a source says of its weights; what it does not say stays None.
+
+    Args:
+      source: the path as it was given: a file, an address, hf://owner/name or a short name.
+      layout: "timm", or that of an npz file, "published" or "legacy".
+      num_classes: width of the head that the file has.
+
+    Raises:
+      UserError: timm's name of a model that is no MLP-Mixer.
+    """
+    refuse_other_models(source)
+    lists = {size: name for name, size in LISTS.items()}
+    if layout == "timm":
+        origin = _timm_origin(str(source))
+        if origin is None or num_classes not in lists:
+            return Facts(_only_21k(num_classes), _unknown)
+        steps = _timm_steps("bicubic", 0.875, (0.5, 0.5))
+        if origin == "miil":
+            steps = _timm_steps("bilinear", 0.875, (0.0, 1.0))
+        return Facts(lists[num_classes], steps, _timm_note(origin, num_classes))
+    published = find(source)
+    named_so = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", shown(source))
+    if (published or named_so) and num_classes in (1000, 21843):
+        note = "" if published else f"taken for the authors' {lists[num_classes]} by its name"
+        return Facts(lists[num_classes], _authors_steps, note)
+    return Facts(_only_21k(num_classes), _unknown)
+
+
+def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes: int) -> Facts:
+    """What timm's config.json (Hugging Face's layout) says of the weights beside it.
+
+    Args:
+      fields: the JSON object.
+      source: the file or repository, for messages.
+      num_classes: width of the head that the weights have.
+
+    Raises:
+      UserError: the config of another model, or a damaged one.
+    """
+    inner = fields.get("pretrained_cfg", fields)  # early exports have one level only
+    try:
+        name = f"{fields.get('architecture', '')}.{inner.get('tag', '')}"
+        mean, std = ({float(x) for x in inner[key]} for key in ("mean", "std"))
+        crop_pct, interpolation = float(inner["crop_pct"]), inner["interpolation"]
+        crop_mode = inner.get("crop_mode", "center")
+        # Far wider than any that timm has; what lies outside leads to infinite or huge sizes.
+        bounded = all(abs(x) <= 1e3 for x in mean) and all(1e-3 <= x <= 1e3 for x in std)
+        if not mean or not std or not bounded or not 0.01 <= crop_pct <= 1:
+            raise ValueError(f"mean {mean}, std {std}, crop_pct {crop_pct}")
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        reason = repr(error)[:200]
+        raise UserError(f"config.json of {source} is not as timm writes it: {reason}") from None
+    refuse_other_models(name)
+
+    note = _timm_note(_timm_origin(name), num_classes)
+    if len(mean) > 1 or len(std) > 1:
+        reason = f"a mean and std for each channel ({sorted(mean)}, {sorted(std)})"
+    elif interpolation not in ("bilinear", "bicubic") or crop_mode != "center":
+        reason = f"{interpolation} interpolation with crop mode {crop_mode}"
+    else:
+        steps = _timm_steps(interpolation, crop_pct, (mean.pop(), std.pop()))
+        return Facts(_timm_class_names(fields, inner, num_classes), steps, note)
+    refused = f"config.json of {source} asks for {reason}, which has no preprocessing step here"
+    names = _timm_class_names(fields, inner, num_classes)
+    return Facts(names, _unknown, "; ".join(filter(None, (note, refused))))
+
+
+def refuse_other_models(source: epath.PathLike) -> None:
+    """Raises UserError where a path or address names a model of timm that is no MLP-Mixer."""
+    names = list(_TIMM_MODEL.finditer(str(source)))
+    if names and names[-1]["kind"] in _OTHER_MODELS:
+        name = names[-1][0].removesuffix(".safetensors").removesuffix(".")
+        raise UserError(
+            f"{name} is {_OTHER_MODELS[names[-1]['kind']]}, another model than MLP-Mixer; timm's "
+            "MLP-Mixers are named mixer_*"
+        )
+
+
+def _timm_origin(source: str) -> str | None:
+    """Who trained timm's weights of this name: "goog", "miil", or None for anybody else.
+
+    The tags in timm 1.0: goog_in21k, goog_in21k_ft_in1k (B/16, L/16), miil_in21k,
+    miil_in21k_ft_in1k (B/16). Before tags the authors' files were jx_mixer_*.
+    """
+    names = [match[0] for match in _TIMM_MODEL.finditer(source)]
+    if not names:
+        return None
+    # Whatever goes on after the tag is somebody's own.
+    tag = re.search(r"[._](goog|miil)(_in21k(_ft_in1k)?)?$", names[-1].removesuffix(".safetensors"))
+    return "goog" if names[-1].startswith("jx_") else tag and tag[1]
+
+
+def _timm_note(origin: str | None, num_classes: int) -> str:
+    if origin != "goog":
+        return ""
+    return f"{_NOT_21K}; {_TANH}" if num_classes == 1000 else _TANH
+
+
+def _timm_class_names(
+    fields: Mapping[str, Any], inner: Mapping[str, Any], num_classes: int
+) -> str | tuple[str, ...] | None:
+    """Names that timm's config.json gives, or the list that its tag names."""
+    names = fields.get("label_names") or inner.get("label_names")
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if whole and len(names) == num_classes:
+        return tuple(names)
+    if num_classes == 1000 and str(inner.get("tag", "")).endswith("in1k"):
+        return "imagenet1k"
+    return _only_21k(num_classes)
+
+
+def _only_21k(num_classes: int) -> str | None:
+    """The list that a count alone tells: 1,000 classes may be any."""
+    return {21843: "imagenet21k", 11221: "imagenet21k_miil"}.get(num_classes)
+
+
+def _unknown(image_size: tuple[int, int]) -> None:
+    return None
+
+
+def _authors_steps(image_size: tuple[int, int]) -> str | None:
+    """Short side at 8/7 of the model's by area averaging, then the middle [read: BV]."""
+    height, width = image_size
+    if height != width:
+        return None
+    return f"decode|resize_small({height * 8 // 7}, method='area')|central_crop({height})"
+
+
+def _timm_steps(
+    interpolation: str, crop_pct: float, mean_std: tuple[float, float]
+) -> Callable[[tuple[int, int]], str | None]:
+    """As timm evaluates: read and resized as by Pillow, short side at size / crop_pct, cropped."""
+    mean, std = mean_std
+    low, high = (int(x) if x == int(x) else x for x in (-mean / std, (1 - mean) / std))
+    ending = "" if (low, high) == (-1, 1) else f"|value_range({low}, {high})"
+
+    def steps(image_size: tuple[int, int]) -> str | None:
+        height, width = image_size
+        if height != width:
+            return None
+        return (
+            f"decode(dct='accurate')|resize_small({math.floor(height / crop_pct)}, "
+            f"method='{interpolation}', antialias=True)|central_crop({height}){ending}"
+        )
+
+    return steps
