@@ -30,7 +30,7 @@ from mixer.runs import config as run
 from mixer.runs import profile as profiling
 from mixer.runs.record import Meter, MetricWriter
 from mixer.tools.inspect import pictures
-from mixer.training import losses, optimizer
+from mixer.training import optimizer, program
 from mixer.training import state as train_state
 from mixer.training import updates as stepping
 from mixer.training.step import make_predict
@@ -117,13 +117,11 @@ def _train(
             config.model.num_classes = len(opening.result().train.class_names)
         sized = opening.result().train.num_examples if run.needs_epochs(config) else None
         run.resolve_lengths(config, sized)
-        model = run.build_model(config)
-        loss_fn = losses.make_loss(config.loss)
-        schedule, tx = run.build_optimizer(config)
-        image_size = (config.image_size, config.image_size)
+        train_program = program.make_program(config, mesh)
+        model, abstract = train_program.model, train_program.state
+        loss_fn = train_program.step.loss_fn
+        image_size = train_program.image_size
         ema = bool(config.optimizer.ema_decay)
-        kinds = dict(ema=ema, skips=config.nan_policy == "skip")
-        abstract = train_state.abstract_state(model, tx, image_size, mesh, **kinds)
 
         # Parameters, optimizer state and gradients of this host's devices; activations come on top.
         num_bytes = sharding.bytes_per_device((abstract, abstract.params))
@@ -183,7 +181,7 @@ def _train(
             state, info = restored
             _warn_of_versions(info["versions"])
         else:
-            state = train_state.init_state(model, tx, image_size, mesh, config.seed, **kinds)
+            state = train_program.init_state()
             if found:
                 params, how = loading.initial_params(
                     found,
@@ -375,7 +373,7 @@ def _train(
             splits.train,
             start_step=start_step,
             num_readers=num_readers,
-            update=(model, schedule, tx, abstract),
+            program=train_program,
         )
         _check_step(config, source.compiled)
         del reading  # and with it the host's copy of the images

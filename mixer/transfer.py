@@ -20,6 +20,7 @@ from mixer import files, formatting, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import scores
 from mixer.runs import config as run
+from mixer.training import program
 from mixer.weights import checkpoint
 from mixer.weights import load as loading
 
@@ -359,8 +360,8 @@ def _check(
         config.model.num_classes = len(splits.train.class_names)
     run.check_classes(config, splits.train.class_names)
     run.resolve_lengths(config, count)
-    run.build_optimizer(config)
-    run.build_model(config)
+    program.build_optimizer(config)
+    program.build_model(config)
     return (config.total_steps - (done or 0)) * config.global_batch_size
 
 

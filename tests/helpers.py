@@ -33,7 +33,7 @@ def golden_params(name="official", prefix=""):
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-# The published optimizer, and what `make_train_step` takes when nothing is added to it.
+# The published optimizer, and what `TrainStep` takes when nothing is added to it.
 PUBLISHED = dict(
     **dict(
         name="adamw",

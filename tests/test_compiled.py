@@ -21,7 +21,7 @@ from mixer.tools.benchmark import plain
 from mixer.tools.plan import hlo
 from mixer.training import losses, mixup
 from mixer.training import state as train_state
-from mixer.training.step import make_predict, make_train_step
+from mixer.training.step import TrainStep, make_predict
 
 cuda_backend = pytest.mark.cuda_backend
 needs_plugin = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def _programs(mesh, options):
     """(text, bytes of temporaries) of the update, ours and plain."""
     model = make_model(**FIELDS)
     tx = optax.adamw(1e-3)
-    ours = make_train_step(
+    ours = TrainStep(
         model,
         tx,
         lambda step: jnp.float32(1e-3),

@@ -315,7 +315,9 @@ def test_shipped_config_is_accepted_and_its_model_fits_the_images(name, arg):
     config.model.num_classes = config.model.num_classes or 10
     run.check_config(config)
     if config.model.variant or config.model.patch_size:  # else they are those of init_from
-        run.build_model(config)
+        from mixer.training import program
+
+        program.build_model(config)
 
 
 @pytest.mark.parametrize(("name", "arg", "split"), _cases(PREPROCESSINGS, SLOW_PREPROCESSINGS))
@@ -341,20 +343,15 @@ def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
     import jax
 
     from mixer.parallel import sharding
-    from mixer.training import state as train_state
+    from mixer.training import program
 
     config = reduced(name, arg)
     run.resolve_model(config, None, None)
     run.resolve_lengths(config, None)
-    model = run.build_model(config)
-    schedule, tx = run.build_optimizer(config)
-    mesh = sharding.make_mesh(config.mesh)
-    size = (config.image_size, config.image_size)
-    options = dict(ema=bool(config.optimizer.ema_decay), skips=config.nan_policy == "skip")
-    state = train_state.init_state(model, tx, size, mesh, config.seed, **options)
-    abstract = train_state.abstract_state(model, tx, size, mesh, **options)
-    update = run.jit_train_step(config, model, schedule, tx, abstract)
-    images = np.random.default_rng(0).integers(0, 256, (4, *size, 3)).astype(np.uint8)
+    train_program = program.make_program(config, sharding.make_mesh(config.mesh))
+    state, update = train_program.init_state(), train_program.jit_step()
+    images = np.random.default_rng(0).integers(0, 256, (4, *train_program.image_size, 3))
+    images = images.astype(np.uint8)
     batch = {"image": images, "label": np.arange(4)}
     first = jax.device_get(state.params)
     for _ in range(2):

@@ -19,6 +19,7 @@ from mixer.errors import UserError
 from mixer.evaluation import fewshot
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.training import program
 from mixer.training import state as train_state
 
 L2 = 2.0**10
@@ -201,7 +202,7 @@ def _model(num_classes=10):
     """A tiny model, random parameters and the mesh they are on."""
     config = tiny_config(model__num_blocks=1)
     config.model.num_classes = num_classes
-    model = run.build_model(config)
+    model = program.build_model(config)
     mesh = sharding.make_mesh({"data": -1})
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -338,7 +339,7 @@ if len(sys.argv) > 1:
     assert (jax.device_count(), jax.local_device_count()) == (2, 1)
 config = tiny_config(model__num_blocks=1)
 config.model.num_classes = 10
-model = run.build_model(config)
+model = program.build_model(config)
 train, test = (run.open_split(config, which, None) for which in ("train", "test"))
 test = test.select(np.arange(201))
 results = []

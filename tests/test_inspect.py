@@ -24,6 +24,7 @@ from mixer.evaluation import classification
 from mixer.runs import config as run
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import page, pictures
+from mixer.training import program
 from mixer.training.state import TrainState
 from mixer.weights import checkpoint
 from mixer.weights import formats as weights
@@ -334,7 +335,7 @@ def workdir(tmp_path_factory):
     run.resolve_model(config, None, None)
     run.write_json(workdir / "config.json", config.to_dict())
     run.write_json(workdir / "data.json", run.data_record(splits, 1))
-    model = run.build_model(config)
+    model = program.build_model(config)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3))
     for name in ("checkpoints", "best"):

@@ -11,7 +11,7 @@ from mixer.models import mlp_mixer as model
 from mixer.parallel import sharding
 from mixer.training import losses
 from mixer.training.state import TrainState
-from mixer.training.step import make_predict, make_train_step
+from mixer.training.step import TrainStep, make_predict
 
 CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
 
@@ -98,7 +98,7 @@ def test_an_update_is_that_of_the_whole_batch(many_parts, monkeypatch):
     step = lambda count: 0.1  # noqa: E731
 
     def update():
-        made = make_train_step(mixer, tx, step, losses.softmax, seed=0, **PLAIN_STEP)
+        made = TrainStep(mixer, tx, step, losses.softmax, seed=0, **PLAIN_STEP)
         traced = jax.jit(made).trace(state, batch)
         assert ("scan" in str(traced.jaxpr)) == in_parts
         return traced.lower().compile()(state, batch)

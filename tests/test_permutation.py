@@ -17,8 +17,8 @@ from mixer.evaluation import classification
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.predict import prediction
+from mixer.training import program
 from mixer.training.losses import make_loss
-from mixer.training.state import init_state
 from mixer.training.step import make_predict
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
@@ -234,13 +234,12 @@ def test_patch_order_leaves_the_curve_as_it_is(tfds_dir, name, lr):
     config.optimizer.update(name=name, peak_lr=lr, momentum_dtype="float32")
     config.optimizer.update(ema_decay=0.0, accumulate_steps=1)
     config.schedule.update(warmup_steps=0, cooldown_steps=0, decay="constant")
-    model = run.build_model(config)
-    schedule, tx = run.build_optimizer(config)
-    start = init_state(model, tx, (8, 8), sharding.make_mesh({"data": -1}), config.seed)
+    train_program = program.make_program(config, sharding.make_mesh({"data": -1}))
+    start = train_program.init_state()
     between = permutation.shuffled(16, seed=0)
     within = permutation.shuffled(4, seed=0, stream=1)
     rearranged = start.replace(params=_permuted_params(start.params, between, within))
-    step = jax.jit(run.build_train_step(config, model, schedule, tx))
+    step = jax.jit(train_program.step)
 
     def losses(kind, state):
         """Of 10 steps under a permutation."""

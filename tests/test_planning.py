@@ -12,7 +12,7 @@ from mixer.models.mlp_mixer import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.plan import chips, hlo, planning
-from mixer.training import state as train_state
+from mixer.training import program
 
 
 def subject_of(config, topology="gpu:8xH100", **options):
@@ -38,15 +38,10 @@ def lowered(config):
     run.resolve_model(config, None, None)
     config.model.num_classes = config.model.num_classes or 10
     run.resolve_lengths(config, 1_281_167)
-    model = run.build_model(config)
-    schedule, tx = run.build_optimizer(config)
-    size = (config.image_size, config.image_size)
-    abstract = train_state.abstract_state(
-        model, tx, size, mesh, ema=bool(config.optimizer.ema_decay)
-    )
-    example = {"image": ((*size, 3), "uint8"), "label": ((), "int32")}
+    train_program = program.make_program(config, mesh)
+    example = {"image": ((*train_program.image_size, 3), "uint8"), "label": ((), "int32")}
     batch = sharding.abstract_batch(example, config.global_batch_size, mesh)
-    return run.jit_train_step(config, model, schedule, tx, abstract).lower(abstract, batch)
+    return train_program.jit_step().lower(train_program.state, batch)
 
 
 @pytest.mark.parametrize(

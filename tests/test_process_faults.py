@@ -32,6 +32,7 @@ from mixer.parallel import processes as distributed
 from mixer.runs import config as run
 from mixer.tools.benchmark import report
 from mixer.training import optimizer
+from mixer.training import program as programs
 from mixer.training.state import TrainState
 from mixer.weights import checkpoint
 
@@ -41,7 +42,7 @@ def weights(tmp_path_factory):
     """A run of no steps, made by hand."""
     path = tmp_path_factory.mktemp("weights") / "run"
     config = tiny_config(model__num_classes=10)
-    model, images = run.build_model(config), np.zeros((1, 8, 8, 3), "float32")
+    model, images = programs.build_model(config), np.zeros((1, 8, 8, 3), "float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     params = jax.tree.map(lambda leaf: jax.numpy.asarray(np.ones(leaf.shape, leaf.dtype)), shapes)
     with checkpoint.Checkpoints(path / "checkpoints", keep_last=1) as checkpoints:
@@ -409,8 +410,8 @@ def test_every_integer_of_a_config_is_checked(value):
         try:
             run.check_config(config)
             run.resolve_lengths(config, 100)
-            run.build_model(config)
-            run.build_optimizer(config)
+            programs.build_model(config)
+            programs.build_optimizer(config)
         except UserError as error:
             assert key.rpartition(".")[2].partition("_")[0] in str(error), (key, error)
         else:

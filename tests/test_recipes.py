@@ -59,9 +59,10 @@ def build(name, arg=""):
 def resolve(config, num_examples):
     """The config with its lengths in steps, and its learning rate."""
     from mixer.runs import config as run
+    from mixer.training import program
 
     run.resolve_lengths(config, num_examples)
-    return config, run.build_optimizer(config)[0]
+    return config, program.build_optimizer(config)[0]
 
 
 # The paper's table and REFERENCE's: model, epochs, lr, weight decay, RandAugment's magnitude,
@@ -147,12 +148,12 @@ def test_the_records_recipe_keeps_its_proportions():
 def test_the_cifar_model_is_the_records(arg):
     import jax
 
-    from mixer.runs import config as run
+    from mixer.training import program
 
     config = build("cifar10", arg)
     config.model.num_classes = 10
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
-    shapes = jax.eval_shape(run.build_model(config).init, jax.random.key(0), images)
+    shapes = jax.eval_shape(program.build_model(config).init, jax.random.key(0), images)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_132_170
 
 

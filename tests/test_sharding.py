@@ -14,7 +14,7 @@ import jax, numpy as np
 from helpers import tiny_config, leaves
 from mixer.runs import config as run
 from mixer.parallel import sharding
-from mixer.training import state as train_state
+from mixer.training import program
 
 optimizer, mixing, variants = sys.argv[1], sys.argv[2] == "mixing", eval(sys.argv[3])
 config = tiny_config(image_size=8, global_batch_size=16, total_steps=10)
@@ -31,16 +31,13 @@ first = None
 for axes, changes in [({"data": 1}, {}), *variants]:
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(changes)
-    model = run.build_model(changed)
-    assert model.dropout and model.stoch_depth
-    schedule, tx = run.build_optimizer(changed)
     mesh = sharding.make_mesh(axes, jax.devices()[:1] if first is None else None)
-    how = dict(ema=mixing)
-    abstract = train_state.abstract_state(model, tx, (8, 8), mesh, **how)
-    state = train_state.init_state(model, tx, (8, 8), mesh, seed=0, **how)
+    train_program = program.make_program(changed, mesh)
+    assert train_program.model.dropout and train_program.model.stoch_depth
+    abstract, state = train_program.state, train_program.init_state()
     start = leaves(state.params)
     assert all(len(leaf.sharding.device_set) == mesh.size for leaf in jax.tree.leaves(state))
-    step = run.jit_train_step(changed, model, schedule, tx, abstract)
+    step = train_program.jit_step()
     stream = split.train_batches(start_step=0, seed=0, global_batch_size=16, process_index=0,
         process_count=1)
     losses = []

@@ -11,15 +11,15 @@ from mixer.errors import UserError
 from mixer.evaluation import throughput
 from mixer.models.mlp_mixer import VARIANTS
 from mixer.parallel import sharding
-from mixer.runs import config as run
 from mixer.runs import record as metrics
+from mixer.training import program
 from mixer.training import state as train_state
 
 
 @pytest.fixture(scope="module")
 def tiny():
     config = tiny_config(model__num_classes=10, model__num_blocks=1)
-    model, mesh = run.build_model(config), sharding.make_mesh({"data": -1})
+    model, mesh = program.build_model(config), sharding.make_mesh({"data": -1})
     abstract = train_state.abstract_params(model, (8, 8), mesh)
     params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
     return model, params, mesh

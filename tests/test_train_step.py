@@ -11,7 +11,7 @@ from mixer.models.mlp_mixer import make_model
 from mixer.training import losses, optimizer
 from mixer.training.mixup import make_mix
 from mixer.training.state import TrainState
-from mixer.training.step import make_train_step, normalize
+from mixer.training.step import TrainStep, normalize
 
 
 def _schedule(**changes):
@@ -49,7 +49,7 @@ def test_step_counts_learns_and_reports():
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (14, 32, 32, 3), np.uint8), "label": np.arange(14) % 7}
-    step = jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=0, **PLAIN_STEP))
+    step = jax.jit(TrainStep(model, tx, schedule, losses.softmax, seed=0, **PLAIN_STEP))
     first = None
     for _ in range(30):
         state, metrics = step(state, batch)
@@ -72,7 +72,7 @@ def test_masks_change_from_step_to_step_and_with_the_seed():
     batch = {"image": np.full((4, 32, 32, 3), 200, np.uint8), "label": np.arange(4)}
 
     updates = {
-        seed: jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=seed, **PLAIN_STEP))
+        seed: jax.jit(TrainStep(model, tx, schedule, losses.softmax, seed=seed, **PLAIN_STEP))
         for seed in (0, 1)
     }
 
@@ -105,7 +105,7 @@ def _golden_params(num_blocks):
 def _mixing_step(model, tx, schedule, **changes):
     mixing = make_mix(alpha=0.5, per_example=False, cutmix_alpha=1.0, cutmix_prob=0.5)
     options = {**PLAIN_STEP, "mix": mixing, "label_smoothing": 0.1, **changes}
-    return jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=0, **options))
+    return jax.jit(TrainStep(model, tx, schedule, losses.softmax, seed=0, **options))
 
 
 def _run(steps=3, *, optimizer_changes=None, model_changes=None, **changes):
@@ -209,7 +209,7 @@ def test_smoothing_is_of_the_loss_and_not_of_the_accuracy():
     tx = optimizer.make_optimizer(schedule, **PUBLISHED)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     options = {**PLAIN_STEP, "label_smoothing": 0.1}
-    step = jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=0, **options))
+    step = jax.jit(TrainStep(model, tx, schedule, losses.softmax, seed=0, **options))
     batch = {
         "image": np.zeros((2, 32, 32, 3), np.uint8),
         "label": np.array([[-1], [0]]),
@@ -235,7 +235,7 @@ def test_update_that_is_not_finite_is_left_out_and_counted():
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, tx.init(params), params, zero)
     options = {**PLAIN_STEP, "ema_decay": 0.5}
-    step = jax.jit(make_train_step(model, tx, schedule, losses.softmax, seed=0, **options))
+    step = jax.jit(TrainStep(model, tx, schedule, losses.softmax, seed=0, **options))
     good = {"image": np.full((4, 32, 32, 3), 0.3, np.float32), "label": np.arange(4)}
     bad = {**good, "image": np.where(np.arange(4)[:, None, None, None] == 2, np.nan, good["image"])}
     state, metrics = step(state, good)
@@ -279,7 +279,7 @@ def test_three_updates_equal_the_reference_chain(decay):
     tx = optimizer.make_optimizer(schedule, **{**PUBLISHED, **decay})
     params = jax.tree.map(jnp.asarray, golden_params())
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-    update = jax.jit(make_train_step(model, tx, schedule, losses.sigmoid, seed=0, **PLAIN_STEP))
+    update = jax.jit(TrainStep(model, tx, schedule, losses.sigmoid, seed=0, **PLAIN_STEP))
     for i in range(3):
         state, metrics = update(state, {"image": steps["image"][i], "label": steps["labels"][i]})
         np.testing.assert_allclose(metrics["loss"], steps["loss"][i], rtol=1e-6)

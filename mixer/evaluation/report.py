@@ -30,7 +30,7 @@ from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.training import losses
+from mixer.training import losses, program
 from mixer.training.state import abstract_params
 from mixer.training.step import make_predict
 from mixer.weights import checkpoint, published
@@ -111,7 +111,7 @@ def open_run(
     own, class_names = run.read_run(workdir)
     directory = checkpoint.find_named(workdir, checkpoint_name)
     mesh = sharding.make_mesh({"data": -1})  # the devices that it was trained on may not be here
-    model = run.build_model(own)
+    model = program.build_model(own)
     size = (own.image_size, own.image_size)
     abstract = abstract_params(model, size, mesh)
     items = {"": "params"} | ({"_ema": "ema_params"} if own.optimizer.ema_decay else {})

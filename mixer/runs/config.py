@@ -7,11 +7,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import optax
 from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
@@ -23,16 +21,10 @@ from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing import spec as steps_lib
 from mixer.data.sources import folder
 from mixer.errors import UserError
-from mixer.models import layers
 from mixer.models import resize as resolution
-from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
+from mixer.models.mlp_mixer import VARIANTS, check_image_size, make_model
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
-from mixer.training.losses import make_loss
-from mixer.training.mixup import make_mix
-from mixer.training.optimizer import Schedule, make_optimizer, make_schedule
-from mixer.training.state import TrainState
-from mixer.training.step import make_train_loop, make_train_step
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
 from mixer.weights import published
@@ -295,80 +287,6 @@ def resolve_permutation(config: ConfigDict) -> None:
         step = f"permute_patches({size}, {patch_size}, seed=0)"
     for key in ("train_preprocess", "eval_preprocess"):
         dataset[key] = permutation.with_step(dataset[key], step)
-
-
-def build_model(config: ConfigDict) -> MlpMixer:
-    """Builds the model of a config that says its number of classes."""
-    model = make_model(**config.model.to_dict())
-    check_image_size((config.image_size, config.image_size), model.patch_size)
-    return model
-
-
-def build_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:
-    """Builds schedule and optimizer of a config whose lengths are resolved."""
-    keys = ("decay", "warmup_steps", "final_multiplier", "rsqrt_timescale", "cooldown_steps")
-    schedule = make_schedule(
-        peak_lr=config.optimizer.peak_lr,
-        total_steps=config.total_steps,
-        **{key: config.schedule[key] for key in keys},
-    )
-    around = ("sam_rho", "ema_decay", "accumulate_steps")  # what the step does around the chain
-    chain = {key: value for key, value in config.optimizer.items() if key not in around}
-    return schedule, make_optimizer(schedule, **chain)
-
-
-def build_train_step(
-    config: ConfigDict, model: MlpMixer, schedule: Schedule, tx: optax.GradientTransformation
-) -> Callable:
-    """Builds the update `(state, batch) -> (state, metrics)`, not yet compiled."""
-    return make_train_step(
-        model,
-        tx,
-        schedule,
-        make_loss(config.loss),
-        seed=config.seed,
-        mix=make_mix(**config.mixup),
-        label_smoothing=config.label_smoothing,
-        lr_multipliers=config.optimizer.lr_multipliers,
-        sam_rho=config.optimizer.sam_rho,
-        ema_decay=config.optimizer.ema_decay,
-        accumulate_steps=config.optimizer.accumulate_steps,
-    )
-
-
-def jit_train_step(
-    config: ConfigDict,
-    model: MlpMixer,
-    schedule: Schedule,
-    tx: optax.GradientTransformation,
-    abstract: TrainState,
-) -> Any:
-    """The update for the mesh of `abstract`, to be lowered; its first argument is donated."""
-    return _jit(build_train_step(config, model, schedule, tx), abstract)
-
-
-def jit_train_loop(
-    config: ConfigDict,
-    model: MlpMixer,
-    schedule: Schedule,
-    tx: optax.GradientTransformation,
-    abstract: TrainState,
-    augment: Callable | None,
-) -> Any:
-    """As `jit_train_step`, many updates in one program: `train_step.make_train_loop`."""
-    train_step = build_train_step(config, model, schedule, tx)
-    return _jit(make_train_loop(train_step, seed=config.seed, augment=augment), abstract)
-
-
-def _jit(update: Callable, abstract: TrainState) -> Any:
-    mesh = abstract.step.sharding.mesh
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(
-        sharding.on_mesh(update, mesh),
-        donate_argnums=0,
-        out_shardings=(where, sharding.replicated(mesh)),
-        compiler_options=layers.compiler_options(mesh.devices.flat[0].platform),
-    )
 
 
 def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:

@@ -10,18 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from mixer.data import resident
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import device as augment
 from mixer.errors import UserError
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
-from mixer.runs import config as run
-from mixer.training.optimizer import Schedule
+from mixer.training.program import TrainProgram
 from mixer.training.state import TrainState
 
 # From a call to the end of it, which is seen when two more are made: so that a signal, the bar and
@@ -40,7 +37,7 @@ def open_source(
     *,
     start_step: int,
     num_readers: int,
-    update: tuple[MlpMixer, Schedule, optax.GradientTransformation, TrainState],
+    program: TrainProgram,
 ) -> tuple["Streamed | Resident", str]:
     """Compiles what makes the updates after `start_step`.
 
@@ -50,7 +47,7 @@ def open_source(
       split: which they are of.
       start_step: the step that the run is at.
       num_readers: how many processes began to read.
-      update: model, schedule, optimizer and abstract state, as `run.jit_train_step` takes them.
+      program: the run's update.
 
     Returns:
       The source, and a line that says where the images are.
@@ -62,12 +59,12 @@ def open_source(
     reason = next(filter(None, distributed.gather(kept if isinstance(kept, str) else "")), None)
     if reason is None:
         line = f"training images stay on the device: {kept.about}"
-        return open_resident(config, kept, update), line
+        return open_resident(config, kept, program), line
     line = f"training images are streamed: {reason}"
     split, steps, described = _parted(split, config.dataset.augment_on)
     if steps is not None:
         line += f"; on the device they take {described}"
-    return _streamed(config, split, steps, start_step, num_readers, update), line
+    return _streamed(config, split, steps, start_step, num_readers, program), line
 
 
 def _parted(split: pipeline.Split, where: str) -> tuple[pipeline.Split, Callable | None, str]:
@@ -92,10 +89,10 @@ def _parted(split: pipeline.Split, where: str) -> tuple[pipeline.Split, Callable
 def open_resident(
     config: ConfigDict,
     kept: resident.Examples,
-    update: tuple[MlpMixer, Schedule, optax.GradientTransformation, TrainState],
+    program: TrainProgram,
 ) -> "Resident":
     """As `open_source`, of examples that stay on the device."""
-    mesh = update[-1].step.sharding.mesh
+    mesh = program.mesh
     size = config.global_batch_size
     most = min(max(MOST_DRAWN // size, 1), MOST_STEPS)
     order = resident.order_spec(most, size, mesh)
@@ -103,8 +100,8 @@ def open_resident(
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), examples
     )
-    lowered = run.jit_train_loop(config, *update, kept.augment).lower(
-        update[-1], abstract, order, jax.ShapeDtypeStruct((), np.int32)
+    lowered = program.jit_loop(kept.augment).lower(
+        program.state, abstract, order, jax.ShapeDtypeStruct((), np.int32)
     )
     put_order = functools.partial(
         resident.put_order, seed=config.seed, num_examples=kept.num_examples, spec=order
@@ -112,8 +109,8 @@ def open_resident(
     return Resident(lowered, examples, put_order, most)
 
 
-def _streamed(config, split, steps, start_step, num_readers, update) -> "Streamed":
-    mesh = update[-1].step.sharding.mesh
+def _streamed(config, split, steps, start_step, num_readers, program) -> "Streamed":
+    mesh = program.mesh
     index, count = sharding.data_processes(mesh)
     batches = sharding.prefetch(
         split.train_batches(
@@ -136,7 +133,7 @@ def _streamed(config, split, steps, start_step, num_readers, update) -> "Streame
         compiled = augmented.compile()
         found = augmented.out_info
         batch["image"] = jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=images.sharding)
-    return Streamed(run.jit_train_step(config, *update).lower(update[-1], batch), batches, compiled)
+    return Streamed(program.jit_step().lower(program.state, batch), batches, compiled)
 
 
 class Streamed:

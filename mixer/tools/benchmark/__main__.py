@@ -278,13 +278,13 @@ def data() -> None:
     """Measures the input pipeline of the config, beside its training step."""
     import jax
 
-    from mixer.runs import config as run
     from mixer.tools.benchmark import input as pipeline
     from mixer.tools.benchmark import report
+    from mixer.training import program
 
     config = _config()
     config.model.num_classes = config.model.num_classes or 1000
-    model = run.build_model(config)
+    model = program.build_model(config)
     if BATCH_SIZE.value is not None and len(BATCH_SIZE.value) > 1:
         raise UserError(f"--batch_size={','.join(BATCH_SIZE.value)}: data takes one")
     if STEP_RATE.value == 0:
@@ -374,11 +374,12 @@ def loop() -> None:
     from mixer.runs import config as run
     from mixer.tools.benchmark import contest, report
     from mixer.tools.benchmark import loop as looping
+    from mixer.training import program
 
     config = _config()
     config.model.num_classes = config.model.num_classes or 10
     run.resolve_lengths(config, EXAMPLES.value)
-    model = run.build_model(config)
+    model = program.build_model(config)
     console = report.make_console()
     found = _start("loop", console, {})
     side = contest.LARGE.get(jax.default_backend(), 8192)

@@ -22,7 +22,7 @@ from mixer.tools.benchmark.contest import Case, Failed
 from mixer.training.losses import make_loss
 from mixer.training.optimizer import make_optimizer, make_schedule
 from mixer.training.state import TrainState
-from mixer.training.step import make_predict, make_train_step
+from mixer.training.step import TrainStep, make_predict
 
 WARM_UP_STEPS = 3
 IN_FLIGHT = 2  # steps that the host is ahead of the device
@@ -203,7 +203,7 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
             grad_clip_norm=1.0,
             lr_multipliers=(),
         )
-        step = make_train_step(
+        step = TrainStep(
             make_mixer(case),
             tx,
             schedule,

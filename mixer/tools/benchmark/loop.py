@@ -17,7 +17,7 @@ from mixer.errors import UserError
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.benchmark.jax_side import IN_FLIGHT, may_fail, memory_of
-from mixer.training import state as train_state
+from mixer.training import program
 from mixer.training import updates as stepping
 
 WARM_UP_CALLS = 12  # in which their length grows
@@ -99,13 +99,10 @@ def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh
     }
     if steps is not None:
         arrays["number"] = np.arange(num_examples, dtype=np.uint32)
-    model = run.build_model(config)
-    schedule, tx = run.build_optimizer(config)
-    kinds = dict(ema=bool(config.optimizer.ema_decay), skips=config.nan_policy == "skip")
-    abstract = train_state.abstract_state(model, tx, size, mesh, **kinds)
-    state = train_state.init_state(model, tx, size, mesh, config.seed, **kinds)
+    train_program = program.make_program(config, mesh)
+    state = train_program.init_state()
     kept = resident.Examples(arrays, steps, "")
     start = time.perf_counter()
-    source = stepping.open_resident(config, kept, (model, schedule, tx, abstract))
+    source = stepping.open_resident(config, kept, train_program)
     seconds = time.perf_counter() - start
     return Loop(source, state, devices=mesh.size, seconds=seconds)

@@ -28,6 +28,7 @@ from mixer.models.mlp_mixer import REMAT, MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.plan import chips, hlo
+from mixer.training import program
 from mixer.training import state as train_state
 from mixer.training.optimizer import multipliers
 
@@ -221,7 +222,7 @@ def open_subject(
             "known, and the run's length is in epochs: give --num_examples"
         )
     run.resolve_lengths(config, num_examples)
-    model = run.build_model(config)
+    model = program.build_model(config)
     eval_examples = 0
     if known and config.dataset.val_split:
         evaluations = config.total_steps // (config.eval_every_steps or config.total_steps)
@@ -238,7 +239,7 @@ def open_subject(
         eval_examples=eval_examples,
         image_bytes=known.image_bytes if known else IMAGE_BYTES,
         stored_side=known.side if known else None,
-        state=_abstract_state(config, _abstract_mesh(1, 1, 1)),
+        state=program.make_program(config, _abstract_mesh(1, 1, 1)).state,
         devices=[] if topology.is_gpu else chips.tpu_devices(topology),
     )
 
@@ -342,18 +343,6 @@ def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
     return float(sharding.bytes_per_device(placed))
 
 
-def _abstract_state(config: ConfigDict, mesh: Mesh | AbstractMesh) -> train_state.TrainState:
-    _, tx = run.build_optimizer(config)
-    return train_state.abstract_state(
-        run.build_model(config),
-        tx,
-        (config.image_size, config.image_size),
-        mesh,
-        ema=bool(config.optimizer.ema_decay),
-        skips=config.nan_policy == "skip",
-    )
-
-
 def _check(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where a batch cannot be parted so."""
     parts = config.optimizer.accumulate_steps
@@ -371,13 +360,12 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
     config = _with(subject, settings)
     mesh = sharding.make_mesh(config.mesh, subject.devices)
     _check(config, mesh)
-    abstract = _abstract_state(config, mesh)
-    model = run.build_model(config)
-    schedule, tx = run.build_optimizer(config)
+    train_program = program.make_program(config, mesh)
+    abstract = train_program.state
     example = {"image": ((*subject.image_size, 3), "uint8"), "label": ((), "int32")}
     batch = sharding.abstract_batch(example, config.global_batch_size, mesh)
     started = time.perf_counter()
-    lowered = run.jit_train_step(config, model, schedule, tx, abstract).lower(abstract, batch)
+    lowered = train_program.jit_step().lower(abstract, batch)
     try:
         compiled = lowered.compile()
     except JaxRuntimeError as error:
