@@ -206,9 +206,10 @@ def test_probes_of_the_schedule_and_an_evaluation_that_was_missed(tmp_path, tfds
 def test_eval_suite_mistakes_are_refused(tfds_dir):
     def opened(**values):
         config = tiny_config(tfds_dir, model__num_classes=10, **values)
-        return suites.open_further(config, run.open_splits(config, None))
+        return suites.open_suite(config, run.open_splits(config, None), ("fewshot",))
 
-    assert list(opened(eval_suite="digits").splits) == ["digits"]
+    tasks, probes = opened(eval_suite="digits,fewshot")
+    assert list(tasks) == ["digits"] and probes == ["fewshot"]
     with pytest.raises(UserError, match=r"'digit'.*'digits'"):
         opened(eval_suite="digit")
     with pytest.raises(UserError, match=r"dataset\.val_split"):
@@ -220,7 +221,7 @@ def test_eval_suite_mistakes_are_refused(tfds_dir):
     with pytest.raises(UserError, match=r"\b10\b.*\b7\b"):
         config = tiny_config(tfds_dir, eval_suite="digits", **synthetic)
         config.model.num_classes = 7
-        suites.open_further(config, run.open_splits(config, None))
+        suites.open_suite(config, run.open_splits(config, None), ())
 
 
 # The report card.

@@ -36,6 +36,7 @@ from mixer.errors import UserError
 from mixer.models.mlp_mixer import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import resume
 from mixer.training.state import abstract_params
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
@@ -720,7 +721,7 @@ def test_what_differs_from_the_first_weights_is_told(small_file, tmp_path, capsy
     def stop(*args, **kwargs):
         raise SetUp
 
-    monkeypatch.setattr(trainer.stepping, "open_source", stop)  # before it is compiled
+    monkeypatch.setattr(resume, "compile_updates", stop)  # before it is compiled
     config = _fine_tune(tmp_path / "w.npz", model__gelu="tanh", init_resize="interpolate")
     with pytest.raises(SetUp):
         trainer.train(config, tmp_path / "run")

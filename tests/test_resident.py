@@ -18,6 +18,7 @@ from mixer import trainer
 from mixer.data import resident
 from mixer.data import splits as pipeline
 from mixer.errors import UserError
+from mixer.parallel import sharding
 from mixer.parallel.signals import Stopped
 from mixer.runs import config as run
 from mixer.runs.record import read_metrics
@@ -133,7 +134,7 @@ def test_several_labels_are_kept_with_their_weights(tmp_path):
 def test_places_and_epochs_are_the_streams_order():
     config = tiny_config()
     split = run.open_split(config, "train", None)
-    mesh = trainer.sharding.make_mesh({})
+    mesh = sharding.make_mesh({})
     spec = resident.order_spec(5, 700, mesh)
     order = resident.put_order(2, 3, seed=4, num_examples=2048, spec=spec)
     stream = split.train_batches(
@@ -222,7 +223,7 @@ def test_calls_grow_until_they_take_long_enough():
     source = stepping.Resident(Lowered(), {}, lambda *at: orders.append(at) or at, 40)
     lengths, step = [], 0
     while step < 200:
-        count, update = source.take(step, 100 - step % 100)
+        count, update = source.next(step, 100 - step % 100)
         assert update(step) == (step + count, (step, count))
         source.took(count, 0.01 * count)  # 0.64 s would be too long, and 40 is the most
         lengths.append(count)
@@ -230,8 +231,8 @@ def test_calls_grow_until_they_take_long_enough():
     assert lengths[:7] == [1, 2, 4, 8, 16, 32, 37] and max(lengths) == 40
     source = stepping.Resident(Lowered(), {}, lambda *at: at, 40)
     for seconds in (0.1, 0.3, 0.7, 0.1):
-        source.took(source.take(0, 100)[0], seconds)
-    assert source.take(0, 100)[0] == 4
+        source.took(source.next(0, 100)[0], seconds)
+    assert source.next(0, 100)[0] == 4
 
 
 def test_calls_end_where_the_host_has_something_to_do():

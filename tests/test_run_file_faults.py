@@ -25,6 +25,7 @@ from mixer.evaluation import report, sweeps
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.runs import record as metrics
+from mixer.runs.best import best_so_far
 from mixer.tools.inspect import page, pictures
 from mixer.tools.predict import prediction
 from mixer.training.state import TrainState
@@ -585,18 +586,18 @@ def test_best_so_far_belongs_to_the_best_checkpoint(tmp_path, capsys):
     """A record that is cut or gone changes nothing; a run of older code has it in the record."""
     rows = [{"step": 1, "val/top1": 0.9}, {"step": 2, "val/top1": 0.5}, {"step": 3, "a": 1.0}]
     with checkpoint.Checkpoints(tmp_path / "best", keep_last=1) as best:
-        assert trainer.best_so_far(best, "val/top1", rows) == -1
+        assert best_so_far(best, "val/top1", rows) == -1
         best.save(_state(2), value={"val/top1": 0.75})
         best.wait()
-        assert trainer.best_so_far(best, "val/top1", []) == 0.75
-        assert trainer.best_so_far(best, "val/top1", rows) == 0.75
+        assert best_so_far(best, "val/top1", []) == 0.75
+        assert best_so_far(best, "val/top1", rows) == 0.75
         info = tmp_path / "best/2/info/metadata"
         _edited("value", ...)(info)
-        assert trainer.best_so_far(best, "val/top1", rows) == 0.5
-        assert trainer.best_so_far(best, "val/top1", rows[:1]) == 0.9
-        assert trainer.best_so_far(best, "val/top1", []) == -1
+        assert best_so_far(best, "val/top1", rows) == 0.5
+        assert best_so_far(best, "val/top1", rows[:1]) == 0.9
+        assert best_so_far(best, "val/top1", []) == -1
         info.write_text("[]")
-        assert trainer.best_so_far(best, "val/top1", rows) == -1
+        assert best_so_far(best, "val/top1", rows) == -1
     assert "best/2 is damaged" in capsys.readouterr().out
 
 
@@ -618,14 +619,11 @@ def test_a_run_without_its_record_keeps_its_best(trained, copy):
 @pytest.mark.slow
 def test_lines_name_the_set_and_the_average(tmp_path, monkeypatch, capsys):
     """A name with an underscore is not the average of what stands before it."""
-    real = trainer.suites.open_further
 
-    def open_further(config, splits):
-        further = real(config, splits)
-        sets = {"imagenet_real": splits.val, "imagenet_v2": splits.val}
-        return trainer.dataclasses.replace(further, splits=sets)
+    def open_suite(config, splits, probes):
+        return {"imagenet_real": splits.val, "imagenet_v2": splits.val}, []
 
-    monkeypatch.setattr(trainer.suites, "open_further", open_further)
+    monkeypatch.setattr("mixer.evaluation.suites.open_suite", open_suite)
     trainer.train(_config(optimizer__ema_decay=0.5), tmp_path / "run")
     lines = capsys.readouterr().out
     for what in ("validation", "imagenet_real", "imagenet_v2"):

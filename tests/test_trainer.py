@@ -24,8 +24,10 @@ from helpers import (
     run_python,
     tiny_config,
 )
-from mixer import trainer
+from mixer import console, trainer
 from mixer.errors import UserError
+from mixer.evaluation import classification
+from mixer.parallel import sharding
 from mixer.parallel.signals import Stopped
 from mixer.runs import record as metrics
 from mixer.runs.record import read_metrics
@@ -100,14 +102,14 @@ def test_metrics_of_every_log_step_are_recorded(finished_run):
 
 def _raise_at_step(monkeypatch, step, signum):
     """Sends this process a signal when the loop shows step `step`."""
-    shown = trainer.console.Terminal.step
+    shown = console.Terminal.step
 
     def show(self, number):
         if number == step:
             os.kill(os.getpid(), signum)
         shown(self, number)
 
-    monkeypatch.setattr(trainer.console.Terminal, "step", show)
+    monkeypatch.setattr(console.Terminal, "step", show)
 
 
 @pytest.mark.slow
@@ -136,7 +138,7 @@ def test_crash_between_checkpoint_and_evaluation_is_made_good(
         raise RuntimeError("no evaluation today")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.classification, "evaluate", fail)
+        patch.setattr(classification, "evaluate", fail)
         with pytest.raises(RuntimeError, match="no evaluation today"):
             trainer.train(config, tmp_path)
     assert (tmp_path / "checkpoints" / "6").is_dir()
@@ -367,7 +369,7 @@ def test_updates_that_are_not_finite_are_skipped_a_bounded_number_of_times(tmp_p
 
 def _spoil_batches(monkeypatch, spoilt):
     """Makes the images of some of the run's first batches infinite."""
-    put, count = trainer.sharding.put_batch, itertools.count()
+    put, count = sharding.put_batch, itertools.count()
 
     def put_spoilt(batch, mesh):
         image = batch["image"].astype(np.float32) / 127.5 - 1
@@ -378,9 +380,9 @@ def _spoil_batches(monkeypatch, spoilt):
     def spec(*args):
         return {**abstract(*args), "image": jax.ShapeDtypeStruct((16, 8, 8, 3), "float32")}
 
-    abstract = trainer.sharding.abstract_batch
-    monkeypatch.setattr(trainer.sharding, "put_batch", put_spoilt)
-    monkeypatch.setattr(trainer.sharding, "abstract_batch", spec)
+    abstract = sharding.abstract_batch
+    monkeypatch.setattr(sharding, "put_batch", put_spoilt)
+    monkeypatch.setattr(sharding, "abstract_batch", spec)
 
 
 @pytest.mark.slow

@@ -19,8 +19,10 @@ from jax.sharding import Mesh
 
 from mixer import files, memory
 from mixer.data import splits as pipeline
+from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import scores
+from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.models import layers
 from mixer.parallel import sharding
 from mixer.training import losses
@@ -172,10 +174,66 @@ def _threshold(batch: dict[str, jax.Array], labels: jax.Array) -> jax.Array | fl
     return 0.0
 
 
+class SplitEvaluator:
+    """Classifies a whole split, after the updates at which validation is due.
+
+    Attributes:
+      name: of the data, such as "val" or "imagenet_real".
+      key: of the top-1 accuracy in metrics.jsonl.
+    """
+
+    def __init__(self, name: str, split: Split, setup: Setup, eval_step: Callable):
+        """Takes the compiled `make_eval_step` of the run, which all splits share."""
+        self.name, self.key = name, f"{name}/top1"
+        self._split, self._setup, self._eval_step = split, setup, eval_step
+
+    def is_due(self, step: int) -> bool:
+        """Whether the split is evaluated after update `step`."""
+        return self._setup.is_due(step)
+
+    def run(
+        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
+    ) -> list[Result] | None:
+        """As `Evaluator.run`."""
+        results = []
+        for weights, suffix, values in parameter_sets(params, ema_params):
+            result = evaluate(
+                self._eval_step,
+                values,
+                self._split,
+                global_batch_size=self._setup.global_batch_size,
+                mesh=self._setup.mesh,
+                prefetch_batches=self._setup.prefetch_batches,
+                should_stop=should_stop,
+            )
+            if result is None:
+                return None
+            results.append(self._result(weights, f"{self.name}{suffix}", result))
+        return results
+
+    def _result(self, weights: str, name: str, result: Classification) -> Result:
+        summary = result.summary()
+        title = {"val": "validation"}.get(self.name, self.name) + " (average)" * (weights == "ema")
+        line = (
+            f"{title} accuracy {result.top1:.2%} ({result.correct:,} of {result.labelled:,}), "
+            f"top-5 {result.top5:.2%}, loss {result.loss:.4f}"
+        )
+        numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+        return Result(
+            dataset=self.name,
+            weights=weights,
+            section="splits",
+            name=name,
+            metrics={f"{name}/{key}": value for key, value in numbers.items()},
+            summary=summary,
+            line=line,
+        )
+
+
 def evaluate(
     eval_step: Callable,
     params: Any,
-    split: pipeline.Split,
+    split: Split,
     *,
     global_batch_size: int,
     mesh: Mesh,
@@ -214,7 +272,7 @@ def evaluate(
 def collect(
     step: Callable,
     params: Any,
-    split: pipeline.Split,
+    split: Split,
     *,
     global_batch_size: int,
     mesh: Mesh,
@@ -275,7 +333,7 @@ def collect(
     return result
 
 
-def write_predictions(path: Any, predictions: Predictions, split: pipeline.Split) -> None:
+def write_predictions(path: Any, predictions: Predictions, split: Split) -> None:
     """Writes an npz file of `Predictions`' arrays, whole or not at all.
 
     Beside them "id" has the images' names, as messages and exclusion lists have them, and

@@ -18,15 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
 from scipy import special
 
 from mixer import formatting
-from mixer.data import splits as pipeline
+from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
+from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.models import layers, microbatches
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
+from mixer.runs import config as run_config
 from mixer.training.step import normalize
 
 BIAS = 100.0  # the constant feature, so large that its weight is hardly regularised
@@ -120,11 +123,72 @@ def _make_features(model: MlpMixer, mesh: Mesh) -> Callable:
     return jax.jit(columns, compiler_options=layers.compiler_options(jax.default_backend()))
 
 
+class FewShotEvaluator:
+    """The probe after each validation: shots of the training split, tested on the validation split.
+
+    Attributes:
+      name: "fewshot".
+      key: of the 10-shot accuracy in metrics.jsonl.
+    """
+
+    name, key = "fewshot", "fewshot/10shot"
+
+    def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
+        """`train` has the preprocessing of evaluation; results are named by `dataset`."""
+        check(train, test)
+        self._dataset, self._train, self._test, self._setup = dataset, train, test, setup
+
+    def is_due(self, step: int) -> bool:
+        """Whether the probe runs after update `step`."""
+        return self._setup.is_due(step)
+
+    def run(
+        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
+    ) -> list[Result] | None:
+        """As `Evaluator.run`."""
+        results = []
+        for weights, suffix, values in parameter_sets(params, ema_params):
+            result = evaluate(
+                self._setup.model,
+                values,
+                self._train,
+                self._test,
+                mesh=self._setup.mesh,
+                global_batch_size=self._setup.global_batch_size,
+                prefetch_batches=self._setup.prefetch_batches,
+                should_stop=should_stop,
+            )
+            if result is None:
+                return None
+            metrics = {f"fewshot{suffix}/{row.shots}shot": row.mean for row in result.results}
+            results.append(
+                Result(
+                    dataset=self._dataset,
+                    weights=weights,
+                    section="fewshot",
+                    name=f"{self._dataset}{suffix}",
+                    metrics=metrics,
+                    summary=result.summary(),
+                    line=", ".join(f"{key}: {value:.2%}" for key, value in metrics.items()),
+                )
+            )
+        return results
+
+
+def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> FewShotEvaluator:
+    """The probe of a run: `eval_suite=fewshot`."""
+    # The images that the shots are drawn from are not augmented.
+    train = run_config.open_split(
+        config, "train", splits.train.class_names, subfolders=splits.subfolders
+    )
+    return FewShotEvaluator(run_config.data_name(config), train, splits.val, setup)
+
+
 def evaluate(
     model: MlpMixer,
     params: Any,
-    train: pipeline.Split,
-    test: pipeline.Split,
+    train: Split,
+    test: Split,
     *,
     mesh: Mesh,
     global_batch_size: int,
@@ -211,7 +275,7 @@ def evaluate(
     return FewShot(train.name, test.name, len(test_labels), num_classes, l2, tuple(results))
 
 
-def check(train: pipeline.Split, test: pipeline.Split) -> tuple[np.ndarray, np.ndarray]:
+def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
     """The labels (n,) of both splits; UserError where they are not fit for a probe."""
     names = train.class_names
     if names != test.class_names:

@@ -17,7 +17,6 @@ from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet import real as imagenet_real
 from mixer.data.sources import folder
 from mixer.errors import UserError, nearest
-from mixer.evaluation import fewshot
 from mixer.runs import config as run
 
 
@@ -187,26 +186,23 @@ def check_preprocess(weights: str, preprocess: str | None, image_size: tuple[int
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Further:
-    """What a run evaluates at each validation besides its validation split.
-
-    Attributes:
-      splits: by name of the task.
-      fewshot: the splits that the few-shot probe draws from and classifies; None: no probe.
-    """
-
-    splits: dict[str, pipeline.Split]
-    fewshot: tuple[pipeline.Split, pipeline.Split] | None
-
-
-def open_further(config: ConfigDict, splits: run.Splits) -> Further:
+def open_suite(
+    config: ConfigDict, splits: run.Splits, probes: Sequence[str]
+) -> tuple[dict[str, pipeline.Split], list[str]]:
     """Opens what `config.eval_suite` names, at the run's image size and with its preprocessing.
 
+    Args:
+      config: of the run.
+      splits: its data.
+      probes: names that are not data sets.
+
+    Returns:
+      The splits by name, and the names of the probes.
+
     Raises:
-      UserError: an unknown name, data that is not there or of other classes than the run.
+      UserError: an unknown name, data that is missing or has other classes than the run.
     """
-    names = expand([name for name in config.eval_suite.split(",") if name], others=("fewshot",))
+    names = expand([name for name in config.eval_suite.split(",") if name], others=probes)
     if names and splits.val is None:
         raise UserError(
             f"eval_suite={config.eval_suite!r} is evaluated with the validation split, and "
@@ -215,7 +211,7 @@ def open_further(config: ConfigDict, splits: run.Splits) -> Further:
     size = (config.image_size, config.image_size)
     if names:
         check_preprocess("eval_suite", config.dataset.eval_preprocess, size)
-    opened = {
+    tasks = {
         name: open_task(
             name,
             preprocess=config.dataset.eval_preprocess,
@@ -225,17 +221,9 @@ def open_further(config: ConfigDict, splits: run.Splits) -> Further:
         for name in names
         if name in TASKS
     }
-    for split in opened.values():
+    for split in tasks.values():
         check_classes(split, splits.train.class_names, config.model.num_classes)
-    probed = None
-    if "fewshot" in names:
-        # Not augmented.
-        shots = run.open_split(
-            config, "train", splits.train.class_names, subfolders=splits.subfolders
-        )
-        probed = (shots, splits.val)
-        fewshot.check(*probed)
-    return Further(opened, probed)
+    return tasks, [name for name in names if name in probes]
 
 
 def is_prepared(name: str, data_dir: str = "") -> bool:

@@ -1,6 +1,9 @@
 """JAX's devices, started before anything else is looked at, and the settings that numbers need."""
 
 import os
+import zlib
+
+from etils import epath
 
 from mixer.errors import UserError, first_line
 
@@ -52,3 +55,42 @@ def start() -> None:
                 "that is installed here, or no JAX_PLATFORMS"
             ) from error
         raise UserError(f"JAX finds no device: {first_line(error)}") from error
+
+
+def keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
+    """Turns on JAX's compilation cache, unless JAX's own variable has done so.
+
+    Args:
+      directory: the config's compile_cache_dir; "auto" is one folder for all runs on this kind of
+        CPU, or `workdir`/compiled on an accelerator; "" is no cache.
+      workdir: the run.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    if directory == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        directory = _cache_of_cpu() if on_cpu else os.fspath(workdir / "compiled")
+        if on_cpu and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compilation_cache.reset_cache()  # an earlier run of this program may have used another
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
+
+
+def _cache_of_cpu() -> str:
+    """The folder of programs compiled for this kind of CPU; "" if there can be none.
+
+    What XLA compiles for a CPU runs on CPUs with the same features only.
+    """
+    try:
+        with open("/proc/cpuinfo") as file:
+            kind = next(line for line in file if line.startswith(("flags", "Features")))
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        path = os.path.join(root, "mlp_mixer", f"compiled-{zlib.crc32(kind.encode()):08x}")
+        os.makedirs(path, exist_ok=True)
+        os.utime(path)  # fails if nobody may write
+    except (OSError, StopIteration):  # not Linux, or a home that nobody may write to
+        return ""
+    return path

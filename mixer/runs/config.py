@@ -197,6 +197,12 @@ def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
         sharding.check_batch_size(name, size // parts, mesh)
 
 
+def check_eval_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError if the mesh does not divide the batch of evaluations."""
+    size = config.eval_batch_size or config.global_batch_size
+    sharding.check_batch_size("eval_batch_size", size, mesh)
+
+
 def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
     value = config
     for part in key.split("."):
@@ -228,6 +234,39 @@ def find_initial(config: ConfigDict) -> loading.Found | None:
             f"images of {height} x {width}"
         )
     return found
+
+
+def resolve(
+    config: ConfigDict, *, initial: loading.Found | None, begun: dict[str, Any] | None = None
+) -> ConfigDict:
+    """A copy of `config` in which everything is set that does not depend on the data.
+
+    These are what the first weights decide of the model, and the op that `dataset.permutation`
+    means. `resolve_data` sets the rest.
+
+    Args:
+      config: as its own command line says.
+      initial: the run's first weights (`find_initial`).
+      begun: saved config of the run that is continued, whose first weights may be gone.
+    """
+    config = config.copy_and_resolve_references()
+    config.init_from = published.shown(config.init_from)  # it is saved: without secrets
+    resolve_model(config, initial, begun)
+    resolve_permutation(config)
+    return config
+
+
+def resolve_data(config: ConfigDict, num_classes: int | None, num_examples: int | None) -> None:
+    """Sets the number of classes and every length in steps.
+
+    Args:
+      config: of `resolve`.
+      num_classes: of the data; it may be None if the config says it.
+      num_examples: of the training split; it may be None unless `needs_epochs`.
+    """
+    if config.model.num_classes is None:
+        config.model.num_classes = num_classes
+    resolve_lengths(config, num_examples if needs_epochs(config) else None)
 
 
 def resolve_model(

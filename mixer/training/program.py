@@ -40,6 +40,11 @@ class TrainProgram:
         return self.step.model
 
     @property
+    def num_params(self) -> int:
+        """Number of the model's parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    @property
     def mesh(self) -> Mesh | AbstractMesh:
         """The mesh of the state."""
         return self.state.step.sharding.mesh

@@ -1,11 +1,9 @@
 """Training on images that stay on the device, as a config's run does it, without the run."""
 
-import collections
 import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,7 +14,7 @@ from mixer.data.preprocessing import device as augment
 from mixer.errors import UserError
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark.jax_side import IN_FLIGHT, may_fail, memory_of
+from mixer.tools.benchmark.jax_side import may_fail, memory_of
 from mixer.training import program
 from mixer.training import updates as stepping
 
@@ -26,7 +24,7 @@ WARM_UP_CALLS = 12  # in which their length grows
 class Loop:
     """A contestant (see contest.py) whose step is an update of the global batch."""
 
-    def __init__(self, source: stepping.Resident, state: Any, *, devices: int, seconds: float):
+    def __init__(self, source: stepping.Updates, state: Any, *, devices: int, seconds: float):
         """Warms it up; `seconds` is what it took to compile."""
         self._source, self._state, self._step = source, state, 0
         self.devices, self.compile_seconds = devices, seconds
@@ -36,25 +34,15 @@ class Loop:
 
     @may_fail
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`, the host being two calls ahead, as in training."""
-        in_flight: collections.deque[tuple[jax.Array, int, float]] = collections.deque()
+        """As `Contestant.run`, with two calls in flight, as in training."""
         first, start = self._step, time.perf_counter()
-
-        def finish() -> None:
-            loss, count, since = in_flight.popleft()
-            jax.block_until_ready(loss)
-            self._source.took(count, time.perf_counter() - since)
-
         while self._step == first or time.perf_counter() - start < seconds:
             called = time.perf_counter()
-            count, update = self._source.take(self._step, stepping.MOST_STEPS)
+            count, update = self._source.next(self._step, stepping.MOST_STEPS)
             self._state, metrics = update(self._state)
             self._step += count
-            in_flight.append((metrics["loss"], count, called))
-            if len(in_flight) > IN_FLIGHT:
-                finish()
-        while in_flight:
-            finish()
+            self._source.sent(metrics["loss"], count, called)
+        self._source.drain()
         return self._step - first, time.perf_counter() - start
 
     def close(self) -> None:
@@ -103,6 +91,6 @@ def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh
     state = train_program.init_state()
     kept = resident.Examples(arrays, steps, "")
     start = time.perf_counter()
-    source = stepping.open_resident(config, kept, train_program)
+    source = stepping.make_resident(config, kept, train_program)
     seconds = time.perf_counter() - start
     return Loop(source, state, devices=mesh.size, seconds=seconds)

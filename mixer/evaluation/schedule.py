@@ -1,0 +1,143 @@
+"""The evaluations of a training run: which are due, which were missed, and where results go."""
+
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from mixer.data import resident
+from mixer.evaluation import classification, fewshot, suites
+from mixer.evaluation.evaluator import Evaluator, Result, Setup
+from mixer.runs import config as run_config
+from mixer.runs.best import Best, best_so_far
+from mixer.runs.directory import OpenRun
+from mixer.runs.log import TrainLog
+from mixer.runs.resume import Start
+from mixer.training.state import TrainState
+from mixer.training.step import make_predict
+
+# A probe of `eval_suite`: (config, splits, setup) -> its evaluator.
+PROBES: dict[str, Callable[[ConfigDict, run_config.Splits, Setup], Evaluator]] = {
+    "fewshot": fewshot.open_evaluator,
+}
+
+
+class EvaluationSchedule:
+    """Runs evaluators when they are due, and records their results.
+
+    A result enters results.json first and metrics.jsonl last, before the next evaluator starts: an
+    evaluator whose key is in metrics.jsonl has run.
+    """
+
+    def __init__(
+        self, evaluators: Sequence[Evaluator], *, run: OpenRun, log: TrainLog, best: Best | None
+    ):
+        """`best` keeps the weights with the highest validation accuracy."""
+        self._evaluators, self._open_run, self._log, self._best = evaluators, run, log, best
+
+    def is_due(self, step: int) -> bool:
+        """Whether an evaluator is due after update `step`."""
+        return any(evaluator.is_due(step) for evaluator in self._evaluators)
+
+    def run(self, state: TrainState, step: int) -> None:
+        """Runs the evaluators that are due after update `step`.
+
+        A signal ends an evaluator early; it is then still due and runs when the run continues.
+        """
+        due = [evaluator for evaluator in self._evaluators if evaluator.is_due(step)]
+        self._run(due, state, step, f"step {step}: ")
+
+    def run_missed(self, state: TrainState, step: int) -> None:
+        """Runs the evaluators that were due at `step` when an earlier start of the run ended."""
+        keys = self._keys_at(step)
+        missed = [
+            evaluator
+            for evaluator in self._evaluators
+            if evaluator.is_due(step) and evaluator.key not in keys
+        ]
+        self._run(missed, state, step, f"step {step}: ")
+
+    def run_all(self, state: TrainState, step: int) -> None:
+        """Runs all evaluators on the final state."""
+        self._run(self._evaluators, state, step, "")
+
+    def _run(
+        self, evaluators: Sequence[Evaluator], state: TrainState, step: int, prefix: str
+    ) -> None:
+        for evaluator in evaluators:
+            results = evaluator.run(state.params, state.ema_params, self._open_run.signals.poll)
+            if results is None:
+                return
+            self._record(evaluator, results, state, step)
+            for result in results:
+                self._log.say(f"{prefix}{result.line}")
+
+    def _record(
+        self, evaluator: Evaluator, results: Sequence[Result], state: TrainState, step: int
+    ) -> None:
+        metrics = {key: value for result in results for key, value in result.metrics.items()}
+        if self._best and self._best.key in metrics:
+            self._best.keep_if_higher(state, step, metrics[self._best.key])
+        for result in results:
+            run_config.record_result(
+                self._open_run.path,
+                "last",
+                {"step": step},
+                result.name,
+                result.summary,
+                section=result.section,
+            )
+        if evaluator.key not in self._keys_at(step):
+            self._log.writer.write(step, metrics)
+
+    def _keys_at(self, step: int) -> set[str]:
+        """What metrics.jsonl has of `step`."""
+        return {key for row in self._log.writer.rows if row["step"] == step for key in row}
+
+
+def open_evaluators(config: ConfigDict, start: Start) -> tuple[list[Evaluator], list[Evaluator]]:
+    """The evaluators of a run: those of its validations, and those of its end.
+
+    A run that had finished already evaluates its validation split at the end too.
+
+    Raises:
+      UserError: what `eval_suite` names is unknown, or its data does not fit the run.
+    """
+    program, splits = start.program, start.splits
+    setup = Setup(
+        model=program.model,
+        mesh=program.mesh,
+        loss_fn=program.step.loss_fn,
+        global_batch_size=config.eval_batch_size or config.global_batch_size,
+        prefetch_batches=config.dataset.prefetch_batches,
+        every_steps=config.eval_every_steps,
+        total_steps=config.total_steps,
+    )
+    predict = make_predict(program.model, program.mesh)
+    eval_step = classification.make_eval_step(predict, setup.loss_fn, program.model.num_classes)
+
+    def classify(name, split):
+        return classification.SplitEvaluator(name, split, setup, eval_step)
+
+    tasks, probes = suites.open_suite(config, splits, tuple(PROBES))
+    if config.dataset.on_device != "off":
+        tasks = {name: resident.remember(split) for name, split in tasks.items()}
+    regular: list[Evaluator] = []
+    final: list[Evaluator] = []
+    if splits.val is not None:
+        regular.append(classify("val", splits.val))
+        regular += [classify(name, split) for name, split in tasks.items()]
+        regular += [PROBES[name](config, splits, setup) for name in probes]
+        if start.step == config.total_steps:
+            final.append(regular[0])
+    if splits.test is not None:
+        final.append(classify("test", splits.test))
+    return regular, final
+
+
+def make_best(config: ConfigDict, run: OpenRun, log: TrainLog, *, start_step: int) -> Best | None:
+    """Keeps the best weights of a run, if the config says so."""
+    if not config.checkpoint.keep_best:
+        return None
+    key = "val_ema/top1" if config.optimizer.ema_decay else "val/top1"
+    highest = best_so_far(run.best, key, log.writer.rows) if start_step else -1.0
+    return Best(run.best, key, highest)

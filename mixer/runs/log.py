@@ -1,0 +1,162 @@
+"""What a training run prints and records: the terminal, metrics.jsonl and the rates in both."""
+
+import math
+import time
+
+import jax
+import psutil
+from etils import epath
+from ml_collections import ConfigDict
+
+from mixer import console, formatting
+from mixer.data.splits import Split
+from mixer.errors import UserError
+from mixer.parallel import processes as distributed
+from mixer.parallel import sharding
+from mixer.runs import curves
+from mixer.runs.directory import OpenRun, warn
+from mixer.runs.record import Meter, MetricWriter
+from mixer.runs.resume import Start
+from mixer.training import optimizer
+
+
+class TrainLog:
+    """Terminal, record and rates of one start of a run.
+
+    Attributes:
+      writer: of metrics.jsonl; `writer.rows` is the record so far.
+    """
+
+    def __init__(self, config: ConfigDict, run: OpenRun, *, start_step: int, train: Split):
+        """Opens the record of a run that continues after `start_step`; `train` is its split."""
+        self._config, self._run, self._start_step = config, run, start_step
+        self._epoch_size = train.num_examples
+        self.writer = MetricWriter(
+            run.path, last_step=start_step, tensorboard=config.tensorboard, warn=warn
+        )
+        self._terminal = console.Terminal(start_step=start_step, total_steps=config.total_steps)
+        self._meter = Meter(config.global_batch_size, start_step)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.say = self._terminal.line
+        self.waiting, self.paused = self._meter.waiting, self._meter.paused
+
+    def start(self) -> None:
+        """Shows the progress bar and starts the clock of the rates."""
+        self._started = time.perf_counter()
+        self._meter.start(self._start_step)
+        if self._start_step < self._config.total_steps:
+            self._terminal.start()
+
+    def finish_step(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:
+        """Notes that the updates `first` to `last` are dispatched, with the metrics of the last.
+
+        The metrics of a log step are written one call late, when the device has finished them.
+        """
+        self._terminal.step(last)
+        if outlier := self._meter.outlier(last - first + 1):
+            steps = f"step {last}" if first == last else f"steps {first} to {last}"
+            self.say(f"{steps} took {outlier}")
+        is_log_step = last % self._config.log_every_steps == 0 or last == self._config.total_steps
+        if first == self._start_step + 1:
+            jax.block_until_ready(metrics)
+            age = time.time() - psutil.Process().create_time()
+            self.say(f"first step done {age:.1f} s after the program's start")
+            if not is_log_step:
+                self._meter.start(last)  # the first step includes the first batch's way
+        self.write_pending()
+        if is_log_step:
+            self._pending = last, metrics
+            if metrics["loss"].is_ready():  # on a CPU; waiting would add the next call's time
+                self.write_pending()
+
+    def write_pending(self) -> None:
+        """Writes the metrics of the last log step if they are not written yet.
+
+        Raises:
+          UserError: the loss, or the number of skipped updates, ends the run.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        metrics = {f"train/{key}": float(v) for key, v in jax.device_get(metrics).items()}
+        self._check_finite(step, metrics)
+        metrics["train/epoch"] = step * self._config.global_batch_size / self._epoch_size
+        metrics.update(self._meter.read(step))
+        self.writer.write(step, metrics)
+        seconds_left = (self._config.total_steps - step) * self._meter.seconds_per_step
+        self._terminal.log(step, metrics, seconds_left)
+        self._run.checkpoints.check()
+
+    def finish(self) -> None:
+        """Ends the progress bar, once the last update is done."""
+        self._terminal.close()
+        if self._start_step == self._config.total_steps:
+            self.say(f"finished already: {self._run.path} is at step {self._start_step}")
+        else:
+            seconds = formatting.duration(time.perf_counter() - self._started)
+            self.say(f"trained to step {self._config.total_steps} in {seconds}")
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the record."""
+        self._terminal.close()
+        self.writer.close()
+
+    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises UserError if the loss is not finite, or too many updates were skipped."""
+        config, skips = self._config, self._config.nan_policy == "skip"
+        if skips and metrics["train/skipped_steps"] <= config.max_skipped_steps:
+            return
+        if not skips and math.isfinite(metrics["train/loss"]):
+            return
+        problem = f"the loss is {metrics['train/loss']} at step {step}"
+        if skips:
+            problem = (
+                f"{metrics['train/skipped_steps']:.0f} updates up to step {step} were not finite "
+                f"and skipped, more than max_skipped_steps={config.max_skipped_steps}"
+            )
+        raise UserError(
+            f"{problem}; the last good checkpoint is {self._run.checkpoints.describe_last()}. Try "
+            "a lower optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
+        )
+
+
+def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> None:
+    """Prints what is trained: the run, its model, data and devices, and where it continues."""
+    program, train = start.program, start.splits.train
+    model, mesh, params = program.model, program.mesh, program.state.params
+    log.say(f"run {run.path}: {config.total_steps} steps of {config.global_batch_size} images")
+    log.say(
+        f"model: {program.num_params:,} parameters, {model.num_blocks} blocks, "
+        f"{config.image_size} px, patch {model.patch_size}, {model.num_classes} classes"
+    )
+    log.say(f"data: {train.name}, {train.num_examples:,} examples")
+    for line in start.splits.remarks:
+        log.say(f"warning: {line}")
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    processes = f" in {jax.process_count()} processes" * (jax.process_count() > 1)
+    kind = jax.devices()[0].device_kind
+    log.say(f"devices: {jax.device_count()} x {kind}{processes} (mesh: {shape})")
+    if mesh.shape["data"] < mesh.size:
+        for line in sharding.describe_rules(mesh, params):
+            log.say(line)
+    if line := optimizer.describe_average(config.optimizer.ema_decay, config.total_steps):
+        warn(line)
+    for line in optimizer.describe_multipliers(params, config.optimizer.lr_multipliers):
+        log.say(line)
+    if start.step:
+        log.say(f"continuing from step {start.step}")
+        if train.order_depends_on_readers and start.num_readers != jax.process_count():
+            log.say(
+                f"the data order is that of {start.num_readers} process(es), which started the "
+                f"run; {jax.process_count()} read it now"
+            )
+    if start.is_extended:
+        log.say("the finished run is extended: its schedule is now that of the new length")
+
+
+def write_curves(workdir: epath.Path, log: TrainLog) -> None:
+    """Draws the run's curves and says where everything is."""
+    if distributed.is_main():
+        curves.draw_curves(log.writer.rows, workdir / "curves.png", workdir.name)
+    last_step = log.writer.rows[-1]["step"] if log.writer.rows else 0
+    log.say(f"run: {workdir} (checkpoints/{last_step}, metrics.jsonl, results.json, curves.png)")

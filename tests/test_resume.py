@@ -1,0 +1,169 @@
+"""What a restart decides, one decision per test, without training."""
+
+import json
+import shutil
+import tarfile
+import types
+
+import numpy as np
+import pytest
+
+from helpers import GOLDENS, assert_same_bits, final_state, leaves, tiny_config
+from mixer import trainer
+from mixer.data import resident
+from mixer.errors import UserError
+from mixer.parallel import sharding
+from mixer.runs import resume
+from mixer.runs.directory import open_run
+from mixer.runs.resume import Begun
+
+
+def _run(path, steps=()):
+    """An open run directory with checkpoints of `steps`."""
+    return types.SimpleNamespace(path=path, checkpoints=types.SimpleNamespace(steps=list(steps)))
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _prepare(config, workdir, **options):
+    options = {"allow_config_change": False, **options}
+    with open_run(config, str(workdir)) as run:
+        return resume.prepare(config, run, sharding.make_mesh(config.mesh), **options)
+
+
+def test_directory_without_a_checkpoint_binds_nothing(copied_run):
+    assert resume.read_begun(_run(copied_run), allow_config_change=False) == Begun(None, None)
+
+
+def test_saved_config_and_data_bind_a_run_with_checkpoints(copied_run):
+    begun = resume.read_begun(_run(copied_run, [12]), allow_config_change=False)
+    assert begun.config["total_steps"] == 12 and begun.data["num_readers"] == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_missing_file_of_a_run_is_refused_unless_changes_are_allowed(copied_run, name):
+    (copied_run / name).unlink()
+    with pytest.raises(UserError, match=name):
+        resume.read_begun(_run(copied_run, [12]), allow_config_change=False)
+    begun = resume.read_begun(_run(copied_run, [12]), allow_config_change=True)
+    assert [begun.config, begun.data].count(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "saved", "expected"),
+    [(13, [4, 8, 12], True), (12, [12], False), (13, [4, 8], False), (11, [12], False)],
+)
+def test_run_is_extended_if_it_had_finished_and_gets_more_steps(total_steps, saved, expected):
+    begun = Begun({"total_steps": 12}, {})
+    assert resume.extends(begun, tiny_config(total_steps=total_steps), saved) == expected
+    assert not resume.extends(Begun(None, None), tiny_config(), saved)
+
+
+def test_changed_config_is_refused_by_key_and_values(tmp_path):
+    old = json.loads(json.dumps(tiny_config().to_dict()))
+    changed = tiny_config(optimizer__peak_lr=0.5, log_every_steps=5)
+    with pytest.raises(UserError, match=r"optimizer\.peak_lr: 0\.003 -> 0\.5") as error:
+        resume.check_same_config(_run(tmp_path), old, changed, is_extended=False)
+    assert "log_every_steps" not in str(error.value)  # binds nothing
+
+
+def test_extension_may_change_the_lengths_alone(tmp_path):
+    old = json.loads(json.dumps(tiny_config().to_dict()))
+    longer = tiny_config(total_steps=24, schedule__warmup_steps=4)
+    resume.check_same_config(_run(tmp_path), old, longer, is_extended=True)
+    with pytest.raises(UserError, match="total_steps: 12 -> 24"):
+        resume.check_same_config(_run(tmp_path), old, longer, is_extended=False)
+    longer.schedule.decay = "linear"
+    with pytest.raises(UserError, match=r"schedule\.decay"):
+        resume.check_same_config(_run(tmp_path), old, longer, is_extended=True)
+
+
+@pytest.mark.parametrize(
+    ("begun_data", "num_processes", "batch_size", "expected"),
+    [
+        (None, 4, 16, 4),  # a new run: its own processes
+        ({"num_readers": 2}, 4, 16, 2),  # a restart on more processes: those that began it
+        ({"splits": {}}, 4, 16, 1),  # older code saved no number: it read with one process
+        ({"num_readers": 3}, 4, 16, 4),  # a new batch size that the number does not divide
+    ],
+)
+def test_order_assumes_the_processes_that_began_the_run(
+    begun_data, num_processes, batch_size, expected, capsys
+):
+    config = tiny_config(global_batch_size=batch_size)
+    assert resume.choose_readers(config, begun_data, num_processes) == expected
+    assert ("batch size has changed" in capsys.readouterr().out) == (
+        begun_data == {"num_readers": 3}
+    )
+
+
+@pytest.mark.parametrize(
+    ("on_device", "begun_data", "is_read"),
+    [
+        ("auto", None, True),
+        ("auto", {"on_device": True}, True),
+        ("auto", {"splits": {}}, True),  # older code did not say
+        ("auto", {"on_device": False}, False),
+        ("on", {"on_device": False}, True),  # the user insists
+    ],
+)
+def test_run_that_streamed_keeps_streaming(on_device, begun_data, is_read, monkeypatch):
+    monkeypatch.setattr(resident, "read", lambda *args, **kwargs: "read")
+    examples = resume.read_examples(
+        tiny_config(dataset__on_device=on_device),
+        lambda: types.SimpleNamespace(train=None),
+        begun_data,
+        check=lambda split: None,
+        should_stop=lambda: False,
+    )
+    assert (examples == "read") == is_read and isinstance(examples, str)
+
+
+def test_restart_restores_the_last_step_and_its_config(copied_run, finished_run, tfds_dir):
+    config = tiny_config(tfds_dir, total_steps=20)
+    start = _prepare(config, copied_run)
+    assert start.step == 12 and start.is_extended and start.num_readers == 1
+    assert start.config.model.num_classes == 10 and config.model.num_classes is None
+    assert start.record["on_device"] == (not isinstance(start.examples, str))
+    saved = final_state(finished_run)
+    assert_same_bits(start.state.params, saved["params"])
+
+
+def test_finished_run_reads_no_examples_and_keeps_its_record(copied_run, tfds_dir):
+    before = json.loads((copied_run / "data.json").read_text())
+    start = _prepare(tiny_config(tfds_dir), copied_run)
+    assert start.step == 12 and start.examples is None and not start.is_extended
+    assert json.loads(json.dumps(start.record)) == before
+
+
+def test_run_beyond_its_length_is_refused(copied_run, tfds_dir):
+    with pytest.raises(UserError, match=r"step 12.*total_steps=8"):
+        _prepare(tiny_config(tfds_dir, total_steps=8), copied_run, allow_config_change=True)
+
+
+def test_nothing_is_written_before_everything_is_decided(tmp_path, tfds_dir):
+    _prepare(tiny_config(tfds_dir), tmp_path / "new")
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_run_of_older_code_continues(tmp_path):
+    """Written by the code before `mixer/` had packages (7a95569), up to step 8 of 12.
+
+    `expected.npz` holds what that code had at step 12, on a CPU.
+    """
+    with tarfile.open(GOLDENS / "old_run.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    config = tiny_config(model__num_classes=10, optimizer__ema_decay=0.9)
+    config.model.update(hidden_dim=8, num_blocks=1, tokens_mlp_dim=4, channels_mlp_dim=8)
+    trainer.train(config, tmp_path / "old_run")
+    state = final_state(tmp_path / "old_run")
+    assert int(state["step"]) == 12
+    actual = leaves({name: state[name] for name in ("params", "ema_params")})
+    with np.load(tmp_path / "expected.npz", allow_pickle=False) as expected:
+        assert actual.keys() == set(expected.files)
+        for name in expected.files:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=1e-5)
