@@ -24,7 +24,7 @@ from absl import flags
 
 from mixer.cli import config as cli
 from mixer.cli import launch
-from mixer.errors import nearest
+from mixer.errors import check_choice
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
 WEIGHTS = flags.DEFINE_list(
@@ -182,10 +182,8 @@ def _fine_tune(name: str, open_subject) -> None:
         raise cli.UserError(f"{init} is for images of {height} x {width}; training takes squares")
     groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
     known = [task for group in groups.values() for task in group]
-    if unknown := [task for task in TASKS.value if task not in known]:
-        raise cli.UserError(
-            f"--tasks={unknown[0]}: {name} has {', '.join(known)}.{nearest(unknown[0], known)}"
-        )
+    for task in TASKS.value:
+        check_choice(f"--suite={name} --tasks", task, known)
     make = cli.config_maker(finetune.__file__)
     tasks = {}
     for task in TASKS.value or known:

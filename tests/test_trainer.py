@@ -493,7 +493,7 @@ def test_what_is_under_way_counts_as_training(tmp_path, monkeypatch, due):
         (dict(image_size=9), "patch size 2 .* 9.*8 or 10"),
         (dict(dataset__name=""), "dataset.name"),
         (dict(dataset__train_split=""), "train_split"),
-        (dict(loss="hinge"), "loss 'hinge'"),
+        (dict(loss="hinge"), "loss='hinge'"),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing import spec as steps_lib
 from mixer.data.sources import folder
-from mixer.errors import UserError
+from mixer.errors import UserError, check_choice
 from mixer.models import layers
 from mixer.models import resize as resolution
 from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
@@ -123,9 +123,8 @@ def check_config(config: ConfigDict) -> None:
             f"optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "
             f"global_batch_size={config.global_batch_size}"
         )
-    for key, known in (("init_head", loading.HEADS), ("init_resize", loading.RESIZES)):
-        if config[key] not in known:
-            raise UserError(f"{key}={config[key]!r}; one of {', '.join(known)}")
+    check_choice("init_head", config.init_head, loading.HEADS)
+    check_choice("init_resize", config.init_resize, loading.RESIZES)
     for stem in LENGTHS:
         given = lengths_given(config, stem)
         if len(given) > 1:
@@ -137,23 +136,16 @@ def check_config(config: ConfigDict) -> None:
                 raise UserError(f"{key} is {value}; it must be {'0 or ' * may_be_0}more than 0")
     if not lengths_given(config, "total_"):
         raise UserError("no length of the run: give total_steps, total_epochs or total_examples")
-    if config.dataset.permutation not in ("", *permutation.KINDS):
-        raise UserError(
-            f"dataset.permutation={config.dataset.permutation!r}; one of "
-            f"{', '.join(permutation.KINDS)}, or empty"
-        )
+    if config.dataset.permutation:
+        check_choice("dataset.permutation", config.dataset.permutation, permutation.KINDS)
     if config.dataset.permutation and config.dataset.name == "synthetic":
         raise UserError(
             f"dataset.permutation={config.dataset.permutation!r} is a step of the preprocessing, "
             "and synthetic data takes none"
         )
-    for key, value, known in (
-        ("dataset.on_device", config.dataset.on_device, resident.MODES),
-        ("dataset.augment_on", config.dataset.augment_on, AUGMENT_ON),
-        ("nan_policy", config.nan_policy, ("stop", "skip")),
-    ):
-        if value not in known:
-            raise UserError(f"{key}={value!r}; one of {', '.join(known)}")
+    check_choice("dataset.on_device", config.dataset.on_device, resident.MODES)
+    check_choice("dataset.augment_on", config.dataset.augment_on, AUGMENT_ON)
+    check_choice("nan_policy", config.nan_policy, ("stop", "skip"))
     if config.max_skipped_steps < 0:
         raise UserError(f"max_skipped_steps={config.max_skipped_steps}; it must be 0 or more")
     if not 0 <= config.stall_secs < math.inf:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -41,10 +41,7 @@ def make_schedule(
     Raises:
       UserError: an unknown decay, or parts that do not fit the run.
     """
-    if decay not in DECAYS:
-        raise UserError(
-            f"schedule.decay={decay!r}; one of {', '.join(DECAYS)}.{nearest(decay, DECAYS)}"
-        )
+    check_choice("schedule.decay", decay, DECAYS)
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
             f"schedule.warmup_steps={warmup_steps} does not fit total_steps={total_steps}; "
@@ -229,16 +226,13 @@ def make_optimizer(
         "adamw": lambda: _scale_by_adam(b1, b2, eps, momentum_dtype, variance_dtype),
         "sgd": lambda: optax.trace(b1, accumulator_dtype=momentum_dtype),
     }
-    for key, value, known in (
+    for key, value, choices in (
         ("name", name, directions),
         ("weight_decay_form", weight_decay_form, WEIGHT_DECAY_FORMS),
         ("momentum_dtype", momentum_dtype, ("float32", "bfloat16")),
         ("variance_dtype", variance_dtype, ("float32", "bfloat16")),
     ):
-        if value not in known:
-            raise UserError(
-                f"optimizer.{key}={value!r}; one of {', '.join(known)}.{nearest(value, known)}"
-            )
+        check_choice(f"optimizer.{key}", value, choices)
     if name == "sgd" and variance_dtype != "float32":
         raise UserError(f"optimizer.variance_dtype={variance_dtype!r} is for adamw; sgd has none")
     for key, value in (("b1", b1), ("b2", b2)):

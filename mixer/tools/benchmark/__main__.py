@@ -32,7 +32,7 @@ from absl import flags
 
 from mixer import files, memory
 from mixer.cli import program
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 from mixer.parallel import backend
 
 MOST = 2**31 - 1  # of images: indices on devices are int32
@@ -122,9 +122,7 @@ def _check_flags(measurement: str) -> None:
         if not math.isfinite(flag.value or 0):
             raise UserError(f"--{flag.name}={flag.value}: a number is taken")
     for name in AGAINST.value:
-        known = ("plain", *torch_side.CONTESTANTS)
-        if name not in known:
-            raise UserError(f"--against={name}: one of {', '.join(known)}.{nearest(name, known)}")
+        check_choice("--against", name, ("plain", *torch_side.CONTESTANTS))
 
 
 def compete(what: str) -> None:
@@ -445,8 +443,7 @@ def _cases(what: str) -> list[Any]:
         raise UserError(f"--models is empty: one or several of {', '.join(KNOWN)}")
     cases = []
     for name in MODELS.value:
-        if name not in KNOWN:
-            raise UserError(f"--models={name}: one of {', '.join(KNOWN)}.{nearest(name, KNOWN)}")
+        check_choice("--models", name, KNOWN)
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
         check_image_size((size, size), KNOWN[name]["patch_size"])
         for batch_size in _batch_sizes():
