@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +56,24 @@ def check_choice(what: str, value: Any, choices: Iterable[str], hint: str = "") 
             f"{what}={value!r}; expected one of {', '.join(choices)}{explanation}."
             f"{nearest(value, choices)}"
         )
+
+
+def check_number(
+    what: str, value: float, *, least: float = 0, below: float = math.inf, whole: bool = False
+) -> None:
+    """Raises UserError unless `value` is a number of at least `least` and below `below`.
+
+    Args:
+      what: what has the value: a config key, a flag or a noun.
+      value: the value; NaN is outside of every range.
+      least: the least accepted value.
+      below: the first value that is too large.
+      whole: whether only an int is accepted.
+    """
+    if (whole and not isinstance(value, int)) or not least <= value < below:
+        kind = "whole" if whole else "finite"
+        limit = "" if below == math.inf else f" and below {below}"
+        raise UserError(f"{what}={value!r}; expected a {kind} number of at least {least}{limit}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

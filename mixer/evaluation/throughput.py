@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mixer import formatting, memory
-from mixer.errors import UserError
+from mixer.errors import check_number
 from mixer.models import layers
 from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
 from mixer.parallel import sharding
@@ -105,8 +105,7 @@ def measure(
     """
     check_image_size(image_size, model.patch_size)
     for batch_size in batch_sizes:
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size}: it must be at least 1")
+        check_number("batch_size", batch_size, least=1, whole=True)
     predict = jax.jit(
         make_predict(model, mesh),
         out_shardings=sharding.batch_sharding(mesh),

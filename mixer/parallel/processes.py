@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mixer.errors import UserError, first_line, line_of
+from mixer.errors import UserError, check_number, first_line, line_of
 
 JOIN_SECS = 300.0  # for all processes to come: the hosts of a pod start minutes apart
 TELL_SECS = 20.0  # between lines that say for whom a process waits
@@ -166,8 +166,7 @@ def check_place(address: str, num_processes: int, process_id: int) -> None:
     """Raises UserError where the three flags cannot be those of a process."""
     if not re.fullmatch(r".+:[0-9]+", address) or not 0 < int(address.rpartition(":")[2]) < 65536:
         raise UserError(f"--coordinator_address={address}: it must be HOST:PORT")
-    if num_processes < 1:
-        raise UserError(f"--num_processes={num_processes}: it must be 1 or more")
+    check_number("--num_processes", num_processes, least=1, whole=True)
     if not 0 <= process_id < num_processes:
         raise UserError(
             f"--process_id={process_id}: with --num_processes={num_processes} it must be from 0 to "

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import shlex
 import sys
@@ -32,7 +31,7 @@ from absl import flags
 
 from mixer import files, memory
 from mixer.cli import program
-from mixer.errors import UserError, check_choice
+from mixer.errors import UserError, check_choice, check_number
 from mixer.parallel import backend
 
 MOST = 2**31 - 1  # of images: indices on devices are int32
@@ -119,8 +118,7 @@ def _check_flags(measurement: str) -> None:
             known = ", ".join(f"--{flag}" for flag in (*taken, "output"))
             raise UserError(f"--{name}: {measurement} takes none; its flags are {known}")
     for flag in (SECONDS, STEP_RATE):
-        if not math.isfinite(flag.value or 0):
-            raise UserError(f"--{flag.name}={flag.value}: a number is taken")
+        check_number(f"--{flag.name}", flag.value or 0)
     for name in AGAINST.value:
         check_choice("--against", name, ("plain", *torch_side.CONTESTANTS))
 
