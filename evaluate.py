@@ -93,14 +93,14 @@ def main(argv: list[str]) -> None:
         config = cli.config()
     launch.join()
     from mixer.evaluation import report
-    from mixer.parallel import processes as distributed
+    from mixer.parallel import processes, watchdog
 
-    if tuned and distributed.state().num_processes > 1:
+    if tuned and processes.state().num_processes > 1:
         raise cli.UserError(
             f"--suite={tuned[0]} fine-tunes on the devices of one host: one process"
         )
     if VARIANTS.value:
-        with distributed.watch():
+        with watchdog.watch():
             report.measure_variants(
                 VARIANTS.value,
                 batch_sizes=batch_sizes,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
 
     subjects = [of_run(path) for path in workdirs] + [of_file(path) for path in paths]
     if suite or not tuned:
-        with distributed.watch():
+        with watchdog.watch():
             report.evaluate(
                 subjects,
                 splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],

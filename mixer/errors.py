@@ -3,6 +3,7 @@
 import difflib
 import errno
 import math
+import signal
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,6 +39,15 @@ def line_of(error: BaseException) -> str | None:
         reason = first_line(error).partition("RESOURCE_EXHAUSTED: ")[2] or first_line(error)
         return f"the device's memory is full: {reason} (docs/scaling.md says what takes less)"
     return None
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a program that ends with `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 1 if line_of(error) is None else 2
 
 
 def check_choice(what: str, value: Any, choices: Iterable[str], hint: str = "") -> None:

@@ -24,7 +24,7 @@ from mixer.data import resident
 from mixer.data.preprocessing.spec import pixel_range
 from mixer.errors import UserError, first_line
 from mixer.evaluation import classification, fewshot, suites
-from mixer.parallel import backend, sharding, signals
+from mixer.parallel import backend, sharding, signals, watchdog
 from mixer.parallel import processes as distributed
 from mixer.runs import config as run
 from mixer.runs import profile as profiling
@@ -43,7 +43,7 @@ SHOT = "10shot"  # of the few-shot probe, the one by which it is known to be in 
 def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> None:
     """Trains, or goes on training, the model of `config` in `workdir`.
 
-    With several processes (`distributed.initialize`) each calls it with the same arguments; only
+    With several processes (`join.initialize`) each calls it with the same arguments; only
     process 0 writes what is not a checkpoint.
 
     Args:
@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False
       UserError: a mistake of the user's, in one line.
       signals.Stopped: SIGTERM or SIGINT arrived; the state is saved.
     """
-    with distributed.watch(stall_secs=config.stall_secs, tell=_warn) as watch:
+    with watchdog.watch(stall_secs=config.stall_secs, tell=_warn) as watch:
         backend.check_settings()
         backend.start()
         run.check_config(config)
@@ -79,7 +79,7 @@ def _train(
     config: ConfigDict,
     workdir: epath.Path,
     allow_config_change: bool,
-    watch: distributed.Watch,
+    watch: watchdog.Watch,
     caught: signals.Signals,
     checkpoints: checkpoint.Checkpoints,
     best: checkpoint.Checkpoints,
@@ -427,7 +427,7 @@ def _loop(
     *,
     workdir: epath.Path,
     epoch_size: int,
-    watch: distributed.Watch,
+    watch: watchdog.Watch,
     writer: MetricWriter,
     terminal: console.Terminal,
     checkpoints: checkpoint.Checkpoints,

@@ -22,7 +22,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 from absl import app, flags, logging
 
-from mixer.errors import UserError, line_of
+from mixer.errors import UserError, exit_code, line_of
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -76,10 +76,10 @@ def run(
         finally:
             interrupts.leave_at_once()  # JAX and others clean up now
     except (Exception, KeyboardInterrupt) as error:
-        if (code := getattr(error, "exit_code", None)) is not None:
-            sys.exit(code)
-        line, code = line_of(error), 2
-        # A library may have made another exception of it.
+        if hasattr(error, "exit_code"):  # signals.Stopped, which has told the user
+            sys.exit(error.exit_code)
+        line, code = line_of(error), exit_code(error)
+        # A library may have made another exception of KeyboardInterrupt.
         if isinstance(error, KeyboardInterrupt) or interrupts.was_raised():
             line, code = "interrupted", interrupts.CODE
         if line is None:
