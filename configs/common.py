@@ -344,3 +344,74 @@ def pretraining(
     if arg.mode == "smoke":
         make_smoke(config, num_classes=num_classes)
     return config
+
+
+def imagenet1k(arg: str, *, model: str) -> ConfigDict:
+    """`pretraining` on ImageNet-1k with the values of BV's mlp_mixer_i1k.
+
+    Args:
+      arg: the arguments of `pretraining`, not parsed.
+      model: the variant, unless `arg` has another.
+    """
+    return pretraining(
+        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet2012"),
+        dataset="imagenet2012",
+        num_classes=1000,
+        train_split="train[:99%]",
+        val_split="train[99%:]",
+        test_split="validation",
+        augment="flip_lr|randaugment(2, 15)",
+        peak_lr=1e-3,
+        weight_decay=0.1,
+        head_bias_init=-6.9,
+        mixup=0.5,
+        stoch_depth=0.1,
+    )
+
+
+def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> ConfigDict:
+    """`pretraining` on ImageNet-21k.
+
+    Args:
+      arg: the arguments of `pretraining`, not parsed.
+      model: the variant, unless `arg` has another.
+      magnitude: of RandAugment.
+      mixup: Beta's parameter.
+    """
+    return pretraining(
+        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet21k"),
+        dataset="imagenet21k",
+        num_classes=21843,
+        train_split="train[51200:]",
+        val_split="train[25600:51200]",
+        test_split="train[:25600]",
+        augment=f"flip_lr|randaugment(2, {magnitude})",
+        peak_lr=1e-3,
+        weight_decay=0.1,
+        head_bias_init=-10.0,
+        mixup=mixup,
+        stoch_depth=0.1,
+    )
+
+
+def jft(arg: str, *, model: str, epochs: float, peak_lr: float) -> ConfigDict:
+    """`pretraining` on images of a folder with a label file, as the paper's on JFT-300M.
+
+    Args:
+      arg: the arguments of `pretraining`, not parsed.
+      model: the variant, unless `arg` has another.
+      epochs: the length, unless `arg` has another.
+      peak_lr: of batch 4096.
+    """
+    return pretraining(
+        parse_arg(arg, model=model, res=224, mode="tpu", epochs=epochs, data="folder"),
+        dataset="folder",
+        num_classes=None,
+        train_split="train[:99%]",
+        val_split="train[99%:]",
+        test_split="",
+        augment="flip_lr",
+        peak_lr=peak_lr,
+        weight_decay=0.03,
+        head_bias_init=-10.0,
+    )
