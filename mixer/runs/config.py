@@ -146,6 +146,12 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"profile_steps={tuple(steps)}; give (first, last), such as (100, 104)")
     if not config.dataset.name:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
+    variant, patch_size = config.model.variant, config.model.patch_size
+    if variant is not None:
+        check_choice("model.variant", variant, VARIANTS)
+        patch_size = patch_size or VARIANTS[variant]["patch_size"]
+    if patch_size:
+        check_image_size((config.image_size, config.image_size), patch_size)
 
 
 def lengths_given(config: ConfigDict, stem: str) -> dict[str, float]:
