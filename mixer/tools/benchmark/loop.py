@@ -14,9 +14,10 @@ from mixer import memory
 from mixer.data import resident
 from mixer.data.preprocessing import device as augment
 from mixer.errors import UserError
+from mixer.evaluation.throughput import IN_FLIGHT
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark.jax_side import IN_FLIGHT, may_fail, memory_of
+from mixer.tools.benchmark.jax_side import may_fail, memory_of
 from mixer.training import state as train_state
 from mixer.training import updates as stepping
 
