@@ -470,12 +470,7 @@ def _batch_sizes() -> list[int]:
 
     if BATCH_SIZE.value is None:
         return [8 if jax.default_backend() == "cpu" else 256]
-    if not BATCH_SIZE.value:
-        raise UserError("--batch_size is empty: whole numbers of at least 1 are taken")
-    for text in BATCH_SIZE.value:
-        if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= MOST:
-            raise UserError(f"--batch_size={text}: a whole number from 1 to {MOST} is taken")
-    return [int(text) for text in BATCH_SIZE.value]
+    return program.numbers("batch_size", BATCH_SIZE.value, least=1)
 
 
 def _turns(seconds: float, rounds: int) -> tuple[float, int]:
