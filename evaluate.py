@@ -24,7 +24,7 @@ from absl import flags
 
 from mixer.cli import config as cli
 from mixer.cli import launch
-from mixer.errors import nearest
+from mixer.errors import check_choice
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
 WEIGHTS = flags.DEFINE_list(
@@ -93,14 +93,14 @@ def main(argv: list[str]) -> None:
         config = cli.config()
     launch.join()
     from mixer.evaluation import report
-    from mixer.parallel import processes as distributed
+    from mixer.parallel import processes, watchdog
 
-    if tuned and distributed.state().num_processes > 1:
+    if tuned and processes.state().num_processes > 1:
         raise cli.UserError(
             f"--suite={tuned[0]} fine-tunes on the devices of one host: one process"
         )
     if VARIANTS.value:
-        with distributed.watch():
+        with watchdog.watch():
             report.measure_variants(
                 VARIANTS.value,
                 batch_sizes=batch_sizes,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
 
     subjects = [of_run(path) for path in workdirs] + [of_file(path) for path in paths]
     if suite or not tuned:
-        with distributed.watch():
+        with watchdog.watch():
             report.evaluate(
                 subjects,
                 splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
@@ -182,10 +182,8 @@ def _fine_tune(name: str, open_subject) -> None:
         raise cli.UserError(f"{init} is for images of {height} x {width}; training takes squares")
     groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
     known = [task for group in groups.values() for task in group]
-    if unknown := [task for task in TASKS.value if task not in known]:
-        raise cli.UserError(
-            f"--tasks={unknown[0]}: {name} has {', '.join(known)}.{nearest(unknown[0], known)}"
-        )
+    for task in TASKS.value:
+        check_choice(f"--suite={name} --tasks", task, known)
     make = cli.config_maker(finetune.__file__)
     tasks = {}
     for task in TASKS.value or known:

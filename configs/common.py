@@ -184,13 +184,11 @@ def parse_arg(arg: str, **defaults):
                 values[key] = kind(value)
         except (KeyError, ValueError):
             raise ValueError(
-                f"config argument {key}={value!r}: it must be of type {kind.__name__}"
+                f"config argument {key}={value!r}; expected a value of type {kind.__name__}"
             ) from None
     return ConfigDict(values)
 
 
-# The models that the recipes' `model=` takes; mixer/models/mlp_mixer.py has their dimensions.
-VARIANTS = ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
 MODES = ("tpu", "gpu8", "smoke")
 PUBLISHED_BATCH = 4096  # of every pre-training run of the paper
 
@@ -199,32 +197,14 @@ def check_choice(key: str, value, known) -> None:
     """Raises ValueError where the config argument `key` has a value that is not in `known`."""
     if value not in known:
         raise ValueError(
-            f"config argument {key}={value!r}: it must be one of {', '.join(map(str, known))}"
+            f"config argument {key}={value!r}; expected one of {', '.join(map(str, known))}"
         )
 
 
 def check_positive(key: str, value: float) -> None:
     """Raises ValueError where the config argument `key` is not a number above 0."""
     if not 0 < value < float("inf"):
-        raise ValueError(f"config argument {key}={value}: it must be above 0")
-
-
-def check_res(res: int, patch_size: int) -> None:
-    """Raises ValueError where `patch_size` does not divide the image's side `res` (pixels)."""
-    check_positive("res", res)
-    if res % patch_size:
-        low = res // patch_size * patch_size
-        near = " or ".join(str(side) for side in (low, low + patch_size) if side)
-        raise ValueError(
-            f"config argument res={res}: patches of {patch_size} pixels do not divide it; the "
-            f"nearest sizes are {near}"
-        )
-
-
-def check_model(model: str, res: int) -> None:
-    """Raises ValueError where `model` is no variant, or its patch does not divide `res`."""
-    check_choice("model", model, VARIANTS)
-    check_res(res, int(model.partition("/")[2]))
+        raise ValueError(f"config argument {key}={value}; expected a finite number above 0")
 
 
 def eval_preprocess(res: int) -> str:
@@ -312,7 +292,7 @@ def pretraining(
     Raises:
       ValueError: an argument out of range.
     """
-    check_model(arg.model, arg.res)
+    check_positive("res", arg.res)
     check_choice("mode", arg.mode, MODES)
     check_positive("epochs", arg.epochs)
     config = base()
@@ -344,3 +324,74 @@ def pretraining(
     if arg.mode == "smoke":
         make_smoke(config, num_classes=num_classes)
     return config
+
+
+def imagenet1k(arg: str, *, model: str) -> ConfigDict:
+    """`pretraining` on ImageNet-1k with the values of BV's mlp_mixer_i1k.
+
+    Args:
+      arg: the arguments of `pretraining`, not parsed.
+      model: the variant, unless `arg` has another.
+    """
+    return pretraining(
+        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet2012"),
+        dataset="imagenet2012",
+        num_classes=1000,
+        train_split="train[:99%]",
+        val_split="train[99%:]",
+        test_split="validation",
+        augment="flip_lr|randaugment(2, 15)",
+        peak_lr=1e-3,
+        weight_decay=0.1,
+        head_bias_init=-6.9,
+        mixup=0.5,
+        stoch_depth=0.1,
+    )
+
+
+def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> ConfigDict:
+    """`pretraining` on ImageNet-21k.
+
+    Args:
+      arg: the arguments of `pretraining`, not parsed.
+      model: the variant, unless `arg` has another.
+      magnitude: of RandAugment.
+      mixup: Beta's parameter.
+    """
+    return pretraining(
+        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet21k"),
+        dataset="imagenet21k",
+        num_classes=21843,
+        train_split="train[51200:]",
+        val_split="train[25600:51200]",
+        test_split="train[:25600]",
+        augment=f"flip_lr|randaugment(2, {magnitude})",
+        peak_lr=1e-3,
+        weight_decay=0.1,
+        head_bias_init=-10.0,
+        mixup=mixup,
+        stoch_depth=0.1,
+    )
+
+
+def jft(arg: str, *, model: str, epochs: float, peak_lr: float) -> ConfigDict:
+    """`pretraining` on images of a folder with a label file, as the paper's on JFT-300M.
+
+    Args:
+      arg: the arguments of `pretraining`, not parsed.
+      model: the variant, unless `arg` has another.
+      epochs: the length, unless `arg` has another.
+      peak_lr: of batch 4096.
+    """
+    return pretraining(
+        parse_arg(arg, model=model, res=224, mode="tpu", epochs=epochs, data="folder"),
+        dataset="folder",
+        num_classes=None,
+        train_split="train[:99%]",
+        val_split="train[99%:]",
+        test_split="",
+        augment="flip_lr",
+        peak_lr=peak_lr,
+        weight_decay=0.03,
+        head_bias_init=-10.0,
+    )

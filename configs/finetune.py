@@ -118,8 +118,6 @@ def get_config(arg=""):
         arg, model="", dataset="cifar10", res=224, init="", lr=0.03, split=800, mode="tpu"
     )
     model = arg.model or ("" if arg.init else "B/16")
-    if model:
-        common.check_model(model, arg.res)
     common.check_positive("res", arg.res)
     common.check_choice("dataset", arg.dataset, (*SETS, *(f"vtab/{task}" for task in VTAB)))
     common.check_positive("lr", arg.lr)

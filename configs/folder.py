@@ -13,7 +13,7 @@ from configs import common
 def get_config(arg=""):
     arg = common.parse_arg(arg, res=64, patch=8)
     common.check_positive("patch", arg.patch)
-    common.check_res(arg.res, arg.patch)
+    common.check_positive("res", arg.res)
     config = common.base()
     config.total_steps = 5000
     config.global_batch_size = 128

@@ -20,20 +20,4 @@ from configs import common
 
 
 def get_config(arg=""):
-    arg = common.parse_arg(
-        arg, model="B/16", res=224, mode="tpu", epochs=300.0, data="imagenet2012"
-    )
-    return common.pretraining(
-        arg,
-        dataset="imagenet2012",
-        num_classes=1000,
-        train_split="train[:99%]",
-        val_split="train[99%:]",
-        test_split="validation",
-        augment="flip_lr|randaugment(2, 15)",
-        peak_lr=1e-3,
-        weight_decay=0.1,
-        head_bias_init=-6.9,
-        mixup=0.5,
-        stoch_depth=0.1,
-    )
+    return common.imagenet1k(arg, model="B/16")

@@ -23,16 +23,4 @@ from configs import common
 
 
 def get_config(arg=""):
-    arg = common.parse_arg(arg, model="H/14", res=224, mode="tpu", epochs=14.0, data="folder")
-    return common.pretraining(
-        arg,
-        dataset="folder",
-        num_classes=None,
-        train_split="train[:99%]",
-        val_split="train[99%:]",
-        test_split="",
-        augment="flip_lr",
-        peak_lr=1e-3,
-        weight_decay=0.03,
-        head_bias_init=-10.0,
-    )
+    return common.jft(arg, model="H/14", epochs=14.0, peak_lr=1e-3)

@@ -23,18 +23,4 @@ from configs import common
 
 
 def get_config(arg=""):
-    arg = common.parse_arg(arg, model="L/16", res=224, mode="tpu", epochs=300.0, data="imagenet21k")
-    return common.pretraining(
-        arg,
-        dataset="imagenet21k",
-        num_classes=21843,
-        train_split="train[51200:]",
-        val_split="train[25600:51200]",
-        test_split="train[:25600]",
-        augment="flip_lr|randaugment(2, 20)",
-        peak_lr=1e-3,
-        weight_decay=0.1,
-        head_bias_init=-10.0,
-        mixup=0.5,
-        stoch_depth=0.1,
-    )
+    return common.imagenet21k(arg, model="L/16", magnitude=20, mixup=0.5)

@@ -19,7 +19,7 @@ from mixer.training.updates import Updates
 def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> None:
     """Trains the model of `config` in `workdir`, or continues the run that `workdir` holds.
 
-    With several processes (`distributed.initialize`) each calls it with the same arguments; only
+    With several processes (`join.initialize`) each calls it with the same arguments; only
     process 0 writes anything but checkpoints.
 
     Args:

@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT, environment, run_python
 from mixer import files, run_files
 from mixer.errors import UserError
-from mixer.parallel import processes as distributed
+from mixer.parallel import join, processes, watchdog
 from mixer.runs import record as metrics
 
 # One process of several; its plan is JSON: how it joins, and what it does one after the other.
@@ -27,25 +27,25 @@ import json, os, signal, sys, time
 plan = json.loads(sys.argv[1])
 import jax
 from mixer.cli import config as cli
-from mixer.parallel import processes as distributed, signals
+from mixer.parallel import join, processes, signals, watchdog
 from mixer.runs import record as metrics
 from mixer.errors import UserError
-distributed.BEAT_SECS, distributed.SUSPECT_SECS, distributed.SHARE_SECS = 0.2, 2.5, 0.5
-distributed.LOST_SECS, signals.NOTICE_SECS = 4.0, 0.05
+watchdog.BEAT_SECS, watchdog.SUSPECT_SECS, watchdog.LOST_SECS = 0.2, 2.5, 4.0
+processes.SHARE_SECS, signals.NOTICE_SECS = 0.5, 0.05
 
 def show(**what):
     print(json.dumps(what), flush=True)
 
 def talk():
     config = dict(devices=jax.device_count(), local=jax.local_device_count())
-    show(**config, main=distributed.is_main(), index=jax.process_index())
-    distributed.say(json.dumps({"said": index}))
-    show(broadcast=distributed.broadcast({"rows": [index, "x" * 5_000_000]})["rows"][0])
-    show(again=distributed.broadcast(index), gather=distributed.gather(index))
-    show(agree=[distributed.agree(True), distributed.agree(index != 1)])
-    distributed.check_shared(plan["shared"])
+    show(**config, main=processes.is_main(), index=jax.process_index())
+    processes.say(json.dumps({"said": index}))
+    show(broadcast=processes.broadcast({"rows": [index, "x" * 5_000_000]})["rows"][0])
+    show(again=processes.broadcast(index), gather=processes.gather(index))
+    show(agree=[processes.agree(True), processes.agree(index != 1)])
+    processes.check_shared(plan["shared"])
     try:
-        distributed.check_shared(os.path.join(plan["shared"], str(index)))
+        processes.check_shared(os.path.join(plan["shared"], str(index)))
     except UserError as error:
         show(refused=str(error))
     show(left=sum(map(len, (files for *_, files in os.walk(plan["shared"])))))
@@ -75,12 +75,12 @@ def finish():
     with signals.catch() as caught:
         for call in range(30):
             if index == 0 and call == 20:
-                distributed.barrier("left")
+                processes.barrier("left")
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.3)  # the others' counts are asked for
             assert not caught.poll()
     if index == 1:
-        distributed.barrier("left")
+        processes.barrier("left")
     show(finished=True)
 
 def collective():
@@ -112,9 +112,9 @@ def leave(name):
 
 def main(argv):
     global index
-    distributed.initialize(*plan["join"])
-    index = distributed.state().process_id
-    with distributed.watch() as watching:
+    join.initialize(*plan["join"])
+    index = processes.state().process_id
+    with watchdog.watch() as watching:
         for name, *arguments in plan["do"]:
             globals()[name](*arguments)
 
@@ -280,16 +280,16 @@ def test_all_end_by_themselves_with_their_own_code(kind):
 def test_laptop_joins_nothing_and_starts_no_thread():
     code = """
 import threading
-from mixer.parallel import processes as distributed, signals
-distributed.initialize()
-with distributed.watch() as watching, signals.catch() as caught:
+from mixer.parallel import join, processes, signals, watchdog
+join.initialize()
+with watchdog.watch() as watching, signals.catch() as caught:
     watching.beat(1, "computing")
-    assert not caught.poll() and distributed.agree(True) and distributed.broadcast(3) == 3
-    distributed.check_shared("/nowhere")
-    distributed.say("alone")
+    assert not caught.poll() and processes.agree(True) and processes.broadcast(3) == 3
+    processes.check_shared("/nowhere")
+    processes.say("alone")
     assert threading.active_count() == 1
 from jax._src import xla_bridge
-assert distributed.state().client is None and not xla_bridge.backends_are_initialized()
+assert processes.state().client is None and not xla_bridge.backends_are_initialized()
 """
     # In an interactive shell that srun has started: one task, of a job of four.
     job = dict(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_LOCALID="0")
@@ -320,10 +320,10 @@ def test_cluster_is_known_by_its_variables(monkeypatch):
         ({**tpu, "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook
     ):
-        assert distributed.cluster(environ) == expected, environ
+        assert join.cluster(environ) == expected, environ
     for spec, expected in ((None, None), ("found", dict(cluster_detection_method="k8s"))):
-        monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name, spec=spec: spec)
-        assert distributed.cluster(indexed) == expected
+        monkeypatch.setattr(join.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert join.cluster(indexed) == expected
 
 
 def test_gpus_of_a_node_go_to_its_only_process(monkeypatch):
@@ -337,7 +337,7 @@ def test_gpus_of_a_node_go_to_its_only_process(monkeypatch):
         settings = {}
         monkeypatch.setattr(jax.config, "update", settings.__setitem__)
         monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
-        distributed.initialize()
+        join.initialize()
         assert (settings.get("jax_cuda_visible_devices") == "all") is expected, tasks
 
 
@@ -355,18 +355,18 @@ def test_gpus_of_a_node_go_to_its_only_process(monkeypatch):
 )
 def test_wrong_flags_are_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        distributed.initialize(*arguments)
+        join.initialize(*arguments)
     assert "\n" not in str(caught.value)
 
 
 def _meet(calls, monkeypatch, secs=5.0):
     """What each of the calls (port is filled in) has raised, as text, or None."""
-    monkeypatch.setattr(distributed, "JOIN_SECS", secs)
+    monkeypatch.setattr(join, "JOIN_SECS", secs)
     address, results = f"localhost:{_free_port()}", [None] * len(calls)
 
     def call(index):
         try:
-            distributed.meet(address, *calls[index])
+            join.meet(address, *calls[index])
         except UserError as error:
             results[index] = str(error)
 
@@ -393,14 +393,14 @@ def test_processes_meet_or_all_hear_why_not(monkeypatch):
     with socket.create_server(("", 0)) as server:  # two processes 0 on one host
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=rf"\b{port}\b.*--coordinator_address"):
-            distributed.meet(f"localhost:{port}", 2, 0)
+            join.meet(f"localhost:{port}", 2, 0)
 
 
 def test_strangers_at_the_door_and_restarted_processes_do_no_harm(monkeypatch):
-    monkeypatch.setattr(distributed, "JOIN_SECS", 5.0)
+    monkeypatch.setattr(join, "JOIN_SECS", 5.0)
     port, done = _free_port(), []
     address = f"localhost:{port}"
-    main = threading.Thread(target=lambda: done.append(distributed.meet(address, 3, 0)))
+    main = threading.Thread(target=lambda: done.append(join.meet(address, 3, 0)))
     main.start()
     for line in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b""):
         connection = None
@@ -412,9 +412,7 @@ def test_strangers_at_the_door_and_restarted_processes_do_no_harm(monkeypatch):
     with socket.create_connection(("localhost", port)) as connection:
         hello = dict(process=1, processes=3, host="a")  # dies, and comes again
         connection.sendall((json.dumps(hello) + "\n").encode())
-    others = [
-        threading.Thread(target=distributed.meet, args=(address, 3, index)) for index in (1, 2)
-    ]
+    others = [threading.Thread(target=join.meet, args=(address, 3, index)) for index in (1, 2)]
     for each in others:
         each.start()
     for each in (*others, main):
@@ -449,7 +447,7 @@ class _Clock:
 
 def _watch(stall_secs=120):
     clock, lines = _Clock(), []
-    return distributed.Watch(stall_secs=stall_secs, tell=lines.append, clock=clock), clock, lines
+    return watchdog.Watch(stall_secs=stall_secs, tell=lines.append, clock=clock), clock, lines
 
 
 def test_stall_of_one_process_is_told_at_each_doubling():
@@ -527,7 +525,7 @@ def _states(*rows):
     ],
 )
 def test_stall_line_names_who_keeps_the_others_waiting(rows, pattern, named):
-    line = distributed.stall_line(120, _states(*rows))
+    line = watchdog.stall_line(120, _states(*rows))
     assert re.search(pattern, line) and "\n" not in line
     assert "".join(re.findall(r"process (\d)", line)) == named
 
@@ -535,7 +533,7 @@ def test_stall_line_names_who_keeps_the_others_waiting(rows, pattern, named):
 def test_process_0_finds_the_starved_and_the_dead(monkeypatch):
     client = _Client()
     this = types.SimpleNamespace(client=client, process_id=0, num_processes=3)
-    monkeypatch.setattr(distributed, "state", lambda: this)
+    monkeypatch.setattr(processes, "state", lambda: this)
     watching, clock, lines = _watch()
     ended = []
     monkeypatch.setattr(watching, "end", ended.append)

@@ -434,7 +434,7 @@ def test_mistakes_of_a_command_line_are_one_line(trained):
     for arguments, message in (
         (["--workdir=/nowhere"], "/nowhere"),
         ([f"--workdir={trained}", "--checkpoint=best", "--tasks=dmlab"], "--tasks"),
-        ([f"--workdir={trained}", "--suite=vtab", "--tasks=dmlap"], "--tasks=dmlap"),
+        ([f"--workdir={trained}", "--suite=vtab", "--tasks=dmlap"], "--tasks='dmlap'"),
     ):
         done = run_program("evaluate.py", *arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr

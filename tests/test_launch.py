@@ -92,15 +92,15 @@ exit $worst
 PROBE = """
 import sys
 import jax
-from mixer.parallel import processes as distributed
-distributed.initialize()
-print("found", jax.process_index(), jax.process_count(), *distributed.gather(sys.argv[1:]))
+from mixer.parallel import join, processes
+join.initialize()
+print("found", jax.process_index(), jax.process_count(), *processes.gather(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 def test_slurm_job_joins_its_tasks(tmp_path):
-    """`mixer.parallel.processes` finds them in Slurm's variables; what they run is a stand-in."""
+    """`mixer.parallel.join` finds them in Slurm's variables; what they run is a stand-in."""
     _program(tmp_path / "srun", SRUN)
     _program(tmp_path / "python", f"exec {sys.executable} -c '{PROBE}' \"$@\"")
     job_id = os.getpid() % 4096  # JAX takes its port from it

@@ -131,7 +131,7 @@ def test_multipliers_first_match_wins_and_whole_names_count():
         (lambda: _schedule(decay="cosin"), "cosine"),
         (lambda: _schedule(warmup_steps=10), "0..9"),
         (lambda: _schedule(cooldown_steps=7), "0..6"),
-        (lambda: _schedule(decay="rsqrt", rsqrt_timescale=0), "rsqrt_timescale.* 0"),
+        (lambda: _schedule(decay="rsqrt", rsqrt_timescale=0), "rsqrt_timescale=0"),
         (lambda: losses.make_loss("sigmod"), "sigmoid"),
         (lambda: optimizer.make_optimizer(None, **{**PUBLISHED, "name": "adam"}), "adamw"),
         (
@@ -151,7 +151,7 @@ def test_multipliers_first_match_wins_and_whole_names_count():
         (lambda: optimizer.multipliers({"a": 1}, ((".*", 0.0),)), "every parameter"),
         (
             lambda: optimizer.make_optimizer(None, **{**PUBLISHED, "b1": 2.0}),
-            r"b1.* 2.0.*\[0, 1\)",
+            r"b1=2\.0.*below 1$",
         ),
         (lambda: optimizer.make_optimizer(None, **{**PUBLISHED, "eps": 0.0}), "eps.* 0.0"),
     ],

@@ -269,8 +269,8 @@ def test_floats_reach_the_model_as_they_are(loaded, reference, pictures):
 def test_mistakes_are_named(loaded, pictures):
     for options, message in (
         (dict(preprocess=None), r"32 x 32.*resize_small\(36\)\|central_crop\(32\)'"),
-        (dict(layer="prelogits"), r"layer=prelogits.*'pre_logits'"),
-        (dict(layer="block_3"), r"--layer=block_3"),
+        (dict(layer="prelogits"), r"layer='prelogits'.*'pre_logits'"),
+        (dict(layer="block_3"), r"--layer='block_3'"),
         (dict(preprocess="decode|resize(64)"), "image_size=32"),
     ):
         with pytest.raises(UserError, match=message):

@@ -27,8 +27,7 @@ from mixer.cli import interrupts
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
 from mixer.models.mlp_mixer import check_image_size, make_model
-from mixer.parallel import backend
-from mixer.parallel import processes as distributed
+from mixer.parallel import backend, join
 from mixer.runs import config as run
 from mixer.tools.benchmark import report
 from mixer.training import optimizer
@@ -243,15 +242,13 @@ def _in_thread(results, function, *args):
 
 @pytest.mark.parametrize("failed", [0, 1])
 def test_process_with_a_bad_flag_is_heard_by_the_others(failed, monkeypatch):
-    monkeypatch.setattr(distributed, "JOIN_SECS", 30.0)
+    monkeypatch.setattr(join, "JOIN_SECS", 30.0)
     address, results, begun = multihost.free_address(), {}, time.monotonic()
     reason = "config has no key 'x'"
-    teller = _in_thread(results, distributed.tell_failure, address, 3, failed, reason)
+    teller = _in_thread(results, join.tell_failure, address, 3, failed, reason)
     teller.join(0.3)  # it may be first
     others = [
-        _in_thread(results, distributed.meet, address, 3, index)
-        for index in range(3)
-        if index != failed
+        _in_thread(results, join.meet, address, 3, index) for index in range(3) if index != failed
     ]
     for thread in (teller, *others):
         thread.join()
@@ -261,11 +258,11 @@ def test_process_with_a_bad_flag_is_heard_by_the_others(failed, monkeypatch):
 
 
 def test_process_that_is_killed_while_it_waits_is_missed_within_seconds(monkeypatch):
-    monkeypatch.setattr(distributed, "JOIN_SECS", 30.0)
-    monkeypatch.setattr(distributed, "LEAVE_SECS", 0.2)
-    monkeypatch.setattr(distributed, "BEAT_SECS", 0.1)
+    monkeypatch.setattr(join, "JOIN_SECS", 30.0)
+    monkeypatch.setattr(join, "LEAVE_SECS", 0.2)
+    monkeypatch.setattr(join, "POLL_SECS", 0.1)
     address, results = multihost.free_address(), {}
-    main = _in_thread(results, distributed.meet, address, 3, 0)
+    main = _in_thread(results, join.meet, address, 3, 0)
     peer = None
     while peer is None:
         try:
@@ -283,7 +280,7 @@ def test_bad_flag_of_a_process_is_told_with_its_place(monkeypatch):
     from mixer.cli import launch
 
     told = []
-    monkeypatch.setattr(distributed, "tell_failure", lambda *args: told.append(args))
+    monkeypatch.setattr(join, "tell_failure", lambda *args: told.append(args))
     monkeypatch.setattr(cli, "run", lambda main, tell: tell("a mistake"))
     for place in (
         ["--coordinator_address=h:1", "--num_processes=2", "--process_id=1"],
@@ -435,7 +432,7 @@ def test_sizes_have_bounds():
     for size in ((0, 8), (-8, 8), (10**6, 10**6)):
         with pytest.raises(UserError, match=f"image {size[0]} x"):
             check_image_size(size, 8)
-    with pytest.raises(UserError, match=r"model\.num_blocks is 1000000000"):
+    with pytest.raises(UserError, match=r"model\.num_blocks=1000000000"):
         make_model(variant="S/16", num_classes=1, num_blocks=10**9)
 
 

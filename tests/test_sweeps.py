@@ -210,7 +210,7 @@ def test_mistakes_of_the_flags():
     for arguments, message in (
         (["sideways"], "resolution or permutation"),
         (["resolution", "--weights=x"], "--sizes"),
-        (["resolution", "--weights=x", "--sizes=8,big"], "--sizes=8,big"),
+        (["resolution", "--weights=x", "--sizes=8,big"], "--sizes=big"),
         (["resolution", "--weights=x", "--shares=1"], "--shares"),
     ):
         done = run_program("mixer.tools.sweep", *arguments)

@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_told_and_other_faults_are_raised(tiny, monkeypatch
 
 def test_mistakes_get_one_line(tiny):
     model, params, mesh = tiny
-    with pytest.raises(UserError, match="batch size 0"):
+    with pytest.raises(UserError, match="batch_size=0"):
         _measure(tiny, batch_sizes=(4, 0))
     with pytest.raises(UserError, match=r"patch size 2 .* 9"):
         throughput.measure(model, params, (9, 8), batch_sizes=(1,), mesh=mesh)

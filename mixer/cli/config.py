@@ -153,11 +153,10 @@ def image_size(flag: str, sides: list[str] | None) -> tuple[int, int] | None:
     Raises:
       UserError: it has something else.
     """
-    if sides is None:
-        return None
-    if len(sides) not in (1, 2) or not all(re.fullmatch("[1-9][0-9]*", side) for side in sides):
-        raise UserError(f"--{flag}={','.join(sides)}: a side in pixels, or HEIGHT,WIDTH")
-    return int(sides[0]), int(sides[-1])
+    values = program.numbers(flag, sides, least=1)
+    if len(values) > 2:
+        raise UserError(f"--{flag}={','.join(sides)}; expected a side in pixels, or HEIGHT,WIDTH")
+    return (values[0], values[-1]) if values else None
 
 
 def config_name() -> str:

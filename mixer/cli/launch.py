@@ -1,4 +1,4 @@
-"""The flags by which the processes of one run find each other; of train.py and evaluate.py."""
+"""Flags of train.py and evaluate.py by which the processes of one run find each other."""
 
 import os
 import re
@@ -21,11 +21,11 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes 
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-_joins = False  # whether this process has begun to join: the others then hear of a failure
+_joins = False  # whether this process has begun to join; the others then hear of a failure
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`cli.run`; where this process ends before it joins the others, they hear of it too."""
+    """`cli.run`; if this process ends before it joins the others, they hear of it too."""
     global _joins
     _joins = False
     cli.run(main, _tell)
@@ -37,15 +37,15 @@ def _tell(reason: str) -> None:
     values = [_given(flag.name) for flag in (COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID)]
     address, num_processes, process_id = values
     if address and num_processes.isdigit() and process_id.isdigit():
-        from mixer.parallel import processes as distributed
+        from mixer.parallel import join
 
-        distributed.tell_failure(address, int(num_processes), int(process_id), reason)
+        join.tell_failure(address, int(num_processes), int(process_id), reason)
 
 
 def _given(name: str) -> str:
-    """A flag's text on the command line, of which another flag may be wrong; "" if not given."""
-    found = re.search(f"^--?{name}[=\n](.*)$", "\n".join(sys.argv[1:]), re.MULTILINE)
-    return found[1] if found else ""
+    """A flag's text on the command line, "" without one; absl may fail on another flag."""
+    match = re.search(f"^--?{name}[=\n](.*)$", "\n".join(sys.argv[1:]), re.MULTILINE)
+    return match[1] if match else ""
 
 
 def join() -> None:
@@ -54,16 +54,17 @@ def join() -> None:
     Raises:
       UserError: they do not come together, or JAX finds no device.
     """
-    from mixer.parallel import processes as distributed
+    from mixer.parallel import processes, watchdog
+    from mixer.parallel.join import check_place, initialize
 
     global _joins
     memory.compute_in_the_calling_thread()
     place = (COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if None not in place:
-        distributed.check_place(*place)
+        check_place(*place)
     _joins = True
-    distributed.initialize(*place)
-    with distributed.watch():  # each hears where another's devices do not start
+    initialize(*place)
+    with watchdog.watch():  # all hear of a process whose devices do not start
         backend.start()
-    if not distributed.is_main():
+    if not processes.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it is stdout from now on)

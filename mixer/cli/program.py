@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 from absl import app, flags, logging
 
-from mixer.errors import UserError, line_of
+from mixer.errors import UserError, check_number, exit_code, line_of
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -48,6 +49,35 @@ def check_values(argv: Sequence[str]) -> None:
             value = following
         if argument.startswith("-") and value.startswith("--"):
             raise UserError(f"--{name} lacks its value: {value} follows; expected --{name}=VALUE")
+
+
+def numbers(
+    flag: str, texts: Sequence[str] | None, kind: type = int, *, least: float = 0
+) -> list[int] | list[float]:
+    """The numbers of a list flag; [] where it is not given.
+
+    Args:
+      flag: its name, for messages.
+      texts: its value.
+      kind: int or float.
+      least: the least accepted number; whole numbers end at 2**31 - 1.
+
+    Raises:
+      UserError: the flag is empty, or has something else.
+    """
+    if texts is None:
+        return []
+    what = "whole numbers" if kind is int else "numbers"
+    if not texts:
+        raise UserError(f"--{flag} is empty; expected {what}, joined by commas")
+    values = []
+    for text in texts:
+        try:
+            values.append(kind(text))
+        except ValueError:
+            raise UserError(f"--{flag}={text}; expected {what}, joined by commas") from None
+        check_number(f"--{flag}", values[-1], least=least, below=2**31 if kind is int else math.inf)
+    return values
 
 
 def run(
@@ -76,10 +106,10 @@ def run(
         finally:
             interrupts.leave_at_once()  # JAX and others clean up now
     except (Exception, KeyboardInterrupt) as error:
-        if (code := getattr(error, "exit_code", None)) is not None:
-            sys.exit(code)
-        line, code = line_of(error), 2
-        # A library may have made another exception of it.
+        if hasattr(error, "exit_code"):  # signals.Stopped, which has told the user
+            sys.exit(error.exit_code)
+        line, code = line_of(error), exit_code(error)
+        # A library may have made another exception of KeyboardInterrupt.
         if isinstance(error, KeyboardInterrupt) or interrupts.was_raised():
             line, code = "interrupted", interrupts.CODE
         if line is None:

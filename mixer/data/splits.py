@@ -17,7 +17,7 @@ import numpy as np
 
 from mixer.data.sources import folder as folder_lib
 from mixer.data.sources import synthetic
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -136,11 +136,7 @@ def _brief(names) -> str:
 
 
 def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) -> Split:
-    if spec not in synthetic.SPLITS:
-        raise UserError(
-            f"split {spec!r}: synthetic data has {', '.join(synthetic.SPLITS)}."
-            f"{nearest(spec, synthetic.SPLITS)}"
-        )
+    check_choice("split of synthetic data", spec, synthetic.SPLITS)
     task = dict(num_classes=num_classes, image_size=image_size)
     ids = synthetic.split_ids(spec)
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from mixer import files, run_files
 from mixer.data import splits as pipeline
-from mixer.errors import UserError
+from mixer.errors import UserError, check_choice
 from mixer.evaluation import classification, fewshot, scores, suites, throughput
 from mixer.formatting import in_markdown
 from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size
@@ -778,8 +778,7 @@ def measure_variants(
     mesh = sharding.make_mesh({"data": -1})
     size = (image_size, image_size)
     for name in names:
-        if name not in VARIANTS:
-            raise UserError(f"--variants={name}: one of {', '.join(VARIANTS)}")
+        check_choice("--variants", name, VARIANTS)
         check_image_size(size, VARIANTS[name]["patch_size"])
     found: dict[str, dict[str, Any]] = {}
     measured = throughput.measure_variants(

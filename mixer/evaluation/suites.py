@@ -16,7 +16,7 @@ from mixer.data import splits as pipeline
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet import real as imagenet_real
 from mixer.data.sources import folder
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 from mixer.runs import config as run
 
 
@@ -88,12 +88,8 @@ def expand(names: Sequence[str], others: Sequence[str] = ()) -> list[str]:
     """
     tasks: dict[str, None] = {}
     for name in names:
-        if name not in GROUPS and name not in TASKS and name not in others:
-            known = (*GROUPS, *others, *TUNED, *TASKS)
-            raise UserError(
-                f"suite {name!r}: no such suite or set; one of {', '.join(known)}."
-                f"{nearest(name, known)}"
-            )
+        hint = f"{' or '.join(TUNED)} as the only --suite"
+        check_choice("suite", name, (*GROUPS, *others, *TASKS), hint=hint)
         tasks |= dict.fromkeys(GROUPS.get(name, (name,)))
     return list(tasks)
 

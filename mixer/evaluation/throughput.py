@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mixer import formatting, memory
-from mixer.errors import UserError
+from mixer.errors import check_number
 from mixer.models import layers
 from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
 from mixer.parallel import sharding
@@ -23,6 +23,7 @@ from mixer.training.step import make_predict
 
 BATCH_SIZES = (1, 8, 64, 512)  # images a device
 WINDOWS = 5  # of time, in each of which the rate is measured
+IN_FLIGHT = 2  # calls that the host is ahead of the device
 # Images a second of a TPUv3 core at PUBLISHED_SIZE, as the paper's tables have them [paper].
 PUBLISHED = {
     "S/32": 11489,
@@ -105,8 +106,7 @@ def measure(
     """
     check_image_size(image_size, model.patch_size)
     for batch_size in batch_sizes:
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size}: it must be at least 1")
+        check_number("batch_size", batch_size, least=1, whole=True)
     predict = jax.jit(
         make_predict(model, mesh),
         out_shardings=sharding.batch_sharding(mesh),
@@ -155,20 +155,34 @@ def _windows(
         memory.check_room(sizes + math.prod(shape), what)
     images = jax.jit(functools.partial(_pixels, shape), out_shardings=where)()
 
-    def window(length: float) -> float:
-        in_flight: collections.deque[jax.Array] = collections.deque()
-        start, calls = time.perf_counter(), 0
-        while calls == 0 or time.perf_counter() - start < length:
-            in_flight.append(compiled(params, images))
-            calls += 1
-            if len(in_flight) > 2:
-                jax.block_until_ready(in_flight.popleft())
-        jax.block_until_ready(list(in_flight))
-        return calls * shape[0] / (time.perf_counter() - start)
+    def call() -> jax.Array:
+        return compiled(params, images)
 
     for _ in range(2):
-        jax.block_until_ready(compiled(params, images))
-    return [window(seconds / WINDOWS) for _ in range(WINDOWS)]
+        jax.block_until_ready(call())
+    windows = [run_for(call, seconds / WINDOWS) for _ in range(WINDOWS)]
+    return [calls * shape[0] / passed for calls, passed in windows]
+
+
+def run_for(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
+    """Calls again and again, at least once; the host is at most two calls ahead of the device.
+
+    Args:
+      call: begins a computation and returns its arrays.
+      seconds: after which no further call is made.
+
+    Returns:
+      The number of calls, and the seconds until all their results are there.
+    """
+    in_flight: collections.deque[Any] = collections.deque()
+    start, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - start < seconds:
+        in_flight.append(call())
+        calls += 1
+        if len(in_flight) > IN_FLIGHT:
+            jax.block_until_ready(in_flight.popleft())
+    jax.block_until_ready(list(in_flight))
+    return calls, time.perf_counter() - start
 
 
 def _pixels(shape: tuple[int, ...]) -> jax.Array:

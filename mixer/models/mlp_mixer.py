@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice, check_number
 from mixer.models import layers
 from mixer.parallel.sharding import BATCH, constrain
 
@@ -342,15 +342,13 @@ def make_model(*, variant: str | None = None, num_classes: int, **fields) -> Mlp
     Raises:
       UserError: an unknown variant or field, a missing dimension or a value out of range.
     """
-    known = {field.name for field in dataclasses.fields(MlpMixer)} - {"parent", "name"}
+    known = [
+        field.name for field in dataclasses.fields(MlpMixer) if field.name not in ("parent", "name")
+    ]
     for name in fields:
-        if name not in known:
-            raise UserError(f"the model has no field {name!r}.{nearest(name, known)}")
-    if variant is not None and variant not in VARIANTS:
-        raise UserError(
-            f"unknown model variant {variant!r}; one of {', '.join(VARIANTS)}."
-            f"{nearest(variant, VARIANTS)}"
-        )
+        check_choice("field of the model", name, known)
+    if variant is not None:
+        check_choice("model.variant", variant, VARIANTS)
     given = {name: value for name, value in fields.items() if value is not None}
     fields = {**VARIANTS.get(variant, {}), **given}
     dimensions = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
@@ -360,16 +358,11 @@ def make_model(*, variant: str | None = None, num_classes: int, **fields) -> Mlp
     for name in ("num_classes", *dimensions):
         value = num_classes if name == "num_classes" else fields[name]
         most = MOST_BLOCKS if name == "num_blocks" else 2**31 - 1
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise UserError(
-                f"model.{name} is {value!r}; it must be a whole number from 1 to {most}"
-            )
+        check_number(f"model.{name}", value, least=1, below=most + 1, whole=True)
     if not math.isfinite(fields.get("head_bias_init", 0)):
         raise UserError(f"model.head_bias_init is {fields['head_bias_init']}; it must be finite")
     for name in ("stoch_depth", "dropout"):
-        if not 0 <= fields.get(name, 0) < 1:
-            raise UserError(f"model.{name} is {fields[name]}; it must be in [0, 1)")
+        check_number(f"model.{name}", fields.get(name, 0), below=1)
     for name, options in (("gelu", GELUS), ("dtype", DTYPES), ("remat", tuple(REMAT))):
-        if fields.get(name, options[0]) not in options:
-            raise UserError(f"model.{name} is {fields[name]!r}; one of {', '.join(options)}")
+        check_choice(f"model.{name}", fields.get(name, options[0]), options)
     return MlpMixer(num_classes=num_classes, **fields)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer import formatting
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which a batch is split
@@ -58,8 +58,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
       UserError: an unknown axis, or the sizes do not multiply to the number of devices.
     """
     for name in axes:
-        if name not in AXES:
-            raise UserError(f"mesh has no axis {name!r}; {', '.join(AXES)}.{nearest(name, AXES)}")
+        check_choice("axis of mesh", name, AXES)
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
     given = {name: axes.get(name, 1) for name in AXES}

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import jax
 
-from mixer.parallel import processes as distributed
+from mixer.parallel import processes
 
 NOTICE_SECS = 0.5  # between looks for another process's notice
 SAVING = "saving as soon as the step is done"
@@ -30,15 +29,15 @@ class Stopped(Exception):
 class Signals:
     """The first SIGTERM or SIGINT that has arrived.
 
-    True as soon as it binds: with one process at once, with several from the call of `poll` on
-    that all agree upon.
+    True once every process has agreed to stop: at once in a run of one process, otherwise from an
+    agreed call of `poll` on.
     """
 
     def __init__(self):
         self.received: int | None = None
-        # Asked here: JAX takes a lock to answer, which a signal's handler may find taken.
-        self.is_main = distributed.is_main()
-        self._alone = distributed.state().num_processes == 1
+        # Not in the handler: JAX takes a lock to answer, and the main thread may hold it.
+        self.is_main = processes.is_main()
+        self._alone = processes.state().num_processes == 1
         self._calls = 0
         self._stop_at: int | None = None
         self._stopped = False
@@ -56,7 +55,7 @@ class Signals:
         """Whether to save and leave now; True on all processes at the same call.
 
         Every process calls it at the same places in the same order. It costs a lock, and no message
-        until there is a signal; then it waits, once, until every process has told its count.
+        until there is a signal; then it waits, once, until every process has published its count.
         """
         if self._alone:
             return bool(self)
@@ -66,16 +65,16 @@ class Signals:
             return self._stopped
 
     def share(self, key: str, done: threading.Event) -> None:
-        """The thread that takes notices to and from the other processes.
+        """Exchanges notices with the other processes, in a thread, until `done`.
 
-        Each stops counting, tells its count and hears the others': the call after the highest of
-        them is one that none has begun.
+        Each process stops counting, publishes its count and reads the others'. No process has begun
+        the call after the highest count, so all stop there.
         """
-        state = distributed.state()
+        state = processes.state()
         notice = None
         while notice is None and not done.wait(NOTICE_SECS):
             if self.received is not None:
-                mine = dict(signum=self.received, who=distributed.process_name())
+                mine = dict(signum=self.received, who=processes.process_name())
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
                     state.client.key_value_set(f"{key}/notice/0", json.dumps(mine))
             for _, text in state.client.key_value_dir_get(f"{key}/notice/"):
@@ -84,21 +83,21 @@ class Signals:
             state.client.key_value_set(f"{key}/calls/{state.process_id}", str(self._calls))
             if notice is None:
                 return  # the run is over: this process makes no more calls
-            timeout = int(distributed.TALK_SECS * 1000)
+            timeout = int(processes.TALK_SECS * 1000)
             calls = [
                 int(state.client.blocking_key_value_get(f"{key}/calls/{process}", timeout))
                 for process in range(state.num_processes)
             ]
             if self.received is None and self.is_main:
                 name = signal.Signals(notice["signum"]).name
-                _write(f"{name} on {notice['who']}: {SAVING}")
+                processes.write_line(f"{name} on {notice['who']}: {SAVING}", descriptor=1)
             self.received = notice["signum"]
             self._stop_at = max(calls) + 1
 
 
 @contextlib.contextmanager
 def catch() -> Iterator[Signals]:
-    """Notes the first SIGTERM or SIGINT; a second one ends the program as it would have."""
+    """Notes the first SIGTERM or SIGINT; a second one has its usual effect."""
     signals = Signals()
 
     def receive(signum: int, frame: Any) -> None:
@@ -107,13 +106,16 @@ def catch() -> Iterator[Signals]:
             signals.received = signum
         restore()
         if signals.is_main:
-            _write(f"{signals.name}: {SAVING}")
+            # `| tee` gets the same Ctrl-C and may be gone
+            processes.write_line(f"{signals.name}: {SAVING}", descriptor=1)
 
     def restore() -> None:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    previous = {each: signal.signal(each, receive) for each in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         with _sharing(signals):
             yield signals
@@ -124,27 +126,15 @@ def catch() -> Iterator[Signals]:
 @contextlib.contextmanager
 def _sharing(signals: Signals) -> Iterator[None]:
     """Runs the thread that shares notices, where there are several processes."""
-    if distributed.state().num_processes == 1:
+    if processes.state().num_processes == 1:
         yield
         return
-    done = threading.Event()
     key = f"mixer/signals/{next(_catches)}"
 
-    def share() -> None:
-        # Where the service does not answer, process 0 is gone, and JAX ends this one.
+    def share(done: threading.Event) -> None:
+        # If the service does not answer, process 0 is gone, and JAX ends this process.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             signals.share(key, done)
 
-    thread = threading.Thread(target=share, name="signals", daemon=True)
-    thread.start()
-    try:
+    with processes.helper_thread(share, "signals"):
         yield
-    finally:
-        done.set()
-        thread.join(5)
-
-
-def _write(line: str) -> None:
-    """Past Python's buffers, which the signal may have interrupted."""
-    with contextlib.suppress(OSError):  # `| tee` gets the same Ctrl-C and is gone
-        os.write(1, f"{line}\n".encode())

@@ -20,7 +20,7 @@ from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing import spec as steps_lib
 from mixer.data.sources import folder
-from mixer.errors import UserError
+from mixer.errors import UserError, check_choice, check_number
 from mixer.models import resize as resolution
 from mixer.models.mlp_mixer import VARIANTS, check_image_size, make_model
 from mixer.parallel import processes as distributed
@@ -58,6 +58,15 @@ FREE_KEYS = (
 AUGMENT_ON = ("auto", "host", "device")
 UNITS = ("steps", "epochs", "examples")
 MOST = 2**31 - 1  # of anything that is counted: steps are int32, as are indices on devices
+# Whole numbers of at least 1; the optional ones may be None.
+OPTIONAL_COUNTS = ("eval_batch_size", "checkpoint.keep_every_steps", "init_image_size")
+COUNTS = (
+    *("global_batch_size", "image_size", "log_every_steps"),
+    *("checkpoint.every_steps", "checkpoint.keep_last"),
+    *("dataset.prefetch_batches", "dataset.shuffle_group_size"),
+    *("optimizer.accumulate_steps", "schedule.rsqrt_timescale"),
+    *OPTIONAL_COUNTS,
+)
 # What is given in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
 # What a run directory holds; nothing else may have these names.
@@ -84,40 +93,22 @@ class Splits:
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that no later check would name as clearly."""
-    for key in ("global_batch_size", "image_size", "log_every_steps"):
-        _check_count(config, key)
-    for key in ("checkpoint.every_steps", "checkpoint.keep_last"):
-        _check_count(config, key)
-    for key in ("dataset.prefetch_batches", "dataset.shuffle_group_size"):
-        _check_count(config, key)
-    for key in ("eval_batch_size", "checkpoint.keep_every_steps", "init_image_size"):
-        _check_count(config, key, optional=True)
-    for key in ("optimizer.accumulate_steps", "schedule.rsqrt_timescale"):
-        _check_count(config, key)
-    for key, value in (
-        ("optimizer.peak_lr", config.optimizer.peak_lr),
-        ("optimizer.weight_decay", config.optimizer.weight_decay),
-        ("optimizer.grad_clip_norm", config.optimizer.grad_clip_norm),
-        ("optimizer.sam_rho", config.optimizer.sam_rho),
-    ):
-        if not 0 <= value < math.inf:  # NaN is not
-            raise UserError(f"{key} is {value}; it must be 0 or more")
-    if not 0 <= config.seed < 1 << 32:  # JAX's keys take no more bits of it
-        raise UserError(f"seed is {config.seed}; it must be from 0 to 4294967295")
-    for key, value in (
-        ("label_smoothing", config.label_smoothing),
-        ("optimizer.ema_decay", config.optimizer.ema_decay),
-    ):
-        if not 0 <= value < 1:
-            raise UserError(f"{key} is {value}; it must be in [0, 1)")
+    values = dict(_flatten(config.to_dict()))
+    for key in COUNTS:
+        if values[key] is not None or key not in OPTIONAL_COUNTS:
+            check_number(key, values[key], least=1, below=MOST + 1, whole=True)
+    for name in ("peak_lr", "weight_decay", "grad_clip_norm", "sam_rho"):
+        check_number(f"optimizer.{name}", config.optimizer[name])
+    check_number("seed", config.seed, below=1 << 32)  # JAX's keys take no more bits of it
+    check_number("label_smoothing", config.label_smoothing, below=1)
+    check_number("optimizer.ema_decay", config.optimizer.ema_decay, below=1)
     if config.global_batch_size % config.optimizer.accumulate_steps:
         raise UserError(
             f"optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "
             f"global_batch_size={config.global_batch_size}"
         )
-    for key, known in (("init_head", loading.HEADS), ("init_resize", loading.RESIZES)):
-        if config[key] not in known:
-            raise UserError(f"{key}={config[key]!r}; one of {', '.join(known)}")
+    check_choice("init_head", config.init_head, loading.HEADS)
+    check_choice("init_resize", config.init_resize, loading.RESIZES)
     for stem in LENGTHS:
         given = lengths_given(config, stem)
         if len(given) > 1:
@@ -129,33 +120,30 @@ def check_config(config: ConfigDict) -> None:
                 raise UserError(f"{key} is {value}; it must be {'0 or ' * may_be_0}more than 0")
     if not lengths_given(config, "total_"):
         raise UserError("no length of the run: give total_steps, total_epochs or total_examples")
-    if config.dataset.permutation not in ("", *permutation.KINDS):
-        raise UserError(
-            f"dataset.permutation={config.dataset.permutation!r}; one of "
-            f"{', '.join(permutation.KINDS)}, or empty"
-        )
+    if config.dataset.permutation:
+        check_choice("dataset.permutation", config.dataset.permutation, permutation.KINDS)
     if config.dataset.permutation and config.dataset.name == "synthetic":
         raise UserError(
             f"dataset.permutation={config.dataset.permutation!r} is a step of the preprocessing, "
             "and synthetic data takes none"
         )
-    for key, value, known in (
-        ("dataset.on_device", config.dataset.on_device, resident.MODES),
-        ("dataset.augment_on", config.dataset.augment_on, AUGMENT_ON),
-        ("nan_policy", config.nan_policy, ("stop", "skip")),
-    ):
-        if value not in known:
-            raise UserError(f"{key}={value!r}; one of {', '.join(known)}")
-    if config.max_skipped_steps < 0:
-        raise UserError(f"max_skipped_steps={config.max_skipped_steps}; it must be 0 or more")
-    if not 0 <= config.stall_secs < math.inf:
-        raise UserError(f"stall_secs is {config.stall_secs}; it must be 0 (never) or more")
+    check_choice("dataset.on_device", config.dataset.on_device, resident.MODES)
+    check_choice("dataset.augment_on", config.dataset.augment_on, AUGMENT_ON)
+    check_choice("nan_policy", config.nan_policy, ("stop", "skip"))
+    check_number("max_skipped_steps", config.max_skipped_steps)
+    check_number("stall_secs", config.stall_secs)
     steps = config.profile_steps
     whole = all(isinstance(step, int) for step in steps)
     if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise UserError(f"profile_steps={tuple(steps)}; give (first, last), such as (100, 104)")
     if not config.dataset.name:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
+    variant, patch_size = config.model.variant, config.model.patch_size
+    if variant is not None:
+        check_choice("model.variant", variant, VARIANTS)
+        patch_size = patch_size or VARIANTS[variant]["patch_size"]
+    if patch_size:
+        check_image_size((config.image_size, config.image_size), patch_size)
 
 
 def lengths_given(config: ConfigDict, stem: str) -> dict[str, float]:
@@ -201,16 +189,6 @@ def check_eval_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None
     """Raises UserError if the mesh does not divide the batch of evaluations."""
     size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("eval_batch_size", size, mesh)
-
-
-def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
-    value = config
-    for part in key.split("."):
-        value = value[part]
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or not 1 <= value <= MOST:
-        raise UserError(f"{key} is {value}; it must be a whole number from 1 to {MOST}")
 
 
 def find_initial(config: ConfigDict) -> loading.Found | None:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mixer import files
 from mixer.errors import UserError, first_line
-from mixer.parallel import backend, signals
+from mixer.parallel import backend, signals, watchdog
 from mixer.parallel import processes as distributed
 from mixer.runs import config as run_config
 from mixer.weights import checkpoint
@@ -32,7 +32,7 @@ class OpenRun:
     checkpoints: checkpoint.Checkpoints
     best: checkpoint.Checkpoints
     signals: signals.Signals
-    watch: distributed.Watch
+    watch: watchdog.Watch
 
     def leave_if_asked(self, say: Callable[[str], None]) -> None:
         """Raises signals.Stopped if a signal has arrived, once the last checkpoint is on disk."""
@@ -54,7 +54,7 @@ def open_run(config: ConfigDict, workdir: str) -> Iterator[OpenRun]:
     Raises:
       UserError: a wrong config, or a directory that cannot be used.
     """
-    with distributed.watch(stall_secs=config.stall_secs, tell=warn) as watch:
+    with watchdog.watch(stall_secs=config.stall_secs, tell=warn) as watch:
         backend.check_settings()
         backend.start()
         run_config.check_config(config)

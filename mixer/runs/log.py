@@ -145,10 +145,11 @@ def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> 
         log.say(line)
     if start.step:
         log.say(f"continuing from step {start.step}")
-        if train.order_depends_on_readers and start.num_readers != jax.process_count():
+        _, num_processes = sharding.data_processes(mesh)
+        if train.order_depends_on_readers and start.num_readers != num_processes:
             log.say(
                 f"the data order is that of {start.num_readers} process(es), which started the "
-                f"run; {jax.process_count()} read it now"
+                f"run; {num_processes} read it now"
             )
     if start.is_extended:
         log.say("the finished run is extended: its schedule is now that of the new length")

@@ -12,6 +12,7 @@ It prints a table and writes sweep_<kind>.json and sweep_<kind>.png: top-1 with 
 from absl import flags
 
 from mixer.cli import config as cli
+from mixer.cli import program
 from mixer.errors import UserError
 
 KINDS = ("resolution", "permutation")
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--weights is missing; give a run or a file, as in --weights=runs/cifar")
     if len(set(WEIGHTS.value)) < len(WEIGHTS.value):
         raise UserError(f"--weights={','.join(WEIGHTS.value)}: one is given twice")
-    sizes, shares = _numbers("sizes", SIZES.value, int), _numbers("shares", SHARES.value, float)
+    sizes = program.numbers("sizes", SIZES.value)
+    shares = program.numbers("shares", SHARES.value, float)
     if argv[1] == "resolution" and not sizes:
         raise UserError("--sizes is missing; for example --sizes=32,64")
     config = None if cli.CONFIG.value is None else cli.config()
@@ -73,17 +75,6 @@ def main(argv: list[str]) -> None:
     console.print(sweeps.as_table(sweep))
     numbers, picture = sweeps.write(sweep, output)
     say(f"written to {numbers} and {picture}")
-
-
-def _numbers(flag: str, texts: list[str] | None, kind: type) -> list:
-    """The numbers of a list flag."""
-    if texts == []:
-        raise UserError(f"--{flag} is empty; expected numbers, joined by commas")
-    try:
-        return [kind(text) for text in texts or []]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UserError(f"--{flag}={','.join(texts)}: {what}, joined by commas") from None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixer.errors import UserError, nearest
+from mixer.errors import check_choice
 
 
 def softmax(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -40,8 +40,5 @@ LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
 
 def make_loss(name: str):
     """Returns the loss called `name`: a function (logits, labels) -> (N,)."""
-    if name not in LOSSES:
-        raise UserError(
-            f"unknown loss {name!r}; one of {', '.join(LOSSES)}.{nearest(name, LOSSES)}"
-        )
+    check_choice("loss", name, LOSSES)
     return LOSSES[name]

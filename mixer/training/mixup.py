@@ -6,14 +6,13 @@ pairs, on several others. Everything here is a function of the step's key and of
 global batch, so that the number of devices changes nothing.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixer.errors import UserError
+from mixer.errors import UserError, check_number
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -34,9 +33,8 @@ def make_mix(*, alpha: float, per_example: bool, cutmix_alpha: float, cutmix_pro
     Raises:
       UserError: a value out of its range.
     """
-    for name, value in (("alpha", alpha), ("cutmix_alpha", cutmix_alpha)):
-        if not 0 <= value < math.inf:
-            raise UserError(f"mixup.{name} is {value}; it must be 0 (off) or more")
+    check_number("mixup.alpha", alpha)
+    check_number("mixup.cutmix_alpha", cutmix_alpha)
     if not 0 <= cutmix_prob <= 1 or bool(cutmix_prob) != bool(cutmix_alpha):
         raise UserError(
             f"mixup.cutmix_prob={cutmix_prob} and mixup.cutmix_alpha={cutmix_alpha}: the first is "

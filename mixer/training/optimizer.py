@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice, check_number
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -41,10 +41,7 @@ def make_schedule(
     Raises:
       UserError: an unknown decay, or parts that do not fit the run.
     """
-    if decay not in DECAYS:
-        raise UserError(
-            f"schedule.decay={decay!r}; one of {', '.join(DECAYS)}.{nearest(decay, DECAYS)}"
-        )
+    check_choice("schedule.decay", decay, DECAYS)
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
             f"schedule.warmup_steps={warmup_steps} does not fit total_steps={total_steps}; "
@@ -55,8 +52,7 @@ def make_schedule(
             f"schedule.cooldown_steps={cooldown_steps} does not fit total_steps={total_steps} "
             f"after {warmup_steps} steps of warm-up; it must be in 0..{total_steps - warmup_steps}"
         )
-    if rsqrt_timescale < 1:
-        raise UserError(f"schedule.rsqrt_timescale is {rsqrt_timescale}; it must be at least 1")
+    check_number("schedule.rsqrt_timescale", rsqrt_timescale, least=1)
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -105,8 +101,7 @@ def multipliers(params: Any, rules: Rules) -> Any:
             raise UserError(
                 f"optimizer.lr_multipliers: {rule!r} is no (regex, multiplier): {error}"
             ) from None
-        if not 0 <= compiled[-1][1] < math.inf:
-            raise UserError(f"optimizer.lr_multipliers: {rule!r}: it must be 0 (frozen) or more")
+        check_number(f"optimizer.lr_multipliers: multiplier of {pattern!r}", compiled[-1][1])
     matched = set()
 
     def find(path: Any, _: Any) -> float:
@@ -229,21 +224,17 @@ def make_optimizer(
         "adamw": lambda: _scale_by_adam(b1, b2, eps, momentum_dtype, variance_dtype),
         "sgd": lambda: optax.trace(b1, accumulator_dtype=momentum_dtype),
     }
-    for key, value, known in (
+    for key, value, choices in (
         ("name", name, directions),
         ("weight_decay_form", weight_decay_form, WEIGHT_DECAY_FORMS),
         ("momentum_dtype", momentum_dtype, ("float32", "bfloat16")),
         ("variance_dtype", variance_dtype, ("float32", "bfloat16")),
     ):
-        if value not in known:
-            raise UserError(
-                f"optimizer.{key}={value!r}; one of {', '.join(known)}.{nearest(value, known)}"
-            )
+        check_choice(f"optimizer.{key}", value, choices)
     if name == "sgd" and variance_dtype != "float32":
         raise UserError(f"optimizer.variance_dtype={variance_dtype!r} is for adamw; sgd has none")
-    for key, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise UserError(f"optimizer.{key} is {value}; it must be in [0, 1)")
+    check_number("optimizer.b1", b1, below=1)
+    check_number("optimizer.b2", b2, below=1)
     if not 0 < eps < math.inf:
         raise UserError(f"optimizer.eps is {eps}; it must be more than 0")
     if weight_decay_form == "schedule":

@@ -32,7 +32,7 @@ from etils import epath
 
 from mixer import files, run_files
 from mixer.errors import UserError, printable
-from mixer.parallel import backend
+from mixer.parallel import backend, watchdog
 from mixer.parallel import processes as distributed
 from mixer.training.state import TrainState, fingerprint
 from mixer.weights import foreign
@@ -343,7 +343,7 @@ class _Write:
             return self._written.result(timeout)
         except Exception as error:
             fault = f"a checkpoint could not be written: {_reason(error)}"
-            distributed.abort(CheckpointError(fault))
+            watchdog.abort(CheckpointError(fault))
             raise
 
 

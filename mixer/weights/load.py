@@ -21,7 +21,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from mixer import memory, run_files
 from mixer.data.imagenet import names as imagenet_names
-from mixer.errors import UserError
+from mixer.errors import UserError, check_choice
 from mixer.models import resize as resolution
 from mixer.models.mlp_mixer import DTYPES, VARIANTS, MlpMixer, check_image_size, count_params
 from mixer.parallel import backend, sharding
@@ -126,8 +126,8 @@ def read(
     log: Callable[[str], None] = print,
 ) -> Loaded:
     """As `load`, and says what the weights are."""
-    _check_choice("head", head, HEADS)
-    _check_choice("resize", resize, RESIZES)
+    check_choice("head", head, HEADS)
+    check_choice("resize", resize, RESIZES)
     found = find(path, image_size=image_size, gelu=gelu, log=log)
     size = found.card.image_size if image_size is None else _size(image_size)
     check_image_size(size, found.card.patch_size)
@@ -549,11 +549,6 @@ def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     if max(sides) >= 1 << 31:
         raise UserError("image_size: a side of 2,147,483,648 pixels or more is in no image")
     return sides
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{name}={value!r}; one of {', '.join(known)}")
 
 
 def _on_one_device(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

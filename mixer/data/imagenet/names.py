@@ -12,7 +12,7 @@ import itertools
 import lzma
 from pathlib import Path
 
-from mixer.errors import UserError, nearest
+from mixer.errors import check_choice
 
 # The classes of ImageNet-1k; those of the published ImageNet-21k checkpoints; those that the miil
 # weights keep of them (Ridnik et al., 2021, arXiv 2104.10972).
@@ -22,11 +22,7 @@ LISTS = {"imagenet1k": 1_000, "imagenet21k": 21_843, "imagenet21k_miil": 11_221}
 @functools.cache
 def _classes(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Ids and names of a list."""
-    if name not in LISTS:
-        raise UserError(
-            f"no list of classes is called {name!r}; one of {', '.join(LISTS)}."
-            f"{nearest(name, LISTS)}"
-        )
+    check_choice("list of classes", name, LISTS)
     text = lzma.decompress(Path(__file__).with_name("imagenet_classes.xz").read_bytes()).decode()
     steps, lists, names = zip(*(line.split("\t") for line in text.splitlines()), strict=True)
     ids = itertools.accumulate(map(int, steps))

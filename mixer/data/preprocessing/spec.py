@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 
 MOST_SIDE = 8192  # pixels of an image; as float32 one takes 0.8 GB
 MOST_PADDING = 1024
@@ -213,8 +213,7 @@ def parse(spec: str, image_size: tuple[int | None, int | None] = (None, None)) -
 def _parse_step(text: str) -> Step:
     """One step; ValueError says what is wrong with it."""
     name, args, kwargs = parse_call(text)
-    if name not in OPS:
-        raise ValueError(f"unknown step {name!r}; one of {', '.join(OPS)}.{nearest(name, OPS)}")
+    check_choice("op", name, OPS)
     op = OPS[name]
     try:
         bound = op.signature.bind(*args, **kwargs)

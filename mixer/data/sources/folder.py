@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mixer.errors import UserError, first_line, nearest
+from mixer.errors import UserError, check_choice, first_line
 from mixer.files import parse_path
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".jxl")
@@ -690,10 +690,7 @@ def _parse_line(row: bytes) -> _LabelledImage:
         raise ValueError(f"no object in braces; a line is like {LABEL_LINE}")
     keys = ("path", "labels", "weights", "split")
     for key in line:
-        if key not in keys:
-            raise ValueError(
-                f"unknown key {key!r}; known are {', '.join(keys)}.{nearest(key, keys)}"
-            )
+        check_choice("key", key, keys)
     for key in keys[:2]:
         if key not in line:
             raise ValueError(f"{key!r} is missing; a line is like {LABEL_LINE}")

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import shlex
 import sys
@@ -32,7 +31,7 @@ from absl import flags
 
 from mixer import files, memory
 from mixer.cli import program
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice, check_number
 from mixer.parallel import backend
 
 MOST = 2**31 - 1  # of images: indices on devices are int32
@@ -119,12 +118,9 @@ def _check_flags(measurement: str) -> None:
             known = ", ".join(f"--{flag}" for flag in (*taken, "output"))
             raise UserError(f"--{name}: {measurement} takes none; its flags are {known}")
     for flag in (SECONDS, STEP_RATE):
-        if not math.isfinite(flag.value or 0):
-            raise UserError(f"--{flag.name}={flag.value}: a number is taken")
+        check_number(f"--{flag.name}", flag.value or 0)
     for name in AGAINST.value:
-        known = ("plain", *torch_side.CONTESTANTS)
-        if name not in known:
-            raise UserError(f"--against={name}: one of {', '.join(known)}.{nearest(name, known)}")
+        check_choice("--against", name, ("plain", *torch_side.CONTESTANTS))
 
 
 def compete(what: str) -> None:
@@ -446,8 +442,7 @@ def _cases(what: str) -> list[Any]:
         raise UserError(f"--models is empty: one or several of {', '.join(KNOWN)}")
     cases = []
     for name in MODELS.value:
-        if name not in KNOWN:
-            raise UserError(f"--models={name}: one of {', '.join(KNOWN)}.{nearest(name, KNOWN)}")
+        check_choice("--models", name, KNOWN)
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
         check_image_size((size, size), KNOWN[name]["patch_size"])
         for batch_size in _batch_sizes():
@@ -476,12 +471,7 @@ def _batch_sizes() -> list[int]:
 
     if BATCH_SIZE.value is None:
         return [8 if jax.default_backend() == "cpu" else 256]
-    if not BATCH_SIZE.value:
-        raise UserError("--batch_size is empty: whole numbers of at least 1 are taken")
-    for text in BATCH_SIZE.value:
-        if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= MOST:
-            raise UserError(f"--batch_size={text}: a whole number from 1 to {MOST} is taken")
-    return [int(text) for text in BATCH_SIZE.value]
+    return program.numbers("batch_size", BATCH_SIZE.value, least=1)
 
 
 def _turns(seconds: float, rounds: int) -> tuple[float, int]:

@@ -1,6 +1,5 @@
 """Contestants in JAX, which live in this process."""
 
-import collections
 import functools
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 
 from mixer import memory
 from mixer.errors import first_line
+from mixer.evaluation import throughput
 from mixer.models import layers
 from mixer.models.mlp_mixer import MlpMixer, make_model
 from mixer.parallel import sharding
@@ -25,7 +25,6 @@ from mixer.training.state import TrainState
 from mixer.training.step import TrainStep, make_predict
 
 WARM_UP_STEPS = 3
-IN_FLIGHT = 2  # steps that the host is ahead of the device
 
 
 class Program:
@@ -55,15 +54,7 @@ class Program:
 
     def _run(self, seconds: float) -> tuple[int, float]:
         self._steps(1)
-        in_flight: collections.deque[Any] = collections.deque()
-        start, steps = time.perf_counter(), 0
-        while steps == 0 or time.perf_counter() - start < seconds:
-            in_flight.append(self.call())
-            steps += 1
-            if len(in_flight) > IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
-        jax.block_until_ready(list(in_flight))
-        return steps, time.perf_counter() - start
+        return throughput.run_for(self.call, seconds)
 
     def close(self) -> None:
         """Lets go of the arrays."""

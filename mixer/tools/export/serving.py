@@ -16,7 +16,7 @@ from jax import export
 
 from mixer import files
 from mixer.data.imagenet import names as imagenet_names
-from mixer.errors import UserError
+from mixer.errors import UserError, check_choice
 from mixer.weights.load import Loaded
 
 WEIGHTS = ("inside", "beside")
@@ -53,11 +53,8 @@ def check(path: str | Path, *, weights: str, platforms: Sequence[str]) -> Paths:
             raise UserError(f"{file} exists; move it away, or choose another name")
         files.check_output("", file)
     for platform in platforms or [""]:
-        if platform not in PLATFORMS:
-            raise UserError(
-                f"unknown platform {platform!r}; any of {', '.join(PLATFORMS)} (an NVIDIA GPU is "
-                "cuda, an AMD GPU rocm)"
-            )
+        hint = "an NVIDIA GPU is cuda, an AMD GPU rocm"
+        check_choice("platform", platform, PLATFORMS, hint=hint)
     return paths
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +114,7 @@ def find(name: str) -> Topology:
                 f"{chip.devices_per_host}; {count} is no multiple of it"
             )
         return Topology(name, match[2], chip, True, count)
-    if kind not in TPUS:
-        raise UserError(f"--topology={name}: one of {known}.{nearest(kind, TPUS)}")
+    check_choice("kind of --topology", kind, (*TPUS, "gpu"), hint="as in v5e:16x16 or gpu:8xH100")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(f"--topology={name}: no shape in chips; {known}")
     sides = [int(side) for side in shape.split("x")]

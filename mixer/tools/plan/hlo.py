@@ -4,11 +4,11 @@ XLA's own `cost_analysis` counts the body of a loop once and tells nothing of co
 loop's body counts as often as it runs; the numbers are of one device, as the program is.
 """
 
-import collections
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -64,11 +64,6 @@ class Counts:
     cycles: float = 0.0
     unknown_loops: int = 0
 
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends, of all kinds."""
-        return sum(traffic.sent for _, traffic in self.collectives)
-
 
 def count(text: str) -> Counts:
     """Counts a program.
@@ -84,28 +79,28 @@ def count(text: str) -> Counts:
         own = computations[name]
         parts, in_fusions = [], {}
         for instruction in own.values():
-            parts.append(_of_one(instruction, own, computations, fused=False))
+            parts.append((1, _of_one(instruction, own, computations, fused=False)))
             if instruction.op == "while":
                 times = _trip_count(instruction, computations)
-                parts.append(_scaled(of(instruction.attribute("body")), times or 1))
-                parts.append(Counts(unknown_loops=int(times is None)))
+                parts.append((times or 1, of(instruction.attribute("body"))))
+                parts.append((1, Counts(unknown_loops=int(times is None))))
             elif instruction.op == "conditional":
                 branches = [of(name) for name in instruction.branches()]
-                parts.append(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
+                parts.append((1, max(branches, key=lambda branch: (branch.flops, branch.bytes))))
             elif instruction.op == "call":
-                parts.append(of(instruction.attribute("to_apply")))
+                parts.append((1, of(instruction.attribute("to_apply"))))
             elif instruction.op == "async-start":
-                parts.append(of(instruction.attribute("calls")))
+                parts.append((1, of(instruction.attribute("calls"))))
             elif instruction.op == "fusion":
-                # A TPU's collective that runs beside matmuls stands in several fusions, its start,
-                # what it runs beside, and its end, under one number.
+                # A TPU's collective that overlaps with matmuls appears in several fusions, its
+                # start, its overlap and its end, under one channel.
                 for inner, counts in _fused(instruction.attribute("calls"), computations):
                     channel = re.search(r"channel_id=(\d+)", inner.rest)
                     if counts.collectives and channel:
                         in_fusions[channel[1]] = counts
                     else:
-                        parts.append(counts)
-        return _sum([*parts, *in_fusions.values()])
+                        parts.append((1, counts))
+        return _sum([*parts, *((1, counts) for counts in in_fusions.values())])
 
     return of(entry)
 
@@ -403,39 +398,19 @@ def _written_inside(inner: dict[str, _Instruction], size: float) -> float:
     return max(size, 0.0)
 
 
-def _scaled(counts: Counts, times: int) -> Counts:
-    return Counts(
-        counts.flops * times,
-        counts.bytes * times,
-        tuple(
-            (kind, Traffic(t.count * times, t.payload * times, t.sent * times))
-            for kind, t in counts.collectives
-        ),
-        counts.cycles * times,
-        counts.unknown_loops * times,
-    )
-
-
-def _sum(parts: list[Counts]) -> Counts:
-    traffic: dict[str, list[Traffic]] = collections.defaultdict(list)
-    for part in parts:
-        for kind, each in part.collectives:
-            traffic[kind].append(each)
-    return Counts(
-        sum(part.flops for part in parts),
-        sum(part.bytes for part in parts),
-        tuple(
-            (
-                kind,
-                Traffic(
-                    sum(each.count for each in traffic[kind]),
-                    sum(each.payload for each in traffic[kind]),
-                    sum(each.sent for each in traffic[kind]),
-                ),
+def _sum(parts: Iterable[tuple[int, Counts]]) -> Counts:
+    """The sum of (times, counts)."""
+    numbers = dict.fromkeys(("flops", "bytes", "cycles", "unknown_loops"), 0)
+    traffic: dict[str, Traffic] = {}
+    for times, counts in parts:
+        for name in numbers:
+            numbers[name] += times * getattr(counts, name)
+        for kind, more in counts.collectives:
+            total = traffic.get(kind, Traffic())
+            traffic[kind] = Traffic(
+                total.count + times * more.count,
+                total.payload + times * more.payload,
+                total.sent + times * more.sent,
             )
-            for kind in COLLECTIVES
-            if kind in traffic
-        ),
-        sum(part.cycles for part in parts),
-        sum(part.unknown_loops for part in parts),
-    )
+    ordered = tuple((kind, traffic[kind]) for kind in COLLECTIVES if kind in traffic)
+    return Counts(**numbers, collectives=ordered)

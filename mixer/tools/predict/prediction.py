@@ -24,7 +24,7 @@ from mixer import files
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.preprocessing import images as image_files
 from mixer.data.sources import folder
-from mixer.errors import UserError, first_line, nearest
+from mixer.errors import UserError, check_choice, first_line
 from mixer.models import layers, microbatches
 from mixer.training.step import normalize
 from mixer.weights.formats import Card
@@ -150,12 +150,9 @@ def predict(
             f"{card.source}: how images are to be made {height} x {width} is not known; say it, as "
             f"in --preprocess='{example}'"
         )
-    known = ("stem", *(f"block_{i}" for i in range(card.num_blocks)), "pre_logits", "logits")
-    if layer is not None and layer not in known:
-        raise UserError(
-            f"--layer={layer}: the model has stem, block_0 to block_{card.num_blocks - 1}, "
-            f"pre_logits and logits.{nearest(layer, known)}"
-        )
+    if layer is not None:
+        blocks = [f"block_{i}" for i in range(card.num_blocks)]
+        check_choice("--layer", layer, ("stem", *blocks, "pre_logits", "logits"))
     if not card.num_classes and layer in (None, "logits"):
         raise UserError(
             f"{card.source} has no head, which tells classes; --features=OUT.npz gets features, "
