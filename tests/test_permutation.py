@@ -12,6 +12,7 @@ from helpers import tiny_config
 from mixer import trainer
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.host import make_preprocess
+from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.parallel import sharding
@@ -89,8 +90,8 @@ def test_step_shuffles_what_the_other_steps_give(step, rest, order):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     example = {"image": tf.io.encode_png(pixels), "label": tf.constant(1)}
     plain = "decode|flip_lr" + rest
-    permuted = permutation.with_step(plain, step)
-    assert permutation.with_step(permuted, step) == permuted  # once
+    permuted = parse(plain).with_image_op(step)
+    assert permuted.with_image_op(step) == permuted  # once
     for seed in (0, 2):  # mirrored or not
         key = tf.constant([seed, 0], tf.int64)
         before, after = (

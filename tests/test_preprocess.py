@@ -1,4 +1,4 @@
-"""Each preprocessing step against an independent computation in NumPy or Pillow."""
+"""Each op of preprocessing against an independent computation in NumPy or Pillow."""
 
 import functools
 import io
@@ -13,9 +13,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from helpers import GOLDENS
 from mixer.data.preprocessing import autoaugment
 from mixer.data.preprocessing import randaugment as ops
-from mixer.data.preprocessing.host import STEPS, make_preprocess, output_spec
+from mixer.data.preprocessing.host import make_preprocess, output_spec
+from mixer.data.preprocessing.spec import OPS
 from mixer.errors import UserError, first_line
 
+HOST = {name: op.host_function for name, op in OPS.items()}
 KEY = tf.constant([1, 2], tf.int64)
 
 
@@ -33,15 +35,15 @@ def _encoded(pixels, kind):
 
 
 def test_decode_is_exact_for_png_and_near_for_jpeg():
-    np.testing.assert_array_equal(STEPS["decode"](_encoded(_photo(), "PNG")), _photo())
-    jpeg = STEPS["decode"](_encoded(_photo(), "JPEG")).numpy().astype(int)
+    np.testing.assert_array_equal(HOST["decode"](_encoded(_photo(), "PNG")), _photo())
+    jpeg = HOST["decode"](_encoded(_photo(), "JPEG")).numpy().astype(int)
     assert np.abs(jpeg - _photo()).mean() < 3
-    grey = STEPS["decode"](_encoded(_photo()[..., 0], "PNG"))
+    grey = HOST["decode"](_encoded(_photo()[..., 0], "PNG"))
     np.testing.assert_array_equal(grey, np.repeat(_photo()[..., :1], 3, -1))
 
 
 def test_resize_is_pillows_bilinear_when_it_enlarges():
-    found = STEPS["resize"](tf.constant(_photo(20, 30)), (40, 60)).numpy().astype(int)
+    found = HOST["resize"](tf.constant(_photo(20, 30)), (40, 60)).numpy().astype(int)
     wanted = np.asarray(Image.fromarray(_photo(20, 30)).resize((60, 40), Image.BILINEAR)).astype(
         int
     )
@@ -49,11 +51,11 @@ def test_resize_is_pillows_bilinear_when_it_enlarges():
 
 
 def test_resize_small_takes_the_short_side_and_averages_areas():
-    found = STEPS["resize_small"](tf.constant(_photo(60, 80)), 30)
+    found = HOST["resize_small"](tf.constant(_photo(60, 80)), 30)
     assert found.shape == (30, 40, 3)
     wanted = np.round(_photo().reshape(30, 2, 40, 2, 3).astype(float).mean((1, 3)))
     assert np.abs(found.numpy() - wanted).max() <= 1
-    assert STEPS["resize_small"](tf.constant(_photo(80, 60)), 30).shape == (40, 30, 3)
+    assert HOST["resize_small"](tf.constant(_photo(80, 60)), 30).shape == (40, 30, 3)
 
 
 @pytest.mark.parametrize(("method", "pillow", "most"), [("bicubic", 3, 0.01), ("bilinear", 2, 0)])
@@ -64,7 +66,7 @@ def test_resize_with_antialiasing_is_pillows(method, pillow, most):
     """
 
     def apart(step, pixels, size, **options):
-        found = STEPS[step](tf.constant(pixels), size, method=method, **options).numpy()
+        found = HOST[step](tf.constant(pixels), size, method=method, **options).numpy()
         wanted = Image.fromarray(pixels).resize(found.shape[1::-1], pillow)
         return np.abs(found.astype(int) - np.asarray(wanted))
 
@@ -78,10 +80,10 @@ def test_resize_with_antialiasing_is_pillows(method, pillow, most):
 
 def test_one_pixel_apart_from_torchvision():
     """What docs/preprocessing.md says of the two roundings."""
-    found = STEPS["resize_small"](tf.constant(_photo(427, 640)), 256)
+    found = HOST["resize_small"](tf.constant(_photo(427, 640)), 256)
     assert found.shape == (256, 384, 3) and int(256 * 640 / 427) == 383
     for cut in range(12):
-        crop = STEPS["central_crop"](tf.constant(_photo(8 + cut, 8)), 8)
+        crop = HOST["central_crop"](tf.constant(_photo(8 + cut, 8)), 8)
         ours = next(
             y for y in range(cut + 1) if np.array_equal(crop, _photo(8 + cut, 8)[y : y + 8])
         )
@@ -89,7 +91,7 @@ def test_one_pixel_apart_from_torchvision():
 
 
 def test_central_crop():
-    found = STEPS["central_crop"](tf.constant(_photo()), 20)
+    found = HOST["central_crop"](tf.constant(_photo()), 20)
     np.testing.assert_array_equal(found, _photo()[20:40, 30:50])
 
 
@@ -98,7 +100,7 @@ def test_random_crop_takes_every_window_of_the_padded_image():
     padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
     windows = {padded[y : y + 4, x : x + 4].tobytes() for y in range(3) for x in range(3)}
     found = {
-        STEPS["random_crop"](tf.constant(image), tf.constant([0, i]), 4, pad=1).numpy().tobytes()
+        HOST["random_crop"](tf.constant(image), tf.constant([0, i]), 4, pad=1).numpy().tobytes()
         for i in range(100)
     }
     assert found == windows
@@ -106,7 +108,7 @@ def test_random_crop_takes_every_window_of_the_padded_image():
 
 def test_flip_mirrors_half_of_the_images():
     image = tf.constant(_photo())
-    found = [STEPS["flip_lr"](image, tf.constant([0, i])).numpy() for i in range(200)]
+    found = [HOST["flip_lr"](image, tf.constant([0, i])).numpy() for i in range(200)]
     flipped = [np.array_equal(each, _photo()[:, ::-1]) for each in found]
     assert all(f or np.array_equal(each, _photo()) for f, each in zip(flipped, found, strict=True))
     assert 70 < sum(flipped) < 130
@@ -120,7 +122,7 @@ def test_inception_crop_windows(kind):
     source = _encoded(place, kind)
     areas = []
     for i in range(60):
-        crop = STEPS["inception_crop"](source, tf.constant([0, i]), 64).numpy().astype(float)
+        crop = HOST["inception_crop"](source, tf.constant([0, i]), 64).numpy().astype(float)
         assert crop.shape == (64, 64, 3)
         height = (crop[-1, :, 0].mean() - crop[0, :, 0].mean()) * 64 / 63
         width = (crop[:, -1, 1].mean() - crop[:, 0, 1].mean()) * 64 / 63
@@ -147,18 +149,18 @@ def test_inception_crop_of_a_jpeg_decodes_the_window_alone():
 
 def test_inception_crop_of_a_jpeg_is_the_crop_of_the_decoded_image():
     source = _encoded(_photo(), "JPEG")
-    decoded = STEPS["decode"](source)
+    decoded = HOST["decode"](source)
     for i in range(5):
         key = tf.constant([3, i])
-        direct = STEPS["inception_crop"](source, key, 32).numpy().astype(int)
-        wanted = STEPS["inception_crop"](decoded, key, 32).numpy().astype(int)
+        direct = HOST["inception_crop"](source, key, 32).numpy().astype(int)
+        wanted = HOST["inception_crop"](decoded, key, 32).numpy().astype(int)
         assert np.abs(direct - wanted).mean() < 2
 
 
 def test_random_affine_is_the_identity_at_zero_and_a_rotation_otherwise():
     image = tf.constant(_photo(32, 32))
-    np.testing.assert_array_equal(STEPS["random_affine"](image, KEY), image)
-    found = STEPS["random_affine"](image, KEY, degrees=30.0).numpy().astype(int)
+    np.testing.assert_array_equal(HOST["random_affine"](image, KEY), image)
+    found = HOST["random_affine"](image, KEY, degrees=30.0).numpy().astype(int)
     angle = tf.random.stateless_uniform([6], KEY, -1.0, 1.0)[0].numpy() * 30
     wanted = np.asarray(
         Image.fromarray(_photo(32, 32)).rotate(angle, Image.BILINEAR, center=(16, 16))
@@ -201,14 +203,14 @@ def test_decode_takes_any_mode_as_pillow_does(mode, kind, options, tolerance):
     if mode in ("LA", "RGBA"):
         image.putalpha(Image.fromarray(_photo()[..., 0]))
     data = _file(image.convert(mode), kind, **options)
-    found = STEPS["decode"](tf.constant(data)).numpy().astype(int)
+    found = HOST["decode"](tf.constant(data)).numpy().astype(int)
     assert found.shape == (60, 80, 3)
     assert np.abs(found - _rgb(data)).max() <= tolerance
 
 
 def test_decode_keeps_the_high_half_of_16_bits():
     pixels = np.arange(0, 65536, 37, dtype=np.uint16)[:1750].reshape(35, 50)
-    found = STEPS["decode"](tf.constant(_file(Image.fromarray(pixels), "PNG")))
+    found = HOST["decode"](tf.constant(_file(Image.fromarray(pixels), "PNG")))
     np.testing.assert_array_equal(found, np.repeat((pixels >> 8)[..., None], 3, -1))
 
 
@@ -217,7 +219,7 @@ def test_decode_takes_the_first_frame(kind):
     frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
     data = _file(frames[0], kind, save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(
-        STEPS["decode"](tf.constant(data)), np.full((6, 8, 3), [255, 0, 0])
+        HOST["decode"](tf.constant(data)), np.full((6, 8, 3), [255, 0, 0])
     )
 
 
@@ -235,14 +237,14 @@ def _with_exif(data, orientation, order, jfif=True):
 def test_exif_rotation_is_undone(orientation, order, jfif):
     plain = _encoded(_photo(), "JPEG").numpy()
     turned = tf.constant(_with_exif(plain, orientation, order, jfif))
-    pixels = Image.fromarray(STEPS["decode"](tf.constant(plain)).numpy())
+    pixels = Image.fromarray(HOST["decode"](tf.constant(plain)).numpy())
     pixels.getexif()[0x0112] = orientation
     upright = np.asarray(ImageOps.exif_transpose(pixels))
-    np.testing.assert_array_equal(STEPS["decode"](turned), upright)
+    np.testing.assert_array_equal(HOST["decode"](turned), upright)
     key = tf.constant([4, orientation])
-    crop = STEPS["inception_crop"](turned, key, 16)
+    crop = HOST["inception_crop"](turned, key, 16)
     if orientation in range(2, 9):
-        np.testing.assert_array_equal(crop, STEPS["inception_crop"](tf.constant(upright), key, 16))
+        np.testing.assert_array_equal(crop, HOST["inception_crop"](tf.constant(upright), key, 16))
 
 
 def test_exif_after_other_segments_and_broken_exif():
@@ -251,11 +253,11 @@ def test_exif_after_other_segments_and_broken_exif():
     data = _file(
         Image.fromarray(_photo()), "JPEG", exif=exif, icc_profile=bytes(5000), comment=b"Exif"
     )
-    assert STEPS["decode"](tf.constant(data)).shape == (80, 60, 3)
+    assert HOST["decode"](tf.constant(data)).shape == (80, 60, 3)
     place = data.index(b"Exif\0\0") + 6
     for cut in range(place + 8, place + 24):  # whatever stands there, the picture is decoded
         broken = data[:cut] + b"\xff" * (place + 24 - cut) + data[place + 24 :]
-        assert sorted(STEPS["decode"](tf.constant(broken)).shape) == [3, 60, 80]
+        assert sorted(HOST["decode"](tf.constant(broken)).shape) == [3, 60, 80]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_other_formats_are_named(kind, message, step):
     ids=["empty", "start", "palette BMP", "cut JPEG", "cut PNG"],
 )
 def test_broken_files_are_refused(data):
-    for step in (STEPS["decode"], lambda image: STEPS["inception_crop"](image, KEY, 8)):
+    for step in (HOST["decode"], lambda image: HOST["inception_crop"](image, KEY, 8)):
         with pytest.raises(tf.errors.InvalidArgumentError):
             step(tf.constant(data))
 
@@ -422,7 +424,7 @@ def test_randaugment_applies_one_of_sixteen_operations_each_time():
         for sign in (1.0, -1.0)
         if name != "cutout"
     }
-    steps = tf.function(lambda key: STEPS["randaugment"](image, key, 1, 7, mode))
+    steps = tf.function(lambda key: HOST["randaugment"](image, key, 1, 7, mode))
     found = [steps(tf.constant([5, i])).numpy() for i in range(320)]
     names = [candidates.get(each.tobytes(), "cutout") for each in found]
     counts = {name: names.count(name) for name in ops.OPERATIONS}
@@ -431,8 +433,8 @@ def test_randaugment_applies_one_of_sixteen_operations_each_time():
     for each, name in zip(found, names, strict=True):
         if name == "cutout":
             assert ((each == image.numpy()).all(-1) | (each == 128).all(-1)).all()
-    twice = STEPS["randaugment"](image, KEY, 2, 7, mode).numpy()
-    assert (twice != STEPS["randaugment"](image, KEY, 1, 7, mode).numpy()).any()
+    twice = HOST["randaugment"](image, KEY, 2, 7, mode).numpy()
+    assert (twice != HOST["randaugment"](image, KEY, 1, 7, mode).numpy()).any()
 
 
 # AutoAugment.
@@ -492,7 +494,7 @@ def test_autoaugment_takes_every_sub_policy():
             pictures |= done
         for each in pictures:
             results.setdefault(each, set()).add(number)
-    steps = tf.function(lambda key: STEPS["autoaugment_cifar"](image, key))
+    steps = tf.function(lambda key: HOST["autoaugment_cifar"](image, key))
     known = np.stack([np.frombuffer(each, np.uint8) for each in results]).astype(int)
     found = []
     for i in range(500):
@@ -513,7 +515,7 @@ def test_autoaugment_takes_every_sub_policy():
 
 def test_random_erasing_erases_rectangles_of_some_images():
     image = tf.fill([40, 60, 3], tf.constant(200, tf.uint8))
-    step = tf.function(lambda key: STEPS["random_erasing"](image, key, prob=0.5, fill=7))
+    step = tf.function(lambda key: HOST["random_erasing"](image, key, prob=0.5, fill=7))
     found = [step(tf.constant([7, i])).numpy() for i in range(200)]
     holes = [(each == 7).all(-1) for each in found if (each == 7).any()]
     assert 70 < len(holes) < 130
@@ -530,32 +532,32 @@ def test_random_erasing_erases_rectangles_of_some_images():
 
 def test_random_erasing_with_noise():
     image = tf.fill([40, 60, 3], tf.constant(200, tf.uint8))
-    found = STEPS["random_erasing"](image, KEY, prob=1.0).numpy()
+    found = HOST["random_erasing"](image, KEY, prob=1.0).numpy()
     erased = found[(found != 200).any(-1)]
     assert len(erased) > 40 and 90 < erased.mean() < 165 and erased.std() > 60
-    np.testing.assert_array_equal(STEPS["random_erasing"](image, KEY, prob=0.0), image)
+    np.testing.assert_array_equal(HOST["random_erasing"](image, KEY, prob=0.0), image)
 
 
 def test_value_range():
     image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    found = STEPS["value_range"](tf.constant(image))
+    found = HOST["value_range"](tf.constant(image))
     assert found.dtype == tf.float32
     np.testing.assert_allclose(found, image / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(
-        STEPS["value_range"](tf.constant(image), 0, 1), image / 255, atol=1e-6
+        HOST["value_range"](tf.constant(image), 0, 1), image / 255, atol=1e-6
     )
 
 
 def test_one_hot_of_one_and_of_several_labels():
     example = {"image": tf.zeros([2, 2, 3]), "label": tf.constant(2)}
-    row = STEPS["one_hot"](example, 4, on=0.9, off=0.1)["label"]
+    row = HOST["one_hot"](example, 4, on=0.9, off=0.1)["label"]
     np.testing.assert_allclose(row, [0.1, 0.1, 0.9, 0.1])
     several = {"label": tf.constant([3, 0, -1]), "label_weight": tf.constant([1.0, 0.5, 0.0])}
-    found = STEPS["one_hot"](several, 4)
+    found = HOST["one_hot"](several, 4)
     assert set(found) == {"label"}
     np.testing.assert_allclose(found["label"], [0.5, 0, 0, 1])
     with pytest.raises(tf.errors.InvalidArgumentError, match="label"):
-        STEPS["one_hot"]({"label": tf.constant(4)}, 4)
+        HOST["one_hot"]({"label": tf.constant(4)}, 4)
 
 
 # Steps put together.

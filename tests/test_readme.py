@@ -101,7 +101,7 @@ def test_configs_on_command_lines_can_be_built():
 def test_documented_keys_and_steps_exist():
     """Keys in backticks and on command lines of README and docs are keys of the config."""
     from configs import common
-    from mixer.data.preprocessing.host import STEPS
+    from mixer.data.preprocessing.spec import OPS
 
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for path in re.findall(r"--config\.([a-z_.0-9]+)=", page.read_text()):
@@ -115,5 +115,5 @@ def test_documented_keys_and_steps_exist():
         ):
             assert name in common.base()[group], (page, group, name)
     text = (ROOT / "docs" / "preprocessing.md").read_text()
-    for step in STEPS:
-        assert f"`{step}" in text, step
+    for op in OPS:
+        assert f"`{op}" in text, op

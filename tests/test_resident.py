@@ -17,6 +17,7 @@ from helpers import assert_same_bits, final_state, run_python, tiny_config
 from mixer import trainer
 from mixer.data import resident
 from mixer.data import splits as pipeline
+from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.parallel import sharding
 from mixer.parallel.signals import Stopped
@@ -160,7 +161,7 @@ def _folder(tmp_path, sizes):
 
 
 def test_a_policy_on_large_images_is_slow_but_for_gpus():
-    steps = "decode|resize(224)|randaugment(2, 15)"
+    steps = parse("decode|resize(224)|randaugment(2, 15)")
     assert not resident.are_slow(steps, (224, 224), "gpu")
     assert resident.are_slow(steps, (224, 224), "tpu")
     assert not resident.are_slow(steps, (32, 32), "tpu")

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixer.data import order
 from mixer.data.preprocessing import device as augment
+from mixer.data.preprocessing.spec import Kind, Specification
 from mixer.data.splits import Batches, Split
 from mixer.errors import UserError
 from mixer.formatting import short
@@ -96,15 +97,16 @@ def _read(
 ) -> Examples | str:
     if split.order_depends_on_readers:
         raise UserError(f"{split.name} can only be read file by file, for its size")
-    host, device_steps = split, None
+    host, device_steps = split, Specification()
     if split.preprocess:
-        parts = augment.split(split.preprocess)
+        parts = split.preprocess.parts
         if parts.random_on_host:
             raise UserError(f"{parts.random_on_host} makes other images of them each epoch")
-        host, device_steps = split.with_steps(parts.host, image_size=(None, None)), parts.device
+        device_steps = parts.device
+        host = split.with_preprocess(parts.host, image_size=(None, None))
         if None in host.example_spec["image"][0]:  # what the stored images have, all the same
             first = next(host.sequential_batches(start=0, stop=1, batch_size=1))
-            host = split.with_steps(parts.host, image_size=first["image"].shape[1:3])
+            host = split.with_preprocess(parts.host, image_size=first["image"].shape[1:3])
     if mode == "auto" and device_steps:
         if augment_on == "host":
             raise UserError("dataset.augment_on=host")
@@ -132,7 +134,7 @@ def _read(
             return "reading was interrupted"
     height, width = arrays["image"].shape[1:3]
     about = f"{count:,} of {height} x {width} px, {short(num_bytes, 'B')}"
-    if device_steps is None:
+    if not device_steps:
         return Examples(arrays, None, about)
     arrays["number"] = split.numbers.astype(np.uint32)
     steps = augment.make_augment(split.preprocess, (height, width))
@@ -156,10 +158,10 @@ def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
         ) from error
 
 
-def are_slow(steps: str, size: tuple[int, int], backend: str) -> bool:
+def are_slow(steps: Specification, size: tuple[int, int], backend: str) -> bool:
     """Whether steps on (H, W) are faster on the host: policies on large images, but for GPUs."""
     large = size[0] * size[1] > SMALL_SIDE**2
-    return backend != "gpu" and large and "augment" in steps
+    return backend != "gpu" and large and bool(steps.of_kind(Kind.POLICY))
 
 
 def _room(mode: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mixer.data.preprocessing.spec import Specification, parse
 from mixer.data.sources import folder as folder_lib
 from mixer.data.sources import synthetic
 from mixer.errors import UserError, check_choice
@@ -47,10 +48,10 @@ class Split:
       labels: () -> (num_examples,) int32 in that order, before preprocessing, no image being
         decoded; (num_examples, M), -1 where an image has fewer, with `multi_label`.
       select: (places) -> a split of the examples at those places, each once, in ascending order.
-      preprocess: the steps that each image takes; empty where the images take none.
+      preprocess: the ops that each image goes through; without any, synthetic images.
       numbers: (num_examples,) int64, what the key of the example at each place is made with:
-        random steps take stateless_fold_in([seed, epoch], number).
-      with_steps: (preprocess, image_size=, keys=) -> the same examples through other steps; sides
+        random ops take stateless_fold_in([seed, epoch], number).
+      with_preprocess: (spec, image_size=, keys=) -> the same examples through other ops; sides
         of `image_size` may be None: any. With `keys`, training batches have "augment_key" (n, 4)
         uint32 too, the examples' keys as mixer/data/philox.py takes them.
       stored_bytes: () -> about how many bytes have to be decoded to read all images once.
@@ -71,9 +72,9 @@ class Split:
     example_id: Callable[[int], str]
     labels: Callable[[], np.ndarray]
     select: Callable[[np.ndarray], "Split"]
-    preprocess: str
+    preprocess: Specification
     numbers: np.ndarray
-    with_steps: Callable[..., "Split"]
+    with_preprocess: Callable[..., "Split"]
     stored_bytes: Callable[[], int]
     stored: Callable[[], folder_lib.StoredFiles | None] = lambda: None
     class_counts: Callable[[], np.ndarray | None] = lambda: None
@@ -157,9 +158,9 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
             example_id=lambda place: f"{spec}:{kept[place]}",
             labels=lambda: synthetic.labels(ids[kept], num_classes),
             select=lambda places: split(*_selected(kept, places, fingerprint)),
-            preprocess="",
+            preprocess=Specification(),
             numbers=kept,
-            with_steps=lambda preprocess, **how: split(kept, fingerprint),
+            with_preprocess=lambda spec, **options: split(kept, fingerprint),
             stored_bytes=lambda: 0,
         )
 
@@ -180,7 +181,8 @@ def _prepare(source, dataset, preprocess: str, image_size: tuple[int, int]) -> S
     from mixer.data.sources import stored as sources
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
-    steps = make_preprocess(preprocess, image_size)
+    spec = parse(preprocess, image_size)
+    steps = make_preprocess(spec, image_size)
     if faults := sorted(source.faults.keys() & set(source.kept.tolist())):
         raise Unusable(
             f"{source.name} holds {len(faults):,} images that cannot be used, such as "
@@ -199,19 +201,19 @@ def _prepare(source, dataset, preprocess: str, image_size: tuple[int, int]) -> S
     if dataset.exclude:
         fingerprint += f" kept {zlib.crc32(source.kept.tobytes())}"
 
-    def split(kept, fingerprint, preprocess, steps, example_spec, keys=False) -> Split:
+    def split(kept, fingerprint, spec, steps, example_spec, keys=False) -> Split:
         part = dataclasses.replace(source, kept=kept)
 
         def select(places: np.ndarray) -> Split:
-            here = preprocess, steps, example_spec, keys
-            return split(*_selected(kept, places, fingerprint), *here)
+            settings = spec, steps, example_spec, keys
+            return split(*_selected(kept, places, fingerprint), *settings)
 
-        def with_steps(preprocess: str, *, image_size: tuple, keys: bool = False) -> Split:
-            steps = make_preprocess(preprocess, image_size)
+        def with_preprocess(spec: Specification, *, image_size, keys: bool = False) -> Split:
+            steps = make_preprocess(spec, image_size)
             example_spec = output_spec(steps, source.example_spec)
             if keys:
                 example_spec["augment_key"] = ((4,), "uint32")
-            return split(kept, fingerprint, preprocess, steps, example_spec, keys)
+            return split(kept, fingerprint, spec, steps, example_spec, keys)
 
         return Split(
             name=part.name,
@@ -232,15 +234,15 @@ def _prepare(source, dataset, preprocess: str, image_size: tuple[int, int]) -> S
             example_id=lambda place: part.example_id(int(kept[place])),
             labels=functools.partial(sources.labels, part),
             select=select,
-            preprocess=preprocess,
+            preprocess=spec,
             numbers=kept,
-            with_steps=with_steps,
+            with_preprocess=with_preprocess,
             stored_bytes=functools.partial(sources.stored_bytes, part),
             stored=functools.cache(lambda: part.stored(kept)),
             class_counts=lambda: part.count_classes and part.count_classes(kept),
         )
 
-    return split(source.kept, fingerprint, preprocess, steps, example_spec)
+    return split(source.kept, fingerprint, spec, steps, example_spec)
 
 
 def open_source(

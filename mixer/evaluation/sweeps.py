@@ -20,7 +20,7 @@ from scipy import special
 from mixer import files, run_files
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation as orders
-from mixer.data.preprocessing import spec as steps
+from mixer.data.preprocessing.spec import Kind, Specification, parse
 from mixer.errors import UserError, printable
 from mixer.evaluation import classification, scores, suites
 from mixer.models.mlp_mixer import check_image_size
@@ -34,6 +34,7 @@ from mixer.weights import fetch as remote
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
 
+SCALED = ("resize", "resize_small", "central_crop")  # ops whose size follows the images' side
 SEEDS = (0, 1, 2)  # of the permutations at each share
 AXES = {"resolution": "side of the images, pixels", "permutation": "share that is shuffled"}
 
@@ -170,26 +171,20 @@ def steps_at(preprocess: str, old: int, new: int) -> str:
     """
     if old == new or not preprocess:  # synthetic data has no steps
         return preprocess
-    scaled, found = [], False
-    for text in [step.text for step in steps.parse(preprocess)]:
-        name, args, kwargs = steps.parse_call(text)
-        if name.startswith("permute_"):
-            raise UserError(
-                f"{preprocess!r} permutes images of {old} x {old}: there is no permutation of "
-                f"{new} x {new} that the weights have seen"
-            )
-        if name in ("resize", "resize_small", "central_crop"):
-            found = True
-            if args:
-                args[0] = _scaled(args[0], new / old)
-            elif "size" in kwargs:
-                kwargs["size"] = _scaled(kwargs["size"], new / old)
-            arguments = [*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())]
-            text = f"{name}({', '.join(arguments)})"
-        scaled.append(text)
-    if found:
-        return "|".join(scaled)
-    return orders.with_step(preprocess, f"resize({new}, antialias=True)")
+    spec = parse(preprocess)
+    if spec.of_kind(Kind.PERMUTATION):
+        raise UserError(
+            f"{preprocess!r} permutes images of {old} x {old}: there is no permutation of "
+            f"{new} x {new} that the weights have seen"
+        )
+    sized = [call for call in spec.calls if call.op.name in SCALED]
+    if not sized:
+        return str(spec.with_image_op(f"resize({new}, antialias=True)"))
+    calls = [
+        call.replace("size", _scaled(call.arguments["size"], new / old)) if call in sized else call
+        for call in spec.calls
+    ]
+    return str(Specification(tuple(calls)))
 
 
 def _scaled(size: int | tuple[int, int], factor: float) -> int | tuple[int, int]:

@@ -18,7 +18,7 @@ from mixer import run_files
 from mixer.data import resident
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
-from mixer.data.preprocessing import spec as steps_lib
+from mixer.data.preprocessing.spec import parse
 from mixer.data.sources import folder
 from mixer.errors import UserError, check_choice, check_number
 from mixer.models import resize as resolution
@@ -303,7 +303,7 @@ def resolve_permutation(config: ConfigDict) -> None:
         check_image_size((size, size), patch_size)
         step = f"permute_patches({size}, {patch_size}, seed=0)"
     for key in ("train_preprocess", "eval_preprocess"):
-        dataset[key] = permutation.with_step(dataset[key], step)
+        dataset[key] = str(parse(dataset[key]).with_image_op(step))
 
 
 def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
@@ -385,7 +385,7 @@ def open_splits(
     if config.dataset.name != "synthetic":  # which takes no steps
         for key in ("train_preprocess", "eval_preprocess"):
             if config.dataset[key]:  # both, before any data is read
-                steps_lib.parse(config.dataset[key], (config.image_size, config.image_size))
+                parse(config.dataset[key], (config.image_size, config.image_size))
     pipeline.forget_listings()
     subfolders = True if record is None else record.get("subfolders")
     if subfolders is None and pipeline.has_subfolders(config.dataset):

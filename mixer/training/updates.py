@@ -18,6 +18,7 @@ from mixer import memory
 from mixer.data import resident
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import device as augment
+from mixer.data.preprocessing.spec import Specification
 from mixer.errors import UserError
 from mixer.formatting import short
 from mixer.parallel import processes as distributed
@@ -182,23 +183,25 @@ def make_updates(
     return updates, line
 
 
-def _parted(split: pipeline.Split, where: str) -> tuple[pipeline.Split, Callable | None, str]:
+def _parted(
+    split: pipeline.Split, where: str
+) -> tuple[pipeline.Split, Callable | None, Specification]:
     """The split with the steps left to the host, and those that the device takes, if any."""
     # TPUs gather slowly, and their hosts have many cores; a CPU is its own host.
     here = where == "host" or (where == "auto" and jax.default_backend() != "gpu")
-    parts = None if here or not split.preprocess else augment.split(split.preprocess)
-    if parts is None or parts.device is None:
-        return split, None, ""
-    host = split.with_steps(parts.host, image_size=(None, None), keys=True)
+    parts = split.preprocess.parts
+    if here or not parts.device:
+        return split, None, parts.device
+    host = split.with_preprocess(parts.host, image_size=(None, None), keys=True)
     size = host.example_spec["image"][0][:2]
     if None not in size:
         return host, augment.make_augment(split.preprocess, size), parts.device
     if where == "device":
         raise UserError(
-            f"dataset.augment_on=device: the host's steps {parts.host!r} give images of any size; "
-            "end them with resize or a crop, as in decode|resize(64)"
+            f"dataset.augment_on=device: the host's ops {str(parts.host)!r} give images of any "
+            "size; end them with resize or a crop, as in decode|resize(64)"
         )
-    return split, None, ""
+    return split, None, parts.device
 
 
 def make_resident(

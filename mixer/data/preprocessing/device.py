@@ -1,17 +1,16 @@
-"""Preprocessing's last steps on the device: the same draws and pixels as mixer/data's on the host.
+"""Preprocessing on the device: the same draws and pixels as the functions on the host.
 
-A step here bears the name and the arguments of the step of mixer/data/preprocessing/host.py that it
-stands for, and takes a batch: `images` (N, H, W, 3) uint8 and, if it is random, `keys` (N, 4)
-uint32 (see mixer/data/philox.py). An operation of RandAugment and AutoAugment that each example
-chooses for itself is not branched to, since a branch under vmap is computed for all: every kind is
-one pass over the batch, whose strength is an array, and each example takes part in that of its own.
+An op here has the name and the arguments of the function on the host, and takes a batch: `images`
+(N, H, W, 3) uint8 and, if it is random, `keys` (N, 4) uint32 (see mixer/data/philox.py).
+RandAugment and AutoAugment choose operations per example. A branch under vmap computes all sides
+for all examples, so each operation is one pass over the batch, with an array of strengths, that
+changes the examples that chose it.
 
-Where TensorFlow rounds a product before adding to it, so does this code (`rounded`), and no float
-is divided by a constant, which compilers make a product. Compilers on the CPU then give equal bits.
+This code rounds a product before adding to it (`rounded`) where TensorFlow does, and divides no
+float by a constant, which compilers turn into a product. Compilers on the CPU then give equal bits.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 
@@ -22,86 +21,41 @@ import numpy as np
 from mixer.data import philox
 from mixer.data.philox import rounded
 from mixer.data.preprocessing import permutation
-from mixer.data.preprocessing import spec as steps_lib
 from mixer.data.preprocessing.policies import (
     CIFAR_POLICY,
     FILL,
+    GEOMETRY,
     OPERATIONS,
     amount_of_level,
     amount_of_magnitude,
 )
+from mixer.data.preprocessing.spec import Specification
 from mixer.errors import UserError
 
-# Steps that stay on the host: they take encoded bytes, or images that differ in size.
-HOST_STEPS = ("decode", "inception_crop", "resize", "resize_small")
-RANDOM_HOST_STEPS = ("inception_crop",)
-LABEL_STEPS = steps_lib.LABEL_OPS
 
-
-# Where a specification is parted.
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """A preprocessing specification parted between the host and the device.
-
-    Attributes:
-      host: steps of the host: those on the image up to the device's first, and all on the label.
-      device: the steps that the device takes after them, joined by "|"; None: there are none.
-      random_on_host: the first random step of `host`, because of which its images differ from epoch
-        to epoch; None: there is none.
-    """
-
-    host: str
-    device: str | None
-    random_on_host: str | None
-
-
-def split(spec: str) -> Parts:
-    """Parts a specification such as "decode|random_crop(32, pad=4)|flip_lr|one_hot(10)".
-
-    The device takes the steps from the first random one that has only steps behind it that the
-    device can do, and `value_range`; what is the same for every epoch stays on the host. The random
-    steps of the host keep their places, and so their keys.
-
-    Raises:
-      UserError: an unknown step, or one that is badly written.
-    """
-    steps = steps_lib.parse(spec)
-    first = _first_on_device(steps)
-    host = [step.text for number, step in enumerate(steps) if _on_host(number, step.name, first)]
-    device = [
-        step.text for number, step in enumerate(steps) if not _on_host(number, step.name, first)
-    ]
-    names = [step.name for step in steps[:first]]
-    random = [name for name in names if name in RANDOM_HOST_STEPS or _is_random(name)]
-    return Parts("|".join(host), "|".join(device) or None, random[0] if random else None)
-
-
-def make_augment(spec: str, image_size: tuple[int, int]) -> Callable:
-    """Builds the function of the steps that `split` leaves to the device.
+def make_augment(spec: Specification, image_size: tuple[int, int]) -> Callable:
+    """Builds the function of the ops that a specification leaves to the device.
 
     Args:
-      spec: the whole specification: a step's key is made with its place in it.
-      image_size: (H, W) of the images that the host's steps give.
+      spec: the whole specification, of which `parts.device` is computed.
+      image_size: (H, W) of the images that the host's part gives.
 
     Returns:
       A function (images (N, H, W, 3) uint8, keys (N, 4) uint32) -> images (N, H', W', 3) uint8, or
-      float32 after `value_range`. A key is the example's, as the steps on the host get it:
+      float32 after `value_range`. A key is the example's, as the ops on the host get it:
       `fold_in(make_key(seed, epoch), number)`.
 
     Raises:
-      UserError: a step's arguments are wrong, or do not fit images of that size.
+      UserError: an op does not fit images of that size.
     """
-    steps = steps_lib.parse(spec)
-    first = _first_on_device(steps)
+    calls = [(call, call.op.device_function) for call in spec.parts.device.calls]
 
     def augment(images: jax.Array, keys: jax.Array) -> jax.Array:
-        for number, step in enumerate(steps):
-            if _on_host(number, step.name, first):
-                continue
-            own = {"keys": philox.fold_in(keys, number, bits=32)} if _is_random(step.name) else {}
-            images = DEVICE_STEPS[step.name](images, **own, **step.arguments)
+        for call, function in calls:
+            arguments = call.arguments
+            if call.op.random:
+                arguments = {"keys": philox.fold_in(keys, call.place, bits=32), **arguments}
+            images = function(images, **arguments)
         return images
 
     try:
@@ -111,27 +65,8 @@ def make_augment(spec: str, image_size: tuple[int, int]) -> Callable:
             jax.ShapeDtypeStruct((1, 4), jnp.uint32),
         )
     except ValueError as error:
-        raise UserError(f"preprocessing {spec!r}: {error}") from error
+        raise UserError(f"preprocessing {str(spec)!r}: {error}") from error
     return augment
-
-
-def _first_on_device(steps: list[steps_lib.Step]) -> int:
-    """The place of the first step that may run on the device; those on labels do not count."""
-    first = max(n for n, step in enumerate(steps) if step.name in HOST_STEPS) + 1
-    while first < len(steps):
-        name = steps[first].name
-        if name == "value_range" or (name in DEVICE_STEPS and _is_random(name)):
-            break
-        first += 1
-    return first
-
-
-def _on_host(number: int, name: str, first: int) -> bool:
-    return number < first or name in LABEL_STEPS
-
-
-def _is_random(name: str) -> bool:
-    return name in DEVICE_STEPS and "keys" in inspect.signature(DEVICE_STEPS[name]).parameters
 
 
 # Crops, mirrors, orders.
@@ -280,7 +215,7 @@ def random_erasing(
 ):
     """Erases a random rectangle of some of the images: the first of ten drawn that fits.
 
-    See the step on the host for the arguments; `fill` is "noise" or a value 0 to 255.
+    See the function on the host for the arguments; `fill` is "noise" or a value 0 to 255.
     """
     own = jnp.moveaxis(philox.split(keys), 1, 0)
     height, width = images.shape[1:3]
@@ -320,7 +255,6 @@ def _per_image(values):
 
 # The operations of RandAugment and AutoAugment.
 
-GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 # What maps each value of a channel to another one.
 POINT = ("invert", "posterize", "solarize", "solarize_add", "brightness", "contrast")
 POINT += ("auto_contrast", "equalize")
@@ -379,39 +313,21 @@ def autoaugment_cifar(images, keys):
     for layer in (0, 1):
         for policy in CIFAR_POLICY:
             name, _, level = policy[layer]
-            strengths += [_cifar_strength(name, level, sign, images.shape[1:3]) for sign in (-1, 1)]
+            amounts = [amount_of_level(name, level, np.float32(sign)) for sign in (-1, 1)]
+            strengths += [_strength(name, amount, images.shape[1:3]) for amount in amounts]
     draws = philox.uniform(keys, (5,)).T
     chosen = (draws[0] * len(CIFAR_POLICY)).astype(jnp.int32)
     chances = np.array([[chance for _, chance, _ in policy] for policy in CIFAR_POLICY], np.float32)
-    taken = draws[1:3] < jnp.asarray(chances.T)[:, chosen]
+    applies = draws[1:3] < jnp.asarray(chances.T)[:, chosen]
     first = 1 + 2 * len(CIFAR_POLICY) * np.arange(2)[:, None]
-    numbers = jnp.where(taken, first + 2 * chosen + (draws[3:5] >= 0.5), 0)
+    numbers = jnp.where(applies, first + 2 * chosen + (draws[3:5] >= 0.5), 0)
     return _apply_in_turn(images, strengths, numbers)
-
-
-def _cifar_strength(name, level, sign, image_size) -> Strength:
-    """An operation at a level of 0 to 9, as `apply_level` of autoaugment.py."""
-    if level is None:
-        return Strength(name)
-    sign, amount = np.float32(sign), amount_of_level(name, level)
-    match name:
-        case "rotate":
-            return _rotate(sign * np.float32(amount), image_size)
-        case "shear_x" | "shear_y":
-            return _shear(name, sign * np.float32(amount))
-        case "translate_x" | "translate_y":
-            return _translate(name, sign * np.float32(amount), image_size)
-        case "posterize":
-            return Strength(name, number=_mask(amount))
-        case "solarize":
-            return Strength(name, number=amount)
-    return Strength(name, factor=1 + sign * np.float32(amount), middle=None)
 
 
 def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
     """`num_layers` operations an image, each drawn uniformly from the sixteen and always applied.
 
-    See the step on the host for the arguments.
+    See the function on the host for the arguments.
     """
     strengths = [
         _magnitude_strength(name, magnitude, sign, images.shape[1:3], mode == "faithful")
@@ -425,29 +341,35 @@ def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
 
 def _magnitude_strength(name, magnitude, sign, image_size, faithful) -> Strength:
     """An operation as `apply_magnitude` of mixer/data/preprocessing/randaugment.py makes it."""
-    sign, amount = np.float32(sign), amount_of_magnitude(name, magnitude, faithful=faithful)
+    amount = amount_of_magnitude(name, magnitude, np.float32(sign), faithful=faithful)
+    strength = _strength(name, amount, image_size)
+    if name != "contrast" or not faithful:
+        return strength
     height, width = (np.float32(side) for side in image_size)
+    middle = np.floor(min(height * width / np.float32(256), np.float32(255)))
+    return dataclasses.replace(strength, middle=middle)
+
+
+def _strength(name, amount, image_size) -> Strength:
+    """An operation as `apply_operation` of mixer/data/preprocessing/randaugment.py computes it."""
     match name:
         case "auto_contrast" | "equalize" | "invert":
             return Strength(name)
         case "rotate":
-            return _rotate(sign * np.float32(amount), image_size)
+            return _rotate(np.float32(amount), image_size)
         case "shear_x" | "shear_y":
-            return _shear(name, sign * np.float32(amount))
+            return _shear(name, np.float32(amount))
         case "translate_x" | "translate_y":
-            return _translate(name, sign * np.float32(amount), image_size)
+            return _translate(name, np.float32(amount), image_size)
         case "posterize":
             return Strength(name, number=_mask(amount))
         case "solarize":
             return Strength(name, number=amount)
         case "solarize_add":
             return Strength(name, number=min(amount, 255))
-        case "contrast":
-            middle = np.floor(min(height * width / np.float32(256), np.float32(255)))
-            return Strength(name, factor=np.float32(amount), middle=middle if faithful else None)
         case "cutout":
-            return Strength(name, half_size=np.float32(amount) * width)
-    return Strength(name, factor=np.float32(amount))
+            return Strength(name, half_size=np.float32(amount) * np.float32(image_size[1]))
+    return Strength(name, factor=np.float32(amount), middle=None)
 
 
 def _mask(bits):
@@ -638,20 +560,3 @@ def _blend(zero, one, factor):
 
 def _to_uint8(pixels):
     return jnp.clip(pixels, 0, 255).astype(jnp.uint8)  # the cast truncates
-
-
-DEVICE_STEPS = {
-    step.__name__: step
-    for step in (
-        central_crop,
-        random_crop,
-        flip_lr,
-        random_affine,
-        randaugment,
-        autoaugment_cifar,
-        random_erasing,
-        permute_patches,
-        permute_pixels,
-        value_range,
-    )
-}

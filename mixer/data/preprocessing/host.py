@@ -1,23 +1,19 @@
-"""Preprocessing: steps on one example, named in the config and applied in the order written.
+"""Preprocessing on the host: ops on one example, named in the config and applied in their order.
 
-A config says, for example, `"inception_crop(224)|flip_lr"`; mixer/data/preprocessing/spec.py has
-the ops, and what their arguments may be. A step is a pure function of the image (or, where its
-first parameter is `example`, of the whole example) and, if it is random, of a stateless key: the
-same image with the same key gives the same pixels. Images stay uint8 all the way, unless
-`value_range` ends the steps; the device turns them into floats.
+A config says, for example, `"inception_crop(224)|flip_lr"`; mixer/data/preprocessing/spec.py
+declares the ops. An op is a pure function of the image (`one_hot`: of the whole example), of its
+arguments, and of a stateless key if it is random: the same image with the same key gives the same
+pixels. Images stay uint8 unless `value_range` is the last op; the device makes floats of them.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from mixer.data.preprocessing import images, permutation
-from mixer.data.preprocessing import spec as steps_lib
-from mixer.data.preprocessing.autoaugment import autoaugment_cifar
-from mixer.data.preprocessing.randaugment import randaugment
+from mixer.data.preprocessing.spec import Kind, Specification, parse
 
 ORIENTATION = 0x0112  # number of the EXIF tag
 DCT = {"fast": "INTEGER_FAST", "accurate": "INTEGER_ACCURATE"}  # of JPEG
@@ -412,33 +408,11 @@ def one_hot(example, num_classes, on=1.0, off=0.0):
     return {**rest, "label": off + share * (on - off)}
 
 
-STEPS = {
-    step.__name__: step
-    for step in (
-        decode,
-        inception_crop,
-        resize,
-        resize_small,
-        central_crop,
-        random_crop,
-        flip_lr,
-        random_affine,
-        randaugment,
-        autoaugment_cifar,
-        random_erasing,
-        permute_patches,
-        permute_pixels,
-        value_range,
-        one_hot,
-    )
-}
-
-
-def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
-    """Builds the function that a spec such as "decode|random_crop(32, pad=4)|flip_lr" describes.
+def make_preprocess(spec: str | Specification, image_size: tuple[int, int]) -> Callable:
+    """Builds the function that a specification such as "decode|random_crop(32)|flip_lr" describes.
 
     Args:
-      spec: steps with their arguments, joined by "|".
+      spec: calls of ops, joined by "|".
       image_size: (H, W) that every image must have in the end; None: any.
 
     Returns:
@@ -446,21 +420,21 @@ def make_preprocess(spec: str, image_size: tuple[int, int]) -> Callable:
       encoded bytes and leaves as (H, W, 3) uint8, or float32 after `value_range`.
 
     Raises:
-      UserError: an unknown step, wrong arguments, a first step that does not decode, or images of
-        another size.
+      UserError: as `spec.parse`.
     """
-    steps = [(STEPS[step.name], step.arguments) for step in steps_lib.parse(spec, image_size)]
+    calls = [(call, call.op.host_function) for call in parse(spec, image_size).calls]
 
     @tf.autograph.experimental.do_not_convert  # plain Python that builds the graph
     def preprocess(example, key):
-        for number, (step, arguments) in enumerate(steps):
-            own = {}
-            if _is_random(step):
-                own["key"] = tf.random.experimental.stateless_fold_in(key, number)
-            if _takes_example(step):
-                example = step(example, **own, **arguments)
+        for call, function in calls:
+            arguments = call.arguments
+            if call.op.random:
+                call_key = tf.random.experimental.stateless_fold_in(key, call.place)
+                arguments = {"key": call_key, **arguments}
+            if call.op.kind is Kind.LABEL:
+                example = function(example, **arguments)
             else:
-                example = {**example, "image": step(example["image"], **own, **arguments)}
+                example = {**example, "image": function(example["image"], **arguments)}
         return {**example, "image": tf.ensure_shape(example["image"], [*image_size, 3])}
 
     return preprocess
@@ -482,11 +456,3 @@ def output_spec(preprocess: Callable, example_spec: dict) -> dict:
         name: (tuple(spec.shape), spec.dtype.name)
         for name, spec in graph.structured_outputs.items()
     }
-
-
-def _is_random(step: Callable) -> bool:
-    return "key" in inspect.signature(step).parameters
-
-
-def _takes_example(step: Callable) -> bool:
-    return next(iter(inspect.signature(step).parameters)) == "example"

@@ -60,13 +60,3 @@ def patch_order(
     order = np.empty(height * width, np.int64)
     order[places] = moved
     return order
-
-
-def with_step(preprocess: str, step: str) -> str:
-    """The steps `preprocess` with `step` as the last on the image's pixels, unless it is there."""
-    steps = preprocess.split("|")
-    if step in steps:
-        return preprocess
-    ends = [number for number, each in enumerate(steps) if each.strip().startswith("value_range")]
-    steps.insert(ends[0] if ends else len(steps), step)
-    return "|".join(steps)

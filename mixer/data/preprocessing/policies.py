@@ -1,10 +1,13 @@
 """RandAugment's and AutoAugment's tables, and how strong they make each operation. No TensorFlow.
 
-mixer/data/preprocessing/randaugment.py and mixer/data/preprocessing/autoaugment.py compute the
-operations on the host, and mixer/data/preprocessing/device.py does on the device.
+The host (mixer/data/preprocessing/randaugment.py, autoaugment.py) and the device (device.py) both
+compute the operations from these.
 """
 
+from typing import Any
+
 FILL = 128  # of pixels that an operation uncovers
+GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 # RandAugment draws from these (Cubuk et al., 2020).
 OPERATIONS = (
@@ -57,7 +60,7 @@ CIFAR_POLICY = (
 )
 
 
-def amount_of_magnitude(name: str, magnitude: float, *, faithful: bool) -> float | int | None:
+def amount_of_magnitude(name: str, magnitude: float, sign: Any, *, faithful: bool) -> Any:
     """How much RandAugment has an operation do at a magnitude.
 
     Args:
@@ -65,16 +68,17 @@ def amount_of_magnitude(name: str, magnitude: float, *, faithful: bool) -> float
       magnitude: 10 gives rotations of 30 degrees, shears of 0.3, shifts of 100 pixels of 224,
         factors of 1.9, a cutout of 80 pixels of 224, 4 bits of posterize, and 110 of solarize_add;
         all are proportional to it but the factors, which start at 0.1.
+      sign: -1.0 or 1.0, the direction of geometric operations: a number or an array.
       faithful: with the published recipe's quirk: solarize's threshold wraps modulo 256.
 
     Returns:
-      Degrees, a slope, a share of the side, bits, a threshold, an addition, half of cutout's side
-      as a share of the width, or a factor; None: it takes none.
+      Degrees, a slope or a share of the side, each with the sign; bits, a threshold, an addition,
+      half of cutout's side as a share of the width, or a factor; None: the operation has no amount.
     """
     share = magnitude / 10
     threshold = int(256 * share)
     factor = 0.1 + 1.8 * share
-    return {
+    amount = {
         "rotate": 30 * share,
         "shear_x": 0.3 * share,
         "shear_y": 0.3 * share,
@@ -89,21 +93,24 @@ def amount_of_magnitude(name: str, magnitude: float, *, faithful: bool) -> float
         "brightness": factor,
         "sharpness": factor,
     }.get(name)
+    return sign * amount if name in GEOMETRY else amount
 
 
-def amount_of_level(name: str, level: int) -> float | int:
+def amount_of_level(name: str, level: int | None, sign: Any) -> Any:
     """How much AutoAugment has an operation do at a level, as the common PyTorch implementations.
 
     Args:
-      name: an operation of CIFAR_POLICY that takes a level.
-      level: 0 (weakest) to 9; ranges over the levels are linear.
+      name: an operation of CIFAR_POLICY.
+      level: 0 (weakest) to 9; ranges over the levels are linear. None: the operation has no level.
+      sign: -1.0 or 1.0, the direction of geometric and enhancing operations: a number or an array.
 
     Returns:
-      Degrees, a slope, a share of the side, bits or a threshold; of what enhances, how far its
-      factor is from 1, either way.
+      As `amount_of_magnitude`.
     """
+    if level is None:
+        return None
     share = level / 9
-    return {
+    amount = {
         "rotate": 30 * share,
         "shear_x": 0.3 * share,
         "shear_y": 0.3 * share,
@@ -111,8 +118,7 @@ def amount_of_level(name: str, level: int) -> float | int:
         "translate_y": 150 / 331 * share,
         "posterize": round(8 - 4 * share),
         "solarize": round(256 * (1 - share)),
-        "color": 0.9 * share,
-        "contrast": 0.9 * share,
-        "brightness": 0.9 * share,
-        "sharpness": 0.9 * share,
-    }[name]
+    }.get(name)
+    if amount is None:  # color, contrast, brightness, sharpness: a factor around 1
+        return 1 + sign * (0.9 * share)
+    return sign * amount if name in GEOMETRY else amount

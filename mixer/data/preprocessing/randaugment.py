@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al., 2020): its sixteen operations, and the step that draws from them.
+"""RandAugment (Cubuk et al., 2020): its sixteen operations, and the op that draws from them.
 
 Each operation is a function of an (H, W, 3) uint8 image and returns one. Geometric operations
 take the nearest pixel and fill what they uncover with grey (128). `faithful` is what the
@@ -229,34 +229,49 @@ def cutout(image, center_y, center_x, half_size):
     return tf.concat([image[:top], middle, image[bottom:]], 0)
 
 
+def apply_operation(image, name, amount, *, place=(0.5, 0.5), middle=None):
+    """One operation of a policy.
+
+    Args:
+      image: (H, W, 3) uint8.
+      name: the operation.
+      amount: as mixer/data/preprocessing/policies.py gives it; lengths are shares of the sides.
+      place: (y, x) in [0, 1): where cutout strikes.
+      middle: as of `contrast`.
+    """
+    height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+    match name:
+        case "translate_x":
+            return translate_x(image, amount * width)
+        case "translate_y":
+            return translate_y(image, amount * height)
+        case "contrast":
+            return contrast(image, amount, middle)
+        case "cutout":
+            y, x = place[0] * height, place[1] * width
+            return cutout(image, tf.floor(y), tf.floor(x), amount * width)
+    operation = globals()[name]
+    return operation(image) if amount is None else operation(image, amount)
+
+
 def apply_magnitude(image, name, magnitude, *, faithful=True, sign=1.0, place=(0.5, 0.5)):
-    """One operation as strong as `amount_of_magnitude` says; lengths scale with the image.
+    """One operation of RandAugment.
 
     Args:
       image: (H, W, 3) uint8.
       name: one of OPERATIONS.
-      magnitude: as `amount_of_magnitude` takes it.
+      magnitude: as of `amount_of_magnitude`.
       faithful: with the quirks of the published recipe.
-      sign: -1.0 or 1.0: the direction of geometric operations.
+      sign: -1.0 or 1.0, the direction of geometric operations.
       place: (y, x) in [0, 1): where cutout strikes.
     """
-    operation = globals()[name]
-    amount = amount_of_magnitude(name, magnitude, faithful=faithful)
-    height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
-    match name:
-        case "rotate" | "shear_x" | "shear_y":
-            return operation(image, sign * amount)
-        case "translate_x":
-            return translate_x(image, sign * amount * width)
-        case "translate_y":
-            return translate_y(image, sign * amount * height)
-        case "contrast" if faithful:
-            # The sum of the histogram, so the number of pixels, stands for the mean.
-            return contrast(image, amount, tf.floor(tf.minimum(height * width / 256, 255.0)))
-        case "cutout":
-            y, x = place[0] * height, place[1] * width
-            return cutout(image, tf.floor(y), tf.floor(x), amount * width)
-    return operation(image) if amount is None else operation(image, amount)
+    middle = None
+    if name == "contrast" and faithful:
+        # The sum of the histogram, so the number of pixels, stands for the mean.
+        height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+        middle = tf.floor(tf.minimum(height * width / 256, 255.0))
+    amount = amount_of_magnitude(name, magnitude, sign, faithful=faithful)
+    return apply_operation(image, name, amount, place=place, middle=middle)
 
 
 def choose(number, branches, image, **arguments):

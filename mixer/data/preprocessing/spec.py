@@ -1,10 +1,14 @@
-"""The ops of preprocessing, `name(arguments)` joined by "|", and what their arguments may be.
+"""The ops of preprocessing, each declared once, and the specifications that name them.
 
-A specification is checked here as a whole, before any data is opened. No TensorFlow here.
+A specification is a text such as "decode|random_crop(32, pad=4)|flip_lr": calls of ops, joined by
+"|". `parse` checks it as a whole, before any data is opened, and gives a `Specification`, which
+answers what the rest of the code needs to know of it. No TensorFlow and no JAX here.
 """
 
 import ast
 import dataclasses
+import enum
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -16,41 +20,44 @@ MOST_PADDING = 1024
 MOST_CLASSES = 1 << 20
 
 
+# What the arguments of an op may be.
+
+
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Rule:
     """What an argument may be.
 
     Attributes:
-      accepts: from a literal to whether it may.
-      refusal: what the other literals are; it follows "argument=value is".
+      accepts: whether it may be a literal.
+      refusal: what is wrong with all other literals; it follows "argument=value is".
     """
 
     accepts: Callable[[Any], bool]
     refusal: str
 
 
-def _number(low: float, high: float, what: str = "a number") -> Kind:
-    return Kind(
+def _number(low: float, high: float, meaning: str = "a number") -> Rule:
+    return Rule(
         lambda value: type(value) in (int, float) and low <= value <= high,  # NaN is not
-        f"not between {low} and {high} ({what})",
+        f"not between {low} and {high} ({meaning})",
     )
 
 
-def _whole(low: int, high: int) -> Kind:
-    return Kind(
+def _integer(low: int, high: int) -> Rule:
+    return Rule(
         lambda value: type(value) is int and low <= value <= high,
         f"not between {low} and {high} (a whole number)",
     )
 
 
-def _choice(*values: Any) -> Kind:
-    *most, last = map(repr, values)
-    refusal = f"neither {', '.join(most)} nor {last}"
-    return Kind(lambda value: any(type(value) is type(v) and value == v for v in values), refusal)
+def _choice(*values: Any) -> Rule:
+    *first, last = map(repr, values)
+    refusal = f"neither {', '.join(first)} nor {last}"
+    return Rule(lambda value: any(type(value) is type(v) and value == v for v in values), refusal)
 
 
-_SIDE = _whole(1, MOST_SIDE)
-_SIDES = Kind(
+_SIDE = _integer(1, MOST_SIDE)
+_SIDES = Rule(
     lambda value: (
         _SIDE.accepts(value)
         or (isinstance(value, tuple | list) and len(value) == 2 and all(map(_SIDE.accepts, value)))
@@ -65,27 +72,53 @@ _METHOD = _choice(
     *("area", "bicubic", "bilinear", "gaussian", "lanczos3", "lanczos5", "mitchellcubic"),
     "nearest",
 )
-_SEED = _whole(0, (1 << 63) - 1)
+_SEED = _integer(0, (1 << 63) - 1)
 _LEVEL = _number(-1e6, 1e6)
-_FILL = Kind(
+_FILL = Rule(
     lambda value: value == "noise" or (type(value) is int and 0 <= value <= 255),
     "neither 'noise' nor a value 0 to 255",
 )
 
 
+# The registry.
+
 REQUIRED = inspect.Parameter.empty
+
+
+class Kind(enum.Enum):
+    """What the other rules of a specification depend on."""
+
+    DECODING = "takes the file's bytes; one of these is the first op"
+    WINDOW = "cuts out a square, which must fit into the image"
+    PERMUTATION = "reorders the pixels of images of one size"
+    POLICY = "draws from many operations, which costs much"
+    RANGE = "makes floats of the pixels; the last op on the image"
+    LABEL = "changes the label"
+    OTHER = "none of these"
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """The arguments of an op.
+    """All that is declared of an op.
 
     Attributes:
-      arguments: by name, in their order: what each may be, and its default or REQUIRED.
-      ascending: two of them, of which the first must not be larger than the second.
+      name: in a specification, and of the functions that compute the op.
+      arguments: by name, in their order: a rule, and the default or REQUIRED.
+      kind: what other rules depend on.
+      random: whether the op draws random numbers, from a key that it gets.
+      host: the module of this package with the function on the host. It takes the image (a LABEL
+        op: the example), the `key` of a random op, and the arguments.
+      device: the module with the function on the device, which takes a batch of images, the `keys`
+        of a random op, and the same arguments; None: the op always runs on the host.
+      ascending: two arguments, of which the first must not be larger than the second.
     """
 
-    arguments: dict[str, tuple[Kind, Any]] = dataclasses.field(default_factory=dict)
+    name: str
+    arguments: dict[str, tuple[Rule, Any]] = dataclasses.field(default_factory=dict)
+    kind: Kind = Kind.OTHER
+    random: bool = False
+    host: str = "host"
+    device: str | None = "device"
     ascending: tuple[str, str] | None = None
 
     @property
@@ -98,205 +131,291 @@ class Op:
             ]
         )
 
+    @property
+    def host_function(self) -> Callable:
+        """The function on the host; importing it imports TensorFlow."""
+        return getattr(importlib.import_module(f"{__package__}.{self.host}"), self.name)
 
+    @property
+    def device_function(self) -> Callable:
+        """The function on the device, of an op that has one; importing it imports JAX."""
+        return getattr(importlib.import_module(f"{__package__}.{self.device}"), self.name)
+
+
+_SIZE = {"size": (_SIDE, REQUIRED)}
+_SIZES = {"size": (_SIDES, REQUIRED)}
 _AREAS = ("min_area", "max_area")
-# mixer/data/preprocessing/host.py computes them on the host, and mixer/data/preprocessing/device.py
-# some on the device.
+_RESIZING = {"antialias": (_FLAG, False)}
+
 OPS = {
-    "decode": Op({"dct": (_DCT, "fast")}),
-    "inception_crop": Op(
-        {
-            "size": (_SIDES, REQUIRED),
-            "min_area": (_AREA, 0.05),
-            "max_area": (_AREA, 1.0),
-            "dct": (_DCT, "fast"),
-        },
-        ascending=_AREAS,
-    ),
-    "resize": Op(
-        {
-            "size": (_SIDES, REQUIRED),
-            "method": (_METHOD, "bilinear"),
-            "antialias": (_FLAG, False),
-        }
-    ),
-    "resize_small": Op(
-        {"size": (_SIDE, REQUIRED), "method": (_METHOD, "area"), "antialias": (_FLAG, False)}
-    ),
-    "central_crop": Op({"size": (_SIDE, REQUIRED)}),
-    "random_crop": Op({"size": (_SIDE, REQUIRED), "pad": (_whole(0, MOST_PADDING), 0)}),
-    "flip_lr": Op(),
-    "random_affine": Op(
-        {
-            "degrees": (_number(0, 360), 0.0),
-            "translate": (_number(0, MOST_SIDE), 0.0),
-            "scale": (_number(0, 5), 0.0),
-            "shear": (_number(0, 10), 0.0),
-        }
-    ),
-    "randaugment": Op(
-        {
-            "num_layers": (_whole(0, 16), 2),
-            "magnitude": (_number(0, 30), 10),
-            "mode": (_choice("faithful", "fixed"), "faithful"),
-        }
-    ),
-    "autoaugment_cifar": Op(),
-    "random_erasing": Op(
-        {
-            "prob": (_SHARE, 0.25),
-            "min_area": (_AREA, 0.02),
-            "max_area": (_AREA, 1 / 3),
-            "min_aspect": (_number(1e-6, 1), 0.3),
-            "fill": (_FILL, "noise"),
-        },
-        ascending=_AREAS,
-    ),
-    "permute_patches": Op(
-        {"size": (_SIDES, REQUIRED), "patch_size": (_SIDE, REQUIRED), "seed": (_SEED, 0)}
-    ),
-    "permute_pixels": Op({"size": (_SIDES, REQUIRED), "seed": (_SEED, 0)}),
-    "value_range": Op({"low": (_LEVEL, -1.0), "high": (_LEVEL, 1.0)}, ascending=("low", "high")),
-    "one_hot": Op(
-        {
-            "num_classes": (_whole(1, MOST_CLASSES), REQUIRED),
-            "on": (_SHARE, 1.0),
-            "off": (_SHARE, 0.0),
-        }
-    ),
+    op.name: op
+    for op in (
+        Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, device=None),
+        Op(
+            "inception_crop",
+            _SIZES | {"min_area": (_AREA, 0.05), "max_area": (_AREA, 1.0), "dct": (_DCT, "fast")},
+            Kind.DECODING,
+            random=True,
+            device=None,
+            ascending=_AREAS,
+        ),
+        Op("resize", _SIZES | {"method": (_METHOD, "bilinear")} | _RESIZING, device=None),
+        Op("resize_small", _SIZE | {"method": (_METHOD, "area")} | _RESIZING, device=None),
+        Op("central_crop", _SIZE, Kind.WINDOW),
+        Op(
+            "random_crop", _SIZE | {"pad": (_integer(0, MOST_PADDING), 0)}, Kind.WINDOW, random=True
+        ),
+        Op("flip_lr", random=True),
+        Op(
+            "random_affine",
+            {
+                "degrees": (_number(0, 360), 0.0),
+                "translate": (_number(0, MOST_SIDE), 0.0),
+                "scale": (_number(0, 5), 0.0),
+                "shear": (_number(0, 10), 0.0),
+            },
+            random=True,
+        ),
+        Op(
+            "randaugment",
+            {
+                "num_layers": (_integer(0, 16), 2),
+                "magnitude": (_number(0, 30), 10),
+                "mode": (_choice("faithful", "fixed"), "faithful"),
+            },
+            Kind.POLICY,
+            random=True,
+            host="randaugment",
+        ),
+        Op("autoaugment_cifar", kind=Kind.POLICY, random=True, host="autoaugment"),
+        Op(
+            "random_erasing",
+            {
+                "prob": (_SHARE, 0.25),
+                "min_area": (_AREA, 0.02),
+                "max_area": (_AREA, 1 / 3),
+                "min_aspect": (_number(1e-6, 1), 0.3),
+                "fill": (_FILL, "noise"),
+            },
+            random=True,
+            ascending=_AREAS,
+        ),
+        Op(
+            "permute_patches",
+            _SIZES | {"patch_size": (_SIDE, REQUIRED), "seed": (_SEED, 0)},
+            Kind.PERMUTATION,
+        ),
+        Op("permute_pixels", _SIZES | {"seed": (_SEED, 0)}, Kind.PERMUTATION),
+        Op(
+            "value_range",
+            {"low": (_LEVEL, -1.0), "high": (_LEVEL, 1.0)},
+            Kind.RANGE,
+            ascending=("low", "high"),
+        ),
+        Op(
+            "one_hot",
+            {
+                "num_classes": (_integer(1, MOST_CLASSES), REQUIRED),
+                "on": (_SHARE, 1.0),
+                "off": (_SHARE, 0.0),
+            },
+            Kind.LABEL,
+            device=None,
+        ),
+    )
 }
-DECODING = ("decode", "inception_crop")  # one of them comes first
-LABEL_OPS = ("one_hot",)  # the others are on the image
+
+
+# Specifications.
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One op of a specification.
+class Call:
+    """An op with its arguments.
 
     Attributes:
+      op: the op.
+      arguments: all of them by name, defaults included.
       text: as it was written.
-      name: of the op.
-      arguments: all of them by name, those not given having their defaults.
+      place: in the specification that was parsed; the key of a random op is made with it.
     """
 
-    text: str
-    name: str
+    op: Op
     arguments: dict[str, Any]
+    text: str
+    place: int
+
+    def replace(self, argument: str, value: Any) -> "Call":
+        """The call with another value, not checked, of an argument that the text gives."""
+        call = _parse_text(self.text)
+        place = list(self.op.arguments).index(argument)
+        node = ast.parse(repr(value), mode="eval").body
+        if place < len(call.args):
+            call.args[place] = node
+        else:
+            next(word for word in call.keywords if word.arg == argument).value = node
+        arguments = self.arguments | {argument: value}
+        return dataclasses.replace(self, arguments=arguments, text=ast.unparse(call))
 
 
-def parse(spec: str, image_size: tuple[int | None, int | None] = (None, None)) -> list[Step]:
-    """The steps of a specification such as "decode|random_crop(32, pad=4)|flip_lr".
+@dataclasses.dataclass(frozen=True)
+class Specification:
+    """Calls of ops in their order; `str()` gives the text. Without any it is false."""
+
+    calls: tuple[Call, ...] = ()
+
+    def __str__(self) -> str:
+        return "|".join(call.text for call in self.calls)
+
+    def __bool__(self) -> bool:
+        return bool(self.calls)
+
+    def of_kind(self, kind: Kind) -> tuple[Call, ...]:
+        """The calls of one kind of ops."""
+        return tuple(call for call in self.calls if call.op.kind is kind)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) of the images that come out; None where it depends on the images."""
+        return _check_sizes(self.calls)
+
+    @property
+    def parts(self) -> "Parts":
+        """The part that the host computes, and the part that a device can compute after it.
+
+        The device's part starts at the first random op, or `value_range`, behind which every op has
+        a function on the device: what is the same in every epoch stays on the host. Ops on the
+        label do too.
+        """
+        on_image = [call for call in self.calls if call.op.kind is not Kind.LABEL]
+        start = 1 + max((n for n, call in enumerate(on_image) if not call.op.device), default=-1)
+        while start < len(on_image) and not (
+            on_image[start].op.random or on_image[start].op.kind is Kind.RANGE
+        ):
+            start += 1
+        device = on_image[start:]
+        host = [call for call in self.calls if call not in device]
+        random = next((call.op.name for call in host if call.op.random), None)
+        return Parts(Specification(tuple(host)), Specification(tuple(device)), random)
+
+    def with_image_op(self, text: str) -> "Specification":
+        """With one more op as the last on the image's pixels, unless it is there already."""
+        texts = [call.text for call in self.calls]
+        if text in texts:
+            return self
+        end = next((call.place for call in self.of_kind(Kind.RANGE)), len(texts))
+        return parse("|".join([*texts[:end], text, *texts[end:]]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A specification in two parts, whose calls keep their places, and so their keys.
+
+    Attributes:
+      host: ops on the image up to the device's first, and all on the label.
+      device: ops on the image that a device computes after them; false where there are none.
+      random_on_host: name of the first random op of `host`, because of which its images differ from
+        epoch to epoch; None: there is none.
+    """
+
+    host: Specification
+    device: Specification
+    random_on_host: str | None
+
+
+def parse(
+    spec: str | Specification, image_size: tuple[int | None, int | None] = (None, None)
+) -> Specification:
+    """Parses the text of a specification such as "decode|random_crop(32, pad=4)|flip_lr".
 
     Args:
-      spec: steps joined by "|".
+      spec: the text; what is parsed already is checked for `image_size`.
       image_size: (H, W) that the images must have in the end; None: any.
 
     Raises:
       UserError: an unknown op, arguments that are wrong or out of range, an order that cannot be,
         or images of another size.
     """
-    try:
-        steps = [_parse_step(text) for text in spec.split("|")]
-        _check_order(steps)
-        made = _image_size(steps)
-    except ValueError as error:
-        raise UserError(f"preprocessing {spec!r}: {error}") from None
+    if isinstance(spec, str):
+        try:
+            calls = tuple(_make_call(text, place) for place, text in enumerate(spec.split("|")))
+            _check_order(calls)
+            _check_sizes(calls)
+        except ValueError as error:
+            raise UserError(f"preprocessing {spec!r}: {error}") from None
+        spec = Specification(calls)
+    made = spec.image_size
     if made and any(side not in (made[i], None) for i, side in enumerate(image_size)):
         height, width = image_size
         raise UserError(
-            f"preprocessing {spec!r} gives no images of image_size="
+            f"preprocessing {str(spec)!r} gives no images of image_size="
             f"{height if height == width else image_size}: it makes them {made[0]} x {made[1]}"
         )
-    return steps
+    return spec
 
 
-def _parse_step(text: str) -> Step:
-    """One step; ValueError says what is wrong with it."""
-    name, args, kwargs = parse_call(text)
+def pixel_range(preprocess: str | None) -> tuple[float, float]:
+    """What the values 0 and 255 of a pixel become for the model, by a specification's text.
+
+    It is (-1, 1) unless `value_range(low, high)` is one of the ops, of which no other is looked at.
+
+    Raises:
+      ValueError: the arguments of `value_range` are wrong.
+    """
+    for text in (preprocess or "").split("|"):
+        if text.partition("(")[0].strip() == "value_range":
+            arguments = _make_call(text, 0).arguments
+            return float(arguments["low"]), float(arguments["high"])
+    return -1.0, 1.0
+
+
+def _make_call(text: str, place: int) -> Call:
+    """One call; ValueError says what is wrong with it."""
+    call = _parse_text(text)
+    name = call.func.id
     check_choice("op", name, OPS)
     op = OPS[name]
     try:
-        bound = op.signature.bind(*args, **kwargs)
+        values = [_literal(node) for node in call.args]
+        keywords = {str(word.arg): _literal(word.value) for word in call.keywords}
+    except (MemoryError, RecursionError):  # the parser's own limits
+        raise ValueError(f"{text.strip()[:80]!r} is no op; write name(arguments)") from None
+    if len(keywords) < len(call.keywords):
+        raise ValueError(f"{name}: an argument is given twice")
+    try:
+        bound = op.signature.bind(*values, **keywords)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from None
     bound.apply_defaults()
     for key, value in bound.arguments.items():
-        if not op.arguments[key][0].accepts(value):
-            raise ValueError(f"{name}: {key}={value!r} is {op.arguments[key][0].refusal}")
+        rule = op.arguments[key][0]
+        if not rule.accepts(value):
+            raise ValueError(f"{name}: {key}={value!r} is {rule.refusal}")
     if op.ascending:
         low, high = op.ascending
         if bound.arguments[low] > bound.arguments[high]:
             raise ValueError(
                 f"{name}: {low}={bound.arguments[low]!r} is above {high}={bound.arguments[high]!r}"
             )
-    return Step(text.strip(), name, bound.arguments)
+    return Call(op, bound.arguments, text, place)
 
 
-def _check_order(steps: list[Step]) -> None:
-    names = [step.name for step in steps if step.name not in LABEL_OPS]
-    if steps[0].name not in DECODING:
-        raise ValueError(f"the first step must be {' or '.join(DECODING)}")
-    if "decode" in names[1:]:
-        raise ValueError("decode must be the first step, once")
-    if "value_range" in names[:-1]:
-        raise ValueError("no step on the image may follow value_range")
-
-
-def _image_size(steps: list[Step]) -> tuple[int, int] | None:
-    """(H, W) of the images after the steps; None where theirs matters.
-
-    Raises:
-      ValueError: a crop, or an order of pixels, that does not fit what the steps before it leave.
-    """
-    size, short = None, None  # (H, W); the short side is also known after resize_small
-    for step in steps:
-        of_step = step.arguments.get("size")
-        sides = (of_step, of_step) if isinstance(of_step, int) else tuple(of_step or ())
-        if step.name.endswith("_crop") and step.name not in DECODING:
-            room = short and short + 2 * step.arguments.get("pad", 0)
-            if room and of_step > room:
-                raise ValueError(f"{step.name}: size={of_step} is more than the {room} pixels left")
-        if step.name.startswith("permute_") and size not in (None, sides):
-            raise ValueError(
-                f"{step.name}: size={of_step} is not that of the image, {size[0]} x {size[1]}"
-            )
-        patch_size = step.arguments.get("patch_size", 1)
-        if sides and any(side % patch_size for side in sides):
-            raise ValueError(
-                f"{step.name}: patches of {patch_size} pixels do not divide {sides[0]} x {sides[1]}"
-            )
-        if step.name == "resize_small":
-            size, short = None, of_step
-        elif sides:
-            size, short = sides, min(sides)
-    return size
-
-
-def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """The name, positional and named arguments of a step such as "resize(224, method='area')".
-
-    An argument that is no literal comes as `Code`, which no op accepts.
-
-    Raises:
-      ValueError: it is not of that form.
-    """
+def _parse_text(text: str) -> ast.Call:
+    """The syntax of a call such as "resize(224, method='area')"; ValueError if it is none."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Name):
-            call = ast.Call(call, [], [])
-        args = [_literal(arg) for arg in call.args]
-        kwargs = {str(word.arg): _literal(word.value) for word in call.keywords}
-        name = call.func.id
-    except (SyntaxError, AttributeError, MemoryError, RecursionError):  # the parser's own limits
-        raise ValueError(f"{text.strip()[:80]!r} is no step; write name(arguments)") from None
-    if len(kwargs) < len(call.keywords):
-        raise ValueError(f"{name}: an argument is given twice")
-    return name, args, kwargs
+    except (SyntaxError, MemoryError, RecursionError):
+        call = None
+    if isinstance(call, ast.Name):
+        call = ast.Call(call, [], [])
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError(f"{text.strip()[:80]!r} is no op; write name(arguments)")
+    return call
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """An expression that is no number, text, tuple or list of these; it is not evaluated."""
+    """An expression that is no literal; no rule accepts it, and it is never evaluated."""
 
     text: str
 
@@ -311,16 +430,41 @@ def _literal(node: ast.expr) -> Any:
         return Code(ast.unparse(node))
 
 
-def pixel_range(preprocess: str | None) -> tuple[float, float]:
-    """What the values 0 and 255 of a pixel become for the model, by the steps `preprocess`.
+def _check_order(calls: tuple[Call, ...]) -> None:
+    if calls[0].op.kind is not Kind.DECODING:
+        names = [op.name for op in OPS.values() if op.kind is Kind.DECODING]
+        raise ValueError(f"the first op must be {' or '.join(names)}")
+    if any(call.op.name == "decode" for call in calls[1:]):
+        raise ValueError("decode must be the first op, once")
+    on_image = [call for call in calls if call.op.kind is not Kind.LABEL]
+    if any(call.op.kind is Kind.RANGE for call in on_image[:-1]):
+        raise ValueError("no op on the image may follow value_range")
 
-    It is (-1, 1) unless one of them is `value_range(low, high)`.
+
+def _check_sizes(calls: tuple[Call, ...]) -> tuple[int, int] | None:
+    """(H, W) of the images after the calls; None where it depends on the images.
 
     Raises:
-      ValueError: a step is not of the form of one.
+      ValueError: a crop or a permutation that does not fit what the calls before it give.
     """
-    for text in (preprocess or "").split("|"):
-        if text.strip().startswith("value_range"):
-            arguments = _parse_step(text).arguments
-            return float(arguments["low"]), float(arguments["high"])
-    return -1.0, 1.0
+    image_size, short_side = None, None  # the short side is also known after resize_small
+    for call in calls:
+        name, size = call.op.name, call.arguments.get("size")
+        if size is None:
+            continue
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if call.op.kind is Kind.WINDOW:
+            room = short_side and short_side + 2 * call.arguments.get("pad", 0)
+            if room and size > room:
+                raise ValueError(f"{name}: size={size} is more than the {room} pixels left")
+        if call.op.kind is Kind.PERMUTATION and image_size not in (None, sides):
+            raise ValueError(
+                f"{name}: size={size} is not that of the image, {image_size[0]} x {image_size[1]}"
+            )
+        patch_size = call.arguments.get("patch_size", 1)
+        if any(side % patch_size for side in sides):
+            raise ValueError(
+                f"{name}: patches of {patch_size} pixels do not divide {sides[0]} x {sides[1]}"
+            )
+        image_size, short_side = (None if name == "resize_small" else sides), min(sides)
+    return image_size

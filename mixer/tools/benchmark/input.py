@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from mixer.data.preprocessing import device as augment
-from mixer.data.preprocessing import spec as steps_lib
+from mixer.data.preprocessing.spec import parse
 from mixer.models import flops
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
@@ -70,9 +70,9 @@ def preprocessings(train: str, evaluation: str) -> dict[str, str]:
     "evaluation" where the config has steps for it.
     """
     specs = {"training": train}
-    parts = augment.split(train)
+    parts = parse(train).parts
     if parts.device:
-        specs[HOST_PART] = parts.host
+        specs[HOST_PART] = str(parts.host)
     return specs | ({"evaluation": evaluation} if evaluation else {})
 
 
@@ -171,9 +171,10 @@ def device_part(
 
     None where a device could take none. Its images are of the size that the steps end with.
     """
-    if augment.split(spec).device is None:
+    parsed = parse(spec)
+    if not parsed.parts.device:
         return None
-    steps = augment.make_augment(spec, (image_size, image_size))
+    steps = augment.make_augment(parsed, (image_size, image_size))
 
     @jax_side.may_fail
     def prepare() -> contest.Contestant:
@@ -239,11 +240,11 @@ def decoding_alone(spec: str) -> Callable:
 
     from mixer.data.preprocessing import host as preprocess
 
-    step = steps_lib.parse(spec)[0]
-    options = {key: value for key, value in step.arguments.items() if key != "size"}
+    call = parse(spec).calls[0]
+    options = {key: value for key, value in call.arguments.items() if key != "size"}
 
     def run(example, key):
-        if step.name == "inception_crop":
+        if call.op.name == "inception_crop":
             key = tf.random.experimental.stateless_fold_in(key, 0)
             pixels = preprocess.inception_window(example["image"], key, **options)
         else:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mixer import memory
 from mixer.data import resident
 from mixer.data.preprocessing import device as augment
+from mixer.data.preprocessing.spec import Specification, parse
 from mixer.errors import UserError
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -64,15 +65,16 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
     if config.dataset.on_device == "off":
         raise UserError("dataset.on_device=off: a run of this config streams")
     spec, size = config.dataset.train_preprocess, (config.image_size, config.image_size)
-    parts = augment.split(spec) if spec else None
-    if parts and parts.random_on_host:
+    parsed = parse(spec) if spec else Specification()
+    parts = parsed.parts
+    if parts.random_on_host:
         raise UserError(
             f"dataset.train_preprocess={spec!r}: {parts.random_on_host} makes other images each "
             "epoch, which a run streams; see python -m mixer.tools.benchmark data"
         )
     mesh = sharding.make_mesh(config.mesh)
     run.check_batch_size(config, mesh)
-    steps = augment.make_augment(spec, size) if parts and parts.device else None
+    steps = augment.make_augment(parsed, size) if parts.device else None
     return _prepare(config, num_examples, steps, mesh)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from mixer.data import resident
-from mixer.data.preprocessing import device as augment
+from mixer.data.preprocessing.spec import Kind, Specification, parse
 from mixer.data.sources import synthetic
 from mixer.errors import UserError
 from mixer.formatting import duration, short
@@ -763,16 +763,16 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
       "stays_on_device": whether the set is read once instead, so that nothing of this matters.
     """
     dataset, topology = subject.config.dataset, subject.topology
-    steps = dataset.train_preprocess
+    spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
     on_device = topology.is_gpu if dataset.augment_on == "auto" else dataset.augment_on == "device"
-    if steps and on_device and _can_augment_on_device(steps):
-        steps = augment.split(steps).host
-    core_rate = CORE_RATE["randaugment" in steps or "autoaugment" in steps]
+    if on_device and _can_augment_on_device(spec):
+        spec = spec.parts.host
+    core_rate = CORE_RATE[bool(spec.of_kind(Kind.POLICY))]
     cores = topology.chip.host_cores
     devices = min(topology.num_devices, topology.chip.devices_per_host)
     share = cores * core_rate / needed
     return {
-        "steps": steps,
+        "steps": str(spec),
         "core_rate": core_rate,
         "cores_needed": needed / core_rate,
         "cores_there": cores,
@@ -788,16 +788,17 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
 def _stays_on_device(subject: Subject) -> bool:
     """Whether the run reads its images once (`resident.read`), as far as that is known here."""
     config, dataset, topology = subject.config, subject.config.dataset, subject.topology
-    parts = augment.split(dataset.train_preprocess) if dataset.train_preprocess else None
-    if parts and parts.random_on_host:
+    spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
+    parts = spec.parts
+    if parts.random_on_host:
         return False
     if dataset.on_device != "auto":
         return dataset.on_device == "on"
-    sized = not parts or _gives_one_size(parts.host)
+    sized = not spec or parts.host.image_size is not None
     side = config.image_size if sized else subject.stored_side
     if side is None or topology.num_hosts > 1 or not subject.num_examples:
         return False
-    if parts and parts.device:
+    if parts.device:
         backend = "gpu" if topology.is_gpu else "tpu"
         if dataset.augment_on == "host" or resident.are_slow(parts.device, (side, side), backend):
             return False
@@ -805,15 +806,9 @@ def _stays_on_device(subject: Subject) -> bool:
     return fits and config.total_steps * config.global_batch_size >= subject.num_examples
 
 
-def _can_augment_on_device(steps: str) -> bool:
-    """Whether a stream's device can take steps of these: what it is given has one size."""
-    parts = augment.split(steps)
-    return parts.device is not None and _gives_one_size(parts.host)
-
-
-def _gives_one_size(steps: str) -> bool:
-    """Whether images of any size have one after these steps."""
-    return any(name in steps for name in ("resize(", "central_crop(", "inception_crop("))
+def _can_augment_on_device(spec: Specification) -> bool:
+    """Whether a stream's device can compute some of these ops: what it gets has one size."""
+    return bool(spec.parts.device) and spec.parts.host.image_size is not None
 
 
 def _input_rows(subject: Subject, plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -838,8 +833,9 @@ def _input_rows(subject: Subject, plan: dict[str, Any]) -> list[tuple[str, str]]
                 f"{prepared['wait_share']:.0%} of the time",
             )
         ]
-        if prepared["steps"] and _can_augment_on_device(prepared["steps"]):
-            device_steps = augment.split(prepared["steps"]).device
+        spec = parse(prepared["steps"]) if prepared["steps"] else Specification()
+        if _can_augment_on_device(spec):
+            device_steps = spec.parts.device
             change = f"--config.dataset.augment_on=device ({device_steps} on the devices)"
             rows.append(("to change", change))
     if prepared["steps"] != subject.config.dataset.train_preprocess:
