@@ -49,8 +49,8 @@ def _run(command, clone, timeout=400):
 def test_commands_run_as_written(clone):
     (block,) = _blocks("bash")
     outputs = {}
-    for command in block.strip().splitlines():
-        if command.startswith("source"):
+    for command in block.strip().replace("\\\n", "").splitlines():
+        if command.startswith(("source", "#")):
             continue
         outputs.setdefault(command.split("#")[0].strip(), []).append(_run(command, clone))
     (first, again) = outputs[
