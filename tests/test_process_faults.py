@@ -62,7 +62,7 @@ def weights(tmp_path_factory):
         ("mixer.tools.predict", ".", "--weights={run}"),
         ("mixer.tools.inspect", "--workdir={run}"),
         ("mixer.tools.convert", "{run}", "--report"),
-        ("mixer.tools.benchmark", "matmul"),
+        ("mixer.tools.benchmark", "infer"),
         ("evaluate.py", "--workdir={run}"),
         ("train.py", "--config=configs/digits.py", "--workdir={run}"),
     ],

@@ -2,16 +2,14 @@
 
   python -m mixer.tools.benchmark train --models=S/32,B/16 --batch_size=8 --against=plain
   python -m mixer.tools.benchmark infer --models=B/16 --dtype=bfloat16 --against=timm_compiled
-  python -m mixer.tools.benchmark matmul --models=B/16 --dtype=bfloat16
-  python -m mixer.tools.benchmark check --models=B/16 --dtype=bfloat16 --batch_size=32
   python -m mixer.tools.benchmark data --config=configs/mixer_b16_i1k.py
   python -m mixer.tools.benchmark loop --config=configs/cifar10.py:epochs=300
 
-Contestants take turns in one run; a table has medians, lowest and highest. `check` says how far
-results and gradients are from the plain formulation's. `data` says what the input pipeline of a
-config delivers on this host, and for how many devices it suffices. `loop` trains a config as its
-run does where images stay on the device, and says how long the whole run would take. All but `data`
-need neither data nor TensorFlow. docs/benchmark.md explains every column.
+Contestants take turns in one run; a table has medians, lowest and highest. `data` says what the
+input pipeline of a config delivers on this host, and for how many devices it suffices. `loop`
+trains a config as its run does where images stay on the device, and says how long the whole run
+would take. All but `data` need neither data nor TensorFlow. docs/benchmark.md explains every
+column.
 """
 
 import contextlib
@@ -72,16 +70,21 @@ _TORCH = ("against", "torch_python")
 MEASUREMENTS = {
     "train": (*_CASES, *_TURNS, *_TORCH),
     "infer": (*_CASES, *_TURNS, *_TORCH),
-    "matmul": ("models", "dtype", "image_size", "batch_size", *_TURNS, *_TORCH),
-    "check": _CASES,
     "data": ("config", "batch_size", *_TURNS, "images_per_second_per_device"),
     "loop": ("config", *_TURNS, "examples"),
+}
+# Former measurements, and what takes their place.
+REMOVED = {
+    "matmul": "train and infer print the rate of a large matmul",
+    "check": "JAX_PLATFORMS=cuda python -m pytest -m gpu tests/test_agreement.py",
 }
 NUM_CLASSES = {"cifar": 10}  # 1,000 of the others
 
 
 def main(argv: list[str]) -> None:
     """Runs the measurement that the arguments name."""
+    if argv[1:2] and argv[1] in REMOVED:
+        raise UserError(f"{argv[1]} is no measurement any more; instead: {REMOVED[argv[1]]}")
     if len(argv) != 2 or argv[1] not in MEASUREMENTS:
         raise UserError(
             f"{' '.join(argv[1:]) or 'no measurement'}: expected one of "
@@ -100,10 +103,6 @@ def main(argv: list[str]) -> None:
         data()
     elif argv[1] == "loop":
         loop()
-    elif argv[1] == "matmul":
-        matmul()
-    elif argv[1] == "check":
-        check()
     else:
         compete(argv[1])
 
@@ -188,86 +187,6 @@ def compete(what: str) -> None:
             console.print(report.matmul_line(figures), markup=False)
             found["contests"].append(figures)
             _write(found)
-
-
-def matmul() -> None:
-    """Measures a large square matmul and those of the models' layers, forward."""
-    import jax
-
-    from mixer.tools.benchmark import contest, jax_side, report, torch_side
-
-    versions = {}
-    with_torch = any(name in torch_side.CONTESTANTS for name in AGAINST.value)
-    if with_torch:
-        versions = _torch_versions()
-    console = report.make_console()
-    found = _start("matmuls", console, versions)
-    side = contest.LARGE.get(jax.default_backend(), 8192)
-    shapes = {"large": (side, side, side)}
-    for case in _cases("infer"):
-        model = jax_side.make_mixer(case)
-        tokens, count = (case.image_size // model.patch_size) ** 2, case.batch_size
-        width, across, along = model.hidden_dim, model.tokens_mlp_dim, model.channels_mlp_dim
-        patch = 3 * model.patch_size**2
-        for name, shape in {
-            "stem": (count * tokens, patch, width),
-            "token_mixing 1": (count * width, tokens, across),
-            "token_mixing 2": (count * width, across, tokens),
-            "channel_mixing 1": (count * tokens, width, along),
-            "channel_mixing 2": (count * tokens, along, width),
-        }.items():
-            shapes[f"{case.model} batch {count} {name}"] = shape
-    seconds, rounds = _turns(1.0, 5)
-    with _matmul_child(with_torch) as child:
-        prepare: dict[str, Callable[[], contest.Contestant]] = {}
-        for name, shape in shapes.items():
-            prepare |= _prepare_matmul(name, shape, child)
-        with console.status("") as status:
-            results = contest.compete(prepare, seconds=seconds, rounds=rounds, say=status.update)
-    table: dict[str, Any] = {}
-    for name, (m, k, n) in shapes.items():
-        by = {
-            who: contest.rates(results[f"{name} {who}".strip()], 2.0 * m * k * n)
-            for who in ("jax", "torch")[: 1 + with_torch]
-        }
-        table[name] = {"shape": (m, k, n), "by": by}
-    large = max((rate["median"] for rate in table["large"]["by"].values() if rate), default=None)
-    for name, entry in table.items():
-        entry["by"] = {
-            who: {
-                "flops_per_second_per_device": rate,
-                "share_of_large": large and rate["median"] / large,
-            }
-            if rate
-            else {"failure": results[f"{name} {who}".strip()].failure}
-            for who, rate in entry["by"].items()
-        }
-    found["matmuls"] = table
-    console.print(report.matmul_table(console, table))
-    _write(found)
-
-
-def check() -> None:
-    """Holds ours against the plain formulation: logits and gradients."""
-    from mixer.tools.benchmark import agreement, report
-
-    cases = _cases("train")
-    console = report.make_console()
-    found = _start("agreement", console, {})
-    table = report.make_table(
-        console, "", "relative error of: logits", "gradient", "worst parameter", "which"
-    )
-    for case in cases:
-        errors = agreement.compare(case)
-        found["agreement"].append({**dataclasses.asdict(case), "errors": errors})
-        for name, error in errors.items():
-            table.add_row(
-                f"{name}, {case.model}, {case.dtype}",
-                *(f"{error[what]:.1e}" for what in ("logits", "gradient", "worst")),
-                error["name"],
-            )
-    console.print(table)
-    _write(found)
 
 
 def data() -> None:

@@ -161,37 +161,6 @@ def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
     return table
 
 
-def matmul_table(console: Console, matmuls: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Rates of matmuls by what they are of and who computes them."""
-    known = (each for matmul in matmuls.values() for each in matmul["by"].values())
-    rates = [each["flops_per_second_per_device"] for each in known if "failure" not in each]
-    unit, prefix = flops_unit(rates[0]["median"] if rates else 1e9)
-    table = make_table(
-        console,
-        "matmul",
-        "(m, k) x (k, n)",
-        "by",
-        f"{prefix}FLOP/s",
-        "lowest to highest",
-        "of the large",
-    )
-    for what, matmul in matmuls.items():
-        m, k, n = matmul["shape"]
-        for name, figures in matmul["by"].items():
-            cells = (what, f"({m:,}, {k:,}) x ({k:,}, {n:,})", name)
-            if "failure" in figures:
-                table.add_row(*cells, escape(figures["failure"]))
-                continue
-            rate = figures["flops_per_second_per_device"]
-            table.add_row(
-                *cells,
-                number(rate["median"] / unit),
-                f"{number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)}",
-                f"{figures['share_of_large']:.1%}" if figures["share_of_large"] else "",
-            )
-    return table
-
-
 def matmul_line(case: Mapping[str, Any]) -> str:
     """The rates of the large matmul beside a case, and what an image takes."""
     matmul = case["matmul"]
