@@ -22,7 +22,7 @@ from mixer.models import flops
 from mixer.models.mlp_mixer import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark import contest, jax_side, report, torch_side
+from mixer.tools.benchmark import contest, jax_side, limit, report, torch_side
 from mixer.tools.benchmark import input as pipeline
 from mixer.tools.benchmark import loop as looping
 
@@ -243,9 +243,9 @@ WITHOUT = """
 import runpy, sys
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections"):
     sys.modules[name] = None
-from mixer.tools.benchmark import contest
+from mixer.tools.benchmark import contest, limit
 contest.MODELS["cifar"].update(num_blocks=1, channels_mlp_dim=32)
-contest.LARGE["cpu"] = 64
+limit.SIDES["cpu"] = 64
 sys.argv = ["benchmark", *sys.argv[1:]]
 runpy.run_module("mixer.tools.benchmark", run_name="__main__", alter_sys=True)
 """
@@ -253,7 +253,7 @@ runpy.run_module("mixer.tools.benchmark", run_name="__main__", alter_sys=True)
 
 def test_inference_is_measured_and_written_as_json(tmp_path, monkeypatch):
     monkeypatch.setitem(contest.MODELS, "cifar", DIMENSIONS | dict(patch_size=4))
-    monkeypatch.setitem(contest.LARGE, "cpu", 64)
+    monkeypatch.setitem(limit.SIDES, "cpu", 64)
     path = tmp_path / "found.json"
     arguments = ("infer", "--models=cifar", "--batch_size=2", "--dtype=bfloat16", "--seconds=0")
     done = run_tool(*arguments, "--rounds=2", f"--output={path}")
