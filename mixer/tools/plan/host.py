@@ -1,0 +1,80 @@
+"""Whether a host's cores and memory suffice for its devices."""
+
+from typing import Any
+
+from mixer.data import resident
+from mixer.data.preprocessing import device as augment
+from mixer.tools.plan.subject import Subject
+
+# Images a second that a core of this project's machine prepares (docs/performance.md), with
+# RandAugment or AutoAugment on the host and without.
+CORE_RATE = {True: 530, False: 840}
+PROCESS_BYTES = 4e9  # assumed: what Python, JAX, TensorFlow and its threads hold
+
+
+def input_figures(subject: Subject, needed: float) -> dict[str, Any]:
+    """Whether a host's cores prepare as many images a second as its devices take.
+
+    Args:
+      subject: what is planned.
+      needed: images/s of a host.
+
+    Returns:
+      "steps": of the preprocessing that the host takes, the others being the device's.
+      "core_rate": images/s of a core. "cores_needed", "cores_there": of a host.
+      "images_per_second": that a host can prepare. "feeds_devices": for so many.
+      "suffices", and "wait_share": of the time that the devices would wait.
+      "stays_on_device": whether the set is read once instead, so that nothing of this matters.
+    """
+    dataset, topology = subject.config.dataset, subject.topology
+    steps = dataset.train_preprocess
+    on_device = topology.is_gpu if dataset.augment_on == "auto" else dataset.augment_on == "device"
+    if steps and on_device and can_augment_on_device(steps):
+        steps = augment.split(steps).host
+    core_rate = CORE_RATE["randaugment" in steps or "autoaugment" in steps]
+    cores = topology.chip.host_cores
+    devices = min(topology.num_devices, topology.chip.devices_per_host)
+    share = cores * core_rate / needed
+    return {
+        "steps": steps,
+        "core_rate": core_rate,
+        "cores_needed": needed / core_rate,
+        "cores_there": cores,
+        "images_per_second": float(cores * core_rate),
+        "feeds_devices": share * devices,
+        "devices": devices,
+        "suffices": share >= 1,
+        "wait_share": max(0.0, 1 - share),
+        "stays_on_device": _stays_on_device(subject),
+    }
+
+
+def _stays_on_device(subject: Subject) -> bool:
+    """Whether the run reads its images once (`resident.read`), as far as that is known here."""
+    config, dataset, topology = subject.config, subject.config.dataset, subject.topology
+    parts = augment.split(dataset.train_preprocess) if dataset.train_preprocess else None
+    if parts and parts.random_on_host:
+        return False
+    if dataset.on_device != "auto":
+        return dataset.on_device == "on"
+    sized = not parts or _gives_one_size(parts.host)
+    side = config.image_size if sized else subject.stored_side
+    if side is None or topology.num_hosts > 1 or not subject.num_examples:
+        return False
+    if parts and parts.device:
+        backend = "gpu" if topology.is_gpu else "tpu"
+        if dataset.augment_on == "host" or resident.are_slow(parts.device, (side, side), backend):
+            return False
+    fits = max(3 * side**2, subject.image_bytes) * subject.num_examples <= resident.AUTO_BYTES
+    return fits and config.total_steps * config.global_batch_size >= subject.num_examples
+
+
+def can_augment_on_device(steps: str) -> bool:
+    """Whether a stream's device can take steps of these: what it is given has one size."""
+    parts = augment.split(steps)
+    return parts.device is not None and _gives_one_size(parts.host)
+
+
+def _gives_one_size(steps: str) -> bool:
+    """Whether images of any size have one after these steps."""
+    return any(name in steps for name in ("resize(", "central_crop(", "inception_crop("))
