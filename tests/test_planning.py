@@ -371,7 +371,7 @@ def test_the_compilers_word_on_memory(message, gib):
         ({}, dict(topology="gpu:12xH100"), "gpu:12xH100"),
         ({}, dict(utilization=1.5), "--utilization=1.5"),
         (dict(mesh__data=3), {}, "'data': 3.* 8"),
-        (dict(mesh__fsdp=-1), {}, "'fsdp': -1.* 8"),
+        (dict(mesh__fsdp=-1), {}, "'fsdp': -1.*one"),
         (dict(dataset__name="imagenet21k/winter21"), {}, "--num_classes"),
         (dict(global_batch_size=12), {}, "global_batch_size=12"),
         (dict(dataset__name="mine"), {}, "--num_classes"),

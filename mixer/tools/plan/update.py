@@ -110,25 +110,14 @@ class Step:
 
 
 def own_settings(subject: Subject) -> Settings:
-    """Those of the config itself.
+    """The settings of the config itself.
 
     Raises:
       UserError: its mesh does not fit the topology.
     """
-    config, count = subject.config, subject.topology.num_devices
-    sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
-    fixed = [size for size in sizes.values() if size != -1]
-    wrong = len(fixed) < 2 or min(fixed) < 1
-    if not wrong:
-        left = count // math.prod(fixed)
-        sizes = {axis: left if size == -1 else size for axis, size in sizes.items()}
-    if wrong or math.prod(sizes.values()) != count:
-        raise UserError(
-            f"mesh {config.mesh.to_dict()} does not fit {subject.topology.name}: the sizes must "
-            f"multiply to {count}"
-        )
+    config = subject.config
     return Settings(
-        **sizes,
+        **sharding.mesh_sizes(config.mesh, subject.topology.num_devices),
         remat=config.model.remat,
         scan_blocks=config.model.scan_blocks,
         accumulate_steps=config.optimizer.accumulate_steps,
