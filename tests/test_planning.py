@@ -212,7 +212,7 @@ def test_length_of_the_published_recipe():
     assert subject.num_params == 59_880_472
     plan = report.summary(subject, update.make_step(subject, update.own_settings(subject)))
     assert plan["run"]["images"] == 92_897 * 4096
-    assert not plan["compiled"]
+    assert not plan["step"]["compiled"]
     seconds = plan["step"]["seconds"] * 92_897 + plan["evaluation_seconds"]
     assert plan["hours"] == pytest.approx(seconds / 3600)
     # Parameters and two moments in float32, the step and the optimizer's own counters.
@@ -404,8 +404,8 @@ def test_program_ranks_what_fits(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "ESTIMATED" in done.stdout and "device-hours" in done.stdout
     plan = json.loads(path.read_text())
-    assert plan["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
-    ranked = [step["step"]["seconds"] for step in plan["search"] if step["fits"]]
+    assert plan["step"]["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
+    ranked = [step["step"]["seconds"] for step in plan["search"] if step["step"]["fits"]]
     assert ranked == sorted(ranked)
 
 

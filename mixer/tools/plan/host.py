@@ -12,7 +12,38 @@ CORE_RATE = {True: 530, False: 840}
 PROCESS_BYTES = 4e9  # assumed: what Python, JAX, TensorFlow and its threads hold
 
 
-def input_figures(subject: Subject, needed: float) -> dict[str, Any]:
+def host_figures(subject: Subject, needed: float, checkpoint_bytes: int) -> dict[str, Any]:
+    """What a host reads, sends and holds, as JSON has it.
+
+    Args:
+      subject: what is planned.
+      needed: images/s that the host's devices take.
+      checkpoint_bytes: of one checkpoint, a copy of which is written in the background.
+    """
+    dataset, topology = subject.config.dataset, subject.topology
+    pixels = 3 * subject.config.image_size**2
+    shuffled = 2 * dataset.shuffle_group_size * subject.image_bytes
+    if subject.num_examples is not None:
+        shuffled = min(shuffled, subject.num_examples * subject.image_bytes)
+    batch = subject.config.global_batch_size / topology.num_hosts * pixels
+    memory = {
+        "process": PROCESS_BYTES,
+        "shuffling": shuffled,
+        "batches": (dataset.prefetch_batches + 2) * batch,
+        "checkpoint": float(checkpoint_bytes),
+    }
+    return {
+        "memory": memory,
+        "memory_needed": sum(memory.values()),
+        "memory_there": topology.chip.host_memory,
+        "images_per_second": needed,
+        "read_bytes_per_second": needed * subject.image_bytes,
+        "send_bytes_per_second": needed * pixels,
+        "input": _input(subject, needed),
+    }
+
+
+def _input(subject: Subject, needed: float) -> dict[str, Any]:
     """Whether a host's cores prepare as many images a second as its devices take.
 
     Args:
