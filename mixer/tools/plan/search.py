@@ -12,13 +12,17 @@ from mixer.tools.plan.subject import Subject
 from mixer.tools.plan.update import Step
 
 COMPILES = 4  # of a search
+TABLE_ROWS = 12
 
 
 def candidates(subject: Subject) -> list[Step]:
-    """Estimates of all settings worth a thought, the fastest that should fit first.
+    """Estimates of all settings worth considering, the fastest that should fit first.
 
     Meshes of powers of two that divide batch and widths, with "tensor" at most 8; every policy of
     rematerialisation; up to 16 parts of a batch where nothing else fits.
+
+    Raises:
+      UserError: no mesh of the topology divides the batch.
     """
     own, count = update.own_settings(subject), subject.topology.num_devices
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
@@ -65,12 +69,12 @@ def _rank(step: Step) -> tuple:
 def search(subject: Subject, say: Callable[[str], None]) -> list[Step]:
     """Ranks settings: those that fit first, the fastest at the top.
 
-    For TPUs the most promising are compiled, at most COMPILES: the best estimate of each policy of
-    rematerialisation, then the next best; what the compiler finds corrects the estimates of memory.
+    For TPUs the most promising are compiled, at most `COMPILES`: the best estimate of each policy
+    of rematerialisation, then the next best. Each compiled program corrects the estimated memory.
 
     Args:
       subject: what is planned.
-      say: is told of each compilation, with the time left.
+      say: shows a line on each compilation, with the time left.
     """
     estimated = candidates(subject)
     if subject.topology.is_gpu:
@@ -89,17 +93,18 @@ def search(subject: Subject, say: Callable[[str], None]) -> list[Step]:
         step = update.compile_step(subject, best.settings)
         ratio = step.memory / best.memory
         done.append(step)
-        each = (time.perf_counter() - started) / len(done)
+        mean_secs = (time.perf_counter() - started) / len(done)
         verdict = f"{step.seconds * 1e3:.1f} ms" if step.fits else "does not fit"
         say(
             f"compiled {len(done)} of {COMPILES}: {step.settings}: {step.memory / chips.GIB:.1f} "
-            f"GiB, {verdict}; {each:.0f} s each, {each * (COMPILES - len(done)):.0f} s left"
+            f"GiB, {verdict}; {mean_secs:.0f} s each, "
+            f"{mean_secs * (COMPILES - len(done)):.0f} s left"
         )
     return [*sorted(done, key=_rank), *waiting]
 
 
 def advice(subject: Subject, step: Step) -> str:
-    """What to change where a step does not fit: the best that should, by the estimate."""
+    """What to change where a step does not fit: by estimate, the fastest settings that fit."""
     ratio = step.memory / update.estimate_step(subject, step.settings).memory
     own = (step.settings.data, step.settings.fsdp, step.settings.tensor)
     narrower = ""
@@ -118,8 +123,8 @@ def advice(subject: Subject, step: Step) -> str:
     return "no mesh, rematerialisation or accumulation should make it fit: take more devices"
 
 
-def ranking(subject: Subject, steps: list[Step], most: int = 12) -> list[tuple[str, ...]]:
-    """Rows of a search's table, its head first."""
+def ranking(subject: Subject, steps: list[Step]) -> list[tuple[str, ...]]:
+    """Rows of a search's table, its head first, at most `TABLE_ROWS` of them."""
     return [
         ("settings", "figures", "GiB", "fits", "ms a step", "images/s", "limit"),
         *(
@@ -132,6 +137,6 @@ def ranking(subject: Subject, steps: list[Step], most: int = 12) -> list[tuple[s
                 f"{subject.config.global_batch_size / step.seconds:,.0f}" if step.fits else "",
                 step.limit if step.fits else "",
             )
-            for step in steps[:most]
+            for step in steps[:TABLE_ROWS]
         ),
     ]

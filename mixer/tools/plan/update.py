@@ -22,15 +22,15 @@ from mixer.runs import config as run
 from mixer.tools.plan import hlo
 from mixer.tools.plan.subject import Subject, abstract_mesh, abstract_state, peak, train_flops
 
-# What of an image a block keeps for the backward pass, in copies of S x C and of the hidden
-# C x D_S + S x D_C: by kind of program and policy. "working" is there once besides, while a block
-# is computed. Fitted to what compiled programs take (docs/scaling.md); of "gpu" only "none" is.
+# What a block keeps of an image for the backward pass, in copies of S x C and of the hidden
+# C x D_S + S x D_C: by kind of program and policy. "working" comes once more, for the block in
+# progress. Fitted to compiled programs (docs/scaling.md); of "gpu" only "none" is.
 KEPT = {
     "tpu": {"none": (1, 1), "dots": (1, 1), "full": (1, 0), "working": (4, 1.5)},
     "tpu scan": {"none": (3, 6), "dots": (1, 1), "full": (1, 0), "working": (4, 5)},
     "gpu": {"none": (4, 3), "dots": (3, 1), "full": (1, 0), "working": (4, 4)},
 }
-# What passes between a block and the main memory, in the same copies; of "gpu" [estimated].
+# Traffic between a block and the main memory, in the same copies; of "gpu" [estimated].
 PASSED = {
     "tpu": {"none": (5, 8), "dots": (5, 8), "full": (5, 9.5)},
     "tpu scan": {"none": (8, 15), "dots": (6, 10), "full": (6, 10)},
@@ -142,7 +142,7 @@ def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
 
 
 def _check(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError where a batch cannot be parted so."""
+    """Raises UserError where the batch does not divide into the parts or over the mesh."""
     parts = config.optimizer.accumulate_steps
     if config.global_batch_size % parts:
         raise UserError(f"{parts} parts do not divide global_batch_size")
@@ -182,7 +182,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
     seconds = time.perf_counter() - started
     used = compiled.memory_analysis()
     state = sharding.bytes_per_device(abstract)
-    # What is given is there throughout; of the results those that take no argument's place.
+    # Arguments stay throughout; results count where they do not take an argument's place.
     around = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     memory = {
         "state": float(state),
@@ -201,7 +201,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
         collectives=dict(counts.collectives),
         schedule=counts.cycles / clock if clock else 0.0,
     )
-    # The compiler has found a place for everything.
+    # It fits: the compiler has placed everything.
     return dataclasses.replace(
         step,
         compiled=True,
@@ -212,7 +212,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
 
 
 def memory_of_error(text: str) -> float | None:
-    """Bytes that a program needs, of the compiler's message that they are too many."""
+    """Bytes that a program needs, from the compiler's error; None where it does not say."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", text)
     if not match:
         return None
@@ -221,7 +221,7 @@ def memory_of_error(text: str) -> float | None:
 
 
 def estimate_step(subject: Subject, settings: Settings) -> Step:
-    """The same by arithmetic: for GPUs, and to choose what is worth compiling.
+    """Estimates the update by arithmetic: for GPUs, and to choose what is worth compiling.
 
     The state is exact, activations are `KEPT`, communication is what the mesh needs at least.
 
@@ -257,27 +257,51 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
         "temporary": temporary,
     }
 
-    again = 0.0
-    if settings.remat == "full":  # all of a block but its last layer
-        again = sum(
-            flops
-            for name, flops in layers(model, subject.image_size)
-            if name.endswith(("Dense_0", "token_mixing/Dense_1"))
-        )
-    flops = (train_flops(subject) + again) * images / settings.tensor
-
     # The state is read and written once, whole weights with each part of a batch.
     moved = images * model.num_blocks * passed[settings.remat] + 2 * state
     moved += 2 * params * settings.fsdp * settings.accumulate_steps
+    image_flops = train_flops(subject) + _recomputed_flops(subject, settings)
+    return _timed(
+        subject,
+        settings,
+        memory=memory,
+        flops=image_flops * images / settings.tensor,
+        num_bytes=moved,
+        collectives=_collectives(subject, settings, params, stream * images),
+    )
 
+
+def _recomputed_flops(subject: Subject, settings: Settings) -> float:
+    """FLOPs of an image that remat "full" repeats: all layers of a block but the last."""
+    if settings.remat != "full":
+        return 0.0
+    return sum(
+        flops
+        for name, flops in layers(subject.model, subject.image_size)
+        if name.endswith(("Dense_0", "token_mixing/Dense_1"))
+    )
+
+
+def _collectives(
+    subject: Subject, settings: Settings, params: float, stream: float
+) -> dict[str, hlo.Traffic]:
+    """What the mesh needs at least.
+
+    Args:
+      subject: what is planned.
+      settings: how it is laid out.
+      params: bytes of a device's share of the parameters.
+      stream: bytes of the residual stream of a device's images.
+    """
     whole = params * settings.fsdp
     collectives = {}
     if settings.fsdp > 1:
         # Each part of a batch gathers the weights forward and backward, as matmuls take them.
         share = (settings.fsdp - 1) / settings.fsdp * settings.accumulate_steps
-        half = whole / 2 if not subject.topology.is_gpu or width == 2 else whole
+        is_float32 = subject.topology.is_gpu and subject.model.dtype == "float32"
+        taken = whole if is_float32 else whole / 2
         collectives["all-gather"] = hlo.Traffic(
-            0, 2 * half * settings.accumulate_steps, 2 * half * share
+            0, 2 * taken * settings.accumulate_steps, 2 * taken * share
         )
         collectives["reduce-scatter"] = hlo.Traffic(
             0, whole * settings.accumulate_steps, whole * share
@@ -286,14 +310,12 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     if settings.data > 1:
         reduced, sent = params, 2 * params * (settings.data - 1) / settings.data
     if settings.tensor > 1:
-        times = (5 if settings.remat == "full" else 4) * model.num_blocks
-        reduced += times * stream * images
-        sent += times * stream * images * 2 * (settings.tensor - 1) / settings.tensor
+        times = (5 if settings.remat == "full" else 4) * subject.model.num_blocks
+        reduced += times * stream
+        sent += times * stream * 2 * (settings.tensor - 1) / settings.tensor
     if reduced:
         collectives["all-reduce"] = hlo.Traffic(0, reduced, sent)
-    return _timed(
-        subject, settings, memory=memory, flops=flops, num_bytes=moved, collectives=collectives
-    )
+    return collectives
 
 
 def _timed(
