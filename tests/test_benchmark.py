@@ -352,7 +352,7 @@ def test_a_stream_counts_what_it_takes(monkeypatch):
             clock.now += 0.25
             yield None
 
-    stream = pipeline.Stream(batches())
+    stream = pipeline.Stream(batches(), [])
     assert stream.run(1.0) == (4, 1.0)
     assert stream.run(0.0) == (1, 0.25)
 

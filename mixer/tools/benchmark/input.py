@@ -1,5 +1,6 @@
 """What the input pipeline delivers on this host, on photographs made here."""
 
+import functools
 import io
 import itertools
 import os
@@ -35,22 +36,23 @@ STEP = "training step"
 
 
 class Stream:
-    """Batches of a pipeline as a contestant of `mixer.tools.benchmark.contest`.
-
-    Attributes:
-      busy: cores that were busy in each turn.
-    """
+    """Batches of a pipeline as a contestant of `mixer.tools.benchmark.contest`."""
 
     devices, compile_seconds, memory = 1, 0.0, None
 
-    def __init__(self, batches: Iterator[Any]):
-        self._batches = batches
-        self.busy: list[float] = []
-        for _ in itertools.islice(batches, 2):  # buffers are filled
+    def __init__(self, batches: Iterator[Any], busy: list[float]):
+        """Fills the pipeline's buffers.
+
+        Args:
+          batches: of the pipeline.
+          busy: gets the number of cores that were busy, turn by turn.
+        """
+        self._batches, self._busy = batches, busy
+        for _ in itertools.islice(batches, 2):
             pass
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`; what lay ready, and what was begun before, is not counted."""
+        """As `Contestant.run`; batches that were ready or begun before do not count."""
         next(self._batches)
         next(self._batches)
         start, used, count = time.perf_counter(), time.process_time(), 0
@@ -58,7 +60,7 @@ class Stream:
             next(self._batches)
             count += 1
         passed = time.perf_counter() - start
-        self.busy.append((time.process_time() - used) / passed)
+        self._busy.append((time.process_time() - used) / passed)
         return count, passed
 
     def close(self) -> None:
@@ -238,35 +240,21 @@ def measure_rates(
             f"{mean_bytes / 1000:.3g} kB on average, {os.cpu_count()} cores"
         )
 
-        streams: dict[str, Stream] = {}
-
-        def open_stream(name: str) -> Stream:
-            batches = sources.train_batches(
-                source,
-                steps[name],
-                start_step=0,
-                seed=0,
-                global_batch_size=batch_size,
-                group_size=1,
-                process_index=0,
-                process_count=1,
-            )
-            streams[name] = Stream(batches)
-            return streams[name]
-
-        prepare: dict[str, Callable[[], contest.Contestant]] = {
-            name: lambda name=name: open_stream(name) for name in steps
+        busy: dict[str, list[float]] = {name: [] for name in steps}
+        makers: dict[str, Callable[[], contest.Contestant]] = {
+            name: functools.partial(_open_stream, source, steps[name], batch_size, busy[name])
+            for name in steps
         }
-        prepare |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
+        makers |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
         memory = [_memory()]
-        results = contest.compete(prepare, seconds=seconds, rounds=rounds)
+        results = contest.compete(makers, seconds=seconds, rounds=rounds)
         memory.append(_memory())
     figures: dict[str, Any] = {
         "images_per_second": {name: contest.rates(results[name], batch_size) for name in steps},
         "preprocess": specs,
         "photograph_bytes": mean_bytes,
         "cores": os.cpu_count(),
-        "cores_busy": {name: statistics.median(stream.busy) for name, stream in streams.items()},
+        "cores_busy": {name: statistics.median(cores) for name, cores in busy.items()},
         "memory_gib": memory,
         "step_per_device": None,
         "device_part_per_device": None,
@@ -276,6 +264,22 @@ def measure_rates(
             figures[f"{key}_per_device"] = contest.rates(results[name], step_batch_size)
             figures[f"{key}_failure"] = results[name].failure
     return figures
+
+
+def _open_stream(source: Any, preprocess: Callable, batch_size: int, busy: list[float]) -> Stream:
+    from mixer.data.sources import stored as sources
+
+    batches = sources.train_batches(
+        source,
+        preprocess,
+        start_step=0,
+        seed=0,
+        global_batch_size=batch_size,
+        group_size=1,
+        process_index=0,
+        process_count=1,
+    )
+    return Stream(batches, busy)
 
 
 def device_part(
