@@ -8,15 +8,17 @@ import pytest
 from configs import common, mixer_b16_i1k
 from helpers import TINY, run_program, run_python, tiny_config
 from mixer.errors import UserError
+from mixer.models.flops import forward_flops
 from mixer.models.mlp_mixer import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.plan import chips, hlo, planning
+from mixer.tools.plan import chips, hlo, report, search, update
+from mixer.tools.plan.subject import SETS, open_subject, split_size, train_flops
 from mixer.training import program
 
 
 def subject_of(config, topology="gpu:8xH100", **options):
-    return planning.open_subject(config, topology, **dict(utilization=0.5) | options)
+    return open_subject(config, topology, **dict(utilization=0.5) | options)
 
 
 def small(**values):
@@ -61,27 +63,27 @@ def lowered(config):
 def test_closed_form_is_what_the_update_computes(values):
     config = small(**values)
     counted = hlo.count(lowered(config).as_text("hlo")).flops
-    assert counted == planning.train_flops(subject_of(config)) * config.global_batch_size
+    assert counted == train_flops(subject_of(config)) * config.global_batch_size
 
 
 @pytest.mark.parametrize("scan_blocks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recomputation_is_counted_and_estimated(scan_blocks):
     config = small(model__scan_blocks=scan_blocks, model__remat="full")
     subject = subject_of(config, "gpu:1xH100")
-    estimate = planning.estimate_step(subject, planning.own_settings(subject))
+    estimate = update.estimate_step(subject, update.own_settings(subject))
     assert hlo.count(lowered(config).as_text("hlo")).flops == estimate.flops
-    assert estimate.flops > 1.1 * planning.train_flops(subject) * config.global_batch_size
+    assert estimate.flops > 1.1 * train_flops(subject) * config.global_batch_size
 
 
 def test_closed_form_agrees_with_xla_at_full_width():
     config = large(global_batch_size=4)  # more would be computed in a loop, and XLA counts it once
     of_xla = lowered(config).cost_analysis()["flops"]
-    assert planning.train_flops(subject_of(config)) * 4 == pytest.approx(of_xla, rel=0.01)
+    assert train_flops(subject_of(config)) * 4 == pytest.approx(of_xla, rel=0.01)
 
 
 def test_closed_form_of_b16():
     model = make_model(variant="B/16", num_classes=1000)
-    assert 3 * planning.forward_flops(model, (224, 224)) == pytest.approx(75.6e9, rel=1e-3)
+    assert 3 * forward_flops(model, (224, 224)) == pytest.approx(75.6e9, rel=1e-3)
 
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -195,7 +197,7 @@ ENTRY %main (x: f32[2,5,3], w: f32[3,3,4]) -> f32[2,5,4] {
     ],
 )
 def test_sizes_of_splits(spec, size):
-    assert planning.split_size(spec, planning.SETS["imagenet2012"].splits) == size
+    assert split_size(spec, SETS["imagenet2012"].splits) == size
 
 
 def test_length_of_the_published_recipe():
@@ -203,9 +205,9 @@ def test_length_of_the_published_recipe():
     subject = subject_of(config)
     assert subject.config.total_steps == 92_897
     assert subject.num_params == 59_880_472
-    plan = planning.summary(subject, planning.make_step(subject, planning.own_settings(subject)))
+    plan = report.summary(subject, update.make_step(subject, update.own_settings(subject)))
     assert plan["run"]["images"] == 92_897 * 4096
-    assert not plan["compiled"]
+    assert not plan["step"]["compiled"]
     seconds = plan["step"]["seconds"] * 92_897 + plan["evaluation_seconds"]
     assert plan["hours"] == pytest.approx(seconds / 3600)
     # Parameters and two moments in float32, the step and the optimizer's own counters.
@@ -214,24 +216,24 @@ def test_length_of_the_published_recipe():
 
 def test_state_is_divided_as_the_run_divides_it():
     subject = subject_of(large(global_batch_size=64))
-    settings = planning.own_settings(subject)
-    whole = planning.estimate_step(subject, settings).memory_parts["state"]
+    settings = update.own_settings(subject)
+    whole = update.estimate_step(subject, settings).memory_parts["state"]
     halves = dataclasses.replace(settings, data=4, fsdp=2)
-    parted = planning.estimate_step(subject, halves)
+    parted = update.estimate_step(subject, halves)
     assert 0.5 * whole < parted.memory_parts["state"] < 0.51 * whole
     assert set(parted.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
     tensor = dataclasses.replace(settings, data=4, tensor=2)
-    assert planning.estimate_step(subject, tensor).flops == pytest.approx(
-        planning.estimate_step(subject, settings).flops
+    assert update.estimate_step(subject, tensor).flops == pytest.approx(
+        update.estimate_step(subject, settings).flops
     )
 
 
 def test_expected_time_is_the_largest_limit():
     subject = subject_of(large())
-    step = planning.estimate_step(subject, planning.own_settings(subject))
+    step = update.estimate_step(subject, update.own_settings(subject))
     assert step.seconds == max(step.floors["matmuls"] / 0.5, *step.floors.values())
     slow = dataclasses.replace(subject, utilization=1e-3)
-    slow = planning.estimate_step(slow, planning.own_settings(slow))
+    slow = update.estimate_step(slow, update.own_settings(slow))
     assert slow.limit == "matmuls"
     assert slow.seconds == pytest.approx(1000 * step.floors["matmuls"])
 
@@ -247,7 +249,7 @@ def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits,
     compiled = []
 
     def compile_step(subject, settings):
-        step = planning.estimate_step(subject, settings)
+        step = update.estimate_step(subject, settings)
         memory = 2 * step.memory
         compiled.append(
             dataclasses.replace(
@@ -259,14 +261,14 @@ def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits,
         )
         return compiled[-1]
 
-    monkeypatch.setattr(planning, "compile_step", compile_step)
+    monkeypatch.setattr(update, "compile_step", compile_step)
     lines = []
-    steps = planning.search(subject, lines.append)
+    steps = search.search(subject, lines.append)
     assert [step.fits for step in compiled] == fits
     assert {step.settings.remat for step in compiled} == remats
-    assert len(compiled) == planning.COMPILES == sum(step.compiled for step in steps)
+    assert len(compiled) == search.COMPILES == sum(step.compiled for step in steps)
     assert "0 s" in lines[-1]
-    rows = planning.ranking(subject, steps)
+    rows = search.ranking(subject, steps)
     assert rows[1][1:4:2] == ("compiled", "yes")
 
 
@@ -297,7 +299,7 @@ def test_which_sets_stay_on_the_device(change, topology, stays):
     """As `data.resident.read` decides where the data is."""
     config = large(model__num_blocks=1, model__num_classes=10, global_batch_size=64, **change)
     subject = subject_of(config, topology)
-    plan = planning.summary(subject, planning.make_step(subject, planning.own_settings(subject)))
+    plan = report.summary(subject, update.make_step(subject, update.own_settings(subject)))
     assert plan["host"]["input"]["stays_on_device"] == stays
 
 
@@ -315,8 +317,8 @@ def test_which_sets_stay_on_the_device(change, topology, stays):
 def test_whether_the_input_suffices(change, core_rate, verdict, advice):
     config = large(model__num_blocks=2, model__num_classes=10, **change)
     subject = subject_of(config, "gpu:8xH200", utilization=0.4)
-    step = planning.make_step(subject, planning.own_settings(subject))
-    plan = planning.summary(subject, step)
+    step = update.make_step(subject, update.own_settings(subject))
+    plan = report.summary(subject, step)
     host, prepared = plan["host"], plan["host"]["input"]
     assert prepared["core_rate"] == core_rate
     assert prepared["cores_needed"] == pytest.approx(host["images_per_second"] / core_rate)
@@ -325,21 +327,21 @@ def test_whether_the_input_suffices(change, core_rate, verdict, advice):
     assert prepared["suffices"] == (prepared["feeds_devices"] >= 8)
     wait = 0 if prepared["suffices"] else 1 - prepared["feeds_devices"] / 8
     assert prepared["wait_share"] == pytest.approx(wait)
-    rows = dict(planning.report(subject, step))
+    rows = dict(report.report(subject, step))
     assert rows["input suffices"].startswith(verdict)
     assert advice is None or advice in rows["to change"]
 
 
 def test_what_does_not_fit_is_advised(monkeypatch):
     subject = subject_of(mixer_b16_i1k.get_config(), "gpu:1xA100")
-    step = planning.make_step(subject, planning.own_settings(subject))
+    step = update.make_step(subject, update.own_settings(subject))
     assert not step.fits
-    rows = dict(planning.report(subject, step))
+    rows = dict(report.report(subject, step))
     assert rows["fits"].startswith("NO")
     assert "--config.model.remat=" in rows["to change"]
     huge = subject_of(large(model__hidden_dim=32768, model__channels_mlp_dim=131072), "gpu:1xA100")
-    step = planning.make_step(huge, planning.own_settings(huge))
-    assert "devices" in planning.advice(huge, step)
+    step = update.make_step(huge, update.own_settings(huge))
+    assert "devices" in search.advice(huge, step)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +353,7 @@ def test_what_does_not_fit_is_advised(monkeypatch):
     ],
 )
 def test_the_compilers_word_on_memory(message, gib):
-    needed = planning.memory_of_error(message)
+    needed = update.memory_of_error(message)
     assert needed == (None if gib is None else pytest.approx(gib * 2**30))
 
 
@@ -364,7 +366,7 @@ def test_the_compilers_word_on_memory(message, gib):
         ({}, dict(topology="gpu:12xH100"), "gpu:12xH100"),
         ({}, dict(utilization=1.5), "--utilization=1.5"),
         (dict(mesh__data=3), {}, "'data': 3.* 8"),
-        (dict(mesh__fsdp=-1), {}, "'fsdp': -1.* 8"),
+        (dict(mesh__fsdp=-1), {}, "'fsdp': -1.*one"),
         (dict(dataset__name="imagenet21k/winter21"), {}, "--num_classes"),
         (dict(global_batch_size=12), {}, "global_batch_size=12"),
         (dict(dataset__name="mine"), {}, "--num_classes"),
@@ -376,7 +378,7 @@ def test_mistakes(change, options, message):
     options = dict(topology="gpu:8xH100") | options
     with pytest.raises(UserError, match=message):
         subject = subject_of(config, options.pop("topology"), **options)
-        planning.make_step(subject, planning.own_settings(subject))
+        update.make_step(subject, update.own_settings(subject))
 
 
 def test_missing_compiler_is_said(monkeypatch):
@@ -397,8 +399,8 @@ def test_program_ranks_what_fits(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "ESTIMATED" in done.stdout and "device-hours" in done.stdout
     plan = json.loads(path.read_text())
-    assert plan["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
-    ranked = [step["step"]["seconds"] for step in plan["search"] if step["fits"]]
+    assert plan["step"]["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
+    ranked = [step["step"]["seconds"] for step in plan["search"] if step["step"]["fits"]]
     assert ranked == sorted(ranked)
 
 
@@ -434,9 +436,9 @@ def test_compiled_update_for_a_tpu(tpu, values):
     config.dataset.name = "synthetic"
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
     subject = subject_of(config, "v5e:2x2")
-    settings = planning.own_settings(subject)
-    step = planning.compile_step(subject, settings)
-    estimate = planning.estimate_step(subject, settings)
+    settings = update.own_settings(subject)
+    step = update.compile_step(subject, settings)
+    estimate = update.estimate_step(subject, settings)
     assert step.fits and step.compiled
     # The stem and the head are computed whole on both devices of "tensor", and are small.
     assert step.flops == pytest.approx(estimate.flops, rel=0.01)
@@ -449,19 +451,19 @@ def test_compiled_update_for_a_tpu(tpu, values):
 @pytest.mark.tpu_backend
 def test_b16_for_a_tpu_agrees_to_a_percent(tpu):
     subject = subject_of(large(global_batch_size=64, model__num_blocks=1), "v5e:2x2")
-    step = planning.compile_step(subject, planning.own_settings(subject))
-    assert step.flops == pytest.approx(planning.train_flops(subject) * 16, rel=0.01)
+    step = update.compile_step(subject, update.own_settings(subject))
+    assert step.flops == pytest.approx(train_flops(subject) * 16, rel=0.01)
 
 
 @pytest.mark.tpu_backend
 def test_program_that_does_not_fit_a_tpu(tpu):
     subject = subject_of(large(global_batch_size=16384, model__scan_blocks=True), "v5e:2x2")
-    step = planning.compile_step(subject, planning.own_settings(subject))
+    step = update.compile_step(subject, update.own_settings(subject))
     assert step.compiled and not step.fits
     assert step.memory > subject.topology.chip.memory
-    assert "--config." in dict(planning.report(subject, step))["to change"]
+    assert "--config." in dict(report.report(subject, step))["to change"]
 
 
 def test_batch_that_no_mesh_divides_is_one_line():
     with pytest.raises(UserError, match=r"global_batch_size=4096.* 24 devices"):
-        planning.candidates(subject_of(large(), "gpu:24xH100"))
+        search.candidates(subject_of(large(), "gpu:24xH100"))

@@ -63,7 +63,7 @@ def weights(tmp_path_factory):
         ("mixer.tools.predict", ".", "--weights={run}"),
         ("mixer.tools.inspect", "--workdir={run}"),
         ("mixer.tools.convert", "{run}", "--report"),
-        ("mixer.tools.benchmark", "matmul"),
+        ("mixer.tools.benchmark", "infer"),
         ("evaluate.py", "--workdir={run}"),
         ("train.py", "--config=configs/digits.py", "--workdir={run}"),
     ],
@@ -563,12 +563,12 @@ def test_a_byte_formatter_pulls_nothing():
 
 
 def test_plan_knows_the_permutation():
-    from mixer.tools.plan import planning
+    from mixer.tools.plan.subject import open_subject
 
     config = tiny_config(model__num_classes=10)
     config.dataset.update(name="digits", train_preprocess="decode", eval_preprocess="decode")
     config.dataset.permutation = "pixels"
-    subject = planning.open_subject(config, "gpu:8xH100", utilization=0.5)
+    subject = open_subject(config, "gpu:8xH100", utilization=0.5)
     assert "permute_pixels(8, seed=0)" in subject.config.dataset.train_preprocess
 
 

@@ -43,6 +43,31 @@ RULES = (
 )
 
 
+def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The size of each axis of `AXES` on so many devices.
+
+    Args:
+      axes: sizes, 1 where an axis is missing; one of them may be -1: what the others leave.
+      count: how many devices there are.
+
+    Raises:
+      UserError: an unknown axis, or the sizes do not multiply to the number of devices.
+    """
+    for name in axes:
+        check_choice("axis of mesh", name, AXES)
+    given = {name: axes.get(name, 1) for name in AXES}
+    fixed = [size for size in given.values() if size != -1]
+    if len(fixed) < len(given) - 1 or min(fixed) < 1:
+        raise UserError(f"mesh {given}: sizes are at least 1, and only one of them may be -1")
+    rest = count // math.prod(fixed)
+    sizes = {name: rest if size == -1 else size for name, size in given.items()}
+    if math.prod(sizes.values()) != count:
+        raise UserError(
+            f"mesh {given} does not fit {count} device(s): the sizes must multiply to {count}"
+        )
+    return sizes
+
+
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays devices out on a mesh with the axes "data", "fsdp" and "tensor".
 
@@ -50,35 +75,22 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     within a slice.
 
     Args:
-      axes: size of each axis, 1 where it is not given; one of them may be -1: what the others leave
-        of the devices.
+      axes: as for `mesh_sizes`.
       devices: all of them if not given.
 
     Raises:
-      UserError: an unknown axis, or the sizes do not multiply to the number of devices.
+      UserError: as `mesh_sizes`, or slices that data * fsdp does not cover evenly.
     """
-    for name in axes:
-        check_choice("axis of mesh", name, AXES)
     devices = jax.devices() if devices is None else list(devices)
-    count = len(devices)
-    given = {name: axes.get(name, 1) for name in AXES}
-    sizes = list(given.values())
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {given}: sizes are at least 1, and only one of them may be -1")
-    if -1 in sizes:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = count // rest
-    if math.prod(sizes) != count:
-        raise UserError(
-            f"mesh {given} does not fit {count} device(s): the sizes must multiply to {count}"
-        )
+    sizes = list(mesh_sizes(axes, len(devices)).values())
     # Neighbours belong together: "tensor" lies within a host where it fits, hosts hold rows of the
     # batch that lie together, and what crosses slices is the outermost axis.
     ordered = sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
     slices = len({_slice(device) for device in devices})
     if sizes[0] * sizes[1] % slices:
         raise UserError(
-            f"mesh {given} does not fit {slices} slices: data * fsdp must be a multiple of {slices}"
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {slices} slices: data * fsdp "
+            f"must be a multiple of {slices}"
         )
     # Explicit axes, jax.make_mesh's default since 0.9, make Linen's modules fail.
     types = (AxisType.Auto,) * len(AXES)

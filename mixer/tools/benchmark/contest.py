@@ -11,7 +11,6 @@ from mixer.models.mlp_mixer import VARIANTS
 # The record's model for CIFAR-10 (github.com/omihub777/MLP-Mixer-CIFAR; configs/cifar10.py).
 CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
 MODELS = {**VARIANTS, "cifar": CIFAR}
-LARGE = {"cpu": 2048}  # side of the large matmul by backend; 8192 of the others
 
 
 class Failed(Exception):

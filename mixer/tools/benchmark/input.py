@@ -1,5 +1,6 @@
 """What the input pipeline delivers on this host, on photographs made here."""
 
+import functools
 import io
 import itertools
 import os
@@ -13,13 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 import psutil
+from ml_collections import ConfigDict
 
 from mixer.data.preprocessing import device as augment
 from mixer.data.preprocessing.spec import parse
+from mixer.errors import UserError
 from mixer.models import flops
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
-from mixer.tools.benchmark import contest, jax_side
+from mixer.tools.benchmark import contest, jax_side, report
+from mixer.training import program
 
 PHOTOGRAPHS = 1024  # 110 MB, so that disk and page cache play no part
 PHOTOGRAPH_BYTES = 110_000  # ImageNet's mean
@@ -32,22 +36,23 @@ STEP = "training step"
 
 
 class Stream:
-    """Batches of a pipeline as a contestant of `mixer.tools.benchmark.contest`.
-
-    Attributes:
-      busy: cores that were busy in each turn.
-    """
+    """Batches of a pipeline as a contestant of `mixer.tools.benchmark.contest`."""
 
     devices, compile_seconds, memory = 1, 0.0, None
 
-    def __init__(self, batches: Iterator[Any]):
-        self._batches = batches
-        self.busy: list[float] = []
-        for _ in itertools.islice(batches, 2):  # buffers are filled
+    def __init__(self, batches: Iterator[Any], busy: list[float]):
+        """Fills the pipeline's buffers.
+
+        Args:
+          batches: of the pipeline.
+          busy: gets the number of cores that were busy, turn by turn.
+        """
+        self._batches, self._busy = batches, busy
+        for _ in itertools.islice(batches, 2):
             pass
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`; what lay ready, and what was begun before, is not counted."""
+        """As `Contestant.run`; batches that were ready or begun before do not count."""
         next(self._batches)
         next(self._batches)
         start, used, count = time.perf_counter(), time.process_time(), 0
@@ -55,7 +60,7 @@ class Stream:
             next(self._batches)
             count += 1
         passed = time.perf_counter() - start
-        self.busy.append((time.process_time() - used) / passed)
+        self._busy.append((time.process_time() - used) / passed)
         return count, passed
 
     def close(self) -> None:
@@ -64,7 +69,7 @@ class Stream:
 
 
 def preprocessings(train: str, evaluation: str) -> dict[str, str]:
-    """Names and steps of what `measure` measures.
+    """Names and steps of what `measure_rates` measures.
 
     HOST_PART is among them where the device can take the last steps of the training's, and
     "evaluation" where the config has steps for it.
@@ -77,6 +82,117 @@ def preprocessings(train: str, evaluation: str) -> dict[str, str]:
 
 
 def measure(
+    config: ConfigDict,
+    *,
+    batch_size: int,
+    step_rate: float | None,
+    seconds: float,
+    rounds: int,
+    output: str | None,
+) -> None:
+    """Measures the input pipeline of a config beside its training step.
+
+    Args:
+      config: of the run, resolved but for its lengths.
+      batch_size: images a device and training step.
+      step_rate: images/s that a device trains on; None: it is measured.
+      seconds: of a turn.
+      rounds: turns of each contestant.
+      output: file of JSON; None: none.
+
+    Raises:
+      UserError: the config has no preprocessing.
+    """
+    dataset = config.dataset
+    if not dataset.train_preprocess:
+        raise UserError("dataset.train_preprocess is empty; expected the steps to measure")
+    config.model.num_classes = config.model.num_classes or 1000
+    model = program.build_model(config)
+    specs = preprocessings(dataset.train_preprocess, dataset.eval_preprocess)
+    record = report.Record("input", output)
+    for name, spec in specs.items():
+        record.say(f"{name}: {spec}")
+    figures = measure_rates(
+        specs,
+        config.image_size,
+        training_step(model, config.image_size, batch_size) if step_rate is None else None,
+        device_part(dataset.train_preprocess, config.image_size, batch_size),
+        batch_size=256,
+        step_batch_size=batch_size,
+        seconds=seconds,
+        rounds=rounds,
+        say=record.say,
+    )
+    _show_rates(record, figures)
+    measured = figures["step_per_device"]
+    if step_rate is None and measured is None:
+        record.say(f"the training step: {figures['step_failure']}")
+    else:
+        source = "given" if measured is None else "measured"
+        rate = step_rate if measured is None else measured["median"]
+        evaluation = evaluation_rate(model, config.image_size, rate)
+        needs = _needs(figures, specs, (rate, source), evaluation)
+        figures["feeds"] = _show_feeds(record, figures["images_per_second"], needs)
+    record.write(figures)
+
+
+def _show_rates(record: report.Record, figures: dict[str, Any]) -> None:
+    table = report.make_table(
+        record.console, "", "images/s", "lowest to highest", "of decoding", "cores busy"
+    )
+    rates = figures["images_per_second"]
+    for name, rate in rates.items():
+        table.add_row(
+            name,
+            report.number(rate["median"]),
+            f"{report.number(rate['lowest'])} to {report.number(rate['highest'])}",
+            f"{rate['median'] / rates[DECODING]['median']:.1%}",
+            f"{figures['cores_busy'][name]:.2f}",
+        )
+    record.console.print(table)
+    if rate := figures["device_part_per_device"]:
+        record.say(
+            f"{DEVICE_PART}: {report.number(rate['median'])} images/s on a device "
+            f"({report.number(rate['lowest'])} to {report.number(rate['highest'])})"
+        )
+    elif figures.get("device_part_failure"):
+        record.say(f"{DEVICE_PART}: {figures['device_part_failure']}")
+    start, end = figures["memory_gib"]
+    record.say(f"memory {start:.2f} GiB at the start, {end:.2f} at the end")
+
+
+def _needs(
+    figures: dict[str, Any], specs: dict[str, str], step: tuple[float, str], evaluation: float
+) -> dict[str, tuple[float, str]]:
+    """Images/s that a device takes of each preprocessing, and where the number comes from."""
+    rate, source = step
+    needs = {name: step for name in specs}
+    if HOST_PART in needs and (device := figures["device_part_per_device"]):
+        both = 1 / (1 / rate + 1 / device["median"])  # one after the other
+        needs[HOST_PART] = both, f"{source}, with its own steps"
+    if "evaluation" in needs:
+        needs["evaluation"] = evaluation, "estimated by FLOPs"
+    return needs
+
+
+def _show_feeds(
+    record: report.Record, rates: dict[str, Any], needs: dict[str, tuple[float, str]]
+) -> dict[str, Any]:
+    """Says for how many devices each preprocessing suffices; returns the figures."""
+    devices, figures = jax.local_device_count(), {}
+    for name, (needed, source) in needs.items():
+        feeds = sufficiency(rates[name]["median"], needed, devices)
+        figures[name] = feeds | {"images_per_second_per_device": needed}
+        wait = feeds["wait_share"]
+        record.say(
+            f"{name}: feeds {feeds['devices']:.3g} devices at {report.number(needed)} images/s "
+            f"each ({source}); the {devices} of this host would "
+            + (f"wait {wait:.0%} of the time" if wait else "not wait")
+        )
+    return figures
+
+
+def measure_rates(
     specs: dict[str, str],
     image_size: int,
     step: Callable[[], contest.Contestant] | None,
@@ -124,35 +240,21 @@ def measure(
             f"{mean_bytes / 1000:.3g} kB on average, {os.cpu_count()} cores"
         )
 
-        streams: dict[str, Stream] = {}
-
-        def open_stream(name: str) -> Stream:
-            batches = sources.train_batches(
-                source,
-                steps[name],
-                start_step=0,
-                seed=0,
-                global_batch_size=batch_size,
-                group_size=1,
-                process_index=0,
-                process_count=1,
-            )
-            streams[name] = Stream(batches)
-            return streams[name]
-
-        prepare: dict[str, Callable[[], contest.Contestant]] = {
-            name: lambda name=name: open_stream(name) for name in steps
+        busy: dict[str, list[float]] = {name: [] for name in steps}
+        makers: dict[str, Callable[[], contest.Contestant]] = {
+            name: functools.partial(_open_stream, source, steps[name], batch_size, busy[name])
+            for name in steps
         }
-        prepare |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
+        makers |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
         memory = [_memory()]
-        results = contest.compete(prepare, seconds=seconds, rounds=rounds)
+        results = contest.compete(makers, seconds=seconds, rounds=rounds)
         memory.append(_memory())
     figures: dict[str, Any] = {
         "images_per_second": {name: contest.rates(results[name], batch_size) for name in steps},
         "preprocess": specs,
         "photograph_bytes": mean_bytes,
         "cores": os.cpu_count(),
-        "cores_busy": {name: statistics.median(stream.busy) for name, stream in streams.items()},
+        "cores_busy": {name: statistics.median(cores) for name, cores in busy.items()},
         "memory_gib": memory,
         "step_per_device": None,
         "device_part_per_device": None,
@@ -162,6 +264,22 @@ def measure(
             figures[f"{key}_per_device"] = contest.rates(results[name], step_batch_size)
             figures[f"{key}_failure"] = results[name].failure
     return figures
+
+
+def _open_stream(source: Any, preprocess: Callable, batch_size: int, busy: list[float]) -> Stream:
+    from mixer.data.sources import stored as sources
+
+    batches = sources.train_batches(
+        source,
+        preprocess,
+        start_step=0,
+        seed=0,
+        global_batch_size=batch_size,
+        group_size=1,
+        process_index=0,
+        process_count=1,
+    )
+    return Stream(batches, busy)
 
 
 def device_part(

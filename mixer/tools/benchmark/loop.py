@@ -1,5 +1,6 @@
 """Training on images that stay on the device, as a config's run does it, without the run."""
 
+import datetime
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,10 @@ from mixer.data import resident
 from mixer.data.preprocessing import device as augment
 from mixer.data.preprocessing.spec import Specification, parse
 from mixer.errors import UserError
+from mixer.models import flops
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.tools.benchmark import contest, limit, report
 from mixer.tools.benchmark.jax_side import may_fail, memory_of
 from mixer.training import program
 from mixer.training import updates as stepping
@@ -49,6 +52,56 @@ class Loop:
     def close(self) -> None:
         """Lets go of the arrays."""
         del self._source, self._state
+
+
+def measure(
+    config: ConfigDict, *, num_examples: int, seconds: float, rounds: int, output: str | None
+) -> None:
+    """Measures the training of a config on images that stay on the device.
+
+    Args:
+      config: of the run, resolved but for its lengths.
+      num_examples: images that lie on the device, of the config's size.
+      seconds: of a turn.
+      rounds: turns of the loop and of the matmul.
+      output: file of JSON; None: none.
+    """
+    run.resolve_data(config, 10, num_examples)
+    model = program.build_model(config)
+    record = report.Record("loop", output)
+    makers: dict[str, Callable[[], contest.Contestant]] = {
+        "loop": lambda: prepare(config, num_examples)
+    }
+    with record.console.status("") as status:
+        results = contest.compete(
+            makers | limit.prepare(model.dtype), seconds=seconds, rounds=rounds, say=status.update
+        )
+    matmul = limit.take_figures(results)
+    per_image = flops.train_flops(model, (config.image_size, config.image_size))
+    images = config.global_batch_size / results["loop"].devices
+    loop = contest.as_json(results["loop"], images, per_image, matmul["limit"])
+    figures = {
+        "matmul": matmul,
+        "flops_per_image": per_image,
+        "contestants": {"loop": loop},
+        "ours_is_times": {},
+        "total_steps": config.total_steps,
+    }
+    record.say(
+        f"training, {model.dtype}, {num_examples:,} images of {config.image_size} px on the "
+        f"device, batches of {config.global_batch_size}, {config.dataset.train_preprocess}"
+    )
+    record.console.print(report.contest_table(record.console, figures))
+    record.say(report.matmul_line(figures))
+    if "failure" not in loop:
+        whole = datetime.timedelta(
+            seconds=round(config.total_steps * loop["seconds_per_step"]["median"])
+        )
+        record.say(
+            f"the run's {config.total_steps:,} updates take {whole} at this rate, without "
+            "evaluating and saving"
+        )
+    record.write(figures)
 
 
 def prepare(config: ConfigDict, num_examples: int) -> Loop:

@@ -1,8 +1,11 @@
 """Tables of a benchmark, and what stands above them."""
 
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mixer import memory
+from mixer import files, memory
 from mixer.tools.benchmark.contest import Case
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -33,6 +36,36 @@ def make_table(console: Console, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
+
+
+class Record:
+    """A measurement on the console and in the file of --output."""
+
+    def __init__(self, what: str, output: str | None, versions: Mapping[str, str] | None = None):
+        """Prints the lines that stand above the tables.
+
+        Args:
+          what: key of the figures in the file.
+          output: the file; None: none is written.
+          versions: of packages that another Python has.
+        """
+        self.console = make_console()
+        self._what, self._output = what, output
+        command = shlex.join(["python", "-m", "mixer.tools.benchmark", *sys.argv[1:]])
+        self._environment = environment(command, versions or {})
+        for line in header(self._environment):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints a line as it is."""
+        self.console.print(line, markup=False)
+
+    def write(self, figures: Any) -> None:
+        """Writes the figures so far, and the environment, to the file."""
+        if self._output:
+            found = {**self._environment, self._what: figures}
+            with files.whole(self._output) as new:
+                new.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
@@ -158,37 +191,6 @@ def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
             if ratio
             else "",
         )
-    return table
-
-
-def matmul_table(console: Console, matmuls: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Rates of matmuls by what they are of and who computes them."""
-    known = (each for matmul in matmuls.values() for each in matmul["by"].values())
-    rates = [each["flops_per_second_per_device"] for each in known if "failure" not in each]
-    unit, prefix = flops_unit(rates[0]["median"] if rates else 1e9)
-    table = make_table(
-        console,
-        "matmul",
-        "(m, k) x (k, n)",
-        "by",
-        f"{prefix}FLOP/s",
-        "lowest to highest",
-        "of the large",
-    )
-    for what, matmul in matmuls.items():
-        m, k, n = matmul["shape"]
-        for name, figures in matmul["by"].items():
-            cells = (what, f"({m:,}, {k:,}) x ({k:,}, {n:,})", name)
-            if "failure" in figures:
-                table.add_row(*cells, escape(figures["failure"]))
-                continue
-            rate = figures["flops_per_second_per_device"]
-            table.add_row(
-                *cells,
-                number(rate["median"] / unit),
-                f"{number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)}",
-                f"{figures['share_of_large']:.1%}" if figures["share_of_large"] else "",
-            )
     return table
 
 

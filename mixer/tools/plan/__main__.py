@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
 
     from mixer import files
     from mixer.runs import config as run
-    from mixer.tools.plan import planning
+    from mixer.tools.plan import report, search, update
+    from mixer.tools.plan.subject import open_subject
 
     if JSON.value:
         files.check_output("--json", JSON.value)
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    subject = planning.open_subject(
+    subject = open_subject(
         config,
         TOPOLOGY.value,
         utilization=UTILIZATION.value,
@@ -68,22 +69,22 @@ def main(argv: list[str]) -> None:
         num_classes=NUM_CLASSES.value,
     )
     if SEARCH.value:
-        steps = planning.search(subject, say)
-        rows = planning.ranking(subject, steps)
+        steps = search.search(subject, say)
+        rows = search.ranking(subject, steps)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             say("  ".join(map(str.ljust, row, widths)).rstrip())
         say("")
     else:
-        steps = [planning.make_step(subject, planning.own_settings(subject))]
-    for what, how_much in planning.report(subject, steps[0]):
+        steps = [update.make_step(subject, update.own_settings(subject))]
+    for what, how_much in report.report(subject, steps[0]):
         say(f"{what:19}  {how_much}")
     if SEARCH.value:
         say(f"{'command line':19}  {steps[0].settings.overrides}")
     if JSON.value:
-        plan = planning.summary(subject, steps[0])
+        plan = report.summary(subject, steps[0])
         if SEARCH.value:
-            plan["search"] = [planning.summary(subject, step) for step in steps]
+            plan["search"] = [report.summary(subject, step) for step in steps]
         run.write_json(JSON.value, plan)
         say(f"written to {JSON.value}")
 

@@ -1,0 +1,111 @@
+"""Training and inference of models: ours beside the contestants of --against."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from mixer.errors import UserError
+from mixer.models import flops
+from mixer.parallel import sharding
+from mixer.tools.benchmark import contest, jax_side, limit, report, torch_side
+
+
+def measure(
+    cases: Sequence[contest.Case],
+    *,
+    against: Sequence[str],
+    torch_python: str,
+    seconds: float,
+    rounds: int,
+    output: str | None,
+) -> None:
+    """Measures every case; what is finished is written after each.
+
+    Args:
+      cases: all of training or all of inference.
+      against: "plain" and names of `torch_side.CONTESTANTS`.
+      torch_python: a Python that has torch and timm.
+      seconds: of a turn.
+      rounds: turns of each contestant.
+      output: file of JSON; None: none.
+
+    Raises:
+      UserError: torch is asked for where it is not, or on a device that it does not know.
+    """
+    with_torch = any(name in torch_side.CONTESTANTS for name in against)
+    if with_torch and jax.default_backend() not in ("cpu", "gpu"):
+        raise UserError(
+            f"--against={','.join(against)}: torch's contestants run on CPUs and NVIDIA GPUs, not "
+            f"on {jax.default_backend()}; plain does"
+        )
+    versions = torch_side.versions(torch_python) if with_torch else {}
+    record = report.Record("contests", output, versions)
+    contests: list[dict[str, Any]] = []
+    with limit.torch_child(torch_python if with_torch else None) as child:
+        for case in cases:
+            record.say("")
+            record.say(report.case_title(case, jax.device_count()))
+            makers = _contestants(case, against, torch_python)
+            with record.console.status("") as status:
+                results = contest.compete(
+                    makers | limit.prepare(case.dtype, child),
+                    seconds=seconds,
+                    rounds=rounds,
+                    say=status.update,
+                )
+            figures = _figures(case, results)
+            record.console.print(report.contest_table(record.console, figures))
+            record.say(report.matmul_line(figures))
+            contests.append(figures)
+            record.write(contests)
+
+
+def _contestants(
+    case: contest.Case, against: Sequence[str], torch_python: str
+) -> dict[str, Callable[[], contest.Contestant]]:
+    mesh = sharding.make_mesh({"data": -1})
+    in_jax = jax_side.prepare_train if case.what == "train" else jax_side.prepare_infer
+    makers = {}
+    for name in ("ours", *against):
+        if name in torch_side.CONTESTANTS:
+            makers[name] = functools.partial(
+                torch_side.prepare, name, case, torch_python, limit.torch_device()
+            )
+        else:
+            makers[name] = functools.partial(in_jax, name, case, mesh)
+    return makers
+
+
+def _figures(case: contest.Case, results: dict[str, contest.Result]) -> dict[str, Any]:
+    """As JSON has it."""
+    matmul = limit.take_figures(results)
+    count = flops.train_flops if case.what == "train" else flops.forward_flops
+    per_image = count(jax_side.make_mixer(case), (case.image_size, case.image_size))
+    return {
+        **dataclasses.asdict(case),
+        "title": report.case_title(case, jax.device_count()),
+        "flops_per_image": per_image,
+        "matmul": matmul,
+        "contestants": {
+            name: contest.as_json(result, case.batch_size, per_image, matmul["limit"])
+            for name, result in results.items()
+        },
+        "ours_is_times": {
+            name: contest.ratio(results["ours"], result)
+            for name, result in results.items()
+            if name != "ours"
+        },
+        "device_peak_bytes": _device_peak(),
+    }
+
+
+def _device_peak() -> int | None:
+    """The most bytes of the first device that all contestants of this process have held so far.
+
+    None where the device does not say.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")

@@ -1,0 +1,199 @@
+"""A plan's figures: for JSON, and as lines for people."""
+
+import dataclasses
+from typing import Any
+
+from mixer.data.preprocessing.spec import Specification, parse
+from mixer.formatting import duration, short
+from mixer.models.flops import forward_flops
+from mixer.parallel import sharding
+from mixer.tools.plan import chips
+from mixer.tools.plan.host import can_augment_on_device, host_figures
+from mixer.tools.plan.search import advice
+from mixer.tools.plan.subject import Subject, peak, train_flops
+from mixer.tools.plan.update import Step
+
+WRITE_RATE = 200e6  # bytes/s, assumed, of one host to a bucket
+
+Row = tuple[str, str]  # what, how much
+
+
+def summary(subject: Subject, step: Step) -> dict[str, Any]:
+    """Every figure of a plan, as JSON has it: seconds, bytes, FLOPs and images.
+
+    "step" has the fields of `Step`, "topology" those of `chips.Topology`.
+    """
+    config, topology = subject.config, subject.topology
+    batch, devices = config.global_batch_size, topology.num_devices
+    per_image = train_flops(subject)
+    forward = forward_flops(subject.model, subject.image_size)
+    model_flops = per_image * batch / devices  # of a device and step
+    rate = batch / step.seconds
+    evaluation = subject.eval_examples * forward / (devices * peak(subject) * subject.utilization)
+    hours = (config.total_steps * step.seconds + evaluation) / 3600
+    checkpoint = sharding.bytes_per_device(subject.state)
+    images = config.total_steps * batch
+    return {
+        "topology": dataclasses.asdict(topology) | {"num_hosts": topology.num_hosts},
+        "utilization": subject.utilization,
+        "parameters": subject.num_params,
+        "run": {
+            "steps": config.total_steps,
+            "global_batch_size": batch,
+            "images": images,
+            "examples": subject.num_examples,
+            "epochs": images / subject.num_examples if subject.num_examples else None,
+        },
+        "per_image": {"forward_flops": forward, "train_flops": per_image},
+        "step": dataclasses.asdict(step)
+        | {
+            "overrides": step.settings.overrides,
+            "model_flops": model_flops,
+            "model_flops_utilization": model_flops / peak(subject) / step.seconds,
+        },
+        "images_per_second": rate,
+        "images_per_second_per_device": rate / devices,
+        "evaluation_seconds": evaluation,
+        "hours": hours,
+        "device_hours": hours * devices,
+        "checkpoint": {
+            "bytes": checkpoint,
+            "write_seconds": checkpoint / WRITE_RATE,
+            "kept_bytes": checkpoint
+            * (config.checkpoint.keep_last + bool(config.checkpoint.keep_best)),
+            "every_seconds": config.checkpoint.every_steps * step.seconds,
+        },
+        "host": host_figures(subject, rate / topology.num_hosts, checkpoint),
+    }
+
+
+def report(subject: Subject, step: Step) -> list[Row]:
+    """A plan's figures, for people."""
+    plan = summary(subject, step)
+    return [
+        *_subject_rows(subject, step, plan["run"]),
+        *_memory_rows(subject, step),
+        *_step_rows(subject, step, plan),
+        *_run_rows(plan),
+        *_host_rows(subject, plan["host"]),
+    ]
+
+
+def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row]:
+    topology, model = subject.topology, subject.model
+    length = f"{run['steps']:,} steps of {run['global_batch_size']:,} images"
+    if run["epochs"]:
+        length += f", {run['epochs']:,.1f} epochs of {run['examples']:,}"
+    figures = "ESTIMATED by arithmetic: nothing was compiled"
+    if step.compiled:
+        figures = f"of the compiled update ({step.compile_seconds:.0f} s to compile)"
+    sizes = f"{subject.config.image_size} px, {model.num_classes:,} classes, {model.dtype}"
+    return [
+        ("topology", f"{topology.name}: {topology.what} in {topology.num_hosts:,} host(s)"),
+        ("model", f"{subject.num_params:,} parameters, {sizes}"),
+        ("run", length),
+        ("settings", str(step.settings)),
+        ("figures", figures),
+    ]
+
+
+def _memory_rows(subject: Subject, step: Step) -> list[Row]:
+    """Whether the step fits, and what to change where it does not."""
+    gib, memory = chips.GIB, subject.topology.chip.memory
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in step.memory_parts.items())
+    verdict = f"{step.memory / gib:.2f} of {memory / gib:.2f} GiB a device"
+    if step.fits:
+        return [("fits", f"yes: {verdict} ({parts})")]
+    over = (step.memory - memory) / gib
+    return [
+        ("fits", f"NO: {verdict}, {over:.2f} too many ({parts})"),
+        ("to change", advice(subject, step)),
+        ("", "what follows is an estimate, and would hold if it fitted"),
+    ]
+
+
+def _step_rows(subject: Subject, step: Step, plan: dict[str, Any]) -> list[Row]:
+    """What a step computes, moves and sends, and how long it takes."""
+    rows = []
+    if step.unknown_loops:
+        rows.append(("", f"{step.unknown_loops} loop(s) of unknown length are counted once"))
+    train, forward = (
+        short(plan["per_image"][f"{which}_flops"], "FLOP") for which in ("train", "forward")
+    )
+    extra = step.flops / plan["step"]["model_flops"] - 1
+    executed = f"{short(step.flops, 'FLOP')} a step ({extra:+.1%})"
+    closed_form = f"{train} an image by the closed form (forward {forward})"
+    rows.append(("FLOPs", f"{closed_form}; a device executes {executed}"))
+    rows.append(("memory traffic", f"{short(step.bytes, 'B')} a device and step"))
+    for kind, traffic in step.collectives.items():
+        count = f"{traffic.count:,} x, " if traffic.count else ""
+        payload, sent = short(traffic.payload, "B"), short(traffic.sent, "B")
+        rows.append((kind, f"{count}{payload} of arrays, a device sends {sent}"))
+    floors = ", ".join(f"{name} {short(time, 's')}" for name, time in step.floors.items())
+    rows.append(("floors of a step", f"{floors}, each at its peak"))
+    if step.schedule:
+        schedule = f"{short(step.schedule, 's')} a step, communication left out"
+        rows.append(("compiler's schedule", schedule))
+    seconds = f"{short(step.seconds, 's')} a step with matmuls at {subject.utilization:.0%} of"
+    rate, per_device = plan["images_per_second"], plan["images_per_second_per_device"]
+    rates = f"{rate:,.0f} images/s, {per_device:,.0f} a device"
+    rows.append(("expected", f"{seconds} their peak, limited by {step.limit}: {rates}"))
+    return rows
+
+
+def _run_rows(plan: dict[str, Any]) -> list[Row]:
+    """What the whole run takes, and its checkpoints."""
+    saved = plan["checkpoint"]
+    hours = f"{plan['hours']:,.3g} hours, {plan['device_hours']:,.4g} device-hours"
+    evaluation = duration(plan["evaluation_seconds"])
+    return [
+        ("whole run", f"{hours} (evaluation {evaluation} of it, as min:s)"),
+        (
+            "checkpoint",
+            f"{short(saved['bytes'], 'B')}, every {duration(saved['every_seconds'])}; "
+            f"{saved['write_seconds']:,.0f} s to write beside the training at "
+            f"{short(WRITE_RATE, 'B/s')} (assumed); {short(saved['kept_bytes'], 'B')} are kept",
+        ),
+    ]
+
+
+def _host_rows(subject: Subject, host: dict[str, Any]) -> list[Row]:
+    rows = []
+    if not host["input"]["stays_on_device"]:
+        images = f"{host['images_per_second']:,.0f} images/s"
+        read = short(host["read_bytes_per_second"], "B/s")
+        sent = short(host["send_bytes_per_second"], "B/s")
+        rows.append(("each host reads", f"{images}, {read} of files, sends {sent} to its devices"))
+    needs = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in host["memory"].items())
+    total = f"{host['memory_needed'] / 1e9:,.1f} of {host['memory_there'] / 1e9:,.0f} GB"
+    return [
+        *rows,
+        *_input_rows(subject, host["input"]),
+        ("each host's memory", f"{total} ({needs})"),
+    ]
+
+
+def _input_rows(subject: Subject, prepared: dict[str, Any]) -> list[Row]:
+    """Whether the input suffices, and what to change where it does not."""
+    if prepared["stays_on_device"]:
+        return [("input suffices", "yes: the images are read once and stay on the devices")]
+    figures = (
+        f"about {prepared['cores_needed']:,.1f} of a host's {prepared['cores_there']} cores "
+        f"prepare them at {prepared['core_rate']:,} images/s a core; it could feed "
+        f"{prepared['feeds_devices']:,.3g} devices and has {prepared['devices']}"
+    )
+    if prepared["suffices"]:
+        rows = [("input suffices", f"yes: {figures}")]
+    else:
+        total = prepared["images_per_second"] * subject.topology.num_hosts
+        wait = f"the devices wait {prepared['wait_share']:.0%} of the time"
+        rows = [
+            ("input suffices", f"NO: {figures}. It gives {total:,.0f} images/s in all, and {wait}")
+        ]
+        spec = parse(prepared["steps"]) if prepared["steps"] else Specification()
+        if can_augment_on_device(spec):
+            change = f"--config.dataset.augment_on=device ({spec.parts.device} on the devices)"
+            rows.append(("to change", change))
+    if prepared["steps"] != subject.config.dataset.train_preprocess:
+        rows.append(("", f"the host's steps are {prepared['steps']}, the others the devices'"))
+    return rows
