@@ -8,7 +8,6 @@ from PIL import Image
 
 from helpers import tiny_config
 from mixer.data import order
-from mixer.data import splits as pipeline
 from mixer.data.sources import folder
 from mixer.data.sources import stored as sources
 from mixer.errors import UserError
@@ -414,8 +413,7 @@ def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, mon
     seen, counts, places = [], [], []
     for process in range(process_count):
         batches = list(
-            pipeline.eval_batches(
-                split,
+            split.eval_batches(
                 global_batch_size=14 * process_count,
                 process_index=process,
                 process_count=process_count,
@@ -455,8 +453,7 @@ def test_every_process_evaluates_the_same_number_of_batches(
     found, places = [], []
     for process in range(process_count):
         batches = list(
-            pipeline.eval_batches(
-                split,
+            split.eval_batches(
                 global_batch_size=2 * process_count,
                 process_index=process,
                 process_count=process_count,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mixer.data import order
 from mixer.data.preprocessing import device as augment
 from mixer.data.preprocessing.spec import Kind, Specification
-from mixer.data.splits import Batches, Split
+from mixer.data.splits import Cache, Split
 from mixer.errors import UserError
 from mixer.formatting import short
 from mixer.parallel import sharding
@@ -222,24 +222,7 @@ def remember(split: Split | None) -> Split | None:
     """
     if split is None or _num_bytes(split) > _auto_room(psutil.virtual_memory().available):
         return split
-    kept: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-
-    def batches(*, start: int, stop: int, batch_size: int) -> Batches:
-        if (start, stop) in kept:
-            whole = kept[start, stop]
-            for low in range(0, stop - start, batch_size):
-                yield {name: values[low : low + batch_size] for name, values in whole.items()}
-            return
-        read = []
-        for batch in split.sequential_batches(start=start, stop=stop, batch_size=batch_size):
-            read.append(batch)
-            if sum(len(each["label"]) for each in read) == stop - start:
-                kept[start, stop] = {
-                    name: np.concatenate([each[name] for each in read]) for name in batch
-                }
-            yield batch
-
-    return dataclasses.replace(split, sequential_batches=batches)
+    return dataclasses.replace(split, cache=Cache())
 
 
 def _num_bytes(split: Split) -> int:

@@ -245,11 +245,8 @@ def collect(
             prefetch_batches=prefetch_batches,
         )
     index, count = sharding.data_processes(mesh)
-    batches = pipeline.eval_batches(
-        split,
-        global_batch_size=global_batch_size,
-        process_index=index,
-        process_count=count,
+    batches = split.eval_batches(
+        global_batch_size=global_batch_size, process_index=index, process_count=count
     )
     stream = sharding.prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
     result: dict[str, np.ndarray] = {}

@@ -1,5 +1,6 @@
 """What the input pipeline delivers on this host, on photographs made here."""
 
+import dataclasses
 import io
 import itertools
 import os
@@ -107,13 +108,11 @@ def measure(
       Images/s of each, as JSON has it ("step_per_device": of the step, "device_part_per_device"),
       and the memory in GiB.
     """
-    from mixer.data.preprocessing import host as preprocess
     from mixer.data.sources import folder
     from mixer.data.sources import stored as sources
+    from mixer.data.stored_split import make_split
 
     size = (image_size, image_size)
-    steps = {name: preprocess.make_preprocess(spec, size) for name, spec in specs.items()}
-    steps[DECODING] = decoding_alone(specs["training"])
     with tempfile.TemporaryDirectory(prefix="mixer_benchmark_") as root:
         stored = PHOTOGRAPH_SIZE if image_size > SMALL else size
         mean_bytes = write_photographs(Path(root) / "train" / "photograph", stored)
@@ -124,31 +123,27 @@ def measure(
             f"{mean_bytes / 1000:.3g} kB on average, {os.cpu_count()} cores"
         )
 
+        splits = {name: make_split(source, spec, image_size=size) for name, spec in specs.items()}
+        decoding = decoding_alone(specs["training"])
+        splits[DECODING] = dataclasses.replace(splits["training"], function=decoding)
         streams: dict[str, Stream] = {}
 
         def open_stream(name: str) -> Stream:
-            batches = sources.train_batches(
-                source,
-                steps[name],
-                start_step=0,
-                seed=0,
-                global_batch_size=batch_size,
-                group_size=1,
-                process_index=0,
-                process_count=1,
+            batches = splits[name].train_batches(
+                start_step=0, seed=0, global_batch_size=batch_size, process_index=0, process_count=1
             )
             streams[name] = Stream(batches)
             return streams[name]
 
         prepare: dict[str, Callable[[], contest.Contestant]] = {
-            name: lambda name=name: open_stream(name) for name in steps
+            name: lambda name=name: open_stream(name) for name in splits
         }
         prepare |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
         memory = [_memory()]
         results = contest.compete(prepare, seconds=seconds, rounds=rounds)
         memory.append(_memory())
     figures: dict[str, Any] = {
-        "images_per_second": {name: contest.rates(results[name], batch_size) for name in steps},
+        "images_per_second": {name: contest.rates(results[name], batch_size) for name in splits},
         "preprocess": specs,
         "photograph_bytes": mean_bytes,
         "cores": os.cpu_count(),
