@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer import run_files
-from mixer.data import resident
+from mixer.data import placement
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
@@ -63,7 +63,6 @@ FREE_KEYS = (
     "dataset.augment_on",
 )
 
-AUGMENT_ON = ("auto", "host", "device")
 UNITS = ("steps", "epochs", "examples")
 MOST = 2**31 - 1  # of anything that is counted: steps are int32, as are indices on devices
 # What is given in one of the units.
@@ -148,8 +147,8 @@ def check_config(config: ConfigDict) -> None:
             "and synthetic data takes none"
         )
     for key, value, known in (
-        ("dataset.on_device", config.dataset.on_device, resident.MODES),
-        ("dataset.augment_on", config.dataset.augment_on, AUGMENT_ON),
+        ("dataset.on_device", config.dataset.on_device, placement.ON_DEVICE),
+        ("dataset.augment_on", config.dataset.augment_on, placement.AUGMENT_ON),
         ("nan_policy", config.nan_policy, ("stop", "skip")),
     ):
         if value not in known:

@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 
 from mixer.data import resident
 from mixer.data import splits as pipeline
-from mixer.data.preprocessing import device as augment
-from mixer.data.preprocessing.spec import Specification
-from mixer.errors import UserError
+from mixer.data.placement import check_augment_on, stream
+from mixer.data.preprocessing.device import make_augment
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
@@ -64,32 +63,20 @@ def open_source(
     if reason is None:
         line = f"training images stay on the device: {kept.about}"
         return open_resident(config, kept, update), line
+    check_augment_on(split.preprocess, config.dataset.augment_on)
+    placement = stream(
+        split.preprocess,
+        reason,
+        augment_on=config.dataset.augment_on,
+        backend=jax.default_backend(),
+    )
     line = f"training images are streamed: {reason}"
-    split, steps, described = _parted(split, config.dataset.augment_on)
-    if steps is not None:
-        line += f"; on the device they take {described}"
-    return _streamed(config, split, steps, start_step, num_readers, update), line
-
-
-def _parted(
-    split: pipeline.Split, where: str
-) -> tuple[pipeline.Split, Callable | None, Specification]:
-    """The split with the steps left to the host, and those that the device takes, if any."""
-    # TPUs gather slowly, and their hosts have many cores; a CPU is its own host.
-    here = where == "host" or (where == "auto" and jax.default_backend() != "gpu")
-    parts = split.preprocess.parts
-    if here or not parts.device:
-        return split, None, parts.device
-    host = split.with_preprocess(parts.host, image_size=(None, None), keys=True)
-    size = host.example_spec["image"][0][:2]
-    if None not in size:
-        return host, augment.make_augment(split.preprocess, size), parts.device
-    if where == "device":
-        raise UserError(
-            f"dataset.augment_on=device: the host's ops {str(parts.host)!r} give images of any "
-            "size; end them with resize or a crop, as in decode|resize(64)"
-        )
-    return split, None, parts.device
+    augment = None
+    if placement.device:
+        line += f"; on the device they take {placement.device}"
+        augment = make_augment(split.preprocess, placement.host.image_size)
+        split = split.with_preprocess(placement.host, image_size=(None, None), keys=True)
+    return _streamed(config, split, augment, start_step, num_readers, update), line
 
 
 def open_resident(
@@ -115,7 +102,7 @@ def open_resident(
     return Resident(lowered, examples, put_order, most)
 
 
-def _streamed(config, split, steps, start_step, num_readers, update) -> "Streamed":
+def _streamed(config, split, augment, start_step, num_readers, update) -> "Streamed":
     mesh = update[-1].step.sharding.mesh
     index, count = sharding.data_processes(mesh)
     batches = sharding.prefetch(
@@ -132,10 +119,10 @@ def _streamed(config, split, steps, start_step, num_readers, update) -> "Streame
     )
     batch = sharding.abstract_batch(split.example_spec, config.global_batch_size, mesh)
     compiled = None
-    if steps is not None:
+    if augment is not None:
         # A program of its own: the update is the one that takes whole images from the host.
         images, keys = batch["image"], batch.pop("augment_key")
-        augmented = jax.jit(steps, out_shardings=images.sharding).lower(images, keys)
+        augmented = jax.jit(augment, out_shardings=images.sharding).lower(images, keys)
         compiled = augmented.compile()
         found = augmented.out_info
         batch["image"] = jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=images.sharding)
