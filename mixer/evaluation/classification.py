@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from mixer import files, memory
 from mixer.data import splits as pipeline
+from mixer.data.prefetch import prefetch
 from mixer.errors import UserError
 from mixer.evaluation import scores
 from mixer.models import layers
@@ -248,7 +249,7 @@ def collect(
     batches = split.eval_batches(
         global_batch_size=global_batch_size, process_index=index, process_count=count
     )
-    stream = sharding.prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
+    stream = prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
     result: dict[str, np.ndarray] = {}
     seen = np.zeros(split.num_examples, np.int64)
     for columns in _lagging(step(params, batch) for batch in stream):

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mixer.data import resident
 from mixer.data import splits as pipeline
 from mixer.data.placement import check_augment_on, stream
+from mixer.data.prefetch import prefetch
 from mixer.data.preprocessing.device import make_augment
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import processes as distributed
@@ -105,7 +106,7 @@ def open_resident(
 def _streamed(config, split, augment, start_step, num_readers, update) -> "Streamed":
     mesh = update[-1].step.sharding.mesh
     index, count = sharding.data_processes(mesh)
-    batches = sharding.prefetch(
+    batches = prefetch(
         split.train_batches(
             start_step=start_step,
             seed=config.seed,
