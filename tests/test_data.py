@@ -8,7 +8,7 @@ from PIL import Image
 
 from helpers import tiny_config
 from mixer.data import order
-from mixer.data import splits as pipeline
+from mixer.data.prefetch import prefetch
 from mixer.data.sources import folder
 from mixer.data.sources import stored as sources
 from mixer.errors import UserError
@@ -414,8 +414,7 @@ def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, mon
     seen, counts, places = [], [], []
     for process in range(process_count):
         batches = list(
-            pipeline.eval_batches(
-                split,
+            split.eval_batches(
                 global_batch_size=14 * process_count,
                 process_index=process,
                 process_count=process_count,
@@ -455,8 +454,7 @@ def test_every_process_evaluates_the_same_number_of_batches(
     found, places = [], []
     for process in range(process_count):
         batches = list(
-            pipeline.eval_batches(
-                split,
+            split.eval_batches(
                 global_batch_size=2 * process_count,
                 process_index=process,
                 process_count=process_count,
@@ -467,3 +465,19 @@ def test_every_process_evaluates_the_same_number_of_batches(
         places += [int(i) for batch in batches for i in batch["index"] if i >= 0]
     assert found == counts
     assert places == list(range(num_examples))
+
+
+def test_prefetch_keeps_order_passes_faults_on_and_can_be_closed():
+    assert list(prefetch(iter(range(10)), lambda x: x * 2, 3)) == list(range(0, 20, 2))
+
+    def broken():
+        yield 1
+        raise UserError("the second batch")
+
+    stream = prefetch(broken(), lambda x: x, 2)
+    assert next(stream) == 1
+    with pytest.raises(UserError, match="the second batch"):
+        next(stream)
+    endless = prefetch(iter(int, 1), lambda x: x, 2)
+    next(endless)
+    endless.close()

@@ -15,9 +15,9 @@ from PIL import Image
 
 from helpers import assert_same_bits, tiny_config
 from mixer.data import labels
-from mixer.data.preprocessing.host import make_preprocess
 from mixer.data.sources import folder
 from mixer.data.sources import stored as sources
+from mixer.data.stored_split import make_split
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.parallel import sharding
@@ -264,10 +264,8 @@ def _build(directory, name, features, examples, supervised_keys=None):
 
 
 def _read(source, count, spec="decode", size=8):
-    batches = sources.eval_batches(
-        source, make_preprocess(spec, (size, size)), start=0, stop=count, batch_size=count
-    )
-    return next(batches)
+    split = make_split(source, spec, image_size=(size, size))
+    return next(split.sequential_batches(start=0, stop=count, batch_size=count))
 
 
 def _image(value=0, size=8, channels=3):
@@ -316,7 +314,7 @@ def test_label_outside_the_classes_is_named(tmp_path):
     with pytest.raises(UserError, match=r":2\b.*-1\b") as caught:
         _read(source, 3)
     assert "\n" not in str(caught.value)
-    faults = dict(sources.check(source, make_preprocess("decode", (8, 8))))
+    faults = dict(make_split(source, "decode", image_size=(8, 8)).check())
     assert faults[0] is None and faults[1] is None and "label -1" in faults[2]
 
 

@@ -1,9 +1,9 @@
 """Training images that stay on the device: the same run as from a stream, however it is cut."""
 
-import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -15,8 +15,7 @@ from PIL import Image
 
 from helpers import assert_same_bits, final_state, run_python, tiny_config
 from mixer import trainer
-from mixer.data import resident
-from mixer.data import splits as pipeline
+from mixer.data import placement, resident
 from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.parallel import sharding
@@ -160,11 +159,72 @@ def _folder(tmp_path, sizes):
     return config
 
 
-def test_a_policy_on_large_images_is_slow_but_for_gpus():
-    steps = parse("decode|resize(224)|randaugment(2, 15)")
-    assert not resident.are_slow(steps, (224, 224), "gpu")
-    assert resident.are_slow(steps, (224, 224), "tpu")
-    assert not resident.are_slow(steps, (32, 32), "tpu")
+def _place(spec, *, side=32, stored_bytes=0, **facts):
+    """Where 100 images lie, of which a run draws 1000, unless the facts say otherwise."""
+    sizes = placement.Sizes((side, side), 100 * 3 * side**2, stored_bytes, 1 << 25)
+    usual = dict(mode="auto", augment_on="auto", backend="gpu", num_processes=1, num_examples=100)
+    usual |= dict(num_drawn=1000, measure=lambda: sizes)
+    return placement.place(parse(spec), **(usual | facts))
+
+
+FLIP = "decode|resize(32)|flip_lr"
+POLICY = "decode|resize(224)|randaugment(2, 15)"
+
+
+@pytest.mark.parametrize(
+    ("spec", "facts", "reason"),
+    [
+        (FLIP, {}, ""),
+        (FLIP, dict(mode="off"), "on_device=off"),
+        (FLIP, dict(num_processes=2), "processes"),
+        (FLIP, dict(mode="on", num_processes=2), ""),
+        (FLIP, dict(num_examples=None), "not known"),
+        (FLIP, dict(mode="on", num_examples=None, measure=lambda: None), ""),
+        (FLIP, dict(measure=lambda: None), "not known"),
+        (FLIP, dict(num_drawn=99), "99 of 100"),
+        (FLIP, dict(mode="on", num_drawn=99), ""),
+        (FLIP, dict(mode="on", read_by_file=True), "file by file"),
+        ("inception_crop(32)|flip_lr", dict(mode="on"), "inception_crop"),
+        (FLIP, dict(augment_on="host"), "augment_on=host"),
+        (FLIP, dict(mode="on", augment_on="host"), ""),
+        ("decode|resize(32)", dict(augment_on="host"), ""),
+        (POLICY, dict(side=224), ""),
+        (POLICY, dict(side=224, backend="tpu"), "randaugment"),
+        (POLICY, dict(side=224, backend="tpu", mode="on"), ""),
+        (POLICY, dict(side=32, backend="tpu"), ""),
+        (FLIP, dict(side=500), "75.* MB.* 33"),
+        (FLIP, dict(side=500, mode="on"), "75.* MB.* 33"),
+        (FLIP, dict(stored_bytes=1 << 30), "1.07 GB.* 53"),
+        (FLIP, dict(stored_bytes=1 << 30, mode="on"), ""),
+    ],
+)
+def test_which_images_stay_on_the_device(spec, facts, reason):
+    decision = _place(spec, **facts)
+    assert decision.on_device == (not reason) and re.search(reason, decision.reason)
+    if decision.on_device:  # all that a device can compute is computed there
+        parts = parse(spec).parts
+        assert (decision.host, decision.device) == (parts.host, parts.device)
+
+
+def test_sizes_are_not_measured_where_another_rule_decides():
+    assert "on_device=off" in _place(FLIP, mode="off", measure=lambda: pytest.fail("read")).reason
+
+
+@pytest.mark.parametrize(
+    ("spec", "augment_on", "backend", "device"),
+    [
+        (FLIP, "auto", "gpu", "flip_lr"),
+        (FLIP, "auto", "tpu", ""),
+        (FLIP, "device", "cpu", "flip_lr"),
+        (FLIP, "host", "gpu", ""),
+        ("decode|flip_lr", "auto", "gpu", ""),  # images of any size
+        ("decode|resize(8)", "device", "gpu", ""),
+    ],
+)
+def test_which_ops_of_a_stream_the_device_computes(spec, augment_on, backend, device):
+    decision = placement.stream(parse(spec), "a reason", augment_on=augment_on, backend=backend)
+    assert (decision.reason, str(decision.device)) == ("a reason", device)
+    assert str(decision.host) == spec.removesuffix(f"|{device}" if device else "")
 
 
 def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
@@ -186,32 +246,36 @@ def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
     assert "3 of 4" in resident.read(split, mode="auto", num_drawn=3)
     config.dataset.train_preprocess = "decode|resize(8)|flip_lr"
     assert not isinstance(_read(config, "auto")[0], str)
-    monkeypatch.setattr(resident, "AUTO_BYTES", 1000)
+    monkeypatch.setattr(placement, "AUTO_BYTES", 1000)
     assert " 1." in _read(config, "auto")[0]  # kB of PNG; as arrays 784 B
-    monkeypatch.setattr(resident, "AUTO_BYTES", 100)
+    monkeypatch.setattr(placement, "AUTO_BYTES", 100)
     assert "on_device=auto" in _read(config, "auto")[0] and "100 B" in _read(config, "auto")[0]
 
 
 def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
     read = []
 
-    def batches(**part):
-        read.append(part)
-        return split.sequential_batches(**part)
-
     split = run.open_split(tiny_config(tfds_dir), "val", None)
-    remembered = resident.remember(dataclasses.replace(split, sequential_batches=batches))
+    remembered = resident.remember(split)
+    from_storage = type(split).read
+
+    def counted(self, **part):
+        if self is remembered:
+            read.append(part)
+        return from_storage(self, **part)
+
+    monkeypatch.setattr(type(split), "read", counted)
     how = dict(global_batch_size=64, process_count=1, process_index=0)
-    expected = list(pipeline.eval_batches(split, **how))
-    next(pipeline.eval_batches(remembered, **how))  # given up in the middle: not kept
+    expected = list(split.eval_batches(**how))
+    next(remembered.eval_batches(**how))  # given up in the middle: not kept
     for _ in range(3):
-        actual = list(pipeline.eval_batches(remembered, **how))
+        actual = list(remembered.eval_batches(**how))
         assert [batch.keys() for batch in actual] == [batch.keys() for batch in expected]
         for one, other in zip(actual, expected, strict=True):
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
     assert len(read) == 2
-    monkeypatch.setattr(resident, "AUTO_BYTES", 100)
+    monkeypatch.setattr(placement, "AUTO_BYTES", 100)
     assert resident.remember(split) is split and resident.remember(None) is None
 
 

@@ -130,22 +130,6 @@ for values in (
     assert "devices: 8 x" in done.stdout and "test accuracy" in done.stdout
 
 
-def test_prefetch_keeps_order_passes_faults_on_and_can_be_closed():
-    assert list(sharding.prefetch(iter(range(10)), lambda x: x * 2, 3)) == list(range(0, 20, 2))
-
-    def broken():
-        yield 1
-        raise UserError("the second batch")
-
-    stream = sharding.prefetch(broken(), lambda x: x, 2)
-    assert next(stream) == 1
-    with pytest.raises(UserError, match="the second batch"):
-        next(stream)
-    endless = sharding.prefetch(iter(int, 1), lambda x: x, 2)
-    next(endless)
-    endless.close()
-
-
 @pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 0}, {"x": 1}])
 def test_mesh_that_does_not_fit_is_refused(axes):
     with pytest.raises(UserError, match="mesh"):

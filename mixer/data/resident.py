@@ -7,6 +7,7 @@ on the host.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -17,21 +18,14 @@ import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixer.data import order
-from mixer.data.preprocessing import device as augment
-from mixer.data.preprocessing.spec import Kind, Specification
-from mixer.data.splits import Batches, Split
+from mixer.data.placement import Sizes, place, room
+from mixer.data.preprocessing.device import make_augment
+from mixer.data.splits import Cache, Split
 from mixer.errors import UserError
 from mixer.formatting import short
 from mixer.parallel import sharding
 
-MODES = ("auto", "on", "off")
-# What "auto" keeps at most, and decodes at most of what is stored: the first step waits for all of
-# it, which takes seconds (a core decodes about 100 MB of JPEG a second). CIFAR's images are 154 MB,
-# as much as 1,020 of 224 px.
-AUTO_BYTES = 512 << 20
-SHARE = 8  # and the part of the memory that they take at most, which is the model's else
 READ_AT_ONCE = 512  # images
-SMALL_SIDE = 64  # pixels, up to which a CPU applies policies as fast as it trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,51 +72,72 @@ def read(
     Raises:
       UserError: why, with "on".
     """
-    if mode == "off":
-        return "dataset.on_device=off"
+    host = functools.cache(lambda: _host_split(split))
     try:
-        if mode == "auto" and jax.process_count() > 1:
-            raise UserError("several processes share the reading")
-        if mode == "auto" and num_drawn < split.num_examples:
-            raise UserError(f"the run draws {num_drawn:,} of {split.num_examples:,} images")
-        return _read(split, mode, augment_on, should_stop)
+        placement = place(
+            split.preprocess,
+            mode=mode,
+            augment_on=augment_on,
+            backend=jax.default_backend(),
+            num_processes=jax.process_count(),
+            num_examples=split.num_examples,
+            num_drawn=num_drawn,
+            measure=lambda: _measure(host(), mode),
+            read_by_file=split.order_depends_on_readers,
+        )
+        if not placement.on_device:
+            raise UserError(placement.reason)
+        arrays = _read(host(), should_stop)
     except UserError as error:
         if mode == "on":
             raise UserError(f"dataset.on_device=on: {error}") from error
         return str(error)
+    if arrays is None:
+        return "reading was interrupted"
+    height, width = arrays["image"].shape[1:3]
+    about = f"{split.num_examples:,} of {height} x {width} px, {short(_num_bytes(host()), 'B')}"
+    if not placement.device:
+        return Examples(arrays, None, about)
+    arrays["number"] = split.numbers.astype(np.uint32)
+    augment = make_augment(split.preprocess, (height, width))
+    return Examples(arrays, augment, f"{about}; there they take {placement.device}")
 
 
-def _read(
-    split: Split, mode: str, augment_on: str, should_stop: Callable[[], bool]
-) -> Examples | str:
-    if split.order_depends_on_readers:
-        raise UserError(f"{split.name} can only be read file by file, for its size")
-    host, device_steps = split, Specification()
-    if split.preprocess:
-        parts = split.preprocess.parts
-        if parts.random_on_host:
-            raise UserError(f"{parts.random_on_host} makes other images of them each epoch")
-        device_steps = parts.device
-        host = split.with_preprocess(parts.host, image_size=(None, None))
-        if None in host.example_spec["image"][0]:  # what the stored images have, all the same
-            first = next(host.sequential_batches(start=0, stop=1, batch_size=1))
-            host = split.with_preprocess(parts.host, image_size=first["image"].shape[1:3])
-    if mode == "auto" and device_steps:
-        if augment_on == "host":
-            raise UserError("dataset.augment_on=host")
-        if are_slow(device_steps, host.example_spec["image"][0][:2], jax.default_backend()):
-            raise UserError(f"{device_steps} take the host less time than this device")
-    count, num_bytes, room = host.num_examples, _num_bytes(host), _room(mode)
-    if num_bytes > room:
-        limit = "dataset.on_device=auto keeps" if mode == "auto" else "the device has room for"
-        raise UserError(f"they take {short(num_bytes, 'B')}, and {limit} {short(room, 'B')}")
-    if mode == "auto" and (stored := split.stored_bytes()) > AUTO_BYTES:
-        raise UserError(
-            f"about {short(stored, 'B')} are stored, and dataset.on_device=auto reads "
-            f"{short(AUTO_BYTES, 'B')} before the first step"
-        )
+def _host_split(split: Split) -> Split:
+    """The split with the host's part of the ops, which gives images of one size.
+
+    It is that of the first image where the ops do not say it: `_in_order` finds any other.
+    """
+    host = split.with_preprocess(split.preprocess.parts.host, image_size=(None, None))
+    if None not in host.example_spec["image"][0]:
+        return host
+    first = next(host.sequential_batches(start=0, stop=1, batch_size=1))
+    return host.with_preprocess(host.preprocess, image_size=first["image"].shape[1:3])
+
+
+def _measure(host: Split, mode: str) -> Sizes:
+    """What the images take of this machine's memory."""
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats() or {}
+    memory = psutil.virtual_memory().available
+    # The host has a copy. On a CPU the devices' copies are the host's memory too.
+    if "bytes_limit" in stats:
+        memory = min(memory, stats["bytes_limit"])
+    else:
+        memory //= 1 + len(devices)
+    return Sizes(
+        image_size=host.example_spec["image"][0][:2],
+        num_bytes=_num_bytes(host),
+        stored_bytes=host.stored_bytes() if mode == "auto" else 0,
+        room_bytes=room(mode, memory),
+    )
+
+
+def _read(host: Split, should_stop: Callable[[], bool]) -> dict[str, np.ndarray] | None:
+    """All examples in their order; None where reading was stopped."""
     arrays = {
-        name: np.empty((count, *shape), dtype) for name, (shape, dtype) in host.example_spec.items()
+        name: np.empty((host.num_examples, *shape), dtype)
+        for name, (shape, dtype) in host.example_spec.items()
     }
     start = 0
     for batch in _in_order(host):
@@ -131,14 +146,8 @@ def _read(
             arrays[name][start:stop] = values
         start = stop
         if should_stop():
-            return "reading was interrupted"
-    height, width = arrays["image"].shape[1:3]
-    about = f"{count:,} of {height} x {width} px, {short(num_bytes, 'B')}"
-    if not device_steps:
-        return Examples(arrays, None, about)
-    arrays["number"] = split.numbers.astype(np.uint32)
-    steps = augment.make_augment(split.preprocess, (height, width))
-    return Examples(arrays, steps, f"{about}; there they take {device_steps}")
+            return None
+    return arrays
 
 
 def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
@@ -156,22 +165,6 @@ def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
             f"images differ in size ({height} x {width}, and {other[1]} {other[2]} x {other[3]}); "
             "put resize or a crop before the first random step, as in decode|resize(64)|flip_lr"
         ) from error
-
-
-def are_slow(steps: Specification, size: tuple[int, int], backend: str) -> bool:
-    """Whether steps on (H, W) are faster on the host: policies on large images, but for GPUs."""
-    large = size[0] * size[1] > SMALL_SIDE**2
-    return backend != "gpu" and large and bool(steps.of_kind(Kind.POLICY))
-
-
-def _room(mode: str) -> int:
-    """Bytes that examples may take of a device's memory and of the host's, which has a copy."""
-    devices = jax.local_devices()
-    stats = devices[0].memory_stats() or {}
-    room = psutil.virtual_memory().available
-    # On a CPU the devices' copies are the host's memory too.
-    room = min(room, stats["bytes_limit"]) if "bytes_limit" in stats else room // (1 + len(devices))
-    return _auto_room(room) if mode == "auto" else room // 2
 
 
 def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
@@ -220,26 +213,10 @@ def remember(split: Split | None) -> Split | None:
 
     So an evaluation decodes its images once, and the next ones do without TensorFlow.
     """
-    if split is None or _num_bytes(split) > _auto_room(psutil.virtual_memory().available):
+    available = psutil.virtual_memory().available
+    if split is None or _num_bytes(split) > room("auto", available):
         return split
-    kept: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-
-    def batches(*, start: int, stop: int, batch_size: int) -> Batches:
-        if (start, stop) in kept:
-            whole = kept[start, stop]
-            for low in range(0, stop - start, batch_size):
-                yield {name: values[low : low + batch_size] for name, values in whole.items()}
-            return
-        read = []
-        for batch in split.sequential_batches(start=start, stop=stop, batch_size=batch_size):
-            read.append(batch)
-            if sum(len(each["label"]) for each in read) == stop - start:
-                kept[start, stop] = {
-                    name: np.concatenate([each[name] for each in read]) for name in batch
-                }
-            yield batch
-
-    return dataclasses.replace(split, sequential_batches=batches)
+    return dataclasses.replace(split, cache=Cache())
 
 
 def _num_bytes(split: Split) -> int:
@@ -247,7 +224,3 @@ def _num_bytes(split: Split) -> int:
     return split.num_examples * sum(
         math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in split.example_spec.values()
     )
-
-
-def _auto_room(memory: int) -> int:
-    return min(AUTO_BYTES, memory // SHARE)

@@ -3,6 +3,7 @@
 TensorFlow is imported only where the data needs it: synthetic data runs without.
 """
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -10,12 +11,13 @@ import itertools
 import json
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from mixer.data.preprocessing.spec import Specification, parse
+from mixer.data import order
+from mixer.data.preprocessing.spec import Specification
 from mixer.data.sources import folder as folder_lib
 from mixer.data.sources import synthetic
 from mixer.errors import UserError, check_choice
@@ -23,61 +25,238 @@ from mixer.errors import UserError, check_choice
 Batches = Iterator[dict[str, np.ndarray]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
+class Cache:
+    """Examples that were read once, by their places (start, stop), to be batched again."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def batches(self, split: "Split", *, start: int, stop: int, batch_size: int) -> Batches:
+        """As `split.read`, which is asked where it has not been read to the end before."""
+        if (start, stop) in self._arrays:
+            arrays = self._arrays[start, stop]
+            for low in range(0, stop - start, batch_size):
+                yield {name: values[low : low + batch_size] for name, values in arrays.items()}
+            return
+        batches = []
+        for batch in split.read(start=start, stop=stop, batch_size=batch_size):
+            batches.append(batch)
+            if sum(len(batch["label"]) for batch in batches) == stop - start:
+                self._arrays[start, stop] = {
+                    name: np.concatenate([batch[name] for batch in batches]) for name in batch
+                }
+            yield batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Split(abc.ABC):
     """One split of a data set, ready to be read.
+
+    A place is an example's position in the split, 0 to num_examples - 1.
 
     Attributes:
       name: data set and split, for messages.
-      num_examples: how many examples are read (excluded ones are not counted).
       class_names: of the labels, in order.
       fingerprint: changes when the examples or their labels do.
+      numbers: (num_examples,) int64, the number of the example at each place in the whole data set.
+        Its key is made with it: random ops take stateless_fold_in([seed, epoch], number).
       example_spec: of one example as batched: name -> (shape, dtype), such as
         {"image": ((224, 224, 3), "uint8"), "label": ((), "int32")}; labels of several an image are
         (M,), -1 where it has fewer, with "label_weight" ((M,), "float32").
+      preprocess: the ops that each image goes through; without any, synthetic images.
       multi_label: whether an image may have several labels, or none.
       order_depends_on_readers: whether the order of training depends on `num_readers`.
-      train_batches: (start_step=, seed=, global_batch_size=, process_index=, process_count=,
-        num_readers=) -> endless batches of this process's examples from batch `start_step` on:
-        arrays (n, *shape) of what `example_spec` names. `num_readers` is the number of processes
-        that the run was begun with, `process_count` where it is left out. Both divide the batch.
-      sequential_batches: (start=, stop=, batch_size=) -> examples start to stop in order, the last
-        batch short.
-      example_id: from an example's place in that order to the name that messages, exclusion lists
-        and saved predictions use.
-      labels: () -> (num_examples,) int32 in that order, before preprocessing, no image being
-        decoded; (num_examples, M), -1 where an image has fewer, with `multi_label`.
-      select: (places) -> a split of the examples at those places, each once, in ascending order.
-      preprocess: the ops that each image goes through; without any, synthetic images.
-      numbers: (num_examples,) int64, what the key of the example at each place is made with:
-        random ops take stateless_fold_in([seed, epoch], number).
-      with_preprocess: (spec, image_size=, keys=) -> the same examples through other ops; sides
-        of `image_size` may be None: any. With `keys`, training batches have "augment_key" (n, 4)
-        uint32 too, the examples' keys as mixer/data/philox.py takes them.
-      stored_bytes: () -> about how many bytes have to be decoded to read all images once.
-      stored: () -> the files that hold the examples; None: there are none.
-      class_counts: () -> how many examples have each class, (C,) int64; None: to know it, all would
-        have to be read.
+      cache: keeps what `sequential_batches` has read; None: each call reads.
     """
 
     name: str
-    num_examples: int
     class_names: tuple[str, ...]
     fingerprint: str
-    example_spec: dict[str, tuple[tuple[int, ...], str]]
-    multi_label: bool
-    order_depends_on_readers: bool
-    train_batches: Callable[..., Batches]
-    sequential_batches: Callable[..., Batches]
-    example_id: Callable[[int], str]
-    labels: Callable[[], np.ndarray]
-    select: Callable[[np.ndarray], "Split"]
-    preprocess: Specification
     numbers: np.ndarray
-    with_preprocess: Callable[..., "Split"]
-    stored_bytes: Callable[[], int]
-    stored: Callable[[], folder_lib.StoredFiles | None] = lambda: None
-    class_counts: Callable[[], np.ndarray | None] = lambda: None
+    example_spec: dict[str, tuple[tuple[int | None, ...], str]]
+    preprocess: Specification = dataclasses.field(default_factory=Specification)
+    multi_label: bool = False
+    order_depends_on_readers: bool = False
+    cache: Cache | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples are read (excluded ones are not counted)."""
+        return len(self.numbers)
+
+    @abc.abstractmethod
+    def train_batches(
+        self,
+        *,
+        start_step: int,
+        seed: int,
+        global_batch_size: int,
+        process_index: int,
+        process_count: int,
+        num_readers: int | None = None,
+    ) -> Batches:
+        """Yields, without end, this process's examples from batch `start_step` on.
+
+        Args:
+          start_step: the first batch.
+          seed: of the run.
+          global_batch_size: examples of a batch, of all processes.
+          process_index: which process this is.
+          process_count: of how many; it divides the batch.
+          num_readers: the number of processes that the run began with, which divides the batch too;
+            None: `process_count`.
+
+        Returns:
+          Arrays (n, *shape) of what `example_spec` names.
+        """
+
+    @abc.abstractmethod
+    def read(self, *, start: int, stop: int, batch_size: int) -> Batches:
+        """Yields the examples at places start to stop from storage; the last batch may be short."""
+
+    @abc.abstractmethod
+    def example_id(self, place: int) -> str:
+        """The name that messages, exclusion lists and saved predictions use."""
+
+    @abc.abstractmethod
+    def labels(self) -> np.ndarray:
+        """The labels before preprocessing, (num_examples,) int32; no image is decoded.
+
+        With `multi_label` (num_examples, M), -1 where an image has fewer.
+        """
+
+    def with_preprocess(
+        self, spec: Specification, *, image_size: tuple[int | None, int | None], keys: bool = False
+    ) -> "Split":
+        """The same examples through other ops; of synthetic images, which take none, the same.
+
+        Args:
+          spec: the ops.
+          image_size: (H, W) that the images have in the end; None: any.
+          keys: whether training batches have "augment_key" (n, 4) uint32 too, the examples' keys as
+            mixer/data/philox.py takes them.
+        """
+        del spec, image_size, keys
+        return self
+
+    def stored_bytes(self) -> int:
+        """About how many bytes have to be decoded to read all images once."""
+        return 0
+
+    def stored(self) -> folder_lib.StoredFiles | None:
+        """The files that hold the examples; None: there are none."""
+        return None
+
+    def class_counts(self) -> np.ndarray | None:
+        """How many examples have each class, (C,) int64; None: all would have to be read."""
+        return None
+
+    def select(self, places: np.ndarray) -> "Split":
+        """A split of the examples at those places, each once, in ascending order."""
+        numbers = self.numbers[np.unique(places)]
+        fingerprint = f"{self.fingerprint} {_kept(numbers)}"
+        return dataclasses.replace(self, numbers=numbers, fingerprint=fingerprint, cache=None)
+
+    def sequential_batches(self, *, start: int, stop: int, batch_size: int) -> Batches:
+        """As `read`, from memory where the cache has the examples."""
+        if self.cache is None:
+            return self.read(start=start, stop=stop, batch_size=batch_size)
+        return self.cache.batches(self, start=start, stop=stop, batch_size=batch_size)
+
+    def eval_batches(
+        self, *, global_batch_size: int, process_index: int, process_count: int
+    ) -> Batches:
+        """Yields the whole split once: every process the same number of full batches.
+
+        Each process reads its own run of the examples; what fills the last batches up has mask 0.
+
+        Returns:
+          Batches of global_batch_size / process_count examples, with "mask" (n,) float32 and
+          "index" (n,) int32, each one's place in the split; -1 where the mask is 0.
+        """
+        size = global_batch_size // process_count
+        per_process = -(-self.num_examples // process_count)
+        start = min(process_index * per_process, self.num_examples)
+        stop = min(start + per_process, self.num_examples)
+        batches = self.sequential_batches(start=start, stop=stop, batch_size=size)
+        template = None
+        for _ in range(-(-per_process // size)):
+            batch = next(batches, None)
+            if batch is None:
+                if template is None:  # no example of its own: the shapes come from the first one
+                    template = next(self.sequential_batches(start=0, stop=1, batch_size=1))
+                batch = {key: value[:0] for key, value in template.items()}
+            template = batch
+            count = len(batch["label"])
+            filled = {
+                key: np.pad(value, [(0, size - count)] + [(0, 0)] * (value.ndim - 1))
+                for key, value in batch.items()
+            }
+            is_example = np.arange(size) < count
+            filled["mask"] = is_example.astype(np.float32)
+            filled["index"] = np.where(is_example, start + np.arange(size), -1).astype(np.int32)
+            start += count
+            yield filled
+
+
+def _kept(numbers: np.ndarray) -> str:
+    """The end of a fingerprint where a part of the examples is read."""
+    return f"kept {zlib.crc32(numbers.tobytes())}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SyntheticSplit(Split):
+    """A split of synthetic images.
+
+    Attributes:
+      spec: the split's name.
+      image_size: (H, W).
+    """
+
+    spec: str
+    image_size: tuple[int, int]
+
+    def train_batches(
+        self,
+        *,
+        start_step: int,
+        seed: int,
+        global_batch_size: int,
+        process_index: int,
+        process_count: int,
+        num_readers: int | None = None,
+    ) -> Batches:
+        """As `Split.train_batches`; the order is one permutation, whoever reads it."""
+        del num_readers
+        rows = order.process_slice(global_batch_size, process_index, process_count)
+        for step in itertools.count(start_step):
+            _, places = order.batch_examples(
+                step,
+                seed=seed,
+                num_examples=self.num_examples,
+                global_batch_size=global_batch_size,
+            )
+            yield self._batch(places[rows])
+
+    def read(self, *, start: int, stop: int, batch_size: int) -> Batches:
+        """As `Split.read`."""
+        places = np.arange(start, stop)
+        for low in range(0, len(places), batch_size):
+            yield self._batch(places[low : low + batch_size])
+
+    def _batch(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        labels = self.labels()[places]
+        ids = synthetic.split_ids(self.spec)[self.numbers[places]]
+        return {"image": synthetic.make_images(ids, labels, self.image_size), "label": labels}
+
+    def example_id(self, place: int) -> str:
+        """As `Split.example_id`."""
+        return f"{self.spec}:{self.numbers[place]}"
+
+    def labels(self) -> np.ndarray:
+        """As `Split.labels`."""
+        ids = synthetic.split_ids(self.spec)[self.numbers]
+        return synthetic.labels(ids, len(self.class_names))
 
 
 class Unusable(UserError):
@@ -121,7 +300,7 @@ def open_split(
         split = _open_synthetic(spec, image_size, num_classes or 10)
     else:
         source = open_source(dataset, spec, class_names, num_classes, subfolders=subfolders)
-        split = _prepare(source, dataset, preprocess, image_size)
+        split = _open_stored(source, dataset, preprocess, image_size)
     if not split.num_examples:
         raise UserError(f"{split.name} is empty: no examples are left in this split")
     if class_names is not None and split.class_names != tuple(class_names):
@@ -138,51 +317,27 @@ def _brief(names) -> str:
 
 def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) -> Split:
     check_choice("split of synthetic data", spec, synthetic.SPLITS)
-    task = dict(num_classes=num_classes, image_size=image_size)
-    ids = synthetic.split_ids(spec)
-
-    def split(kept: np.ndarray, fingerprint: str) -> Split:
-        def sequential(*, start: int, stop: int, batch_size: int) -> Batches:
-            return synthetic.eval_batches(ids[kept[start:stop]], batch_size=batch_size, **task)
-
-        return Split(
-            name=f"synthetic {spec}",
-            num_examples=len(kept),
-            class_names=tuple(str(label) for label in range(num_classes)),
-            fingerprint=fingerprint,
-            example_spec={"image": ((*image_size, 3), "uint8"), "label": ((), "int32")},
-            multi_label=False,
-            order_depends_on_readers=False,
-            train_batches=functools.partial(synthetic.train_batches, ids[kept], **task),
-            sequential_batches=sequential,
-            example_id=lambda place: f"{spec}:{kept[place]}",
-            labels=lambda: synthetic.labels(ids[kept], num_classes),
-            select=lambda places: split(*_selected(kept, places, fingerprint)),
-            preprocess=Specification(),
-            numbers=kept,
-            with_preprocess=lambda spec, **options: split(kept, fingerprint),
-            stored_bytes=lambda: 0,
-        )
-
-    return split(np.arange(len(ids)), f"synthetic {spec} {num_classes}")
+    return SyntheticSplit(
+        name=f"synthetic {spec}",
+        class_names=tuple(str(label) for label in range(num_classes)),
+        fingerprint=f"synthetic {spec} {num_classes}",
+        numbers=np.arange(len(synthetic.split_ids(spec))),
+        example_spec={"image": ((*image_size, 3), "uint8"), "label": ((), "int32")},
+        spec=spec,
+        image_size=image_size,
+    )
 
 
-def _selected(kept: np.ndarray, places: np.ndarray, fingerprint: str) -> tuple[np.ndarray, str]:
-    """What is kept of `kept`, and the fingerprint of that."""
-    kept = kept[np.unique(places)]
-    return kept, f"{fingerprint} kept {zlib.crc32(kept.tobytes())}"
-
-
-def _prepare(source, dataset, preprocess: str, image_size: tuple[int, int]) -> Split:
+def _open_stored(source, dataset, preprocess: str, image_size: tuple[int, int]) -> Split:
     """A split of what a source holds, with its preprocessing."""
     import tensorflow as tf
 
-    from mixer.data.preprocessing.host import make_preprocess, output_spec
-    from mixer.data.sources import stored as sources
+    from mixer.data.stored_split import make_split
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
-    spec = parse(preprocess, image_size)
-    steps = make_preprocess(spec, image_size)
+    split = make_split(
+        source, preprocess, image_size=image_size, group_size=dataset.shuffle_group_size
+    )
     if faults := sorted(source.faults.keys() & set(source.kept.tolist())):
         raise Unusable(
             f"{source.name} holds {len(faults):,} images that cannot be used, such as "
@@ -190,59 +345,15 @@ def _prepare(source, dataset, preprocess: str, image_size: tuple[int, int]) -> S
             f"accepted are regular files in {folder_lib.ACCEPTED}; leave others out with the list "
             "that `python -m mixer.tools.prepare check` writes"
         )
-    example_spec = output_spec(steps, source.example_spec)
-    shape, dtype = example_spec["label"]
+    shape, dtype = split.example_spec["label"]
     if dtype == "float32" and shape != (len(source.class_names),):
         raise UserError(
             f"preprocessing {preprocess!r}: one_hot gives {shape[0]} classes, but {source.name} "
             f"has {len(source.class_names)}"
         )
-    fingerprint = source.fingerprint
-    if dataset.exclude:
-        fingerprint += f" kept {zlib.crc32(source.kept.tobytes())}"
-
-    def split(kept, fingerprint, spec, steps, example_spec, keys=False) -> Split:
-        part = dataclasses.replace(source, kept=kept)
-
-        def select(places: np.ndarray) -> Split:
-            settings = spec, steps, example_spec, keys
-            return split(*_selected(kept, places, fingerprint), *settings)
-
-        def with_preprocess(spec: Specification, *, image_size, keys: bool = False) -> Split:
-            steps = make_preprocess(spec, image_size)
-            example_spec = output_spec(steps, source.example_spec)
-            if keys:
-                example_spec["augment_key"] = ((4,), "uint32")
-            return split(kept, fingerprint, spec, steps, example_spec, keys)
-
-        return Split(
-            name=part.name,
-            num_examples=len(kept),
-            class_names=part.class_names,
-            fingerprint=fingerprint,
-            example_spec=example_spec,
-            multi_label=part.max_labels is not None,
-            order_depends_on_readers=bool(part.files),
-            train_batches=functools.partial(
-                sources.train_batches,
-                part,
-                steps,
-                group_size=dataset.shuffle_group_size,
-                with_keys=keys,
-            ),
-            sequential_batches=functools.partial(sources.eval_batches, part, steps),
-            example_id=lambda place: part.example_id(int(kept[place])),
-            labels=functools.partial(sources.labels, part),
-            select=select,
-            preprocess=spec,
-            numbers=kept,
-            with_preprocess=with_preprocess,
-            stored_bytes=functools.partial(sources.stored_bytes, part),
-            stored=functools.cache(lambda: part.stored(kept)),
-            class_counts=lambda: part.count_classes and part.count_classes(kept),
-        )
-
-    return split(source.kept, fingerprint, spec, steps, example_spec)
+    if not dataset.exclude:
+        return split
+    return dataclasses.replace(split, fingerprint=f"{split.fingerprint} {_kept(source.kept)}")
 
 
 def open_source(
@@ -365,39 +476,3 @@ def read_exclusions(path: str) -> frozenset[str]:
                 '{"example": "train/cat/1.jpg"}, as `prepare check` writes it'
             ) from None
     return frozenset(names)
-
-
-def eval_batches(
-    split: Split, *, global_batch_size: int, process_index: int, process_count: int
-) -> Batches:
-    """Yields a whole split once: every process the same number of full batches.
-
-    Each process reads its own run of the examples; what fills the last batches up has mask 0.
-
-    Returns:
-      Batches of global_batch_size / process_count examples, with "mask" (n,) float32 and "index"
-      (n,) int32, each one's place in the split; -1 where the mask is 0.
-    """
-    size = global_batch_size // process_count
-    per_process = -(-split.num_examples // process_count)
-    start = min(process_index * per_process, split.num_examples)
-    stop = min(start + per_process, split.num_examples)
-    batches = split.sequential_batches(start=start, stop=stop, batch_size=size)
-    template = None
-    for _ in range(-(-per_process // size)):
-        batch = next(batches, None)
-        if batch is None:
-            if template is None:  # no example of its own: the shapes come from the first one
-                template = next(split.sequential_batches(start=0, stop=1, batch_size=1))
-            batch = {key: value[:0] for key, value in template.items()}
-        template = batch
-        count = len(batch["label"])
-        filled = {
-            key: np.pad(value, [(0, size - count)] + [(0, 0)] * (value.ndim - 1))
-            for key, value in batch.items()
-        }
-        there = np.arange(size) < count
-        filled["mask"] = there.astype(np.float32)
-        filled["index"] = np.where(there, start + np.arange(size), -1).astype(np.int32)
-        start += count
-        yield filled

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mixer import files, memory
-from mixer.data import splits as pipeline
+from mixer.data.prefetch import prefetch
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import scores
@@ -303,13 +303,10 @@ def collect(
             prefetch_batches=prefetch_batches,
         )
     index, count = sharding.data_processes(mesh)
-    batches = pipeline.eval_batches(
-        split,
-        global_batch_size=global_batch_size,
-        process_index=index,
-        process_count=count,
+    batches = split.eval_batches(
+        global_batch_size=global_batch_size, process_index=index, process_count=count
     )
-    stream = sharding.prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
+    stream = prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
     result: dict[str, np.ndarray] = {}
     seen = np.zeros(split.num_examples, np.int64)
     for columns in _lagging(step(params, batch) for batch in stream):

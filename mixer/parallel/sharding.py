@@ -7,12 +7,10 @@ hidden width of both MLPs (Shoeybi et al., 2019, arXiv 1909.08053). XLA's partit
 communication from these annotations; the numbers are the same on any mesh, up to rounding.
 """
 
-import collections
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -326,32 +324,3 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         return jax.make_array_from_callback(shape, sharding, rows)
 
     return {key: put(value) for key, value in batch.items()}
-
-
-def prefetch(
-    batches: Iterator[Mapping[str, np.ndarray]],
-    put: Callable[[Mapping[str, np.ndarray]], Any],
-    depth: int,
-) -> Iterator[Any]:
-    """Keeps `depth` batches on their way to the device, made and sent by a thread of their own.
-
-    It starts at once; the thread ends with the iterator.
-    """
-    end = object()
-
-    def fetch():
-        batch = next(batches, end)
-        return batch if batch is end else put(batch)
-
-    thread = ThreadPoolExecutor(1, "prefetch")
-    pending = collections.deque(thread.submit(fetch) for _ in range(depth))
-
-    def fetched():
-        try:
-            while (batch := pending.popleft().result()) is not end:
-                pending.append(thread.submit(fetch))
-                yield batch
-        finally:
-            thread.shutdown(cancel_futures=True)
-
-    return fetched()

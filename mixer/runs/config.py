@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer import run_files
-from mixer.data import resident
+from mixer.data import placement
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
@@ -55,7 +55,6 @@ FREE_KEYS = (
     "dataset.augment_on",
 )
 
-AUGMENT_ON = ("auto", "host", "device")
 UNITS = ("steps", "epochs", "examples")
 MOST = 2**31 - 1  # of anything that is counted: steps are int32, as are indices on devices
 # Whole numbers of at least 1; the optional ones may be None.
@@ -127,8 +126,8 @@ def check_config(config: ConfigDict) -> None:
             f"dataset.permutation={config.dataset.permutation!r} is a step of the preprocessing, "
             "and synthetic data takes none"
         )
-    check_choice("dataset.on_device", config.dataset.on_device, resident.MODES)
-    check_choice("dataset.augment_on", config.dataset.augment_on, AUGMENT_ON)
+    check_choice("dataset.on_device", config.dataset.on_device, placement.ON_DEVICE)
+    check_choice("dataset.augment_on", config.dataset.augment_on, placement.AUGMENT_ON)
     check_choice("nan_policy", config.nan_policy, ("stop", "skip"))
     check_number("max_skipped_steps", config.max_skipped_steps)
     check_number("stall_secs", config.stall_secs)

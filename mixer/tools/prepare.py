@@ -167,9 +167,8 @@ def check(config, output: str) -> None:
     from rich.progress import track
 
     from mixer.data import splits as pipeline
-    from mixer.data.preprocessing.host import make_preprocess
     from mixer.data.sources import folder
-    from mixer.data.sources import stored as sources
+    from mixer.data.stored_split import make_split
 
     if config.dataset.name == "synthetic":
         raise UserError("synthetic data has no images to check")
@@ -187,7 +186,7 @@ def check(config, output: str) -> None:
             continue
         steps = config.dataset["train_preprocess" if which == "train" else "eval_preprocess"]
         source = pipeline.open_source(config.dataset, spec, None, config.model.num_classes)
-        results = sources.check(source, make_preprocess(steps, size))
+        results = make_split(source, steps, image_size=size).check()
         if console.is_terminal:
             results = track(results, f"checking {spec}", len(source.kept), console=console)
         for number, fault in results:

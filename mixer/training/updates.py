@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from mixer import memory
 from mixer.data import resident
 from mixer.data import splits as pipeline
-from mixer.data.preprocessing import device as augment
-from mixer.data.preprocessing.spec import Specification
-from mixer.errors import UserError
+from mixer.data.placement import check_augment_on, stream
+from mixer.data.prefetch import prefetch
+from mixer.data.preprocessing.device import make_augment
 from mixer.formatting import short
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
@@ -172,36 +172,24 @@ def make_updates(
         line = f"training images stay on the device: {examples.about}"
         updates = make_resident(config, examples, program)
     else:
+        check_augment_on(split.preprocess, config.dataset.augment_on)
+        placement = stream(
+            split.preprocess,
+            reason,
+            augment_on=config.dataset.augment_on,
+            backend=jax.default_backend(),
+        )
         line = f"training images are streamed: {reason}"
-        split, ops, description = _parted(split, config.dataset.augment_on)
-        if ops is not None:
-            line += f"; on the device they take {description}"
-        updates = _make_streamed(config, split, ops, program, start_step, num_readers)
+        augment = None
+        if placement.device:
+            line += f"; on the device they take {placement.device}"
+            augment = make_augment(split.preprocess, placement.host.image_size)
+            split = split.with_preprocess(placement.host, image_size=(None, None), keys=True)
+        updates = _make_streamed(config, split, augment, program, start_step, num_readers)
     if (analysis := updates.compiled.memory_analysis()) is not None:
         what = f"global_batch_size={config.global_batch_size}: what a step computes with"
         memory.check_room(analysis.temp_size_in_bytes, what)
     return updates, line
-
-
-def _parted(
-    split: pipeline.Split, where: str
-) -> tuple[pipeline.Split, Callable | None, Specification]:
-    """The split with the steps left to the host, and those that the device takes, if any."""
-    # TPUs gather slowly, and their hosts have many cores; a CPU is its own host.
-    here = where == "host" or (where == "auto" and jax.default_backend() != "gpu")
-    parts = split.preprocess.parts
-    if here or not parts.device:
-        return split, None, parts.device
-    host = split.with_preprocess(parts.host, image_size=(None, None), keys=True)
-    size = host.example_spec["image"][0][:2]
-    if None not in size:
-        return host, augment.make_augment(split.preprocess, size), parts.device
-    if where == "device":
-        raise UserError(
-            f"dataset.augment_on=device: the host's ops {str(parts.host)!r} give images of any "
-            "size; end them with resize or a crop, as in decode|resize(64)"
-        )
-    return split, None, parts.device
 
 
 def make_resident(
@@ -227,10 +215,10 @@ def make_resident(
     return Resident(lowered, arrays, put_order, most)
 
 
-def _make_streamed(config, split, ops, program, start_step, num_readers) -> "Streamed":
+def _make_streamed(config, split, augment, program, start_step, num_readers) -> "Streamed":
     mesh = program.mesh
     index, count = sharding.data_processes(mesh)
-    batches = sharding.prefetch(
+    batches = prefetch(
         split.train_batches(
             start_step=start_step,
             seed=config.seed,
@@ -244,10 +232,10 @@ def _make_streamed(config, split, ops, program, start_step, num_readers) -> "Str
     )
     batch = sharding.abstract_batch(split.example_spec, config.global_batch_size, mesh)
     compiled = None
-    if ops is not None:
+    if augment is not None:
         # A program of its own: the update is the one that takes whole images from the host.
         images, keys = batch["image"], batch.pop("augment_key")
-        augmented = jax.jit(ops, out_shardings=images.sharding).lower(images, keys)
+        augmented = jax.jit(augment, out_shardings=images.sharding).lower(images, keys)
         compiled = augmented.compile()
         image = augmented.out_info
         batch["image"] = jax.ShapeDtypeStruct(image.shape, image.dtype, sharding=images.sharding)

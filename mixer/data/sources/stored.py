@@ -1,15 +1,13 @@
-"""Where examples are stored, read with TensorFlow: TFDS records and folders of images."""
+"""Where examples are stored: TFDS records and folders of images, loaded with TensorFlow."""
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import re
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
@@ -18,8 +16,6 @@ from etils import epath
 from tensorflow_datasets.core.download import download_manager, downloader, extractor
 
 from mixer.data import labels as labels_lib
-from mixer.data import order
-from mixer.data.preprocessing.host import decode
 from mixer.data.sources import folder as folder_lib
 from mixer.errors import UserError, first_line, nearest
 from mixer.files import parse_path
@@ -30,11 +26,8 @@ IN_MEMORY_BYTES = 2 << 30
 MOST_LABELS = 128
 # What TFDS's pixels are multiplied by; dSprites' are 0 and 1.
 PIXEL_SCALE = {"dsprites": 255}
-LABELS_AT_ONCE = 4096
 # Waited for in a download: for a connection, and for the next bytes.
 CONNECT_SECS, READ_SECS, RETRIES = 10.0, 60.0, 3
-# What reading and decoding raise; where a path is no UTF-8, TensorFlow fails to say so.
-READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 # No network, a file that has moved, is another now or has to be fetched by hand, a full disk, a
 # package that is missing.
 DOWNLOAD_ERRORS = (
@@ -46,9 +39,7 @@ SPEC_ERRORS = (
     *(ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError),
     RecursionError,
 )
-AUTOTUNE = tf.data.AUTOTUNE
 Example = dict[str, tf.Tensor]
-Preprocess = Callable[[Example, tf.Tensor], Example]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,7 +386,7 @@ def tfds_source(
     if total * bytes_per_example > IN_MEMORY_BYTES:
         return source
     try:
-        pieces = [_read_piece(*file) for file in files]
+        pieces = [read_piece(*file) for file in files]
     except tf.errors.OpError as error:
         raise UserError(f"{source.name} cannot be read: {first_line(error)}") from None
     records = tf.concat(pieces, 0) if pieces else tf.constant([], tf.string)
@@ -406,7 +397,7 @@ def tfds_source(
         example = features.deserialize_example(record, decoders=decoders)
         return tf.size(derived.compute(example) if derived else example[label_key])
 
-    counts = tf.data.Dataset.from_tensor_slices(records).map(count, AUTOTUNE)
+    counts = tf.data.Dataset.from_tensor_slices(records).map(count, tf.data.AUTOTUNE)
     try:
         most = max([1, *map(int, counts.as_numpy_iterator())])
     except tf.errors.OpError as error:
@@ -520,299 +511,8 @@ class _SplitSize:
     num_examples: int
 
 
-def _read_piece(path, start, count) -> tf.Tensor:
+def read_piece(path, start, count) -> tf.Tensor:
     """Records start to start + count of a TFRecord file, (count,) strings."""
     records = tf.data.TFRecordDataset(path, buffer_size=8 << 20).skip(start).take(count)
     batch = records.batch(tf.maximum(tf.cast(count, tf.int64), 1))
     return batch.get_single_element()
-
-
-def _ordered(
-    source: Source,
-    start_step: int,
-    *,
-    seed: int,
-    global_batch_size: int,
-    group_size: int,
-    process_index: int,
-    process_count: int,
-    num_readers: int,
-) -> tf.data.Dataset:
-    """This process's examples from `start_step` on: (epoch, number, what `load` takes)."""
-    batch = dict(seed=seed, global_batch_size=global_batch_size)
-    if not source.files:
-        part = order.process_slice(global_batch_size, process_index, process_count)
-
-        def batches():
-            for step in itertools.count(start_step):
-                epoch, place = order.batch_examples(step, num_examples=len(source.kept), **batch)
-                yield epoch[part], source.kept[place[part]]
-
-        signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
-        numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
-        return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
-
-    excluded = _excluded(source)
-
-    def read(reader: int, rows: slice) -> tf.data.Dataset:
-        groups = functools.partial(
-            order.groups,
-            start_step,
-            file_sizes=[count for _, _, count in source.files],
-            excluded=excluded,
-            group_size=group_size,
-            reader=reader,
-            num_readers=num_readers,
-            rows=rows,
-            **batch,
-        )
-        return _grouped(source, groups)
-
-    parts = order.reader_rows(global_batch_size, process_index, process_count, num_readers)
-    if len(parts) == 1:
-        return read(*parts[0])
-    # Each batch takes the rows of one reader, then those of the next.
-    readers = tuple(read(reader, rows).batch(rows.stop - rows.start) for reader, rows in parts)
-    joined = tf.data.Dataset.zip(readers).map(
-        lambda *pieces: tuple(tf.concat(each, 0) for each in zip(*pieces, strict=True))
-    )
-    return joined.unbatch()
-
-
-def _excluded(source: Source) -> dict[int, np.ndarray]:
-    """By the number of its file, the places of the records that are not kept."""
-    first = source.first_numbers
-    gone = np.ones(first[-1], bool)
-    gone[source.kept] = False
-    files = np.unique(np.searchsorted(first, np.flatnonzero(gone), "right") - 1)
-    return {file: np.flatnonzero(gone[first[file] : first[file + 1]]) for file in files.tolist()}
-
-
-def _grouped(source: Source, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
-    """The examples of `groups()`: (epoch, number, record)."""
-    first = source.first_numbers
-
-    def described():
-        for group in groups():
-            yield (
-                group.epoch,
-                [source.files[piece.file][0] for piece in group.pieces],
-                [source.files[piece.file][1] + piece.start for piece in group.pieces],
-                [piece.stop - piece.start for piece in group.pieces],
-                [first[piece.file] + piece.start for piece in group.pieces],
-                group.order,
-            )
-
-    def read_group(epoch, paths, starts, counts, numbers, places):
-        pieces = tf.data.Dataset.from_tensor_slices((paths, starts, counts))
-        records = pieces.map(_read_piece, num_parallel_calls=8, deterministic=True).unbatch()
-        records = records.batch(tf.reduce_sum(counts)).get_single_element()
-        numbers = tf.repeat(numbers - tf.cumsum(counts, exclusive=True), counts) + tf.range(
-            tf.reduce_sum(counts)
-        )
-        epochs = tf.fill(tf.shape(places), epoch)
-        return epochs, tf.gather(numbers, places), tf.gather(records, places)
-
-    vector = tf.TensorSpec([None], tf.int64)
-    signature = (
-        tf.TensorSpec([], tf.int64),
-        tf.TensorSpec([None], tf.string),
-        vector,
-        vector,
-        vector,
-        vector,
-    )
-    return (
-        tf.data.Dataset.from_generator(described, output_signature=signature)
-        .map(read_group)
-        .prefetch(1)  # the next group is read while this one is trained on
-        .unbatch()
-    )
-
-
-def _sequential(source: Source, start: int, stop: int) -> tf.data.Dataset:
-    """Kept examples start to stop, in order: (epoch 0, number, what `load` takes)."""
-    numbers = source.kept[start:stop]
-    if not source.files:
-        return tf.data.Dataset.from_tensor_slices((np.zeros_like(numbers), numbers, numbers))
-    low, high = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
-    first = source.first_numbers
-    pieces = [
-        (path, skip + max(low - begin, 0), min(high, end) - max(low, begin))
-        for (path, skip, _), begin, end in zip(source.files, first, first[1:], strict=False)
-        if min(high, end) > max(low, begin)
-    ]
-    paths = tf.constant([path for path, _, _ in pieces], tf.string)
-    starts, counts = (tf.constant([piece[i] for piece in pieces], tf.int64) for i in (1, 2))
-    kept = np.zeros(high - low, bool)
-    kept[numbers - low] = True
-    kept = tf.constant(kept)
-    return (
-        tf.data.Dataset.from_tensor_slices((paths, starts, counts))
-        .flat_map(lambda path, start, count: tf.data.TFRecordDataset(path).skip(start).take(count))
-        .enumerate()
-        .filter(lambda place, record: kept[place])
-        .map(lambda place, record: (tf.constant(0, tf.int64), place + low, record))
-    )
-
-
-def _batches(
-    source: Source,
-    examples: Callable[[int], tf.data.Dataset],
-    preprocess: Preprocess,
-    *,
-    seed: int,
-    batch_size: int,
-    with_keys: bool = False,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Preprocesses and batches `examples(0)`; `examples(k)` starts k batches later."""
-
-    def finish(epoch, number, item):
-        # The key of an example depends on (seed, epoch, number) and on nothing else.
-        key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
-        key = tf.random.experimental.stateless_fold_in(key, number)
-        example = preprocess(source.load(item), key)
-        if with_keys:  # for the steps that the device takes; each half's little end comes first
-            example["augment_key"] = tf.reshape(tf.bitcast(key, tf.uint32), [4])
-        return example
-
-    batches = examples(0).map(finish, AUTOTUNE, deterministic=True).batch(batch_size).prefetch(2)
-    options = tf.data.Options()
-    options.deterministic = True
-    options.threading.max_intra_op_parallelism = 1
-    done = 0
-    try:
-        for batch in batches.with_options(options).as_numpy_iterator():
-            yield batch
-            done += 1
-    except READ_ERRORS as error:
-        # TensorFlow does not say which image it was: take the batch's examples one by one.
-        cause = error
-        try:
-            for epoch, number, item in examples(done).take(batch_size):
-                try:
-                    finish(epoch, number, item)
-                except READ_ERRORS as fault:
-                    raise unreadable(source, int(number), fault) from None
-        except READ_ERRORS as fault:
-            cause = fault
-        raise UserError(f"{source.name}: reading failed: {_reason(cause)}") from cause
-
-
-def _reason(fault: Exception) -> str:
-    if isinstance(fault, UnicodeDecodeError):  # of TensorFlow's message
-        fault = ValueError(folder_lib.decode(fault.object))
-    return first_line(fault)
-
-
-def unreadable(source: Source, number: int, fault: Exception) -> UserError:
-    """The line that names an example that cannot be read or preprocessed."""
-    return UserError(
-        f"{source.name}: cannot use {folder_lib.displayed(source.example_id(number))}: "
-        f"{_reason(fault)}; "
-        "`python -m mixer.tools.prepare check` finds all such images and writes a list to leave "
-        "them out"
-    )
-
-
-def train_batches(
-    source: Source,
-    preprocess: Preprocess,
-    *,
-    start_step: int,
-    seed: int,
-    global_batch_size: int,
-    group_size: int,
-    process_index: int,
-    process_count: int,
-    num_readers: int | None = None,
-    with_keys: bool = False,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's part of batch `start_step` and of all that follow.
-
-    `num_readers` is the number of processes that the run was begun with, this one's if None; it
-    makes no difference where any example can be loaded by its number. `with_keys` adds the keys of
-    the examples, "augment_key" (n, 4) uint32.
-    """
-
-    def examples(batches: int) -> tf.data.Dataset:
-        return _ordered(
-            source,
-            start_step + batches,
-            seed=seed,
-            global_batch_size=global_batch_size,
-            group_size=group_size,
-            process_index=process_index,
-            process_count=process_count,
-            num_readers=num_readers or process_count,
-        )
-
-    size = global_batch_size // process_count
-    return _batches(source, examples, preprocess, seed=seed, batch_size=size, with_keys=with_keys)
-
-
-def eval_batches(
-    source: Source, preprocess: Preprocess, *, start: int, stop: int, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields kept examples start to stop, in order; the last batch may be short."""
-
-    def examples(batches: int) -> tf.data.Dataset:
-        return _sequential(source, min(start + batches * batch_size, stop), stop)
-
-    return _batches(source, examples, preprocess, seed=0, batch_size=batch_size)
-
-
-def labels(source: Source) -> np.ndarray:
-    """The labels of the kept examples in order, as `load` gives them; no image is decoded.
-
-    They are (n,) int32, or (n, M), -1 where an image has fewer. Records that can only be read one
-    after the other are all read.
-    """
-    if source.labels is not None:
-        return source.labels[source.kept]
-
-    def label_alone(example: Example, key: tf.Tensor) -> Example:
-        return {"label": example["label"]}
-
-    batches = eval_batches(
-        source, label_alone, start=0, stop=len(source.kept), batch_size=LABELS_AT_ONCE
-    )
-    return np.concatenate([batch["label"] for batch in batches])
-
-
-def stored_bytes(source: Source) -> int:
-    """About what the kept images take as they are stored, judged by some of them.
-
-    Any example can be loaded by its number.
-    """
-    places = np.linspace(0, len(source.kept) - 1, 64).astype(int)
-    sizes = []
-    for number in source.kept[places].tolist():
-        try:
-            sizes.append(len(source.load(tf.constant(number))["image"].numpy()))
-        except READ_ERRORS as fault:
-            raise unreadable(source, number, fault) from None
-    return int(np.mean(sizes) * len(source.kept))
-
-
-def check(source: Source, preprocess: Preprocess) -> Iterator[tuple[int, str | None]]:
-    """Preprocesses every example, several at a time; yields (number, fault or None)."""
-    key = tf.constant([0, 0], tf.int64)
-
-    def fault(element) -> tuple[int, str | None]:
-        _, number, item = element
-        if int(number) in source.faults:
-            return int(number), source.faults[int(number)]
-        try:
-            example = source.load(item)
-            # All of it, where a crop would decode its window only.
-            decode(example["image"])
-            preprocess(example, key)
-        except READ_ERRORS as error:
-            return int(number), _reason(error)
-        return int(number), None
-
-    elements = iter(_sequential(source, 0, len(source.kept)))
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(itertools.islice(elements, 1024)):
-            yield from pool.map(fault, chunk)

@@ -4,11 +4,7 @@ Example i is its class's pattern (a coarse random picture) under noise, so that 
 fall is the fault of the training and not of the data.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
-
-from mixer.data import order
 
 SPLITS = {"train": 2048, "validation": 256, "test": 256}
 PATTERN_SIDE = 4
@@ -39,46 +35,3 @@ def split_ids(split: str) -> np.ndarray:
 def labels(ids: np.ndarray, num_classes: int) -> np.ndarray:
     """The classes (n,) int32 of examples `ids` (n,)."""
     return (ids % num_classes).astype(np.int32)
-
-
-def _batch(ids: np.ndarray, num_classes: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    classes = labels(ids, num_classes)
-    return {"image": make_images(ids, classes, image_size), "label": classes}
-
-
-def train_batches(
-    ids: np.ndarray,
-    *,
-    start_step: int,
-    seed: int,
-    num_classes: int,
-    image_size: tuple[int, int],
-    global_batch_size: int,
-    process_index: int,
-    process_count: int,
-    num_readers: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's part of batch `start_step` of `ids`, and of all that follow.
-
-    `num_readers` makes no difference: the order is one permutation, whoever reads it.
-    """
-    part = order.process_slice(global_batch_size, process_index, process_count)
-    step = start_step
-    while True:
-        _, example = order.batch_examples(
-            step, seed=seed, num_examples=len(ids), global_batch_size=global_batch_size
-        )
-        yield _batch(ids[example[part]], num_classes, image_size)
-        step += 1
-
-
-def eval_batches(
-    ids: np.ndarray,
-    *,
-    num_classes: int,
-    image_size: tuple[int, int],
-    batch_size: int,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields examples `ids`, in that order; the last batch may be short."""
-    for start in range(0, len(ids), batch_size):
-        yield _batch(ids[start : start + batch_size], num_classes, image_size)

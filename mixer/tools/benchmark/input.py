@@ -1,5 +1,6 @@
 """What the input pipeline delivers on this host, on photographs made here."""
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 
 from mixer.data.preprocessing import device as augment
 from mixer.data.preprocessing.spec import parse
+from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.models import flops
 from mixer.models.mlp_mixer import MlpMixer
@@ -223,13 +225,11 @@ def measure_rates(
       Images/s of each, as JSON has it ("step_per_device": of the step, "device_part_per_device"),
       and the memory in GiB.
     """
-    from mixer.data.preprocessing import host as preprocess
     from mixer.data.sources import folder
     from mixer.data.sources import stored as sources
+    from mixer.data.stored_split import make_split
 
     size = (image_size, image_size)
-    steps = {name: preprocess.make_preprocess(spec, size) for name, spec in specs.items()}
-    steps[DECODING] = decoding_alone(specs["training"])
     with tempfile.TemporaryDirectory(prefix="mixer_benchmark_") as root:
         stored = PHOTOGRAPH_SIZE if image_size > SMALL else size
         mean_bytes = write_photographs(Path(root) / "train" / "photograph", stored)
@@ -240,17 +240,20 @@ def measure_rates(
             f"{mean_bytes / 1000:.3g} kB on average, {os.cpu_count()} cores"
         )
 
-        busy: dict[str, list[float]] = {name: [] for name in steps}
+        splits = {name: make_split(source, spec, image_size=size) for name, spec in specs.items()}
+        decoding = decoding_alone(specs["training"])
+        splits[DECODING] = dataclasses.replace(splits["training"], function=decoding)
+        busy: dict[str, list[float]] = {name: [] for name in splits}
         makers: dict[str, Callable[[], contest.Contestant]] = {
-            name: functools.partial(_open_stream, source, steps[name], batch_size, busy[name])
-            for name in steps
+            name: functools.partial(_open_stream, split, batch_size, busy[name])
+            for name, split in splits.items()
         }
         makers |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
         memory = [_memory()]
         results = contest.compete(makers, seconds=seconds, rounds=rounds)
         memory.append(_memory())
     figures: dict[str, Any] = {
-        "images_per_second": {name: contest.rates(results[name], batch_size) for name in steps},
+        "images_per_second": {name: contest.rates(results[name], batch_size) for name in splits},
         "preprocess": specs,
         "photograph_bytes": mean_bytes,
         "cores": os.cpu_count(),
@@ -266,18 +269,9 @@ def measure_rates(
     return figures
 
 
-def _open_stream(source: Any, preprocess: Callable, batch_size: int, busy: list[float]) -> Stream:
-    from mixer.data.sources import stored as sources
-
-    batches = sources.train_batches(
-        source,
-        preprocess,
-        start_step=0,
-        seed=0,
-        global_batch_size=batch_size,
-        group_size=1,
-        process_index=0,
-        process_count=1,
+def _open_stream(split: Split, batch_size: int, busy: list[float]) -> Stream:
+    batches = split.train_batches(
+        start_step=0, seed=0, global_batch_size=batch_size, process_index=0, process_count=1
     )
     return Stream(batches, busy)
 

@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import memory
 from mixer.data import resident
-from mixer.data.preprocessing import device as augment
+from mixer.data.placement import place
+from mixer.data.preprocessing.device import make_augment
 from mixer.data.preprocessing.spec import Specification, parse
 from mixer.errors import UserError
 from mixer.models import flops
@@ -115,19 +117,26 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
       UserError: its images cannot stay on the device.
       Failed: it does not fit into memory.
     """
-    if config.dataset.on_device == "off":
-        raise UserError("dataset.on_device=off: a run of this config streams")
-    spec, size = config.dataset.train_preprocess, (config.image_size, config.image_size)
-    parsed = parse(spec) if spec else Specification()
-    parts = parsed.parts
-    if parts.random_on_host:
+    dataset, size = config.dataset, (config.image_size, config.image_size)
+    spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
+    placement = place(
+        spec,
+        mode="off" if dataset.on_device == "off" else "on",
+        augment_on=dataset.augment_on,
+        backend=jax.default_backend(),
+        num_processes=1,
+        num_examples=num_examples,
+        num_drawn=num_examples,
+        measure=lambda: None,
+    )
+    if not placement.on_device:
         raise UserError(
-            f"dataset.train_preprocess={spec!r}: {parts.random_on_host} makes other images each "
-            "epoch, which a run streams; see python -m mixer.tools.benchmark data"
+            f"a run of this config streams its images: {placement.reason}; see "
+            "python -m mixer.tools.benchmark data"
         )
     mesh = sharding.make_mesh(config.mesh)
     run.check_batch_size(config, mesh)
-    steps = augment.make_augment(parsed, size) if parts.device else None
+    steps = make_augment(spec, size) if placement.device else None
     return _prepare(config, num_examples, steps, mesh)
 
 

@@ -1,8 +1,9 @@
 """Whether a host's cores and memory suffice for its devices."""
 
+import math
 from typing import Any
 
-from mixer.data import resident
+from mixer.data.placement import Placement, Sizes, place, room
 from mixer.data.preprocessing.spec import Kind, Specification, parse
 from mixer.tools.plan.subject import Subject
 
@@ -57,17 +58,13 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
       "suffices", and "wait_share": of the time that the devices would wait.
       "stays_on_device": whether the set is read once instead, so that nothing of this matters.
     """
-    dataset, topology = subject.config.dataset, subject.topology
-    spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
-    on_device = topology.is_gpu if dataset.augment_on == "auto" else dataset.augment_on == "device"
-    if on_device and can_augment_on_device(spec):
-        spec = spec.parts.host
-    core_rate = CORE_RATE[bool(spec.of_kind(Kind.POLICY))]
+    topology, placement = subject.topology, _place_images(subject)
+    core_rate = CORE_RATE[bool(placement.host.of_kind(Kind.POLICY))]
     cores = topology.chip.host_cores
     devices = min(topology.num_devices, topology.chip.devices_per_host)
     share = cores * core_rate / needed
     return {
-        "steps": str(spec),
+        "steps": str(placement.host),
         "core_rate": core_rate,
         "cores_needed": needed / core_rate,
         "cores_there": cores,
@@ -76,31 +73,41 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
         "devices": devices,
         "suffices": share >= 1,
         "wait_share": max(0.0, 1 - share),
-        "stays_on_device": _stays_on_device(subject),
+        "stays_on_device": placement.on_device,
     }
 
 
-def _stays_on_device(subject: Subject) -> bool:
-    """Whether the run reads its images once (`resident.read`), as far as that is known here."""
-    config, dataset, topology = subject.config, subject.config.dataset, subject.topology
-    spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
-    parts = spec.parts
-    if parts.random_on_host:
-        return False
-    if dataset.on_device != "auto":
-        return dataset.on_device == "on"
-    sized = not spec or parts.host.image_size is not None
-    side = config.image_size if sized else subject.stored_side
-    if side is None or topology.num_hosts > 1 or not subject.num_examples:
-        return False
-    if parts.device:
-        backend = "gpu" if topology.is_gpu else "tpu"
-        if dataset.augment_on == "host" or resident.are_slow(parts.device, (side, side), backend):
-            return False
-    fits = max(3 * side**2, subject.image_bytes) * subject.num_examples <= resident.AUTO_BYTES
-    return fits and config.total_steps * config.global_batch_size >= subject.num_examples
+def preprocess(subject: Subject) -> Specification:
+    """The ops of training."""
+    text = subject.config.dataset.train_preprocess
+    return parse(text) if text else Specification()
 
 
-def can_augment_on_device(spec: Specification) -> bool:
-    """Whether a stream's device can compute some of these ops: what it gets has one size."""
-    return bool(spec.parts.device) and spec.parts.host.image_size is not None
+def _place_images(subject: Subject) -> Placement:
+    """Where the run has its training images, as far as a plan can know."""
+    config, topology, spec = subject.config, subject.topology, preprocess(subject)
+    mode = config.dataset.on_device
+
+    def measure() -> Sizes | None:
+        side = subject.stored_side if spec else config.image_size
+        image_size = spec.parts.host.image_size or (side and (side, side))
+        if image_size is None or subject.num_examples is None:
+            return None
+        memory = min(topology.chip.memory, topology.chip.host_memory)
+        return Sizes(
+            image_size=image_size,
+            num_bytes=3 * math.prod(image_size) * subject.num_examples,
+            stored_bytes=subject.image_bytes * subject.num_examples,
+            room_bytes=room(mode, memory),
+        )
+
+    return place(
+        spec,
+        mode=mode,
+        augment_on=config.dataset.augment_on,
+        backend="gpu" if topology.is_gpu else "tpu",
+        num_processes=topology.num_hosts,
+        num_examples=subject.num_examples,
+        num_drawn=config.total_steps * config.global_batch_size,
+        measure=measure,
+    )

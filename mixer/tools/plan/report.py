@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
+from mixer.data.placement import can_augment
 from mixer.data.preprocessing.spec import Specification, parse
 from mixer.formatting import duration, short
 from mixer.models.flops import forward_flops
 from mixer.parallel import sharding
 from mixer.tools.plan import chips
-from mixer.tools.plan.host import can_augment_on_device, host_figures
+from mixer.tools.plan.host import host_figures
 from mixer.tools.plan.search import advice
 from mixer.tools.plan.subject import Subject, peak, train_flops
 from mixer.tools.plan.update import Step
@@ -191,7 +192,7 @@ def _input_rows(subject: Subject, prepared: dict[str, Any]) -> list[Row]:
             ("input suffices", f"NO: {figures}. It gives {total:,.0f} images/s in all, and {wait}")
         ]
         spec = parse(prepared["steps"]) if prepared["steps"] else Specification()
-        if can_augment_on_device(spec):
+        if can_augment(spec):
             change = f"--config.dataset.augment_on=device ({spec.parts.device} on the devices)"
             rows.append(("to change", change))
     if prepared["steps"] != subject.config.dataset.train_preprocess:

@@ -1,0 +1,369 @@
+"""Splits whose examples are stored: they are read, preprocessed and batched with TensorFlow."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorflow as tf
+
+from mixer.data import order
+from mixer.data.preprocessing.host import decode, make_preprocess, output_spec
+from mixer.data.preprocessing.spec import Specification, parse
+from mixer.data.sources import folder
+from mixer.data.sources.stored import Example, Source, read_piece
+from mixer.data.splits import Batches, Split
+from mixer.errors import UserError, first_line
+
+# What reading and decoding raise; where a path is no UTF-8, TensorFlow fails to say so.
+READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
+LABELS_AT_ONCE = 4096
+AUTOTUNE = tf.data.AUTOTUNE
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class StoredSplit(Split):
+    """A split of a `Source`.
+
+    Attributes:
+      source: of the examples.
+      function: the preprocessing, (example, key) -> example.
+      group_size: as of `order.groups`.
+      with_keys: whether training batches have "augment_key".
+    """
+
+    source: Source
+    function: Callable[[Example, tf.Tensor], Example]
+    group_size: int
+    with_keys: bool = False
+
+    def train_batches(
+        self,
+        *,
+        start_step: int,
+        seed: int,
+        global_batch_size: int,
+        process_index: int,
+        process_count: int,
+        num_readers: int | None = None,
+    ) -> Batches:
+        """As `Split.train_batches`."""
+        ordered = functools.partial(
+            self._ordered,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            num_readers=num_readers or process_count,
+        )
+        return self._batches(
+            lambda batches: ordered(start_step + batches),
+            seed=seed,
+            batch_size=global_batch_size // process_count,
+            with_keys=self.with_keys,
+        )
+
+    def read(self, *, start: int, stop: int, batch_size: int) -> Batches:
+        """As `Split.read`."""
+
+        def examples(batches: int) -> tf.data.Dataset:
+            return self._sequential(min(start + batches * batch_size, stop), stop)
+
+        return self._batches(examples, seed=0, batch_size=batch_size)
+
+    def with_preprocess(
+        self, spec: Specification, *, image_size: tuple[int | None, int | None], keys: bool = False
+    ) -> "StoredSplit":
+        """As `Split.with_preprocess`."""
+        function = make_preprocess(spec, image_size)
+        example_spec = output_spec(function, self.source.example_spec)
+        if keys:
+            example_spec["augment_key"] = ((4,), "uint32")
+        return dataclasses.replace(
+            self,
+            preprocess=spec,
+            function=function,
+            example_spec=example_spec,
+            with_keys=keys,
+            cache=None,
+        )
+
+    def example_id(self, place: int) -> str:
+        """As `Split.example_id`."""
+        return self.source.example_id(int(self.numbers[place]))
+
+    def labels(self) -> np.ndarray:
+        """As `Split.labels`; records that can only be read one after the other are all read."""
+        if self.source.labels is not None:
+            return self.source.labels[self.numbers]
+        alone = dataclasses.replace(self, function=lambda example, key: {"label": example["label"]})
+        batches = alone.read(start=0, stop=self.num_examples, batch_size=LABELS_AT_ONCE)
+        return np.concatenate([batch["label"] for batch in batches])
+
+    def stored_bytes(self) -> int:
+        """As `Split.stored_bytes`, judged by some images; any can be loaded by its number."""
+        places = np.linspace(0, self.num_examples - 1, 64).astype(int)
+        sizes = []
+        for number in self.numbers[places].tolist():
+            try:
+                sizes.append(len(self.source.load(tf.constant(number))["image"].numpy()))
+            except READ_ERRORS as fault:
+                raise self._unreadable(number, fault) from None
+        return int(np.mean(sizes) * self.num_examples)
+
+    def stored(self) -> folder.StoredFiles | None:
+        """As `Split.stored`."""
+        return self._stored
+
+    @functools.cached_property
+    def _stored(self) -> folder.StoredFiles | None:
+        return self.source.stored(self.numbers)
+
+    def class_counts(self) -> np.ndarray | None:
+        """As `Split.class_counts`."""
+        return self.source.count_classes and self.source.count_classes(self.numbers)
+
+    def check(self) -> Iterator[tuple[int, str | None]]:
+        """Preprocesses every example, several at a time; yields (number, fault or None)."""
+        key = tf.constant([0, 0], tf.int64)
+        faults = self.source.faults
+
+        def fault(element) -> tuple[int, str | None]:
+            _, number, item = element
+            if int(number) in faults:
+                return int(number), faults[int(number)]
+            try:
+                example = self.source.load(item)
+                # All of it, where a crop would decode its window only.
+                decode(example["image"])
+                self.function(example, key)
+            except READ_ERRORS as error:
+                return int(number), _reason(error)
+            return int(number), None
+
+        elements = iter(self._sequential(0, self.num_examples))
+        with ThreadPoolExecutor() as pool:
+            while chunk := list(itertools.islice(elements, 1024)):
+                yield from pool.map(fault, chunk)
+
+    # Which examples, as tf.data.Datasets of (epoch, number, what `source.load` takes).
+
+    def _ordered(
+        self,
+        start_step: int,
+        *,
+        seed: int,
+        global_batch_size: int,
+        process_index: int,
+        process_count: int,
+        num_readers: int,
+    ) -> tf.data.Dataset:
+        """This process's examples of training from `start_step` on."""
+        batch = dict(seed=seed, global_batch_size=global_batch_size)
+        if not self.source.files:
+            rows = order.process_slice(global_batch_size, process_index, process_count)
+            return self._by_number(start_step, rows, **batch)
+
+        def read(reader: int, rows: slice) -> tf.data.Dataset:
+            groups = functools.partial(
+                order.groups,
+                start_step,
+                file_sizes=[count for _, _, count in self.source.files],
+                excluded=self._excluded,
+                group_size=self.group_size,
+                reader=reader,
+                num_readers=num_readers,
+                rows=rows,
+                **batch,
+            )
+            return self._grouped(groups)
+
+        parts = order.reader_rows(global_batch_size, process_index, process_count, num_readers)
+        if len(parts) == 1:
+            return read(*parts[0])
+        # Each batch takes the rows of one reader, then those of the next.
+        readers = tuple(read(reader, rows).batch(rows.stop - rows.start) for reader, rows in parts)
+        joined = tf.data.Dataset.zip(readers).map(
+            lambda *pieces: tuple(tf.concat(column, 0) for column in zip(*pieces, strict=True))
+        )
+        return joined.unbatch()
+
+    def _by_number(self, start_step: int, rows: slice, **batch: int) -> tf.data.Dataset:
+        def batches():
+            for step in itertools.count(start_step):
+                epoch, place = order.batch_examples(step, num_examples=self.num_examples, **batch)
+                yield epoch[rows], self.numbers[place[rows]]
+
+        signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
+        numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
+        return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
+
+    @functools.cached_property
+    def _excluded(self) -> dict[int, np.ndarray]:
+        """By the number of its file, the places of the records that the split leaves out."""
+        first = self.source.first_numbers
+        excluded = np.ones(first[-1], bool)
+        excluded[self.numbers] = False
+        files = np.unique(np.searchsorted(first, np.flatnonzero(excluded), "right") - 1)
+        return {
+            file: np.flatnonzero(excluded[first[file] : first[file + 1]]) for file in files.tolist()
+        }
+
+    def _grouped(self, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
+        """The examples of `groups()`."""
+        first, files = self.source.first_numbers, self.source.files
+
+        def described():
+            for group in groups():
+                yield (
+                    group.epoch,
+                    [files[piece.file][0] for piece in group.pieces],
+                    [files[piece.file][1] + piece.start for piece in group.pieces],
+                    [piece.stop - piece.start for piece in group.pieces],
+                    [first[piece.file] + piece.start for piece in group.pieces],
+                    group.order,
+                )
+
+        def read_group(epoch, paths, starts, counts, numbers, places):
+            pieces = tf.data.Dataset.from_tensor_slices((paths, starts, counts))
+            records = pieces.map(read_piece, num_parallel_calls=8, deterministic=True).unbatch()
+            records = records.batch(tf.reduce_sum(counts)).get_single_element()
+            numbers = tf.repeat(numbers - tf.cumsum(counts, exclusive=True), counts) + tf.range(
+                tf.reduce_sum(counts)
+            )
+            epochs = tf.fill(tf.shape(places), epoch)
+            return epochs, tf.gather(numbers, places), tf.gather(records, places)
+
+        vector = tf.TensorSpec([None], tf.int64)
+        strings = tf.TensorSpec([None], tf.string)
+        signature = (tf.TensorSpec([], tf.int64), strings, *[vector] * 4)
+        return (
+            tf.data.Dataset.from_generator(described, output_signature=signature)
+            .map(read_group)
+            .prefetch(1)  # the next group is read while this one is trained on
+            .unbatch()
+        )
+
+    def _sequential(self, start: int, stop: int) -> tf.data.Dataset:
+        """The examples at places start to stop, in order, of epoch 0."""
+        source, numbers = self.source, self.numbers[start:stop]
+        if not source.files:
+            return tf.data.Dataset.from_tensor_slices((np.zeros_like(numbers), numbers, numbers))
+        low, high = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+        first = source.first_numbers
+        pieces = [
+            (path, skip + max(low - begin, 0), min(high, end) - max(low, begin))
+            for (path, skip, _), begin, end in zip(source.files, first, first[1:], strict=False)
+            if min(high, end) > max(low, begin)
+        ]
+        paths = tf.constant([path for path, _, _ in pieces], tf.string)
+        starts, counts = (tf.constant([piece[i] for piece in pieces], tf.int64) for i in (1, 2))
+        is_wanted = np.zeros(high - low, bool)
+        is_wanted[numbers - low] = True
+        is_wanted = tf.constant(is_wanted)
+
+        def records(path, start, count):
+            return tf.data.TFRecordDataset(path).skip(start).take(count)
+
+        return (
+            tf.data.Dataset.from_tensor_slices((paths, starts, counts))
+            .flat_map(records)
+            .enumerate()
+            .filter(lambda place, record: is_wanted[place])
+            .map(lambda place, record: (tf.constant(0, tf.int64), place + low, record))
+        )
+
+    def _batches(
+        self,
+        examples: Callable[[int], tf.data.Dataset],
+        *,
+        seed: int,
+        batch_size: int,
+        with_keys: bool = False,
+    ) -> Batches:
+        """Preprocesses and batches `examples(0)`; `examples(k)` starts k batches later."""
+
+        def finish(epoch, number, item):
+            # The key of an example depends on (seed, epoch, number) and on nothing else.
+            key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
+            key = tf.random.experimental.stateless_fold_in(key, number)
+            example = self.function(self.source.load(item), key)
+            if with_keys:  # for the ops of the device; the low word of each half comes first
+                example["augment_key"] = tf.reshape(tf.bitcast(key, tf.uint32), [4])
+            return example
+
+        batches = (
+            examples(0).map(finish, AUTOTUNE, deterministic=True).batch(batch_size).prefetch(2)
+        )
+        options = tf.data.Options()
+        options.deterministic = True
+        options.threading.max_intra_op_parallelism = 1
+        count = 0
+        try:
+            for batch in batches.with_options(options).as_numpy_iterator():
+                yield batch
+                count += 1
+        except READ_ERRORS as error:
+            # TensorFlow does not say which image it was: take the batch's examples one by one.
+            cause = error
+            try:
+                for epoch, number, item in examples(count).take(batch_size):
+                    try:
+                        finish(epoch, number, item)
+                    except READ_ERRORS as fault:
+                        raise self._unreadable(int(number), fault) from None
+            except READ_ERRORS as fault:
+                cause = fault
+            raise UserError(f"{self.source.name}: reading failed: {_reason(cause)}") from cause
+
+    def _unreadable(self, number: int, fault: Exception) -> UserError:
+        """The line that names an example that cannot be read or preprocessed."""
+        return UserError(
+            f"{self.source.name}: cannot use "
+            f"{folder.displayed(self.source.example_id(number))}: {_reason(fault)}; "
+            "`python -m mixer.tools.prepare check` finds all such images and writes a list to "
+            "leave them out"
+        )
+
+
+def make_split(
+    source: Source,
+    preprocess: str | Specification,
+    *,
+    image_size: tuple[int | None, int | None],
+    group_size: int = 1,
+) -> StoredSplit:
+    """A split of all examples of a source that are not excluded.
+
+    Args:
+      source: of the examples.
+      preprocess: the ops that each image goes through.
+      image_size: (H, W) that the images must have in the end; None: any.
+      group_size: as of `order.groups`.
+
+    Raises:
+      UserError: as `spec.parse`.
+    """
+    spec = parse(preprocess, image_size)
+    function = make_preprocess(spec, image_size)
+    return StoredSplit(
+        name=source.name,
+        class_names=source.class_names,
+        fingerprint=source.fingerprint,
+        numbers=source.kept,
+        example_spec=output_spec(function, source.example_spec),
+        preprocess=spec,
+        multi_label=source.max_labels is not None,
+        order_depends_on_readers=bool(source.files),
+        source=source,
+        function=function,
+        group_size=group_size,
+    )
+
+
+def _reason(fault: Exception) -> str:
+    if isinstance(fault, UnicodeDecodeError):  # of TensorFlow's message
+        fault = ValueError(folder.decode(fault.object))
+    return first_line(fault)
