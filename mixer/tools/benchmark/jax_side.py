@@ -93,8 +93,8 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     seconds = time.perf_counter() - start
     size = memory_of(program)
     if size is not None:
-        given = program.memory_analysis().argument_size_in_bytes
-        memory.check_room(size - given, "what a step computes with")
+        arguments = program.memory_analysis().argument_size_in_bytes
+        memory.check_room(size - arguments, "what a step computes with")
     return program, seconds, size
 
 

@@ -159,8 +159,8 @@ def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh
     kinds = dict(ema=bool(config.optimizer.ema_decay), skips=config.nan_policy == "skip")
     abstract = train_state.abstract_state(model, tx, size, mesh, **kinds)
     state = train_state.init_state(model, tx, size, mesh, config.seed, **kinds)
-    kept = resident.Examples(arrays, steps, "")
+    examples = resident.Examples(arrays, steps, "")
     start = time.perf_counter()
-    source = stepping.open_resident(config, kept, (model, schedule, tx, abstract))
+    source = stepping.open_resident(config, examples, (model, schedule, tx, abstract))
     seconds = time.perf_counter() - start
     return Loop(source, state, devices=mesh.size, seconds=seconds)

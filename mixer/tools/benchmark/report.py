@@ -63,9 +63,9 @@ class Record:
     def write(self, figures: Any) -> None:
         """Writes the figures so far, and the environment, to the file."""
         if self._output:
-            found = {**self._environment, self._what: figures}
+            content = {**self._environment, self._what: figures}
             with files.whole(self._output) as new:
-                new.write_text(json.dumps(found, indent=2) + "\n")
+                new.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def matmul_line(case: Mapping[str, Any]) -> str:
     """The rates of the large matmul beside a case, and what an image takes."""
     matmul = case["matmul"]
     unit, prefix = flops_unit(matmul["limit"] or 1e9)
-    each = ", ".join(
+    rates = ", ".join(
         f"{name} {number(rate['median'] / unit)} "
         f"({number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)})"
         for name, rate in matmul["flops_per_second_per_device"].items()
@@ -206,7 +206,7 @@ def matmul_line(case: Mapping[str, Any]) -> str:
     )
     side = matmul["side"]
     return (
-        f"{prefix}FLOP/s of a matmul of {side} x {side} in the same rounds: {each}; "
+        f"{prefix}FLOP/s of a matmul of {side} x {side} in the same rounds: {rates}; "
         f"{number(case['flops_per_image'] / 1e9)} GFLOP an image"
     )
 

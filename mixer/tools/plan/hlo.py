@@ -205,9 +205,9 @@ def _split(text: str) -> list[str]:
 
 def _trip_count(loop: _Instruction, computations: dict) -> int | None:
     """How often a loop runs; None where only the data decides."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
-    if known:
-        return int(known[1])
+    constant = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+    if constant:
+        return int(constant[1])
     # A counter from 0 below a constant, as lax.scan and lax.map make them.
     condition = computations[loop.attribute("condition")]
     root = next(i for i in condition.values() if i.is_root)
