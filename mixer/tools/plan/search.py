@@ -1,4 +1,4 @@
-"""Other settings of the same run: what fits, and how fast it is."""
+"""Other settings of the same run: which fit, and how fast they are."""
 
 import dataclasses
 import itertools
