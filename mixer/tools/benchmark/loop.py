@@ -1,4 +1,4 @@
-"""The training of a config on images that stay on the device, without a run."""
+"""Training on images that stay on the device, as a config's run does it, without the run."""
 
 import collections
 import datetime
@@ -31,7 +31,7 @@ class Loop:
     """A contestant (see contest.py) whose step is an update of the global batch."""
 
     def __init__(self, source: stepping.Resident, state: Any, *, devices: int, seconds: float):
-        """Warms the loop up; `seconds` is the time of its compilation."""
+        """Warms it up; `seconds` is what it took to compile."""
         self._source, self._state, self._step = source, state, 0
         self.devices, self.compile_seconds = devices, seconds
         self.memory = memory_of(source.compiled)
@@ -40,7 +40,7 @@ class Loop:
 
     @may_fail
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`; the host is two calls ahead, as in training."""
+        """As `Contestant.run`, the host being two calls ahead, as in training."""
         in_flight: collections.deque[tuple[jax.Array, int, float]] = collections.deque()
         first, start = self._step, time.perf_counter()
 
@@ -62,7 +62,7 @@ class Loop:
         return self._step - first, time.perf_counter() - start
 
     def close(self) -> None:
-        """Releases the arrays."""
+        """Lets go of the arrays."""
         del self._source, self._state
 
 
@@ -73,7 +73,7 @@ def measure(
 
     Args:
       config: of the run, resolved but for its lengths.
-      num_examples: images on the device, of the config's size.
+      num_examples: images that lie on the device, of the config's size.
       seconds: of a turn.
       rounds: turns of the loop and of the matmul.
       output: file of JSON; None: none.
@@ -118,11 +118,11 @@ def measure(
 
 
 def prepare(config: ConfigDict, num_examples: int) -> Loop:
-    """The loop of a config's training on images of noise.
+    """The loop of a config's training, on so many images of noise.
 
     Args:
       config: of the run, resolved.
-      num_examples: images on the device, of the config's size.
+      num_examples: images that lie on the device, of the config's size.
 
     Raises:
       UserError: its images cannot stay on the device.
@@ -134,8 +134,8 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
     parts = augment.split(spec) if spec else None
     if parts and parts.random_on_host:
         raise UserError(
-            f"dataset.train_preprocess={spec!r}: a run streams {parts.random_on_host}, which makes "
-            "other images each epoch; see python -m mixer.tools.benchmark data"
+            f"dataset.train_preprocess={spec!r}: {parts.random_on_host} makes other images each "
+            "epoch, which a run streams; see python -m mixer.tools.benchmark data"
         )
     mesh = sharding.make_mesh(config.mesh)
     run.check_batch_size(config, mesh)
@@ -159,8 +159,8 @@ def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh
     kinds = dict(ema=bool(config.optimizer.ema_decay), skips=config.nan_policy == "skip")
     abstract = train_state.abstract_state(model, tx, size, mesh, **kinds)
     state = train_state.init_state(model, tx, size, mesh, config.seed, **kinds)
-    examples = resident.Examples(arrays, steps, "")
+    kept = resident.Examples(arrays, steps, "")
     start = time.perf_counter()
-    source = stepping.open_resident(config, examples, (model, schedule, tx, abstract))
+    source = stepping.open_resident(config, kept, (model, schedule, tx, abstract))
     seconds = time.perf_counter() - start
     return Loop(source, state, devices=mesh.size, seconds=seconds)

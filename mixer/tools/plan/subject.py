@@ -99,34 +99,32 @@ def open_subject(
     run.check_config(config)
     topology = chips.find(topology_name)
     if not 0 < utilization <= 1:
-        raise UserError(f"--utilization={utilization}; expected a share above 0 and at most 1")
+        raise UserError(f"--utilization={utilization}; it must be above 0 and at most 1")
     config = config.copy_and_resolve_references()
-    public_set = SETS.get(config.dataset.name.removesuffix("/fall11"))
+    known = SETS.get(config.dataset.name.removesuffix("/fall11"))
     run.resolve_model(config, run.find_initial(config), None)
     run.resolve_permutation(config)
     if config.model.num_classes is None:
-        config.model.num_classes = num_classes or (public_set.num_classes if public_set else None)
+        config.model.num_classes = num_classes or (known.num_classes if known else None)
     if config.model.num_classes is None:
         raise UserError(
-            f"dataset.name={config.dataset.name!r} has an unknown number of classes; expected "
-            "--num_classes"
+            f"how many classes {config.dataset.name!r} has is not known: give --num_classes"
         )
-    if num_examples is None and public_set:
-        num_examples = split_size(config.dataset.train_split, public_set.splits)
+    if num_examples is None and known:
+        num_examples = split_size(config.dataset.train_split, known.splits)
     if num_examples is None and run.needs_epochs(config):
         raise UserError(
-            f"dataset.name={config.dataset.name!r} has an unknown number of examples in "
-            f"{config.dataset.train_split}, and the run's length is in epochs; expected "
-            "--num_examples"
+            f"how many examples {config.dataset.name!r} {config.dataset.train_split} has is not "
+            "known, and the run's length is in epochs: give --num_examples"
         )
     run.resolve_lengths(config, num_examples)
     model = run.build_model(config)
     eval_examples = 0
-    if public_set and config.dataset.val_split:
+    if known and config.dataset.val_split:
         evaluations = config.total_steps // (config.eval_every_steps or config.total_steps)
-        eval_examples = evaluations * (split_size(config.dataset.val_split, public_set.splits) or 0)
-    if public_set and config.dataset.test_split:
-        eval_examples += split_size(config.dataset.test_split, public_set.splits) or 0
+        eval_examples = evaluations * (split_size(config.dataset.val_split, known.splits) or 0)
+    if known and config.dataset.test_split:
+        eval_examples += split_size(config.dataset.test_split, known.splits) or 0
     eval_examples *= 2 if config.optimizer.ema_decay else 1  # the average is evaluated too
     return Subject(
         config=config,
@@ -135,8 +133,8 @@ def open_subject(
         utilization=utilization,
         num_examples=num_examples,
         eval_examples=eval_examples,
-        image_bytes=public_set.image_bytes if public_set else IMAGE_BYTES,
-        stored_side=public_set.side if public_set else None,
+        image_bytes=known.image_bytes if known else IMAGE_BYTES,
+        stored_side=known.side if known else None,
         state=abstract_state(config, abstract_mesh(1, 1, 1)),
         devices=[] if topology.is_gpu else chips.tpu_devices(topology),
     )
