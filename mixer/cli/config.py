@@ -47,7 +47,7 @@ def _overrides() -> dict[str, Any]:
 
 
 def _replace_lengths(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
-    """Lets a length of the command line take the place of the config file's in another unit."""
+    """Removes a length of the config file that the command line gives in another unit."""
     for key in overrides:
         stem, _, unit = key.rpartition("_")
         if unit in UNITS:
@@ -68,13 +68,14 @@ def config_maker(default: str) -> Callable[..., ConfigDict]:
       arguments on the command line, `unless_given` before them and `always` after; then the
       command line's --config.KEY=VALUE.
     """
-    given = config_flags.get_config_filename(flags.FLAGS["config"]) if CONFIG.value else default
-    path, _, argument = given.partition(":")
+    value = config_flags.get_config_filename(flags.FLAGS["config"]) if CONFIG.value else default
+    path, _, argument = value.partition(":")
     overrides = _overrides() if CONFIG.value else {}
 
     def make(*, always: Mapping[str, Any], unless_given: Mapping[str, Any]) -> ConfigDict:
         first, last = (
-            [f"{key}={value}" for key, value in each.items()] for each in (unless_given, always)
+            [f"{key}={value}" for key, value in arguments.items()]
+            for arguments in (unless_given, always)
         )
         config = _load(f"{path}:{','.join([*first, *filter(None, [argument]), *last])}")
         config.update_from_flattened_dict(overrides)
@@ -204,7 +205,7 @@ def _check_key(arg: str, types: Mapping[str, type]) -> None:
         raise UserError(f"config has no key {key!r}.{_nearest_key(key, types)}")
     if types[key] is ConfigDict:
         members = ", ".join(other for other in types if other.startswith(f"{key}."))
-        raise UserError(f"{arg}: a group of keys; set one of {members}")
+        raise UserError(f"{arg} names a group of keys; expected one of {members}")
 
 
 def _check_type(arg: str, types: Mapping[str, type]) -> None:
@@ -212,7 +213,7 @@ def _check_type(arg: str, types: Mapping[str, type]) -> None:
     name, equals, value = arg.partition("=")
     kind = types.get(name.partition("config.")[2])
     if equals and kind in (int, float, bool) and not _is(kind, value):
-        raise UserError(f"{arg}: it must be of type {kind.__name__}")
+        raise UserError(f"{arg}; expected a value of type {kind.__name__}")
 
 
 def _is(kind: type, value: str) -> bool:

@@ -27,10 +27,10 @@ from mixer.errors import UserError, check_number, exit_code, line_of
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses flags; returns what is left.
+    """Parses flags; returns the other arguments.
 
     Raises:
-      UserError: a flag that is not there, or a value that is not accepted.
+      UserError: an unknown flag, or a value that the flag does not accept.
     """
     check_values(argv)
     try:
@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def check_values(argv: Sequence[str]) -> None:
-    """Raises UserError where the next flag stands in the place of a flag's value."""
+    """Raises UserError where a flag lacks its value and the next flag follows."""
     for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
         if argument == "--":
             return
@@ -87,13 +87,13 @@ def run(
 ) -> None:
     """Parses the flags and runs `main(arguments)`.
 
-    A mistake of the user's or a failure of the machine ends in one line and code 2, Ctrl-C in one
-    line and code 130.
+    A user's mistake or a failure of the machine ends in one line and code 2, Ctrl-C in one line and
+    code 130.
 
     Args:
       main: the program.
-      parse: from the command line to what is left of it.
-      tell: gets the line too, or what else ends the program.
+      parse: returns the arguments of the command line that are no flags.
+      tell: receives the line too, or the exception that ends the program.
     """
     name = interrupts.program_name()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes

@@ -53,15 +53,15 @@ def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
     """
     for name in axes:
         check_choice("axis of mesh", name, AXES)
-    given = {name: axes.get(name, 1) for name in AXES}
-    fixed = [size for size in given.values() if size != -1]
-    if len(fixed) < len(given) - 1 or min(fixed) < 1:
-        raise UserError(f"mesh {given}: sizes are at least 1, and only one of them may be -1")
+    requested = {name: axes.get(name, 1) for name in AXES}
+    fixed = [size for size in requested.values() if size != -1]
+    if len(fixed) < len(requested) - 1 or min(fixed) < 1:
+        raise UserError(f"mesh {requested}: sizes are at least 1, and only one of them may be -1")
     rest = count // math.prod(fixed)
-    sizes = {name: rest if size == -1 else size for name, size in given.items()}
+    sizes = {name: rest if size == -1 else size for name, size in requested.items()}
     if math.prod(sizes.values()) != count:
         raise UserError(
-            f"mesh {given} does not fit {count} device(s): the sizes must multiply to {count}"
+            f"mesh {requested} does not fit {count} device(s): the sizes must multiply to {count}"
         )
     return sizes
 

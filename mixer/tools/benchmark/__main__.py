@@ -123,11 +123,11 @@ def _check_flags(measurement: str) -> None:
     """Raises UserError for a flag that the measurement does not take, or a wrong value."""
     from mixer.tools.benchmark import torch_side
 
-    taken = MEASUREMENTS[measurement]
-    for name in sorted(set().union(*MEASUREMENTS.values()).difference(taken)):
+    accepted = MEASUREMENTS[measurement]
+    for name in sorted(set().union(*MEASUREMENTS.values()).difference(accepted)):
         if name in flags.FLAGS and flags.FLAGS[name].present:
-            known = ", ".join(f"--{flag}" for flag in (*taken, "output"))
-            raise UserError(f"--{name}: {measurement} takes none; its flags are {known}")
+            names = ", ".join(f"--{flag}" for flag in (*accepted, "output"))
+            raise UserError(f"--{name}: {measurement} takes none; its flags are {names}")
     for flag in (SECONDS, STEP_RATE):
         check_number(f"--{flag.name}", flag.value or 0)
     if measurement == "data" and BATCH_SIZE.value is not None and len(BATCH_SIZE.value) > 1:

@@ -1,4 +1,4 @@
-"""A contest: programs that do the same work take turns, so that what disturbs one disturbs all."""
+"""A contest: programs that do the same work take turns, so that a disturbance hits all of them."""
 
 import dataclasses
 import statistics
@@ -14,7 +14,7 @@ MODELS = {**VARIANTS, "cifar": CIFAR}
 
 
 class Failed(Exception):
-    """A contestant cannot take part, for the reason given, and the others go on."""
+    """A contestant cannot take part; the message says why, and the others go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,11 @@ class Case:
 
     Attributes:
       what: "train" (an update by AdamW, softmax cross-entropy) or "infer" (pixels to logits).
-      model: its name. dimensions: its fields for `make_model`.
-      image_size: side in pixels. num_classes: width of the head.
-      batch_size: images a device, which lie there as uint8.
+      model: name of the model.
+      dimensions: fields of the model for `make_model`.
+      image_size: side in pixels.
+      num_classes: width of the head.
+      batch_size: images a device, which holds them as uint8.
       dtype: of the computation, "float32" or "bfloat16"; trained parameters are float32.
       gelu: "tanh" or "erf".
     """
@@ -46,7 +48,7 @@ class Contestant(Protocol):
     Attributes:
       devices: how many work at once.
       compile_seconds: 0 where nothing is compiled.
-      memory: bytes of a device's memory at the most; None where it is not known.
+      memory: peak bytes of a device's memory; None where it is unknown.
     """
 
     devices: int
@@ -54,20 +56,20 @@ class Contestant(Protocol):
     memory: int | None
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs for about that long: (steps, seconds that they took), all results being there."""
+        """Runs for about that long; returns the finished steps and the seconds they took."""
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases memory and processes."""
 
 
 @dataclasses.dataclass
 class Result:
-    """What a contest has measured of a contestant.
+    """The measurements of a contestant.
 
     Attributes:
-      devices, compile_seconds, memory: as the contestant's.
+      devices, compile_seconds, memory: of the contestant.
       rounds: seconds a step in each round.
-      failure: why it did not take part, else None.
+      failure: why the contestant did not take part, else None.
     """
 
     devices: int = 1
@@ -84,15 +86,15 @@ def compete(
     rounds: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Result]:
-    """Prepares contestants one after the other, and has them take turns.
+    """Prepares contestants one after the other, and lets them take turns.
 
-    Each round begins with the one after that with which the last round began.
+    Each round begins with another contestant.
 
     Args:
-      prepare: makes each ready: compiled, and warmed up by some steps.
+      prepare: makes a contestant ready: compiled, and warmed up by some steps.
       seconds: of a turn.
-      rounds: how many turns each has.
-      say: is told what is being prepared.
+      rounds: turns of each contestant.
+      say: shows what is being prepared.
     """
     ready: dict[str, Contestant] = {}
     results: dict[str, Result] = {}
@@ -101,7 +103,7 @@ def compete(
             say(f"preparing {name}")
             try:
                 ready[name] = make()
-                memory.give_back_freed_memory()  # the next one may need it
+                memory.give_back_freed_memory()  # the next contestant may need it
             except Failed as error:
                 results[name] = Result(failure=str(error))
             else:
@@ -131,14 +133,22 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def rates(result: Result, work: float) -> dict[str, float] | None:
-    """`spread` of `work` a second, which a step does; None where it did not take part."""
+    """`spread` of the work a second; None where the contestant did not take part.
+
+    Args:
+      result: of a contestant.
+      work: of a step, such as images or FLOPs.
+    """
     if result.failure is not None:
         return None
     return spread([work / seconds for seconds in result.rounds])
 
 
 def ratio(one: Result, other: Result) -> dict[str, float] | None:
-    """How many times as fast `one` is for each device, of the rounds of both; None without one."""
+    """How many times as fast `one` is as `other`, a device and round by round.
+
+    None where one of the two did not take part.
+    """
     if one.failure is not None or other.failure is not None:
         return None
     return spread([b / a for a, b in zip(one.rounds, other.rounds, strict=True)])
@@ -148,10 +158,10 @@ def as_json(result: Result, images: int, flops: float, limit: float | None) -> d
     """Figures of a contestant.
 
     Args:
-      result: what was measured.
-      images: that a step computes on each device.
-      flops: that an image takes, by the closed form.
-      limit: FLOP/s of a large matmul on a device.
+      result: of the contestant.
+      images: of a step on each device.
+      flops: of an image, by the closed form.
+      limit: FLOP/s of a large matmul on a device; None: unknown.
     """
     if result.failure is not None:
         return {"failure": result.failure}

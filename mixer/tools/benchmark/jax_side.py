@@ -1,4 +1,4 @@
-"""Contestants in JAX, which live in this process."""
+"""Contestants in JAX, which run in this process."""
 
 import functools
 import time
@@ -33,12 +33,12 @@ class Program:
     def __init__(
         self, call: Callable[[], Any], *, devices: int, compile_seconds: float, memory: int | None
     ):
-        """Warms it up.
+        """Warms the program up.
 
         Args:
-          call: begins a step and returns what is there when it is done.
-          devices: that work at once.
-          compile_seconds: that it took to compile.
+          call: begins a step and returns its arrays.
+          devices: how many work at once.
+          compile_seconds: of its compilation.
           memory: bytes of a device's memory, by the compiler.
         """
         self.call = call
@@ -49,7 +49,7 @@ class Program:
         jax.block_until_ready([self.call() for _ in range(count)])
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`; a first step, which finds the caches cold, is not counted."""
+        """As `Contestant.run`; the first step, with cold caches, does not count."""
         return _fitting(lambda: self._run(seconds))
 
     def _run(self, seconds: float) -> tuple[int, float]:
@@ -57,12 +57,12 @@ class Program:
         return throughput.run_for(self.call, seconds)
 
     def close(self) -> None:
-        """Lets go of the arrays."""
+        """Releases the arrays."""
         del self.call
 
 
 def _fitting(run: Callable[[], Any]) -> Any:
-    """`run()`, whose failure on the device is a reason not to take part."""
+    """`run()`; a failure on the device becomes `Failed`."""
     try:
         return run()
     except jax.errors.JaxRuntimeError as error:
@@ -73,7 +73,7 @@ def _fitting(run: Callable[[], Any]) -> Any:
 
 
 def may_fail(function: Callable) -> Callable:
-    """`function`, all of it as in `_fitting`."""
+    """`function`, whose failures on the device become `Failed`."""
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -83,23 +83,23 @@ def may_fail(function: Callable) -> Callable:
 
 
 def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
-    """The program for such arguments, seconds to compile it, and the memory it takes on a device.
+    """Compiles for such arguments; returns the program, seconds and bytes of a device's memory.
 
-    The memory is the arguments', among them parameters and optimizer's state, the results' and
-    what lies between, as the compiler has laid it out.
+    The memory holds the arguments (with parameters and optimizer state), the results and the
+    temporary arrays, as the compiler has laid them out.
     """
     start = time.perf_counter()
     program = jitted.lower(*args).compile()
     seconds = time.perf_counter() - start
     size = memory_of(program)
     if size is not None:
-        given = program.memory_analysis().argument_size_in_bytes
-        memory.check_room(size - given, "what a step computes with")
+        arguments = program.memory_analysis().argument_size_in_bytes
+        memory.check_room(size - arguments, "what a step computes with")
     return program, seconds, size
 
 
 def memory_of(program: Any) -> int | None:
-    """Bytes that a compiled program takes on a device; None where its backend does not say."""
+    """Bytes of a device that a compiled program takes; None where the backend does not say."""
     used = program.memory_analysis()
     if used is None:
         return None
@@ -122,7 +122,7 @@ def make_plain(case: Case) -> plain.Mixer:
 
 
 def draw_params(case: Case) -> Any:
-    """Parameters as at a training's start, but for the head's, which are not zeros; NumPy's."""
+    """NumPy parameters as at the start of a training, but with a head that is not zero."""
     size = (1, case.image_size, case.image_size, 3)
     shapes = jax.eval_shape(make_mixer(case).init, jax.random.key(0), jnp.zeros(size))["params"]
     rng = np.random.default_rng(0)
@@ -148,7 +148,7 @@ def _batch(case: Case, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Callable[[], Any]:
-    """A call that makes a step from where the last one ended."""
+    """A call that continues from the state that the previous call returned."""
     states = [state]
 
     def call() -> jax.Array:
@@ -161,9 +161,9 @@ def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Calla
 
 @may_fail
 def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
-    """The update of `name`, "ours" or "plain", of a batch that lies on the devices.
+    """The update of `name`, "ours" or "plain", on a batch that stays on the devices.
 
-    Ours is what `train.py` runs, clipping and metrics included, which the plain one leaves out.
+    Ours is the update of `train.py`, with clipping and metrics, which plain leaves out.
 
     Raises:
       Failed: it does not fit into memory.

@@ -1,4 +1,4 @@
-"""Tables of a benchmark, and what stands above them."""
+"""Tables of a benchmark, the lines above them, and the file of --output."""
 
 import importlib.metadata
 import json
@@ -25,13 +25,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def make_console() -> Console:
-    """Wide enough for a table, and tables as Markdown where no terminal shows them."""
+    """A console that is wide enough for the tables; without a terminal they are Markdown."""
     console = Console(highlight=False, soft_wrap=True)
     return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
 
 
 def make_table(console: Console, *columns: str) -> Table:
-    """An empty table, all columns but the first being numbers."""
+    """An empty table; all columns but the first hold numbers."""
     table = Table(box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -63,17 +63,17 @@ class Record:
     def write(self, figures: Any) -> None:
         """Writes the figures so far, and the environment, to the file."""
         if self._output:
-            found = {**self._environment, self._what: figures}
+            content = {**self._environment, self._what: figures}
             with files.whole(self._output) as new:
-                new.write_text(json.dumps(found, indent=2) + "\n")
+                new.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
     """Machine, versions and settings, as JSON has them.
 
     Args:
-      command: line that was typed.
-      versions: beside those of this Python's packages.
+      command: the command line.
+      versions: of packages that another Python has.
     """
     variables = {
         name: value
@@ -100,9 +100,9 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
 
 
 def cores_of_others(seconds: float = 1.5) -> float:
-    """How many cores other processes use now: a mean over `seconds`, in which this one waits.
+    """How many cores other processes use: a mean over `seconds`, during which this one waits.
 
-    The system's load average would still have the work of a benchmark that has just ended.
+    The system's load average would include a benchmark that has just ended.
     """
 
     def busy() -> tuple[float, float]:
@@ -131,7 +131,7 @@ def _processor() -> str:
 
 
 def header(environment: Mapping[str, Any]) -> list[str]:
-    """Lines that stand above the tables."""
+    """The lines above the tables."""
     where = f"{environment['processor']}, {environment['cores']} cores"
     if environment["backend"] != "cpu" or environment["devices"] > 1:
         where = f"{environment['devices']} x {environment['device']}; host: {where}"
@@ -148,7 +148,7 @@ def header(environment: Mapping[str, Any]) -> list[str]:
 
 
 def case_title(case: Case, devices: int) -> str:
-    """What the contestants of a case compute, in a line."""
+    """A line that says what the contestants of a case compute."""
     what = "training" if case.what == "train" else "inference"
     return (
         f"{what}, {case.model}, {case.image_size} px, {case.dtype}, batch {case.batch_size} a "
@@ -157,7 +157,7 @@ def case_title(case: Case, devices: int) -> str:
 
 
 def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
-    """The contestants of a case, as `mixer.tools.benchmark` writes them to JSON."""
+    """The table of a case's contestants, of its figures as JSON has them."""
     unit, prefix = flops_unit(case["matmul"]["limit"] or 1e9)
     several = any(figures.get("devices", 1) > 1 for figures in case["contestants"].values())
     table = make_table(
@@ -195,10 +195,10 @@ def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
 
 
 def matmul_line(case: Mapping[str, Any]) -> str:
-    """The rates of the large matmul beside a case, and what an image takes."""
+    """A line with the rates of the large matmul in a case's rounds, and the FLOPs of an image."""
     matmul = case["matmul"]
     unit, prefix = flops_unit(matmul["limit"] or 1e9)
-    each = ", ".join(
+    rates = ", ".join(
         f"{name} {number(rate['median'] / unit)} "
         f"({number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)})"
         for name, rate in matmul["flops_per_second_per_device"].items()
@@ -206,16 +206,16 @@ def matmul_line(case: Mapping[str, Any]) -> str:
     )
     side = matmul["side"]
     return (
-        f"{prefix}FLOP/s of a matmul of {side} x {side} in the same rounds: {each}; "
+        f"{prefix}FLOP/s of a matmul of {side} x {side} in the same rounds: {rates}; "
         f"{number(case['flops_per_image'] / 1e9)} GFLOP an image"
     )
 
 
 def flops_unit(rate: float) -> tuple[float, str]:
-    """The unit that rates about this one are readable in, and its prefix."""
+    """A readable unit for rates like this one, and its prefix."""
     return (1e9, "G") if rate < 1e13 else (1e12, "T")
 
 
 def number(value: float) -> str:
-    """Three figures, or all before the point."""
+    """A number with three figures, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

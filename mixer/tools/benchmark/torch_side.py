@@ -26,7 +26,7 @@ def versions(python: str) -> dict[str, str]:
     """Versions of torch and timm that a Python has.
 
     Raises:
-      UserError: there is no such Python, or it lacks one of them.
+      UserError: there is no such Python, or torch or timm is missing there.
     """
     try:
         done = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True)
@@ -42,10 +42,10 @@ def versions(python: str) -> dict[str, str]:
 
 
 class Child:
-    """A process that computes when it is asked to, and waits otherwise."""
+    """A process that waits for requests and computes one at a time."""
 
     def __init__(self, command: Sequence[str]):
-        """Starts it; compiled programs of earlier runs are not found by it."""
+        """Starts the process with an empty cache of compiled programs."""
         self._directory = tempfile.mkdtemp(prefix="mixer_benchmark_")
         self._errors = open(Path(self._directory) / "stderr", "w+")  # noqa: SIM115
         root = str(Path(__file__).parents[3])
@@ -64,10 +64,10 @@ class Child:
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Its answer to a request.
+        """Returns the answer to a request.
 
         Raises:
-          Failed: it says why it cannot, or has ended.
+          Failed: the process says why it cannot answer, or has ended.
         """
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -86,7 +86,7 @@ class Child:
         return answer
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -100,7 +100,7 @@ class Program:
     memory: int | None = None
 
     def __init__(self, child: Child, key: str, request: dict[str, Any], *, ends: bool):
-        """Prepares it; `ends` says whether the child ends with it."""
+        """Prepares the program; `ends` says whether its `close` ends the child."""
         self._child, self._key, self._ends = child, key, ends
         self.compile_seconds = child.ask({"prepare": key, **request})["compile_seconds"]
 
@@ -111,13 +111,13 @@ class Program:
         return answer["steps"], answer["seconds"]
 
     def close(self) -> None:
-        """Ends the child, if it is its own."""
+        """Ends the child, unless others use it too."""
         if self._ends:
             self._child.close()
 
 
 def start(python: str) -> Child:
-    """A child that has torch."""
+    """Starts a child that has torch."""
     return Child([python, "-m", _MODULE])
 
 
@@ -126,12 +126,12 @@ def prepare(name: str, case: Case, python: str, device: str) -> Program:
 
     Args:
       name: one of CONTESTANTS.
-      case: what it computes.
-      python: that has torch and timm.
+      case: what to compute.
+      python: a Python that has torch and timm.
       device: "cpu" or "cuda".
 
     Raises:
-      Failed: it cannot take part.
+      Failed: the program cannot take part.
     """
     child = start(python)
     try:
@@ -143,10 +143,10 @@ def prepare(name: str, case: Case, python: str, device: str) -> Program:
 
 
 def prepare_matmul(child: Child, shape: tuple[int, int, int], dtype: str, device: str) -> Program:
-    """(m, k) by (k, n) in a child, which may have several.
+    """A matmul (m, k) x (k, n) in a child, which may hold several programs.
 
     Raises:
-      Failed: it cannot take part.
+      Failed: the program cannot take part.
     """
     request = {"program": "matmul", "device": device, "shape": shape, "dtype": dtype}
     return Program(child, str(shape), request, ends=False)

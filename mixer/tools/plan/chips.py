@@ -66,10 +66,10 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to be planned for.
+    """The devices of a plan.
 
     Attributes:
-      name: as it was given.
+      name: on the command line.
       generation: a key of TPUS or GPUS.
       chip: what each device has.
       is_gpu: whether they are GPUs.
@@ -98,14 +98,15 @@ def find(name: str) -> Topology:
     """The topology of a name: GENERATION:SHAPE in chips, as "v5e:16x16", or "gpu:8xH100".
 
     Raises:
-      UserError: it is none.
+      UserError: the name stands for no topology.
     """
-    known = f"{', '.join(TPUS)}, as in v5e:16x16, or gpu:8xH100 ({', '.join(GPUS)})"
     kind, _, shape = name.partition(":")
     if kind == "gpu":
         match = re.fullmatch(r"([1-9]\d*)x(\w+)", shape)
         if not match or match[2] not in GPUS:
-            raise UserError(f"--topology={name}: a number of GPUs and what they are; {known}")
+            raise UserError(
+                f"--topology={name}; expected gpu:NUMBERxKIND, the kind one of {', '.join(GPUS)}"
+            )
         chip = GPUS[match[2]]
         count = int(match[1])
         if count > chip.devices_per_host and count % chip.devices_per_host:
@@ -116,19 +117,19 @@ def find(name: str) -> Topology:
         return Topology(name, match[2], chip, True, count)
     check_choice("kind of --topology", kind, (*TPUS, "gpu"), hint="as in v5e:16x16 or gpu:8xH100")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        raise UserError(f"--topology={name}: no shape in chips; {known}")
+        raise UserError(f"--topology={name}; expected a shape in chips, such as v5e:16x16")
     sides = [int(side) for side in shape.split("x")]
     chips = math.prod(sides)
     if kind in FLAT and sides not in FLAT_SHAPES:
-        shapes = ", ".join("x".join(map(str, each)) for each in FLAT_SHAPES)
-        raise UserError(f"--topology={name}: {kind} comes as {shapes}")
+        shapes = ", ".join("x".join(map(str, shape)) for shape in FLAT_SHAPES)
+        raise UserError(f"--topology={name}; expected one of {kind}'s shapes: {shapes}")
     if kind not in FLAT and len(sides) != 3:
-        raise UserError(f"--topology={name}: {kind} has three dimensions, as {kind}:4x4x4")
+        raise UserError(f"--topology={name}; expected three dimensions, as in {kind}:4x4x4")
     return Topology(name, kind, TPUS[kind], False, chips * (2 if kind == "v3" else 1))
 
 
 def tpu_devices(topology: Topology) -> list:
-    """Devices of a TPU topology that is not there, for which programs can be compiled.
+    """The devices of a TPU topology, to compile for; no TPU is needed.
 
     Raises:
       UserError: the TPU compiler is not installed, or has no such shape.

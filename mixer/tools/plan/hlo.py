@@ -1,7 +1,7 @@
-"""What a compiled program computes, moves and sends, counted in XLA's text of it.
+"""Counts what a compiled program computes, moves and sends, in XLA's text of the program.
 
-XLA's own `cost_analysis` counts the body of a loop once and tells nothing of communication. Here a
-loop's body counts as often as it runs; the numbers are of one device, as the program is.
+XLA's own `cost_analysis` counts the body of a loop once and ignores communication. Here a loop's
+body counts as often as it runs. The numbers are for one device, as the program is.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-# Instructions that move nothing, or whose computations' own instructions are counted.
+# Instructions that move nothing themselves; the computations they call are counted.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "custom-call", "partition-id", "replica-id", "domain"),
@@ -35,7 +35,7 @@ class Traffic:
     Attributes:
       count: how many operations run.
       payload: bytes of the arrays that are reduced, gathered or sent.
-      sent: bytes that a device sends at least; (n - 1) / n of a payload among n devices, twice that
+      sent: bytes that a device sends at least: (n - 1) / n of a payload among n devices, twice that
         for all-reduce (the ring algorithm, which is optimal).
     """
 
@@ -46,16 +46,15 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of one run of a program on one device.
+    """The counts of one run of a program on one device.
 
     Attributes:
       flops: of matmuls and convolutions, two for a multiplication and an addition; multiplications
-        with padding are left out.
+        with padding do not count.
       bytes: read from and written to the device's main memory, each array once for each kernel.
       collectives: by kind.
       cycles: the TPU compiler's estimate; 0 where it gives none.
-      unknown_loops: how many loops stop on a condition that only the data decides; their bodies
-        count once.
+      unknown_loops: loops whose trip count depends on the data; their bodies count once.
     """
 
     flops: float = 0.0
@@ -66,31 +65,31 @@ class Counts:
 
 
 def count(text: str) -> Counts:
-    """Counts a program.
+    """Counts a program, of its HLO text.
 
     Args:
-      text: XLA's HLO, optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
+      text: optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
     """
     computations, entry = _parse(text)
 
     @functools.cache
-    def of(name: str) -> Counts:
-        """Of a computation that is no fusion's."""
+    def counts_of(name: str) -> Counts:
+        """The counts of a computation outside fusions."""
         own = computations[name]
         parts, in_fusions = [], {}
         for instruction in own.values():
             parts.append((1, _of_one(instruction, own, computations, fused=False)))
             if instruction.op == "while":
                 times = _trip_count(instruction, computations)
-                parts.append((times or 1, of(instruction.attribute("body"))))
+                parts.append((times or 1, counts_of(instruction.attribute("body"))))
                 parts.append((1, Counts(unknown_loops=int(times is None))))
             elif instruction.op == "conditional":
-                branches = [of(name) for name in instruction.branches()]
+                branches = [counts_of(name) for name in instruction.branches()]
                 parts.append((1, max(branches, key=lambda branch: (branch.flops, branch.bytes))))
             elif instruction.op == "call":
-                parts.append((1, of(instruction.attribute("to_apply"))))
+                parts.append((1, counts_of(instruction.attribute("to_apply"))))
             elif instruction.op == "async-start":
-                parts.append((1, of(instruction.attribute("calls"))))
+                parts.append((1, counts_of(instruction.attribute("calls"))))
             elif instruction.op == "fusion":
                 # A TPU's collective that overlaps with matmuls appears in several fusions, its
                 # start, its overlap and its end, under one channel.
@@ -102,7 +101,7 @@ def count(text: str) -> Counts:
                         parts.append((1, counts))
         return _sum([*parts, *((1, counts) for counts in in_fusions.values())])
 
-    return of(entry)
+    return counts_of(entry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Every computation, and the name of the first that runs."""
+    """All computations by name, and the name of the entry."""
     computations: dict[str, dict[str, _Instruction]] = {}
     current, entry = {}, ""
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -156,7 +155,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 
 def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
-    """Of "TYPE op(operands), attributes"."""
+    """Parses "TYPE op(operands), attributes"."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     start = text.index("(", end)
     close = _closing(text, start)
@@ -183,7 +182,7 @@ def _arrays(text: str) -> tuple[_Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` is closed."""
+    """The place of the parenthesis that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
@@ -193,7 +192,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that are in no bracket."""
+    """The parts between commas outside brackets."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -204,11 +203,11 @@ def _split(text: str) -> list[str]:
 
 
 def _trip_count(loop: _Instruction, computations: dict) -> int | None:
-    """How often a loop runs; None where only the data decides."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
-    if known:
-        return int(known[1])
-    # A counter from 0 below a constant, as lax.scan and lax.map make them.
+    """How often a loop runs; None where that depends on the data."""
+    constant = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+    if constant:
+        return int(constant[1])
+    # A counter from 0 to a constant, as in lax.scan and lax.map.
     condition = computations[loop.attribute("condition")]
     root = next(i for i in condition.values() if i.is_root)
     if root.op != "compare" or "direction=LT" not in root.rest:
@@ -220,7 +219,7 @@ def _trip_count(loop: _Instruction, computations: dict) -> int | None:
 
 
 def _fused(name: str, computations: dict):
-    """(instruction, its counts) of a fusion's computation and of fusions in it."""
+    """Yields (instruction, counts) of a fusion's computation and of the fusions in it."""
     for inner in computations[name].values():
         counts = _of_one(inner, computations[name], computations, fused=True)
         if inner.op == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -235,7 +234,7 @@ def _fused(name: str, computations: dict):
 def _of_one(
     instruction: _Instruction, own: dict[str, _Instruction], computations: dict, fused: bool
 ) -> Counts:
-    """What an instruction does by itself, without the computations it calls."""
+    """The counts of an instruction without the computations it calls."""
     kind = instruction.op.removesuffix("-start")
     collectives, flops = (), 0.0
     if kind in COLLECTIVES:
@@ -256,7 +255,7 @@ def _of_one(
 
 
 def _is_gemm(instruction: _Instruction) -> bool:
-    """Whether it is a matmul that a GPU's library does, perhaps with a bias and more."""
+    """Whether a GPU's library computes the instruction: a matmul, perhaps with a bias and more."""
     return instruction.op == "custom-call" and '"gemm_backend_config"' in instruction.rest
 
 
@@ -317,7 +316,7 @@ def _traffic(kind: str, instruction: _Instruction, own: dict[str, _Instruction])
 
 
 def _group_size(rest: str) -> int:
-    """Devices that take part in a collective, in each of its groups."""
+    """The number of devices in each group of a collective."""
     named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
     if named:
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
@@ -331,7 +330,7 @@ def _group_size(rest: str) -> int:
 
 
 def _bytes(instruction: _Instruction, own: dict[str, _Instruction], computations: dict) -> float:
-    """Main memory that an instruction outside of fusions reads and writes."""
+    """Bytes of main memory that an instruction outside fusions reads and writes."""
     op = instruction.op
     if _is_gemm(instruction):
         # The last array of the result is the library's scratch memory.
@@ -364,10 +363,10 @@ def _bytes(instruction: _Instruction, own: dict[str, _Instruction], computations
 def _read_inside(
     inner: dict[str, _Instruction], number: int, size: int, computations: dict
 ) -> float:
-    """Bytes of a fusion's operand that it reads: of one that it slices, the slices."""
+    """Bytes of an operand that a fusion reads; of an operand that it slices, only the slices."""
     names = {i.name for i in inner.values() if i.op == "parameter" and i.operands == (str(number),)}
     read, grown = 0.0, True
-    while grown:  # what is the operand by another shape
+    while grown:  # bitcasts are the operand in another shape
         more = {i.name for i in inner.values() if i.op == "bitcast" and i.operands[0] in names}
         grown, names = not more <= names, names | more
     for user in inner.values():
@@ -386,7 +385,7 @@ def _read_inside(
 
 
 def _written_inside(inner: dict[str, _Instruction], size: float) -> float:
-    """Bytes that a fusion writes: of an array that it updates in place, the update."""
+    """Bytes that a fusion writes; of an array that it updates in place, only the update."""
     root = next(i for i in inner.values() if i.is_root)
     ends = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
     for end in ends:

@@ -49,14 +49,14 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
 
     Args:
       subject: what is planned.
-      needed: images/s of a host.
+      needed: images/s that the host's devices take.
 
     Returns:
-      "steps": of the preprocessing that the host takes, the others being the device's.
-      "core_rate": images/s of a core. "cores_needed", "cores_there": of a host.
-      "images_per_second": that a host can prepare. "feeds_devices": for so many.
-      "suffices", and "wait_share": of the time that the devices would wait.
-      "stays_on_device": whether the set is read once instead, so that nothing of this matters.
+      "steps": the host's part of the preprocessing. "core_rate": images/s of a core.
+      "cores_needed", "cores_there": of the host. "images_per_second": that the host can prepare.
+      "feeds_devices": for how many devices that suffices. "suffices": whether for all.
+      "wait_share": share of the time that the devices wait. "stays_on_device": whether the run
+      reads its images once instead, so that none of this matters.
     """
     topology, placement = subject.topology, _place_images(subject)
     core_rate = CORE_RATE[bool(placement.host.of_kind(Kind.POLICY))]

@@ -1,4 +1,4 @@
-"""Other settings of the same run: what fits, and how fast it is."""
+"""Other settings of the same run: which fit, and how fast they are."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ def candidates(subject: Subject) -> list[Step]:
     """
     own, count = update.own_settings(subject), subject.topology.num_devices
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
-    found = []
+    steps = []
     for parts in (2**n for n in range(5)):
         for tensor, fsdp in itertools.product([p for p in powers if p <= 8], powers):
             if count % (tensor * fsdp):
@@ -41,17 +41,17 @@ def candidates(subject: Subject) -> list[Step]:
                     accumulate_steps=parts,
                 )
                 try:
-                    found.append(update.estimate_step(subject, settings))
+                    steps.append(update.estimate_step(subject, settings))
                 except UserError:  # an axis does not divide
                     break
-        if any(step.fits for step in found):
+        if any(step.fits for step in steps):
             break
-    if not found:
+    if not steps:
         raise UserError(
             f"global_batch_size={subject.config.global_batch_size}: no mesh of {count} devices "
             "divides it; take another number of devices, or another batch"
         )
-    return sorted(found, key=_rank)
+    return sorted(steps, key=_rank)
 
 
 def _rank(step: Step) -> tuple:

@@ -21,9 +21,13 @@ from mixer.training.optimizer import multipliers
 
 @dataclasses.dataclass(frozen=True)
 class Set:
-    """A public data set: examples of its splits, classes, mean bytes of an image's file.
+    """A public data set.
 
-    `side` is that of its images in pixels, where they all have one.
+    Attributes:
+      splits: examples by split.
+      num_classes: of the labels.
+      image_bytes: mean size of an image's file.
+      side: of all images, in pixels; None where their sizes differ.
     """
 
     splits: dict[str, int]
@@ -85,13 +89,13 @@ def open_subject(
 
     Args:
       config: of the run.
-      topology_name: as `chips.find` takes it.
-      utilization: share of the peak that matmuls are expected to reach.
-      num_examples: of the training split; None: what `SETS` says.
-      num_classes: likewise, where the config does not say.
+      topology_name: as for `chips.find`.
+      utilization: share of their peak that matmuls are expected to reach.
+      num_examples: of the training split; None: from `SETS`.
+      num_classes: where the config has none; None: from `SETS`.
 
     Raises:
-      UserError: a value that is not accepted, or one that only the data has.
+      UserError: a wrong value, or a missing one that only the data has.
     """
     run.check_config(config)
     topology = chips.find(topology_name)

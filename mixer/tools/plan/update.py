@@ -243,11 +243,11 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     hidden *= width / settings.tensor
 
     kind = "gpu" if subject.topology.is_gpu else "tpu" + " scan" * settings.scan_blocks
-    kept, passed = (
+    stored, passed = (
         {policy: copies[0] * stream + copies[1] * hidden for policy, copies in table[kind].items()}
         for table in (KEPT, PASSED)
     )
-    activations = model.num_blocks * kept[settings.remat] + kept["working"]
+    activations = model.num_blocks * stored[settings.remat] + stored["working"]
     pixels = 3 * math.prod(subject.image_size)
     gathered = params * settings.fsdp / model.num_blocks * (settings.fsdp > 1)  # a block's weights
     temporary = at_once * activations + 4 * images * pixels + params + gathered
