@@ -2,7 +2,9 @@
 
 import difflib
 import errno
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -38,9 +40,45 @@ def line_of(error: BaseException) -> str | None:
     return None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the closest of `known`, or "" where none is close."""
-    lowered = {other.lower(): other for other in known}
+def check_choice(what: str, value: Any, choices: Iterable[str], hint: str = "") -> None:
+    """Raises UserError unless `value` is one of `choices`.
+
+    Args:
+      what: what has the value: a config key, a flag or a noun.
+      value: the value.
+      choices: the accepted values, which the message lists.
+      hint: an explanation of the choices, which the message puts in parentheses.
+    """
+    choices = list(choices)
+    if value not in choices:
+        explanation = f" ({hint})" if hint else ""
+        raise UserError(
+            f"{what}={value!r}; expected one of {', '.join(choices)}{explanation}."
+            f"{nearest(value, choices)}"
+        )
+
+
+def check_number(
+    what: str, value: float, *, least: float = 0, below: float = math.inf, whole: bool = False
+) -> None:
+    """Raises UserError unless `value` is a number of at least `least` and below `below`.
+
+    Args:
+      what: what has the value: a config key, a flag or a noun.
+      value: the value; NaN is outside of every range.
+      least: the least accepted value.
+      below: the first value that is too large.
+      whole: whether only an int is accepted.
+    """
+    if (whole and not isinstance(value, int)) or not least <= value < below:
+        kind = "whole" if whole else "finite"
+        limit = "" if below == math.inf else f" and below {below}"
+        raise UserError(f"{what}={value!r}; expected a {kind} number of at least {least}{limit}")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the closest of `choices`, or "" where none is close."""
+    lowered = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
     return f" Did you mean {lowered[close[0]]!r}?" if close else ""
 

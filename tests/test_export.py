@@ -104,7 +104,18 @@ def test_weights_beside_run_as_the_json_says(tmp_path, loaded, images, execute):
     assert about["inputs"]["weights"]["head/kernel"] == head
     assert about["output"] == {"shape": ["b", 7], "dtype": "float32"}
     assert about["jax"] == jax.__version__ and about["classes"] == list("abcdefg")
-    assert about["card"] == json.loads(json.dumps(dataclasses.asdict(loaded.card)))
+    dims = {"patch_size": 8, "hidden_dim": 24, "num_blocks": 3}
+    dims |= {"tokens_mlp_dim": 20, "channels_mlp_dim": 40}
+    assert about["card"] == {
+        "variant": None,
+        **dims,
+        "num_classes": 7,
+        "image_size": [32, 32],
+        "gelu": "tanh",
+        "preprocess": loaded.card.preprocess,
+        "class_names": list("abcdefg"),
+        "source": str(WEIGHTS),
+    }
     got = execute("\n".join(about["call"]), tmp_path, images)
     expected = outputs(loaded, images, 0.0, 1.0)["logits"]
     for n in (1, 3, 8):

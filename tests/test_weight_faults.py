@@ -24,7 +24,9 @@ from mixer import trainer
 from mixer.errors import UserError
 from mixer.evaluation import report
 from mixer.models.mlp_mixer import VARIANTS
+from mixer.models.registry import ARCHITECTURES
 from mixer.runs import config as run
+from mixer.weights import card as card_file
 from mixer.weights import fetch as remote
 from mixer.weights import foreign, published
 from mixer.weights import formats as weights
@@ -112,8 +114,7 @@ def test_every_layout_is_loaded_from_an_address(server, path):
 
 def test_short_names_are_loaded_from_the_bucket(server, monkeypatch):
     card = loading.read(PUBLISHED, log=print).card
-    dims = {name: getattr(card, name) for name in weights.DIMENSIONS}
-    monkeypatch.setitem(VARIANTS, "T/8", dims)
+    monkeypatch.setitem(VARIANTS, "T/8", card.dimensions)
     monkeypatch.setattr(published, "IMAGE_SIZE", 32)
     released = published.Published(server.url("t/Mixer-T_8.npz"), "T/8", 7, "imagenet1k")
     monkeypatch.setitem(published.CHECKPOINTS, "T/8-i1k", released)
@@ -484,7 +485,7 @@ def test_cards_of_any_types_get_a_line(tmp_path):
         for value in (*ODD, "value_range(" + "(" * 300, "decode|value_range(1e999)"):
             card.write_text(json.dumps(values | {key: value}))
             with contextlib.suppress(UserError):
-                weights.read_card(path)
+                card_file.read_card(path)
     for value in ODD:
         card.write_text(json.dumps(dict.fromkeys(values, value) | {"format": values["format"]}))
         _one_line(path)
@@ -695,7 +696,7 @@ def test_a_run_from_an_address_keeps_no_secret_and_continues(server, tmp_path, c
     server.files = {"x.npz": PUBLISHED.read_bytes()}
     short = dict(dataset__val_split="", dataset__test_split="", checkpoint__every_steps=2)
     short |= dict(schedule__warmup_steps=1)
-    dims = {f"model__{name}": None for name in weights.DIMENSIONS}
+    dims = {f"model__{name}": None for name in ARCHITECTURES["mixer"].dimensions}
     for steps in (2, 4):
         address = server.url(f"x.npz?token={SECRET}{steps}")
         config = tiny_config(init_from=address, image_size=32, total_steps=steps, **short, **dims)

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from mixer import formatting, memory
 from mixer.errors import UserError
 from mixer.models import layers
-from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
+from mixer.models.mlp_mixer import MlpMixer
+from mixer.models.modules import check_image_size
+from mixer.models.registry import architecture_of, dimensions, make_model
 from mixer.parallel import sharding
 from mixer.training import state as train_state
 from mixer.training.step import make_predict
@@ -184,8 +186,8 @@ def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _variant(model: MlpMixer) -> str | None:
     """The name whose dimensions the model has."""
-    for name, dimensions in VARIANTS.items():
-        if all(getattr(model, key) == value for key, value in dimensions.items()):
+    for name, variant in architecture_of(model).variants.items():
+        if variant == dimensions(model):
             return name
     return None
 
@@ -203,7 +205,7 @@ def measure_variants(
     """Measures models with random weights, one in memory at a time: (name, result) of each.
 
     Args:
-      names: of VARIANTS.
+      names: of variants, such as "B/16".
       image_size: (H, W).
       num_classes: width of the head.
       dtype: of the computation, "float32" or "bfloat16".

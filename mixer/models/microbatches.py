@@ -8,10 +8,11 @@ is follows from what was measured (docs/performance.md).
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mixer.models.mlp_mixer import MlpMixer
+from mixer.models.registry import architecture_of
 from mixer.parallel.sharding import BATCH, batch_shards, constrain
 
 # Up to so many values the widest activations of a whole batch are in the cache anyway.
@@ -21,7 +22,7 @@ FEW_VALUES = 1_250_000
 LEAST_ROWS, MOST_ROWS, MOST_VALUES = 768, 2048, 2_500_000
 
 
-def best_count(model: MlpMixer, shape: tuple[int, ...]) -> int:
+def best_count(model: nn.Module, shape: tuple[int, ...]) -> int:
     """In how many parts a batch of images is computed fastest where this is traced for.
 
     That is the mesh of `sharding.on_mesh`, or else JAX's default device.
@@ -39,9 +40,10 @@ def best_count(model: MlpMixer, shape: tuple[int, ...]) -> int:
         return 1
     size = shape[0] if mesh.empty else shape[0] // batch_shards(mesh)
     tokens = shape[1] * shape[2] // model.patch_size**2
-    if size * tokens * model.channels_mlp_dim <= FEW_VALUES:
+    widest = getattr(model, architecture_of(model).widest_dim)
+    if size * tokens * widest <= FEW_VALUES:
         return 1
-    rows = min(max(MOST_VALUES // model.channels_mlp_dim, LEAST_ROWS), MOST_ROWS)
+    rows = min(max(MOST_VALUES // widest, LEAST_ROWS), MOST_ROWS)
     images = max(1, rows // tokens)
     part = next(part for part in range(min(images, size), 0, -1) if size % part == 0)
     # Of a size with no divisor nearby the parts would be too small.
@@ -58,7 +60,7 @@ def cut(x: jax.Array, count: int) -> jax.Array:
     return constrain(parts, None, BATCH, *(None,) * (x.ndim - 1))
 
 
-def map_images(model: MlpMixer, function: Callable[[jax.Array], Any], images: jax.Array) -> Any:
+def map_images(model: nn.Module, function: Callable[[jax.Array], Any], images: jax.Array) -> Any:
     """`function(images)` in as many parts as are fastest.
 
     Args:

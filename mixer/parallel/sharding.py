@@ -119,8 +119,35 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def _name(path: Any) -> str:
+def leaf_name(path: Any) -> str:
+    """Returns the name of a leaf: the keys on the way to it, joined by "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by name, in the tree's order."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def abstract(tree: Any, shardings: Any = None) -> Any:
+    """Returns shapes, dtypes and shardings of a tree's leaves.
+
+    Args:
+      tree: of arrays, or of their shapes and dtypes.
+      shardings: a sharding for each leaf; None: the leaves' own.
+    """
+    if shardings is None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+
+
+def num_values(tree: Any) -> int:
+    """Returns the number of values in all leaves of a tree together."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 @functools.cache
@@ -147,7 +174,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
     """
 
     def of_leaf(path: Any, leaf: Any) -> NamedSharding:
-        name = _name(path)
+        name = leaf_name(path)
         spec = _spec(name, len(leaf.shape))
         for size, axes in zip(leaf.shape, spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -172,7 +199,7 @@ def describe_rules(mesh: Mesh, params: Any) -> list[str]:
     """
     found: dict[int, list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = _name(path)
+        name = leaf_name(path)
         spec = NamedSharding(mesh, _spec(name, len(leaf.shape)))
         num_bytes = math.prod(spec.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         found.setdefault(_rule(name), []).append(num_bytes)
@@ -257,7 +284,7 @@ def sum_over_shards(function: Callable, *batches: jax.Array) -> Any:
 def constrain_params(params: Any) -> Any:
     """`constrain` of parameters, or of what has their names and shapes, by `RULES`."""
     return jax.tree.map_with_path(
-        lambda path, leaf: constrain(leaf, *_spec(_name(path), leaf.ndim)), params
+        lambda path, leaf: constrain(leaf, *_spec(leaf_name(path), leaf.ndim)), params
     )
 
 

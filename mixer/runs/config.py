@@ -24,8 +24,9 @@ from mixer.data.preprocessing import spec as steps_lib
 from mixer.data.sources import folder
 from mixer.errors import UserError
 from mixer.models import layers
-from mixer.models import resize as resolution
-from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
+from mixer.models.mlp_mixer import MlpMixer
+from mixer.models.modules import check_image_size
+from mixer.models.registry import ARCHITECTURES, DEFAULT, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.training.losses import make_loss
@@ -33,7 +34,6 @@ from mixer.training.mixup import make_mix
 from mixer.training.optimizer import Schedule, make_optimizer, make_schedule
 from mixer.training.state import TrainState
 from mixer.training.step import make_train_loop, make_train_step
-from mixer.weights import formats as weights
 from mixer.weights import load as loading
 from mixer.weights import published
 
@@ -215,7 +215,7 @@ def _check_count(config: ConfigDict, key: str, optional: bool = False) -> None:
         raise UserError(f"{key} is {value}; it must be a whole number from 1 to {MOST}")
 
 
-def find_initial(config: ConfigDict) -> loading.Found | None:
+def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
     """The weights that a new run starts from, not read yet; None where it starts from none.
 
     Raises:
@@ -239,7 +239,7 @@ def find_initial(config: ConfigDict) -> loading.Found | None:
 
 
 def resolve_model(
-    config: ConfigDict, found: loading.Found | None, old: dict[str, Any] | None
+    config: ConfigDict, found: loading.StoredWeights | None, old: dict[str, Any] | None
 ) -> None:
     """Sets what of the model the first weights decide.
 
@@ -260,22 +260,22 @@ def resolve_model(
     if config.init_image_size is None:
         config.init_image_size = size
     model = config.model
-    keys = weights.DIMENSIONS
+    architecture = ARCHITECTURES[DEFAULT]
+    keys = architecture.dimensions
     if config.init_from and all(model[key] is None for key in ("variant", *keys)):
         if old:
             model.update({key: old["model"][key] for key in keys})
             return  # grown already, where it was
-        model.update({key: getattr(found.card, key) for key in keys})
+        model.update(found.card.dimensions)
     if config.init_image_size in (None, config.image_size) or config.init_resize != "grow":
         return
     # The grown MLP is K^2 times as wide, whatever width the weights have.
-    width, patch_size = model.tokens_mlp_dim, model.patch_size
-    if model.variant in VARIANTS:
-        width = width or VARIANTS[model.variant]["tokens_mlp_dim"]
-        patch_size = patch_size or VARIANTS[model.variant]["patch_size"]
-    if width and patch_size:
+    given = {key: model[key] for key in keys if model[key]}
+    dims = {**architecture.variants.get(model.variant, {}), **given}
+    if len(dims) == len(keys):
         old, new = ((side, side) for side in (config.init_image_size, config.image_size))
-        model.tokens_mlp_dim = width * math.prod(resolution.check(old, new, patch_size))
+        grown = grown_dimensions(architecture, dims, old, new)
+        model.update({key: grown[key] for key in keys if grown[key] != dims[key]})
 
 
 def resolve_permutation(config: ConfigDict) -> None:

@@ -15,7 +15,7 @@ from etils import epath
 from mixer.data.imagenet.names import LISTS
 from mixer.errors import UserError, nearest
 from mixer.files import STORES
-from mixer.models.mlp_mixer import VARIANTS, count_params
+from mixer.models.registry import make_model, num_params
 
 BUCKET = "https://storage.googleapis.com/mixer_models/"
 IMAGE_SIZE = 224  # of all of them
@@ -42,9 +42,8 @@ class Published:
     @property
     def num_params(self) -> int:
         """Number of parameters, with the head."""
-        size = (IMAGE_SIZE, IMAGE_SIZE)
-        dims = VARIANTS[self.variant]
-        return count_params(image_size=size, num_classes=self.num_classes, **dims)
+        model = make_model(self.variant, num_classes=self.num_classes)
+        return num_params(model, (IMAGE_SIZE, IMAGE_SIZE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,13 +203,14 @@ def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes
     Raises:
       UserError: another number of parameters, or of bytes.
     """
-    num_params = sum(math.prod(shape) for shape in shapes.values())
-    if num_params != published.num_params:
+    expected = published.num_params
+    saved = sum(math.prod(shape) for shape in shapes.values())
+    if saved != expected:
         raise UserError(
-            f"{published.url} should hold {published.num_params:,} parameters ({published.variant},"
-            f" {published.num_classes:,} classes), and the file has {num_params:,}"
+            f"{published.url} should hold {expected:,} parameters ({published.variant}, "
+            f"{published.num_classes:,} classes), and the file has {saved:,}"
         )
-    low = 4 * published.num_params
+    low = 4 * expected
     if not low <= num_bytes <= low + MAX_OVERHEAD:
         raise UserError(
             f"{published.url} should have {low:,} to {low + MAX_OVERHEAD:,} bytes (4 a parameter), "

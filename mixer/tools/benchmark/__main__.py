@@ -437,7 +437,7 @@ def _cases(what: str) -> list[Any]:
     Raises:
       UserError: a model or a size that is none.
     """
-    from mixer.models.mlp_mixer import check_image_size
+    from mixer.models.modules import check_image_size
     from mixer.tools.benchmark.contest import MODELS as KNOWN
     from mixer.tools.benchmark.contest import Case
 

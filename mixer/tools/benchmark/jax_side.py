@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from mixer import memory
 from mixer.errors import first_line
 from mixer.models import layers
-from mixer.models.mlp_mixer import MlpMixer, make_model
+from mixer.models.mlp_mixer import MlpMixer
+from mixer.models.registry import make_model, param_shapes
 from mixer.parallel import sharding
 from mixer.tools.benchmark import plain
 from mixer.tools.benchmark.contest import Case, Failed
@@ -132,8 +134,8 @@ def make_plain(case: Case) -> plain.Mixer:
 
 def draw_params(case: Case) -> Any:
     """Parameters as at a training's start, but for the head's, which are not zeros; NumPy's."""
-    size = (1, case.image_size, case.image_size, 3)
-    shapes = jax.eval_shape(make_mixer(case).init, jax.random.key(0), jnp.zeros(size))["params"]
+    shapes = param_shapes(make_mixer(case), (case.image_size, case.image_size))
+    shapes = traverse_util.unflatten_dict(shapes, sep="/")
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:

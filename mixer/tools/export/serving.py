@@ -189,7 +189,7 @@ def describe(
 ) -> dict[str, Any]:
     """What a server has to know, for the JSON beside the program.
 
-    "card" is what the weights are (mixer/weights/formats.py), "classes" the names in label order
+    "card" is what the weights are (mixer/weights/card.py), "classes" the names in label order
     where they are known, "call" Python that runs the program from its folder.
     """
     images, (output,) = program.in_avals[-1], program.out_avals
@@ -226,7 +226,7 @@ def describe(
         "jax": jax.__version__,
         "calling_convention": program.calling_convention_version,
         "call": call,
-        "card": dataclasses.asdict(loaded.card),
+        "card": loaded.card.as_json(),
         "classes": names,
     }
 

@@ -24,7 +24,9 @@ from mixer.data.sources import synthetic
 from mixer.errors import UserError
 from mixer.formatting import duration, short
 from mixer.models.flops import forward_flops, layers
-from mixer.models.mlp_mixer import REMAT, MlpMixer
+from mixer.models.mlp_mixer import MlpMixer
+from mixer.models.modules import REMAT
+from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.plan import chips, hlo
@@ -452,7 +454,7 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
 
     tokens = math.prod(subject.image_size) // model.patch_size**2
     stream = tokens * model.hidden_dim * width
-    hidden = model.hidden_dim * model.tokens_mlp_dim + tokens * model.channels_mlp_dim
+    hidden = architecture_of(model).hidden_values(model, subject.image_size)
     hidden *= width / settings.tensor
 
     kind = "gpu" if subject.topology.is_gpu else "tpu" + " scan" * settings.scan_blocks
