@@ -54,6 +54,12 @@ def make(loaded, **options):
     return serving.make_program(loaded, serving.served_weights(loaded), **options)
 
 
+def write(loaded, paths, **options):
+    arrays = serving.served_weights(loaded)
+    program = serving.make_program(loaded, arrays, **options)
+    serving.write(loaded, program, arrays, paths)
+
+
 def run_alone(code, folder, images):
     """Runs `code`, whose `call` is then called with 1, 3 and 8 images, where only JAX is."""
     np.save(folder / "images.npy", images)
@@ -94,7 +100,7 @@ def run_here(code, folder, images):
 @pytest.mark.parametrize("execute", [run_here, pytest.param(run_alone, marks=pytest.mark.slow)])
 def test_weights_beside_run_as_the_json_says(tmp_path, loaded, images, execute):
     paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
-    serving.write(loaded, paths, platforms=["cpu"])
+    write(loaded, paths, weights="beside", platforms=["cpu"])
     names = {"tiny.stablehlo", "tiny.stablehlo.json", "tiny.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
     about = json.loads((tmp_path / "tiny.stablehlo.json").read_text())
@@ -153,7 +159,7 @@ def test_written_whole_or_not_at_all(tmp_path, loaded, monkeypatch):
     monkeypatch.setattr(jax.export.Exported, "serialize", disk_is_full)
     paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
     with pytest.raises(OSError, match="No space left"):
-        serving.write(loaded, paths)
+        write(loaded, paths, weights="beside")
     assert not list(tmp_path.iterdir())
 
 
