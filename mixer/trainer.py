@@ -24,6 +24,7 @@ from mixer.data import resident
 from mixer.data.preprocessing.spec import pixel_range
 from mixer.errors import UserError, first_line
 from mixer.evaluation import classification, fewshot, suites
+from mixer.models import placement
 from mixer.parallel import backend, sharding, signals
 from mixer.parallel import processes as distributed
 from mixer.runs import config as run
@@ -690,7 +691,7 @@ def _introduce(config, workdir, model, abstract, splits, mesh, say) -> None:
     kind = jax.devices()[0].device_kind
     say(f"devices: {jax.device_count()} x {kind}{processes} (mesh: {shape})")
     if mesh.shape["data"] < mesh.size:
-        for line in sharding.describe_rules(mesh, abstract.params):
+        for line in placement.describe_rules(mesh, abstract.params):
             say(line)
     if line := optimizer.describe_average(config.optimizer.ema_decay, config.total_steps):
         _warn(line)

@@ -35,6 +35,17 @@ VARIANTS = {
     for name in ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
 }
 
+# For `mixer.models.placement`: the mesh axes that split each dimension of a parameter.
+PLACEMENT = (
+    (r"stem/kernel", (None, None, None, "fsdp")),  # (P, P, 3, C)
+    # (S, D_S) and (D_S, S): S is 196 at 224 px, which hardly any number of devices divides.
+    (r"MixerBlock_\d+/token_mixing/Dense_0/kernel", (None, ("tensor", "fsdp"))),
+    (r"MixerBlock_\d+/token_mixing/Dense_1/kernel", (("tensor", "fsdp"), None)),
+    (r"MixerBlock_\d+/channel_mixing/Dense_0/kernel", ("fsdp", "tensor")),  # (C, D_C)
+    (r"MixerBlock_\d+/channel_mixing/Dense_1/kernel", ("tensor", "fsdp")),  # (D_C, C)
+    (r"MixerBlock_\d+/\w+_mixing/Dense_0/bias", ("tensor",)),  # (D_S,), (D_C,)
+)
+
 
 class MlpMixer(nn.Module):
     """The whole network.

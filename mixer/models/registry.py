@@ -18,6 +18,7 @@ from flax import traverse_util
 from mixer.errors import UserError, check_choice, check_number
 from mixer.models import mlp_mixer, resize
 from mixer.models.modules import DTYPES, GELUS, MOST_BLOCKS, REMAT
+from mixer.parallel import sharding
 
 HEAD = ("head/kernel", "head/bias")  # the head's parameters, in every architecture
 
@@ -35,6 +36,7 @@ class Architecture:
       widest_dim: the width of the widest layer that each token passes.
       signature: small parameters, without the head's, by which weights are told from others of the
         same shapes.
+      placement: (pattern, mesh axes) of each parameter that is split over the mesh.
       cast_leaves: pattern of the parameters that a model in bfloat16 rounds to bfloat16.
       layer_flops: (model, image_size) -> (name, FLOPs of one image's forward pass) of each layer.
       hidden_values: (model, image_size) -> number of values in a block's hidden layers, per image.
@@ -57,6 +59,7 @@ class Architecture:
     grown_dim: str
     widest_dim: str
     signature: tuple[str, ...]
+    placement: tuple[tuple[str, tuple], ...]
     cast_leaves: str
     layer_flops: Callable
     hidden_values: Callable
@@ -85,6 +88,7 @@ ARCHITECTURES = {
         grown_dim="tokens_mlp_dim",
         widest_dim="channels_mlp_dim",
         signature=("stem/bias", "pre_head_layer_norm/scale", "pre_head_layer_norm/bias"),
+        placement=mlp_mixer.PLACEMENT,
         cast_leaves="stem/.*|.*_mixing/.*",
         layer_flops=mlp_mixer.layer_flops,
         hidden_values=mlp_mixer.hidden_values,
@@ -215,4 +219,4 @@ def param_shapes(model: nn.Module, image_size: tuple[int, int]) -> dict[str, jax
 
 def num_params(model: nn.Module, image_size: tuple[int, int]) -> int:
     """Returns the number of a model's parameters for images of (H, W) pixels."""
-    return sum(math.prod(leaf.shape) for leaf in param_shapes(model, image_size).values())
+    return sharding.num_values(param_shapes(model, image_size))

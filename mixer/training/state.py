@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from mixer.models import placement
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 
@@ -44,12 +45,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(_make_init(model, tx, image_size, ema, skips), jax.random.key(0))
-    shardings = sharding.state_shardings(mesh, shapes)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        shardings,
-    )
+    return sharding.abstract(shapes, placement.state_shardings(mesh, shapes))
 
 
 def init_state(

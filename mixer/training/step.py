@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from mixer.data import philox
 from mixer.models import microbatches
 from mixer.models.mlp_mixer import MlpMixer
-from mixer.parallel.sharding import BATCH, constrain, constrain_params, on_mesh
+from mixer.models.placement import constrain_params
+from mixer.parallel.sharding import BATCH, constrain, on_mesh
 from mixer.training.losses import dense_labels
 from mixer.training.mixup import Mix
 from mixer.training.optimizer import Rules, Schedule, multipliers

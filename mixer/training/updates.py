@@ -100,11 +100,8 @@ def open_resident(
     most = min(max(MOST_DRAWN // size, 1), MOST_STEPS)
     order = resident.order_spec(most, size, mesh)
     examples = resident.put(kept, mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), examples
-    )
     lowered = run.jit_train_loop(config, *update, kept.augment).lower(
-        update[-1], abstract, order, jax.ShapeDtypeStruct((), np.int32)
+        update[-1], sharding.abstract(examples), order, jax.ShapeDtypeStruct((), np.int32)
     )
     put_order = functools.partial(
         resident.put_order, seed=config.seed, num_examples=kept.num_examples, spec=order

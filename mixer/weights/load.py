@@ -22,7 +22,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from mixer import memory
 from mixer.data.imagenet import names as imagenet_names
 from mixer.errors import UserError, check_choice
-from mixer.models import registry
+from mixer.models import placement, registry
 from mixer.models import resize as resizing
 from mixer.models.modules import DTYPES, check_image_size
 from mixer.parallel import sharding
@@ -124,7 +124,7 @@ def read(
     shapes = traverse_util.unflatten_dict(shapes, sep="/")
     where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     if mesh is not None:
-        where = sharding.state_shardings(mesh, shapes)
+        where = placement.state_shardings(mesh, shapes)
     abstract = sharding.abstract(shapes, where)
     params, how = fit(stored, abstract, image_size=size, head=head, resize=resize)
     if "head" not in params:

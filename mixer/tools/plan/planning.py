@@ -23,6 +23,7 @@ from mixer.data.preprocessing import device as augment
 from mixer.data.sources import synthetic
 from mixer.errors import UserError
 from mixer.formatting import duration, short
+from mixer.models import placement
 from mixer.models.flops import forward_flops, layers
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.models.modules import REMAT
@@ -178,7 +179,7 @@ class Subject:
     @property
     def num_params(self) -> int:
         """How many parameters the model has."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        return sharding.num_values(self.state.params)
 
 
 def open_subject(
@@ -280,11 +281,8 @@ def train_flops(subject: Subject) -> float:
     """
     params = subject.state.params
     factors = jax.tree.leaves(multipliers(params, subject.config.optimizer.lr_multipliers))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     trained = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, factor in zip(paths, factors, strict=True)
-        if factor
+        name for name, factor in zip(sharding.by_name(params), factors, strict=True) if factor
     }
     total, below = 0.0, False
     for layer, flops in layers(subject.model, subject.image_size):
@@ -336,12 +334,8 @@ def _abstract_mesh(*sizes: int) -> AbstractMesh:
 
 
 def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree,
-        sharding.state_shardings(mesh, tree),
-    )
-    return float(sharding.bytes_per_device(placed))
+    shardings = placement.state_shardings(mesh, tree)
+    return float(sharding.bytes_per_device(sharding.abstract(tree, shardings)))
 
 
 def _abstract_state(config: ConfigDict, mesh: Mesh | AbstractMesh) -> train_state.TrainState:
