@@ -27,8 +27,8 @@ from mixer.models.mlp_mixer import VARIANTS
 from mixer.models.registry import ARCHITECTURES
 from mixer.runs import config as run
 from mixer.weights import card as card_file
+from mixer.weights import download, foreign, published
 from mixer.weights import fetch as remote
-from mixer.weights import foreign, published
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
 
@@ -228,7 +228,7 @@ LENGTH = b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n"
     ids=["bytes", "chunk", "header", "nothing"],
 )
 def test_a_slow_server_is_given_up(server, monkeypatch, answer):
-    monkeypatch.setattr(remote, "SLOW_SECS", 0.4)
+    monkeypatch.setattr(download, "SLOW_SECS", 0.4)
     server.files = {"x.npz": answer}
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"x\.npz: .*bytes came in the last .*10,000 a second"):
@@ -238,15 +238,15 @@ def test_a_slow_server_is_given_up(server, monkeypatch, answer):
 
 
 def test_a_download_has_a_total_time(server, monkeypatch):
-    monkeypatch.setattr(remote, "MAX_SECS", 0.5)
-    monkeypatch.setattr(remote, "SLOW_SECS", 0.6)
+    monkeypatch.setattr(download, "MAX_SECS", 0.5)
+    monkeypatch.setattr(download, "SLOW_SECS", 0.6)
     server.files = {"x.npz": _after(b"HTTP/1.0 200 OK\r\n\r\n", _trickle(b"x" * 5000))}
     with pytest.raises(UserError, match=r"no end after 0\.5 s"):
         remote.fetch(server.url("x.npz"), log=print)
 
 
 def test_a_stall_ends_after_two_timeouts(server, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT_SECS", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT_SECS", 0.2)
     headers = LENGTH.replace(b"OK\r\n", b'OK\r\nETag: "a"\r\n') + b"x" * 100
     server.files = {"x.npz": _after(headers, lambda handler: time.sleep(0.6))}
     with pytest.raises(UserError, match=r"100 of 100,000 bytes came, .* 2 attempts"):
@@ -254,8 +254,8 @@ def test_a_stall_ends_after_two_timeouts(server, monkeypatch):
 
 
 def test_an_end_that_never_comes_does_not_fill_the_disk(server, monkeypatch):
-    usage = remote.shutil.disk_usage("/")._replace(free=100_000)
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: usage)
+    usage = download.shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     server.files = {"x.npz": _after(b"HTTP/1.0 200 OK\r\n\r\n", _trickle(b"x" * 20_000, 0))}
     with pytest.raises(UserError, match="cannot be written: it does not say its length"):
         remote.fetch(server.url("x.npz"), log=print)
