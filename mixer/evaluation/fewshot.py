@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ from mixer.data import splits as pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
 from mixer.models import layers, microbatches
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.training.step import normalize
 
@@ -101,7 +101,7 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)  # a training's probes are one program
-def _make_features(model: MlpMixer, mesh: Mesh) -> Callable:
+def _make_features(model: nn.Module, mesh: Mesh) -> Callable:
     """Returns `(params, batch) -> columns` for `classification.collect`.
 
     They are the place in the split, and pre_logits (N, C).
@@ -121,7 +121,7 @@ def _make_features(model: MlpMixer, mesh: Mesh) -> Callable:
 
 
 def evaluate(
-    model: MlpMixer,
+    model: nn.Module,
     params: Any,
     train: pipeline.Split,
     test: pipeline.Split,

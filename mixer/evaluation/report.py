@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -26,7 +27,7 @@ from mixer.data import splits as pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, fewshot, scores, suites, throughput
 from mixer.formatting import in_markdown
-from mixer.models.mlp_mixer import VARIANTS, MlpMixer
+from mixer.models.mlp_mixer import VARIANTS
 from mixer.models.modules import check_image_size
 from mixer.models.registry import dimensions
 from mixer.parallel import processes as distributed
@@ -68,7 +69,7 @@ class Subject:
 
     name: str
     path: str
-    model: MlpMixer
+    model: nn.Module
     num_classes: int
     params: dict[str, Callable[[], Any]]
     num_params: int

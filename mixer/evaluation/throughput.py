@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -16,7 +17,6 @@ from jax.sharding import Mesh
 from mixer import formatting, memory
 from mixer.errors import UserError
 from mixer.models import layers
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.models.modules import check_image_size
 from mixer.models.registry import architecture_of, dimensions, make_model
 from mixer.parallel import sharding
@@ -80,7 +80,7 @@ class Throughput:
 
 
 def measure(
-    model: MlpMixer,
+    model: nn.Module,
     params: Any,
     image_size: tuple[int, int],
     *,
@@ -184,7 +184,7 @@ def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
 
 
-def _variant(model: MlpMixer) -> str | None:
+def _variant(model: nn.Module) -> str | None:
     """The name whose dimensions the model has."""
     for name, variant in architecture_of(model).variants.items():
         if variant == dimensions(model):

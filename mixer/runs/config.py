@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 from etils import epath
@@ -24,7 +25,6 @@ from mixer.data.preprocessing import spec as steps_lib
 from mixer.data.sources import folder
 from mixer.errors import UserError
 from mixer.models import layers
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.models.modules import check_image_size
 from mixer.models.registry import ARCHITECTURES, DEFAULT, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
@@ -297,7 +297,7 @@ def resolve_permutation(config: ConfigDict) -> None:
         dataset[key] = permutation.with_step(dataset[key], step)
 
 
-def build_model(config: ConfigDict) -> MlpMixer:
+def build_model(config: ConfigDict) -> nn.Module:
     """Builds the model of a config that says its number of classes."""
     model = make_model(**config.model.to_dict())
     check_image_size((config.image_size, config.image_size), model.patch_size)
@@ -318,7 +318,7 @@ def build_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransfo
 
 
 def build_train_step(
-    config: ConfigDict, model: MlpMixer, schedule: Schedule, tx: optax.GradientTransformation
+    config: ConfigDict, model: nn.Module, schedule: Schedule, tx: optax.GradientTransformation
 ) -> Callable:
     """Builds the update `(state, batch) -> (state, metrics)`, not yet compiled."""
     return make_train_step(
@@ -338,7 +338,7 @@ def build_train_step(
 
 def jit_train_step(
     config: ConfigDict,
-    model: MlpMixer,
+    model: nn.Module,
     schedule: Schedule,
     tx: optax.GradientTransformation,
     abstract: TrainState,
@@ -349,7 +349,7 @@ def jit_train_step(
 
 def jit_train_loop(
     config: ConfigDict,
-    model: MlpMixer,
+    model: nn.Module,
     schedule: Schedule,
     tx: optax.GradientTransformation,
     abstract: TrainState,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import optax
 from jax.sharding import Mesh
 
 from mixer.models import placement
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 
 
@@ -35,7 +35,7 @@ class TrainState:
 
 
 def abstract_state(
-    model: MlpMixer,
+    model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: tuple[int, int],
     mesh: Mesh,
@@ -49,7 +49,7 @@ def abstract_state(
 
 
 def init_state(
-    model: MlpMixer,
+    model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: tuple[int, int],
     mesh: Mesh,
@@ -66,7 +66,7 @@ def init_state(
 
 
 def _make_init(
-    model: MlpMixer,
+    model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: tuple[int, int],
     ema: bool,
@@ -81,7 +81,7 @@ def _make_init(
     return init
 
 
-def abstract_params(model: MlpMixer, image_size: tuple[int, int], mesh: Mesh) -> Any:
+def abstract_params(model: nn.Module, image_size: tuple[int, int], mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters alone."""
     return abstract_state(model, optax.identity(), image_size, mesh).params
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +12,6 @@ from jax.sharding import Mesh
 
 from mixer.data import philox
 from mixer.models import microbatches
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.models.placement import constrain_params
 from mixer.parallel.sharding import BATCH, constrain, on_mesh
 from mixer.training.losses import dense_labels
@@ -29,7 +29,7 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: MlpMixer,
+    model: nn.Module,
     tx: optax.GradientTransformation,
     schedule: Schedule,
     loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
@@ -238,7 +238,7 @@ def _kept(finite: jax.Array, new: Any, old: Any) -> Any:
     return new if _follows_step(new) else jnp.where(finite, new, old)
 
 
-def make_predict(model: MlpMixer, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
+def make_predict(model: nn.Module, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
     """Returns `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not yet compiled.
 
     The images lie on the mesh as `sharding.batch_sharding` has them.

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -17,7 +18,6 @@ from mixer.data import resident
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import device as augment
 from mixer.errors import UserError
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -40,7 +40,7 @@ def open_source(
     *,
     start_step: int,
     num_readers: int,
-    update: tuple[MlpMixer, Schedule, optax.GradientTransformation, TrainState],
+    update: tuple[nn.Module, Schedule, optax.GradientTransformation, TrainState],
 ) -> tuple["Streamed | Resident", str]:
     """Compiles what makes the updates after `start_step`.
 
@@ -92,7 +92,7 @@ def _parted(split: pipeline.Split, where: str) -> tuple[pipeline.Split, Callable
 def open_resident(
     config: ConfigDict,
     kept: resident.Examples,
-    update: tuple[MlpMixer, Schedule, optax.GradientTransformation, TrainState],
+    update: tuple[nn.Module, Schedule, optax.GradientTransformation, TrainState],
 ) -> "Resident":
     """As `open_source`, of examples that stay on the device."""
     mesh = update[-1].step.sharding.mesh

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,6 @@ from jax.sharding import Mesh
 from mixer import memory
 from mixer.errors import first_line
 from mixer.models import layers
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.models.registry import make_model, param_shapes
 from mixer.parallel import sharding
 from mixer.tools.benchmark import plain
@@ -118,7 +118,7 @@ def memory_of(program: Any) -> int | None:
     return used.argument_size_in_bytes + results + used.temp_size_in_bytes
 
 
-def make_mixer(case: Case) -> MlpMixer:
+def make_mixer(case: Case) -> nn.Module:
     """This project's model of a case."""
     return make_model(
         **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu

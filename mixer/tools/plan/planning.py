@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -25,7 +26,6 @@ from mixer.errors import UserError
 from mixer.formatting import duration, short
 from mixer.models import placement
 from mixer.models.flops import forward_flops, layers
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.models.modules import REMAT
 from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
@@ -161,7 +161,7 @@ class Subject:
     """What is planned: a resolved config, its model and its length."""
 
     config: ConfigDict
-    model: MlpMixer
+    model: nn.Module
     topology: chips.Topology
     utilization: float
     num_examples: int | None
