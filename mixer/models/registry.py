@@ -135,10 +135,10 @@ def make_model(
     """
     check_choice("model.name", name, ARCHITECTURES)
     architecture = ARCHITECTURES[name]
-    known = [field.name for field in dataclasses.fields(architecture.module)]
-    known = [key for key in known if key not in ("parent", "name")]  # those are Flax's own
+    keys = [field.name for field in dataclasses.fields(architecture.module)]
+    keys = [key for key in keys if key not in ("parent", "name")]  # those are Flax's own
     for key in fields:
-        check_choice("field of the model", key, known)
+        check_choice("field of the model", key, keys)
     if variant is not None:
         check_choice("model.variant", variant, architecture.variants)
     fields = {key: value for key, value in fields.items() if value is not None}

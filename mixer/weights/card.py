@@ -36,9 +36,9 @@ class Card:
       num_classes: width of the head; 0: they have none.
       image_size: (H, W) in pixels.
       gelu: "tanh" or "erf".
-      preprocess: the steps of evaluation, of mixer/data/preprocessing/host.py; None: not known.
-      class_names: in label order, or the name of a list of mixer/data/imagenet/names.py; None: not
-        known.
+      preprocess: the steps of evaluation, of mixer/data/preprocessing/host.py; None: unknown.
+      class_names: in label order, or the name of a list of mixer/data/imagenet/names.py; None:
+        unknown.
       source: where the weights come from.
     """
 
@@ -115,25 +115,34 @@ def read_card(path: epath.PathLike) -> dict[str, Any] | None:
     if missing := [name for name in (*saved, "checksum") if name not in values]:
         raise DamagedError(path, f"{path} lacks {', '.join(missing)}")
     names, size = values["class_names"], values["image_size"]
-    if isinstance(names, list):
-        named = len(names) == values["num_classes"] and all(isinstance(n, str) for n in names)
-    else:
-        named = names is None or LISTS.get(str(names)) == values["num_classes"]
-    sized = isinstance(size, list) and len(size) == 2
-    for name, good in (
+    for name, is_valid in (
         ("gelu", values["gelu"] in GELUS),
-        ("image_size", sized and all(type(side) is int and side > 0 for side in size)),
-        ("class_names", named),
+        ("image_size", _is_size(size)),
+        ("class_names", _are_class_names(names, values["num_classes"])),
         ("preprocess", values["preprocess"] is None or _are_steps(values["preprocess"])),
         ("source", isinstance(values["source"], str)),
     ):
-        if not good:
+        if not is_valid:
             text = str(values[name])[:80]
-            raise DamagedError(path, f"{path} says {name}={text}, which cannot be")
+            raise DamagedError(path, f"{path} says {name}={text}, which no card has")
     return values | {
         "image_size": tuple(size),
         "class_names": tuple(names) if isinstance(names, list) else names,
     }
+
+
+def _is_size(size: Any) -> bool:
+    return (
+        isinstance(size, list)
+        and len(size) == 2
+        and all(type(side) is int and side > 0 for side in size)
+    )
+
+
+def _are_class_names(names: Any, num_classes: Any) -> bool:
+    if isinstance(names, list):
+        return len(names) == num_classes and all(isinstance(name, str) for name in names)
+    return names is None or LISTS.get(str(names)) == num_classes
 
 
 def _are_steps(preprocess: Any) -> bool:

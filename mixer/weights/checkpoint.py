@@ -326,7 +326,7 @@ def _telling_handler() -> ocp.StandardCheckpointHandler:
     save = handler.async_save
 
     async def async_save(*args: Any, **kwargs: Any) -> list[_Write]:
-        return [_Write(each) for each in await save(*args, **kwargs) or ()]
+        return [_Write(future) for future in await save(*args, **kwargs) or ()]
 
     handler.async_save = async_save
     return handler
@@ -607,11 +607,11 @@ def _reason(error: BaseException) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python, of the libraries and of this code, as they were at the first call."""
-    found = {"python": sys.version.split()[0], "commit": commit()}
+    numbers = {"python": sys.version.split()[0], "commit": commit()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            numbers[package] = importlib.metadata.version(package)
+    return numbers
 
 
 def commit() -> str:

@@ -151,8 +151,8 @@ def fetch_anew(path: epath.Path) -> str:
     """
     if cache_dir() in path.parents:
         # Once the weights are gone, what is beside them is fetched too.
-        beside = (file for file in path.parent.iterdir() if file.name.endswith(ENDINGS))
-        path = next(beside, path)
+        weights = (file for file in path.parent.iterdir() if file.name.endswith(ENDINGS))
+        path = next(weights, path)
     else:
         path = os.path.realpath(path)  # huggingface_hub has links to what it fetched
     return f"; delete {path} to fetch it anew"
@@ -182,13 +182,13 @@ def _fetch_into(target: Path, address: str) -> None:
     try:
         with files.whole(target) as new:
             get(address, new)
-            for name in () if published.find(address) else _beside(target.name):
-                beside = target.parent / name
+            for name in () if published.find(address) else _json_names(target.name):
+                json_path = target.parent / name
                 try:
-                    with files.whole(beside) as new_beside:
-                        get(_sibling(address, name), new_beside, max_bytes=MAX_CARD_BYTES)
+                    with files.whole(json_path) as new_json:
+                        get(_sibling(address, name), new_json, max_bytes=MAX_CARD_BYTES)
                 except download.NotThereError:
-                    beside.unlink(missing_ok=True)  # of weights that were here before
+                    json_path.unlink(missing_ok=True)  # that of earlier weights
     except download.NotThereError as error:
         raise UserError(str(error)) from None
 
@@ -217,7 +217,7 @@ def _check_ending(name: str, where: str) -> None:
     raise UserError(f"{read}; the address has to end in the name of one")
 
 
-def _beside(name: str) -> list[str]:
+def _json_names(name: str) -> list[str]:
     """Names of the JSON files that may describe the weights `name`."""
     config = ["config.json"] if name.endswith(".safetensors") else []
     return [f"{name}.json", *config]
@@ -321,11 +321,11 @@ def _fetch_from_hub(rest: str, log: Callable[[str], None]) -> epath.Path:
         path = get(name)
         folder = name.rpartition("/")[0]
         unreachable = []
-        for beside in _beside(Path(name).name):
+        for json_name in _json_names(Path(name).name):
             try:
-                get(f"{folder}/{beside}".lstrip("/"))
+                get(f"{folder}/{json_name}".lstrip("/"))
             except errors.LocalEntryNotFoundError:
-                unreachable.append(beside)
+                unreachable.append(json_name)
             except errors.EntryNotFoundError:
                 pass
     except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError

@@ -105,8 +105,8 @@ def open_file(path: epath.PathLike) -> File:
 
 
 # What training programs put around weights: of several the first, an average before the rest.
-_AROUND = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "_orig_mod")
-_AROUND += ("params", "opt/target", "target")
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "_orig_mod")
+_WRAPPERS += ("params", "opt/target", "target")
 
 
 def _first_parts(architecture: Architecture) -> set[str]:
@@ -122,21 +122,19 @@ def _unwrapped(arrays: dict[str, StoredArray]) -> tuple[dict[str, StoredArray], 
     first_parts = set().union(*map(_first_parts, ARCHITECTURES.values()))
     notes = []
     while not any(re.split("[/.]", name)[0] in first_parts for name in arrays):
-        for around in _AROUND:
-            inside = {
-                name[len(around) + 1 :]: array
+        for wrapper in _WRAPPERS:
+            content = {
+                name[len(wrapper) + 1 :]: array
                 for name, array in arrays.items()
-                if name.startswith((f"{around}/", f"{around}."))
+                if name.startswith((f"{wrapper}/", f"{wrapper}."))
             }
-            if any(first_parts.intersection(re.split("[/.]", name)) for name in inside):
+            if any(first_parts.intersection(re.split("[/.]", name)) for name in content):
                 break
         else:
-            break  # of no known architecture
-        beside = len(arrays) - len(inside)
-        notes.append(
-            f"taken out of {around!r}" + f", {beside} arrays beside it left" * bool(beside)
-        )
-        arrays = inside
+            break  # of no architecture here
+        rest = len(arrays) - len(content)
+        notes.append(f"taken out of {wrapper!r}" + f", {rest} arrays beside it left" * bool(rest))
+        arrays = content
     return arrays, tuple(notes)
 
 

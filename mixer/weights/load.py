@@ -126,7 +126,7 @@ def read(
     if mesh is not None:
         where = placement.state_shardings(mesh, shapes)
     abstract = sharding.abstract(shapes, where)
-    params, how = fit(stored, abstract, image_size=size, head=head, resize=resize)
+    params, summary = fit(stored, abstract, image_size=size, head=head, resize=resize)
     if "head" not in params:
         card = dataclasses.replace(card, class_names=None)
         if classes:
@@ -135,7 +135,7 @@ def read(
                 abstract["head"],
             )
     card = dataclasses.replace(card, num_classes=classes)
-    log(f"{stored.path}: {stored.about}; {how}")
+    log(f"{stored.path}: {stored.about}; {summary}")
     return Loaded(model, params, card)
 
 
@@ -168,12 +168,12 @@ def initial_params(
     other = _other_classes(stored.card, class_names)
     if head == "auto" and other:
         head = "reset"
-    restored, how = fit(stored, params, image_size=image_size, head=head, resize=resize)
+    restored, summary = fit(stored, params, image_size=image_size, head=head, resize=resize)
     if other:
-        how += f", its classes were others ({other})"
+        summary += f", its classes were others ({other})"
     elif "head" in restored and stored.card.class_names is None and class_names:
-        how += ", its classes are not known and taken for these; init_head=reset drops it"
-    return {**params, **restored}, how
+        summary += ", its classes are not known and taken for these; init_head=reset drops it"
+    return {**params, **restored}, summary
 
 
 def _other_classes(card: Card, class_names: Sequence[str]) -> str:
@@ -217,24 +217,25 @@ def fit(
     if faults:
         raise UserError(f"{stored.path} does not fit the model: {listed(faults)}")
     arrays = stored.restore(wanted, _resizing(card, image_size, resize))
-    how = []
+    actions = []
     if image_size != card.image_size:
         to = f"{image_size[0]} x {image_size[1]}"
-        how.append(f"interpolated to {to}" if resize == "interpolate" else f"grown to {to}")
+        actions.append(f"interpolated to {to}" if resize == "interpolate" else f"grown to {to}")
     if width:
-        how.append("head kept" if not reset else f"head reset ({card.num_classes:,} -> {width:,})")
+        actions.append(
+            "head kept" if not reset else f"head reset ({card.num_classes:,} -> {width:,})"
+        )
     else:
-        how.append(f"head of {card.num_classes:,} classes dropped" if reset else "no head")
-    return traverse_util.unflatten_dict(arrays, sep="/"), ", ".join(how)
+        actions.append(f"head of {card.num_classes:,} classes dropped" if reset else "no head")
+    return traverse_util.unflatten_dict(arrays, sep="/"), ", ".join(actions)
 
 
 def _resized_shapes(card: Card, shapes: Shapes, new_card: Card) -> dict[str, tuple[int, ...]]:
     """The shapes of a card's arrays once they are resized; of those that it lacks, the same."""
     if new_card.image_size == card.image_size:
         return dict(shapes)
-    before, after = (
-        registry.param_shapes(each.model(), each.image_size) for each in (card, new_card)
-    )
+    before = registry.param_shapes(card.model(), card.image_size)
+    after = registry.param_shapes(new_card.model(), new_card.image_size)
     return {
         name: after[name].shape if name in before and before[name].shape == shape else shape
         for name, shape in shapes.items()

@@ -167,9 +167,9 @@ def expected(
             label = folder if folder in ("sam", "gsam") else "i1k"
             names = [f"{variant}-{label}"] if num_classes == 1000 else []
     else:
-        names = [name for name, each in CHECKPOINTS.items() if each == published]
-    known = [name for name in names if name in EXPECTED]
-    return (known[0], EXPECTED[known[0]]) if known else None
+        names = [name for name, entry in CHECKPOINTS.items() if entry == published]
+    name = next((name for name in names if name in EXPECTED), None)
+    return (name, EXPECTED[name]) if name else None
 
 
 def shown(source: epath.PathLike) -> str:
@@ -188,8 +188,8 @@ def shown(source: epath.PathLike) -> str:
 
 def https_address(path: str) -> str:
     """Of a file in the authors' public bucket the https address, which asks for no credentials."""
-    inside = path.removeprefix("gs://mixer_models/")
-    return path if inside == path else BUCKET + inside
+    name = path.removeprefix("gs://mixer_models/")
+    return path if name == path else BUCKET + name
 
 
 def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:

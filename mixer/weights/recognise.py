@@ -162,24 +162,24 @@ def _find_file(
 
 def _read_card(path: epath.Path, file: formats.File, dims: Mapping[str, int]) -> dict[str, Any]:
     """The JSON beside a file, which has to agree with the arrays; {} where there is none."""
-    saved, beside = read_card(path), card_path(path)
+    saved, json_path = read_card(path), card_path(path)
     if saved is None:
         return {}
     for name, value in dims.items():
         if name != "num_tokens" and saved.get(name) != value:
+            text = str(saved.get(name))[:80]
             raise UserError(
-                f"{beside} says {name}={saved.get(name)}, and the arrays of {path.name} have "
-                f"{value}"
+                f"{json_path} says {name}={text}, and the arrays of {path.name} have {value}"
             )
     if math.prod(saved["image_size"]) != dims["num_tokens"] * dims["patch_size"] ** 2:
         raise UserError(
-            f"{beside} says image_size={saved['image_size']}, and the arrays of {path.name} are "
+            f"{json_path} says image_size={saved['image_size']}, and the arrays of {path.name} are "
             f"for {dims['num_tokens']} patches of {dims['patch_size']} pixels"
         )
     if saved["checksum"] != checksum(file.read, file.shapes):
         raise DamagedError(
-            beside,
-            f"{beside} was written for other weights than {path.name} has now; remove it, or "
+            json_path,
+            f"{json_path} was written for other weights than {path.name} has now; remove it, or "
             "bring it up to date",
         )
     return saved
