@@ -34,8 +34,9 @@ def outputs(params, images, gelu="tanh"):
 
 
 def grow_all(params, grid, factors):
+    new_grid = (grid[0] * factors[0], grid[1] * factors[1])
     return {
-        name: mlp_mixer.grow(name, array, grid=grid, factors=factors)
+        name: mlp_mixer.grow(name, array, grid=grid, new_grid=new_grid)
         for name, array in params.items()
     }
 
@@ -89,7 +90,7 @@ def test_growth_copies_bits_and_keeps_the_dtype(leaf):
     name = f"MixerBlock_11/token_mixing/{leaf}"
     shape = {"Dense_0/kernel": (6, 4), "Dense_0/bias": (4,), "Dense_1/kernel": (4, 6)}[leaf]
     bits = np.random.default_rng(0).integers(1, 2**15, shape, np.uint16)
-    grown = mlp_mixer.grow(name, bits.view(ml_dtypes.bfloat16), grid=(2, 3), factors=(2, 1))
+    grown = mlp_mixer.grow(name, bits.view(ml_dtypes.bfloat16), grid=(2, 3), new_grid=(4, 3))
     assert grown.dtype == ml_dtypes.bfloat16
     values, counts = np.unique(grown.view(np.uint16), return_counts=True)
     expected = np.concatenate([bits.ravel()] * 2)
@@ -103,7 +104,7 @@ def test_growth_copies_bits_and_keeps_the_dtype(leaf):
 )
 def test_other_leaves_are_returned_as_they_are(name):
     array = np.ones((4, 4), np.float32)
-    assert mlp_mixer.grow(name, array, grid=(2, 2), factors=(2, 2)) is array
+    assert mlp_mixer.grow(name, array, grid=(2, 2), new_grid=(4, 4)) is array
     assert mlp_mixer.interpolate(name, array, grid=(2, 2), new_grid=(3, 3)) is array
 
 

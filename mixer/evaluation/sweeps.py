@@ -221,7 +221,7 @@ def resolution(
     for subject in subjects:
         for size in sizes:
             check_image_size((size, size), subject.found.card.patch_size)
-            loading.resized(subject.found, (size, size), resize)
+            loading.resize_card(subject.found, (size, size), resize)
             opened[subject.path, size] = _open_split(subject, size)
     curves = []
     for subject in subjects:

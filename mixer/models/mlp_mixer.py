@@ -417,29 +417,29 @@ def _token_mixing_leaf(name: str) -> str | None:
 
 
 def grow(
-    name: str, array: np.ndarray, *, grid: tuple[int, int], factors: tuple[int, int]
+    name: str, array: np.ndarray, *, grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> np.ndarray:
-    """Grows one leaf for images `factors` times as large (paper, supplement).
+    """Grows one leaf for images that are K_h and K_w times as large (paper, supplement).
 
-    Kernels are block-diagonal with K_h K_w copies of the old one, biases are repeated; whatever
-    runs over tokens is brought from the order of the tiles into row-major order. dtype and bits
-    stay; the result is the only memory that is taken.
+    Kernels become block-diagonal with K_h K_w copies of the old one, biases are repeated, and axes
+    over tokens go from the order of the tiles to row-major order. dtype and bits stay; only the
+    result takes memory.
 
     Args:
       name: as published, "MixerBlock_0/token_mixing/Dense_0/kernel".
       array: the leaf. One that is not token mixing's is returned as it is.
       grid: (H / P, W / P) of the weights.
-      factors: (K_h, K_w), as `resize.growth_factors` returns them.
+      new_grid: that of the images to come, (K_h H / P, K_w W / P).
     """
     leaf = _token_mixing_leaf(name)
-    if leaf is None or factors == (1, 1):
+    if leaf is None or grid == new_grid:
         return array
-    k_h, k_w = factors
     h, w = grid
+    k_h, k_w = new_grid[0] // h, new_grid[1] // w
     if leaf == "Dense_0/bias":  # D_S
         return np.tile(array, k_h * k_w)
     if leaf == "Dense_1/bias":  # S
-        return np.tile(array.reshape(h, w), factors).reshape(-1)
+        return np.tile(array.reshape(h, w), (k_h, k_w)).reshape(-1)
     grown = np.zeros([side * k_h * k_w for side in array.shape], array.dtype)
     # A large image's token is (tile's row, row in it, tile's column, column in it); a hidden unit
     # is (tile, the old unit).

@@ -48,8 +48,8 @@ class Architecture:
       from_layout: (published name, array, layout) -> the array with the published axes.
       to_layout: the inverse of `from_layout`.
       timm_arguments: (model, image_size) -> arguments of timm's class for the same model.
-      grow: a leaf for an image larger by whole factors.
-      interpolate: a leaf for an image of any size.
+      resize: by the name of a way, such as "interpolate": (published name, array, grid=, new_grid=)
+        -> the array for images of another size.
     """
 
     title: str
@@ -70,8 +70,7 @@ class Architecture:
     from_layout: Callable
     to_layout: Callable
     timm_arguments: Callable
-    grow: Callable
-    interpolate: Callable
+    resize: Mapping[str, Callable]
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -99,8 +98,7 @@ ARCHITECTURES = {
         from_layout=mlp_mixer.from_layout,
         to_layout=mlp_mixer.to_layout,
         timm_arguments=mlp_mixer.timm_arguments,
-        grow=mlp_mixer.grow,
-        interpolate=mlp_mixer.interpolate,
+        resize={"grow": mlp_mixer.grow, "interpolate": mlp_mixer.interpolate},
     ),
 }
 DEFAULT = "mixer"  # the architecture of a config that names none

@@ -23,7 +23,6 @@ from mixer import memory
 from mixer.data.imagenet import names as imagenet_names
 from mixer.errors import UserError, check_choice
 from mixer.models import placement, registry
-from mixer.models import resize as resizing
 from mixer.models.modules import DTYPES, check_image_size
 from mixer.parallel import sharding
 from mixer.weights.arrays import Shapes, listed, misfits
@@ -107,7 +106,7 @@ def read(
     stored = find(path, image_size=image_size, gelu=gelu, log=log)
     size = stored.card.image_size if image_size is None else parse_size(image_size)
     check_image_size(size, stored.card.patch_size)
-    card = resized(stored, size, resize)
+    card = resize_card(stored, size, resize)
     classes = stored.card.num_classes if num_classes is None else num_classes
     # The model is made before the arrays are checked: it says what they should be.
     try:
@@ -212,7 +211,7 @@ def fit(
     faults = misfits(
         shapes,
         {name: leaf.shape for name, leaf in wanted.items()},
-        resized=_resized_shapes(card, shapes, resized(stored, image_size, resize)),
+        resized=_resized_shapes(card, shapes, resize_card(stored, image_size, resize)),
     )
     if faults:
         raise UserError(f"{stored.path} does not fit the model: {listed(faults)}")
@@ -248,15 +247,12 @@ def _resizing(
     """The function of a leaf's name and values that resizes it; None: the size stays."""
     if image_size == card.image_size:
         return None
-    architecture, patch_size = registry.ARCHITECTURES[card.architecture], card.patch_size
-    if resize == "interpolate":
-        new_grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        return functools.partial(architecture.interpolate, grid=card.grid, new_grid=new_grid)
-    factors = resizing.growth_factors(card.image_size, image_size, patch_size)
-    return functools.partial(architecture.grow, grid=card.grid, factors=factors)
+    resize_leaf = registry.ARCHITECTURES[card.architecture].resize[resize]
+    new_grid = (image_size[0] // card.patch_size, image_size[1] // card.patch_size)
+    return functools.partial(resize_leaf, grid=card.grid, new_grid=new_grid)
 
 
-def resized(stored: StoredWeights, image_size: tuple[int, int], resize: str) -> Card:
+def resize_card(stored: StoredWeights, image_size: tuple[int, int], resize: str) -> Card:
     """Returns the card of weights once they are for images of (H, W) `image_size`.
 
     Raises:
