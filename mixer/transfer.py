@@ -311,12 +311,12 @@ def _check_prepared(tasks: Mapping[str, ConfigDict]) -> None:
 
 def _find_weights(
     tasks: Mapping[str, ConfigDict], workdirs: Mapping[str, epath.Path]
-) -> dict[tuple[str, int | None], loading.Found | None]:
+) -> dict[tuple[str, int | None], loading.StoredWeights | None]:
     """What the tasks start from, by (init_from, init_image_size), each found once.
 
     A task that has begun needs its first weights no more.
     """
-    found: dict[tuple[str, int | None], loading.Found | None] = {}
+    found: dict[tuple[str, int | None], loading.StoredWeights | None] = {}
     for name, config in tasks.items():
         key = config.init_from, config.init_image_size
         needed = checkpoint.last_step(workdirs[name]) is None
@@ -327,7 +327,7 @@ def _find_weights(
 
 
 def _resolved(
-    config: ConfigDict, found: loading.Found | None, old: dict[str, Any] | None
+    config: ConfigDict, found: loading.StoredWeights | None, old: dict[str, Any] | None
 ) -> ConfigDict:
     """The config with what its first weights decide, as the trainer resolves it."""
     config = config.copy_and_resolve_references()
@@ -339,7 +339,7 @@ def _resolved(
 def _check(
     config: ConfigDict,
     workdir: epath.Path,
-    found: loading.Found | None,
+    found: loading.StoredWeights | None,
     train_examples: int | None,
 ) -> int:
     """Opens a task's data and builds its model; returns how many images it has still to train on.

@@ -19,7 +19,7 @@ from helpers import TINY, environment, run_program, run_python, tiny_config
 from mixer import memory
 from mixer.errors import UserError
 from mixer.models import flops
-from mixer.models.mlp_mixer import make_model
+from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.benchmark import contest, jax_side, limit, report, torch_side

@@ -14,7 +14,7 @@ import pytest
 
 from helpers import PUBLISHED, assert_same_bits
 from mixer.errors import UserError
-from mixer.models.mlp_mixer import make_model
+from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.training import optimizer
 from mixer.training import state as train_state

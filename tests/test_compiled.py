@@ -15,7 +15,8 @@ import pytest
 from jax.experimental import topologies
 
 from mixer.models import flops, layers
-from mixer.models.mlp_mixer import MixerBlock, make_model
+from mixer.models.mlp_mixer import MixerBlock
+from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.tools.benchmark import plain
 from mixer.tools.plan import hlo

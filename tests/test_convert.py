@@ -1,6 +1,5 @@
 """`python -m mixer.tools.convert`: every pair of formats, bit for bit, and what it refuses."""
 
-import dataclasses
 import json
 import re
 
@@ -12,10 +11,12 @@ import safetensors.numpy
 from etils import epath
 
 from helpers import GOLDENS, TINY, assert_same_bits, run_program, run_python
-from mixer.models.mlp_mixer import make_model
+from mixer.models.mlp_mixer import timm_arguments
+from mixer.models.registry import make_model
 from mixer.tools import convert
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
+from mixer.weights.card import Card
 
 PUBLISHED = GOLDENS / "mixer_tiny_official.npz"
 NAMES = {"run": "run", "published": "new.npz", "legacy": "old.npz", "timm": "timm.safetensors"}
@@ -41,9 +42,10 @@ def make(name, gelu="tanh"):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    card = weights.Card(
+    card = Card(
+        architecture="mixer",
         variant=None,
-        **dims,
+        dimensions=dims,
         num_classes=classes,
         image_size=size,
         gelu=gelu,
@@ -125,10 +127,10 @@ def test_the_json_tells_timm_how_to_build_the_model():
     card = make("tiny").card
     for hidden in (24, 49, 100, 768, 1280):
         for width in (1, 7, 20, 48, 384, 1536, 5121):
-            other = dataclasses.replace(card, hidden_dim=hidden, channels_mlp_dim=width)
-            assert int(weights.timm_arguments(other)["mlp_ratio"][1] * hidden) == width
-    assert weights.timm_arguments(card)["act_layer"] == "gelu_tanh"
-    assert weights.timm_arguments(card)["img_size"] == [32, 32]
+            model = card.model(hidden_dim=hidden, channels_mlp_dim=width)
+            assert int(timm_arguments(model, (32, 32))["mlp_ratio"][1] * hidden) == width
+    arguments = timm_arguments(card.model(), card.image_size)
+    assert (arguments["act_layer"], arguments["img_size"]) == ("gelu_tanh", [32, 32])
 
 
 def test_values_that_are_not_finite_are_not_written(tmp_path):
@@ -160,13 +162,15 @@ def test_the_command_converts_reports_and_grows(tmp_path):
     out, err = command(PUBLISHED, "large.safetensors", "--image_size=64", "--report", cwd=tmp_path)
     assert "64 x 64" in err and "published" in err
     assert re.search(r"large\.safetensors.*timm.*42,247.*0\.2 MB", out)
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
-    assert rows["params"][1] == "42,247"  # 13,123 and 9,708 more a block
-    assert "MixerBlock_2" in rows
-    assert "(64, 80)" in out and "token_mixing" in out
+    rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines()]
+    rows = {row[1]: row for row in rows if len(row) > 6}
     with np.load(PUBLISHED) as file:
-        norm = np.linalg.norm(file["stem/kernel"].astype(np.float64))
-    assert f"{norm:.4g}" in out
+        mean, deviation = file["stem/kernel"].mean(), file["stem/kernel"].std()
+    _, _, shape, _, size, *statistics = rows["stem/kernel"]
+    assert (shape, size) == ("(8, 8, 3, 24)", "4,608")
+    assert [float(value) for value in statistics[:2]] == pytest.approx([mean, deviation], rel=0.01)
+    assert rows["MixerBlock_2/token_mixing/Dense_0/kernel"][2] == "(64, 80)"
+    assert "Total: 42,247" in out  # 13,123 and 9,708 more a block
     card = json.loads((tmp_path / "large.safetensors.json").read_text())
     assert card["image_size"] == [64, 64] and card["tokens_mlp_dim"] == 80
     assert card["source"] == str(PUBLISHED) and card["gelu"] == "tanh"

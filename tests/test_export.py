@@ -54,6 +54,12 @@ def make(loaded, **options):
     return serving.make_program(loaded, serving.served_weights(loaded), **options)
 
 
+def write(loaded, paths, **options):
+    arrays = serving.served_weights(loaded)
+    program = serving.make_program(loaded, arrays, **options)
+    serving.write(loaded, program, arrays, paths)
+
+
 def run_alone(code, folder, images):
     """Runs `code`, whose `call` is then called with 1, 3 and 8 images, where only JAX is."""
     np.save(folder / "images.npy", images)
@@ -94,7 +100,7 @@ def run_here(code, folder, images):
 @pytest.mark.parametrize("execute", [run_here, pytest.param(run_alone, marks=pytest.mark.slow)])
 def test_weights_beside_run_as_the_json_says(tmp_path, loaded, images, execute):
     paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
-    serving.write(loaded, paths, platforms=["cpu"])
+    write(loaded, paths, weights="beside", platforms=["cpu"])
     names = {"tiny.stablehlo", "tiny.stablehlo.json", "tiny.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
     about = json.loads((tmp_path / "tiny.stablehlo.json").read_text())
@@ -104,7 +110,18 @@ def test_weights_beside_run_as_the_json_says(tmp_path, loaded, images, execute):
     assert about["inputs"]["weights"]["head/kernel"] == head
     assert about["output"] == {"shape": ["b", 7], "dtype": "float32"}
     assert about["jax"] == jax.__version__ and about["classes"] == list("abcdefg")
-    assert about["card"] == json.loads(json.dumps(dataclasses.asdict(loaded.card)))
+    dims = {"patch_size": 8, "hidden_dim": 24, "num_blocks": 3}
+    dims |= {"tokens_mlp_dim": 20, "channels_mlp_dim": 40}
+    assert about["card"] == {
+        "variant": None,
+        **dims,
+        "num_classes": 7,
+        "image_size": [32, 32],
+        "gelu": "tanh",
+        "preprocess": loaded.card.preprocess,
+        "class_names": list("abcdefg"),
+        "source": str(WEIGHTS),
+    }
     got = execute("\n".join(about["call"]), tmp_path, images)
     expected = outputs(loaded, images, 0.0, 1.0)["logits"]
     for n in (1, 3, 8):
@@ -142,7 +159,7 @@ def test_written_whole_or_not_at_all(tmp_path, loaded, monkeypatch):
     monkeypatch.setattr(jax.export.Exported, "serialize", disk_is_full)
     paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
     with pytest.raises(OSError, match="No space left"):
-        serving.write(loaded, paths)
+        write(loaded, paths, weights="beside")
     assert not list(tmp_path.iterdir())
 
 

@@ -147,7 +147,6 @@ def test_activations_are_those_of_the_formula():
         wanted = size(channels) / size(x + tokens)
         assert found.channel_update[i] == pytest.approx(wanted, rel=1e-4)
         x = x + tokens + channels
-    json.dumps(found.summary())
 
 
 def _result(label, guess, num_classes, probability=None):

@@ -33,7 +33,8 @@ from helpers import (
 from mixer import trainer
 from mixer.data.preprocessing.spec import pixel_range
 from mixer.errors import UserError
-from mixer.models.mlp_mixer import make_model
+from mixer.models import registry
+from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import resume
@@ -110,12 +111,14 @@ def test_variants_are_recognised_from_their_shapes():
         model = make_model(variant=variant, num_classes=3)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
         flat = traverse_util.flatten_dict(shapes["params"], sep="/")
-        dims = weights.dimensions({name: leaf.shape for name, leaf in flat.items()}, "x")
-        assert weights.find_variant(dims) == variant
+        shapes = {name: leaf.shape for name, leaf in flat.items()}
+        mixer = registry.ARCHITECTURES["mixer"]
+        dims = mixer.read_dimensions(shapes, "x")
+        assert registry.find_variant(mixer, dims) == variant
         assert (dims["num_tokens"], dims["num_classes"]) == (4, 3)
         grown = dims | {"tokens_mlp_dim": 4 * dims["tokens_mlp_dim"]}
-        assert weights.find_variant(grown) == variant
-        assert weights.find_variant(dims | {"num_blocks": 3}) is None
+        assert registry.find_variant(mixer, grown) == variant
+        assert registry.find_variant(mixer, dims | {"num_blocks": 3}) is None
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_the_json_beside_a_file_is_believed_and_checked(tmp_path):
     refused(path, "mine.npz.json is damaged")
     beside.unlink()
     beside.mkdir()
-    refused(path, "mine.npz.json is damaged")
+    refused(path, "mine.npz.json is a directory")
     beside.rmdir()
     beside.write_text('{"some": "notes"}')  # not ours
     assert load(path)[0].gelu == "tanh"

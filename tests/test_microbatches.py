@@ -7,7 +7,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from helpers import PLAIN_STEP, TINY, leaves
 from mixer.models import microbatches
-from mixer.models import mlp_mixer as model
+from mixer.models.mlp_mixer import VARIANTS
+from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.training import losses
 from mixer.training.state import TrainState
@@ -19,8 +20,8 @@ DIGITS = dict(patch_size=2, hidden_dim=64, num_blocks=4, tokens_mlp_dim=32, chan
 
 
 def _mixer(name):
-    fields = {**model.VARIANTS, "cifar": CIFAR, "digits": DIGITS}[name]
-    return model.make_model(**fields, num_classes=10)
+    fields = {**VARIANTS, "cifar": CIFAR, "digits": DIGITS}[name]
+    return make_model(**fields, num_classes=10)
 
 
 def _mesh(platform, data):
@@ -71,7 +72,7 @@ def _params(mixer, rng):
 
 
 def test_predictions_come_in_the_images_order(many_parts):
-    mixer = model.make_model(num_classes=7, **TINY)
+    mixer = make_model(num_classes=7, **TINY)
     rng = np.random.default_rng(0)
     params = _params(mixer, rng)
     images = rng.integers(0, 256, (12, 32, 32, 3), np.uint8)
@@ -86,7 +87,7 @@ def test_predictions_come_in_the_images_order(many_parts):
 @pytest.mark.slow
 def test_an_update_is_that_of_the_whole_batch(many_parts, monkeypatch):
     """Masks included."""
-    mixer = model.make_model(num_classes=7, **TINY | dict(dropout=0.5, num_blocks=1))
+    mixer = make_model(num_classes=7, **TINY | dict(dropout=0.5, num_blocks=1))
     tx = optax.sgd(0.1)
     rng = np.random.default_rng(0)
     params = _params(mixer, rng)

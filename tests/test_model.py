@@ -8,7 +8,8 @@ from flax import traverse_util
 
 from helpers import TINY, golden, golden_params
 from mixer.errors import UserError
-from mixer.models.mlp_mixer import VARIANTS, MlpBlock, MlpMixer, make_model
+from mixer.models.mlp_mixer import VARIANTS, MlpBlock, MlpMixer
+from mixer.models.registry import make_model
 
 # REFERENCE: parameters with 1,000 classes.
 COUNTS = {

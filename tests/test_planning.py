@@ -9,7 +9,7 @@ from configs import common, mixer_b16_i1k
 from helpers import TINY, run_program, run_python, tiny_config
 from mixer.errors import UserError
 from mixer.models.flops import forward_flops
-from mixer.models.mlp_mixer import make_model
+from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.plan import chips, hlo, report, search, update

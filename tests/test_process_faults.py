@@ -26,7 +26,8 @@ from mixer.cli import config as cli
 from mixer.cli import interrupts
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
-from mixer.models.mlp_mixer import check_image_size, make_model
+from mixer.models.modules import check_image_size
+from mixer.models.registry import make_model
 from mixer.parallel import backend, join
 from mixer.runs import config as run
 from mixer.tools.benchmark import report

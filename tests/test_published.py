@@ -29,7 +29,7 @@ BV_STEPS = "decode|resize_small(256, method='area')|central_crop(224)"
 def _shapes(variant, num_classes):
     import jax
 
-    from mixer.models.mlp_mixer import make_model
+    from mixer.models.registry import make_model
 
     model = make_model(variant=variant, num_classes=num_classes)
     init = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))

@@ -7,8 +7,8 @@ import pytest
 from flax import traverse_util
 
 from mixer.errors import UserError
-from mixer.models import resize as resolution
-from mixer.models.mlp_mixer import make_model
+from mixer.models import mlp_mixer, resize
+from mixer.models.registry import make_model
 
 P = 2
 SMALL = dict(patch_size=P, hidden_dim=8, num_blocks=2, channels_mlp_dim=12, num_classes=5)
@@ -34,8 +34,9 @@ def outputs(params, images, gelu="tanh"):
 
 
 def grow_all(params, grid, factors):
+    new_grid = (grid[0] * factors[0], grid[1] * factors[1])
     return {
-        name: resolution.grow(name, array, grid=grid, factors=factors)
+        name: mlp_mixer.grow(name, array, grid=grid, new_grid=new_grid)
         for name, array in params.items()
     }
 
@@ -64,8 +65,6 @@ def test_grown_model_is_the_mean_over_the_tiles(grid, factors, gelu):
     tile_tokens, *tile_outputs = outputs(params, tiles.reshape(-1, *size, 3), gelu)
 
     grown = grow_all(params, grid, factors)
-    for name, array in grown.items():
-        assert array.shape == resolution.grown_shape(name, params[name].shape, factors), name
     tokens, *large_outputs = outputs(grown, images, gelu)
     # The last LayerNorm removes what b2 adds, so that only the tokens show where it went.
     tokens = tokens.reshape(3, k_h, grid[0], k_w, grid[1], -1).swapaxes(2, 3)
@@ -91,7 +90,7 @@ def test_growth_copies_bits_and_keeps_the_dtype(leaf):
     name = f"MixerBlock_11/token_mixing/{leaf}"
     shape = {"Dense_0/kernel": (6, 4), "Dense_0/bias": (4,), "Dense_1/kernel": (4, 6)}[leaf]
     bits = np.random.default_rng(0).integers(1, 2**15, shape, np.uint16)
-    grown = resolution.grow(name, bits.view(ml_dtypes.bfloat16), grid=(2, 3), factors=(2, 1))
+    grown = mlp_mixer.grow(name, bits.view(ml_dtypes.bfloat16), grid=(2, 3), new_grid=(4, 3))
     assert grown.dtype == ml_dtypes.bfloat16
     values, counts = np.unique(grown.view(np.uint16), return_counts=True)
     expected = np.concatenate([bits.ravel()] * 2)
@@ -105,18 +104,14 @@ def test_growth_copies_bits_and_keeps_the_dtype(leaf):
 )
 def test_other_leaves_are_returned_as_they_are(name):
     array = np.ones((4, 4), np.float32)
-    assert resolution.grow(name, array, grid=(2, 2), factors=(2, 2)) is array
-    assert resolution.grown_shape(name, array.shape, (2, 2)) == (4, 4)
-    assert resolution.interpolate(name, array, grid=(2, 2), new_grid=(3, 3)) is array
-    assert resolution.interpolated_shape(name, array.shape, (2, 2), (3, 3)) == (4, 4)
+    assert mlp_mixer.grow(name, array, grid=(2, 2), new_grid=(4, 4)) is array
+    assert mlp_mixer.interpolate(name, array, grid=(2, 2), new_grid=(3, 3)) is array
 
 
 def test_factors():
-    assert resolution.factors((224, 224), (448, 672), 16) == (2, 3)
-    assert resolution.factors((224, 224), (224, 224), 16) == (1, 1)
-    assert resolution.factors((224, 224), (336, 448), 16) is None
-    assert resolution.factors((224, 224), (112, 224), 16) is None
-    assert resolution.check((224, 160), (224, 320), 16) == (1, 2)
+    assert resize.growth_factors((224, 224), (448, 672), 16) == (2, 3)
+    assert resize.growth_factors((224, 224), (224, 224), 16) == (1, 1)
+    assert resize.growth_factors((224, 160), (224, 320), 16) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +124,7 @@ def test_factors():
 )
 def test_sizes_that_cannot_be_grown_to_are_refused(new, near):
     with pytest.raises(UserError) as error:
-        resolution.check((224, 224), new, 16)
+        resize.growth_factors((224, 224), new, 16)
     message = str(error.value)
     assert f"{new[0]} x {new[1]}" in message and near in message
     assert "interpolat" in message and " 16" in message
@@ -158,12 +153,11 @@ def test_interpolation_keeps_what_even_tokens_give(grid, new_grid):
     """Tokens all alike: the same hidden units; weights alike for all tokens: the same output."""
     old = token_leaves(grid, width=9)
     new = {
-        name: resolution.interpolate(name, array, grid=grid, new_grid=new_grid)
+        name: mlp_mixer.interpolate(name, array, grid=grid, new_grid=new_grid)
         for name, array in old.items()
     }
-    for name, array in new.items():
-        wanted = resolution.interpolated_shape(name, old[name].shape, grid, new_grid)
-        assert array.shape == wanted and array.dtype == np.float32, name
+    for name, leaf in token_leaves(new_grid, width=9).items():
+        assert new[name].shape == leaf.shape and new[name].dtype == np.float32, name
     kernel = "MixerBlock_0/token_mixing/Dense_0/kernel"
     field = np.full((2, old[kernel].shape[0]), 1.7, np.float32)
     new_field = np.full((2, new[kernel].shape[0]), 1.7, np.float32)
@@ -171,7 +165,7 @@ def test_interpolation_keeps_what_even_tokens_give(grid, new_grid):
 
     kernel = "MixerBlock_0/token_mixing/Dense_1/kernel"
     even = np.repeat(old[kernel][:, :1], old[kernel].shape[1], axis=1)
-    even = resolution.interpolate(kernel, even, grid=grid, new_grid=new_grid)
+    even = mlp_mixer.interpolate(kernel, even, grid=grid, new_grid=new_grid)
     np.testing.assert_allclose(even, np.repeat(old[kernel][:, :1], even.shape[1], 1), atol=1e-6)
 
 
@@ -181,7 +175,7 @@ def test_interpolation_is_the_resizing_of_images(new_grid):
     grid = (3, 5)
     leaves = token_leaves(grid, width=4)
     new = {
-        name.removeprefix("MixerBlock_0/token_mixing/"): resolution.interpolate(
+        name.removeprefix("MixerBlock_0/token_mixing/"): mlp_mixer.interpolate(
             name, array, grid=grid, new_grid=new_grid
         )
         for name, array in leaves.items()
@@ -201,4 +195,4 @@ def test_interpolation_is_the_resizing_of_images(new_grid):
 
 def test_interpolation_to_the_same_size_changes_nothing():
     for name, array in token_leaves((3, 4), width=5).items():
-        assert resolution.interpolate(name, array, grid=(3, 4), new_grid=(3, 4)) is array
+        assert mlp_mixer.interpolate(name, array, grid=(3, 4), new_grid=(3, 4)) is array

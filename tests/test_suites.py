@@ -18,9 +18,10 @@ from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet import real as imagenet_real
 from mixer.errors import UserError
 from mixer.evaluation import report, suites
-from mixer.models.mlp_mixer import make_model
+from mixer.models.registry import make_model
 from mixer.weights import formats as weights
 from mixer.weights import published
+from mixer.weights.card import Card
 
 SIZE = 16
 PREPROCESS = f"decode|resize_small({SIZE * 8 // 7}, method='area')|central_crop({SIZE})"
@@ -88,9 +89,10 @@ def file(tmp_path_factory):
     arrays = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     rng = np.random.default_rng(0)
     arrays["head/kernel"] = rng.normal(size=(8, 1000)).astype(np.float32)
-    card = weights.Card(
+    card = Card(
+        architecture="mixer",
         variant=None,
-        **dims,
+        dimensions=dims,
         num_classes=1000,
         image_size=(SIZE, SIZE),
         gelu="tanh",

@@ -15,12 +15,14 @@ from rich.console import Console
 from helpers import run_program, run_python, tiny_config
 from mixer.errors import UserError
 from mixer.evaluation import classification, sweeps
+from mixer.models.registry import ARCHITECTURES
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.training import losses
 from mixer.training.step import make_predict
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
+from mixer.weights.card import Card
 
 
 @pytest.mark.parametrize(
@@ -61,10 +63,11 @@ def config(tfds_dir):
 def file(config, tmp_path_factory):
     """Weights for them that tell the images apart, a head's random ones too."""
     path = tmp_path_factory.mktemp("weights") / "digits.npz"
-    dimensions = {name: config.model[name] for name in weights.DIMENSIONS}
-    card = weights.Card(
+    dimensions = {name: config.model[name] for name in ARCHITECTURES["mixer"].dimensions}
+    card = Card(
+        architecture="mixer",
         variant=None,
-        **dimensions,
+        dimensions=dimensions,
         num_classes=10,
         image_size=(8, 8),
         gelu="tanh",

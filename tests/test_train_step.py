@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from helpers import PLAIN_STEP, PUBLISHED, TINY, assert_same_bits, golden, golden_params, leaves
-from mixer.models.mlp_mixer import make_model
+from mixer.models.registry import make_model
 from mixer.training import losses, optimizer
 from mixer.training.mixup import make_mix
 from mixer.training.state import TrainState

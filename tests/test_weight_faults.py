@@ -24,9 +24,11 @@ from mixer import trainer
 from mixer.errors import UserError
 from mixer.evaluation import report
 from mixer.models.mlp_mixer import VARIANTS
+from mixer.models.registry import ARCHITECTURES
 from mixer.runs import config as run
+from mixer.weights import card as card_file
+from mixer.weights import download, foreign, published
 from mixer.weights import fetch as remote
-from mixer.weights import foreign, published
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
 
@@ -112,8 +114,7 @@ def test_every_layout_is_loaded_from_an_address(server, path):
 
 def test_short_names_are_loaded_from_the_bucket(server, monkeypatch):
     card = loading.read(PUBLISHED, log=print).card
-    dims = {name: getattr(card, name) for name in weights.DIMENSIONS}
-    monkeypatch.setitem(VARIANTS, "T/8", dims)
+    monkeypatch.setitem(VARIANTS, "T/8", card.dimensions)
     monkeypatch.setattr(published, "IMAGE_SIZE", 32)
     released = published.Published(server.url("t/Mixer-T_8.npz"), "T/8", 7, "imagenet1k")
     monkeypatch.setitem(published.CHECKPOINTS, "T/8-i1k", released)
@@ -227,7 +228,7 @@ LENGTH = b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n"
     ids=["bytes", "chunk", "header", "nothing"],
 )
 def test_a_slow_server_is_given_up(server, monkeypatch, answer):
-    monkeypatch.setattr(remote, "SLOW_SECS", 0.4)
+    monkeypatch.setattr(download, "SLOW_SECS", 0.4)
     server.files = {"x.npz": answer}
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"x\.npz: .*bytes came in the last .*10,000 a second"):
@@ -237,15 +238,15 @@ def test_a_slow_server_is_given_up(server, monkeypatch, answer):
 
 
 def test_a_download_has_a_total_time(server, monkeypatch):
-    monkeypatch.setattr(remote, "MAX_SECS", 0.5)
-    monkeypatch.setattr(remote, "SLOW_SECS", 0.6)
+    monkeypatch.setattr(download, "MAX_SECS", 0.5)
+    monkeypatch.setattr(download, "SLOW_SECS", 0.6)
     server.files = {"x.npz": _after(b"HTTP/1.0 200 OK\r\n\r\n", _trickle(b"x" * 5000))}
     with pytest.raises(UserError, match=r"no end after 0\.5 s"):
         remote.fetch(server.url("x.npz"), log=print)
 
 
 def test_a_stall_ends_after_two_timeouts(server, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT_SECS", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT_SECS", 0.2)
     headers = LENGTH.replace(b"OK\r\n", b'OK\r\nETag: "a"\r\n') + b"x" * 100
     server.files = {"x.npz": _after(headers, lambda handler: time.sleep(0.6))}
     with pytest.raises(UserError, match=r"100 of 100,000 bytes came, .* 2 attempts"):
@@ -253,8 +254,8 @@ def test_a_stall_ends_after_two_timeouts(server, monkeypatch):
 
 
 def test_an_end_that_never_comes_does_not_fill_the_disk(server, monkeypatch):
-    usage = remote.shutil.disk_usage("/")._replace(free=100_000)
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: usage)
+    usage = download.shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     server.files = {"x.npz": _after(b"HTTP/1.0 200 OK\r\n\r\n", _trickle(b"x" * 20_000, 0))}
     with pytest.raises(UserError, match="cannot be written: it does not say its length"):
         remote.fetch(server.url("x.npz"), log=print)
@@ -484,7 +485,7 @@ def test_cards_of_any_types_get_a_line(tmp_path):
         for value in (*ODD, "value_range(" + "(" * 300, "decode|value_range(1e999)"):
             card.write_text(json.dumps(values | {key: value}))
             with contextlib.suppress(UserError):
-                weights.read_card(path)
+                card_file.read_card(path)
     for value in ODD:
         card.write_text(json.dumps(dict.fromkeys(values, value) | {"format": values["format"]}))
         _one_line(path)
@@ -695,7 +696,7 @@ def test_a_run_from_an_address_keeps_no_secret_and_continues(server, tmp_path, c
     server.files = {"x.npz": PUBLISHED.read_bytes()}
     short = dict(dataset__val_split="", dataset__test_split="", checkpoint__every_steps=2)
     short |= dict(schedule__warmup_steps=1)
-    dims = {f"model__{name}": None for name in weights.DIMENSIONS}
+    dims = {f"model__{name}": None for name in ARCHITECTURES["mixer"].dimensions}
     for steps in (2, 4):
         address = server.url(f"x.npz?token={SECRET}{steps}")
         config = tiny_config(init_from=address, image_size=32, total_steps=steps, **short, **dims)

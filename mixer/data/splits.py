@@ -316,7 +316,7 @@ def _brief(names) -> str:
 
 
 def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) -> Split:
-    check_choice("split of synthetic data", spec, synthetic.SPLITS)
+    check_choice("split", spec, synthetic.SPLITS, "synthetic data")
     return SyntheticSplit(
         name=f"synthetic {spec}",
         class_names=tuple(str(label) for label in range(num_classes)),

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,6 @@ from mixer.errors import UserError
 from mixer.evaluation import classification, scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.models import layers, microbatches
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run_config
 from mixer.training.step import normalize
@@ -104,7 +104,7 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)  # a training's probes are one program
-def _make_features(model: MlpMixer, mesh: Mesh) -> Callable:
+def _make_features(model: nn.Module, mesh: Mesh) -> Callable:
     """Returns `(params, batch) -> columns` for `classification.collect`.
 
     They are the place in the split, and pre_logits (N, C).
@@ -185,7 +185,7 @@ def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) 
 
 
 def evaluate(
-    model: MlpMixer,
+    model: nn.Module,
     params: Any,
     train: Split,
     test: Split,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -26,16 +27,18 @@ from mixer.data import splits as pipeline
 from mixer.errors import UserError, check_choice
 from mixer.evaluation import classification, fewshot, scores, suites, throughput
 from mixer.formatting import in_markdown
-from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size
+from mixer.models.mlp_mixer import VARIANTS
+from mixer.models.modules import check_image_size
+from mixer.models.registry import dimensions
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.training import losses, program
 from mixer.training.state import abstract_params
 from mixer.training.step import make_predict
+from mixer.weights import card as weights_card
 from mixer.weights import checkpoint, published
 from mixer.weights import fetch as remote
-from mixer.weights import formats as weights
 from mixer.weights import load as loading
 
 # What --suite names besides the sets of `suites`, and evaluates on the data given or the run's own.
@@ -66,7 +69,7 @@ class Subject:
 
     name: str
     path: str
-    model: MlpMixer
+    model: nn.Module
     num_classes: int
     params: dict[str, Callable[[], Any]]
     num_params: int
@@ -123,7 +126,7 @@ def open_run(
     data = own
     if config is not None:
         data = config.copy_and_resolve_references()
-        data.model.update({name: getattr(model, name) for name in weights.DIMENSIONS})
+        data.model.update(dimensions(model))
         run.resolve_permutation(data)
     identity = {"step": int(directory.name)}
     if output != workdir:
@@ -196,7 +199,7 @@ def open_weights(
     card = loaded.card
     if config is not None and not own_data:
         config = config.copy_and_resolve_references()
-        config.model.update({name: getattr(card, name) for name in weights.DIMENSIONS})
+        config.model.update(card.dimensions)
         run.resolve_permutation(config)
     if config is not None and preprocess is not None:
         config.dataset.eval_preprocess = preprocess
@@ -204,7 +207,7 @@ def open_weights(
     name = published.shown(path)
     plain = re.sub(r"[^\w.-]+", "_", name.rpartition("://")[2]).strip("_.")
     arrays = traverse_util.flatten_dict(loaded.params, sep="/")
-    checksum = weights.checksum(
+    checksum = weights_card.checksum(
         lambda name: np.asarray(arrays[name]), {name: each.shape for name, each in arrays.items()}
     )
     loss = "softmax" if config is None else config.loss

@@ -23,7 +23,7 @@ from mixer.data.preprocessing import permutation as orders
 from mixer.data.preprocessing.spec import Kind, Specification, parse
 from mixer.errors import UserError, printable
 from mixer.evaluation import classification, scores, suites
-from mixer.models.mlp_mixer import check_image_size
+from mixer.models.modules import check_image_size
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
@@ -31,7 +31,6 @@ from mixer.training import losses
 from mixer.training.step import make_predict
 from mixer.weights import checkpoint
 from mixer.weights import fetch as remote
-from mixer.weights import formats as weights
 from mixer.weights import load as loading
 
 SCALED = ("resize", "resize_small", "central_crop")  # ops whose size follows the images' side
@@ -105,7 +104,7 @@ class Subject:
     """
 
     path: str
-    found: loading.Found
+    found: loading.StoredWeights
     config: ConfigDict
     mesh: Mesh
     batch_size: int
@@ -141,7 +140,7 @@ def open_subject(
     if config is not None:
         config = config.copy_and_resolve_references()
         run.check_config(config)
-        config.model.update({name: getattr(card, name) for name in weights.DIMENSIONS})
+        config.model.update(card.dimensions)
         run.resolve_permutation(config)
     elif remote.is_directory(path):
         workdir = checkpoint.find_step(path).parent.parent
@@ -217,7 +216,7 @@ def resolution(
     for subject in subjects:
         for size in sizes:
             check_image_size((size, size), subject.found.card.patch_size)
-            loading.resized(subject.found, (size, size), resize)
+            loading.resize_card(subject.found, (size, size), resize)
             opened[subject.path, size] = _open_split(subject, size)
     drawn = []
     for subject in subjects:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -16,7 +17,8 @@ from jax.sharding import Mesh
 from mixer import formatting, memory
 from mixer.errors import check_number
 from mixer.models import layers
-from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
+from mixer.models.modules import check_image_size
+from mixer.models.registry import architecture_of, dimensions, make_model
 from mixer.parallel import sharding
 from mixer.training import state as train_state
 from mixer.training.step import make_predict
@@ -79,7 +81,7 @@ class Throughput:
 
 
 def measure(
-    model: MlpMixer,
+    model: nn.Module,
     params: Any,
     image_size: tuple[int, int],
     *,
@@ -196,10 +198,10 @@ def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
 
 
-def _variant(model: MlpMixer) -> str | None:
+def _variant(model: nn.Module) -> str | None:
     """The name whose dimensions the model has."""
-    for name, dimensions in VARIANTS.items():
-        if all(getattr(model, key) == value for key, value in dimensions.items()):
+    for name, variant in architecture_of(model).variants.items():
+        if variant == dimensions(model):
             return name
     return None
 
@@ -217,7 +219,7 @@ def measure_variants(
     """Measures models with random weights, one in memory at a time: (name, result) of each.
 
     Args:
-      names: of VARIANTS.
+      names: of variants, such as "B/16".
       image_size: (H, W).
       num_classes: width of the head.
       dtype: of the computation, "float32" or "bfloat16".

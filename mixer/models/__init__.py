@@ -1,1 +1,1 @@
-"""Networks, and what follows from their shape: parameter names, FLOPs, resizing."""
+"""Architectures: the networks, and what follows from their shape (names, FLOPs, resizing)."""

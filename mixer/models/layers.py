@@ -1,20 +1,20 @@
 """The model's layers as functions of their parameters, with derivatives written out.
 
 Autodiff of the plain formulation (Dense, GELU, and a transpose before and after token mixing)
-costs more than the mathematics asks for. Here:
+does more work than necessary. Here:
 
-- token mixing is a matmul over the token axis with channels where they are, so that nothing is
-  transposed: one for each image, or on a CPU one for all images side by side; on an NVIDIA GPU bias
-  and GELU are part of it;
-- of a LayerNorm and the matmul behind it the backward pass finds the normalized input alone, where
-  the batch outweighs the kernel;
-- the gradient of GELU is computed from its input alone, the one array that the forward pass keeps;
-- on a CPU, gradients of weights are products that transpose the smaller of their two operands,
-  where XLA would transpose the one on the left;
-- gradients of weights and biases are sums in float32, whatever the dtype of the computation.
+- token mixing is a matmul over the token axis that leaves the channels in place, so that nothing is
+  transposed: one matmul per image, or on a CPU one for all images side by side; on an NVIDIA GPU
+  the matmul includes bias and GELU;
+- of a LayerNorm and the matmul after it, the backward pass keeps the normalized input alone, if the
+  batch is larger than the kernel;
+- the gradient of GELU is computed from its input, the only array that the forward pass keeps;
+- on a CPU, the products for gradients of weights transpose the smaller operand, where XLA would
+  transpose the left one;
+- gradients of weights and biases are summed in float32, whatever the dtype of the computation.
 
-In float32 each is the same function as the plain formulation up to rounding (tests/test_layers.py).
-docs/performance.md has what they bring. Only reverse-mode differentiation is defined.
+In float32 each function equals the plain formulation up to rounding (tests/test_layers.py).
+docs/performance.md has the gains. Only reverse-mode differentiation is defined.
 """
 
 import functools
@@ -30,7 +30,8 @@ from mixer.parallel.sharding import sum_over_shards
 _SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-# From so many on a CPU's product over all images and channels has enough rows and columns to share.
+# From this number of tokens on, a product over all images and channels is large enough for a CPU's
+# cores to share.
 MANY_TOKENS = 128
 
 
@@ -106,8 +107,8 @@ def norm_dense(
     Returns:
       (..., O).
     """
-    # To scale the kernel takes longer there than what it saves. (An exported program does not know
-    # its batch, and takes no gradients.)
+    # For a small batch, scaling the kernel costs more than it saves. (A program exported for any
+    # batch size has a symbolic size; it computes no gradients.)
     if isinstance(x.size, int) and x.size < 2 * kernel.size:
         return _dense_of_norm(x, scale, shift, kernel, bias)
     return _joined_norm_dense(x, scale, shift, kernel, bias)
@@ -118,8 +119,8 @@ def _dense_of_norm(x, scale, shift, kernel, bias) -> jax.Array:
     return dense((normal * scale + shift).astype(x.dtype), kernel, bias)
 
 
-# Where gradients are wanted, scale and shift are part of the affine map: the normalized `x` is then
-# all that is kept of both, and their gradients come from those of kernel and bias.
+# Under differentiation, scale and shift become part of the affine map: the backward pass then needs
+# the normalized `x` alone, and their gradients follow from those of kernel and bias.
 _joined_norm_dense = jax.custom_vjp(_dense_of_norm)
 
 
@@ -166,8 +167,8 @@ _joined_norm_dense.defvjp(_norm_dense_forward, _norm_dense_backward)
 def _dense_sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gradients of kernel and bias, (I, O) and (O,) float32: sums over all but the last axis.
 
-    A product transposes its left operand, which on a CPU costs as much as half of the product
-    itself where that is the wide one.
+    A product transposes its left operand; on a CPU this costs up to half as much as the product
+    itself if that operand is the wide one.
     """
     rows = tuple(range(x.ndim - 1))
 
@@ -176,7 +177,7 @@ def _dense_sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
         return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
     def exchanged(x: jax.Array, grad: jax.Array) -> jax.Array:
-        # Without the barrier XLA exchanges the operands again, to save the small transpose.
+        # Without the barrier XLA swaps the operands back to save the small transpose.
         return lax.optimization_barrier(product(grad, x)).T
 
     if x.shape[-1] <= grad.shape[-1]:
@@ -188,7 +189,7 @@ def _dense_sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def token_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Affine map of the token axis, for each channel alike, in the dtype of `x`.
+    """Affine map of the token axis, the same for each channel, in the dtype of `x`.
 
     Args:
       x: (N, I, C).
@@ -206,9 +207,9 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _affine_in_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """As `_affine`, the bias being part of the product where that has room for it.
+    """As `_affine`, with the bias inside the product if the padding has room for it.
 
-    GELU can then be part of the product too: cuBLASLt itself adds biases along the other axis only.
+    XLA can then fuse GELU into the product too: cuBLASLt adds biases along the other axis only.
     """
     if not (room := _room(x)):
         return _affine(x, kernel, bias)
@@ -217,12 +218,12 @@ def _affine_in_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Arra
 
 
 def _room(x: jax.Array) -> int:
-    """How many empty tokens XLA adds to `x` (N, I, C) for a GPU, which multiplies by eights."""
+    """Number of empty tokens by which XLA pads `x` (N, I, C) to a multiple of 8 for a GPU."""
     return -x.shape[1] % 8 if x.dtype == jnp.bfloat16 else 0
 
 
 def _extended(x: jax.Array) -> jax.Array:
-    """`x` with them; the first is of ones, and takes the bias."""
+    """`x` with these tokens; the first holds ones and multiplies the bias."""
     ones = jnp.zeros((x.shape[0], _room(x), x.shape[2]), x.dtype).at[:, 0].set(1)
     return jnp.concatenate([x, ones], 1)
 
@@ -234,21 +235,21 @@ def _token_product(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _image_by_image(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    # Broadcast by hand: XLA would take the one matrix for a reason to transpose `x`.
+    # Broadcast explicitly: for a single matrix XLA would transpose `x`.
     matrix = jnp.broadcast_to(matrix, (x.shape[0], *matrix.shape))
     return lax.dot_general(matrix, x, (((2,), (1,)), ((0,), (0,))))
 
 
 def _side_by_side(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    # The images of small models are too small for a matmul each. Whole rows of channels move. A
-    # matrix that XLA has to transpose within the product gets a slower one.
+    # The images of small models are too small for one matmul each. Whole rows of channels move. The
+    # barrier keeps XLA from transposing the matrix inside the product, which is slower.
     matrix = lax.optimization_barrier(matrix)
     product = matrix @ _joined(x)
     return product.reshape(matrix.shape[0], x.shape[0], x.shape[2]).swapaxes(0, 1)
 
 
 def _joined(x: jax.Array) -> jax.Array:
-    """Each token's channels of all images in a row: (N, S, C) to (S, N * C)."""
+    """Joins each token's channels of all images: (N, S, C) to (S, N * C)."""
     return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
 
 
@@ -283,8 +284,8 @@ def _token_products(x: jax.Array, grad: jax.Array) -> jax.Array:
 
     def image_by_image(x: jax.Array, grad: jax.Array) -> jax.Array:
         dimensions = (((2,), (2,)), ((0,), (0,)))
-        each = lax.dot_general(x, grad, dimensions, preferred_element_type=jnp.float32)
-        return jnp.sum(each, 0)
+        products = lax.dot_general(x, grad, dimensions, preferred_element_type=jnp.float32)
+        return jnp.sum(products, 0)
 
     def side_by_side(x: jax.Array, grad: jax.Array) -> jax.Array:
         dimensions = (((1,), (1,)), ((), ()))
@@ -300,13 +301,13 @@ token_dense.defvjp(_token_dense_forward, _token_dense_backward)
 
 
 def compiler_options(platform: str) -> dict[str, bool | int]:
-    """What XLA is told beside the program, for `jax.jit(..., compiler_options=...)`.
+    """Returns XLA's options for a platform, for `jax.jit(..., compiler_options=...)`.
 
-    On CPUs vectors are as wide as the machine has them; XLA uses half of AVX-512's.
+    On CPUs, vectors have the machine's full width; by default XLA uses half of AVX-512's.
 
-    On GPUs matmuls are cuBLASLt's, whose epilogues take in bias and GELU, and what is rounded to
-    bfloat16 stays so. XLA would otherwise keep the float32 original of GELU's gradient for the sum
-    that follows, and store it.
+    On GPUs, matmuls are cuBLASLt's, whose epilogues include bias and GELU, and values rounded to
+    bfloat16 stay rounded. XLA would otherwise keep the float32 original of GELU's gradient for the
+    sum that follows, and store it.
     """
     if platform == "cpu":
         return {"xla_cpu_prefer_vector_width": 512}

@@ -2,167 +2,49 @@
 
 Dimensions in the docstrings: N images, S tokens, C channels (`hidden_dim`), D_S (`tokens_mlp_dim`),
 D_C (`channels_mlp_dim`), P (`patch_size`). Parameters bear the names of the released checkpoints.
+
+The network comes first, then what follows from its shape: FLOPs, dimensions read off the arrays,
+names in other programs' files, weights at another image size. `mixer/models/registry.py` names each
+of these for the rest of the package.
 """
 
-import dataclasses
 import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mixer.errors import UserError, check_choice, check_number
-from mixer.models import layers
+from mixer.errors import UserError
+from mixer.models import layers, modules, resize
 from mixer.parallel.sharding import BATCH, constrain
 
 # Paper, table 1.
 _SIZES = {
-    "S": dict(num_blocks=8, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048),
-    "B": dict(num_blocks=12, hidden_dim=768, tokens_mlp_dim=384, channels_mlp_dim=3072),
-    "L": dict(num_blocks=24, hidden_dim=1024, tokens_mlp_dim=512, channels_mlp_dim=4096),
-    "H": dict(num_blocks=32, hidden_dim=1280, tokens_mlp_dim=640, channels_mlp_dim=5120),
+    "S": dict(hidden_dim=512, num_blocks=8, tokens_mlp_dim=256, channels_mlp_dim=2048),
+    "B": dict(hidden_dim=768, num_blocks=12, tokens_mlp_dim=384, channels_mlp_dim=3072),
+    "L": dict(hidden_dim=1024, num_blocks=24, tokens_mlp_dim=512, channels_mlp_dim=4096),
+    "H": dict(hidden_dim=1280, num_blocks=32, tokens_mlp_dim=640, channels_mlp_dim=5120),
 }
 VARIANTS = {
-    name: dict(_SIZES[name[0]], patch_size=int(name[2:]))
+    name: dict(patch_size=int(name[2:]), **_SIZES[name[0]])
     for name in ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
 }
-MOST_BLOCKS = 1000  # each is traced and compiled; the deepest of the variants has 32
-MOST_SIDE = 1 << 15  # pixels
-GELUS = ("tanh", "erf")
-DTYPES = ("float32", "bfloat16")
-# What the backward pass finds in memory, beside the blocks' inputs; the rest it computes again.
-REMAT = {
-    "none": None,  # everything that it needs
-    "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # what the matmuls give
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
-
-def _example_keys(key: jax.Array, example_index: jax.Array) -> jax.Array:
-    """One key per example, from its place in the global batch: (N,) keys.
-
-    A mask drawn from it depends neither on how the batch is laid out over devices nor on how it is
-    cut for gradient accumulation.
-    """
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, example_index)
-
-
-def _drop(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
-    """Dropout with one key per example. x: (N, ...)."""
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-class Dense(nn.Module):
-    """The parameters of an affine map from `shape[:-1]` to `shape[-1]`, as `nn.Dense` has them."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Returns kernel and bias, float32."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), self.shape, jnp.float32)
-        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:], jnp.float32)
-
-
-class Norm(nn.Module):
-    """The parameters of a LayerNorm over `width`, as `nn.LayerNorm` has them."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Returns scale and bias, float32."""
-        of = ((self.width,), jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, *of)
-        return scale, self.param("bias", nn.initializers.zeros, *of)
-
-
-class MlpBlock(nn.Module):
-    """Dense, GELU, Dense over one axis of (N, S, C). Paper, equation 1."""
-
-    axis: int
-    mlp_dim: int
-    gelu: str
-    dropout: float
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        keys: jax.Array | None,
-        norm: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
-        """Applies the MLP.
-
-        Args:
-          x: (N, S, C).
-          keys: (N,), which draw the dropout masks; None leaves dropout out.
-          norm: parameters of a LayerNorm of the same axis that comes before it.
-        """
-        dim = x.shape[self.axis]
-        apply = layers.token_dense if self.axis == 1 else layers.dense
-        first = apply if norm is None else layers.norm_dense
-        affine = Dense((dim, self.mlp_dim), name="Dense_0")()
-        x = checkpoint_name(first(x, *(norm or ()), *affine), "dense")
-        x = constrain(x, BATCH, *(("tensor", None) if self.axis == 1 else (None, "tensor")))
-        x = layers.gelu(x, self.gelu)
-        if keys is not None:
-            x = _drop(x, self.dropout, _fold(keys, 0))
-        x = checkpoint_name(apply(x, *Dense((self.mlp_dim, dim), name="Dense_1")()), "dense")
-        if keys is not None:
-            x = _drop(x, self.dropout, _fold(keys, 1))
-        return x
-
-
-def _fold(keys: jax.Array, data: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
-
-
-class MixerBlock(nn.Module):
-    """Token mixing, then channel mixing, each with its skip connection: (N, S, C) -> (N, S, C)."""
-
-    tokens_mlp_dim: int
-    channels_mlp_dim: int
-    gelu: str
-    dropout: float
-    drop_path_rescale: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, keys: jax.Array | None, keep_prob: jax.Array | float | None
-    ) -> jax.Array:
-        """Applies the block.
-
-        Args:
-          x: (N, S, C).
-          keys: (N,), of which all masks are drawn; None: no masks (evaluation).
-          keep_prob: with which each branch of an example is kept; None: always.
-        """
-
-        def mlp(name: str, mlp_dim: int, branch: int, x: jax.Array, *norm: Any) -> jax.Array:
-            branch_keys = None if keys is None or not self.dropout else _fold(keys, branch)
-            block = MlpBlock(1 + branch, mlp_dim, self.gelu, self.dropout, name=name)
-            return block(x, branch_keys, *norm)
-
-        def drop_path(x: jax.Array, branch: int) -> jax.Array:
-            if keys is None or keep_prob is None:
-                return x
-            draw = jax.vmap(lambda key: jax.random.bernoulli(key, keep_prob))
-            keep = draw(_fold(keys, 2 + branch))[:, None, None].astype(x.dtype)
-            return (
-                x * keep / jnp.asarray(keep_prob, x.dtype) if self.drop_path_rescale else x * keep
-            )
-
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = mlp("token_mixing", self.tokens_mlp_dim, 0, y)
-        x = constrain(x + drop_path(y, 0), BATCH, None, None)
-        norm = Norm(x.shape[-1], name="LayerNorm_1")()
-        y = mlp("channel_mixing", self.channels_mlp_dim, 1, x, norm)
-        return constrain(x + drop_path(y, 1), BATCH, None, None)
+# For `mixer.models.placement`: the mesh axes that split each dimension of a parameter.
+PLACEMENT = (
+    (r"stem/kernel", (None, None, None, "fsdp")),  # (P, P, 3, C)
+    # (S, D_S) and (D_S, S): S is 196 at 224 px, which hardly any number of devices divides.
+    (r"MixerBlock_\d+/token_mixing/Dense_0/kernel", (None, ("tensor", "fsdp"))),
+    (r"MixerBlock_\d+/token_mixing/Dense_1/kernel", (("tensor", "fsdp"), None)),
+    (r"MixerBlock_\d+/channel_mixing/Dense_0/kernel", ("fsdp", "tensor")),  # (C, D_C)
+    (r"MixerBlock_\d+/channel_mixing/Dense_1/kernel", ("tensor", "fsdp")),  # (D_C, C)
+    (r"MixerBlock_\d+/\w+_mixing/Dense_0/bias", ("tensor",)),  # (D_S,), (D_C,)
+)
 
 
 class MlpMixer(nn.Module):
@@ -223,32 +105,22 @@ class MlpMixer(nn.Module):
 
         Raises:
           UserError: images of another form or of whole numbers, or the patch does not divide them.
-            (SAME padding in the authors' code takes such an image and pads it without a word.)
         """
+        modules.check_images(images, self.patch_size)
         dtype = jnp.dtype(self.dtype)
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise UserError(f"images are {images.shape}; (N, H, W, 3) is taken, RGB last")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(
-                f"images are {images.dtype}; floats are taken, as a rule images / 127.5 - 1"
-            )
-        check_image_size(images.shape[1:3], self.patch_size)
         if example_index is None:
             example_index = jnp.arange(images.shape[0])
-        masked = train and bool(self.stoch_depth or self.dropout)
-        key = self.make_rng("dropout") if masked else None
-        last = max(self.num_blocks - 1, 1)
-        keep_probs = [1 - i / last * self.stoch_depth for i in range(self.num_blocks)]
-
-        def block_keys(i: jax.Array | int) -> jax.Array | None:
-            return _example_keys(jax.random.fold_in(key, i), example_index) if masked else None
-
+        has_masks = train and bool(self.stoch_depth or self.dropout)
+        key = self.make_rng("dropout") if has_masks else None
         out = {}
-        kernel, bias = Dense((self.patch_size, self.patch_size, 3, self.hidden_dim), name="stem")()
-        x = layers.patches(images.astype(dtype), self.patch_size)
-        x = out["stem"] = layers.dense(x, kernel.reshape(-1, self.hidden_dim), bias)
-        n, rows, columns, _ = x.shape  # of no images, too
+
+        # Per-patch fully-connected.
+        x = modules.patch_embedding(images, self.patch_size, self.hidden_dim, dtype, name="stem")
+        out["stem"] = x
+        n, rows, columns, _ = x.shape  # n may be 0
         x = constrain(x.reshape(n, rows * columns, self.hidden_dim), BATCH, None, None)
+
+        # Mixer layers, L of them.
         fields = dict(
             tokens_mlp_dim=self.tokens_mlp_dim,
             channels_mlp_dim=self.channels_mlp_dim,
@@ -257,34 +129,11 @@ class MlpMixer(nn.Module):
             drop_path_rescale=self.stoch_depth_rescale,
             dtype=dtype,
         )
-        if self.scan_blocks and not self.is_initializing():
-            block = MixerBlock(**fields, parent=None)
-            params = [self.variables["params"][f"MixerBlock_{i}"] for i in range(self.num_blocks)]
+        masks = dict(key=key, example_index=example_index)
+        x, outputs = modules.apply_blocks(self, MixerBlock, fields, x, name=BLOCK, **masks)
+        out |= {f"block_{i}": output for i, output in enumerate(outputs)}
 
-            def apply_block(x: jax.Array, each: tuple) -> tuple[jax.Array, jax.Array]:
-                params, i, keep_prob = each
-                keep_prob = keep_prob if self.stoch_depth else None
-                x = block.apply({"params": params}, x, block_keys(i), keep_prob)
-                return x, x
-
-            if self.remat != "none":
-                # The loop itself keeps the compiler from undoing it.
-                apply_block = jax.checkpoint(
-                    apply_block, policy=REMAT[self.remat], prevent_cse=False
-                )
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-            numbers = jnp.arange(self.num_blocks)
-            each = stacked, numbers, jnp.array(keep_probs, jnp.float32)
-            x, outputs = jax.lax.scan(apply_block, x, each)
-            out |= {f"block_{i}": outputs[i] for i in range(self.num_blocks)}
-        else:
-            block_class = MixerBlock
-            if self.remat != "none":
-                block_class = nn.remat(MixerBlock, policy=REMAT[self.remat])
-            for i, keep_prob in enumerate(keep_probs):
-                block = block_class(**fields, name=f"MixerBlock_{i}")
-                x = block(x, block_keys(i), None if keep_prob == 1 else keep_prob)
-                out[f"block_{i}"] = x
+        # Global average pooling and the head.
         x = nn.LayerNorm(dtype=dtype, name="pre_head_layer_norm")(x)
         x = out["pre_logits"] = jnp.mean(x, axis=1).astype(jnp.float32)
         if self.num_classes:
@@ -298,71 +147,336 @@ class MlpMixer(nn.Module):
         return x, out
 
 
-def count_params(
-    *,
-    image_size: tuple[int, int],
-    patch_size: int,
-    hidden_dim: int,
-    num_blocks: int,
-    tokens_mlp_dim: int,
-    channels_mlp_dim: int,
-    num_classes: int,
-) -> int:
-    """Number of parameters for images of (H, W) pixels, without building the model."""
-    c = hidden_dim
-    s = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-    tokens = (2 * s + 1) * tokens_mlp_dim + s
-    channels = (2 * c + 1) * channels_mlp_dim + c
-    stem, norm, head = (3 * patch_size**2 + 1) * c, 2 * c, (c + 1) * num_classes
-    return stem + num_blocks * (tokens + channels + 2 * norm) + norm + head
+BLOCK = "MixerBlock_{}"  # the name of a mixer layer's parameters
 
 
-def check_image_size(size: tuple[int, int], patch_size: int) -> None:
-    """Raises UserError where `patch_size` does not divide both sides of `size` (H, W)."""
-    if max(size) > MOST_SIDE:
-        raise UserError(f"image {size[0]} x {size[1]}: sides are expected up to {MOST_SIDE} pixels")
-    for side in size:
-        if side % patch_size or side < 1:
-            low = side // patch_size * patch_size
-            near = " or ".join(str(s) for s in (low, low + patch_size) if s > 0) or patch_size
-            raise UserError(
-                f"image {size[0]} x {size[1]}: the patch size {patch_size} does not divide {side}; "
-                f"the nearest sides that work are {near}"
-            )
+class MixerBlock(nn.Module):
+    """A mixer layer: token mixing, then channel mixing, each with its skip connection."""
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    gelu: str
+    dropout: float
+    drop_path_rescale: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None, keep_prob: jax.Array | float | None
+    ) -> jax.Array:
+        """Applies the layer: (N, S, C) to (N, S, C).
+
+        Args:
+          x: (N, S, C).
+          keys: (N,), from which all masks are drawn; None: no masks (evaluation).
+          keep_prob: probability that a branch of an example is kept; None: 1.
+        """
+        # LayerNorm, transpose, MLP 1, transpose: `layers.token_dense` needs no transposed array.
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        mlp = MlpBlock(1, self.tokens_mlp_dim, self.gelu, self.dropout, name="token_mixing")
+        y = mlp(y, self._dropout_keys(keys, 0))
+        x = constrain(x + self._drop_path(y, keys, 0, keep_prob), BATCH, None, None)
+
+        # LayerNorm, MLP 2: `layers.norm_dense` computes the norm and the first matmul together.
+        norm = modules.Norm(x.shape[-1], name="LayerNorm_1")()
+        mlp = MlpBlock(2, self.channels_mlp_dim, self.gelu, self.dropout, name="channel_mixing")
+        y = mlp(x, self._dropout_keys(keys, 1), norm)
+        return constrain(x + self._drop_path(y, keys, 1, keep_prob), BATCH, None, None)
+
+    def _dropout_keys(self, keys: jax.Array | None, branch: int) -> jax.Array | None:
+        return None if keys is None or not self.dropout else modules.fold(keys, branch)
+
+    def _drop_path(
+        self, y: jax.Array, keys: jax.Array | None, branch: int, keep_prob: Any
+    ) -> jax.Array:
+        if keys is None or keep_prob is None:
+            return y
+        keys = modules.fold(keys, 2 + branch)
+        return modules.drop_path(y, keep_prob, keys, rescale=self.drop_path_rescale)
 
 
-def make_model(*, variant: str | None = None, num_classes: int, **fields) -> MlpMixer:
-    """Builds a model from a variant's name, from explicit dimensions, or from both.
+class MlpBlock(nn.Module):
+    """Dense, GELU, Dense over one axis of (N, S, C). Paper, equation 1."""
 
-    Args:
-      variant: one of `VARIANTS`, or None when every dimension is given.
-      num_classes: width of the head.
-      **fields: fields of `MlpMixer`; those that are not None replace the variant's.
+    axis: int
+    mlp_dim: int
+    gelu: str
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: jax.Array | None,
+        norm: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Applies the MLP.
+
+        Args:
+          x: (N, S, C).
+          keys: (N,), from which the dropout masks are drawn; None leaves dropout out.
+          norm: parameters of a LayerNorm of the same axis that comes before it.
+        """
+        dim = x.shape[self.axis]
+        apply = layers.token_dense if self.axis == 1 else layers.dense
+        first = apply if norm is None else layers.norm_dense
+        affine = modules.Dense((dim, self.mlp_dim), name="Dense_0")()
+        x = checkpoint_name(first(x, *(norm or ()), *affine), "dense")
+        x = constrain(x, BATCH, *(("tensor", None) if self.axis == 1 else (None, "tensor")))
+        x = layers.gelu(x, self.gelu)
+        if keys is not None:
+            x = modules.dropout(x, self.dropout, modules.fold(keys, 0))
+        affine = modules.Dense((self.mlp_dim, dim), name="Dense_1")()
+        x = checkpoint_name(apply(x, *affine), "dense")
+        if keys is not None:
+            x = modules.dropout(x, self.dropout, modules.fold(keys, 1))
+        return x
+
+
+# What follows from the shape of the network.
+
+
+def layer_flops(model: MlpMixer, image_size: tuple[int, int]) -> Iterator[tuple[str, float]]:
+    """Yields (name, FLOPs of one image's forward pass) of each layer with parameters, in order.
+
+    The FLOPs are multiplications and additions of matmuls, 2 * S * D_in * D_out; a norm has none.
+    """
+    tokens = math.prod(image_size) // model.patch_size**2
+    token_mlp = 2.0 * model.hidden_dim * tokens * model.tokens_mlp_dim
+    channel_mlp = 2.0 * tokens * model.hidden_dim * model.channels_mlp_dim
+    yield "stem", 2.0 * tokens * 3 * model.patch_size**2 * model.hidden_dim
+    for i in range(model.num_blocks):
+        block = BLOCK.format(i)
+        for number, (mlp, flops) in enumerate(
+            (("token_mixing", token_mlp), ("channel_mixing", channel_mlp))
+        ):
+            yield f"{block}/LayerNorm_{number}", 0.0
+            yield f"{block}/{mlp}/Dense_0", flops
+            yield f"{block}/{mlp}/Dense_1", flops
+    yield "pre_head_layer_norm", 0.0
+    yield "head", 2.0 * model.hidden_dim * model.num_classes
+
+
+def hidden_values(model: MlpMixer, image_size: tuple[int, int]) -> int:
+    """Number of values of one image in the hidden layers of a block: C D_S + S D_C."""
+    tokens = math.prod(image_size) // model.patch_size**2
+    return model.hidden_dim * model.tokens_mlp_dim + tokens * model.channels_mlp_dim
+
+
+def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[str, int]:
+    """Reads the dimensions, by the model's field names, from the shapes of its parameters.
+
+    "num_tokens" is S; "num_classes" is 0 where there is no head.
 
     Raises:
-      UserError: an unknown variant or field, a missing dimension or a value out of range.
+      UserError: the arrays that determine the dimensions are missing, or have other axes.
     """
-    known = [
-        field.name for field in dataclasses.fields(MlpMixer) if field.name not in ("parent", "name")
-    ]
-    for name in fields:
-        check_choice("field of the model", name, known)
-    if variant is not None:
-        check_choice("model.variant", variant, VARIANTS)
-    given = {name: value for name, value in fields.items() if value is not None}
-    fields = {**VARIANTS.get(variant, {}), **given}
-    dimensions = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
-    missing = [name for name in dimensions if name not in fields]
-    if missing:
-        raise UserError(f"the model needs a variant ({', '.join(VARIANTS)}) or {missing}")
-    for name in ("num_classes", *dimensions):
-        value = num_classes if name == "num_classes" else fields[name]
-        most = MOST_BLOCKS if name == "num_blocks" else 2**31 - 1
-        check_number(f"model.{name}", value, least=1, below=most + 1, whole=True)
-    if not math.isfinite(fields.get("head_bias_init", 0)):
-        raise UserError(f"model.head_bias_init is {fields['head_bias_init']}; it must be finite")
-    for name in ("stoch_depth", "dropout"):
-        check_number(f"model.{name}", fields.get(name, 0), below=1)
-    for name, options in (("gelu", GELUS), ("dtype", DTYPES), ("remat", tuple(REMAT))):
-        check_choice(f"model.{name}", fields.get(name, options[0]), options)
-    return MlpMixer(num_classes=num_classes, **fields)
+    axes = {
+        "stem/kernel": 4,
+        "MixerBlock_0/token_mixing/Dense_0/kernel": 2,
+        "MixerBlock_0/channel_mixing/Dense_0/kernel": 2,
+    }
+    faults = [f"{name}: missing" for name in axes if name not in shapes]
+    for name, ndim in (axes | {"head/kernel": 2}).items():
+        if name in shapes and len(shapes[name]) != ndim:
+            faults.append(f"{name}: {shapes[name]} has not {ndim} axes")
+        elif 0 in shapes.get(name, ()):
+            faults.append(f"{name}: {shapes[name]} holds nothing")
+    if faults:
+        raise UserError(f"{source} is no whole MLP-Mixer: {'; '.join(faults)}")
+    patch_size, _, _, hidden_dim = shapes["stem/kernel"]
+    num_tokens, tokens_mlp_dim = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
+    _, channels_mlp_dim = shapes["MixerBlock_0/channel_mixing/Dense_0/kernel"]
+    return {
+        "patch_size": patch_size,
+        "hidden_dim": hidden_dim,
+        "num_blocks": modules.count_blocks(shapes),
+        "tokens_mlp_dim": tokens_mlp_dim,
+        "channels_mlp_dim": channels_mlp_dim,
+        "num_tokens": num_tokens,
+        "num_classes": shapes.get("head/kernel", (0,))[-1],
+    }
+
+
+# Names and axes in the files of other programs: "legacy" is the code before Linen, whose files
+# big_vision converts, "timm" is timm's MlpMixer.
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], source: Any) -> str | None:
+    """Returns the layout of a file with arrays of these names; None where it holds no MLP-Mixer.
+
+    Raises:
+      UserError: the names of a similar model.
+    """
+    if "stem/kernel" in shapes:
+        return "published"
+    if any(name.startswith(("embedding/", "Mixer/")) for name in shapes):
+        return "legacy"
+    if not any(name.startswith(("stem.", "blocks.")) for name in shapes):
+        return None
+    wide, narrow = (shapes.get(f"blocks.0.mlp_tokens.fc{n}.weight") for n in (1, 2))
+    other = None
+    if any(name.startswith("blocks.0.linear_tokens.") for name in shapes):
+        other = "a ResMLP"
+    elif any(".gate." in name for name in shapes):
+        other = "a gMLP"
+    elif wide and narrow and wide[0] == 2 * narrow[-1]:
+        other = "a gMixer, with gated MLPs"
+    if other:
+        raise UserError(f"{source} is {other}: another model; timm's MLP-Mixers are its mixer_*")
+    return "timm"
+
+
+def leaf_names(num_blocks: int) -> Iterator[str]:
+    """Yields the published names of a Mixer's parameters."""
+    names = ["stem", "pre_head_layer_norm", "head"]
+    for block in map(BLOCK.format, range(num_blocks)):
+        names += [f"{block}/LayerNorm_0", f"{block}/LayerNorm_1"]
+        names += [f"{block}/{mlp}_mixing/Dense_{i}" for mlp in ("token", "channel") for i in (0, 1)]
+    for name in names:
+        is_norm = "norm" in name.rpartition("/")[2].lower()
+        yield f"{name}/{'scale' if is_norm else 'kernel'}"
+        yield f"{name}/bias"
+
+
+def stored_name(name: str, layout: str) -> str:
+    """Returns the name in a file of `layout` of the array that is published as `name`."""
+    if layout == "legacy":
+        name = re.sub("^stem/", "embedding/", name)
+        name = re.sub("^pre_head_layer_norm/", "Mixer/encoder_norm/", name)
+        name = re.sub("^MixerBlock_", "Mixer/encoderblock_", name)
+        return re.sub(
+            r"_mixing/Dense_(\d)/(\w+)",
+            lambda match: f"_mixing_phase_0/{match[2]}{int(match[1]) + 1}",
+            name,
+        )
+    if layout == "timm":
+        name = re.sub("^stem/", "stem.proj.", name)
+        name = re.sub("^pre_head_layer_norm/", "norm.", name)
+        name = re.sub(r"^MixerBlock_(\d+)/", r"blocks.\1.", name)
+        name = re.sub(r"LayerNorm_(\d)/", lambda match: f"norm{int(match[1]) + 1}.", name)
+        name = re.sub(
+            r"(token|channel)_mixing/Dense_(\d)/",
+            lambda match: f"mlp_{match[1]}s.fc{int(match[2]) + 1}.",
+            name,
+        )
+        return re.sub("(kernel|scale)$", "weight", name).replace("/", ".")
+    return name
+
+
+def from_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
+    """Turns an array from its axes in a file of `layout` to the published ones."""
+    if layout == "timm" and name.endswith("kernel"):
+        return array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
+    if "_mixing/Dense_" in name:  # the legacy layout has a unit axis before the others
+        shape = list(array.shape)
+        while 1 in shape and len(shape) > (2 if name.endswith("kernel") else 1):
+            shape.remove(1)
+        return array.reshape(shape)
+    return array
+
+
+def to_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
+    """The inverse of `from_layout`."""
+    if layout == "timm" and name.endswith("kernel"):
+        return np.ascontiguousarray(array.transpose((3, 2, 0, 1) if array.ndim == 4 else None))
+    return array[None] if layout == "legacy" and "_mixing/Dense_" in name else array
+
+
+def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Returns the arguments of timm.models.mlp_mixer.MlpMixer that make `model`.
+
+    `act_layer` is a name for timm.layers.get_act_layer.
+    """
+
+    def ratio(width: int) -> float:  # timm rounds ratio * embed_dim down
+        value = width / model.hidden_dim
+        while int(value * model.hidden_dim) < width:
+            value = math.nextafter(value, math.inf)
+        return value
+
+    return {
+        "num_classes": model.num_classes,
+        "img_size": list(image_size),
+        "patch_size": model.patch_size,
+        "num_blocks": model.num_blocks,
+        "embed_dim": model.hidden_dim,
+        "mlp_ratio": [ratio(model.tokens_mlp_dim), ratio(model.channels_mlp_dim)],
+        "act_layer": "gelu" if model.gelu == "erf" else "gelu_tanh",
+    }
+
+
+# Weights at another image size, leaf by leaf. Of a Mixer only token mixing depends on the size: S
+# and D_S are its widths. Grids are (H / P, W / P) in tokens; tokens are row-major, S = H W / P^2.
+
+
+def _token_mixing_leaf(name: str) -> str | None:
+    """Such as "Dense_0/kernel" for a leaf of token mixing, None for any other."""
+    match = re.fullmatch(r"MixerBlock_\d+/token_mixing/(.*)", name)
+    return match and match[1]
+
+
+def grow(
+    name: str, array: np.ndarray, *, grid: tuple[int, int], new_grid: tuple[int, int]
+) -> np.ndarray:
+    """Grows one leaf for images that are K_h and K_w times as large (paper, supplement).
+
+    Kernels become block-diagonal with K_h K_w copies of the old one, biases are repeated, and axes
+    over tokens go from the order of the tiles to row-major order. dtype and bits stay; only the
+    result takes memory.
+
+    Args:
+      name: as published, "MixerBlock_0/token_mixing/Dense_0/kernel".
+      array: the leaf. One that is not token mixing's is returned as it is.
+      grid: (H / P, W / P) of the weights.
+      new_grid: that of the images to come, (K_h H / P, K_w W / P).
+    """
+    leaf = _token_mixing_leaf(name)
+    if leaf is None or grid == new_grid:
+        return array
+    h, w = grid
+    k_h, k_w = new_grid[0] // h, new_grid[1] // w
+    if leaf == "Dense_0/bias":  # D_S
+        return np.tile(array, k_h * k_w)
+    if leaf == "Dense_1/bias":  # S
+        return np.tile(array.reshape(h, w), (k_h, k_w)).reshape(-1)
+    grown = np.zeros([side * k_h * k_w for side in array.shape], array.dtype)
+    # A large image's token is (tile's row, row in it, tile's column, column in it); a hidden unit
+    # is (tile, the old unit).
+    if leaf == "Dense_0/kernel":  # S, D_S
+        blocks = grown.reshape(k_h, h, k_w, w, k_h * k_w, -1).transpose(0, 2, 4, 1, 3, 5)
+        block = array.reshape(h, w, -1)
+    else:  # D_S, S
+        blocks = grown.reshape(k_h * k_w, -1, k_h, h, k_w, w).transpose(2, 4, 0, 1, 3, 5)
+        block = array.reshape(-1, h, w)
+    for row in range(k_h):
+        for column in range(k_w):
+            blocks[row, column, row * k_w + column] = block
+    return grown
+
+
+def interpolate(
+    name: str, array: np.ndarray, *, grid: tuple[int, int], new_grid: tuple[int, int]
+) -> np.ndarray:
+    """Resamples one leaf for images of another size, D_S unchanged. Not the paper's.
+
+    With R the bilinear resampling of one grid to another (`resize.resampling`), W2' = R(old to new)
+    W2 and b2 likewise, and W1' = R(new to old)^T W1: the hidden units are those of the old weights
+    on the resampled tokens. The transpose is the bilinear enlargement of W1 times S / S', but exact
+    at the borders: tokens that are all alike give the same hidden units as before, and outputs that
+    were alike stay so.
+
+    Args:
+      name: as published.
+      array: the leaf. One that does not depend on the number of tokens is returned as it is.
+      grid: (H / P, W / P) of the weights.
+      new_grid: that of the images to come.
+    """
+    leaf = _token_mixing_leaf(name)
+    if leaf is None or leaf == "Dense_0/bias" or grid == new_grid:
+        return array
+    if leaf == "Dense_0/kernel":
+        matrices = [matrix.T for matrix in resize.resampling(new_grid, grid)]
+    else:
+        matrices = resize.resampling(grid, new_grid)
+    return resize.resample(array, matrices, grid=grid, axis=1 if leaf == "Dense_1/kernel" else 0)

@@ -1,15 +1,12 @@
-"""The device mesh, and how arrays lie on it.
+"""The device mesh, and how batches lie on it.
 
-The mesh has three axes. The batch is split over "data" and "fsdp"; parameters and optimizer state
-are split over "fsdp" (each device keeps a share and gathers a layer's weights when it needs them,
-as ZeRO stage 3: Rajbhandari et al., 2020, arXiv 1910.02054) and over "tensor", which splits the
-hidden width of both MLPs (Shoeybi et al., 2019, arXiv 1909.08053). XLA's partitioner makes the
-communication from these annotations; the numbers are the same on any mesh, up to rounding.
+The mesh has three axes. The batch is split over "data" and "fsdp"; `mixer.models.placement` splits
+parameters and optimizer state over "fsdp" and "tensor". XLA's partitioner makes the communication
+from these annotations; the numbers are the same on any mesh, up to rounding.
 """
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,27 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer import formatting
 from mixer.errors import UserError, check_choice
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which a batch is split
-
-# How the state lies on the mesh. The first pattern that is the whole name of a leaf, or the end of
-# it after a "/" (the optimizer's moments and the average bear the parameters' names), decides;
-# None: that dimension is whole on each device. What is not named, biases of width C and norms,
-# is small and whole everywhere.
-RULES = (
-    (r"stem/kernel", (None, None, None, "fsdp")),  # (P, P, 3, C)
-    # (S, D_S) and (D_S, S): S is 196 at 224 px, which hardly any number of devices divides.
-    (r"MixerBlock_\d+/token_mixing/Dense_0/kernel", (None, ("tensor", "fsdp"))),
-    (r"MixerBlock_\d+/token_mixing/Dense_1/kernel", (("tensor", "fsdp"), None)),
-    (r"MixerBlock_\d+/channel_mixing/Dense_0/kernel", ("fsdp", "tensor")),  # (C, D_C)
-    (r"MixerBlock_\d+/channel_mixing/Dense_1/kernel", ("tensor", "fsdp")),  # (D_C, C)
-    (r"MixerBlock_\d+/\w+_mixing/Dense_0/bias", ("tensor",)),  # (D_S,), (D_C,)
-    (r"head/kernel", ("fsdp", None)),  # (C, K)
-    (r".*", ()),
-)
 
 
 def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -128,83 +108,35 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def _name(path: Any) -> str:
+def leaf_name(path: Any) -> str:
+    """Returns the name of a leaf: the keys on the way to it, joined by "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-@functools.cache
-def _rule(name: str) -> int:
-    """Number of the rule that decides for a leaf."""
-    return next(
-        number
-        for number, (pattern, _) in enumerate(RULES)
-        if re.fullmatch(f"(.*/)?{pattern}", name)
+def by_name(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by name, in the tree's order."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def abstract(tree: Any, shardings: Any = None) -> Any:
+    """Returns shapes, dtypes and shardings of a tree's leaves.
+
+    Args:
+      tree: of arrays, or of their shapes and dtypes.
+      shardings: a sharding for each leaf; None: the leaves' own.
+    """
+    if shardings is None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
     )
 
 
-def _spec(name: str, ndim: int) -> PartitionSpec:
-    axes = RULES[_rule(name)][1]
-    # What bears a parameter's name and not its shape, such as a moment that nobody keeps.
-    return PartitionSpec(*axes) if len(axes) <= ndim else PartitionSpec()
-
-
-def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-    """A sharding for every leaf of the train state, or of a part of it, by `RULES`.
-
-    Raises:
-      UserError: an axis does not divide a width.
-    """
-
-    def of_leaf(path: Any, leaf: Any) -> NamedSharding:
-        name = _name(path)
-        spec = _spec(name, len(leaf.shape))
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if size % parts:
-                which = " * ".join(axis for axis in axes if mesh.shape[axis] > 1)
-                sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-                fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-                raise UserError(
-                    f"mesh ({sizes}): {which} = {parts} does not divide {size}, a width of {name} "
-                    f"{tuple(leaf.shape)}; what does: {fits}"
-                )
-        return NamedSharding(mesh, spec)
-
-    return jax.tree.map_with_path(of_leaf, abstract_state)
-
-
-def describe_rules(mesh: Mesh, params: Any) -> list[str]:
-    """A line for each rule that decides for a parameter: how many, how split, bytes per device.
-
-    The first heads the others, and has the sum.
-    """
-    found: dict[int, list[int]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = _name(path)
-        spec = NamedSharding(mesh, _spec(name, len(leaf.shape)))
-        num_bytes = math.prod(spec.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        found.setdefault(_rule(name), []).append(num_bytes)
-    total = sum(map(sum, found.values()))
-    return [
-        f"parameters by name, what each dimension is split over, and a device's share of "
-        f"{formatting.short(total, 'B')}:",
-        *(
-            f"  {RULES[number][0] if RULES[number][1] else 'all others'}: "
-            f"{_described(mesh, RULES[number][1])}, {len(sizes)} array(s), "
-            f"{formatting.short(sum(sizes), 'B')}"
-            for number, sizes in sorted(found.items())
-        ),
-    ]
-
-
-def _described(mesh: Mesh, axes: tuple) -> str:
-    """Such as (-, tensor * fsdp); axes of size 1 split nothing."""
-    names = []
-    for each in axes:
-        several = each if isinstance(each, tuple) else (each,)
-        names.append(" * ".join(axis for axis in several if axis and mesh.shape[axis] > 1) or "-")
-    return f"({', '.join(names)})" if any(name != "-" for name in names) else "whole"
+def num_values(tree: Any) -> int:
+    """Returns the number of values in all leaves of a tree together."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -261,13 +193,6 @@ def sum_over_shards(function: Callable, *batches: jax.Array) -> Any:
     cut = [apart(x.reshape(shards, -1, *x.shape[1:])) for x in batches]
     each = jax.vmap(function)(*cut)
     return jax.tree.map(lambda x: jnp.sum(apart(x), 0), each)
-
-
-def constrain_params(params: Any) -> Any:
-    """`constrain` of parameters, or of what has their names and shapes, by `RULES`."""
-    return jax.tree.map_with_path(
-        lambda path, leaf: constrain(leaf, *_spec(_name(path), leaf.ndim)), params
-    )
 
 
 def local_shards(mesh: Mesh, process_index: int) -> tuple[int, ...]:

@@ -21,11 +21,10 @@ from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
 from mixer.data.sources import folder
 from mixer.errors import UserError, check_choice, check_number
-from mixer.models import resize as resolution
-from mixer.models.mlp_mixer import VARIANTS, check_image_size, make_model
+from mixer.models.modules import check_image_size
+from mixer.models.registry import ARCHITECTURES, DEFAULT, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
-from mixer.weights import formats as weights
 from mixer.weights import load as loading
 from mixer.weights import published
 
@@ -139,8 +138,9 @@ def check_config(config: ConfigDict) -> None:
         raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
     variant, patch_size = config.model.variant, config.model.patch_size
     if variant is not None:
-        check_choice("model.variant", variant, VARIANTS)
-        patch_size = patch_size or VARIANTS[variant]["patch_size"]
+        variants = ARCHITECTURES[DEFAULT].variants
+        check_choice("model.variant", variant, variants)
+        patch_size = patch_size or variants[variant]["patch_size"]
     if patch_size:
         check_image_size((config.image_size, config.image_size), patch_size)
 
@@ -190,7 +190,7 @@ def check_eval_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None
     sharding.check_batch_size("eval_batch_size", size, mesh)
 
 
-def find_initial(config: ConfigDict) -> loading.Found | None:
+def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
     """The weights that a new run starts from, not read yet; None where it starts from none.
 
     Raises:
@@ -214,7 +214,10 @@ def find_initial(config: ConfigDict) -> loading.Found | None:
 
 
 def resolve(
-    config: ConfigDict, *, initial: loading.Found | None, begun: dict[str, Any] | None = None
+    config: ConfigDict,
+    *,
+    initial: loading.StoredWeights | None,
+    begun: dict[str, Any] | None = None,
 ) -> ConfigDict:
     """A copy of `config` in which everything is set that does not depend on the data.
 
@@ -247,7 +250,7 @@ def resolve_data(config: ConfigDict, num_classes: int | None, num_examples: int 
 
 
 def resolve_model(
-    config: ConfigDict, found: loading.Found | None, old: dict[str, Any] | None
+    config: ConfigDict, found: loading.StoredWeights | None, old: dict[str, Any] | None
 ) -> None:
     """Sets what of the model the first weights decide.
 
@@ -268,22 +271,22 @@ def resolve_model(
     if config.init_image_size is None:
         config.init_image_size = size
     model = config.model
-    keys = weights.DIMENSIONS
+    architecture = ARCHITECTURES[DEFAULT]
+    keys = architecture.dimensions
     if config.init_from and all(model[key] is None for key in ("variant", *keys)):
         if old:
             model.update({key: old["model"][key] for key in keys})
             return  # grown already, where it was
-        model.update({key: getattr(found.card, key) for key in keys})
+        model.update(found.card.dimensions)
     if config.init_image_size in (None, config.image_size) or config.init_resize != "grow":
         return
     # The grown MLP is K^2 times as wide, whatever width the weights have.
-    width, patch_size = model.tokens_mlp_dim, model.patch_size
-    if model.variant in VARIANTS:
-        width = width or VARIANTS[model.variant]["tokens_mlp_dim"]
-        patch_size = patch_size or VARIANTS[model.variant]["patch_size"]
-    if width and patch_size:
+    given = {key: model[key] for key in keys if model[key]}
+    dims = {**architecture.variants.get(model.variant, {}), **given}
+    if len(dims) == len(keys):
         old, new = ((side, side) for side in (config.init_image_size, config.image_size))
-        model.tokens_mlp_dim = width * math.prod(resolution.check(old, new, patch_size))
+        grown = grown_dimensions(architecture, dims, old, new)
+        model.update({key: grown[key] for key in keys if grown[key] != dims[key]})
 
 
 def resolve_permutation(config: ConfigDict) -> None:

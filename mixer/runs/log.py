@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mixer import console, formatting
 from mixer.data.splits import Split
 from mixer.errors import UserError
+from mixer.models import placement
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.runs import curves
@@ -137,7 +138,7 @@ def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> 
     kind = jax.devices()[0].device_kind
     log.say(f"devices: {jax.device_count()} x {kind}{processes} (mesh: {shape})")
     if mesh.shape["data"] < mesh.size:
-        for line in sharding.describe_rules(mesh, params):
+        for line in placement.describe_rules(mesh, params):
             log.say(line)
     if line := optimizer.describe_average(config.optimizer.ema_decay, config.total_steps):
         warn(line)

@@ -263,7 +263,7 @@ def read_examples(
 def initial_state(
     config: ConfigDict,
     program: TrainProgram,
-    initial: loading.Found | None,
+    initial: loading.StoredWeights | None,
     class_names: tuple[str, ...],
 ) -> TrainState:
     """The state at step 0: random, or with the weights that `init_from` names."""

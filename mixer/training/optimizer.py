@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mixer.errors import UserError, check_choice, check_number
+from mixer.parallel import sharding
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -105,7 +106,7 @@ def multipliers(params: Any, rules: Rules) -> Any:
     matched = set()
 
     def find(path: Any, _: Any) -> float:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = sharding.leaf_name(path)
         for number, (pattern, multiplier) in enumerate(compiled):
             if pattern.fullmatch(name):
                 matched.add(number)
@@ -115,10 +116,7 @@ def multipliers(params: Any, rules: Rules) -> Any:
     found = jax.tree.map_with_path(find, params)
     for number, rule in enumerate(rules):
         if number not in matched:
-            names = [
-                jax.tree_util.keystr(path, simple=True, separator="/")
-                for path, _ in jax.tree_util.tree_leaves_with_path(params)
-            ]
+            names = list(sharding.by_name(params))
             raise UserError(
                 f"optimizer.lr_multipliers: {rule[0]!r} decides for no parameter; names are like "
                 f"{names[0]}, {names[-1]} and are matched whole, earlier rules first"

@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer.models import layers
-from mixer.models.mlp_mixer import MlpMixer, check_image_size, make_model
+from mixer.models.modules import check_image_size
+from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.training import state
 from mixer.training.losses import make_loss
@@ -35,14 +37,14 @@ class TrainProgram:
     image_size: tuple[int, int]
 
     @property
-    def model(self) -> MlpMixer:
+    def model(self) -> nn.Module:
         """The network."""
         return self.step.model
 
     @property
     def num_params(self) -> int:
         """Number of the model's parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        return sharding.num_values(self.state.params)
 
     @property
     def mesh(self) -> Mesh | AbstractMesh:
@@ -112,7 +114,7 @@ def make_program(config: ConfigDict, mesh: Mesh | AbstractMesh) -> TrainProgram:
     return TrainProgram(step, abstract, image_size)
 
 
-def build_model(config: ConfigDict) -> MlpMixer:
+def build_model(config: ConfigDict) -> nn.Module:
     """The network of a config whose number of classes is known."""
     model = make_model(**config.model.to_dict())
     check_image_size((config.image_size, config.image_size), model.patch_size)

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mixer.models.mlp_mixer import MlpMixer
+from mixer.models import placement
 from mixer.parallel import sharding
 
 
@@ -34,7 +35,7 @@ class TrainState:
 
 
 def abstract_state(
-    model: MlpMixer,
+    model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: tuple[int, int],
     mesh: Mesh,
@@ -44,16 +45,11 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(_make_init(model, tx, image_size, ema, skips), jax.random.key(0))
-    shardings = sharding.state_shardings(mesh, shapes)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        shardings,
-    )
+    return sharding.abstract(shapes, placement.state_shardings(mesh, shapes))
 
 
 def init_state(
-    model: MlpMixer,
+    model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: tuple[int, int],
     mesh: Mesh,
@@ -70,7 +66,7 @@ def init_state(
 
 
 def _make_init(
-    model: MlpMixer,
+    model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: tuple[int, int],
     ema: bool,
@@ -85,7 +81,7 @@ def _make_init(
     return init
 
 
-def abstract_params(model: MlpMixer, image_size: tuple[int, int], mesh: Mesh) -> Any:
+def abstract_params(model: nn.Module, image_size: tuple[int, int], mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters alone."""
     return abstract_state(model, optax.identity(), image_size, mesh).params
 

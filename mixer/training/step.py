@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,8 +13,8 @@ from jax.sharding import Mesh
 
 from mixer.data import philox
 from mixer.models import microbatches
-from mixer.models.mlp_mixer import MlpMixer
-from mixer.parallel.sharding import BATCH, constrain, constrain_params, on_mesh
+from mixer.models.placement import constrain_params
+from mixer.parallel.sharding import BATCH, constrain, on_mesh
 from mixer.training.losses import dense_labels
 from mixer.training.mixup import Mix
 from mixer.training.optimizer import Rules, Schedule, multipliers
@@ -59,7 +60,7 @@ class TrainStep:
         masks are drawn for the whole batch, so the number of parts does not change the update.
     """
 
-    model: MlpMixer
+    model: nn.Module
     tx: optax.GradientTransformation
     schedule: Schedule
     loss_fn: Callable[[jax.Array, jax.Array], jax.Array]
@@ -243,7 +244,7 @@ def _new_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
     return new if _counts_steps(new) else jnp.where(finite, new, old)
 
 
-def make_predict(model: MlpMixer, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
+def make_predict(model: nn.Module, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
     """Returns `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not yet compiled.
 
     The images are sharded as `sharding.batch_sharding` says.

@@ -203,11 +203,8 @@ def make_resident(
     most = min(max(MOST_DRAWN // size, 1), MOST_STEPS)
     order = resident.order_spec(most, size, mesh)
     arrays = resident.put(examples, mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays
-    )
     lowered = program.jit_loop(examples.augment).lower(
-        program.state, abstract, order, jax.ShapeDtypeStruct((), np.int32)
+        program.state, sharding.abstract(arrays), order, jax.ShapeDtypeStruct((), np.int32)
     )
     put_order = functools.partial(
         resident.put_order, seed=config.seed, num_examples=examples.num_examples, spec=order

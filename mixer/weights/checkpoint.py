@@ -32,10 +32,11 @@ from etils import epath
 
 from mixer import files, run_files
 from mixer.errors import UserError, printable
-from mixer.parallel import backend, watchdog
+from mixer.parallel import backend, sharding, watchdog
 from mixer.parallel import processes as distributed
 from mixer.training.state import TrainState, fingerprint
 from mixer.weights import foreign
+from mixer.weights.arrays import misfits
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
@@ -293,7 +294,7 @@ class Checkpoints:
             jax.tree.structure(wanted),
             [
                 jax.ShapeDtypeStruct(leaf.shape, saved[name].dtype, sharding=leaf.sharding)
-                for name, leaf in zip(_paths(wanted), jax.tree.leaves(wanted), strict=True)
+                for name, leaf in sharding.by_name(wanted).items()
             ],
         )
         item = {name: value for name, value in vars(as_saved).items() if value is not None}
@@ -325,7 +326,7 @@ def _telling_handler() -> ocp.StandardCheckpointHandler:
     save = handler.async_save
 
     async def async_save(*args: Any, **kwargs: Any) -> list[_Write]:
-        return [_Write(each) for each in await save(*args, **kwargs) or ()]
+        return [_Write(future) for future in await save(*args, **kwargs) or ()]
 
     handler.async_save = async_save
     return handler
@@ -385,21 +386,14 @@ def _quiet() -> Iterator[None]:
 
 def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
     """Checksum of each leaf by its path, and whether every float is finite."""
-    results = jax.device_get([fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
-    sums = [sums.tolist() for sums, _ in results]
-    return dict(zip(_paths(tree), sums, strict=True)), all(finite for _, finite in results)
+    results = jax.device_get({name: fingerprint(x) for name, x in sharding.by_name(tree).items()})
+    sums = {name: sums.tolist() for name, (sums, _) in results.items()}
+    return sums, all(finite for _, finite in results.values())
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Orbax takes no relative paths."""
     return epath.Path(path if "://" in str(path) else os.path.abspath(path))
-
-
-def _paths(tree: Any) -> list[str]:
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
 
 
 def check_name(path: epath.PathLike, *, writes: bool) -> None:
@@ -437,25 +431,14 @@ def saved_leaves(directory: epath.Path) -> dict[str, Any]:
     # Orbax's checkpointer would hide why a list cannot be read.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         tree = handler.metadata(_absolute(directory) / "state").tree
-    return dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
+    return sharding.by_name(tree)
 
 
 def check_tree(wanted: Any, saved: dict[str, tuple[int, ...]], source: epath.PathLike) -> None:
     """Raises CheckpointError that lists every missing, extra and mis-shaped leaf."""
-    shapes = {
-        path: tuple(leaf.shape)
-        for path, leaf in zip(_paths(wanted), jax.tree.leaves(wanted), strict=True)
-    }
-    faults = [f"{path}: missing" for path in shapes.keys() - saved.keys()]
-    faults += [f"{path}: not in the model" for path in saved.keys() - shapes.keys()]
-    faults += [
-        f"{path}: saved {saved[path]}, wanted {shapes[path]}"
-        for path in shapes.keys() & saved.keys()
-        if shapes[path] != saved[path]
-    ]
-    if faults:
-        listed = "; ".join(sorted(faults))
-        raise CheckpointError(f"{source} does not fit the model: {listed}")
+    shapes = {name: tuple(leaf.shape) for name, leaf in sharding.by_name(wanted).items()}
+    if faults := misfits(saved, shapes):
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(faults)}")
 
 
 def find_named(workdir: epath.PathLike, name: str) -> epath.Path:
@@ -624,11 +607,11 @@ def _reason(error: BaseException) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python, of the libraries and of this code, as they were at the first call."""
-    found = {"python": sys.version.split()[0], "commit": commit()}
+    numbers = {"python": sys.version.split()[0], "commit": commit()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            numbers[package] = importlib.metadata.version(package)
+    return numbers
 
 
 def commit() -> str:

@@ -9,44 +9,30 @@ An address may hold secrets: messages, and all that is saved, have it as `publis
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
-import http.client
 import logging
 import os
 import re
-import shutil
 import sys
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from etils import epath
-from rich import progress
-from rich.console import Console
 
 from mixer import files
 from mixer.errors import UserError, first_line
 from mixer.files import STORES
-from mixer.weights import foreign, published
+from mixer.weights import download, foreign, published
 from mixer.weights.foreign import ENDINGS
 
-TIMEOUT_SECS = 20  # for a connection, and for the next byte of it
-# A download that is slower than this over SLOW_SECS is given up, and any after MAX_SECS.
-MIN_BYTES_PER_SEC = 10_000
-SLOW_SECS = 60
-MAX_SECS = 6 * 3600
 MAX_CARD_BYTES = 16_000_000  # of a JSON beside weights; 21,843 names of classes take one
-CHUNK_BYTES = 1 << 18
-RETRIES = 3  # connections opened again for one file, each going on where the last one broke off
-NOT_THERE = (403, 404, 410)  # a bucket that lists nothing answers 403 for what it does not have
 # Parameters of a query that sign an address and say nothing of what lies there.
 _SIGNATURES = re.compile(
     r"x-(amz|goog|ms|oss)-.*|(.*[-_])?(signature|token|secret|password|credential)|sig|auth"
@@ -98,7 +84,7 @@ def _ask(path: epath.PathLike, question: Callable[[epath.Path], bool]) -> bool:
         place = epath.Path(path).expanduser()
         if not _split(path)[0]:
             return question(place)
-        return _in_time(lambda: question(place), str(path), None, SLOW_SECS)
+        return download.run_in_time(lambda: question(place), str(path), None, download.SLOW_SECS)
 
 
 def _split(path: epath.PathLike) -> tuple[str, str]:
@@ -130,7 +116,7 @@ def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     if scheme == "hf":
         return _fetch_from_hub(rest, log)
     if scheme in ("http", "https"):
-        address = _checked(address)
+        address = download.parse_address(address)
         name = urllib.parse.unquote(urllib.parse.urlsplit(address).path)
     else:
         address = name = f"{scheme}://{rest}"
@@ -165,8 +151,8 @@ def fetch_anew(path: epath.Path) -> str:
     """
     if cache_dir() in path.parents:
         # Once the weights are gone, what is beside them is fetched too.
-        beside = (file for file in path.parent.iterdir() if file.name.endswith(ENDINGS))
-        path = next(beside, path)
+        weights = (file for file in path.parent.iterdir() if file.name.endswith(ENDINGS))
+        path = next(weights, path)
     else:
         path = os.path.realpath(path)  # huggingface_hub has links to what it fetched
     return f"; delete {path} to fetch it anew"
@@ -182,26 +168,28 @@ def _lock(file: BinaryIO, where: str, log: Callable[[str], None]) -> None:
             pass
         if deadline is None:
             log(f"{where}: waiting for another process, which fetches it")
-            deadline = time.monotonic() + MAX_SECS
+            deadline = time.monotonic() + download.MAX_SECS
         if time.monotonic() > deadline:
-            raise UserError(f"{where}: another process has been fetching it for {MAX_SECS:,} s")
+            raise UserError(
+                f"{where}: another process has been fetching it for {download.MAX_SECS:,} s"
+            )
         time.sleep(0.2)
 
 
 def _fetch_into(target: Path, address: str) -> None:
     """Fetches a file and the JSON beside it; the file gets its name once all of it is there."""
-    get = _download if address.startswith(("http://", "https://")) else _copy
+    get = download.download if address.startswith(("http://", "https://")) else _copy
     try:
         with files.whole(target) as new:
             get(address, new)
-            for name in () if published.find(address) else _beside(target.name):
-                beside = target.parent / name
+            for name in () if published.find(address) else _json_names(target.name):
+                json_path = target.parent / name
                 try:
-                    with files.whole(beside) as new_beside:
-                        get(_sibling(address, name), new_beside, most=MAX_CARD_BYTES)
-                except _NotThereError:
-                    beside.unlink(missing_ok=True)  # of weights that were here before
-    except _NotThereError as error:
+                    with files.whole(json_path) as new_json:
+                        get(_sibling(address, name), new_json, max_bytes=MAX_CARD_BYTES)
+                except download.NotThereError:
+                    json_path.unlink(missing_ok=True)  # that of earlier weights
+    except download.NotThereError as error:
         raise UserError(str(error)) from None
 
 
@@ -229,7 +217,7 @@ def _check_ending(name: str, where: str) -> None:
     raise UserError(f"{read}; the address has to end in the name of one")
 
 
-def _beside(name: str) -> list[str]:
+def _json_names(name: str) -> list[str]:
     """Names of the JSON files that may describe the weights `name`."""
     config = ["config.json"] if name.endswith(".safetensors") else []
     return [f"{name}.json", *config]
@@ -247,31 +235,6 @@ def _unsigned(address: str) -> str:
     path, _, query = address.partition("?")
     names = [word for word in query.split("&") if not _SIGNATURES.fullmatch(word.split("=")[0])]
     return "?".join(filter(None, (path, "&".join(names))))
-
-
-def _checked(address: str) -> str:
-    """A web address in ASCII, without fragment; UserError for what is none."""
-    where = published.shown(address)
-    try:
-        parts = urllib.parse.urlsplit(address)
-        port, host = parts.port, parts.hostname or ""
-        host = host if host.isascii() else host.encode("idna").decode()
-    except ValueError:
-        host = ""  # what is wrong is not told: it may quote a password
-    if not host or not address.isprintable() or parts.scheme not in ("http", "https"):
-        raise UserError(f"{where} is no web address; expected https://HOST/PATH/FILE.npz")
-    if "@" in parts.netloc:
-        raise UserError(f"{where}: an address with a user or a password in it is not read")
-    place = f"[{host}]" if ":" in host else host
-    return urllib.parse.urlunsplit(
-        (
-            parts.scheme,
-            place if port is None else f"{place}:{port}",
-            urllib.parse.quote(parts.path or "/", safe="%/:@!$&'()*+,;=~"),
-            urllib.parse.quote(parts.query, safe="%/:@!$&'()*+,;=~?[]"),
-            "",
-        )
-    )
 
 
 @contextlib.contextmanager
@@ -307,227 +270,10 @@ def _reading(path: epath.PathLike) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {reason}") from None
 
 
-class _NotThereError(Exception):
-    """There is no such file, or a web page in its place."""
-
-
-def _in_time(
-    work: Callable[[], Any],
-    where: str,
-    received: Callable[[], int] | None = None,
-    max_secs: float | None = None,
-) -> Any:
-    """`work()`, which is left to itself where it takes too long or receives too little.
-
-    It runs in a thread: names are looked up, libraries try again and servers send single bytes
-    without any time limit of their own.
-
-    Args:
-      work: what to do; once it is left, nobody waits for it.
-      where: for the message.
-      received: bytes so far; None: they are not known.
-      max_secs: how long it may take; None: MAX_SECS.
-
-    Raises:
-      UserError: it took too long.
-    """
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((work(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    max_secs = MAX_SECS if max_secs is None else max_secs
-    begin = last = time.monotonic()
-    count = 0
-    while thread.is_alive():
-        thread.join(min(1, SLOW_SECS / 2))
-        now = time.monotonic()
-        if received is not None and received() - count >= MIN_BYTES_PER_SEC * SLOW_SECS:
-            last, count = now, received()
-        if thread.is_alive() and received is not None and now - last > SLOW_SECS:
-            raise UserError(
-                f"{where}: {received() - count:,} bytes came in the last {SLOW_SECS} s; expected "
-                f"at least {MIN_BYTES_PER_SEC:,} a second"
-            )
-        if thread.is_alive() and now - begin > max_secs:
-            raise UserError(f"{where}: no end after {max_secs:,} s")
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
-
-
-def _check_room(length: int, folder: epath.PathLike) -> None:
-    free = shutil.disk_usage(folder).free
-    if length > free:
-        raise OSError(
-            errno.ENOSPC, f"it has {length / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free"
-        )
-
-
-def _download(address: str, target: Path, most: int | None = None) -> None:
-    """Downloads a file by http, of at most so many bytes."""
-    with open(target, "wb") as file, _progress(target.stem) as show:
-        download = _Download(address, file, most, show)
-        _in_time(download.run, published.shown(address), lambda: download.received)
-
-
-class _Download:
-    """A file on its way by http; a connection that breaks off is taken up where it ended."""
-
-    def __init__(
-        self,
-        address: str,
-        file: BinaryIO,
-        most: int | None,
-        show: Callable[[int, int | None], None],
-    ):
-        self._address, self._where = address, published.shown(address)
-        self._file, self._most, self._show = file, most, show
-        self._length: int | None = None  # of the whole
-        # What the server calls this version of the file: a header's name and its value.
-        self._version: tuple[str, str] | None = None
-        self._stalls = 0  # connections that stood still
-        self.received = 0  # bytes, by all connections
-
-    def run(self) -> None:
-        """Receives the file, by several connections if need be."""
-        attempts = 0
-        while attempts <= RETRIES and self._stalls < 2:
-            if self._receive():
-                return
-            attempts += 1
-        length = "an unknown number of" if self._length is None else f"{self._length:,}"
-        raise UserError(
-            f"{self._where}: {self._file.tell():,} of {length} bytes came, and then no more in "
-            f"{attempts} attempts; try again"
-        )
-
-    def _receive(self) -> bool:
-        """Receives what the file lacks, by one connection; whether that was all of it.
-
-        A part is added only to the same version of the file. A server that does not name its
-        versions sends all of it again.
-        """
-        done = self._file.tell() if self._version else 0
-        headers = {"User-Agent": "mlp-mixer-jax"}
-        if done:
-            headers |= {"Range": f"bytes={done}-", "If-Range": self._version[1]}
-        with _open(urllib.request.Request(self._address, headers=headers)) as answer:
-            if done and answer.status in (206, 416):  # 416: the file has become shorter
-                if not self._goes_on(answer, done):
-                    self._version = None
-                    return False
-            else:
-                self._begin(answer)
-            return self._read(answer)
-
-    def _goes_on(self, answer: http.client.HTTPResponse, done: int) -> bool:
-        """Whether a part is what comes after `done` bytes of the same version."""
-        part = f"bytes {done}-{self._length - 1}/{self._length}"
-        name, value = self._version
-        return answer.headers.get("Content-Range") == part and answer.headers.get(name) == value
-
-    def _begin(self, answer: http.client.HTTPResponse) -> None:
-        """Begins with the first byte."""
-        if answer.status != 200:
-            raise UserError(f"{self._where}: the server answers {answer.status}, which is no file")
-        if answer.headers.get_content_type() == "text/html":
-            raise _NotThereError(
-                f"{self._where} is a web page; give the address of the file itself"
-            )
-        self._file.seek(0)
-        self._file.truncate()
-        self._length, self._version = answer.length, None
-        tag, modified = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
-        if self._length is not None and tag and not tag.startswith("W/"):
-            self._version = "ETag", tag
-        elif self._length is not None and modified:
-            self._version = "Last-Modified", modified
-        folder = os.path.dirname(self._file.name)
-        if self._length is not None:
-            self._check_size(self._length)
-            _check_room(self._length, folder)
-        self._room = shutil.disk_usage(folder).free // 2
-
-    def _check_size(self, size: int) -> None:
-        if self._most is not None and size > self._most:
-            raise UserError(f"{self._where}: {size:,} bytes; expected at most {self._most:,}")
-
-    def _read(self, answer: http.client.HTTPResponse) -> bool:
-        """Appends what comes; whether it was all."""
-        while self._length is None or self._file.tell() < self._length:
-            rest = CHUNK_BYTES if self._length is None else self._length - self._file.tell()
-            try:
-                chunk = answer.read1(min(rest, CHUNK_BYTES))
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                self._stalls += isinstance(error, TimeoutError)
-                return False
-            if not chunk:
-                return self._length is None
-            self._file.write(chunk)
-            self.received += len(chunk)
-            if self._length is None:
-                self._check_size(self._file.tell())
-                if self._file.tell() > self._room:
-                    raise OSError(
-                        errno.ENOSPC, "it does not say its length, and would fill half of the disk"
-                    )
-            self._show(self._file.tell(), self._length)
-        return True
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to web addresses; others end in one line, without their secrets."""
-
-    def http_error_302(self, req, fp, code, msg, headers):
-        target = headers.get("Location") or headers.get("URI")
-        if target is not None:
-            try:
-                _checked(urllib.parse.urljoin(req.full_url, target))
-            except ValueError:  # a UserError too
-                place, target = published.shown(req.full_url), published.shown(target)
-                raise UserError(
-                    f"{place} redirects to {target[:200]!r}, which is no web address"
-                ) from None
-        return super().http_error_302(req, fp, code, msg, headers)
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
-    """Opens an address; the answer to a part that lies beyond the end of the file has code 416."""
-    where = published.shown(request.full_url)
-    try:
-        return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_SECS)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and request.has_header("Range"):
-            return error
-        error.close()
-        reason = f"{error.code} {first_line(Exception(error.reason))}"
-        if error.code in NOT_THERE:
-            raise _NotThereError(
-                f"{where}: no such file, or none that may be read ({reason})"
-            ) from None
-        raise UserError(f"{where} was refused: {reason}") from None
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        reason = getattr(reason, "strerror", None) or first_line(Exception(reason))
-        raise UserError(
-            f"{where} cannot be reached: {reason}; a file that was fetched elsewhere can be "
-            "given by its path"
-        ) from None
-
-
-def _copy(address: str, target: Path, most: int | None = None) -> None:
+def _copy(address: str, target: Path, max_bytes: int | None = None) -> None:
     """Copies a file from cloud storage, with the credentials that its library finds."""
 
-    def received() -> int:
+    def count_bytes() -> int:
         return os.path.getsize(target) if os.path.exists(target) else 0
 
     def measure() -> int | None:
@@ -535,14 +281,16 @@ def _copy(address: str, target: Path, most: int | None = None) -> None:
         return source.stat().length if source.exists() else None
 
     with _reading(address):
-        length = _in_time(measure, address, None, SLOW_SECS)
+        length = download.run_in_time(measure, address, None, download.SLOW_SECS)
     if length is None:
-        raise _NotThereError(f"{address}: no such file")
-    if most is not None and length > most:
-        raise UserError(f"{address}: {length:,} bytes; expected at most {most:,}")
-    _check_room(length, target.parent)
+        raise download.NotThereError(f"{address}: no such file")
+    if max_bytes is not None and length > max_bytes:
+        raise UserError(f"{address}: {length:,} bytes; expected at most {max_bytes:,}")
+    download.check_room(length, target.parent)
     with _reading(address):
-        _in_time(lambda: epath.Path(address).copy(target, overwrite=True), address, received)
+        download.run_in_time(
+            lambda: epath.Path(address).copy(target, overwrite=True), address, count_bytes
+        )
     if target.stat().length != length:
         raise UserError(f"{address}: {target.stat().length:,} of {length:,} bytes came; try again")
 
@@ -566,18 +314,18 @@ def _fetch_from_hub(rest: str, log: Callable[[str], None]) -> epath.Path:
     cache_dir()  # its cache is beside ours, and needs a home directory as well
 
     def get(file: str) -> epath.Path:
-        download = functools.partial(hf_hub_download, repository, file)
-        return epath.Path(_in_time(download, f"hf://{rest}"))
+        call = functools.partial(hf_hub_download, repository, file)
+        return epath.Path(download.run_in_time(call, f"hf://{rest}"))
 
     try:
         path = get(name)
         folder = name.rpartition("/")[0]
         unreachable = []
-        for beside in _beside(Path(name).name):
+        for json_name in _json_names(Path(name).name):
             try:
-                get(f"{folder}/{beside}".lstrip("/"))
+                get(f"{folder}/{json_name}".lstrip("/"))
             except errors.LocalEntryNotFoundError:
-                unreachable.append(beside)
+                unreachable.append(json_name)
             except errors.EntryNotFoundError:
                 pass
     except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
@@ -597,22 +345,3 @@ def _fetch_from_hub(rest: str, log: Callable[[str], None]) -> epath.Path:
     about = f"; whether it has {' and '.join(unreachable)} cannot be asked" if unreachable else ""
     log(f"hf://{rest}: {path}{about}")
     return path
-
-
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yields what shows how far a download is: a bar where stderr is a terminal, else nothing."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

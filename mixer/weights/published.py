@@ -15,7 +15,7 @@ from etils import epath
 from mixer.data.imagenet.names import LISTS
 from mixer.errors import UserError, nearest
 from mixer.files import STORES
-from mixer.models.mlp_mixer import VARIANTS, count_params
+from mixer.models.registry import make_model, num_params
 
 BUCKET = "https://storage.googleapis.com/mixer_models/"
 IMAGE_SIZE = 224  # of all of them
@@ -42,9 +42,8 @@ class Published:
     @property
     def num_params(self) -> int:
         """Number of parameters, with the head."""
-        size = (IMAGE_SIZE, IMAGE_SIZE)
-        dims = VARIANTS[self.variant]
-        return count_params(image_size=size, num_classes=self.num_classes, **dims)
+        model = make_model(self.variant, num_classes=self.num_classes)
+        return num_params(model, (IMAGE_SIZE, IMAGE_SIZE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +167,9 @@ def expected(
             label = folder if folder in ("sam", "gsam") else "i1k"
             names = [f"{variant}-{label}"] if num_classes == 1000 else []
     else:
-        names = [name for name, each in CHECKPOINTS.items() if each == published]
-    known = [name for name in names if name in EXPECTED]
-    return (known[0], EXPECTED[known[0]]) if known else None
+        names = [name for name, entry in CHECKPOINTS.items() if entry == published]
+    name = next((name for name in names if name in EXPECTED), None)
+    return (name, EXPECTED[name]) if name else None
 
 
 def shown(source: epath.PathLike) -> str:
@@ -189,8 +188,8 @@ def shown(source: epath.PathLike) -> str:
 
 def https_address(path: str) -> str:
     """Of a file in the authors' public bucket the https address, which asks for no credentials."""
-    inside = path.removeprefix("gs://mixer_models/")
-    return path if inside == path else BUCKET + inside
+    name = path.removeprefix("gs://mixer_models/")
+    return path if name == path else BUCKET + name
 
 
 def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:
@@ -204,13 +203,14 @@ def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes
     Raises:
       UserError: another number of parameters, or of bytes.
     """
-    num_params = sum(math.prod(shape) for shape in shapes.values())
-    if num_params != published.num_params:
+    expected = published.num_params
+    saved = sum(math.prod(shape) for shape in shapes.values())
+    if saved != expected:
         raise UserError(
-            f"{published.url} should hold {published.num_params:,} parameters ({published.variant},"
-            f" {published.num_classes:,} classes), and the file has {num_params:,}"
+            f"{published.url} should hold {expected:,} parameters ({published.variant}, "
+            f"{published.num_classes:,} classes), and the file has {saved:,}"
         )
-    low = 4 * published.num_params
+    low = 4 * expected
     if not low <= num_bytes <= low + MAX_OVERHEAD:
         raise UserError(
             f"{published.url} should have {low:,} to {low + MAX_OVERHEAD:,} bytes (4 a parameter), "

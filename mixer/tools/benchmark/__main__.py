@@ -154,7 +154,7 @@ def _cases(what: str) -> list[Any]:
     Raises:
       UserError: an unknown model, or a patch that does not divide the images.
     """
-    from mixer.models.mlp_mixer import check_image_size
+    from mixer.models.modules import check_image_size
     from mixer.tools.benchmark import contest
 
     if not MODELS.value:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import psutil
@@ -22,7 +23,6 @@ from mixer.data.preprocessing.spec import parse
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.models import flops
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.tools.benchmark import contest, jax_side, report
 from mixer.training import program
@@ -302,7 +302,7 @@ def device_part(
     return prepare
 
 
-def training_step(model: MlpMixer, image_size: int, batch_size: int) -> Callable[[], Any]:
+def training_step(model: nn.Module, image_size: int, batch_size: int) -> Callable[[], Any]:
     """A function that makes the contestant that trains a model, on all devices at once.
 
     Args:
@@ -340,7 +340,7 @@ def sufficiency(input_rate: float, step_rate: float, devices: int) -> dict[str, 
     return {"devices": fed, "wait_share": max(0.0, 1 - fed / devices)}
 
 
-def evaluation_rate(model: MlpMixer, image_size: int, step_rate: float) -> float:
+def evaluation_rate(model: nn.Module, image_size: int, step_rate: float) -> float:
     """Images/s of a device in evaluation, estimated: the training step's FLOP/s, forward alone."""
     size = (image_size, image_size)
     return step_rate * flops.train_flops(model, size) / flops.forward_flops(model, size)

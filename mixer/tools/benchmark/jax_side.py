@@ -5,17 +5,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from mixer import memory
 from mixer.errors import first_line
 from mixer.evaluation import throughput
 from mixer.models import layers
-from mixer.models.mlp_mixer import MlpMixer, make_model
+from mixer.models.registry import make_model, param_shapes
 from mixer.parallel import sharding
 from mixer.tools.benchmark import plain
 from mixer.tools.benchmark.contest import Case, Failed
@@ -107,7 +109,7 @@ def memory_of(program: Any) -> int | None:
     return used.argument_size_in_bytes + results + used.temp_size_in_bytes
 
 
-def make_mixer(case: Case) -> MlpMixer:
+def make_mixer(case: Case) -> nn.Module:
     """This project's model of a case."""
     return make_model(
         **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu
@@ -123,8 +125,8 @@ def make_plain(case: Case) -> plain.Mixer:
 
 def draw_params(case: Case) -> Any:
     """NumPy parameters as at the start of a training, but with a head that is not zero."""
-    size = (1, case.image_size, case.image_size, 3)
-    shapes = jax.eval_shape(make_mixer(case).init, jax.random.key(0), jnp.zeros(size))["params"]
+    shapes = param_shapes(make_mixer(case), (case.image_size, case.image_size))
+    shapes = traverse_util.unflatten_dict(shapes, sep="/")
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:

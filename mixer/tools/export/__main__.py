@@ -52,13 +52,16 @@ def main(argv: list[str]) -> None:
     paths = serving.check(argv[2], weights=WEIGHTS.value, platforms=platforms)
     size = cli.image_size("image_size", IMAGE_SIZE.value)
     loaded = loading.read(argv[1], image_size=size, dtype=DTYPE.value)
-    serving.write(
+    arrays = serving.served_weights(loaded)
+    program = serving.make_program(
         loaded,
-        paths,
+        arrays,
+        weights=WEIGHTS.value,
         output=OUTPUT.value,
         platforms=platforms,
         batch_size=BATCH_SIZE.value,
     )
+    serving.write(loaded, program, arrays, paths)
     for path in (paths.program, paths.weights, paths.card):
         if path is not None:
             print(f"{path}: {path.stat().st_size:,} bytes")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from jax import export
 from mixer import files
 from mixer.data.imagenet import names as imagenet_names
 from mixer.errors import UserError, check_choice
+from mixer.models.registry import architecture_of
+from mixer.parallel import sharding
+from mixer.weights.arrays import write_safetensors
 from mixer.weights.load import Loaded
 
-WEIGHTS = ("inside", "beside")
-OUTPUTS = ("logits", "pre_logits")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FORMAT = "mlp-mixer program, 1"
 # jax.export writes a flatbuffer, which ends at 2^31 bytes; the program without weights is small.
@@ -69,13 +71,10 @@ def served_weights(loaded: Loaded) -> dict[str, np.ndarray]:
     What a bfloat16 model rounds whenever it is called is rounded here once: its values are the
     same, and the file is half as large. LayerNorms and head are computed in float32 and stay so.
     """
-    dtype = jnp.dtype(loaded.model.dtype)
-    flat = traverse_util.flatten_dict(loaded.params, sep="/")
+    dtype, pattern = loaded.model.dtype, architecture_of(loaded.model).cast_leaves
     return {
-        name: np.asarray(
-            leaf.astype(dtype) if name.startswith("stem/") or "_mixing/" in name else leaf
-        )
-        for name, leaf in sorted(flat.items())
+        name: np.asarray(leaf.astype(dtype) if re.fullmatch(pattern, name) else leaf)
+        for name, leaf in sharding.by_name(loaded.params).items()
     }
 
 
@@ -132,48 +131,26 @@ def make_program(
 
 
 def write(
-    loaded: Loaded,
-    paths: Paths,
-    *,
-    output: str = "logits",
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
-    batch_size: int | None = None,
+    loaded: Loaded, program: export.Exported, arrays: dict[str, np.ndarray], paths: Paths
 ) -> None:
-    """Writes the program, a JSON that tells what it is, and the weights if they are beside.
+    """Writes a program, a JSON that describes it, and the weights if they are beside it.
 
     All are whole before the first has its name.
 
     Args:
       loaded: the model.
+      program: by `make_program`.
+      arrays: the program's weights, by `served_weights`.
       paths: by `check`.
-      output: as for `make_program`, as are the others.
-      platforms: what the program is to run on.
-      batch_size: b; None: any.
-
-    Raises:
-      UserError: weights too large to be inside.
     """
-    arrays = served_weights(loaded)
-    weights = "inside" if paths.weights is None else "beside"
-    program = make_program(
-        loaded,
-        arrays,
-        weights=weights,
-        output=output,
-        platforms=platforms,
-        batch_size=batch_size,
-    )
     described = json.dumps(describe(loaded, program, arrays, paths), indent=2, ensure_ascii=False)
     with contextlib.ExitStack() as stack:
         # Names are given last first, so the program's comes when the others are there.
         new = {path: stack.enter_context(files.whole(path)) for path in _present(paths)[::-1]}
         files.write_text(new[paths.card], described + "\n")
         if paths.weights is not None:
-            import safetensors.numpy
-
-            # Loaded again, the weights say themselves which GELU they are for.
-            safetensors.numpy.save_file(arrays, new[paths.weights], {"gelu": loaded.card.gelu})
-            files.open_up(new[paths.weights], 0o666)
+            # With their GELU, so that `mixer.load` of this file alone gives the same model.
+            write_safetensors(new[paths.weights], arrays, {"gelu": loaded.card.gelu})
         else:
             # The traced module holds the weights once more, and is of no use from here on.
             jax.clear_caches()
@@ -186,7 +163,7 @@ def describe(
 ) -> dict[str, Any]:
     """What a server has to know, for the JSON beside the program.
 
-    "card" is what the weights are (mixer/weights/formats.py), "classes" the names in label order
+    "card" is what the weights are (mixer/weights/card.py), "classes" the names in label order
     where they are known, "call" Python that runs the program from its folder.
     """
     images, (output,) = program.in_avals[-1], program.out_avals
@@ -223,7 +200,7 @@ def describe(
         "jax": jax.__version__,
         "calling_convention": program.calling_convention_version,
         "call": call,
-        "card": dataclasses.asdict(loaded.card),
+        "card": loaded.card.as_json(),
         "classes": names,
     }
 

@@ -64,16 +64,6 @@ class Activations:
     hot: np.ndarray
     dimensions: np.ndarray
 
-    def summary(self) -> dict[str, Any]:
-        """The values by depth, without the channels', as JSON has them."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        large = ("mean", "std")
-        return {
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in fields.items()
-            if name not in large
-        }
-
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:

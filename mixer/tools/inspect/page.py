@@ -372,11 +372,11 @@ def _results(
 
 
 def _described(loaded: loading.Loaded) -> list[tuple[str, str]]:
-    card = loaded.card
-    count = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+    card, dims = loaded.card, loaded.card.dimensions
+    count = sharding.num_values(loaded.params)
     model = (
-        f"{card.num_blocks} blocks, patch {card.patch_size}, {card.hidden_dim} channels, MLPs of "
-        f"{card.tokens_mlp_dim} (tokens) and {card.channels_mlp_dim:,} (channels)"
+        f"{card.num_blocks} blocks, patch {card.patch_size}, {dims['hidden_dim']} channels, MLPs "
+        f"of {dims['tokens_mlp_dim']} (tokens) and {dims['channels_mlp_dim']:,} (channels)"
     )
     height, width = card.image_size
     return [

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from mixer.errors import UserError
-from mixer.models.mlp_mixer import REMAT
+from mixer.models.modules import REMAT
 from mixer.tools.plan import chips, update
 from mixer.tools.plan.subject import Subject
 from mixer.tools.plan.update import Step

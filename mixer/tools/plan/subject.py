@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
@@ -10,7 +11,6 @@ from ml_collections import ConfigDict
 from mixer.data.sources import synthetic
 from mixer.errors import UserError
 from mixer.models.flops import layers
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.plan import chips
@@ -56,7 +56,7 @@ class Subject:
     """What is planned: a resolved config, its model and its length."""
 
     config: ConfigDict
-    model: MlpMixer
+    model: nn.Module
     topology: chips.Topology
     utilization: float
     num_examples: int | None
@@ -74,7 +74,7 @@ class Subject:
     @property
     def num_params(self) -> int:
         """How many parameters the model has."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        return sharding.num_values(self.state.params)
 
 
 def open_subject(
@@ -175,11 +175,8 @@ def train_flops(subject: Subject) -> float:
     """
     params = subject.state.params
     factors = jax.tree.leaves(multipliers(params, subject.config.optimizer.lr_multipliers))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     trained = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, factor in zip(paths, factors, strict=True)
-        if factor
+        name for name, factor in zip(sharding.by_name(params), factors, strict=True) if factor
     }
     total, below = 0.0, False
     for layer, flops in layers(subject.model, subject.image_size):

@@ -10,13 +10,14 @@ import re
 import time
 from typing import Any
 
-import jax
 from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer.errors import UserError
+from mixer.models import placement
 from mixer.models.flops import layers
+from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.plan import hlo
@@ -134,12 +135,8 @@ def _with(subject: Subject, settings: Settings) -> ConfigDict:
 
 
 def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree,
-        sharding.state_shardings(mesh, tree),
-    )
-    return float(sharding.bytes_per_device(placed))
+    shardings = placement.state_shardings(mesh, tree)
+    return float(sharding.bytes_per_device(sharding.abstract(tree, shardings)))
 
 
 def _check(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
@@ -239,7 +236,7 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
 
     tokens = math.prod(subject.image_size) // model.patch_size**2
     stream = tokens * model.hidden_dim * width
-    hidden = model.hidden_dim * model.tokens_mlp_dim + tokens * model.channels_mlp_dim
+    hidden = architecture_of(model).hidden_values(model, subject.image_size)
     hidden *= width / settings.tensor
 
     kind = "gpu" if subject.topology.is_gpu else "tpu" + " scan" * settings.scan_blocks

@@ -27,7 +27,7 @@ from mixer.data.sources import folder
 from mixer.errors import UserError, check_choice, first_line
 from mixer.models import layers, microbatches
 from mixer.training.step import normalize
-from mixer.weights.formats import Card
+from mixer.weights.card import Card
 from mixer.weights.load import Loaded
 
 

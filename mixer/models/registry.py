@@ -1,0 +1,220 @@
+"""The architectures, and everything that follows from the shape of a network.
+
+An architecture is one file of this package and one entry of `ARCHITECTURES`. Whoever needs a
+model's dimensions, the names and shapes of its parameters, its FLOPs, its weights at another image
+size or in another program's file asks here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from mixer.errors import UserError, check_choice, check_number
+from mixer.models import mlp_mixer, resize
+from mixer.models.modules import DTYPES, GELUS, MOST_BLOCKS, REMAT
+from mixer.parallel import sharding
+
+HEAD = ("head/kernel", "head/bias")  # the head's parameters, in every architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the rest of the package knows of an architecture.
+
+    Attributes:
+      title: its name in messages.
+      module: the Flax module; its fields are the keys of `config.model`.
+      variants: the dimensions, by the module's field names, of each named size.
+      block: name of a block's parameters.
+      grown_dim: the dimension that growth to a larger image multiplies.
+      widest_dim: the width of the widest layer that each token passes.
+      signature: small parameters, without the head's, by which weights are told from others of the
+        same shapes.
+      placement: (pattern, mesh axes) of each parameter that is split over the mesh.
+      cast_leaves: pattern of the parameters that a model in bfloat16 rounds to bfloat16.
+      layer_flops: (model, image_size) -> (name, FLOPs of one image's forward pass) of each layer.
+      hidden_values: (model, image_size) -> number of values in a block's hidden layers, per image.
+      read_dimensions: (shapes of parameters, source) -> dimensions, "num_tokens" and "num_classes".
+      recognise: (shapes in a file, source) -> its layout, "published", "legacy" or "timm"; None:
+        not this architecture.
+      leaf_names: number of blocks -> the published names of all parameters that models may have.
+      stored_name: (published name, layout) -> name in a file of that layout.
+      from_layout: (published name, array, layout) -> the array with the published axes.
+      to_layout: the inverse of `from_layout`.
+      timm_arguments: (model, image_size) -> arguments of timm's class for the same model.
+      resize: by the name of a way, such as "interpolate": (published name, array, grid=, new_grid=)
+        -> the array for images of another size.
+    """
+
+    title: str
+    module: type[nn.Module]
+    variants: Mapping[str, Mapping[str, int]]
+    block: str
+    grown_dim: str
+    widest_dim: str
+    signature: tuple[str, ...]
+    placement: tuple[tuple[str, tuple], ...]
+    cast_leaves: str
+    layer_flops: Callable
+    hidden_values: Callable
+    read_dimensions: Callable
+    recognise: Callable
+    leaf_names: Callable
+    stored_name: Callable
+    from_layout: Callable
+    to_layout: Callable
+    timm_arguments: Callable
+    resize: Mapping[str, Callable]
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The fields of the module that a variant determines."""
+        return tuple(next(iter(self.variants.values())))
+
+
+ARCHITECTURES = {
+    "mixer": Architecture(
+        title="MLP-Mixer",
+        module=mlp_mixer.MlpMixer,
+        variants=mlp_mixer.VARIANTS,
+        block=mlp_mixer.BLOCK,
+        grown_dim="tokens_mlp_dim",
+        widest_dim="channels_mlp_dim",
+        signature=("stem/bias", "pre_head_layer_norm/scale", "pre_head_layer_norm/bias"),
+        placement=mlp_mixer.PLACEMENT,
+        cast_leaves="stem/.*|.*_mixing/.*",
+        layer_flops=mlp_mixer.layer_flops,
+        hidden_values=mlp_mixer.hidden_values,
+        read_dimensions=mlp_mixer.read_dimensions,
+        recognise=mlp_mixer.recognise,
+        leaf_names=mlp_mixer.leaf_names,
+        stored_name=mlp_mixer.stored_name,
+        from_layout=mlp_mixer.from_layout,
+        to_layout=mlp_mixer.to_layout,
+        timm_arguments=mlp_mixer.timm_arguments,
+        resize={"grow": mlp_mixer.grow, "interpolate": mlp_mixer.interpolate},
+    ),
+}
+DEFAULT = "mixer"  # the architecture of a config that names none
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """Returns the architecture of a model."""
+    return next(entry for entry in ARCHITECTURES.values() if isinstance(model, entry.module))
+
+
+def make_model(
+    variant: str | None = None, *, name: str = DEFAULT, num_classes: int, **fields
+) -> nn.Module:
+    """Builds a model from a variant's name, from explicit dimensions, or from both.
+
+    `mixer.make_model("B/16", num_classes=10)` is the module alone:
+    `model.init(key, images)["params"]` draws its parameters, `mixer.load` reads some.
+
+    Args:
+      variant: such as "B/16"; None where every dimension is given.
+      name: the architecture, a key of `ARCHITECTURES`.
+      num_classes: width of the head.
+      **fields: fields of the architecture's module, such as `hidden_dim` or `dtype`; those that are
+        not None replace the variant's.
+
+    Returns:
+      A Flax module; `logits, out = model.apply({"params": params}, images)`.
+
+    Raises:
+      UserError: an unknown architecture, variant or field, a missing dimension or a value out of
+        range.
+    """
+    check_choice("model.name", name, ARCHITECTURES)
+    architecture = ARCHITECTURES[name]
+    keys = [field.name for field in dataclasses.fields(architecture.module)]
+    keys = [key for key in keys if key not in ("parent", "name")]  # those are Flax's own
+    for key in fields:
+        check_choice("field of the model", key, keys)
+    if variant is not None:
+        check_choice("model.variant", variant, architecture.variants)
+    fields = {key: value for key, value in fields.items() if value is not None}
+    fields = {**architecture.variants.get(variant, {}), **fields, "num_classes": num_classes}
+    _check_fields(architecture, fields)
+    return architecture.module(**fields)
+
+
+def _check_fields(architecture: Architecture, fields: Mapping[str, Any]) -> None:
+    if missing := [key for key in architecture.dimensions if key not in fields]:
+        variants = ", ".join(architecture.variants)
+        raise UserError(f"the model needs a variant ({variants}) or {missing}")
+    for key in ("num_classes", *architecture.dimensions):
+        below = MOST_BLOCKS + 1 if key == "num_blocks" else 2**31
+        check_number(f"model.{key}", fields[key], least=1, below=below, whole=True)
+    for key in ("stoch_depth", "dropout"):
+        check_number(f"model.{key}", fields.get(key, 0), below=1)
+    if not math.isfinite(fields.get("head_bias_init", 0)):
+        raise UserError(
+            f"model.head_bias_init={fields['head_bias_init']}; expected a finite number"
+        )
+    for key, choices in (("gelu", GELUS), ("dtype", DTYPES), ("remat", REMAT)):
+        if key in fields:
+            check_choice(f"model.{key}", fields[key], choices)
+
+
+def dimensions(model: nn.Module) -> dict[str, int]:
+    """Returns the fields of a model that a variant determines."""
+    return {key: getattr(model, key) for key in architecture_of(model).dimensions}
+
+
+def find_variant(architecture: Architecture, dims: Mapping[str, int]) -> str | None:
+    """Returns the variant of these dimensions; growth may have multiplied one of them."""
+    for name, variant in architecture.variants.items():
+        fits = {
+            key: dims[key] % value == 0 if key == architecture.grown_dim else dims[key] == value
+            for key, value in variant.items()
+        }
+        if all(fits.values()):
+            return name
+    return None
+
+
+def grown_dimensions(
+    architecture: Architecture,
+    dims: Mapping[str, int],
+    old: tuple[int, int],
+    new: tuple[int, int],
+) -> dict[str, int]:
+    """Returns the dimensions of a model for images of size `old` once it is grown to `new`.
+
+    Raises:
+      UserError: no whole factors lead from one size to the other.
+    """
+    factor = math.prod(resize.growth_factors(old, new, dims["patch_size"]))
+    return {**dims, architecture.grown_dim: dims[architecture.grown_dim] * factor}
+
+
+def param_shapes(model: nn.Module, image_size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shape and dtype of each parameter by its name, joined by "/".
+
+    Args:
+      model: whose parameters they are; nothing is allocated.
+      image_size: (H, W) in pixels.
+    """
+    # All blocks have the same shapes, and one is traced sooner than many.
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tree = jax.eval_shape(model.clone(num_blocks=1).init, key, images)["params"]
+    block = architecture_of(model).block
+    shapes = {}
+    for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+        is_in_block = name.startswith(block.format(0))
+        for i in range(model.num_blocks if is_in_block else 1):
+            shapes[name.replace(block.format(0), block.format(i), 1)] = leaf
+    return shapes
+
+
+def num_params(model: nn.Module, image_size: tuple[int, int]) -> int:
+    """Returns the number of a model's parameters for images of (H, W) pixels."""
+    return sharding.num_values(param_shapes(model, image_size))
