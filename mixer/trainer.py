@@ -27,9 +27,9 @@ from mixer.evaluation import classification, fewshot, suites
 from mixer.parallel import backend, sharding, signals
 from mixer.parallel import processes as distributed
 from mixer.runs import config as run
+from mixer.runs import curves
 from mixer.runs import profile as profiling
 from mixer.runs.record import Meter, MetricWriter
-from mixer.tools.inspect import pictures
 from mixer.training import losses, optimizer
 from mixer.training import state as train_state
 from mixer.training import updates as stepping
@@ -412,7 +412,7 @@ def _train(
             terminal.line(line)
     writer.close()
     if distributed.is_main():
-        pictures.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
+        curves.draw_curves(writer.rows, workdir / "curves.png", workdir.name)
     terminal.line(
         f"run: {workdir} (checkpoints/{config.total_steps}, metrics.jsonl, results.json, "
         "curves.png)"

@@ -22,6 +22,7 @@ from helpers import GOLDENS, golden_params, run_program, run_python, tiny_config
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.runs import config as run
+from mixer.runs import curves
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import page, pictures
 from mixer.training.state import TrainState
@@ -93,10 +94,10 @@ def test_filters_by_energy_each_on_its_own_scale():
 
 def test_running_mean():
     values = np.random.default_rng(0).standard_normal(1000)
-    smooth = inspection.smooth(values)
-    np.testing.assert_allclose(smooth[10:-10], np.convolve(values, np.ones(21) / 21, "valid"))
-    assert smooth[0] == pytest.approx(values[:11].mean())
-    assert smooth[-1] == pytest.approx(values[-11:].mean())
+    mean = curves.smooth(values)
+    np.testing.assert_allclose(mean[10:-10], np.convolve(values, np.ones(21) / 21, "valid"))
+    assert mean[0] == pytest.approx(values[:11].mean())
+    assert mean[-1] == pytest.approx(values[-11:].mean())
 
 
 def _norm(x, weights):
@@ -232,8 +233,8 @@ def _rows(count):
 @pytest.mark.parametrize("count", [3, 10_000])
 def test_curves_of_any_length(tmp_path, count):
     rows = _rows(count)
-    pictures.draw_curves(rows, tmp_path / "curves.png", "_$a run$ " + "x" * 300)
-    pictures.draw_comparison({"_a": rows, "$b$" * 50: rows[:-1]}, tmp_path / "both.png")
+    curves.draw_curves(rows, tmp_path / "curves.png", "_$a run$ " + "x" * 300)
+    curves.draw_comparison({"_a": rows, "$b$" * 50: rows[:-1]}, tmp_path / "both.png")
     for name in ("curves.png", "both.png"):
         assert Image.open(tmp_path / name).size[0] == 1045
         assert (tmp_path / name).stat().st_size < 150_000
@@ -246,7 +247,7 @@ def test_long_curves_are_drawn_thin_under_their_mean(tmp_path, monkeypatch):
         FigureCanvasAgg, "draw", lambda canvas: (drawn.append(canvas.figure), draw(canvas))
     )
     for count in (3, 1000):
-        pictures.draw_curves(_rows(count), tmp_path / "curves.png", "run")
+        curves.draw_curves(_rows(count), tmp_path / "curves.png", "run")
     few, many = (figure.axes[0].lines for figure in drawn)
     assert [line.get_marker() for line in few] == ["o"] * 3
     raw, mean, *_ = many
@@ -296,8 +297,8 @@ def test_units_of_any_number(tmp_path, grid, count):
 
 
 def test_names_are_cut_in_their_middle():
-    assert pictures.shortened("a  b\nc\x00d", 20) == "a b c d"
-    cut = pictures.shortened("abcdefghij" * 5, 12)
+    assert curves.shorten("a  b\nc\x00d", 20) == "a b c d"
+    cut = curves.shorten("abcdefghij" * 5, 12)
     assert len(cut) == 12 and cut == "abcdefg…ghij"
 
 

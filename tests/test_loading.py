@@ -443,7 +443,7 @@ def test_sizes_that_weights_cannot_be_grown_to():
 @pytest.fixture(scope="module", autouse=True)
 def no_curves():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.pictures, "draw_curves", lambda *_: None)
+        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
         yield
 
 

@@ -27,7 +27,7 @@ from mixer.weights import load as loading
 @pytest.fixture(scope="module", autouse=True)
 def no_curves():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.pictures, "draw_curves", lambda *_: None)
+        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
         yield
 
 

@@ -29,7 +29,7 @@ STEPS = "decode|resize(8)|random_crop(8, pad=1)|flip_lr"
 @pytest.fixture(scope="module", autouse=True)
 def no_curves():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.pictures, "draw_curves", lambda *_: None)
+        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
         yield
 
 
@@ -249,7 +249,8 @@ sys.path.insert(0, "tests")
 import pathlib, numpy as np
 from helpers import final_state, leaves, tiny_config
 from mixer import trainer
-trainer.pictures.draw_curves = lambda *_: None
+from mixer.runs import curves
+curves.draw_curves = lambda *_: None
 ends = []
 for mode in ("off", "on"):
     config = tiny_config(sys.argv[2], dataset__on_device=mode, eval_every_steps=None)

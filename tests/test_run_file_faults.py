@@ -23,6 +23,7 @@ from mixer import console, files, formatting, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import report, sweeps
 from mixer.runs import config as run
+from mixer.runs import curves
 from mixer.runs import record as metrics
 from mixer.tools.inspect import page, pictures
 from mixer.tools.predict import prediction
@@ -693,7 +694,7 @@ def test_report_cards_show_names_as_they_are(copy, tmp_path, capsys):
 @pytest.mark.parametrize("name", [*NAMES, "caf\udce9"])
 def test_names_are_no_formulas_in_pictures(tmp_path, name):
     rows = [{"step": step, "train/loss": 1.0, "val/top1": 0.5} for step in (1, 2)]
-    pictures.draw_curves(rows, tmp_path / "curves.png", name)
+    curves.draw_curves(rows, tmp_path / "curves.png", name)
     pictures.draw_results([(name, name, 0.5, (0.4, 0.6))], tmp_path / "results.png")
     point = sweeps.Point(8, 10, 0.5, (0.4, 0.6), (0.5,), 1.0, "decode")
     sweep = sweeps.Sweep("resolution", "grow", (sweeps.Curve(name, "", "test", (point,)),))

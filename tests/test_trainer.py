@@ -44,7 +44,7 @@ def _metrics(workdir):
 def no_curves():
     """Drawing the curves takes longer than training does here; tests/test_evaluation.py draws."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.pictures, "draw_curves", lambda *_: None)
+        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
         yield
 
 

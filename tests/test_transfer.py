@@ -27,7 +27,7 @@ GROUPS = {"one": ("a", "b/x", "c"), "other": ("d", "e")}
 @pytest.fixture(autouse=True, scope="module")
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.pictures, "draw_curves", lambda *_: None)
+        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
         yield
 
 

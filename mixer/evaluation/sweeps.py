@@ -26,7 +26,7 @@ from mixer.evaluation import classification, scores, suites
 from mixer.models.mlp_mixer import check_image_size
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.inspect import pictures
+from mixer.runs import curves
 from mixer.training import losses
 from mixer.training.step import make_predict
 from mixer.weights import checkpoint
@@ -224,7 +224,7 @@ def resolution(
             check_image_size((size, size), subject.found.card.patch_size)
             loading.resized(subject.found, (size, size), resize)
             opened[subject.path, size] = _open_split(subject, size)
-    curves = []
+    drawn = []
     for subject in subjects:
         points = []
         for size in sizes:
@@ -244,8 +244,8 @@ def resolution(
             )
             result = _evaluate(step, loaded.params, split, subject)
             points.append(_point(size, [result], preprocess))
-        curves.append(Curve(subject.found.path, "", split.name, tuple(points)))
-    return Sweep("resolution", resize, tuple(curves))
+        drawn.append(Curve(subject.found.path, "", split.name, tuple(points)))
+    return Sweep("resolution", resize, tuple(drawn))
 
 
 def permutation(
@@ -269,13 +269,13 @@ def permutation(
         if not 0 <= share <= 1:
             raise UserError(f"--shares: {share:g} is no share of the patches; 0 to 1 are taken")
     opened = [_open_split(subject, subject.found.card.image_size[0]) for subject in subjects]
-    curves = []
+    drawn = []
     for subject, (split, preprocess) in zip(subjects, opened, strict=True):
         say(f"{subject.found.path}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
             points = (_point(x, of_x, preprocess) for x, of_x in zip(shares, results, strict=True))
-            curves.append(Curve(subject.found.path, kind, split.name, tuple(points)))
-    return Sweep("permutation", "", tuple(curves))
+            drawn.append(Curve(subject.found.path, kind, split.name, tuple(points)))
+    return Sweep("permutation", "", tuple(drawn))
 
 
 def _shuffled_results(
@@ -399,13 +399,10 @@ def as_table(sweep: Sweep) -> Table:
 
 def draw(sweep: Sweep, path: epath.PathLike) -> None:
     """Draws the curves as a PNG: means with their intervals, and a dot for each permutation."""
-    from matplotlib.figure import Figure
-
-    with pictures.drawing():
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+    with curves.drawing():
+        figure = curves.make_figure(7, 4.5)
         _draw_curves(sweep, figure.subplots())
-        with epath.Path(path).open("wb") as file:
-            figure.savefig(file, format="png", dpi=120)
+        curves.save_figure(figure, path)
 
 
 def _draw_curves(sweep: Sweep, axes: Any) -> None:
@@ -424,7 +421,7 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
             marker="o",
             markersize=4,
             capsize=3,
-            label=pictures.legend_label(curve.label),
+            label=curves.legend_label(curve.label),
         )
         for point in curve.points:
             if len(point.top1_by_seed) > 1:

@@ -16,7 +16,6 @@ from mixer.training.step import normalize
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 DEAD, HOT = 0.1, 10.0  # of the median channel's standard deviation
-SMOOTHED_FROM = 200  # points of a curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +83,6 @@ class Confusion:
     guess: int
     count: int
     share: float
-
-
-def smooth(values: Sequence[float]) -> np.ndarray:
-    """The running mean of a curve, over 1/50 of its points around each; fewer at its ends."""
-    count, half = len(values), len(values) // 100
-    start = np.maximum(np.arange(count) - half, 0)
-    stop = np.minimum(np.arange(count) + half + 1, count)
-    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return (sums[stop] - sums[start]) / (stop - start)
 
 
 def stem_filters(kernel: np.ndarray) -> np.ndarray:

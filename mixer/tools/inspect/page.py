@@ -19,6 +19,7 @@ from mixer.errors import UserError
 from mixer.evaluation import classification, scores
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import curves
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import pictures
 from mixer.tools.predict import prediction
@@ -164,7 +165,7 @@ def _comparison(rows, results, directory, missing) -> str:
     parts = []
     if drawn := {names[workdir]: part for workdir, part in rows.items() if part}:
         path = directory / "comparison.png"
-        pictures.draw_comparison(drawn, path)
+        curves.draw_comparison(drawn, path)
         parts.append(_picture(path, f"curves of {len(drawn)} runs over each other"))
     parts += [
         missing("curves", f"{w} has no metrics.jsonl") for w, part in rows.items() if not part
@@ -187,7 +188,7 @@ def _curves(workdir, rows, directory, missing) -> str:
     if not rows:
         return _section("Curves", missing("curves", f"{workdir} has no metrics.jsonl"))
     path = directory / "curves.png"
-    pictures.draw_curves(rows, path, epath.Path(workdir).name)
+    curves.draw_curves(rows, path, epath.Path(workdir).name)
     last = rows[-1]["step"]
     return _section(
         "Curves", _picture(path, f"training curves, {len(rows):,} lines, {last:,} steps")
@@ -280,9 +281,9 @@ def _images(loaded, result, split, directory, missing) -> str:
         for place in places:
             label = "several" if said.label[place] < 0 else names[said.label[place]]
             guess, sure = names[said.guesses[place, 0]], f"{said.probability[place]:.1%}"
-            short = pictures.shortened(guess, 20)
+            short = curves.shorten(guess, 20)
             if not hit:
-                short += f"\n({pictures.shortened(label, 20)})"
+                short += f"\n({curves.shorten(label, 20)})"
             captions.append(f"{sure} {short}")
             body.append((split.example_id(int(place)), label, guess, sure))
         pictures.draw_images(images, captions, directory / file)
