@@ -17,14 +17,13 @@ from mixer.cli import interrupts
 if __name__ == "__main__":
     interrupts.leave_at_once()  # before the imports that take a while
 
-import dataclasses
 import functools
 
 from absl import flags
 
 from mixer.cli import config as cli
 from mixer.cli import launch
-from mixer.errors import nearest
+from mixer.errors import UserError, nearest
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
 WEIGHTS = flags.DEFINE_list(
@@ -56,7 +55,7 @@ OUTPUT = flags.DEFINE_string(
     "takes the table that sets them side by side.",
 )
 VARIANTS = flags.DEFINE_list(
-    "variants", [], "With --suite=throughput, models of random weights, as in S/32,B/16."
+    "variants", [], "Replaced by python -m mixer.tools.benchmark infer --models=S/32,B/16."
 )
 BATCH_SIZES = flags.DEFINE_list(
     "batch_sizes", ["1", "8", "64", "512"], "Of --suite=throughput: images at once on a device."
@@ -71,87 +70,60 @@ LABEL_FILE = flags.DEFINE_string(
     "label_file", None, "Where its file of labels is now, if that has moved."
 )
 
+TUNED = ("vtab", "transfer")  # suites that fine-tune
+
 
 def main(argv: list[str]) -> None:
     """Evaluates what the flags say."""
     if len(argv) > 1:
-        raise cli.UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
+        raise UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
     workdirs, paths, suite = (list(filter(None, each.value)) for each in (WORKDIR, WEIGHTS, SUITE))
-    tuned = [name for name in suite if name in ("vtab", "transfer")]
+    tuned = [name for name in suite if name in TUNED]
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
-    try:
-        batch_sizes = [int(each) for each in BATCH_SIZES.value]
-    except ValueError:
-        raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: whole numbers") from None
-    if not batch_sizes or not all(1 <= size < 2**31 for size in batch_sizes):
-        raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: 1 to {2**31 - 1} images")
-    config = None
-    if cli.CONFIG.value is not None and tuned and suite:
-        raise cli.UserError(f"--suite={','.join(suite)} with --config: in another command")
-    if cli.CONFIG.value is not None and not tuned:
-        config = cli.config()
+    batch_sizes = _batch_sizes()
+    config = None if cli.CONFIG.value is None or tuned else cli.config()
     launch.join()
     from mixer.evaluation import report
-    from mixer.parallel import processes as distributed
+    from mixer.evaluation.subject import open_subject
+    from mixer.parallel import processes
 
-    if tuned and distributed.state().num_processes > 1:
-        raise cli.UserError(
-            f"--suite={tuned[0]} fine-tunes on the devices of one host: one process"
-        )
-    if VARIANTS.value:
-        with distributed.watch():
-            report.measure_variants(
-                VARIANTS.value,
-                batch_sizes=batch_sizes,
-                image_size=224,
-                output=OUTPUT.value or "runs/throughput",
-            )
-        return
+    if tuned and processes.state().num_processes > 1:
+        raise UserError(f"--suite={tuned[0]} fine-tunes on the devices of one host: one process")
     several = len(workdirs) + len(paths) > 1
-    output = None if several else OUTPUT.value
-
-    def of_run(workdir: str):
-        return lambda: report.open_run(
-            workdir,
-            checkpoint_name=CHECKPOINT.value,
-            config=config,
-            output=output,
-        )
-
-    def of_file(path: str):
-        return lambda: report.open_weights(
-            path, config=config, preprocess=PREPROCESS.value, output=output
-        )
-
-    subjects = [of_run(path) for path in workdirs] + [of_file(path) for path in paths]
+    options = dict(config=config, output=None if several else OUTPUT.value)
+    of_run = dict(checkpoint_name=CHECKPOINT.value, **options)
+    of_weights = dict(preprocess=PREPROCESS.value, **options)
+    subjects = [functools.partial(open_subject, path, **of_run) for path in workdirs]
+    subjects += [functools.partial(open_subject, path, **of_weights) for path in paths]
     if suite or not tuned:
-        with distributed.watch():
-            report.evaluate(
-                subjects,
-                splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
-                suite=suite,
-                data_dir=DATA_DIR.value or "",
-                label_file=LABEL_FILE.value,
-                save_predictions=SAVE_PREDICTIONS.value,
-                batch_sizes=batch_sizes,
-                output=OUTPUT.value if several else None,
-            )
+        evaluated = report.Options(
+            splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
+            suite=suite,
+            data_dir=DATA_DIR.value or "",
+            label_file=LABEL_FILE.value,
+            save_predictions=SAVE_PREDICTIONS.value,
+            batch_sizes=batch_sizes,
+        )
+        with processes.watch():
+            report.evaluate(subjects, evaluated, output=OUTPUT.value if several else None)
     for name in tuned:
-        for open_subject in subjects:
-            _fine_tune(name, open_subject)
+        for opened in subjects:
+            _fine_tune(name, opened())
 
 
 def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned: list[str]) -> None:
-    """Raises UserError for flags that are missing, or that would be passed over."""
-    if VARIANTS.value:
-        if suite != ["throughput"] or tuned or workdirs or paths:
-            raise cli.UserError("--variants is for --suite=throughput without weights")
-        return
+    """Raises UserError for flags that are missing, or that would be ignored."""
+    if flags.FLAGS["variants"].present:
+        raise UserError(
+            f"--variants={','.join(VARIANTS.value)}: evaluate.py measures given weights only; "
+            f"python -m mixer.tools.benchmark infer --models={','.join(VARIANTS.value)} measures "
+            "the paper's models"
+        )
     if not workdirs and not paths:
-        raise cli.UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
+        raise UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
     if twice := [each for each in workdirs + paths if (workdirs + paths).count(each) > 1]:
-        raise cli.UserError(f"{twice[0]} is given twice")
+        raise UserError(f"{twice[0]} is given twice")
     given = {name for name in flags.FLAGS if flags.FLAGS[name].present}
     for name, fits, what in (
         ("checkpoint", bool(workdirs), "--workdir; of --weights give RUN/best or a step's path"),
@@ -162,38 +134,52 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
         ("save_predictions", not tuned or bool(suite), "what is classified here"),
     ):
         if name in given and not fits:
-            raise cli.UserError(f"--{name} is for {what}")
+            raise UserError(f"--{name} is for {what}")
+    if cli.CONFIG.value is not None and tuned and suite:
+        raise UserError(f"--suite={','.join(suite)} with --config: in another command")
 
 
-def _fine_tune(name: str, open_subject) -> None:
-    """Fine-tunes on every task of `vtab` or `transfer`, and tabulates."""
+def _batch_sizes() -> list[int]:
+    """The numbers of --batch_sizes."""
+    text = ",".join(BATCH_SIZES.value)
+    try:
+        sizes = [int(each) for each in BATCH_SIZES.value]
+    except ValueError:
+        raise UserError(f"--batch_sizes={text}; expected whole numbers") from None
+    if not sizes or not all(1 <= size < 2**31 for size in sizes):
+        raise UserError(f"--batch_sizes={text}; expected 1 to {2**31 - 1} images")
+    return sizes
+
+
+def _fine_tune(name: str, subject) -> None:
+    """Fine-tunes a subject on every task of `vtab` or `transfer`, and tabulates the accuracies."""
     from configs import finetune
     from mixer import transfer
-    from mixer.evaluation import report
-    from mixer.weights import checkpoint
+    from mixer.console import Console
+    from mixer.evaluation.results import ReportCard
+    from mixer.evaluation.subject import read_weights
 
-    subject, _ = open_subject()
-    subject = dataclasses.replace(subject, params={})  # the runs read the weights themselves
-    init = subject.path
-    if subject.step is not None:
-        init = str(checkpoint.find_named(subject.name, CHECKPOINT.value))
-    height, width = subject.image_size
+    console = Console()
+    height, width = subject.card.image_size
     if height != width:
-        raise cli.UserError(f"{init} is for images of {height} x {width}; training takes squares")
+        raise UserError(
+            f"{subject.path} is for images of {height} x {width}; training takes squares"
+        )
     groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
     known = [task for group in groups.values() for task in group]
     if unknown := [task for task in TASKS.value if task not in known]:
-        raise cli.UserError(
+        raise UserError(
             f"--tasks={unknown[0]}: {name} has {', '.join(known)}.{nearest(unknown[0], known)}"
         )
-    make = cli.config_maker(finetune.__file__)
+    card = ReportCard(subject, read_weights(subject, console.say).identity)
+    make_config = cli.config_maker(finetune.__file__)
     tasks = {}
     for task in TASKS.value or known:
         always, unless_given = dict(dataset=task, init="weights"), dict(res=height)
         if name == "vtab":
             always["dataset"], unless_given["split"] = f"vtab/{task}", 1000
-        config = make(always=always, unless_given=unless_given)
-        config.init_from = init
+        config = make_config(always=always, unless_given=unless_given)
+        config.init_from = subject.path
         if DATA_DIR.value:
             config.dataset.data_dir = DATA_DIR.value
         tasks[task] = config
@@ -205,7 +191,8 @@ def _fine_tune(name: str, open_subject) -> None:
         say=functools.partial(print, flush=True),
         train_examples=finetune.VTAB_TRAIN_EXAMPLES if whole else None,
     )
-    report.add_transfer(subject, name, result)
+    card.add("transfer", name, result.summary() | {"markdown": result.markdown()})
+    card.print(console)
 
 
 if __name__ == "__main__":

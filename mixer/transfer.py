@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from mixer import files, formatting, run_files, trainer
 from mixer.errors import UserError
-from mixer.evaluation import scores
+from mixer.evaluation import results, scores, tables
+from mixer.evaluation.tables import percent, span
 from mixer.runs import config as run
 from mixer.weights import checkpoint
 from mixer.weights import load as loading
@@ -115,24 +116,9 @@ class Transfer:
             "unfinished": [name for name in self.asked if name not in finished],
         }
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells as text, its header first: a row a task, then one a mean."""
-        rows = [("task", "test images", "top-1", "interval", "mean per class")]
-        for task in self.tasks:
-            per_class = "" if task.mean_per_class is None else f"{task.mean_per_class:.2%}"
-            top1, interval = f"{task.top1:.2%}", _span(task.top1_interval)
-            rows.append((task.name, f"{task.count:,}", top1, interval, per_class))
-        for group, mean in self.means().items():
-            which = f"{mean.num_tasks} tasks" if mean.num_tasks > 1 else "1 task"
-            if mean.num_tasks < mean.of:
-                which = f"{mean.num_tasks} of {mean.of} tasks"
-            rows.append((group, which, f"{mean.top1:.2%}", _span(mean.top1_interval), ""))
-        return rows
-
     def markdown(self) -> list[str]:
-        """The rows as lines of Markdown."""
-        header, *rows = [f"| {' | '.join(row)} |" for row in self.rows()]
-        return [header, "|---|--:|--:|--:|--:|", *rows]
+        """The lines of a table with a row per task, then one per mean."""
+        return tables.markdown(results.transfer_table(self.summary()))
 
 
 def fine_tune(
@@ -224,27 +210,23 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _read(name: str, workdir: epath.Path) -> TaskResult | None:
-    """The result of a finished run, None where there is none yet."""
-    results = run_files.read_results(workdir, "last") or {}
+    """The result of a finished run; None for a run that is not finished or not evaluated."""
+    saved = results.read(workdir, "last")
     config, data = run_files.read_config(workdir), run_files.read_data(workdir)
-    test = results.get("splits", {}).get("test")
-    if not (test and config and data) or results.get("step") != config["total_steps"]:
+    if not (saved and config and data) or saved.step != config["total_steps"]:
         return None
-    if (
-        not {"count", "top1", "top1_interval", "mean_per_class", "mean_per_class_interval"}
-        <= test.keys()
-    ):
-        return None  # edited: the run is finished, and evaluates once more
-    per_class = test["mean_per_class_interval"]
+    test = saved.splits.get("test")
+    if test is None:
+        return None  # the run is finished, and evaluates once more
     return TaskResult(
         name=name,
-        count=test["count"],
-        top1=test["top1"],
-        top1_interval=tuple(test["top1_interval"]),
-        mean_per_class=test["mean_per_class"],
-        mean_per_class_interval=None if per_class is None else tuple(per_class),
+        count=test.count,
+        top1=test.top1,
+        top1_interval=test.top1_interval,
+        mean_per_class=test.mean_per_class,
+        mean_per_class_interval=test.mean_per_class_interval,
         train_examples=data["splits"]["train"]["num_examples"],
-        steps=results["step"],
+        steps=saved.step,
     )
 
 
@@ -256,8 +238,7 @@ def _check_same_config(workdir: epath.Path, config: ConfigDict) -> None:
     data = run_files.read_data(workdir)
     if old is None or data is None:
         return
-    results = run_files.read_results(workdir, "last")
-    if checkpoint.last_step(workdir) is None and results is None:
+    if checkpoint.last_step(workdir) is None and results.read(workdir, "last") is None:
         return  # what never saved binds nothing
     new = _resolved(config, None, old)
     if new.model.num_classes is None:
@@ -365,9 +346,5 @@ def _check(
 
 
 def _sentence(result: TaskResult) -> str:
-    return f"{result.top1:.2%} ({_span(result.top1_interval)}) of {result.count:,} test images"
-
-
-def _span(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{low:.2%} to {high:.2%}"
+    accuracy = f"{percent(result.top1)} ({span(result.top1_interval)})"
+    return f"{accuracy} of {result.count:,} test images"

@@ -20,10 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from scipy import special
 
-from mixer import formatting
 from mixer.data import splits as pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
+from mixer.evaluation.tables import Table
 from mixer.models import layers, microbatches
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
@@ -79,25 +79,27 @@ class FewShot:
         return dataclasses.asdict(self)
 
 
-def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines of a table of `FewShot.summary()`s by the name of their data."""
-    lines = [
-        "| few-shot probe | shots a class | shots | top-1 | 95 % interval | deviation | draws |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
+    """A table of `FewShot.summary()`s by the name of their data."""
+    rows = []
     for name, summary in summaries.items():
         for each in summary["results"]:
             low, high = each["interval"]
-            deviation = "" if each["std"] is None else f"{each['std']:.2%}"
             short = each["short_classes"]
             images = f"{each['examples']:,}" + (f" ({short:,} classes have fewer)" if short else "")
-            draws = ", ".join(f"{accuracy:.2%}" for accuracy in each["accuracies"])
-            which = formatting.in_markdown(name)
-            lines.append(
-                f"| {which} | {each['shots']} | {images} | {each['mean']:.2%} "
-                f"| {low:.2%} to {high:.2%} | {deviation} | {draws} |"
+            rows.append(
+                (
+                    name,
+                    f"{each['shots']}",
+                    images,
+                    f"{each['mean']:.2%}",
+                    f"{low:.2%} to {high:.2%}",
+                    "" if each["std"] is None else f"{each['std']:.2%}",
+                    ", ".join(f"{accuracy:.2%}" for accuracy in each["accuracies"]),
+                )
             )
-    return lines
+    header = "few-shot probe", "shots a class", "shots", "top-1", "95 % interval", "deviation"
+    return Table((*header, "draws"), rows)
 
 
 @functools.lru_cache(maxsize=1)  # a training's probes are one program

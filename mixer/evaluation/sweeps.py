@@ -11,28 +11,22 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-from rich.table import Table
-from rich.text import Text
 from scipy import special
 
-from mixer import files, run_files
-from mixer.data import splits as pipeline
+from mixer import files
 from mixer.data.preprocessing import permutation as orders
 from mixer.data.preprocessing import spec as steps
-from mixer.errors import UserError, printable
+from mixer.data.splits import Split
+from mixer.errors import UserError
 from mixer.evaluation import classification, scores, suites
+from mixer.evaluation.subject import Subject
+from mixer.evaluation.tables import Table, span
 from mixer.models.mlp_mixer import check_image_size
-from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.training import losses
 from mixer.training.step import make_predict
-from mixer.weights import checkpoint
-from mixer.weights import fetch as remote
-from mixer.weights import formats as weights
-from mixer.weights import load as loading
+from mixer.weights import load
 
 SEEDS = (0, 1, 2)  # of the permutations at each share
 AXES = {"resolution": "side of the images, pixels", "permutation": "share that is shuffled"}
@@ -89,72 +83,20 @@ class Sweep:
         return dataclasses.asdict(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """Weights and the data they are evaluated on.
-
-    Attributes:
-      path: of the weights, as given.
-      found: they, not read yet.
-      config: whose data, evaluation steps and loss are used.
-      mesh: of the devices. batch_size: images at once, over all of them.
-      class_names: those that the data must have; None: they are not known.
-      which: "train", "val" or "test".
-      workdir: of the run that the weights are of; None: another config says the data.
-    """
-
-    path: str
-    found: loading.Found
-    config: ConfigDict
-    mesh: Mesh
-    batch_size: int
-    class_names: tuple[str, ...] | None
-    which: str
-    workdir: epath.Path | None
-
-
-def open_subject(
-    path: str, *, config: ConfigDict | None, which: str, say: Callable[[str], None]
-) -> Subject:
-    """Finds weights and the config of the data; no array is read.
-
-    Args:
-      path: as `mixer.load` takes it.
-      config: of the data; None: that of the run that `path` is, or is a step of.
-      which: split of the config, "train", "val" or "test".
-      say: gets a line on what is fetched.
-
-    Raises:
-      UserError: no weights there, not for square images, or no run and no config either.
-    """
-    found = loading.find(path, log=say)
-    card, workdir = found.card, None
+def check_subject(subject: Subject) -> None:
+    """Raises UserError unless the weights are for square images, have a head, and have data."""
+    card = subject.found.card
     height, width = card.image_size
     if height != width:
         raise UserError(
-            f"--weights={found.path} is for images of {height} x {width}; sweeps take square ones"
+            f"--weights={subject.name} is for images of {height} x {width}; expected square ones"
         )
     if not card.num_classes:
-        raise UserError(f"--weights={found.path} has no head, and so no accuracy")
-    class_names = card.class_names if isinstance(card.class_names, tuple) else None
-    if config is not None:
-        config = config.copy_and_resolve_references()
-        run.check_config(config)
-        config.model.update({name: getattr(card, name) for name in weights.DIMENSIONS})
-        run.resolve_permutation(config)
-    elif remote.is_directory(path):
-        workdir = checkpoint.find_step(path).parent.parent
-        config, class_names = run.read_run(workdir)
-    else:
+        raise UserError(f"--weights={subject.name} has no head, and so no accuracy")
+    if subject.config is None:
         raise UserError(
-            f"--weights={found.path} is no run, which would say the data; --config=CONFIG does"
+            f"--weights={subject.name} is no run, whose data would be taken; give --config=CONFIG"
         )
-    config.model.num_classes = card.num_classes
-    mesh = sharding.make_mesh({"data": -1})
-    batch_size = config.eval_batch_size or config.global_batch_size
-    shards = sharding.batch_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
-    return Subject(str(path), found, config, mesh, batch_size, class_names, which, workdir)
 
 
 def steps_at(preprocess: str, old: int, new: int) -> str:
@@ -203,6 +145,7 @@ def resolution(
     subjects: Sequence[Subject],
     sizes: Sequence[int],
     *,
+    which: str,
     resize: str,
     say: Callable[[str], None],
 ) -> Sweep:
@@ -211,8 +154,9 @@ def resolution(
     Args:
       subjects: the weights.
       sizes: sides in pixels.
+      which: the split of their configs, "train", "val" or "test".
       resize: how weights come to another size, "grow" or "interpolate" (mixer/models/resize.py).
-      say: gets a line on the weights and the steps at each size.
+      say: prints a line about the weights and the steps at each size.
 
     Raises:
       UserError: a size that the weights, or the data, cannot have; nothing is computed then.
@@ -222,67 +166,75 @@ def resolution(
     for subject in subjects:
         for size in sizes:
             check_image_size((size, size), subject.found.card.patch_size)
-            loading.resized(subject.found, (size, size), resize)
-            opened[subject.path, size] = _open_split(subject, size)
+            load.resized(subject.found, (size, size), resize)
+            opened[subject.path, size] = _open_split(subject, which, size)
     drawn = []
     for subject in subjects:
         points = []
         for size in sizes:
             split, preprocess = opened[subject.path, size]
-            loaded = loading.read(
-                subject.path,
+            loaded = load.read_found(
+                subject.found,
                 image_size=size,
                 resize=resize,
                 mesh=subject.mesh,
                 log=lambda line: None,
             )
-            say(f"{subject.found.path} at {size} px: {preprocess}")
-            step = classification.make_eval_step(
-                make_predict(loaded.model, subject.mesh),
-                losses.make_loss(subject.config.loss),
-                loaded.card.num_classes,
+            say(f"{subject.name} at {size} px: {preprocess}")
+            result = classification.evaluate_model(
+                loaded.model,
+                loaded.params,
+                split,
+                loss=subject.loss,
+                mesh=subject.mesh,
+                global_batch_size=subject.batch_size,
+                prefetch_batches=subject.prefetch_batches,
             )
-            result = _evaluate(step, loaded.params, split, subject)
             points.append(_point(size, [result], preprocess))
-        drawn.append(Curve(subject.found.path, "", split.name, tuple(points)))
+        drawn.append(Curve(subject.name, "", split.name, tuple(points)))
     return Sweep("resolution", resize, tuple(drawn))
 
 
 def permutation(
-    subjects: Sequence[Subject], shares: Sequence[float], *, say: Callable[[str], None]
+    subjects: Sequence[Subject],
+    shares: Sequence[float],
+    *,
+    which: str,
+    say: Callable[[str], None],
 ) -> Sweep:
-    """Evaluates each checkpoint on images of which a share of the patches, or pixels, is shuffled.
+    """Evaluates each checkpoint on images with a share of their patches, or pixels, shuffled.
 
-    Patches move whole. At each share the mean over the permutations of SEEDS is taken, each of them
-    the same for all images; at 0 it is the plain evaluation.
+    Patches move whole. Each share has the mean over the permutations of SEEDS, each of which is the
+    same for all images; the share 0 is the plain evaluation.
 
     Args:
       subjects: the weights.
       shares: in 0..1.
-      say: gets a line on each of the weights and its steps.
+      which: the split of their configs, "train", "val" or "test".
+      say: prints a line about each of the weights and its steps.
 
     Raises:
-      UserError: a share that is none, or data that is not there or not the weights'.
+      UserError: a share outside 0..1, or data that is missing or not of the weights' classes.
     """
     shares = sorted(set(shares))
     for share in shares:
         if not 0 <= share <= 1:
-            raise UserError(f"--shares: {share:g} is no share of the patches; 0 to 1 are taken")
-    opened = [_open_split(subject, subject.found.card.image_size[0]) for subject in subjects]
+            raise UserError(f"--shares: {share:g}; expected shares of the patches, from 0 to 1")
+    opened = [_open_split(subject, which, subject.found.card.image_size[0]) for subject in subjects]
     drawn = []
     for subject, (split, preprocess) in zip(subjects, opened, strict=True):
-        say(f"{subject.found.path}: {preprocess}")
+        say(f"{subject.name}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
             points = (_point(x, of_x, preprocess) for x, of_x in zip(shares, results, strict=True))
-            drawn.append(Curve(subject.found.path, kind, split.name, tuple(points)))
+            drawn.append(Curve(subject.name, kind, split.name, tuple(points)))
     return Sweep("permutation", "", tuple(drawn))
 
 
 def _shuffled_results(
-    subject: Subject, split: pipeline.Split, shares: Sequence[float]
+    subject: Subject, split: Split, shares: Sequence[float]
 ) -> dict[str, list[list[classification.Classification]]]:
     """By kind and share, the results under each permutation; nothing moves at share 0."""
-    loaded = loading.read(subject.path, mesh=subject.mesh, log=lambda line: None)
+    loaded = load.read_found(subject.found, mesh=subject.mesh, log=lambda line: None)
     size = loaded.card.image_size
     plain = make_predict(loaded.model, subject.mesh)
 
@@ -293,7 +245,7 @@ def _shuffled_results(
 
     # The order is an argument: one program serves all.
     step = classification.make_eval_step(
-        predict, losses.make_loss(subject.config.loss), loaded.card.num_classes
+        predict, losses.make_loss(subject.loss), loaded.card.num_classes
     )
 
     def result(kind: str, share: float, seed: int) -> classification.Classification:
@@ -302,7 +254,14 @@ def _shuffled_results(
         else:
             patch_size = loaded.card.patch_size
             order = orders.patch_order(size, patch_size, seed=seed, share=share, within=False)
-        return _evaluate(step, (loaded.params, order), split, subject)
+        return classification.evaluate(
+            step,
+            (loaded.params, order),
+            split,
+            global_batch_size=subject.batch_size,
+            mesh=subject.mesh,
+            prefetch_batches=subject.prefetch_batches,
+        )
 
     return {
         kind: [
@@ -313,35 +272,22 @@ def _shuffled_results(
     }
 
 
-def _open_split(subject: Subject, size: int) -> tuple[pipeline.Split, str]:
-    """The split at a size of its images, and the steps that give it."""
+def _open_split(subject: Subject, which: str, size: int) -> tuple[Split, str]:
+    """The split with images of side `size`, and the steps that give that size."""
     config = subject.config.copy_and_resolve_references()
     preprocess = steps_at(config.dataset.eval_preprocess, config.image_size, size)
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
-    data = run_files.read_data(subject.workdir) if subject.workdir is not None else None
-    split = run.open_own_split(config, subject.which, subject.class_names, data and data["splits"])
-    if split is None:
-        raise UserError(f"the config of {subject.found.path} names no {subject.which}_split")
     card = subject.found.card
+    config.model.num_classes = card.num_classes
+    split = run.open_own_split(config, which, subject.class_names, subject.data_record())
+    if split is None:
+        raise UserError(f"the config of {subject.name} names no {which}_split")
     try:
         suites.check_classes(split, card.class_names, card.num_classes)
     except UserError as error:
-        raise UserError(f"{subject.found.path}: {error}") from None
+        raise UserError(f"{subject.name}: {error}") from None
     return split, preprocess
-
-
-def _evaluate(
-    step: Callable, params: Any, split: pipeline.Split, subject: Subject
-) -> classification.Classification:
-    return classification.evaluate(
-        step,
-        params,
-        split,
-        global_batch_size=subject.batch_size,
-        mesh=subject.mesh,
-        prefetch_batches=subject.config.dataset.prefetch_batches,
-    )
 
 
 def _point(x: float, results: Sequence[classification.Classification], preprocess: str) -> Point:
@@ -375,26 +321,21 @@ def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
     )
 
 
-def as_table(sweep: Sweep) -> Table:
-    """A line for each point."""
-    table = Table()
-    table.add_column("weights", overflow="fold")
-    for name in ("pixels" if sweep.kind == "resolution" else "share", "top-1", "95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if sweep.kind == "permutation":
-        table.add_column("lowest to highest", justify="right", no_wrap=True)
-    table.add_column("loss", justify="right", no_wrap=True)
+def make_table(sweep: Sweep) -> Table:
+    """A row per point; the first of a curve has the name of the weights."""
+    is_permutation = sweep.kind == "permutation"
+    header = ["weights", "share" if is_permutation else "pixels", "top-1", "95 % interval"]
+    header += ["lowest to highest"] * is_permutation + ["loss"]
+    rows = []
     for curve in sweep.curves:
-        label = Text(printable(curve.label))
+        label = curve.label
         for point in curve.points:
-            low, high = point.top1_interval
-            row = [label, f"{point.x:g}", f"{point.top1:.2%}", f"{low:.2%} to {high:.2%}"]
-            if sweep.kind == "permutation":
-                row.append(f"{min(point.top1_by_seed):.2%} to {max(point.top1_by_seed):.2%}")
-            table.add_row(*row, f"{point.loss:.4f}")
-            label = Text()
-        table.add_section()
-    return table
+            row = [label, f"{point.x:g}", f"{point.top1:.2%}", span(point.top1_interval)]
+            if is_permutation:
+                row.append(span((min(point.top1_by_seed), max(point.top1_by_seed))))
+            rows.append([*row, f"{point.loss:.4f}"])
+            label = ""
+    return Table(header, rows)
 
 
 def draw(sweep: Sweep, path: epath.PathLike) -> None:
@@ -438,14 +379,14 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
 
 
 def output_directory(subjects: Sequence[Subject], given: str | None) -> epath.Path:
-    """Makes the directory of the results, before the long work and not after it.
+    """Makes the directory of the results, before the long work.
 
     Args:
-      subjects: the weights; one run's results are in the run where nothing else is given.
-      given: as the user has it.
+      subjects: the weights; the results of one run are in the run unless `given` says otherwise.
+      given: --output.
 
     Raises:
-      UserError: none is given, or it cannot be made.
+      UserError: no directory is given, or it cannot be made.
     """
     if given is None:
         if len(subjects) > 1 or subjects[0].workdir is None:

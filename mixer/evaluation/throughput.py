@@ -6,19 +6,18 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mixer import formatting, memory
 from mixer.errors import UserError
+from mixer.evaluation.tables import Table
 from mixer.models import layers
-from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size, make_model
+from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size
 from mixer.parallel import sharding
-from mixer.training import state as train_state
 from mixer.training.step import make_predict
 
 BATCH_SIZES = (1, 8, 64, 512)  # images a device
@@ -175,13 +174,6 @@ def _pixels(shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(jax.random.key(0), shape, "uint8")
 
 
-def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Weights drawn on the host, which compiles nothing; equal ones would spare a GPU power."""
-    rng = np.random.default_rng(0)
-    values = 0.02 * rng.standard_normal(leaf.shape, np.float32)
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
-
-
 def _variant(model: MlpMixer) -> str | None:
     """The name whose dimensions the model has."""
     for name, dimensions in VARIANTS.items():
@@ -190,66 +182,25 @@ def _variant(model: MlpMixer) -> str | None:
     return None
 
 
-def measure_variants(
-    names: Sequence[str],
-    *,
-    image_size: tuple[int, int] = PUBLISHED_SIZE,
-    num_classes: int = 1000,
-    dtype: str,
-    batch_sizes: Sequence[int],
-    mesh: Mesh,
-    seconds: float = 5.0,
-) -> Iterator[tuple[str, Throughput]]:
-    """Measures models with random weights, one in memory at a time: (name, result) of each.
-
-    Args:
-      names: of VARIANTS.
-      image_size: (H, W).
-      num_classes: width of the head.
-      dtype: of the computation, "float32" or "bfloat16".
-      batch_sizes: images a device.
-      mesh: of the devices.
-      seconds: for each batch size of each model.
-
-    Raises:
-      UserError: as `measure`, an unknown name, or weights that do not fit into the host's memory.
-    """
-    for name in names:
-        model = make_model(variant=name, num_classes=num_classes, dtype=dtype)
-        check_image_size(image_size, model.patch_size)
-        abstract = train_state.abstract_params(model, image_size, mesh)
-        count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-        memory.check_room(4 * count, f"{name} with {count:,} parameters")
-        params = jax.tree.map(_random, abstract)
-        measured = measure(
-            model, params, image_size, batch_sizes=batch_sizes, mesh=mesh, seconds=seconds
-        )
-        del params  # while the caller holds the generator, and before the next one's are made
-        yield name, measured
-
-
-def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of a table of `Throughput.summary()`s by name."""
-    lines = [
-        "| throughput | batch a device | images/s a device | lowest to highest | devices "
-        "| paper, TPUv3 core |",
-        "|---|---|---|---|---|---|",
-    ]
+def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A table of `Throughput.summary()`s by name."""
+    rows = []
     for name, summary in summaries.items():
         height, width = summary["image_size"]
-        what = formatting.in_markdown(f"{name}, {height} x {width}, {summary['dtype']}")
-        devices = f"{summary['devices']} x {formatting.in_markdown(summary['device'])}"
-        published, variant = summary["published"], formatting.in_markdown(str(summary["variant"]))
-        published = "" if published is None else f"{published:,} ({variant})"
+        model = f"{name}, {height} x {width}, {summary['dtype']}"
+        devices = f"{summary['devices']} x {summary['device']}"
+        published = summary["published"]
+        published = "" if published is None else f"{published:,} ({summary['variant']})"
         for rate in summary["rates"]:
-            median, span = "does not fit into memory", ""
+            figures = ("does not fit into memory", "")
             if rate["images_per_second"] is not None:
-                median = _number(rate["images_per_second"])
-                span = f"{_number(rate['low'])} to {_number(rate['high'])}"
-            lines.append(
-                f"| {what} | {rate['batch_size']:,} | {median} | {span} | {devices} | {published} |"
-            )
-    return lines
+                median, low, high = map(
+                    _number, (rate["images_per_second"], rate["low"], rate["high"])
+                )
+                figures = (median, f"{low} to {high}")
+            rows.append((model, f"{rate['batch_size']:,}", *figures, devices, published))
+    header = "throughput", "batch a device", "images/s a device", "lowest to highest", "devices"
+    return Table((*header, "paper, TPUv3 core"), rows)
 
 
 def _number(rate: float) -> str:

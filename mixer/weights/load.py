@@ -129,6 +129,22 @@ def read(
     _check_choice("head", head, HEADS)
     _check_choice("resize", resize, RESIZES)
     found = find(path, image_size=image_size, gelu=gelu, log=log)
+    options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype)
+    return read_found(found, **options, head=head, resize=resize, mesh=mesh, log=log)
+
+
+def read_found(
+    found: Found,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    dtype: Any = None,
+    head: str = "auto",
+    resize: str = "grow",
+    mesh: Mesh | None = None,
+    log: Callable[[str], None] = print,
+) -> Loaded:
+    """As `read`, of weights that `find` has found."""
     size = found.card.image_size if image_size is None else _size(image_size)
     check_image_size(size, found.card.patch_size)
     card = resized(found, size, resize)
