@@ -10,7 +10,7 @@ import rich.progress
 
 from mixer import formatting
 
-FILE_WIDTH = 200  # characters of a line where the output is no terminal, so that no table is folded
+FILE_WIDTH = 1000  # characters of a line that goes to a file or a pipe, where no table is folded
 
 
 class Console(rich.console.Console):
@@ -29,7 +29,7 @@ class Console(rich.console.Console):
 class ProgressBar(rich.progress.Progress):
     """The progress of one task, at a terminal only.
 
-    Used as a context manager, or between `start` and `stop`.
+    It is shown within a `with` block, or between `start` and `stop`; `transient` removes it then.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class ProgressBar(rich.progress.Progress):
         completed: int = 0,
         transient: bool = True,
         redirect_stdout: bool = True,
+        is_shown: bool = True,
     ):
         super().__init__(
             rich.progress.TextColumn("{task.description}", markup=False),
@@ -53,7 +54,7 @@ class ProgressBar(rich.progress.Progress):
             console=console,
             transient=transient,
             redirect_stdout=redirect_stdout,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal and is_shown),
         )
         self._task = self.add_task(description, total=total, completed=completed, status="")
 

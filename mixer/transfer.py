@@ -148,7 +148,7 @@ def fine_tune(
         another config. Later: whatever ends the training of a task.
       signals.Stopped: SIGTERM or SIGINT arrived; the state of the task under way is saved.
     """
-    directory = files.make_output_directory("--output", directory)
+    directory = files.make_directory(directory, "--output")
     workdirs = {name: directory / name.replace("/", "_") for name in tasks}
     finished, unfinished = {}, {}
     for name, config in tasks.items():

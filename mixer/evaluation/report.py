@@ -62,7 +62,7 @@ def evaluate(
     """
     console = Console()
     if output is not None and processes.is_main():
-        files.make_output_directory("--output", output)
+        files.make_directory(output, "--output")
     names = suites.expand(options.suite, others=(FEWSHOT, THROUGHPUT))
     options = dataclasses.replace(options, suite=names)
     done: dict[str, Results] = {}

@@ -122,9 +122,9 @@ class ReportCard:
         self._directory = output / "evaluation"
         self._path = run_files.results_path(output, self._checkpoint_name)
         if processes.is_main():
-            files.make_output_directory("--output", output)
+            files.make_directory(output, "--output")
             run.check_place(output)
-            files.make_output_directory("--output", self._directory)
+            files.make_directory(self._directory, "--output")
             files.remove_unfinished(output)
             run_files.read_results(output, self._checkpoint_name)
 

@@ -392,7 +392,7 @@ def output_directory(subjects: Sequence[Subject], given: str | None) -> epath.Pa
         if len(subjects) > 1 or subjects[0].workdir is None:
             raise UserError("--output is missing: a directory for the picture and the numbers")
         given = subjects[0].workdir
-    return files.make_output_directory("--output", given)
+    return files.make_directory(given, "--output")
 
 
 def write(sweep: Sweep, directory: epath.Path) -> tuple[epath.Path, epath.Path]:

@@ -120,7 +120,7 @@ def write(
     config = configs[workdirs[0]] if workdirs else None
     source = checkpoint.find_named(workdirs[0], checkpoint_name) if workdirs else weights
     directory = output or epath.Path(workdirs[0]) / "inspect"
-    page = Page(files.make_output_directory("--output" if output else "", directory), log)
+    page = Page(files.make_directory(directory, "--output" if output else ""), log)
     mesh = sharding.make_mesh({"data": -1})
     loaded = loading.read(source, image_size=image_size, mesh=mesh, log=log)
     recorded = {workdir: results.read(workdir, checkpoint_name) for workdir in workdirs}
