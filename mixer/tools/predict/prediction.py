@@ -175,7 +175,7 @@ def _check_request(card: Card, preprocess: str | None, layer: str | None) -> Non
 
 
 def _make_compute(model: MlpMixer, top: int, layer: str | None) -> Callable:
-    """Returns the compiled `(params, pixels) -> (classes, probabilities[, values of the layer])`."""
+    """Returns the compiled `(params, pixels) -> (classes, probabilities[, layer])`."""
     options = layers.compiler_options(jax.default_backend())
 
     @functools.partial(jax.jit, compiler_options=options)
