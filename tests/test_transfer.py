@@ -225,7 +225,7 @@ def test_faults_of_a_later_task_are_found_before_the_first(tmp_path, change, mes
 
 
 def test_wrong_number_of_images_is_refused(tmp_path):
-    _refused(_tasks(("a",)), tmp_path, "^a: .* 7 ", train_examples=7)
+    _refused(_tasks(("a",)), tmp_path, "^a: .* 7$", train_examples=7)
 
 
 # VTAB's data.
