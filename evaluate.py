@@ -1,4 +1,4 @@
-"""The report card of weights: tables here, results.json and results.md where they are kept.
+"""Evaluates weights: prints their report card, and writes it to results.json and results.md.
 
   python evaluate.py --workdir=runs/digits
   python evaluate.py --workdir=runs/digits --checkpoint=best --split=test --save_predictions
@@ -8,8 +8,8 @@
   python evaluate.py --weights=pets.npz --config=configs/folder.py --config.dataset.data_dir=pets/
   python evaluate.py --weights=B/16-i21k --suite=vtab --output=runs/b16_vtab
 
-Of a run, the model, the data, the preprocessing and the class names are its own; a file has
-preprocessing and names where they are known. docs/evaluation.md has the suites.
+A run is evaluated with its own model, data, preprocessing and class names; a file with its own
+preprocessing and class names if they are known. docs/evaluation.md describes the suites.
 """
 
 from mixer.cli import interrupts
@@ -25,7 +25,7 @@ from mixer.cli import config as cli
 from mixer.cli import launch
 from mixer.errors import UserError, nearest
 
-WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
+WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run, or of several to compare.")
 WEIGHTS = flags.DEFINE_list(
     "weights", [], "A file of weights, an address or a short name such as B/16-i1k; or several."
 )
@@ -33,7 +33,7 @@ SUITE = flags.DEFINE_list(
     "suite",
     [],
     "What to evaluate: imagenet, fewshot, throughput, vtab, transfer or a set such as cifar10; "
-    "or several. Not given: the splits of the run's config, or of --config.",
+    "or several. Default: the splits of the run's config, or of --config.",
 )
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "Which weights of a run: last, best (by validation) or a step's number."
@@ -42,23 +42,23 @@ SPLIT = flags.DEFINE_enum(
     "split", "all", ["all", "val", "test", "train"], "Which split of the config; all: val and test."
 )
 PREPROCESS = flags.DEFINE_string(
-    "preprocess", None, "Steps such as 'decode|resize(224)', for --weights that do not say theirs."
+    "preprocess", None, "Steps such as 'decode|resize(224)', for --weights without known ones."
 )
-TASKS = flags.DEFINE_list("tasks", [], "Of vtab or transfer, those tasks only, as in dmlab,svhn.")
+TASKS = flags.DEFINE_list("tasks", [], "Tasks of vtab or transfer, as in dmlab,svhn. Default: all.")
 SAVE_PREDICTIONS = flags.DEFINE_bool(
-    "save_predictions", False, "Write evaluation/SET.npz too: what was said of every image."
+    "save_predictions", False, "Write evaluation/SET.npz too, the prediction for every image."
 )
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "Directory of the results; not given: the run, or runs/evaluate_WEIGHTS. Of several weights it "
-    "takes the table that sets them side by side.",
+    "Directory of the results. Default: the run, or runs/evaluate_WEIGHTS. If there are several "
+    "weights: directory of the table that compares them.",
 )
 VARIANTS = flags.DEFINE_list(
     "variants", [], "Replaced by python -m mixer.tools.benchmark infer --models=S/32,B/16."
 )
 BATCH_SIZES = flags.DEFINE_list(
-    "batch_sizes", ["1", "8", "64", "512"], "Of --suite=throughput: images at once on a device."
+    "batch_sizes", ["1", "8", "64", "512"], "For --suite=throughput: images per device in a batch."
 )
 DATA_DIR = flags.DEFINE_string(
     "data_dir",
@@ -67,7 +67,7 @@ DATA_DIR = flags.DEFINE_string(
     "ImageNet's validation images.",
 )
 LABEL_FILE = flags.DEFINE_string(
-    "label_file", None, "Where its file of labels is now, if that has moved."
+    "label_file", None, "Where the file of labels is now, if it has moved."
 )
 
 TUNED = ("vtab", "transfer")  # suites that fine-tune

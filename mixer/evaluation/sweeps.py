@@ -1,7 +1,7 @@
 """Accuracy of given weights over the image size, and over the share of shuffled patches or pixels.
 
-The paper trains under permutations (docs/probes.md); here the weights are as they are, and the
-images of the evaluation change.
+The paper trains under permutations (docs/probes.md). A sweep trains nothing: the images of the
+evaluation change.
 """
 
 import dataclasses
@@ -34,15 +34,15 @@ AXES = {"resolution": "side of the images, pixels", "permutation": "share that i
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A place on a curve. Shares are in 0..1.
+    """A point of a curve. Shares are in 0..1.
 
     Attributes:
       x: side of the images in pixels, or the share that is shuffled.
-      count: number of images that have a label.
-      top1: of them; the mean over the permutations where there are several.
-      top1_interval: of 95 %, as `interval` has it.
-      top1_by_seed: of each permutation.
-      loss: mean, likewise.
+      count: number of labelled images.
+      top1: share of them; of several permutations, the mean.
+      top1_interval: `interval` of it.
+      top1_by_seed: top-1 under each permutation.
+      loss: mean over the images, and over the permutations.
       preprocess: the steps that made the images.
     """
 
@@ -57,7 +57,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points of one checkpoint, by growing x. `shuffled` is "patches", "pixels" or ""."""
+    """Points of one checkpoint in ascending x. `shuffled` is "patches", "pixels" or ""."""
 
     weights: str
     shuffled: str
@@ -66,7 +66,7 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """What the picture and the table call it."""
+        """The name in the picture and in the table."""
         return f"{self.weights}: {self.shuffled}" if self.shuffled else self.weights
 
 
@@ -79,7 +79,7 @@ class Sweep:
     curves: tuple[Curve, ...]
 
     def summary(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The sweep as JSON."""
         return dataclasses.asdict(self)
 
 
@@ -233,7 +233,7 @@ def permutation(
 def _shuffled_results(
     subject: Subject, split: Split, shares: Sequence[float]
 ) -> dict[str, list[list[classification.Classification]]]:
-    """By kind and share, the results under each permutation; nothing moves at share 0."""
+    """The results by kind and share, one per permutation; share 0 has one, as nothing moves."""
     loaded = load.read_found(subject.found, mesh=subject.mesh, log=lambda line: None)
     size = loaded.card.image_size
     plain = make_predict(loaded.model, subject.mesh)
@@ -243,7 +243,7 @@ def _shuffled_results(
         pixels = images.reshape(images.shape[0], -1, images.shape[-1])
         return plain(params, pixels[:, order].reshape(images.shape))
 
-    # The order is an argument: one program serves all.
+    # The order is an argument, so that all permutations run the same program.
     step = classification.make_eval_step(
         predict, losses.make_loss(subject.loss), loaded.card.num_classes
     )
@@ -305,10 +305,10 @@ def _point(x: float, results: Sequence[classification.Classification], preproces
 
 
 def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
-    """Interval of 95 % of the mean of the accuracies on `count` images under several permutations.
+    """Interval of 95 % for the mean accuracy on `count` images under several permutations.
 
-    Images and permutations are both samples, and the squares of the two half-widths add up:
-    Wilson's for the mean on so many images, Student's for so many permutations; of one, Wilson's.
+    Images and permutations are both samples, so the squares of two half-widths add up: Wilson's for
+    the images and Student's for the permutations. One permutation has Wilson's interval alone.
     """
     mean, draws = float(np.mean(shares)), len(shares)
     low, high = scores.interval(mean * count, count)
@@ -339,7 +339,7 @@ def make_table(sweep: Sweep) -> Table:
 
 
 def draw(sweep: Sweep, path: epath.PathLike) -> None:
-    """Draws the curves as a PNG: means with their intervals, and a dot for each permutation."""
+    """Draws the curves as a PNG: means with their intervals, and a mark for each permutation."""
     with curves.drawing():
         figure = curves.make_figure(7, 4.5)
         _draw_curves(sweep, figure.subplots())
@@ -352,7 +352,7 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
         xs = [point.x for point in curve.points]
         means = np.array([point.top1 for point in curve.points])
         low, high = np.array([point.top1_interval for point in curve.points]).T
-        color = f"C{checkpoints.index(curve.weights)}"  # a colour a checkpoint, a line a kind
+        color = f"C{checkpoints.index(curve.weights)}"  # a checkpoint has a colour, a kind a line
         axes.errorbar(
             xs,
             100 * means,
@@ -368,8 +368,8 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
             if len(point.top1_by_seed) > 1:
                 dots = [100 * top1 for top1 in point.top1_by_seed]
                 axes.plot([point.x] * len(dots), dots, "_", color=color, alpha=0.6)
-    how = {"grow": "weights grown", "interpolate": "weights interpolated", "": ""}[sweep.resize]
-    axes.set_title(how, fontsize=10)
+    title = {"grow": "weights grown", "interpolate": "weights interpolated", "": ""}[sweep.resize]
+    axes.set_title(title, fontsize=10)
     axes.set_xlabel(AXES[sweep.kind])
     axes.set_xticks(xs)
     axes.set_ylabel("top-1, %")

@@ -1,4 +1,4 @@
-"""How fast a model computes on these devices, and what the training of a run has taken."""
+"""Inference throughput of a model on these devices, and the cost of a run's training."""
 
 import collections
 import dataclasses
@@ -37,11 +37,11 @@ PUBLISHED_SIZE = (224, 224)
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Images a second of one device with `batch_size` images at once on each.
+    """Images per second of one device, in batches of `batch_size` images per device.
 
     Attributes:
-      batch_size: images a device.
-      images_per_second: median of the windows; None where that many do not fit into memory.
+      batch_size: images per device.
+      images_per_second: median of the windows; None if the batch does not fit into memory.
       low, high: of the slowest and of the fastest window.
     """
 
@@ -53,14 +53,14 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Inference of one model.
+    """Inference throughput of one model.
 
     Attributes:
       image_size: (H, W). dtype: of the computation.
-      device: kind of the devices. devices: how many worked, all at once.
+      device: kind of the devices. devices: how many worked at once.
       rates: for each batch size.
-      variant: name of the model's dimensions, None where they have none.
-      published: the paper's images a second of a TPUv3 core, None where it has no such model.
+      variant: name of the model's dimensions; None if they have no name.
+      published: the paper's images per second of a TPUv3 core; None if it has no such model.
     """
 
     image_size: tuple[int, int]
@@ -72,7 +72,7 @@ class Throughput:
     published: float | None
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """All fields as JSON."""
         return dataclasses.asdict(self)
 
 
@@ -192,12 +192,10 @@ def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
         published = summary["published"]
         published = "" if published is None else f"{published:,} ({summary['variant']})"
         for rate in summary["rates"]:
-            figures = ("does not fit into memory", "")
+            figures = "does not fit into memory", ""
             if rate["images_per_second"] is not None:
-                median, low, high = map(
-                    _number, (rate["images_per_second"], rate["low"], rate["high"])
-                )
-                figures = (median, f"{low} to {high}")
+                low_to_high = f"{_number(rate['low'])} to {_number(rate['high'])}"
+                figures = _number(rate["images_per_second"]), low_to_high
             rows.append((model, f"{rate['batch_size']:,}", *figures, devices, published))
     header = "throughput", "batch a device", "images/s a device", "lowest to highest", "devices"
     return Table((*header, "paper, TPUv3 core"), rows)
@@ -209,16 +207,15 @@ def _number(rate: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCost:
-    """What the training of a run has taken.
+    """The cost of a run's training.
 
     Attributes:
-      images: that were trained on, each as often as it was.
-      seconds: of training, without evaluations, checkpoints, the program's start and compilation,
-        and without steps that were lost when a run was killed.
-      devices: fewest and most that worked at once.
-      device_hours: sum of devices times hours. The paper counts this in TPUv3-core-days: where the
-        devices are such cores, it is `device_days`. Nothing is converted from other devices.
-      device_days: the same in days.
+      images: number of training images, counted as often as they were read.
+      seconds: of training, without evaluations, checkpoints, start-up and compilation, and without
+        steps that were lost when the run was killed.
+      devices: fewest and most devices that worked at once.
+      device_hours: sum of devices times hours.
+      device_days: the same in days; on TPUv3 cores, the paper's core-days.
     """
 
     images: int
@@ -228,17 +225,16 @@ class TrainingCost:
     device_days: float
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """All fields as JSON."""
         return dataclasses.asdict(self)
 
 
 def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> TrainingCost | None:
-    """What a run has taken by its own log; None where that has no rates.
+    """The cost of a run by its own log; None if the log has no rates.
 
-    Each log step says the rate since the one before, of all devices and of one, whose ratio is
-    their number. So a run that was continued on other devices adds up; the steps between its last
-    log step and the checkpoint that it continued from are counted at the rate of the first log step
-    after that.
+    Each log step has the rate since the log step before, of all devices and of one; the ratio is
+    the number of devices. So the cost of a run that was continued on other devices adds up. Steps
+    between a checkpoint and the log step before it have the rate of the log step after it.
 
     Args:
       rows: as `run_files.read_metrics` gives them.
