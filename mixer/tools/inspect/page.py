@@ -1,4 +1,4 @@
-"""The page of `mixer.tools.inspect`: what is drawn of a run or a file, and the HTML around it."""
+"""The page of `mixer.tools.inspect`: the pictures of a run or a file, and the HTML around them."""
 
 import base64
 import json
@@ -282,12 +282,12 @@ def _units(loaded: loading.Loaded, page: Page) -> str:
 
 def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
     images = inspection.read_first(split, IMAGES_LOOKED_INTO)
-    found = inspection.activations(loaded.model, loaded.params, images)
+    statistics = inspection.activations(loaded.model, loaded.params, images)
     path = page.path("activations.png")
-    pictures.draw_activations(found, path)
+    pictures.draw_activations(statistics, path)
     caption = (
         "The residual stream behind the stem (depth 0) and behind each block: over all tokens of "
-        f"the first {found.num_images:,} images of {split.name}. The bands are over the channels."
+        f"the first {len(images):,} images of {split.name}. The bands are over the channels."
     )
     alt = "statistics of the channels by depth"
     return _section("Activations", _picture(path, alt, caption))
@@ -300,8 +300,8 @@ def _confusion(result: Classification, split: Split, page: Page) -> str:
     pictures.draw_confusion(result, names, path)
     caption = f"{int(result.confusion.sum()):,} images of {split.name}."
     parts = [_picture(path, "confusion matrix and accuracy of each class", caption)]
-    if found := inspection.frequent_confusions(result.confusion, LISTED):
-        body = [(names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in found]
+    if pairs := inspection.frequent_confusions(result.confusion, LISTED):
+        body = [(names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in pairs]
         head = ("label", "first guess", "images", "of the label's")
         parts += ["<h3>The most frequent confusions</h3>", html_table(Table(head, body))]
     order = np.argsort(np.nan_to_num(result.per_class, nan=2), kind="stable")
@@ -316,27 +316,30 @@ def _confusion(result: Classification, split: Split, page: Page) -> str:
 
 
 def _images(loaded: loading.Loaded, result: Classification, split: Split, page: Page) -> str:
-    names, said = split.class_names, result.predictions
+    names, predictions = split.class_names, result.predictions
     parts = []
     for hit, file, what in (
         (True, "right.png", "right with the highest probability"),
         (False, "wrong.png", "wrong with the highest probability"),
     ):
-        places = inspection.surest(said, hit, SHOWN)
+        places = inspection.surest(predictions, hit, SHOWN)
         if not len(places):
             parts.append(page.missing(f"images that were {what}", "there are none"))
             continue
-        found = inspection.read_images(split, places)
-        images = [inspection.as_pixels(image, loaded.card.preprocess) for image in found]
+        images = [
+            inspection.as_pixels(image, loaded.card.preprocess)
+            for image in inspection.read_images(split, places)
+        ]
         captions, body = [], []
         for place in places:
-            label = "several" if said.label[place] < 0 else names[said.label[place]]
-            guess, sure = names[said.guesses[place, 0]], f"{said.probability[place]:.1%}"
+            label = "several" if predictions.label[place] < 0 else names[predictions.label[place]]
+            guess = names[predictions.guesses[place, 0]]
+            probability = f"{predictions.probability[place]:.1%}"
             short = curves.shorten(guess, 20)
             if not hit:
                 short += f"\n({curves.shorten(label, 20)})"
-            captions.append(f"{sure} {short}")
-            body.append((split.example_id(int(place)), label, guess, sure))
+            captions.append(f"{probability} {short}")
+            body.append((split.example_id(int(place)), label, guess, probability))
         pictures.draw_images(images, captions, page.path(file))
         caption = "Probability and first guess" + "; the label in brackets" * (not hit) + "."
         table = html_table(Table(("image", "label", "first guess", "probability"), body))
@@ -348,7 +351,7 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
     return _section("Images", *parts)
 
 
-# Where it comes from.
+# The data, and the rows of the summary.
 
 
 def _open(

@@ -62,7 +62,7 @@ def draw_filters(filters: np.ndarray, path: epath.PathLike) -> None:
 
 
 def unit_figures(units: Sequence[Units]) -> list[range]:
-    """The blocks that share a figure: several of a small model, one each of a large one."""
+    """The blocks that share a figure: several of a small model, one of a large model."""
     heights = [TITLE_PIXELS + _unit_image(block).shape[0] for block in units]
     groups, used = [range(0, 0)], 0
     for number, height in enumerate(heights):
@@ -81,7 +81,7 @@ def draw_units(units: Sequence[Units], first: int, path: epath.PathLike) -> None
 
 
 def unit_title(block: Units, number: int) -> str:
-    """What stands above the units of a block, also how many of them are drawn."""
+    """The title above the units of a block, which says how many of them are drawn."""
     shown = min(len(block.weights), MOST_PAIRS)
     title = f"block {number}: {block.num_units:,} units, {len(block.weights):,} pairs"
     if shown < len(block.weights):
@@ -89,18 +89,18 @@ def unit_title(block: Units, number: int) -> str:
     return title + f"; cosine {block.cosine:.2f} (shuffled {block.chance:.2f})"
 
 
-def draw_activations(found: Activations, path: epath.PathLike) -> None:
+def draw_activations(statistics: Activations, path: epath.PathLike) -> None:
     """Draws the statistics of the residual stream over depth."""
     from matplotlib import ticker
 
-    depth = np.arange(len(found.norm))
+    depth = np.arange(len(statistics.norm))
     blocks = depth[:-1]
     with curves.drawing():
-        title = f"over {found.num_images:,} images; depth 0 is behind the stem"
+        title = f"over {statistics.num_images:,} images; depth 0 is behind the stem"
         figure, grid = curves.make_panels(6, title)
         for axes, values, name in (
-            (grid[0], found.mean, "mean of a channel"),
-            (grid[1], found.std, "standard deviation of a channel"),
+            (grid[0], statistics.mean, "mean of a channel"),
+            (grid[1], statistics.std, "standard deviation of a channel"),
         ):
             low, lower, middle, upper, high = np.quantile(values, QUANTILES, axis=1)
             axes.fill_between(depth, low, high, alpha=0.2, lw=0, color="C0", label="90 %")
@@ -108,20 +108,20 @@ def draw_activations(found: Activations, path: epath.PathLike) -> None:
             axes.plot(depth, middle, color="C0", marker="o", ms=3, label="median channel")
             axes.legend(fontsize=8, framealpha=0.6)
             curves.finish_panel(axes, name, False, "depth")
-        grid[2].plot(depth, found.norm, marker="o", ms=3)
+        grid[2].plot(depth, statistics.norm, marker="o", ms=3)
         curves.finish_panel(grid[2], "norm of the residual stream", True, "depth")
-        grid[3].plot(blocks, found.token_update, marker="o", ms=3, label="token mixing")
-        grid[3].plot(blocks, found.channel_update, marker="o", ms=3, label="channel mixing")
+        grid[3].plot(blocks, statistics.token_update, marker="o", ms=3, label="token mixing")
+        grid[3].plot(blocks, statistics.channel_update, marker="o", ms=3, label="channel mixing")
         grid[3].legend(fontsize=8, framealpha=0.6)
         curves.finish_panel(grid[3], "norm of the update / norm of the stream", True, "block")
-        grid[4].bar(depth - 0.2, found.dead, 0.4, label=f"dead: std < {DEAD:g} x median")
-        grid[4].bar(depth + 0.2, found.hot, 0.4, label=f"hot: std > {HOT:g} x median")
+        grid[4].bar(depth - 0.2, statistics.dead, 0.4, label=f"dead: std < {DEAD:g} x median")
+        grid[4].bar(depth + 0.2, statistics.hot, 0.4, label=f"hot: std > {HOT:g} x median")
         grid[4].legend(fontsize=8, framealpha=0.6)
-        title = f"dead and hot channels of {found.mean.shape[1]:,}"
+        title = f"dead and hot channels of {statistics.mean.shape[1]:,}"
         curves.finish_panel(grid[4], title, False, "depth")
-        grid[4].set_ylim(0, max(3, found.dead.max(), found.hot.max()) * 1.4)
+        grid[4].set_ylim(0, max(3, statistics.dead.max(), statistics.hot.max()) * 1.4)
         grid[4].yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        grid[5].plot(depth, found.dimensions, marker="o", ms=3)
+        grid[5].plot(depth, statistics.dimensions, marker="o", ms=3)
         curves.finish_panel(grid[5], "participation ratio of the channels", True, "depth")
         curves.save_figure(figure, path)
 
@@ -150,7 +150,7 @@ def draw_confusion(
 def draw_images(
     images: Sequence[np.ndarray], captions: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Draws uint8 images (H, W, 3), four in a row, each with its caption of a line or more."""
+    """Draws uint8 images (H, W, 3), four in a row, with captions of one or more lines."""
     height, width = images[0].shape[:2]
     side, gap, line = 200, 10, 14  # pixels
     lines = max(caption.count("\n") for caption in captions) + 1
@@ -163,7 +163,7 @@ def draw_images(
             bottom = size[1] - (number // 4 + 1) * cell[1]
             box = [left, bottom, side, side * height / width]
             axes = figure.add_axes(np.array(box) / (*size, *size))
-            # Pixels of small images are shown as they are.
+            # Small images show their pixels.
             axes.imshow(image, interpolation="nearest" if max(height, width) < 64 else None)
             axes.set_axis_off()
             axes.set_title(caption, fontsize=8, pad=3)
