@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -14,15 +15,13 @@ from mixer.errors import UserError
 from mixer.evaluation import classification, fewshot, results, scores, suites, tables, throughput
 from mixer.evaluation.results import ReportCard, Results
 from mixer.evaluation.subject import Subject, Weights, read_weights
+from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import processes, sharding
 from mixer.runs import config as run
 from mixer.training import losses
 from mixer.training.step import make_predict
 
-# What --suite names besides the sets of `suites`: evaluated on the given data or the run's own.
-FEWSHOT, THROUGHPUT = "fewshot", "throughput"
-
-Probed = Mapping[str, tuple[Split, Split]]  # training and test split of a probe, by name
+THROUGHPUT = "throughput"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Options:
 
     Attributes:
       splits: of the subjects' configs, if there is no suite.
-      suite: sets and groups of `suites`, "fewshot" and "throughput".
+      suite: sets and groups of `suites`, PROBES and "throughput".
       data_dir: where the data is; "": where the config says, or TFDS's own default.
       label_file: likewise of the file of labels; None: where the config says.
       save_predictions: whether to write evaluation/SET.npz, the predictions for every image.
@@ -44,6 +43,40 @@ class Options:
     label_file: str | None = None
     save_predictions: bool = False
     batch_sizes: Sequence[int] = throughput.BATCH_SIZES
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What `--suite` fits to the features of the weights, and a section of results.json.
+
+    Attributes:
+      open_data: (subject, data_dir) -> the data of each result, by name.
+      evaluate: (model, params, data, mesh=, global_batch_size=, prefetch_batches=) -> a result,
+        whose `summary()` is recorded.
+    """
+
+    open_data: Callable[[Subject, str], Mapping[str, Any]]
+    evaluate: Callable[..., Any]
+
+
+def _open_fewshot(subject: Subject, data_dir: str) -> dict[str, tuple[Split, Split]]:
+    """Training and test split of the subject's own data; without a config, of the authors' sets."""
+    config = subject.config
+    if config is None:
+        return suites.open_fewshot(subject.card.image_size, data_dir)
+    test_name = "test" if config.dataset.test_split else "val"
+    train, test = (run.open_split(config, name, None) for name in ("train", test_name))
+    if test is None:
+        raise UserError("the few-shot probe needs dataset.test_split or dataset.val_split")
+    fewshot.check(train, test)
+    return {run.data_name(config): (train, test)}
+
+
+def _evaluate_fewshot(model: MlpMixer, params: Any, data: tuple[Split, Split], **options: Any):
+    return fewshot.evaluate(model, params, *data, **options)
+
+
+PROBES = {"fewshot": Probe(_open_fewshot, _evaluate_fewshot)}
 
 
 def evaluate(
@@ -63,7 +96,7 @@ def evaluate(
     console = Console()
     if output is not None and processes.is_main():
         files.make_directory(output, "--output")
-    names = suites.expand(options.suite, others=(FEWSHOT, THROUGHPUT))
+    names = suites.expand(options.suite, others=(*PROBES, THROUGHPUT))
     options = dataclasses.replace(options, suite=names)
     done: dict[str, Results] = {}
     failed: list[str] = []
@@ -102,12 +135,17 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
             subject.config.dataset.label_file = options.label_file
     # All data is opened before any is evaluated.
     opened = _open_splits(subject, options, console.say)
-    probed = _open_probed(subject, options.data_dir) if FEWSHOT in options.suite else {}
+    probed = {
+        name: probe.open_data(subject, options.data_dir)
+        for name, probe in PROBES.items()
+        if name in options.suite
+    }
     weights = read_weights(subject, console.say)
     card = ReportCard(subject, weights.identity)
     if opened:
         _classify(subject, weights, opened, options, card, console)
-    _probe(subject, weights, probed, card, console)
+    for name, data in probed.items():
+        _probe(name, subject, weights, data, card, console)
     if THROUGHPUT in options.suite:
         with console.status("throughput"):
             measured = throughput.measure(
@@ -155,7 +193,7 @@ def _open_own_splits(
     if config is None:
         raise UserError(
             f"{subject.name} says nothing of data: give --config=FILE or --suite=NAME, one of "
-            f"{', '.join((*suites.GROUPS, FEWSHOT, THROUGHPUT, *suites.TASKS))}"
+            f"{', '.join((*suites.GROUPS, *PROBES, THROUGHPUT, *suites.TASKS))}"
         )
     record = subject.data_record() or {}
     class_names = subject.class_names if subject.has_own_data else None
@@ -188,19 +226,6 @@ def _prepared_tasks(options: Options, say: Callable[[str], None]) -> list[str]:
     for name in missing:
         say(f"{name}: left out, its data is not here ({suites.TASKS[name].dataset})")
     return [name for name in tasks if name not in missing]
-
-
-def _open_probed(subject: Subject, data_dir: str) -> Probed:
-    """The subject's own data for the few-shot probe; without a config, the authors' sets."""
-    config = subject.config
-    if config is None:
-        return suites.open_fewshot(subject.card.image_size, data_dir)
-    test_name = "test" if config.dataset.test_split else "val"
-    train, test = (run.open_split(config, name, None) for name in ("train", test_name))
-    if test is None:
-        raise UserError("the few-shot probe needs dataset.test_split or dataset.val_split")
-    fewshot.check(train, test)
-    return {run.data_name(config): (train, test)}
 
 
 def _classify(
@@ -265,22 +290,26 @@ def _write_classes(path: epath.Path, result: classification.Classification, spli
 
 
 def _probe(
-    subject: Subject, weights: Weights, probed: Probed, card: ReportCard, console: Console
+    section: str,
+    subject: Subject,
+    weights: Weights,
+    data: Mapping[str, Any],
+    card: ReportCard,
+    console: Console,
 ) -> None:
-    """Adds the few-shot probe of every set of parameters to the card."""
-    for name, (train, test) in probed.items():
+    """Evaluates a probe on all its data with every set of parameters, and adds the results."""
+    for name, splits in data.items():
         for suffix, read_params in weights.params.items():
-            with console.status(Text(f"few-shot probe on {name}{suffix}")):
-                result = fewshot.evaluate(
+            with console.status(Text(f"{section} on {name}{suffix}")):
+                result = PROBES[section].evaluate(
                     weights.model,
                     read_params(),
-                    train,
-                    test,
+                    splits,
                     mesh=subject.mesh,
                     global_batch_size=subject.batch_size,
                     prefetch_batches=2,
                 )
-            card.add(FEWSHOT, name + suffix, result.summary())
+            card.add(section, name + suffix, result.summary())
 
 
 def _add_cost(subject: Subject, card: ReportCard, console: Console) -> None:

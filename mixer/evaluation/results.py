@@ -1,7 +1,7 @@
 """results.json, which holds every result of some weights, and results.md, which shows them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -192,9 +192,8 @@ def report_blocks(subject: Subject, results: Results) -> list[Block]:
             _splits_table(results.splits),
             _split_notes(results.splits),
         ]
-    for name, make_blocks in SECTIONS.items():
-        if name in results.sections:
-            blocks += make_blocks(results.sections[name])
+    for name, summaries in results.sections.items():
+        blocks += SECTIONS[name].blocks(summaries)
     return blocks
 
 
@@ -267,12 +266,49 @@ def transfer_table(summary: Mapping[str, Any]) -> Table:
     return Table(("task", "test images", "top-1", "interval", "mean per class"), rows)
 
 
-# The sections of results.json besides "splits", and the blocks that show each.
+def _training_blocks(costs: Mapping[str, Any]) -> list[Block]:
+    return [[throughput.cost_sentence(cost) for cost in costs.values()]]
+
+
+def _fewshot_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
+    figures = {}
+    for name, summary in summaries.items():
+        for shots in summary["results"]:
+            share = f"{percent(shots['mean'])} ({short_span(shots['interval'])})"
+            figures[f"{name}, {shots['shots']}-shot"] = share
+    return figures
+
+
+def _throughput_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
+    rates = [rate for summary in summaries.values() for rate in summary["rates"]]
+    return {
+        f"images/s, batch {rate['batch_size']}": f"{rate['images_per_second']:,.3g}"
+        for rate in rates
+        if rate["images_per_second"] is not None
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """How a section of results.json is shown.
+
+    Attributes:
+      blocks: from the section's summaries to the blocks of the report card.
+      figures: from them to the figures of the table that compares weights, by column.
+    """
+
+    blocks: Callable[[Mapping[str, Any]], list[Block]]
+    figures: Callable[[Mapping[str, Any]], dict[str, str]] = lambda summaries: {}
+
+
+# The sections of results.json besides "splits".
 SECTIONS = {
-    "fewshot": _fewshot_blocks,
-    "throughput": lambda summaries: [throughput.make_table(summaries)],
-    "transfer": _transfer_blocks,
-    "training": lambda costs: [[throughput.cost_sentence(cost) for cost in costs.values()]],
+    "fewshot": Section(_fewshot_blocks, _fewshot_figures),
+    "throughput": Section(
+        lambda summaries: [throughput.make_table(summaries)], _throughput_figures
+    ),
+    "transfer": Section(_transfer_blocks),
+    "training": Section(_training_blocks),
 }
 
 
@@ -296,13 +332,6 @@ def _figures(results: Results) -> dict[str, str]:
         else:
             share, ends = result.top1, result.top1_interval
         figures[name] = f"{percent(share)} ({short_span(ends)})"
-    for name, summary in results.sections.get("fewshot", {}).items():
-        for shots in summary["results"]:
-            share = f"{percent(shots['mean'])} ({short_span(shots['interval'])})"
-            figures[f"{name}, {shots['shots']}-shot"] = share
-    for summary in results.sections.get("throughput", {}).values():
-        for rate in summary["rates"]:
-            if rate["images_per_second"] is not None:
-                rates = f"{rate['images_per_second']:,.3g}"
-                figures[f"images/s, batch {rate['batch_size']}"] = rates
+    for name, summaries in results.sections.items():
+        figures |= SECTIONS[name].figures(summaries)
     return figures
