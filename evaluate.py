@@ -1,4 +1,4 @@
-"""The report card of weights: tables here, results.json and results.md where they are kept.
+"""Evaluates weights: prints their report card, and writes it to results.json and results.md.
 
   python evaluate.py --workdir=runs/digits
   python evaluate.py --workdir=runs/digits --checkpoint=best --split=test --save_predictions
@@ -8,8 +8,8 @@
   python evaluate.py --weights=pets.npz --config=configs/folder.py --config.dataset.data_dir=pets/
   python evaluate.py --weights=B/16-i21k --suite=vtab --output=runs/b16_vtab
 
-Of a run, the model, the data, the preprocessing and the class names are its own; a file has
-preprocessing and names where they are known. docs/evaluation.md has the suites.
+A run is evaluated with its own model, data, preprocessing and class names; a file with its own
+preprocessing and class names if they are known. docs/evaluation.md describes the suites.
 """
 
 from mixer.cli import interrupts
@@ -17,16 +17,15 @@ from mixer.cli import interrupts
 if __name__ == "__main__":
     interrupts.leave_at_once()  # before the imports that take a while
 
-import dataclasses
 import functools
 
 from absl import flags
 
 from mixer.cli import config as cli
 from mixer.cli import launch
-from mixer.errors import check_choice
+from mixer.errors import UserError, check_choice
 
-WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run; several are set side by side.")
+WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run, or of several to compare.")
 WEIGHTS = flags.DEFINE_list(
     "weights", [], "A file of weights, an address or a short name such as B/16-i1k; or several."
 )
@@ -34,7 +33,7 @@ SUITE = flags.DEFINE_list(
     "suite",
     [],
     "What to evaluate: imagenet, fewshot, throughput, vtab, transfer or a set such as cifar10; "
-    "or several. Not given: the splits of the run's config, or of --config.",
+    "or several. Default: the splits of the run's config, or of --config.",
 )
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "Which weights of a run: last, best (by validation) or a step's number."
@@ -43,23 +42,23 @@ SPLIT = flags.DEFINE_enum(
     "split", "all", ["all", "val", "test", "train"], "Which split of the config; all: val and test."
 )
 PREPROCESS = flags.DEFINE_string(
-    "preprocess", None, "Steps such as 'decode|resize(224)', for --weights that do not say theirs."
+    "preprocess", None, "Steps such as 'decode|resize(224)', for --weights without known ones."
 )
-TASKS = flags.DEFINE_list("tasks", [], "Of vtab or transfer, those tasks only, as in dmlab,svhn.")
+TASKS = flags.DEFINE_list("tasks", [], "Tasks of vtab or transfer, as in dmlab,svhn. Default: all.")
 SAVE_PREDICTIONS = flags.DEFINE_bool(
-    "save_predictions", False, "Write evaluation/SET.npz too: what was said of every image."
+    "save_predictions", False, "Write evaluation/SET.npz too, the prediction for every image."
 )
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "Directory of the results; not given: the run, or runs/evaluate_WEIGHTS. Of several weights it "
-    "takes the table that sets them side by side.",
+    "Directory of the results. Default: the run, or runs/evaluate_WEIGHTS. If there are several "
+    "weights: directory of the table that compares them.",
 )
 VARIANTS = flags.DEFINE_list(
-    "variants", [], "With --suite=throughput, models of random weights, as in S/32,B/16."
+    "variants", [], "Replaced by python -m mixer.tools.benchmark infer --models=S/32,B/16."
 )
 BATCH_SIZES = flags.DEFINE_list(
-    "batch_sizes", ["1", "8", "64", "512"], "Of --suite=throughput: images at once on a device."
+    "batch_sizes", ["1", "8", "64", "512"], "For --suite=throughput: images per device in a batch."
 )
 DATA_DIR = flags.DEFINE_string(
     "data_dir",
@@ -68,90 +67,63 @@ DATA_DIR = flags.DEFINE_string(
     "ImageNet's validation images.",
 )
 LABEL_FILE = flags.DEFINE_string(
-    "label_file", None, "Where its file of labels is now, if that has moved."
+    "label_file", None, "Where the file of labels is now, if it has moved."
 )
+
+TUNED = ("vtab", "transfer")  # suites that fine-tune
 
 
 def main(argv: list[str]) -> None:
     """Evaluates what the flags say."""
     if len(argv) > 1:
-        raise cli.UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
+        raise UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
     workdirs, paths, suite = (list(filter(None, each.value)) for each in (WORKDIR, WEIGHTS, SUITE))
-    tuned = [name for name in suite if name in ("vtab", "transfer")]
+    tuned = [name for name in suite if name in TUNED]
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
-    try:
-        batch_sizes = [int(each) for each in BATCH_SIZES.value]
-    except ValueError:
-        raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: whole numbers") from None
-    if not batch_sizes or not all(1 <= size < 2**31 for size in batch_sizes):
-        raise cli.UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: 1 to {2**31 - 1} images")
-    config = None
-    if cli.CONFIG.value is not None and tuned and suite:
-        raise cli.UserError(f"--suite={','.join(suite)} with --config: in another command")
-    if cli.CONFIG.value is not None and not tuned:
-        config = cli.config()
+    batch_sizes = _batch_sizes()
+    config = None if cli.CONFIG.value is None or tuned else cli.config()
     launch.join()
     from mixer.evaluation import report
+    from mixer.evaluation.subject import open_subject
     from mixer.parallel import processes, watchdog
 
     if tuned and processes.state().num_processes > 1:
-        raise cli.UserError(
-            f"--suite={tuned[0]} fine-tunes on the devices of one host: one process"
-        )
-    if VARIANTS.value:
-        with watchdog.watch():
-            report.measure_variants(
-                VARIANTS.value,
-                batch_sizes=batch_sizes,
-                image_size=224,
-                output=OUTPUT.value or "runs/throughput",
-            )
-        return
+        raise UserError(f"--suite={tuned[0]} fine-tunes on the devices of one host: one process")
     several = len(workdirs) + len(paths) > 1
-    output = None if several else OUTPUT.value
-
-    def of_run(workdir: str):
-        return lambda: report.open_run(
-            workdir,
-            checkpoint_name=CHECKPOINT.value,
-            config=config,
-            output=output,
-        )
-
-    def of_file(path: str):
-        return lambda: report.open_weights(
-            path, config=config, preprocess=PREPROCESS.value, output=output
-        )
-
-    subjects = [of_run(path) for path in workdirs] + [of_file(path) for path in paths]
+    options = dict(config=config, output=None if several else OUTPUT.value)
+    of_run = dict(checkpoint_name=CHECKPOINT.value, **options)
+    of_weights = dict(preprocess=PREPROCESS.value, **options)
+    subjects = [functools.partial(open_subject, path, **of_run) for path in workdirs]
+    subjects += [functools.partial(open_subject, path, **of_weights) for path in paths]
     if suite or not tuned:
+        evaluated = report.Options(
+            splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
+            suite=suite,
+            data_dir=DATA_DIR.value or "",
+            label_file=LABEL_FILE.value,
+            save_predictions=SAVE_PREDICTIONS.value,
+            batch_sizes=batch_sizes,
+        )
         with watchdog.watch():
-            report.evaluate(
-                subjects,
-                splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
-                suite=suite,
-                data_dir=DATA_DIR.value or "",
-                label_file=LABEL_FILE.value,
-                save_predictions=SAVE_PREDICTIONS.value,
-                batch_sizes=batch_sizes,
-                output=OUTPUT.value if several else None,
-            )
+            report.evaluate(subjects, evaluated, output=OUTPUT.value if several else None)
     for name in tuned:
-        for open_subject in subjects:
-            _fine_tune(name, open_subject)
+        for opened in subjects:
+            _fine_tune(name, opened())
 
 
 def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned: list[str]) -> None:
-    """Raises UserError for flags that are missing, or that would be passed over."""
-    if VARIANTS.value:
-        if suite != ["throughput"] or tuned or workdirs or paths:
-            raise cli.UserError("--variants is for --suite=throughput without weights")
-        return
+    """Raises UserError for flags that are missing, or that would be ignored."""
+    if flags.FLAGS["variants"].present:
+        raise UserError(
+            f"--variants={','.join(VARIANTS.value)}: evaluate.py measures given weights only; "
+            f"python -m mixer.tools.benchmark infer --models={','.join(VARIANTS.value)} measures "
+            "the paper's models"
+        )
     if not workdirs and not paths:
-        raise cli.UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
+        raise UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
     if twice := [each for each in workdirs + paths if (workdirs + paths).count(each) > 1]:
-        raise cli.UserError(f"{twice[0]} is given twice")
+        raise UserError(f"{twice[0]} is given twice")
     given = {name for name in flags.FLAGS if flags.FLAGS[name].present}
     for name, fits, what in (
         ("checkpoint", bool(workdirs), "--workdir; of --weights give RUN/best or a step's path"),
@@ -162,36 +134,50 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
         ("save_predictions", not tuned or bool(suite), "what is classified here"),
     ):
         if name in given and not fits:
-            raise cli.UserError(f"--{name} is for {what}")
+            raise UserError(f"--{name} is for {what}")
+    if cli.CONFIG.value is not None and tuned and suite:
+        raise UserError(f"--suite={','.join(suite)} with --config: in another command")
 
 
-def _fine_tune(name: str, open_subject) -> None:
-    """Fine-tunes on every task of `vtab` or `transfer`, and tabulates."""
+def _batch_sizes() -> list[int]:
+    """The numbers of --batch_sizes."""
+    text = ",".join(BATCH_SIZES.value)
+    try:
+        sizes = [int(each) for each in BATCH_SIZES.value]
+    except ValueError:
+        raise UserError(f"--batch_sizes={text}; expected whole numbers") from None
+    if not sizes or not all(1 <= size < 2**31 for size in sizes):
+        raise UserError(f"--batch_sizes={text}; expected 1 to {2**31 - 1} images")
+    return sizes
+
+
+def _fine_tune(name: str, subject) -> None:
+    """Fine-tunes a subject on every task of `vtab` or `transfer`, and tabulates the accuracies."""
     from configs import finetune
     from mixer import transfer
-    from mixer.evaluation import report
-    from mixer.weights import checkpoint
+    from mixer.console import Console
+    from mixer.evaluation.results import ReportCard
+    from mixer.evaluation.subject import read_weights
 
-    subject, _ = open_subject()
-    subject = dataclasses.replace(subject, params={})  # the runs read the weights themselves
-    init = subject.path
-    if subject.step is not None:
-        init = str(checkpoint.find_named(subject.name, CHECKPOINT.value))
-    height, width = subject.image_size
+    console = Console()
+    height, width = subject.card.image_size
     if height != width:
-        raise cli.UserError(f"{init} is for images of {height} x {width}; training takes squares")
+        raise UserError(
+            f"{subject.path} is for images of {height} x {width}; training takes squares"
+        )
     groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
     known = [task for group in groups.values() for task in group]
     for task in TASKS.value:
         check_choice(f"--suite={name} --tasks", task, known)
-    make = cli.config_maker(finetune.__file__)
+    card = ReportCard(subject, read_weights(subject, console.say).identity)
+    make_config = cli.config_maker(finetune.__file__)
     tasks = {}
     for task in TASKS.value or known:
         always, unless_given = dict(dataset=task, init="weights"), dict(res=height)
         if name == "vtab":
             always["dataset"], unless_given["split"] = f"vtab/{task}", 1000
-        config = make(always=always, unless_given=unless_given)
-        config.init_from = init
+        config = make_config(always=always, unless_given=unless_given)
+        config.init_from = subject.path
         if DATA_DIR.value:
             config.dataset.data_dir = DATA_DIR.value
         tasks[task] = config
@@ -203,7 +189,8 @@ def _fine_tune(name: str, open_subject) -> None:
         say=functools.partial(print, flush=True),
         train_examples=finetune.VTAB_TRAIN_EXAMPLES if whole else None,
     )
-    report.add_transfer(subject, name, result)
+    card.add("transfer", name, result.summary() | {"markdown": result.markdown()})
+    card.print(console)
 
 
 if __name__ == "__main__":

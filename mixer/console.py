@@ -1,24 +1,76 @@
-"""What a person sees of a run: a progress bar at a terminal, plain lines anywhere else."""
+"""What a person sees: lines of text, and a progress bar at a terminal."""
 
 import os
 import sys
 
 import jax
 import psutil
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+import rich.console
+import rich.progress
 
 from mixer import formatting
 
+FILE_WIDTH = 1000  # characters of a line that goes to a file or a pipe, where no table is folded
 
-class _Console(Console):
+
+class Console(rich.console.Console):
+    """The terminal, or the file or pipe in its place. Text is printed as it is, without markup."""
+
+    def __init__(self, *, stderr: bool = False):
+        super().__init__(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
+        if not self.is_terminal:
+            self.width = FILE_WIDTH
+
+    def say(self, text: str) -> None:
+        """Prints text, above the progress bar if there is one."""
+        self.print(text, markup=False)
+
+
+class ProgressBar(rich.progress.Progress):
+    """The progress of one task, at a terminal only.
+
+    It is shown within a `with` block, or between `start` and `stop`; `transient` removes it then.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        description: str,
+        *,
+        total: int,
+        completed: int = 0,
+        transient: bool = True,
+        redirect_stdout: bool = True,
+        is_shown: bool = True,
+    ):
+        super().__init__(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[status]}", markup=False),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("left"),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            transient=transient,
+            redirect_stdout=redirect_stdout,
+            disable=not (console.is_terminal and is_shown),
+        )
+        self._task = self.add_task(description, total=total, completed=completed, status="")
+
+    def show(self, completed: int, status: str | None = None) -> None:
+        """Moves the bar and, unless it is None, replaces the status after the bar."""
+        fields = {} if status is None else {"status": status}
+        self.update(self._task, completed=completed, **fields)
+
+    def count(self, items: int, unit: str) -> None:
+        """Moves the bar by `items`, and shows how many of them a second are done."""
+        (task,) = self.tasks
+        rate = f"{task.speed:,.0f} {unit}/s" if task.speed else ""
+        self.show(min(task.completed + items, task.total), rate)
+
+
+class _RunConsole(Console):
     """A console whose reader may go away, as `tee` does at Ctrl-C, before the run is saved."""
 
     def on_broken_pipe(self) -> None:
@@ -27,41 +79,29 @@ class _Console(Console):
 
 
 class Terminal:
-    """Shows the progress of `total_steps` updates from `start_step` on."""
+    """Shows the progress of a training run of `total_steps` updates from `start_step` on."""
 
     def __init__(self, *, start_step: int, total_steps: int):
-        self._console = _Console(highlight=False, soft_wrap=True)
+        self._console = _RunConsole()
         self._total = total_steps
-        self._bar = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step, status="")
+        self._bar = ProgressBar(
+            self._console, "training", total=total_steps, completed=start_step, transient=False
+        )
 
     def start(self) -> None:
         """Shows the bar."""
-        if self._bar:
-            self._bar.start()
+        self._bar.start()
 
     def line(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        self._console.print(text, markup=False)
+        """Prints a line, above the bar if there is one."""
+        self._console.say(text)
 
     def step(self, step: int) -> None:
         """Moves the bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self._bar.show(step)
 
     def log(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """Shows the metrics of a log step."""
+        """Shows the metrics of a log step: beside the bar, or as a line without a terminal."""
         status = (
             f"loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.1%}  "
             f"{metrics['perf/images_per_second']:,.0f} images/s  "
@@ -69,21 +109,19 @@ class Terminal:
         )
         if metrics.get("train/skipped_steps"):
             status += f"  skipped {metrics['train/skipped_steps']:.0f}"
-        if self._bar:
-            self._bar.update(self._task, completed=step, status=status)
-        else:
+        self._bar.show(step, status)
+        if not self._console.is_terminal:
             self.line(
                 f"step {step}/{self._total}  {status}  left {formatting.duration(seconds_left)}"
             )
 
     def close(self) -> None:
         """Ends the bar."""
-        if self._bar:
-            self._bar.stop()
+        self._bar.stop()
 
 
 def memory() -> str:
-    """Peak memory of the first device where it reports one, else what this process holds."""
+    """Peak memory of the first device if it reports one, else the memory of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return f"device memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB"

@@ -123,26 +123,30 @@ def check_output(what: str, path: epath.PathLike) -> epath.Path:
     return target
 
 
-def make_output_directory(what: str, path: epath.PathLike) -> epath.Path:
-    """The path of a directory of results, expanded and made; before the long work.
+def make_directory(path: epath.PathLike, flag: str = "") -> epath.Path:
+    """Makes a directory that can be written to, before the long work; returns its expanded path.
 
     Args:
-      what: as for `check_output`.
-      path: as it was given.
+      path: as the user gave it.
+      flag: the flag that gave it, such as "--output"; "" if no flag did.
 
     Raises:
-      UserError: it cannot be made, or not be written to.
+      UserError: the directory cannot be made, or not be written to.
     """
-    target = parse_path(what, path)
-    name = f"{what}={path}" if what else str(path)
+    target = parse_path(flag, path)
+    is_address = "://" in os.fspath(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if "://" not in os.fspath(target):
+        if not is_address:
             _beside(target / "x").touch()
             _beside(target / "x").unlink()
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_address:
+            raise  # the client of an object store has exceptions of its own
+        name = f"{flag}={path}" if flag else str(path)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"{name} cannot be made, or written to: {error.strerror}; give a folder of yours"
+            f"{name} cannot be made, or written to: {reason}; give a folder of yours"
         ) from None
     return target
 

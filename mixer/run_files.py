@@ -307,7 +307,26 @@ RESULTS = {
             }
         )
     ),
-    "transfer": Added(DictOf({"markdown": ListOf(TEXT)})),
+    "transfer": Added(
+        DictOf(
+            {
+                "markdown": ListOf(TEXT),
+                "tasks": Added(
+                    DictOf(
+                        {
+                            "count": COUNT,
+                            "top1": SHARE,
+                            "top1_interval": SPAN,
+                            "mean_per_class": _optional(SHARE),
+                        }
+                    )
+                ),
+                "means": Added(
+                    DictOf({"num_tasks": COUNT, "of": COUNT, "top1": SHARE, "top1_interval": SPAN})
+                ),
+            }
+        )
+    ),
     "training": Added(
         DictOf(
             {

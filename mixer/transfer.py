@@ -1,7 +1,7 @@
 """Transfer: the same weights fine-tuned on several tasks, one run each, and their table.
 
-Each task is an ordinary run (mixer/trainer.py), so the whole is continued as a run is: what is
-finished is read, what was stopped goes on.
+Each task is an ordinary run (mixer/trainer.py), so the same command continues the whole: it reads
+the finished runs, and continues the run that was stopped.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 
 from mixer import files, formatting, run_files, trainer
 from mixer.errors import UserError
-from mixer.evaluation import scores
+from mixer.evaluation import results, scores, tables
+from mixer.evaluation.tables import percent, span
 from mixer.runs import config as run
 from mixer.training import program
-from mixer.weights import checkpoint
-from mixer.weights import load as loading
+from mixer.weights import checkpoint, load
 
 RECORD = "transfer.json"
 
@@ -33,13 +33,13 @@ class TaskResult:
 
     Attributes:
       name: of the task.
-      count: images of the test split.
-      top1: share of them.
+      count: number of test images.
+      top1: share of the test images.
       top1_interval: (low, high), Wilson's.
-      mean_per_class: mean of the classes' accuracies, None where images have several labels.
+      mean_per_class: mean of the classes' accuracies; None if images have several labels.
       mean_per_class_interval: likewise.
-      train_examples: images that were trained on.
-      steps: updates.
+      train_examples: number of training images.
+      steps: number of updates.
     """
 
     name: str
@@ -54,14 +54,14 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """The mean accuracy of some tasks, each of the same weight.
+    """The mean accuracy of a group of tasks, all of the same weight.
 
     Attributes:
-      num_tasks: how many it is over.
-      of: how many there are.
+      num_tasks: number of the finished tasks, over which the mean is.
+      of: number of tasks in the group.
       top1: the mean, in 0..1.
-      top1_interval: (low, high) of 95 %. The tasks are independent, and only the number of their
-        test images is in it: another seed may give another mean.
+      top1_interval: (low, high) of 95 %, which covers the draw of the test images and not the
+        seed: another seed may give another mean.
     """
 
     num_tasks: int
@@ -72,12 +72,12 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """The accuracies of the tasks that are finished.
+    """The accuracies of the finished tasks.
 
     Attributes:
-      tasks: in the order asked for.
-      asked: the names of all that were asked for.
-      groups: names of tasks by group; of these too, some may not have been asked for.
+      tasks: the finished tasks, in the order of `asked`.
+      asked: the names of all requested tasks.
+      groups: names of tasks by group, which need not have been requested.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -85,7 +85,7 @@ class Transfer:
     groups: Mapping[str, tuple[str, ...]]
 
     def mean(self, names: Sequence[str]) -> Mean | None:
-        """The mean over those of `names` that are finished, None where none is."""
+        """The mean over the finished tasks among `names`; None if there is none."""
         chosen = [task for task in self.tasks if task.name in names]
         if not chosen:
             return None
@@ -97,18 +97,18 @@ class Transfer:
     def means(self) -> dict[str, Mean]:
         """The mean of each group that has finished tasks, and the "mean" of all tasks.
 
-        All tasks are the groups' and those asked for; the last mean is left out where it is that of
-        a group.
+        All tasks are the groups' and the requested ones; if one group has all of them, its mean is
+        not repeated.
         """
-        rows = dict(self.groups)
-        every = {*self.asked, *(name for names in rows.values() for name in names)}
-        if every not in map(set, rows.values()):
-            rows["mean"] = tuple(every)
-        found = {group: self.mean(names) for group, names in rows.items()}
-        return {group: mean for group, mean in found.items() if mean is not None}
+        groups = dict(self.groups)
+        all_names = {*self.asked, *(name for names in groups.values() for name in names)}
+        if all_names not in map(set, groups.values()):
+            groups["mean"] = tuple(all_names)
+        means = {group: self.mean(names) for group, names in groups.items()}
+        return {group: mean for group, mean in means.items() if mean is not None}
 
     def summary(self) -> dict[str, Any]:
-        """Tasks, group means and what is missing, as JSON has them."""
+        """Tasks, means and the names of unfinished tasks, for transfer.json."""
         finished = {task.name: dataclasses.asdict(task) for task in self.tasks}
         return {
             "tasks": finished,
@@ -116,24 +116,18 @@ class Transfer:
             "unfinished": [name for name in self.asked if name not in finished],
         }
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells as text, its header first: a row a task, then one a mean."""
-        rows = [("task", "test images", "top-1", "interval", "mean per class")]
-        for task in self.tasks:
-            per_class = "" if task.mean_per_class is None else f"{task.mean_per_class:.2%}"
-            top1, interval = f"{task.top1:.2%}", _span(task.top1_interval)
-            rows.append((task.name, f"{task.count:,}", top1, interval, per_class))
-        for group, mean in self.means().items():
-            which = f"{mean.num_tasks} tasks" if mean.num_tasks > 1 else "1 task"
-            if mean.num_tasks < mean.of:
-                which = f"{mean.num_tasks} of {mean.of} tasks"
-            rows.append((group, which, f"{mean.top1:.2%}", _span(mean.top1_interval), ""))
-        return rows
-
     def markdown(self) -> list[str]:
-        """The rows as lines of Markdown."""
-        header, *rows = [f"| {' | '.join(row)} |" for row in self.rows()]
-        return [header, "|---|--:|--:|--:|--:|", *rows]
+        """The lines of a table with a row per task, then one per mean."""
+        return tables.markdown(results.transfer_table(self.summary()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task, the config of its run and the run's directory."""
+
+    name: str
+    config: ConfigDict
+    workdir: epath.Path
 
 
 def fine_tune(
@@ -146,229 +140,201 @@ def fine_tune(
 ) -> Transfer:
     """Fine-tunes on every task that is not finished yet, and reads the accuracies of all.
 
-    A task's run is in `directory`/NAME, with "_" for "/" in its name. After each task the results
-    so far are written to `directory`/transfer.json.
+    A task's run is in `directory`/NAME, with "_" for "/" in its name. The results so far are
+    written to `directory`/transfer.json after each task.
 
     Args:
       tasks: the config of each, by name; their weights are its `init_from`.
-      directory: of the runs; what it holds is continued.
-      groups: names of tasks over which means are taken, whether `tasks` has them or not.
-      say: gets a line as a task begins and as it ends.
-      train_examples: how many images each task has to train on (1,000 in VTAB-1k); None: any
-        number.
+      directory: of the runs; runs that it holds are continued.
+      groups: names of tasks over which means are taken, whether or not `tasks` has them.
+      say: prints a line when a task begins and when it ends.
+      train_examples: number of training images that each task must have (1,000 in VTAB-1k); None:
+        any number.
 
     Raises:
       UserError: before the first training: data that is not prepared (all of it is listed) or not
-        of that size, weights that are not there or cannot be taken, a task that was begun with
-        another config. Later: whatever ends the training of a task.
-      signals.Stopped: SIGTERM or SIGINT arrived; the state of the task under way is saved.
+        of that size, weights that are missing or do not fit, a task that was begun with another
+        config. Later: whatever ends the training of a task.
+      signals.Stopped: SIGTERM or SIGINT arrived; the state of the current task is saved.
     """
-    directory = files.make_output_directory("--output", directory)
-    workdirs = {name: directory / name.replace("/", "_") for name in tasks}
-    finished, unfinished = {}, {}
-    for name, config in tasks.items():
-        with _naming(name):
-            run.check_config(config)
-            _check_same_config(workdirs[name], config)
-            if result := _read(name, workdirs[name]):
-                finished[name] = result
-            else:
-                unfinished[name] = config
+    directory = files.make_directory(directory, "--output")
+    runs = [
+        Task(name, config, directory / name.replace("/", "_")) for name, config in tasks.items()
+    ]
+    finished = _read_finished(runs)
+    unfinished = [task for task in runs if task.name not in finished]
     images_left = {}
     if unfinished:
         say(f"checking weights and data of {len(unfinished)} tasks")
-        images_left = _check_all(unfinished, workdirs, train_examples)
+        images_left = _check_all(unfinished, train_examples)
+
+    def record() -> Transfer:
+        done = tuple(finished[name] for name in tasks if name in finished)
+        transfer = Transfer(done, tuple(tasks), {name: tuple(groups[name]) for name in groups})
+        run.write_json(directory / RECORD, transfer.summary())
+        return transfer
 
     seconds, images_seen = 0.0, 0
-    for number, (name, config) in enumerate(tasks.items(), 1):
-        place = f"task {number} of {len(tasks)}: {name}"
-        if name in finished:
-            say(f"{place}: {_sentence(finished[name])}, done before")
+    for number, task in enumerate(runs, 1):
+        title = f"task {number} of {len(runs)}: {task.name}"
+        if task.name in finished:
+            say(f"{title}: {_sentence(finished[task.name])}, done before")
             continue
         hint = ""
         if images_seen:
             left = sum(images_left[other] for other in tasks if other not in finished)
             hint = f", about {formatting.duration(seconds / images_seen * left)} left"
-        say(f"{place}: begins{hint}")
-        begun = time.monotonic()
-        with _naming(name):
-            trainer.train(config, workdirs[name])
-        seconds += time.monotonic() - begun
-        images_seen += images_left[name]
-        # What a task has compiled and read is of no use to the next.
-        gc.collect()
-        jax.clear_caches()
-        finished[name] = _read(name, workdirs[name])
-        run.write_json(directory / RECORD, _gather(tasks, groups, finished).summary())
-        took = formatting.duration(time.monotonic() - begun)
-        say(f"{place}: {_sentence(finished[name])}, took {took}")
-    result = _gather(tasks, groups, finished)
-    run.write_json(directory / RECORD, result.summary())
-    return result
+        say(f"{title}: begins{hint}")
+        started = time.monotonic()
+        finished[task.name] = _train(task)
+        passed = time.monotonic() - started
+        seconds, images_seen = seconds + passed, images_seen + images_left[task.name]
+        record()
+        say(f"{title}: {_sentence(finished[task.name])}, took {formatting.duration(passed)}")
+    return record()
 
 
-def _gather(tasks, groups, finished: Mapping[str, TaskResult]) -> Transfer:
-    return Transfer(
-        tasks=tuple(finished[name] for name in tasks if name in finished),
-        asked=tuple(tasks),
-        groups={group: tuple(names) for group, names in groups.items()},
-    )
+def _read_finished(tasks: Sequence[Task]) -> dict[str, TaskResult]:
+    """The results of the finished runs; UserError if a run has another config than its task."""
+    finished = {}
+    for task in tasks:
+        with _naming(task.name):
+            run.check_config(task.config)
+            _check_same_config(task)
+            if result := _read_result(task):
+                finished[task.name] = result
+    return finished
+
+
+def _train(task: Task) -> TaskResult:
+    """Trains, or continues, the run of a task."""
+    with _naming(task.name):
+        trainer.train(task.config, task.workdir)
+    # The next task needs none of the compiled programs and the images of this one.
+    gc.collect()
+    jax.clear_caches()
+    return _read_result(task)
 
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Puts a task's name before what a user is told."""
+    """Puts a task's name in front of an error's message."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _read(name: str, workdir: epath.Path) -> TaskResult | None:
-    """The result of a finished run, None where there is none yet."""
-    results = run_files.read_results(workdir, "last") or {}
-    config, data = run_files.read_config(workdir), run_files.read_data(workdir)
-    test = results.get("splits", {}).get("test")
-    if not (test and config and data) or results.get("step") != config["total_steps"]:
+def _read_result(task: Task) -> TaskResult | None:
+    """The result of a finished run; None for a run that is not finished or not evaluated."""
+    saved = results.read(task.workdir, "last")
+    config, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
+    if not (saved and config and data) or saved.step != config["total_steps"]:
         return None
-    if (
-        not {"count", "top1", "top1_interval", "mean_per_class", "mean_per_class_interval"}
-        <= test.keys()
-    ):
-        return None  # edited: the run is finished, and evaluates once more
-    per_class = test["mean_per_class_interval"]
+    test = saved.splits.get("test")
+    if test is None:
+        return None  # training, once more, evaluates the finished run
     return TaskResult(
-        name=name,
-        count=test["count"],
-        top1=test["top1"],
-        top1_interval=tuple(test["top1_interval"]),
-        mean_per_class=test["mean_per_class"],
-        mean_per_class_interval=None if per_class is None else tuple(per_class),
+        name=task.name,
+        count=test.count,
+        top1=test.top1,
+        top1_interval=test.top1_interval,
+        mean_per_class=test.mean_per_class,
+        mean_per_class_interval=test.mean_per_class_interval,
         train_examples=data["splits"]["train"]["num_examples"],
-        steps=results["step"],
+        steps=saved.step,
     )
 
 
-def _check_same_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Raises UserError where `workdir` holds a run of another config."""
-    old = run_files.read_config(workdir)
+def _check_same_config(task: Task) -> None:
+    """Raises UserError if the task's directory holds a run with another config."""
+    old, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
     if old is not None:
-        run.check_trained(workdir, old)
-    data = run_files.read_data(workdir)
+        run.check_trained(task.workdir, old)
     if old is None or data is None:
         return
-    results = run_files.read_results(workdir, "last")
-    if checkpoint.last_step(workdir) is None and results is None:
-        return  # what never saved binds nothing
-    new = _resolved(config, None, old)
-    if new.model.num_classes is None:
-        new.model.num_classes = len(data["class_names"])
-    run.resolve_lengths(new, data["splits"]["train"]["num_examples"])
-    if changed := run.changes(old, new.to_dict()):
+    if checkpoint.last_step(task.workdir) is None and results.read(task.workdir, "last") is None:
+        return  # a run that never saved a step binds nothing
+    config = run.resolve(task.config, initial=None, begun=old)
+    run.resolve_data(config, len(data["class_names"]), data["splits"]["train"]["num_examples"])
+    if changed := run.changes(old, config.to_dict()):
         raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}. One table has one "
-            "config: give another directory, or remove this run"
+            f"{task.workdir} holds a run with another config: {'; '.join(changed)}. One table has "
+            "one config: give another directory, or remove this run"
         )
 
 
-def _check_all(
-    tasks: Mapping[str, ConfigDict],
-    workdirs: Mapping[str, epath.Path],
-    train_examples: int | None,
-) -> dict[str, int]:
-    """Finds at once what would end one of the trainings; how many images each has left."""
+def _check_all(tasks: Sequence[Task], train_examples: int | None) -> dict[str, int]:
+    """Checks everything that could end one of the trainings; the images that each has left."""
     _check_prepared(tasks)
-    weights = _find_weights(tasks, workdirs)
+    weights = _find_weights(tasks)
     images_left = {}
-    for name, config in tasks.items():
-        with _naming(name):
-            found = weights[config.init_from, config.init_image_size]
-            images_left[name] = _check(config, workdirs[name], found, train_examples)
+    for task in tasks:
+        with _naming(task.name):
+            found = weights[task.config.init_from, task.config.init_image_size]
+            images_left[task.name] = _check(task, found, train_examples)
         gc.collect()  # a split may hold 2 GiB
     return images_left
 
 
-def _check_prepared(tasks: Mapping[str, ConfigDict]) -> None:
-    """Raises UserError that lists every TFDS set that is not prepared, by the command for it."""
+def _check_prepared(tasks: Sequence[Task]) -> None:
+    """Raises UserError that lists the preparing command of every TFDS set that is missing."""
     stored = {
-        (config.dataset.name, config.dataset.data_dir): None
-        for config in tasks.values()
-        if config.dataset.name not in ("folder", "synthetic", "digits")
+        (task.config.dataset.name, task.config.dataset.data_dir): None
+        for task in tasks
+        if task.config.dataset.name not in ("folder", "synthetic", "digits")
     }
     if not stored:
         return
     from mixer.data.sources import stored as sources
 
     missing = [
-        f"`python -m mixer.tools.prepare tfds {name}{f' --data_dir={where}' if where else ''}`"
-        for name, where in stored
-        if not sources.tfds_builder(name, where, prepared=False).is_prepared()
+        f"`python -m mixer.tools.prepare tfds {name}{data_dir and f' --data_dir={data_dir}'}`"
+        for name, data_dir in stored
+        if not sources.tfds_builder(name, data_dir, prepared=False).is_prepared()
     ]
     if missing:
         sets = "set is" if len(missing) == 1 else "sets are"
         raise UserError(f"{len(missing)} data {sets} not prepared: {', '.join(missing)}")
 
 
-def _find_weights(
-    tasks: Mapping[str, ConfigDict], workdirs: Mapping[str, epath.Path]
-) -> dict[tuple[str, int | None], loading.StoredWeights | None]:
-    """What the tasks start from, by (init_from, init_image_size), each found once.
+def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, int | None], load.StoredWeights | None]:
+    """The first weights by (init_from, init_image_size), each found once.
 
-    A task that has begun needs its first weights no more.
+    A run that has a checkpoint no longer needs its first weights.
     """
-    found: dict[tuple[str, int | None], loading.StoredWeights | None] = {}
-    for name, config in tasks.items():
-        key = config.init_from, config.init_image_size
-        needed = checkpoint.last_step(workdirs[name]) is None
-        if found.get(key) is None:
-            with _naming(name):
-                found[key] = run.find_initial(config) if needed else None
-    return found
+    weights: dict[tuple[str, int | None], load.StoredWeights | None] = {}
+    for task in tasks:
+        key = task.config.init_from, task.config.init_image_size
+        is_needed = checkpoint.last_step(task.workdir) is None
+        if weights.get(key) is None:
+            with _naming(task.name):
+                weights[key] = run.find_initial(task.config) if is_needed else None
+    return weights
 
 
-def _resolved(
-    config: ConfigDict, found: loading.StoredWeights | None, old: dict[str, Any] | None
-) -> ConfigDict:
-    """The config with what its first weights decide, as the trainer resolves it."""
-    config = config.copy_and_resolve_references()
-    run.resolve_model(config, found, old)
-    run.resolve_permutation(config)
-    return config
-
-
-def _check(
-    config: ConfigDict,
-    workdir: epath.Path,
-    found: loading.StoredWeights | None,
-    train_examples: int | None,
-) -> int:
-    """Opens a task's data and builds its model; returns how many images it has still to train on.
+def _check(task: Task, found: load.StoredWeights | None, train_examples: int | None) -> int:
+    """Opens a task's data and builds its model; returns the number of images it has left.
 
     Raises:
-      UserError: data or model that training would refuse, or data of another size.
+      UserError: data or a model that training would refuse, or data of another size.
     """
-    done = checkpoint.last_step(workdir)
-    old = None if done is None else run_files.read_config(workdir)
-    config = _resolved(config, found, old)
+    last_step = checkpoint.last_step(task.workdir)
+    old = None if last_step is None else run_files.read_config(task.workdir)
+    config = run.resolve(task.config, initial=found, begun=old)
     splits = run.open_splits(config, None)
     if splits.test is None:
         raise UserError("dataset.test_split is empty; the table is of test splits")
     count = splits.train.num_examples
     if train_examples not in (None, count):
-        raise UserError(f"{splits.train.name} has {count:,} images, where {train_examples:,} fit")
-    if config.model.num_classes is None:
-        config.model.num_classes = len(splits.train.class_names)
+        raise UserError(f"{splits.train.name} has {count:,} images; expected {train_examples:,}")
+    run.resolve_data(config, len(splits.train.class_names), count)
     run.check_classes(config, splits.train.class_names)
-    run.resolve_lengths(config, count)
     program.build_optimizer(config)
     program.build_model(config)
-    return (config.total_steps - (done or 0)) * config.global_batch_size
+    return (config.total_steps - (last_step or 0)) * config.global_batch_size
 
 
 def _sentence(result: TaskResult) -> str:
-    return f"{result.top1:.2%} ({_span(result.top1_interval)}) of {result.count:,} test images"
-
-
-def _span(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{low:.2%} to {high:.2%}"
+    accuracy = f"{percent(result.top1)} ({span(result.top1_interval)})"
+    return f"{accuracy} of {result.count:,} test images"

@@ -12,8 +12,10 @@ from sklearn import metrics as sk
 
 from helpers import run_program, run_python, tiny_config
 from mixer import trainer
+from mixer.console import Console
 from mixer.errors import UserError
-from mixer.evaluation import classification, report, scores, suites
+from mixer.evaluation import classification, report, results, scores, suites, tables
+from mixer.evaluation.subject import open_subject
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs.record import read_metrics
@@ -44,10 +46,10 @@ def copied(trained, tmp_path):
 def _evaluate(*paths, **options):
     def opened(path):
         if (path / "config.json").exists():
-            return lambda: report.open_run(str(path))
-        return lambda: report.open_weights(str(path), output=str(path.parent / "out"))
+            return lambda: open_subject(str(path), checkpoint_name="last")
+        return lambda: open_subject(str(path), output=str(path.parent / "out"))
 
-    report.evaluate([opened(path) for path in paths], **options)
+    report.evaluate([opened(path) for path in paths], report.Options(**options))
 
 
 # Figures.
@@ -265,7 +267,8 @@ def test_report_card_of_a_run_beside_a_file_that_is_missing(copied, tmp_path, ca
 
 def test_results_of_another_checkpoint_have_their_own_file(copied):
     before = json.loads((copied / "results.json").read_text())
-    report.evaluate([lambda: report.open_run(str(copied), checkpoint_name="8")], splits=["test"])
+    opened = [lambda: open_subject(str(copied), checkpoint_name="8")]
+    report.evaluate(opened, report.Options(splits=["test"]))
     assert json.loads((copied / "results.json").read_text()) == before
     other = json.loads((copied / "results_8.json").read_text())
     assert other["step"] == 8 and list(other["splits"]) == ["test", "test_ema"]
@@ -308,7 +311,7 @@ def test_results_of_another_file_by_the_same_name_are_replaced(copied, tmp_path)
     arrays["head/bias"] = arrays["head/bias"] + 1
     weights.write_file(path, arrays, loaded.card, layout="published")
     how = dict(config=config, output=str(out.parent))
-    report.evaluate([lambda: report.open_weights(str(path), **how)], splits=["val"])
+    report.evaluate([lambda: open_subject(str(path), **how)], report.Options(splits=["val"]))
     assert list(json.loads(out.read_text())["splits"]) == ["digits_val"]
 
 
@@ -316,8 +319,8 @@ def test_data_of_another_config_does_not_pass_for_the_runs_own(copied):
     before = json.loads((copied / "results.json").read_text())["splits"]["test"]
     config, _ = run.read_run(copied)
     config.dataset.test_split = "train[:50]"
-    opened = [lambda: report.open_run(str(copied), config=config)]
-    report.evaluate(opened, splits=["test"])
+    opened = [lambda: open_subject(str(copied), checkpoint_name="last", config=config)]
+    report.evaluate(opened, report.Options(splits=["test"]))
     after = json.loads((copied / "results.json").read_text())["splits"]
     assert after["test"] == before and after["digits_test"]["count"] == 50
 
@@ -338,10 +341,10 @@ def test_data_that_has_changed_does_not_pass_for_the_runs_own(copied, capsys):
 def test_weights_of_a_run_bring_its_data_and_loss(copied, tmp_path, capsys):
     paths = [copied / "checkpoints" / "8", copied / "best"]
     opened = [
-        lambda path=path: report.open_weights(str(path), output=str(tmp_path / path.name))
+        lambda path=path: open_subject(str(path), output=str(tmp_path / path.name))
         for path in paths
     ]
-    report.evaluate(opened, splits=["test"], output=str(tmp_path / "both"))
+    report.evaluate(opened, report.Options(splits=["test"]), output=str(tmp_path / "both"))
     assert "Side by side" in (tmp_path / "both" / "side_by_side.md").read_text()
     results = json.loads((tmp_path / "8" / "results.json").read_text())
     assert results["splits"]["test"]["count"] == 360 and results["loss"] == "softmax"
@@ -388,6 +391,33 @@ def test_fewshot_and_throughput_of_a_run(copied, capsys, monkeypatch):
     assert "few-shot probe" in capsys.readouterr().out
 
 
+def test_results_of_older_code_lack_what_it_did_not_record():
+    splits = {"val": {"top1": 0.5, "count": 4}, "edited": {"top1": 1.0}}
+    saved = results.parse({"step": 3, "splits": splits, "transfer": {"vtab": {"markdown": []}}})
+    assert saved.step == 3 and list(saved.splits) == ["val"]
+    val = saved.splits["val"]
+    assert val.top1_interval == scores.interval(2, 4) and val.mean_per_class is None
+    table = results.side_by_side({"old": saved})
+    assert table.header == ["weights", "val"] and table.rows == [["old", "50.00% (15.00-85.00)"]]
+
+
+def test_a_table_is_the_same_in_markdown_html_and_terminal(capsys):
+    """Names may hold markup of any of them, or of rich; figures are aligned to the right."""
+    table = tables.Table(("a|b", "[b]n"), [("<i>", "1"), ("c\nd", "22")])
+    assert tables.markdown(table) == [
+        "| a&#124;b | &#91;b&#93;n |",
+        "|---|--:|",
+        "| &#60;i&#62; | 1 |",
+        "| c\\nd | 22 |".replace("\\", "&#92;"),
+    ]
+    tables.print_table(Console(), table)
+    printed = capsys.readouterr().out.split("\n")
+    assert [printed[1], *printed[3:5]] == ["| a|b  | [b]n |", "| <i>  |    1 |", "| c\\nd |   22 |"]
+    assert "<td>&lt;i&gt;</td><td>1</td>" in tables.html_table(table)
+    document = tables.markdown_document("# x", [["one line"], ["two", "lines"], table])
+    assert document.startswith("# &#35; x\n\none line\n\ntwo  \nlines  \n\n| a&#124;b")
+
+
 # Refusals.
 
 
@@ -415,11 +445,11 @@ def test_unknown_suites_and_files_without_data_are_refused(copied, tmp_path):
     with pytest.raises(UserError, match="'cifar10'"):
         _evaluate(copied, suite=["cifar10"], data_dir=str(tmp_path))
     golden = "tests/goldens/mixer_tiny_official.npz"
-    opened = [lambda: report.open_weights(golden, output=str(tmp_path / "out"))]
+    opened = [lambda: open_subject(golden, output=str(tmp_path / "out"))]
     with pytest.raises(UserError, match=r"--config.*--suite"):
-        report.evaluate(opened, splits=["test"])
+        report.evaluate(opened, report.Options(splits=["test"]))
     with pytest.raises(UserError, match="32 x 32"):
-        report.evaluate(opened, suite=["digits"])
+        report.evaluate(opened, report.Options(suite=["digits"]))
 
 
 @pytest.mark.slow

@@ -651,6 +651,7 @@ def test_a_pipe_is_no_source_of_imagenet21k(tmp_path):
 def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
     from mixer import trainer
     from mixer.evaluation import report
+    from mixer.evaluation.subject import open_subject
 
     workdir = tmp_path / "run"
     config = config_of(data, train_split="train[:75%]", val_split="train[75%:]")
@@ -668,7 +669,8 @@ def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
     assert "warning: 4 images in folders of a class folder, such as train/bee/more/0.png" in said
     again = json.loads((workdir / "data.json").read_text())
     assert again == record | {"subfolders": False}
-    report.evaluate([lambda: report.open_run(str(workdir))], splits=["val"])
+    opened = [lambda: open_subject(str(workdir), checkpoint_name="last")]
+    report.evaluate(opened, report.Options(splits=["val"]))
     assert "is not what the run was trained with" not in capsys.readouterr().out
     # Whoever reads a run's own data reads what the run has read.
     record = json.loads((workdir / "data.json").read_text())["splits"]

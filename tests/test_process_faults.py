@@ -482,7 +482,7 @@ def test_output_that_cannot_be_written_is_named_first(path, weights, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     if path != str(tmp_path) and "/no/" not in path:
         with pytest.raises(UserError, match=f"--output={path}"):
-            files.make_output_directory("--output", path)
+            files.make_directory(path, "--output")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 

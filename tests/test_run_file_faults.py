@@ -22,6 +22,7 @@ from helpers import run_program, tiny_config
 from mixer import console, files, formatting, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import report, sweeps
+from mixer.evaluation.subject import open_subject
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.runs import record as metrics
@@ -206,15 +207,20 @@ def test_what_is_no_run_file_is_refused_by_name(trained, tmp_path, name):
         READERS[name](tmp_path)
 
 
+def _evaluate(workdir):
+    opened = [lambda: open_subject(str(workdir), checkpoint_name="last")]
+    report.evaluate(opened, report.Options(splits=["val"]))
+
+
 def test_programs_tell_damage_of_a_run_in_one_line(copy):
     """Whoever would read a file on their own would end in a traceback."""
     options = dict(weights=None, checkpoint_name="last", output=None, which=None, data_dir=None)
     programs = (
         lambda: trainer.train(_config(), copy),
-        lambda: report.evaluate([lambda: report.open_run(str(copy))], splits=["val"]),
+        lambda: _evaluate(copy),
         lambda: page.write(workdirs=[str(copy)], image_size=None, log=print, **options),
         lambda: loading.find(str(copy), log=print),
-        lambda: sweeps.open_subject(str(copy), config=None, which="test", say=print),
+        lambda: open_subject(str(copy)),
     )
     for name in EDITS:
         whole = (copy / name).read_text()
@@ -681,7 +687,7 @@ def test_report_cards_show_names_as_they_are(copy, tmp_path, capsys):
     results = json.loads((workdir / "results.json").read_text())
     results["splits"]["<i>other</i> [/b]"] = results["splits"]["val"] | {"data": "<u>a</u>"}
     (workdir / "results.json").write_text(json.dumps(results))
-    report.evaluate([lambda: report.open_run(str(workdir))], splits=["val"])
+    _evaluate(workdir)
     card = (workdir / "results.md").read_text()
     assert "<" not in card and "&#60;i&#62;other" in card and "&#60;u&#62;" in card
     header = card.split("\n|---")[0].splitlines()[-1]
@@ -697,7 +703,7 @@ def test_names_are_no_formulas_in_pictures(tmp_path, name):
     point = sweeps.Point(8, 10, 0.5, (0.4, 0.6), (0.5,), 1.0, "decode")
     sweep = sweeps.Sweep("resolution", "grow", (sweeps.Curve(name, "", "test", (point,)),))
     sweeps.draw(sweep, tmp_path / "sweep.png")
-    sweeps.as_table(sweep)
+    sweeps.make_table(sweep)
 
 
 # Disks.
@@ -750,12 +756,12 @@ def test_where_results_go_is_looked_at_before_anything_is_computed(copy, monkeyp
     monkeypatch.setattr(report.classification, "evaluate", fail)
     (copy / "evaluation").write_text("a file in place of the folder")
     with pytest.raises(UserError, match=r"run/evaluation is no directory"):
-        report.evaluate([lambda: report.open_run(str(copy))], splits=["val"])
+        _evaluate(copy)
     (copy / "evaluation").unlink()
     before = _files(copy)
     with (
         _failing_writes(copy, errno.EACCES),
         pytest.raises(UserError, match=rf"--output={copy}.*Permission denied"),
     ):
-        report.evaluate([lambda: report.open_run(str(copy))], splits=["val"])
+        _evaluate(copy)
     assert _files(copy) == before

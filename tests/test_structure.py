@@ -68,8 +68,10 @@ sys.path.insert(0, "tests")
 from helpers import tiny_config
 from mixer import trainer
 from mixer.evaluation import report
+from mixer.evaluation.subject import open_subject
 trainer.train(tiny_config(total_steps=4, tensorboard=True), {str(tmp_path)!r})
-report.evaluate([lambda: report.open_run({str(tmp_path)!r})], splits=["test"])
+opened = [lambda: open_subject({str(tmp_path)!r}, checkpoint_name="last")]
+report.evaluate(opened, report.Options(splits=["test"]))
 """
     done = run_python("-c", code)
     assert "test accuracy" in done.stdout and "written to" in done.stdout

@@ -18,6 +18,7 @@ from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet import real as imagenet_real
 from mixer.errors import UserError
 from mixer.evaluation import report, suites
+from mixer.evaluation.subject import open_subject
 from mixer.models.registry import make_model
 from mixer.weights import formats as weights
 from mixer.weights import published
@@ -106,8 +107,8 @@ def file(tmp_path_factory):
 
 
 def _evaluate(file, output, **options):
-    opened = [lambda: report.open_weights(str(file), output=str(output), say=print)]
-    report.evaluate(opened, save_predictions=True, **options)
+    opened = [lambda: open_subject(str(file), output=str(output))]
+    report.evaluate(opened, report.Options(save_predictions=True, **options))
     results = json.loads((output / "results.json").read_text())["splits"]
     predictions = {}
     for name in results:

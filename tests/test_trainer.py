@@ -288,12 +288,14 @@ def test_lengths_in_epochs_and_examples(tmp_path):
 
 def test_average_is_evaluated_beside_the_parameters(finished):
     from mixer.evaluation import report
+    from mixer.evaluation.subject import open_subject
 
     (row,) = (row for row in read_metrics(finished) if row["step"] == 12 and "val/top1" in row)
     assert row["val_ema/loss"] != row["val/loss"] and row["val_ema/count"] == 180
     before = json.loads((finished / "results.json").read_text())["splits"]
     assert set(before) == {"val", "val_ema", "test", "test_ema"}
-    report.evaluate([lambda: report.open_run(str(finished))], splits=["test"])
+    opened = [lambda: open_subject(str(finished), checkpoint_name="last")]
+    report.evaluate(opened, report.Options(splits=["test"]))
     after = json.loads((finished / "results.json").read_text())["splits"]
     for name, result in before.items():
         assert {key: after[name][key] for key in result} == result

@@ -225,7 +225,7 @@ def test_faults_of_a_later_task_are_found_before_the_first(tmp_path, change, mes
 
 
 def test_wrong_number_of_images_is_refused(tmp_path):
-    _refused(_tasks(("a",)), tmp_path, "^a: .* 7 ", train_examples=7)
+    _refused(_tasks(("a",)), tmp_path, "^a: .* 7$", train_examples=7)
 
 
 # VTAB's data.
@@ -351,7 +351,7 @@ def _check_vtab(names, directory):
         assert low - 1e-9 <= task.top1 <= high + 1e-9
         classes = json.loads((directory / task.name / "data.json").read_text())["class_names"]
         assert len(classes) == VTAB_CLASSES[task.name]
-    assert len(result.rows()) == 1 + len(names) + len(result.means())
+    assert len(result.markdown()) == 2 + len(names) + len(result.means())
     return {task.name: task.count for task in result.tasks}, result.means()
 
 

@@ -23,6 +23,7 @@ from helpers import GOLDENS, assert_same_bits, golden_params, run_program, tiny_
 from mixer import trainer
 from mixer.errors import UserError
 from mixer.evaluation import report
+from mixer.evaluation.subject import open_subject
 from mixer.models.mlp_mixer import VARIANTS
 from mixer.models.registry import ARCHITECTURES
 from mixer.runs import config as run
@@ -683,12 +684,12 @@ def test_weights_without_a_head_are_probed_and_not_classified(headless, tmp_path
     config = tiny_config(image_size=32, global_batch_size=32)
 
     def open_weights():
-        return report.open_weights(str(headless), config=config, output=str(tmp_path))
+        return open_subject(str(headless), config=config, output=str(tmp_path))
 
-    report.evaluate([open_weights], suite=["fewshot"])
+    report.evaluate([open_weights], report.Options(suite=["fewshot"]))
     assert "fewshot" in json.loads((tmp_path / "results.json").read_text())
     with pytest.raises(UserError, match=r"no head.*fewshot"):
-        report.evaluate([open_weights], splits=["test"])
+        report.evaluate([open_weights], report.Options(splits=["test"]))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.models import layers
 from mixer.parallel import sharding
 from mixer.training import losses
+from mixer.training.step import make_predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +269,41 @@ def evaluate(
             f"them {split.example_id(int(bad.argmax()))}; the weights are damaged or have diverged"
         )
     return summarize(predictions, len(split.class_names))
+
+
+def evaluate_model(
+    model: nn.Module,
+    params: Any,
+    split: Split,
+    *,
+    loss: str,
+    mesh: Mesh,
+    global_batch_size: int,
+    prefetch_batches: int = 2,
+) -> Classification:
+    """Evaluates a model on one split, where nothing else uses its compiled evaluation step.
+
+    Args:
+      model: computes the logits.
+      params: of the model.
+      split: all of which is evaluated.
+      loss: "softmax" or "sigmoid".
+      mesh: as for `collect`, like the remaining arguments.
+      global_batch_size: images of a step.
+      prefetch_batches: batches on their way to the devices.
+
+    Raises:
+      UserError: the logits are not finite.
+    """
+    step = make_eval_step(make_predict(model, mesh), losses.make_loss(loss), model.num_classes)
+    return evaluate(
+        step,
+        params,
+        split,
+        global_batch_size=global_batch_size,
+        mesh=mesh,
+        prefetch_batches=prefetch_batches,
+    )
 
 
 def collect(

@@ -22,11 +22,11 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from scipy import special
 
-from mixer import formatting
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
+from mixer.evaluation.tables import Table
 from mixer.models import layers, microbatches
 from mixer.parallel import sharding
 from mixer.runs import config as run_config
@@ -82,25 +82,27 @@ class FewShot:
         return dataclasses.asdict(self)
 
 
-def markdown(summaries: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines of a table of `FewShot.summary()`s by the name of their data."""
-    lines = [
-        "| few-shot probe | shots a class | shots | top-1 | 95 % interval | deviation | draws |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
+    """A table of `FewShot.summary()`s by the name of their data."""
+    rows = []
     for name, summary in summaries.items():
         for each in summary["results"]:
             low, high = each["interval"]
-            deviation = "" if each["std"] is None else f"{each['std']:.2%}"
             short = each["short_classes"]
             images = f"{each['examples']:,}" + (f" ({short:,} classes have fewer)" if short else "")
-            draws = ", ".join(f"{accuracy:.2%}" for accuracy in each["accuracies"])
-            which = formatting.in_markdown(name)
-            lines.append(
-                f"| {which} | {each['shots']} | {images} | {each['mean']:.2%} "
-                f"| {low:.2%} to {high:.2%} | {deviation} | {draws} |"
+            rows.append(
+                (
+                    name,
+                    f"{each['shots']}",
+                    images,
+                    f"{each['mean']:.2%}",
+                    f"{low:.2%} to {high:.2%}",
+                    "" if each["std"] is None else f"{each['std']:.2%}",
+                    ", ".join(f"{accuracy:.2%}" for accuracy in each["accuracies"]),
+                )
             )
-    return lines
+    header = "few-shot probe", "shots a class", "shots", "top-1", "95 % interval", "deviation"
+    return Table((*header, "draws"), rows)
 
 
 @functools.lru_cache(maxsize=1)  # a training's probes are one program

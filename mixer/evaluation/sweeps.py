@@ -1,7 +1,7 @@
 """Accuracy of given weights over the image size, and over the share of shuffled patches or pixels.
 
-The paper trains under permutations (docs/probes.md); here the weights are as they are, and the
-images of the evaluation change.
+The paper trains under permutations (docs/probes.md). A sweep trains nothing: the images of the
+evaluation change.
 """
 
 import dataclasses
@@ -11,27 +11,22 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-from rich.table import Table
-from rich.text import Text
 from scipy import special
 
-from mixer import files, run_files
-from mixer.data import splits as pipeline
+from mixer import files
 from mixer.data.preprocessing import permutation as orders
 from mixer.data.preprocessing.spec import Kind, Specification, parse
-from mixer.errors import UserError, printable
+from mixer.data.splits import Split
+from mixer.errors import UserError
 from mixer.evaluation import classification, scores, suites
+from mixer.evaluation.subject import Subject
+from mixer.evaluation.tables import Table, span
 from mixer.models.modules import check_image_size
-from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.training import losses
 from mixer.training.step import make_predict
-from mixer.weights import checkpoint
-from mixer.weights import fetch as remote
-from mixer.weights import load as loading
+from mixer.weights import load
 
 SCALED = ("resize", "resize_small", "central_crop")  # ops whose size follows the images' side
 SEEDS = (0, 1, 2)  # of the permutations at each share
@@ -40,15 +35,15 @@ AXES = {"resolution": "side of the images, pixels", "permutation": "share that i
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A place on a curve. Shares are in 0..1.
+    """A point of a curve. Shares are in 0..1.
 
     Attributes:
       x: side of the images in pixels, or the share that is shuffled.
-      count: number of images that have a label.
-      top1: of them; the mean over the permutations where there are several.
-      top1_interval: of 95 %, as `interval` has it.
-      top1_by_seed: of each permutation.
-      loss: mean, likewise.
+      count: number of labelled images.
+      top1: share of them; of several permutations, the mean.
+      top1_interval: `interval` of it.
+      top1_by_seed: top-1 under each permutation.
+      loss: mean over the images, and over the permutations.
       preprocess: the steps that made the images.
     """
 
@@ -63,7 +58,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points of one checkpoint, by growing x. `shuffled` is "patches", "pixels" or ""."""
+    """Points of one checkpoint in ascending x. `shuffled` is "patches", "pixels" or ""."""
 
     weights: str
     shuffled: str
@@ -72,7 +67,7 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """What the picture and the table call it."""
+        """The name in the picture and in the table."""
         return f"{self.weights}: {self.shuffled}" if self.shuffled else self.weights
 
 
@@ -85,76 +80,24 @@ class Sweep:
     curves: tuple[Curve, ...]
 
     def summary(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The sweep as JSON."""
         return dataclasses.asdict(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """Weights and the data they are evaluated on.
-
-    Attributes:
-      path: of the weights, as given.
-      found: they, not read yet.
-      config: whose data, evaluation steps and loss are used.
-      mesh: of the devices. batch_size: images at once, over all of them.
-      class_names: those that the data must have; None: they are not known.
-      which: "train", "val" or "test".
-      workdir: of the run that the weights are of; None: another config says the data.
-    """
-
-    path: str
-    found: loading.StoredWeights
-    config: ConfigDict
-    mesh: Mesh
-    batch_size: int
-    class_names: tuple[str, ...] | None
-    which: str
-    workdir: epath.Path | None
-
-
-def open_subject(
-    path: str, *, config: ConfigDict | None, which: str, say: Callable[[str], None]
-) -> Subject:
-    """Finds weights and the config of the data; no array is read.
-
-    Args:
-      path: as `mixer.load` takes it.
-      config: of the data; None: that of the run that `path` is, or is a step of.
-      which: split of the config, "train", "val" or "test".
-      say: gets a line on what is fetched.
-
-    Raises:
-      UserError: no weights there, not for square images, or no run and no config either.
-    """
-    found = loading.find(path, log=say)
-    card, workdir = found.card, None
+def check_subject(subject: Subject) -> None:
+    """Raises UserError unless the weights are for square images, have a head, and have data."""
+    card = subject.found.card
     height, width = card.image_size
     if height != width:
         raise UserError(
-            f"--weights={found.path} is for images of {height} x {width}; sweeps take square ones"
+            f"--weights={subject.name} is for images of {height} x {width}; expected square ones"
         )
     if not card.num_classes:
-        raise UserError(f"--weights={found.path} has no head, and so no accuracy")
-    class_names = card.class_names if isinstance(card.class_names, tuple) else None
-    if config is not None:
-        config = config.copy_and_resolve_references()
-        run.check_config(config)
-        config.model.update(card.dimensions)
-        run.resolve_permutation(config)
-    elif remote.is_directory(path):
-        workdir = checkpoint.find_step(path).parent.parent
-        config, class_names = run.read_run(workdir)
-    else:
+        raise UserError(f"--weights={subject.name} has no head, and so no accuracy")
+    if subject.config is None:
         raise UserError(
-            f"--weights={found.path} is no run, which would say the data; --config=CONFIG does"
+            f"--weights={subject.name} is no run, whose data would be taken; give --config=CONFIG"
         )
-    config.model.num_classes = card.num_classes
-    mesh = sharding.make_mesh({"data": -1})
-    batch_size = config.eval_batch_size or config.global_batch_size
-    shards = sharding.batch_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
-    return Subject(str(path), found, config, mesh, batch_size, class_names, which, workdir)
 
 
 def steps_at(preprocess: str, old: int, new: int) -> str:
@@ -197,6 +140,7 @@ def resolution(
     subjects: Sequence[Subject],
     sizes: Sequence[int],
     *,
+    which: str,
     resize: str,
     say: Callable[[str], None],
 ) -> Sweep:
@@ -205,8 +149,9 @@ def resolution(
     Args:
       subjects: the weights.
       sizes: sides in pixels.
+      which: the split of their configs, "train", "val" or "test".
       resize: how weights come to another size, "grow" or "interpolate" (mixer/models/resize.py).
-      say: gets a line on the weights and the steps at each size.
+      say: prints a line about the weights and the steps at each size.
 
     Raises:
       UserError: a size that the weights, or the data, cannot have; nothing is computed then.
@@ -216,67 +161,75 @@ def resolution(
     for subject in subjects:
         for size in sizes:
             check_image_size((size, size), subject.found.card.patch_size)
-            loading.resize_card(subject.found, (size, size), resize)
-            opened[subject.path, size] = _open_split(subject, size)
+            load.resize_card(subject.found, (size, size), resize)
+            opened[subject.path, size] = _open_split(subject, which, size)
     drawn = []
     for subject in subjects:
         points = []
         for size in sizes:
             split, preprocess = opened[subject.path, size]
-            loaded = loading.read(
-                subject.path,
+            loaded = load.read_stored(
+                subject.found,
                 image_size=size,
                 resize=resize,
                 mesh=subject.mesh,
                 log=lambda line: None,
             )
-            say(f"{subject.found.path} at {size} px: {preprocess}")
-            step = classification.make_eval_step(
-                make_predict(loaded.model, subject.mesh),
-                losses.make_loss(subject.config.loss),
-                loaded.card.num_classes,
+            say(f"{subject.name} at {size} px: {preprocess}")
+            result = classification.evaluate_model(
+                loaded.model,
+                loaded.params,
+                split,
+                loss=subject.loss,
+                mesh=subject.mesh,
+                global_batch_size=subject.batch_size,
+                prefetch_batches=subject.prefetch_batches,
             )
-            result = _evaluate(step, loaded.params, split, subject)
             points.append(_point(size, [result], preprocess))
-        drawn.append(Curve(subject.found.path, "", split.name, tuple(points)))
+        drawn.append(Curve(subject.name, "", split.name, tuple(points)))
     return Sweep("resolution", resize, tuple(drawn))
 
 
 def permutation(
-    subjects: Sequence[Subject], shares: Sequence[float], *, say: Callable[[str], None]
+    subjects: Sequence[Subject],
+    shares: Sequence[float],
+    *,
+    which: str,
+    say: Callable[[str], None],
 ) -> Sweep:
-    """Evaluates each checkpoint on images of which a share of the patches, or pixels, is shuffled.
+    """Evaluates each checkpoint on images with a share of their patches, or pixels, shuffled.
 
-    Patches move whole. At each share the mean over the permutations of SEEDS is taken, each of them
-    the same for all images; at 0 it is the plain evaluation.
+    Patches move whole. Each share has the mean over the permutations of SEEDS, each of which is the
+    same for all images; the share 0 is the plain evaluation.
 
     Args:
       subjects: the weights.
       shares: in 0..1.
-      say: gets a line on each of the weights and its steps.
+      which: the split of their configs, "train", "val" or "test".
+      say: prints a line about each of the weights and its steps.
 
     Raises:
-      UserError: a share that is none, or data that is not there or not the weights'.
+      UserError: a share outside 0..1, or data that is missing or not of the weights' classes.
     """
     shares = sorted(set(shares))
     for share in shares:
         if not 0 <= share <= 1:
-            raise UserError(f"--shares: {share:g} is no share of the patches; 0 to 1 are taken")
-    opened = [_open_split(subject, subject.found.card.image_size[0]) for subject in subjects]
+            raise UserError(f"--shares: {share:g}; expected shares of the patches, from 0 to 1")
+    opened = [_open_split(subject, which, subject.found.card.image_size[0]) for subject in subjects]
     drawn = []
     for subject, (split, preprocess) in zip(subjects, opened, strict=True):
-        say(f"{subject.found.path}: {preprocess}")
+        say(f"{subject.name}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
             points = (_point(x, of_x, preprocess) for x, of_x in zip(shares, results, strict=True))
-            drawn.append(Curve(subject.found.path, kind, split.name, tuple(points)))
+            drawn.append(Curve(subject.name, kind, split.name, tuple(points)))
     return Sweep("permutation", "", tuple(drawn))
 
 
 def _shuffled_results(
-    subject: Subject, split: pipeline.Split, shares: Sequence[float]
+    subject: Subject, split: Split, shares: Sequence[float]
 ) -> dict[str, list[list[classification.Classification]]]:
-    """By kind and share, the results under each permutation; nothing moves at share 0."""
-    loaded = loading.read(subject.path, mesh=subject.mesh, log=lambda line: None)
+    """The results by kind and share, one per permutation; share 0 has one, as nothing moves."""
+    loaded = load.read_stored(subject.found, mesh=subject.mesh, log=lambda line: None)
     size = loaded.card.image_size
     plain = make_predict(loaded.model, subject.mesh)
 
@@ -285,9 +238,9 @@ def _shuffled_results(
         pixels = images.reshape(images.shape[0], -1, images.shape[-1])
         return plain(params, pixels[:, order].reshape(images.shape))
 
-    # The order is an argument: one program serves all.
+    # The order is an argument, so that all permutations run the same program.
     step = classification.make_eval_step(
-        predict, losses.make_loss(subject.config.loss), loaded.card.num_classes
+        predict, losses.make_loss(subject.loss), loaded.card.num_classes
     )
 
     def result(kind: str, share: float, seed: int) -> classification.Classification:
@@ -296,7 +249,14 @@ def _shuffled_results(
         else:
             patch_size = loaded.card.patch_size
             order = orders.patch_order(size, patch_size, seed=seed, share=share, within=False)
-        return _evaluate(step, (loaded.params, order), split, subject)
+        return classification.evaluate(
+            step,
+            (loaded.params, order),
+            split,
+            global_batch_size=subject.batch_size,
+            mesh=subject.mesh,
+            prefetch_batches=subject.prefetch_batches,
+        )
 
     return {
         kind: [
@@ -307,35 +267,22 @@ def _shuffled_results(
     }
 
 
-def _open_split(subject: Subject, size: int) -> tuple[pipeline.Split, str]:
-    """The split at a size of its images, and the steps that give it."""
+def _open_split(subject: Subject, which: str, size: int) -> tuple[Split, str]:
+    """The split with images of side `size`, and the steps that give that size."""
     config = subject.config.copy_and_resolve_references()
     preprocess = steps_at(config.dataset.eval_preprocess, config.image_size, size)
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
-    data = run_files.read_data(subject.workdir) if subject.workdir is not None else None
-    split = run.open_own_split(config, subject.which, subject.class_names, data and data["splits"])
-    if split is None:
-        raise UserError(f"the config of {subject.found.path} names no {subject.which}_split")
     card = subject.found.card
+    config.model.num_classes = card.num_classes
+    split = run.open_own_split(config, which, subject.class_names, subject.data_record())
+    if split is None:
+        raise UserError(f"the config of {subject.name} names no {which}_split")
     try:
         suites.check_classes(split, card.class_names, card.num_classes)
     except UserError as error:
-        raise UserError(f"{subject.found.path}: {error}") from None
+        raise UserError(f"{subject.name}: {error}") from None
     return split, preprocess
-
-
-def _evaluate(
-    step: Callable, params: Any, split: pipeline.Split, subject: Subject
-) -> classification.Classification:
-    return classification.evaluate(
-        step,
-        params,
-        split,
-        global_batch_size=subject.batch_size,
-        mesh=subject.mesh,
-        prefetch_batches=subject.config.dataset.prefetch_batches,
-    )
 
 
 def _point(x: float, results: Sequence[classification.Classification], preprocess: str) -> Point:
@@ -353,10 +300,10 @@ def _point(x: float, results: Sequence[classification.Classification], preproces
 
 
 def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
-    """Interval of 95 % of the mean of the accuracies on `count` images under several permutations.
+    """Interval of 95 % for the mean accuracy on `count` images under several permutations.
 
-    Images and permutations are both samples, and the squares of the two half-widths add up:
-    Wilson's for the mean on so many images, Student's for so many permutations; of one, Wilson's.
+    Images and permutations are both samples, so the squares of two half-widths add up: Wilson's for
+    the images and Student's for the permutations. One permutation has Wilson's interval alone.
     """
     mean, draws = float(np.mean(shares)), len(shares)
     low, high = scores.interval(mean * count, count)
@@ -369,30 +316,25 @@ def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
     )
 
 
-def as_table(sweep: Sweep) -> Table:
-    """A line for each point."""
-    table = Table()
-    table.add_column("weights", overflow="fold")
-    for name in ("pixels" if sweep.kind == "resolution" else "share", "top-1", "95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if sweep.kind == "permutation":
-        table.add_column("lowest to highest", justify="right", no_wrap=True)
-    table.add_column("loss", justify="right", no_wrap=True)
+def make_table(sweep: Sweep) -> Table:
+    """A row per point; the first of a curve has the name of the weights."""
+    is_permutation = sweep.kind == "permutation"
+    header = ["weights", "share" if is_permutation else "pixels", "top-1", "95 % interval"]
+    header += ["lowest to highest"] * is_permutation + ["loss"]
+    rows = []
     for curve in sweep.curves:
-        label = Text(printable(curve.label))
+        label = curve.label
         for point in curve.points:
-            low, high = point.top1_interval
-            row = [label, f"{point.x:g}", f"{point.top1:.2%}", f"{low:.2%} to {high:.2%}"]
-            if sweep.kind == "permutation":
-                row.append(f"{min(point.top1_by_seed):.2%} to {max(point.top1_by_seed):.2%}")
-            table.add_row(*row, f"{point.loss:.4f}")
-            label = Text()
-        table.add_section()
-    return table
+            row = [label, f"{point.x:g}", f"{point.top1:.2%}", span(point.top1_interval)]
+            if is_permutation:
+                row.append(span((min(point.top1_by_seed), max(point.top1_by_seed))))
+            rows.append([*row, f"{point.loss:.4f}"])
+            label = ""
+    return Table(header, rows)
 
 
 def draw(sweep: Sweep, path: epath.PathLike) -> None:
-    """Draws the curves as a PNG: means with their intervals, and a dot for each permutation."""
+    """Draws the curves as a PNG: means with their intervals, and a mark for each permutation."""
     with curves.drawing():
         figure = curves.make_figure(7, 4.5)
         _draw_curves(sweep, figure.subplots())
@@ -405,7 +347,7 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
         xs = [point.x for point in curve.points]
         means = np.array([point.top1 for point in curve.points])
         low, high = np.array([point.top1_interval for point in curve.points]).T
-        color = f"C{checkpoints.index(curve.weights)}"  # a colour a checkpoint, a line a kind
+        color = f"C{checkpoints.index(curve.weights)}"  # a checkpoint has a colour, a kind a line
         axes.errorbar(
             xs,
             100 * means,
@@ -421,8 +363,8 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
             if len(point.top1_by_seed) > 1:
                 dots = [100 * top1 for top1 in point.top1_by_seed]
                 axes.plot([point.x] * len(dots), dots, "_", color=color, alpha=0.6)
-    how = {"grow": "weights grown", "interpolate": "weights interpolated", "": ""}[sweep.resize]
-    axes.set_title(how, fontsize=10)
+    title = {"grow": "weights grown", "interpolate": "weights interpolated", "": ""}[sweep.resize]
+    axes.set_title(title, fontsize=10)
     axes.set_xlabel(AXES[sweep.kind])
     axes.set_xticks(xs)
     axes.set_ylabel("top-1, %")
@@ -432,20 +374,20 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
 
 
 def output_directory(subjects: Sequence[Subject], given: str | None) -> epath.Path:
-    """Makes the directory of the results, before the long work and not after it.
+    """Makes the directory of the results, before the long work.
 
     Args:
-      subjects: the weights; one run's results are in the run where nothing else is given.
-      given: as the user has it.
+      subjects: the weights; the results of one run are in the run unless `given` says otherwise.
+      given: --output.
 
     Raises:
-      UserError: none is given, or it cannot be made.
+      UserError: no directory is given, or it cannot be made.
     """
     if given is None:
         if len(subjects) > 1 or subjects[0].workdir is None:
             raise UserError("--output is missing: a directory for the picture and the numbers")
         given = subjects[0].workdir
-    return files.make_output_directory("--output", given)
+    return files.make_directory(given, "--output")
 
 
 def write(sweep: Sweep, directory: epath.Path) -> tuple[epath.Path, epath.Path]:

@@ -1,4 +1,4 @@
-"""How fast a model computes on these devices, and what the training of a run has taken."""
+"""Inference throughput of a model on these devices, and the cost of a run's training."""
 
 import collections
 import dataclasses
@@ -6,21 +6,20 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mixer import formatting, memory
 from mixer.errors import check_number
+from mixer.evaluation.tables import Table
 from mixer.models import layers
 from mixer.models.modules import check_image_size
-from mixer.models.registry import architecture_of, dimensions, make_model
+from mixer.models.registry import architecture_of, dimensions
 from mixer.parallel import sharding
-from mixer.training import state as train_state
 from mixer.training.step import make_predict
 
 BATCH_SIZES = (1, 8, 64, 512)  # images a device
@@ -41,11 +40,11 @@ PUBLISHED_SIZE = (224, 224)
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Images a second of one device with `batch_size` images at once on each.
+    """Images per second of one device, in batches of `batch_size` images per device.
 
     Attributes:
-      batch_size: images a device.
-      images_per_second: median of the windows; None where that many do not fit into memory.
+      batch_size: images per device.
+      images_per_second: median of the windows; None if the batch does not fit into memory.
       low, high: of the slowest and of the fastest window.
     """
 
@@ -57,14 +56,14 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Inference of one model.
+    """Inference throughput of one model.
 
     Attributes:
       image_size: (H, W). dtype: of the computation.
-      device: kind of the devices. devices: how many worked, all at once.
+      device: kind of the devices. devices: how many worked at once.
       rates: for each batch size.
-      variant: name of the model's dimensions, None where they have none.
-      published: the paper's images a second of a TPUv3 core, None where it has no such model.
+      variant: name of the model's dimensions; None if they have no name.
+      published: the paper's images per second of a TPUv3 core; None if it has no such model.
     """
 
     image_size: tuple[int, int]
@@ -76,7 +75,7 @@ class Throughput:
     published: float | None
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """All fields as JSON."""
         return dataclasses.asdict(self)
 
 
@@ -191,13 +190,6 @@ def _pixels(shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(jax.random.key(0), shape, "uint8")
 
 
-def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Weights drawn on the host, which compiles nothing; equal ones would spare a GPU power."""
-    rng = np.random.default_rng(0)
-    values = 0.02 * rng.standard_normal(leaf.shape, np.float32)
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
-
-
 def _variant(model: nn.Module) -> str | None:
     """The name whose dimensions the model has."""
     for name, variant in architecture_of(model).variants.items():
@@ -206,66 +198,23 @@ def _variant(model: nn.Module) -> str | None:
     return None
 
 
-def measure_variants(
-    names: Sequence[str],
-    *,
-    image_size: tuple[int, int] = PUBLISHED_SIZE,
-    num_classes: int = 1000,
-    dtype: str,
-    batch_sizes: Sequence[int],
-    mesh: Mesh,
-    seconds: float = 5.0,
-) -> Iterator[tuple[str, Throughput]]:
-    """Measures models with random weights, one in memory at a time: (name, result) of each.
-
-    Args:
-      names: of variants, such as "B/16".
-      image_size: (H, W).
-      num_classes: width of the head.
-      dtype: of the computation, "float32" or "bfloat16".
-      batch_sizes: images a device.
-      mesh: of the devices.
-      seconds: for each batch size of each model.
-
-    Raises:
-      UserError: as `measure`, an unknown name, or weights that do not fit into the host's memory.
-    """
-    for name in names:
-        model = make_model(variant=name, num_classes=num_classes, dtype=dtype)
-        check_image_size(image_size, model.patch_size)
-        abstract = train_state.abstract_params(model, image_size, mesh)
-        count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-        memory.check_room(4 * count, f"{name} with {count:,} parameters")
-        params = jax.tree.map(_random, abstract)
-        measured = measure(
-            model, params, image_size, batch_sizes=batch_sizes, mesh=mesh, seconds=seconds
-        )
-        del params  # while the caller holds the generator, and before the next one's are made
-        yield name, measured
-
-
-def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of a table of `Throughput.summary()`s by name."""
-    lines = [
-        "| throughput | batch a device | images/s a device | lowest to highest | devices "
-        "| paper, TPUv3 core |",
-        "|---|---|---|---|---|---|",
-    ]
+def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A table of `Throughput.summary()`s by name."""
+    rows = []
     for name, summary in summaries.items():
         height, width = summary["image_size"]
-        what = formatting.in_markdown(f"{name}, {height} x {width}, {summary['dtype']}")
-        devices = f"{summary['devices']} x {formatting.in_markdown(summary['device'])}"
-        published, variant = summary["published"], formatting.in_markdown(str(summary["variant"]))
-        published = "" if published is None else f"{published:,} ({variant})"
+        model = f"{name}, {height} x {width}, {summary['dtype']}"
+        devices = f"{summary['devices']} x {summary['device']}"
+        published = summary["published"]
+        published = "" if published is None else f"{published:,} ({summary['variant']})"
         for rate in summary["rates"]:
-            median, span = "does not fit into memory", ""
+            figures = "does not fit into memory", ""
             if rate["images_per_second"] is not None:
-                median = _number(rate["images_per_second"])
-                span = f"{_number(rate['low'])} to {_number(rate['high'])}"
-            lines.append(
-                f"| {what} | {rate['batch_size']:,} | {median} | {span} | {devices} | {published} |"
-            )
-    return lines
+                low_to_high = f"{_number(rate['low'])} to {_number(rate['high'])}"
+                figures = _number(rate["images_per_second"]), low_to_high
+            rows.append((model, f"{rate['batch_size']:,}", *figures, devices, published))
+    header = "throughput", "batch a device", "images/s a device", "lowest to highest", "devices"
+    return Table((*header, "paper, TPUv3 core"), rows)
 
 
 def _number(rate: float) -> str:
@@ -274,16 +223,15 @@ def _number(rate: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCost:
-    """What the training of a run has taken.
+    """The cost of a run's training.
 
     Attributes:
-      images: that were trained on, each as often as it was.
-      seconds: of training, without evaluations, checkpoints, the program's start and compilation,
-        and without steps that were lost when a run was killed.
-      devices: fewest and most that worked at once.
-      device_hours: sum of devices times hours. The paper counts this in TPUv3-core-days: where the
-        devices are such cores, it is `device_days`. Nothing is converted from other devices.
-      device_days: the same in days.
+      images: number of training images, counted as often as they were read.
+      seconds: of training, without evaluations, checkpoints, start-up and compilation, and without
+        steps that were lost when the run was killed.
+      devices: fewest and most devices that worked at once.
+      device_hours: sum of devices times hours.
+      device_days: the same in days; on TPUv3 cores, the paper's core-days.
     """
 
     images: int
@@ -293,17 +241,16 @@ class TrainingCost:
     device_days: float
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """All fields as JSON."""
         return dataclasses.asdict(self)
 
 
 def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> TrainingCost | None:
-    """What a run has taken by its own log; None where that has no rates.
+    """The cost of a run by its own log; None if the log has no rates.
 
-    Each log step says the rate since the one before, of all devices and of one, whose ratio is
-    their number. So a run that was continued on other devices adds up; the steps between its last
-    log step and the checkpoint that it continued from are counted at the rate of the first log step
-    after that.
+    Each log step has the rate since the log step before, of all devices and of one; the ratio is
+    the number of devices. So the cost of a run that was continued on other devices adds up. Steps
+    between a checkpoint and the log step before it have the rate of the log step after it.
 
     Args:
       rows: as `run_files.read_metrics` gives them.

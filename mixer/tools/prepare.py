@@ -109,11 +109,11 @@ def prepare_imagenet21k(source: str, data_dir: str, release: str) -> None:
 def _progress() -> Iterator[Callable[[Any], None]]:
     """Shows how far a preparation is: a bar at a terminal, else a line a minute."""
     from rich import progress
-    from rich.console import Console
 
+    from mixer.console import Console
     from mixer.formatting import duration
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -145,7 +145,7 @@ def _progress() -> Iterator[Callable[[Any], None]]:
             bar.update(tasks[now.stage], completed=now.done_bytes, status=status)
         else:
             share = 1 - left_bytes / now.total_bytes
-            console.print(f"{now.stage} {share:.1%}  {status}")
+            console.say(f"{now.stage} {share:.1%}  {status}")
 
     with bar or contextlib.nullcontext():
         yield report
@@ -163,16 +163,14 @@ def check(config, output: str) -> None:
 
     Whatever else would end or disturb a training run is told as training tells it.
     """
-    from rich.console import Console
-    from rich.progress import track
-
+    from mixer.console import Console, ProgressBar
     from mixer.data import splits as pipeline
     from mixer.data.sources import folder
     from mixer.data.stored_split import make_split
 
     if config.dataset.name == "synthetic":
         raise UserError("synthetic data has no images to check")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     faults: dict[str, str] = {}
     seen = 0
     files.check_output("--output", output)
@@ -187,28 +185,27 @@ def check(config, output: str) -> None:
         steps = config.dataset["train_preprocess" if which == "train" else "eval_preprocess"]
         source = pipeline.open_source(config.dataset, spec, None, config.model.num_classes)
         results = make_split(source, steps, image_size=size).check()
-        if console.is_terminal:
-            results = track(results, f"checking {spec}", len(source.kept), console=console)
-        for number, fault in results:
-            seen += 1
-            if fault is not None:
-                faults[source.example_id(number)] = fault
+        with ProgressBar(console, f"checking {spec}", total=len(source.kept)) as bar:
+            for number, fault in results:
+                bar.count(1, "images")
+                seen += 1
+                if fault is not None:
+                    faults[source.example_id(number)] = fault
     if config.dataset.exclude:  # a list made earlier stays in force
         for example in pipeline.read_exclusions(config.dataset.exclude):
             faults.setdefault(example, f"listed in {config.dataset.exclude}")
     with files.whole(output) as new, new.open("w") as file:
         for example in sorted(faults):
             file.write(json.dumps({"example": example, "reason": faults[example]}) + "\n")
-            line = f"{folder.displayed(example)}: {faults[example]}"
-            console.print(line, markup=False, emoji=False)
-    console.print(f"{seen:,} images checked, {len(faults):,} cannot be used; list: {output}")
+            console.say(f"{folder.displayed(example)}: {faults[example]}")
+    console.say(f"{seen:,} images checked, {len(faults):,} cannot be used; list: {output}")
     rest = config.copy_and_resolve_references()
     if faults:
-        console.print(f"leave them out with --config.dataset.exclude={output}")
+        console.say(f"leave them out with --config.dataset.exclude={output}")
         rest.dataset.exclude = output
     train = _open_as_training(rest).train
     for line in pipeline.remarks(config.dataset, train):
-        console.print(f"warning: {line}", markup=False, emoji=False)
+        console.say(f"warning: {line}")
 
 
 def _open_as_training(config) -> Any:

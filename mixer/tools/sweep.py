@@ -54,27 +54,23 @@ def main(argv: list[str]) -> None:
         raise UserError("--sizes is missing; for example --sizes=32,64")
     config = None if cli.CONFIG.value is None else cli.config()
 
-    from rich.console import Console
+    from mixer.console import Console
+    from mixer.evaluation import sweeps, tables
+    from mixer.evaluation.subject import open_subject
 
-    from mixer.evaluation import sweeps
-
-    console = Console(highlight=False, soft_wrap=True)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False)
-
-    subjects = [
-        sweeps.open_subject(path, config=config, which=SPLIT.value, say=say)
-        for path in WEIGHTS.value
-    ]
+    console = Console()
+    subjects = [open_subject(path, config=config, say=console.say) for path in WEIGHTS.value]
+    for subject in subjects:
+        sweeps.check_subject(subject)
     output = sweeps.output_directory(subjects, OUTPUT.value)
+    options = dict(which=SPLIT.value, say=console.say)
     if argv[1] == "resolution":
-        sweep = sweeps.resolution(subjects, sizes, resize=RESIZE.value, say=say)
+        sweep = sweeps.resolution(subjects, sizes, resize=RESIZE.value, **options)
     else:
-        sweep = sweeps.permutation(subjects, shares, say=say)
-    console.print(sweeps.as_table(sweep))
+        sweep = sweeps.permutation(subjects, shares, **options)
+    tables.print_table(console, sweeps.make_table(sweep))
     numbers, picture = sweeps.write(sweep, output)
-    say(f"written to {numbers} and {picture}")
+    console.say(f"written to {numbers} and {picture}")
 
 
 if __name__ == "__main__":

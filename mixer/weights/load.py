@@ -104,6 +104,22 @@ def read(
     check_choice("head", head, HEADS)
     check_choice("resize", resize, RESIZES)
     stored = find(path, image_size=image_size, gelu=gelu, log=log)
+    options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype)
+    return read_stored(stored, **options, head=head, resize=resize, mesh=mesh, log=log)
+
+
+def read_stored(
+    stored: StoredWeights,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    dtype: Any = None,
+    head: str = "auto",
+    resize: str = "grow",
+    mesh: Mesh | None = None,
+    log: Callable[[str], None] = print,
+) -> Loaded:
+    """As `read`, of weights that `find` has recognised."""
     size = stored.card.image_size if image_size is None else parse_size(image_size)
     check_image_size(size, stored.card.patch_size)
     card = resize_card(stored, size, resize)

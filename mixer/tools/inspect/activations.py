@@ -1,7 +1,7 @@
-"""The numbers behind the pictures of `mixer.tools.inspect`; pictures.py draws them."""
+"""The numbers that the pictures of `mixer.tools.inspect` show; pictures.py draws them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,8 @@ class Units:
       weights: (pairs, 2, H/P, W/P) input weights of both units on the patch grid, each unit divided
         by its largest absolute weight; pairs by frequency, the lowest first.
       cosine: median over all pairs of the cosine similarity of its two units, -1 for opposite ones.
-      chance: the same where every unit's weights are shuffled over the grid, then paired.
-      num_units: D_S; an odd one is paired with nothing and left out.
+      chance: the same after the weights of each unit are shuffled over the grid.
+      num_units: D_S; of an odd number, one unit has no partner and is left out.
     """
 
     weights: np.ndarray
@@ -67,7 +67,7 @@ class Activations:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """A pair of classes and how often images of the one were taken for the other."""
+    """How often images of class `label` were taken for class `guess`: `share` of all its images."""
 
     label: int
     guess: int
@@ -125,12 +125,12 @@ def opposites(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     norms = np.linalg.norm(units, axis=1, keepdims=True)
     unit = units / np.maximum(norms, np.finfo(np.float32).tiny)
     similarity = unit @ unit.T
-    # Both halves the same to the bit: else two units might each hold another for the best.
+    # Both halves are made bit-identical, so that "each other's best" is well defined.
     similarity = np.triu(similarity, 1) + np.triu(similarity, 1).T
     np.fill_diagonal(similarity, np.inf)
     free, pairs = np.arange(len(units)), []
     while len(free) > 1:
-        # Two that are each other's best are what the greedy choice comes to take in any order.
+        # The greedy choice pairs two units that are each other's best, in whatever order.
         best = similarity[np.ix_(free, free)].argmin(axis=1)
         place = np.arange(len(free))
         mutual = (best[best] == place) & (place < best)
@@ -159,45 +159,18 @@ def activations(
     """Statistics of the residual stream and of what the branches add to it.
 
     Args:
-      model: whose blocks are looked into.
-      params: its parameters.
+      model: the blocks are those of this model.
+      params: of the model.
       images: (n, H, W, 3) as preprocessed: uint8, or floats as the model takes them.
-      batch_size: images at once.
+      batch_size: images per step.
     """
-
-    def captured(module: Any, method: str) -> bool:
-        return isinstance(module, MlpBlock)
-
-    @jax.jit
-    def step(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        (_, out), state = model.apply(
-            {"params": params}, normalize(images), capture_intermediates=captured
-        )
-        depths = [out["stem"].reshape(len(images), -1, model.hidden_dim)]
-        depths += [out[f"block_{i}"] for i in range(model.num_blocks)]
-        depths = [x.astype(jnp.float32).reshape(-1, model.hidden_dim) for x in depths]
-        middle, token, channel = [], [], []
-        for i in range(model.num_blocks):
-            branches = state["intermediates"][f"MixerBlock_{i}"]
-            update = branches["token_mixing"]["__call__"][0]
-            update = update.astype(jnp.float32).reshape(-1, model.hidden_dim)
-            middle.append(jnp.sum((depths[i] + update) ** 2))
-            token.append(jnp.sum(update**2))
-            channel.append(
-                jnp.sum(branches["channel_mixing"]["__call__"][0].astype(jnp.float32) ** 2)
-            )
-        return {
-            "sum": jnp.stack([x.sum(axis=0) for x in depths]),
-            "product": jnp.stack([x.T @ x for x in depths]),
-            **{name: jnp.stack(x) for name, x in dict(m=middle, t=token, c=channel).items()},
-        }
-
-    total: dict[str, np.ndarray] = {}
+    step = _make_step(model)
+    sums: dict[str, np.ndarray] = {}
     for start in range(0, len(images), batch_size):
         part = jax.device_get(step(params, images[start : start + batch_size]))
-        total = {k: total.get(k, 0) + v.astype(np.float64) for k, v in part.items()}
-    count = len(images) * np.prod(images.shape[1:3]) / model.patch_size**2
-    mean, product = total["sum"] / count, total["product"] / count
+        sums = {key: sums.get(key, 0) + value.astype(np.float64) for key, value in part.items()}
+    num_tokens = len(images) * np.prod(images.shape[1:3]) / model.patch_size**2
+    mean, product = sums["stream"] / num_tokens, sums["product"] / num_tokens
     energy = np.trace(product, axis1=1, axis2=2)
     covariance = product - mean[:, :, None] * mean[:, None, :]
     variance = np.maximum(np.diagonal(covariance, axis1=1, axis2=2), 0)
@@ -209,19 +182,57 @@ def activations(
         mean=mean,
         std=std,
         norm=np.sqrt(energy),
-        token_update=np.sqrt(total["t"] / count / np.maximum(energy[:-1], tiny)),
-        channel_update=np.sqrt(total["c"] / np.maximum(total["m"], tiny)),
+        token_update=np.sqrt(sums["token"] / num_tokens / np.maximum(energy[:-1], tiny)),
+        channel_update=np.sqrt(sums["channel"] / np.maximum(sums["middle"], tiny)),
         dead=np.sum(std < DEAD * median, axis=1),
         hot=np.sum(std > HOT * median, axis=1),
         dimensions=variance.sum(axis=1) ** 2 / np.maximum((covariance**2).sum(axis=(1, 2)), tiny),
     )
 
 
-def clustered(confusion: np.ndarray) -> np.ndarray:
-    """Order (K,) of the classes in which those taken for each other stand together.
+def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+    """Returns the compiled `(params, images) -> sums` over the tokens of a batch.
 
-    Average linkage, the distance of two classes being 1 - the share of their images that are taken
-    for the other.
+    "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the stream x and of x^T x at each
+    depth; "token", "middle" and "channel" (L,) are sums of squares of the token-mixing update, of
+    the stream behind it, and of the channel-mixing update.
+    """
+
+    def is_branch(module: Any, method: str) -> bool:
+        return isinstance(module, MlpBlock)
+
+    def tokens(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32).reshape(-1, model.hidden_dim)
+
+    @jax.jit
+    def step(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        (_, out), state = model.apply(
+            {"params": params}, normalize(images), capture_intermediates=is_branch
+        )
+        blocks = range(model.num_blocks)
+        stream = [tokens(out["stem"]), *(tokens(out[f"block_{i}"]) for i in blocks)]
+        branches = [state["intermediates"][f"MixerBlock_{i}"] for i in blocks]
+        token, channel = (
+            [tokens(branch[name]["__call__"][0]) for branch in branches]
+            for name in ("token_mixing", "channel_mixing")
+        )
+        middle = [x + update for x, update in zip(stream, token, strict=False)]
+        return {
+            "stream": jnp.stack([x.sum(axis=0) for x in stream]),
+            "product": jnp.stack([x.T @ x for x in stream]),
+            "token": jnp.stack([jnp.sum(x**2) for x in token]),
+            "middle": jnp.stack([jnp.sum(x**2) for x in middle]),
+            "channel": jnp.stack([jnp.sum(x**2) for x in channel]),
+        }
+
+    return step
+
+
+def clustered(confusion: np.ndarray) -> np.ndarray:
+    """Order (K,) of the classes that puts classes that are taken for each other together.
+
+    It comes from average linkage. The distance of two classes is 1 - the share of their images that
+    are taken for the other class.
     """
     from scipy.cluster import hierarchy
     from scipy.spatial import distance
@@ -234,7 +245,7 @@ def clustered(confusion: np.ndarray) -> np.ndarray:
 
 
 def frequent_confusions(confusion: np.ndarray, most: int) -> list[Confusion]:
-    """The pairs of different classes with the most images, the share being of the label's."""
+    """The `most` confusions with the most images, in descending order."""
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
@@ -247,7 +258,7 @@ def frequent_confusions(confusion: np.ndarray, most: int) -> list[Confusion]:
 
 
 def surest(predictions: classification.Predictions, hit: bool, most: int) -> np.ndarray:
-    """Places of the labelled images that were right (or wrong), the most probable guess first."""
+    """Places of the labelled images with a right (or wrong) guess, the most probable first."""
     places = np.flatnonzero(predictions.labelled & (predictions.hit == hit))
     order = np.argsort(-predictions.probability[places], kind="stable")
     return places[order[:most]]

@@ -1,30 +1,31 @@
-"""The page of `mixer.tools.inspect`: what is drawn of a run or a file, and the HTML around it."""
+"""The page of `mixer.tools.inspect`: the pictures of a run or a file, and the HTML around them."""
 
 import base64
-import html
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import files, run_files
-from mixer.data import splits as pipeline
-from mixer.data.sources import folder
+from mixer.data import splits
+from mixer.data.splits import Split
 from mixer.errors import UserError
-from mixer.evaluation import classification, scores
+from mixer.evaluation import classification, results, scores
+from mixer.evaluation.classification import Classification
+from mixer.evaluation.results import Results
+from mixer.evaluation.tables import Table, html_table, html_text, percent, span
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import pictures
 from mixer.tools.predict import prediction
-from mixer.training import losses
-from mixer.training.step import make_predict
 from mixer.weights import checkpoint, published
 from mixer.weights import load as loading
 
@@ -53,6 +54,30 @@ pre { white-space: pre-wrap; font-size: 0.8rem; }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+class Page:
+    """The directory of the page and its pictures, and a report of what cannot be drawn."""
+
+    def __init__(self, directory: epath.Path, log: Callable[[str], None]):
+        self._directory = directory
+        self.log = log
+
+    def path(self, name: str) -> epath.Path:
+        """The path of the picture called `name`."""
+        return self._directory / name
+
+    def missing(self, what: str, why: Any) -> str:
+        """Reports in the log, and on the page, that something is not drawn."""
+        self.log(f"not drawn: {what}: {why}")
+        return f'<p class="missing">Not drawn: {html_text(what)}: {html_text(why)}</p>'
+
+    def write(self, title: str, sections: Iterable[str]) -> epath.Path:
+        """Writes index.html, and returns its path."""
+        path = self.path("index.html")
+        with files.whole(path) as new:
+            new.write_text(document(title, sections))
+        return path
+
+
 def write(
     *,
     workdirs: Sequence[str],
@@ -66,7 +91,7 @@ def write(
 ) -> epath.Path:
     """Draws what can be drawn of a run, or a file of weights, as PNG files and `index.html`.
 
-    What cannot be is said in a line, to `log` and on the page.
+    A line in the log and on the page reports what cannot be drawn.
 
     Args:
       workdirs: runs; the first is looked into, all are compared. Empty with `weights`.
@@ -76,118 +101,144 @@ def write(
       which: split "val" or "test" that is evaluated; None: the test split if there is one.
       data_dir: where the data is now; of a file of weights, a folder of images by split and class.
       image_size: (H, W) of the images that a file of weights is for, or is grown to.
-      log: gets a line on each thing that is done or cannot be.
+      log: prints a line about what is done or cannot be done.
 
     Returns:
       The path of `index.html`.
 
     Raises:
-      UserError: no such run, checkpoint or file; data that was asked for and is not there.
+      UserError: no such run, checkpoint or file; data that was asked for and is missing.
     """
     if not output and not workdirs:
         raise UserError("--output is missing: where do the pictures of --weights go?")
     if output:
         output = files.parse_path("--output", output)
     workdirs = [os.fspath(files.parse_path("--workdir", workdir)) for workdir in workdirs]
-    runs = {workdir: run.read_run(workdir) for workdir in workdirs}
-    if len(runs) < len(workdirs):
+    configs = {workdir: run.read_run(workdir)[0] for workdir in workdirs}
+    if len(configs) < len(workdirs):
         raise UserError(f"--workdir={','.join(workdirs)} names a run twice")
+    config = configs[workdirs[0]] if workdirs else None
     source = checkpoint.find_named(workdirs[0], checkpoint_name) if workdirs else weights
-    what = "--output" if output else ""
-    directory = files.make_output_directory(what, output or epath.Path(workdirs[0]) / "inspect")
+    directory = output or epath.Path(workdirs[0]) / "inspect"
+    page = Page(files.make_directory(directory, "--output" if output else ""), log)
     mesh = sharding.make_mesh({"data": -1})
     loaded = loading.read(source, image_size=image_size, mesh=mesh, log=log)
-
-    def missing(what: str, why: Any) -> str:
-        log(f"not drawn: {what}: {why}")
-        return f'<p class="missing">Not drawn: {_text(what)}: {_text(why)}</p>'
-
-    sections = []
-    if workdirs:
-        rows = {workdir: run_files.read_metrics(workdir, log) for workdir in workdirs}
-        results = _results(workdirs, checkpoint_name)
-        if len(runs) > 1:
-            log(f"comparing {len(runs)} runs")
-            sections.append(_comparison(rows, results, directory, missing))
-        sections.append(_curves(workdirs[0], rows[workdirs[0]], directory, missing))
+    recorded = {workdir: results.read(workdir, checkpoint_name) for workdir in workdirs}
+    sections = _run_sections(recorded, page) if workdirs else []
     log("drawing the stem's filters and the token-mixing units")
-    sections += [_stem(loaded, directory), _units(loaded, directory)]
-
-    result = None
+    sections += [_stem(loaded, page), _units(loaded, page)]
+    evaluated = []
     try:
-        config = runs[workdirs[0]][0] if workdirs else None
-        data = run_files.read_data(workdirs[0]) if workdirs else None
-        split = _open(config, loaded, which, data_dir, data and data["splits"])
+        record = run_files.read_data(workdirs[0])["splits"] if workdirs else None
+        split = _open(config, loaded, which, data_dir, record)
     except UserError as error:
         if data_dir or which:
             raise
-        sections.append(_section("Data", missing("activations, confusions and images", error)))
+        reason = page.missing("activations, confusions and images", error)
+        sections.append(_section("Data", reason))
     else:
-        log(f"activations of {min(IMAGES_LOOKED_INTO, split.num_examples):,} images")
-        sections.append(_activations(loaded, split, directory))
-        if loaded.card.num_classes:
-            log(f"evaluating {split.num_examples:,} images of {split.name}")
-            result = _evaluate(loaded, config, split, mesh)
-            sections.append(_confusion(result, split, directory, missing))
-            sections.append(_images(loaded, result, split, directory, missing))
-        else:
-            why = missing("confusions and images", "the weights have no head")
-            sections.append(_section("Guesses", why))
+        more, evaluated = _data_sections(loaded, config, split, mesh, page)
+        sections += more
     about = [("weights", published.shown(source)), *_described(loaded)]
-    if workdirs:
-        about += _training(runs[workdirs[0]][0])
-        about += [
-            (f"{name}, step {step:,}", _accuracy(*value))
-            for workdir, step, name, value in results
-            if workdir == workdirs[0]
-        ]
-    if result is not None:
-        interval = (result.top1, result.top1_interval)
-        about.append((f"here: {split.name}, {result.count:,} images", _accuracy(*interval)))
-        about.append(("here: top-5", _accuracy(result.top5, result.top5_interval)))
-        about.append(("here: loss; calibration error", f"{result.loss:.4f}; {result.ece:.2%}"))
-    summary = [_table((), about)]
-    if workdirs:
-        text = json.dumps(runs[workdirs[0]][0].to_dict(), indent=2)
-        summary.append(f"<details><summary>config</summary><pre>{_text(text)}</pre></details>")
+    if config is not None:
+        about += _training(config)
+        about += _recorded_rows(recorded[workdirs[0]])
+    summary = [html_table(Table((), about + evaluated))]
+    if config is not None:
+        text = json.dumps(config.to_dict(), indent=2)
+        summary.append(f"<details><summary>config</summary><pre>{html_text(text)}</pre></details>")
     title = str(workdirs[0] if workdirs else weights)
-    path = directory / "index.html"
-    with files.whole(path) as new:
-        new.write_text(document(title, [_section("Summary", *summary), *sections]))
-    return path
+    return page.write(title, [_section("Summary", *summary), *sections])
+
+
+def _run_sections(recorded: Mapping[str, Results | None], page: Page) -> list[str]:
+    """The comparison of several runs, and the curves of the first."""
+    rows = {workdir: run_files.read_metrics(workdir, page.log) for workdir in recorded}
+    sections = []
+    if len(rows) > 1:
+        page.log(f"comparing {len(rows)} runs")
+        sections.append(_comparison(rows, recorded, page))
+    workdir = next(iter(rows))
+    return [*sections, _curves(workdir, rows[workdir], page)]
+
+
+def _data_sections(
+    loaded: loading.Loaded,
+    config: ConfigDict | None,
+    split: Split,
+    mesh: Mesh,
+    page: Page,
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """What the images of a split show: the sections, and the lines of the summary."""
+    count = min(IMAGES_LOOKED_INTO, split.num_examples)
+    page.log(f"activations of {count:,} images")
+    sections = [_activations(loaded, split, page)]
+    if not loaded.card.num_classes:
+        reason = page.missing("confusions and images", "the weights have no head")
+        return [*sections, _section("Guesses", reason)], []
+    page.log(f"evaluating {split.num_examples:,} images of {split.name}")
+    result = classification.evaluate_model(
+        loaded.model,
+        loaded.params,
+        split,
+        loss=config.loss if config is not None else "softmax",
+        mesh=mesh,
+        global_batch_size=PER_DEVICE * jax.device_count(),
+    )
+    sections.append(_confusion(result, split, page))
+    sections.append(_images(loaded, result, split, page))
+    top1 = _accuracy(result.top1, result.top1_interval)
+    summary = [
+        (f"here: {split.name}, {result.count:,} images", top1),
+        ("here: top-5", _accuracy(result.top5, result.top5_interval)),
+        ("here: loss; calibration error", f"{result.loss:.4f}; {result.ece:.2%}"),
+    ]
+    return sections, summary
 
 
 # What is drawn.
 
 
-def _comparison(rows, results, directory, missing) -> str:
+def _comparison(
+    rows: Mapping[str, curves.Rows],
+    recorded: Mapping[str, Results | None],
+    page: Page,
+) -> str:
     names = _short_names(list(rows))
     parts = []
     if drawn := {names[workdir]: part for workdir, part in rows.items() if part}:
-        path = directory / "comparison.png"
+        path = page.path("comparison.png")
         curves.draw_comparison(drawn, path)
         parts.append(_picture(path, f"curves of {len(drawn)} runs over each other"))
-    parts += [
-        missing("curves", f"{w} has no metrics.jsonl") for w, part in rows.items() if not part
-    ]
-    if results:
-        path = directory / "results.png"
-        lines = [(names[workdir], name, *value) for workdir, _, name, value in results]
+    for workdir, part in rows.items():
+        if not part:
+            parts.append(page.missing("curves", f"{workdir} has no metrics.jsonl"))
+    lines, body = [], []
+    for workdir, saved in recorded.items():
+        if saved is None or not saved.splits:
+            continue
+        for split, result in saved.splits.items():
+            lines.append((names[workdir], split, result.top1, result.top1_interval))
+            accuracy = _accuracy(result.top1, result.top1_interval)
+            body.append((names[workdir], split, f"{saved.step or 0:,}", accuracy))
+    if lines:
+        path = page.path("results.png")
         pictures.draw_results(lines, path)
         parts.append(_picture(path, "accuracies of the runs with their intervals"))
-        body = [(names[w], name, f"{step:,}", _accuracy(*v)) for w, step, name, v in results]
-        parts.append(_table(("run", "split", "step", "top-1, interval of 95 %"), body))
-    for workdir in rows:
-        if all(workdir != other for other, *_ in results):
-            parts.append(missing("results", f"{workdir} has none; evaluate.py makes them"))
-    parts.append(f"<p>The pictures below are of {_text(next(iter(rows)))}.</p>")
+        head = ("run", "split", "step", "top-1, interval of 95 %")
+        parts.append(html_table(Table(head, body)))
+    for workdir, saved in recorded.items():
+        if saved is None or not saved.splits:
+            reason = f"{workdir} has none; evaluate.py makes them"
+            parts.append(page.missing("results", reason))
+    parts.append(f"<p>The pictures below are of {html_text(next(iter(rows)))}.</p>")
     return _section("Comparison", *parts)
 
 
-def _curves(workdir, rows, directory, missing) -> str:
+def _curves(workdir: str, rows: curves.Rows, page: Page) -> str:
     if not rows:
-        return _section("Curves", missing("curves", f"{workdir} has no metrics.jsonl"))
-    path = directory / "curves.png"
+        return _section("Curves", page.missing("curves", f"{workdir} has no metrics.jsonl"))
+    path = page.path("curves.png")
     curves.draw_curves(rows, path, epath.Path(workdir).name)
     last = rows[-1]["step"]
     return _section(
@@ -195,8 +246,8 @@ def _curves(workdir, rows, directory, missing) -> str:
     )
 
 
-def _stem(loaded, directory) -> str:
-    path = directory / "stem.png"
+def _stem(loaded: loading.Loaded, page: Page) -> str:
+    path = page.path("stem.png")
     kernel = np.asarray(loaded.params["stem"]["kernel"])
     pictures.draw_filters(inspection.stem_filters(kernel), path)
     caption = (
@@ -206,7 +257,7 @@ def _stem(loaded, directory) -> str:
     return _section("Stem", _picture(path, "the stem's filters as colour tiles", caption))
 
 
-def _units(loaded, directory) -> str:
+def _units(loaded: loading.Loaded, page: Page) -> str:
     grid = loaded.card.grid
     units = [
         inspection.paired_units(
@@ -222,82 +273,85 @@ def _units(loaded, directory) -> str:
         "they are (-1: exactly), beside what pairing finds among the same weights shuffled.</p>"
     ]
     for blocks in pictures.unit_figures(units):
-        path = directory / f"units_{blocks.start:02}.png"
+        path = page.path(f"units_{blocks.start:02}.png")
         pictures.draw_units(units[blocks.start : blocks.stop], blocks.start, path)
         which = ", ".join(map(str, blocks))
         parts.append(_picture(path, f"token-mixing units of block {which}"))
     return _section("Token mixing", *parts)
 
 
-def _activations(loaded, split, directory) -> str:
+def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
     images = inspection.read_first(split, IMAGES_LOOKED_INTO)
-    found = inspection.activations(loaded.model, loaded.params, images)
-    path = directory / "activations.png"
-    pictures.draw_activations(found, path)
+    statistics = inspection.activations(loaded.model, loaded.params, images)
+    path = page.path("activations.png")
+    pictures.draw_activations(statistics, path)
     caption = (
         "The residual stream behind the stem (depth 0) and behind each block: over all tokens of "
-        f"the first {found.num_images:,} images of {split.name}. The bands are over the channels."
+        f"the first {len(images):,} images of {split.name}. The bands are over the channels."
     )
     alt = "statistics of the channels by depth"
     return _section("Activations", _picture(path, alt, caption))
 
 
-def _confusion(result, split, directory, missing) -> str:
+def _confusion(result: Classification, split: Split, page: Page) -> str:
     if not result.confusion.any():
-        return _section("Confusions", missing("confusions", "no image has one label alone"))
-    path, names = directory / "confusion.png", split.class_names
+        return _section("Confusions", page.missing("confusions", "no image has one label alone"))
+    path, names = page.path("confusion.png"), split.class_names
     pictures.draw_confusion(result, names, path)
     caption = f"{int(result.confusion.sum()):,} images of {split.name}."
     parts = [_picture(path, "confusion matrix and accuracy of each class", caption)]
-    if found := inspection.frequent_confusions(result.confusion, LISTED):
-        body = [(names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in found]
+    if pairs := inspection.frequent_confusions(result.confusion, LISTED):
+        body = [(names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in pairs]
         head = ("label", "first guess", "images", "of the label's")
-        parts += ["<h3>The most frequent confusions</h3>", _table(head, body)]
+        parts += ["<h3>The most frequent confusions</h3>", html_table(Table(head, body))]
     order = np.argsort(np.nan_to_num(result.per_class, nan=2), kind="stable")
     counts = result.confusion.sum(axis=1)
     body = []
     for k in order[: np.count_nonzero(counts)]:
         interval = scores.interval(result.confusion[k, k], counts[k])
         body.append((names[k], f"{counts[k]:,}", _accuracy(result.per_class[k], interval)))
-    table = _table(("class", "images", "accuracy, interval of 95 %"), body)
+    table = html_table(Table(("class", "images", "accuracy, interval of 95 %"), body))
     parts.append(f"<details><summary>Accuracy of each class</summary>{table}</details>")
     return _section("Confusions", *parts)
 
 
-def _images(loaded, result, split, directory, missing) -> str:
-    names, said = split.class_names, result.predictions
+def _images(loaded: loading.Loaded, result: Classification, split: Split, page: Page) -> str:
+    names, predictions = split.class_names, result.predictions
     parts = []
     for hit, file, what in (
         (True, "right.png", "right with the highest probability"),
         (False, "wrong.png", "wrong with the highest probability"),
     ):
-        places = inspection.surest(said, hit, SHOWN)
+        places = inspection.surest(predictions, hit, SHOWN)
         if not len(places):
-            parts.append(missing(f"images that were {what}", "there are none"))
+            parts.append(page.missing(f"images that were {what}", "there are none"))
             continue
-        found = inspection.read_images(split, places)
-        images = [inspection.as_pixels(image, loaded.card.preprocess) for image in found]
+        images = [
+            inspection.as_pixels(image, loaded.card.preprocess)
+            for image in inspection.read_images(split, places)
+        ]
         captions, body = [], []
         for place in places:
-            label = "several" if said.label[place] < 0 else names[said.label[place]]
-            guess, sure = names[said.guesses[place, 0]], f"{said.probability[place]:.1%}"
+            label = "several" if predictions.label[place] < 0 else names[predictions.label[place]]
+            guess = names[predictions.guesses[place, 0]]
+            probability = f"{predictions.probability[place]:.1%}"
             short = curves.shorten(guess, 20)
             if not hit:
                 short += f"\n({curves.shorten(label, 20)})"
-            captions.append(f"{sure} {short}")
-            body.append((split.example_id(int(place)), label, guess, sure))
-        pictures.draw_images(images, captions, directory / file)
+            captions.append(f"{probability} {short}")
+            body.append((split.example_id(int(place)), label, guess, probability))
+        pictures.draw_images(images, captions, page.path(file))
         caption = "Probability and first guess" + "; the label in brackets" * (not hit) + "."
-        table = _table(("image", "label", "first guess", "probability"), body)
+        table = html_table(Table(("image", "label", "first guess", "probability"), body))
         parts += [
             f"<h3>{what.capitalize()}</h3>",
-            _picture(directory / file, f"images that were {what}", caption),
+            _picture(page.path(file), f"images that were {what}", caption),
             f"<details><summary>Which they are</summary>{table}</details>",
         ]
     return _section("Images", *parts)
 
 
-# Where it comes from.
+# The data, and the rows of the summary.
 
 
 def _open(
@@ -306,7 +360,7 @@ def _open(
     which: str | None,
     data_dir: str | None,
     record: dict[str, Any] | None,
-) -> pipeline.Split:
+) -> Split:
     """The split to evaluate, of a run's config, or of a folder for a file of weights."""
     if config is not None:
         if data_dir is not None:
@@ -323,7 +377,7 @@ def _open(
         raise UserError(f"{loaded.card.source} does not say how its images are preprocessed")
     folder = dict(name="folder", data_dir=data_dir, label_file="", label_key="", exclude="")
     folder = ConfigDict(folder | dict(shuffle_group_size=1))
-    split = pipeline.open_split(
+    split = splits.open_split(
         folder,
         which or "test",
         loaded.card.preprocess,
@@ -337,38 +391,6 @@ def _open(
             f"{loaded.card.num_classes:,}"
         )
     return split
-
-
-def _evaluate(loaded, config, split, mesh) -> classification.Classification:
-    loss = losses.make_loss(config.loss if config is not None else "softmax")
-    predict = make_predict(loaded.model, mesh)
-    step = classification.make_eval_step(predict, loss, loaded.card.num_classes)
-    return classification.evaluate(
-        step,
-        loaded.params,
-        split,
-        global_batch_size=PER_DEVICE * jax.device_count(),
-        mesh=mesh,
-        prefetch_batches=2,
-    )
-
-
-def _results(
-    workdirs: Sequence[str], checkpoint_name: str
-) -> list[tuple[str, int, str, tuple[float, tuple[float, float]]]]:
-    """What the runs' results.json say: run, step, split, and accuracy with its interval."""
-    found = []
-    for workdir in workdirs:
-        saved = run_files.read_results(workdir, checkpoint_name) or {}
-        for split, value in saved.get("splits", {}).items():
-            if not value.keys() >= {"top1", "count"}:
-                continue  # edited
-            interval = value.get("top1_interval") or scores.interval(
-                value["top1"] * value["count"], value["count"]
-            )
-            step = saved.get("step", 0)
-            found.append((workdir, step, split, (value["top1"], tuple(interval))))
-    return found
 
 
 def _described(loaded: loading.Loaded) -> list[tuple[str, str]]:
@@ -402,6 +424,16 @@ def _training(config: Any) -> list[tuple[str, str]]:
     ]
 
 
+def _recorded_rows(saved: Results | None) -> list[tuple[str, str]]:
+    """The accuracies that the run's results.json holds."""
+    if saved is None:
+        return []
+    return [
+        (f"{name}, step {saved.step or 0:,}", _accuracy(result.top1, result.top1_interval))
+        for name, result in saved.splits.items()
+    ]
+
+
 def _short_names(workdirs: Sequence[str]) -> dict[str, str]:
     """The runs' last parts, or their whole paths where two have the same."""
     names = [epath.Path(workdir).name for workdir in workdirs]
@@ -417,37 +449,22 @@ def document(title: str, sections: Iterable[str]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_text(title)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
+        f"<title>{html_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{html_text(title)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
     )
 
 
 def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+    return f"<section>\n<h2>{html_text(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
 def _picture(path: epath.Path, alt: str, caption: str = "") -> str:
     """A picture inside the page; on a narrow screen it can be scrolled in its own box."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    image = f'<img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{html_text(alt)}" src="data:image/png;base64,{data}">'
     box = f'<div class="wide" tabindex="0">{image}</div>'
-    return f"<figure>{box}<figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table; without a head the first cell of each row is one."""
-    rows = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>"] if head else []
-    for first, *others in body:
-        kind = "td" if head else "th"
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in others)
-        rows.append(f"<tr><{kind}>{_text(first)}</{kind}>{cells}</tr>")
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _text(value: Any) -> str:
-    """Escaped for HTML, also within an attribute."""
-    return html.escape(folder.displayed(str(value)))
+    return f"<figure>{box}<figcaption>{html_text(caption)}</figcaption></figure>"
 
 
 def _accuracy(share: float, interval: tuple[float, float]) -> str:
-    return f"{share:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
+    return f"{percent(share)} ({span(interval)})"

@@ -1,6 +1,7 @@
 """Pictures of what a model has learnt, as PNG files; their figures are those of runs/curves.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -61,7 +62,7 @@ def draw_filters(filters: np.ndarray, path: epath.PathLike) -> None:
 
 
 def unit_figures(units: Sequence[Units]) -> list[range]:
-    """The blocks that share a figure: several of a small model, one each of a large one."""
+    """The blocks that share a figure: several of a small model, one of a large model."""
     heights = [TITLE_PIXELS + _unit_image(block).shape[0] for block in units]
     groups, used = [range(0, 0)], 0
     for number, height in enumerate(heights):
@@ -80,7 +81,7 @@ def draw_units(units: Sequence[Units], first: int, path: epath.PathLike) -> None
 
 
 def unit_title(block: Units, number: int) -> str:
-    """What stands above the units of a block, also how many of them are drawn."""
+    """The title above the units of a block, which says how many of them are drawn."""
     shown = min(len(block.weights), MOST_PAIRS)
     title = f"block {number}: {block.num_units:,} units, {len(block.weights):,} pairs"
     if shown < len(block.weights):
@@ -88,18 +89,18 @@ def unit_title(block: Units, number: int) -> str:
     return title + f"; cosine {block.cosine:.2f} (shuffled {block.chance:.2f})"
 
 
-def draw_activations(found: Activations, path: epath.PathLike) -> None:
+def draw_activations(statistics: Activations, path: epath.PathLike) -> None:
     """Draws the statistics of the residual stream over depth."""
     from matplotlib import ticker
 
-    depth = np.arange(len(found.norm))
+    depth = np.arange(len(statistics.norm))
     blocks = depth[:-1]
     with curves.drawing():
-        title = f"over {found.num_images:,} images; depth 0 is behind the stem"
+        title = f"over {statistics.num_images:,} images; depth 0 is behind the stem"
         figure, grid = curves.make_panels(6, title)
         for axes, values, name in (
-            (grid[0], found.mean, "mean of a channel"),
-            (grid[1], found.std, "standard deviation of a channel"),
+            (grid[0], statistics.mean, "mean of a channel"),
+            (grid[1], statistics.std, "standard deviation of a channel"),
         ):
             low, lower, middle, upper, high = np.quantile(values, QUANTILES, axis=1)
             axes.fill_between(depth, low, high, alpha=0.2, lw=0, color="C0", label="90 %")
@@ -107,20 +108,20 @@ def draw_activations(found: Activations, path: epath.PathLike) -> None:
             axes.plot(depth, middle, color="C0", marker="o", ms=3, label="median channel")
             axes.legend(fontsize=8, framealpha=0.6)
             curves.finish_panel(axes, name, False, "depth")
-        grid[2].plot(depth, found.norm, marker="o", ms=3)
+        grid[2].plot(depth, statistics.norm, marker="o", ms=3)
         curves.finish_panel(grid[2], "norm of the residual stream", True, "depth")
-        grid[3].plot(blocks, found.token_update, marker="o", ms=3, label="token mixing")
-        grid[3].plot(blocks, found.channel_update, marker="o", ms=3, label="channel mixing")
+        grid[3].plot(blocks, statistics.token_update, marker="o", ms=3, label="token mixing")
+        grid[3].plot(blocks, statistics.channel_update, marker="o", ms=3, label="channel mixing")
         grid[3].legend(fontsize=8, framealpha=0.6)
         curves.finish_panel(grid[3], "norm of the update / norm of the stream", True, "block")
-        grid[4].bar(depth - 0.2, found.dead, 0.4, label=f"dead: std < {DEAD:g} x median")
-        grid[4].bar(depth + 0.2, found.hot, 0.4, label=f"hot: std > {HOT:g} x median")
+        grid[4].bar(depth - 0.2, statistics.dead, 0.4, label=f"dead: std < {DEAD:g} x median")
+        grid[4].bar(depth + 0.2, statistics.hot, 0.4, label=f"hot: std > {HOT:g} x median")
         grid[4].legend(fontsize=8, framealpha=0.6)
-        title = f"dead and hot channels of {found.mean.shape[1]:,}"
+        title = f"dead and hot channels of {statistics.mean.shape[1]:,}"
         curves.finish_panel(grid[4], title, False, "depth")
-        grid[4].set_ylim(0, max(3, found.dead.max(), found.hot.max()) * 1.4)
+        grid[4].set_ylim(0, max(3, statistics.dead.max(), statistics.hot.max()) * 1.4)
         grid[4].yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        grid[5].plot(depth, found.dimensions, marker="o", ms=3)
+        grid[5].plot(depth, statistics.dimensions, marker="o", ms=3)
         curves.finish_panel(grid[5], "participation ratio of the channels", True, "depth")
         curves.save_figure(figure, path)
 
@@ -128,9 +129,9 @@ def draw_activations(found: Activations, path: epath.PathLike) -> None:
 def draw_confusion(
     result: classification.Classification, class_names: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Draws the confusion matrix, each row the shares of one class, and the classes' accuracies.
+    """Draws the confusion matrix, whose rows are the shares of one class, and the accuracies.
 
-    Beyond NAMED_CLASSES the classes are clustered and have no names, and the accuracies are sorted.
+    More than NAMED_CLASSES classes are clustered and have no names, and the accuracies are sorted.
     """
     counts = result.confusion.sum(axis=1)
     with np.errstate(invalid="ignore"):
@@ -149,7 +150,7 @@ def draw_confusion(
 def draw_images(
     images: Sequence[np.ndarray], captions: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Draws uint8 images (H, W, 3), four in a row, each with its caption of a line or more."""
+    """Draws uint8 images (H, W, 3), four in a row, with captions of one or more lines."""
     height, width = images[0].shape[:2]
     side, gap, line = 200, 10, 14  # pixels
     lines = max(caption.count("\n") for caption in captions) + 1
@@ -162,7 +163,7 @@ def draw_images(
             bottom = size[1] - (number // 4 + 1) * cell[1]
             box = [left, bottom, side, side * height / width]
             axes = figure.add_axes(np.array(box) / (*size, *size))
-            # Pixels of small images are shown as they are.
+            # Small images show their pixels.
             axes.imshow(image, interpolation="nearest" if max(height, width) < 64 else None)
             axes.set_axis_off()
             axes.set_title(caption, fontsize=8, pad=3)
@@ -172,14 +173,20 @@ def draw_images(
 # Confusion.
 
 
-def _draw_named(shares, accuracies, intervals, class_names, path) -> None:
+def _draw_named(
+    shares: np.ndarray,
+    accuracies: np.ndarray,
+    intervals: np.ndarray,
+    class_names: Sequence[str],
+    path: epath.PathLike,
+) -> None:
+    """Draws every cell with its share, and the accuracy of each class beside its row."""
     count = len(class_names)
     side = max(0.3 * count, 2.4)
-    longest = max(len(curves.shorten(name, 20)) for name in class_names)
-    names = 0.085 * longest + 0.3
-    figure = curves.make_figure(side + names + 3.2, side + names + 0.3)
-    left, right = figure.subplots(1, 2, width_ratios=[side, 2.4])
     names = [curves.shorten(name, 20) for name in class_names]
+    margin = 0.085 * max(map(len, names)) + 0.3
+    figure = curves.make_figure(side + margin + 3.2, side + margin + 0.3)
+    left, right = figure.subplots(1, 2, width_ratios=[side, 2.4])
     left.imshow(np.nan_to_num(shares), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     if count <= 20:
         for (i, j), share in np.ndenumerate(shares):
@@ -188,62 +195,67 @@ def _draw_named(shares, accuracies, intervals, class_names, path) -> None:
                 left.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, c=color)
     left.set_xticks(range(count), names, rotation=90)
     left.set_yticks(range(count), names)
-    left.set_xlabel("first guess")
-    left.set_ylabel("label")
-    left.set_title("share of the label's images" + ", %" * (count <= 20), fontsize=10)
-    there = np.flatnonzero(np.isfinite(accuracies))
-    error = np.abs(intervals[there].T - accuracies[there])
-    right.errorbar(accuracies[there], there, xerr=error, fmt="o", ms=4, capsize=2)
+    _finish_matrix(left, "share of the label's images" + ", %" * (count <= 20))
+    present = np.flatnonzero(np.isfinite(accuracies))
+    error = np.abs(intervals[present].T - accuracies[present])
+    right.errorbar(accuracies[present], present, xerr=error, fmt="o", ms=4, capsize=2)
     for place in np.flatnonzero(~np.isfinite(accuracies)):
         right.text(0.02, place, "no images", va="center", fontsize=7)
     right.set_yticks(range(count), [""] * count)
     right.set_ylim(count - 0.5, -0.5)
     right.set_xlim(0, 1.02)
-    right.xaxis.set_major_formatter(curves.format_percent)
-    right.grid(alpha=0.3)
-    right.set_title("accuracy, interval of 95 %", fontsize=10)
+    _finish_accuracies(right, right.xaxis, "accuracy, interval of 95 %")
     curves.save_figure(figure, path)
 
 
-def _draw_many(shares, accuracies, intervals, path) -> None:
+def _draw_many(
+    shares: np.ndarray, accuracies: np.ndarray, intervals: np.ndarray, path: epath.PathLike
+) -> None:
+    """Draws a matrix of at most LARGEST_MATRIX cells a side, and the sorted accuracies."""
     count = len(shares)
     group = -(-count // LARGEST_MATRIX)
     shares = np.nan_to_num(shares)
+    title = f"{count:,} classes, clustered"
     if group > 1:
         padded = np.pad(shares, (0, -count % group))
         cells = len(padded) // group
         shares = padded.reshape(cells, group, cells, group).max(axis=(1, 3))
+        title += f"; a cell is the largest of {group} x {group}"
     figure = curves.make_figure(10, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     # The square root lets a share of 1 % be seen.
     image = left.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     left.set_xticks([])
     left.set_yticks([])
-    left.set_xlabel("first guess")
-    left.set_ylabel("label")
-    title = f"{count:,} classes, clustered"
-    if group > 1:
-        title += f"; a cell is the largest of {group} x {group}"
-    left.set_title(title, fontsize=10)
+    _finish_matrix(left, title)
     bar = figure.colorbar(image, ax=left, fraction=0.046, pad=0.03)
-    bar.set_ticks(
-        np.sqrt([0, 0.01, 0.1, 0.25, 0.5, 1]), labels=["0", "1%", "10%", "25%", "50%", "100%"]
-    )
-    there = np.flatnonzero(np.isfinite(accuracies))
-    order = there[np.argsort(accuracies[there], kind="stable")]
+    ticks = np.array([0, 0.01, 0.1, 0.25, 0.5, 1])
+    bar.set_ticks(np.sqrt(ticks), labels=[f"{tick:.0%}" for tick in ticks])
+    present = np.flatnonzero(np.isfinite(accuracies))
+    order = present[np.argsort(accuracies[present], kind="stable")]
     place = np.arange(1, len(order) + 1)
     right.fill_between(place, *intervals[order].T, alpha=0.3, lw=0, label="interval of 95 %")
     right.plot(place, accuracies[order], lw=1.4, label="accuracy")
     right.set_xlabel("classes, the worst first")
     right.set_ylim(-0.02, 1.02)
-    right.yaxis.set_major_formatter(curves.format_percent)
-    right.grid(alpha=0.3)
     right.legend(fontsize=8, loc="lower right")
-    missing = count - len(order)
-    right.set_title(
-        "accuracy of each class" + f" ({missing:,} lack images)" * bool(missing), fontsize=10
-    )
+    absent = count - len(order)
+    title = "accuracy of each class" + f" ({absent:,} lack images)" * bool(absent)
+    _finish_accuracies(right, right.yaxis, title)
     curves.save_figure(figure, path)
+
+
+def _finish_matrix(axes: Any, title: str) -> None:
+    axes.set_xlabel("first guess")
+    axes.set_ylabel("label")
+    axes.set_title(title, fontsize=10)
+
+
+def _finish_accuracies(axes: Any, axis: Any, title: str) -> None:
+    """Finishes the panel of the classes' accuracies, which run along `axis`."""
+    axis.set_major_formatter(curves.format_percent)
+    axes.grid(alpha=0.3)
+    axes.set_title(title, fontsize=10)
 
 
 # Tiles.

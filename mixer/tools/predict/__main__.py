@@ -39,8 +39,6 @@ IMAGE_SIZE = flags.DEFINE_list(
     "For images of another size: a side in pixels, or HEIGHT,WIDTH; the weights are grown to it.",
 )
 
-WIDTH = 1000  # of a table that goes to a file or a program, in which nothing is folded
-
 
 def main(argv: list[str]) -> None:
     """Predicts the images that the arguments name."""
@@ -50,9 +48,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--layer={LAYER.value} is of the features; give --features=OUT.npz too")
 
     import numpy as np
-    from rich.console import Console
-    from rich.progress import Progress
 
+    from mixer.console import Console, ProgressBar
     from mixer.data.sources import folder
     from mixer.tools.predict import prediction
     from mixer.weights import load as loading
@@ -61,11 +58,10 @@ def main(argv: list[str]) -> None:
     if FEATURES.value:
         files.check_output("--features", FEATURES.value)
 
-    # stdout has the results alone.
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console, output = Console(stderr=True), Console()  # stdout has the results alone
 
     def say(text: str) -> None:
-        console.print(folder.displayed(text), markup=False)
+        console.say(folder.displayed(text))
 
     size = cli.image_size("image_size", IMAGE_SIZE.value)
     loaded = loading.read(WEIGHTS.value, image_size=size, log=say)
@@ -80,15 +76,18 @@ def main(argv: list[str]) -> None:
     names = prediction.names_of(loaded.card)
     if names is None and loaded.card.num_classes:
         say("the names of the classes are not known: they are told by their numbers, from 0")
-    # A bar would stand between the lines of JSON where both go to a terminal.
-    bar = console.is_terminal and len(images) > BATCH_SIZE.value
-    bar = bar and not (JSON.value and sys.stdout.isatty())
-    output = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    # A bar would be drawn between the lines of JSON if both go to a terminal.
+    bar_options = dict(
+        total=len(images),
+        redirect_stdout=False,
+        is_shown=len(images) > BATCH_SIZE.value and not (JSON.value and output.is_terminal),
+    )
     shown: list[prediction.Prediction] = []
     read: list[str] = []
     features = None
-    with Progress(console=console, redirect_stdout=False, disable=not bar) as progress:
-        for result in progress.track(results, total=len(images), description="predicting"):
+    with ProgressBar(console, "predicting", **bar_options) as bar:
+        for result in results:
+            bar.count(1, "images")
             if isinstance(result, prediction.Unreadable):
                 say(f"{result.image}: {result.reason}")
                 continue

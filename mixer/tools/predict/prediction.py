@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,9 +128,8 @@ def predict(
     Args:
       loaded: what computes.
       images: paths.
-      preprocess: steps of mixer/data/preprocessing/host.py. uint8 pixels that come of them are
-      mapped to
-        [-1, 1], floats (after `value_range`) are the model's input as they are.
+      preprocess: steps of mixer/data/preprocessing/host.py. Their uint8 pixels are mapped to
+        [-1, 1]; their floats (after `value_range`) are the model's input as they are.
       top: number of classes to tell of each; all of them if the model has fewer.
       batch_size: images computed at once; the last batch is padded, so that one program serves all.
       layer: a name of the model's `out`, to get its values too.
@@ -141,6 +141,16 @@ def predict(
       UserError: no steps are known, they do not give the weights' image size, or an unknown layer.
     """
     card = loaded.card
+    _check_request(card, preprocess, layer)
+    batch_size = min(batch_size, len(images))
+    compute = _make_compute(loaded.model, min(top, card.num_classes), layer)
+    read = make_reader(preprocess, card.image_size)
+    results = _ahead(read, images, 2 * batch_size)
+    return _predictions(functools.partial(compute, loaded.params), results, batch_size)
+
+
+def _check_request(card: Card, preprocess: str | None, layer: str | None) -> None:
+    """Raises UserError for unknown steps or layers, and for classes of weights without a head."""
     height, width = card.image_size
     if not preprocess:
         example = f"decode|resize(({height}, {width}))"
@@ -158,44 +168,53 @@ def predict(
             f"{card.source} has no head, which tells classes; --features=OUT.npz gets features, "
             "of --layer=pre_logits or another"
         )
-    read = make_reader(preprocess, card.image_size)
-    batch_size = min(batch_size, len(images))
 
+
+def _make_compute(model: nn.Module, top: int, layer: str | None) -> Callable:
+    """Returns the compiled `(params, pixels) -> (classes, probabilities[, layer])`."""
     options = layers.compiler_options(jax.default_backend())
 
     @functools.partial(jax.jit, compiler_options=options)
     def compute(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:
         def of_part(pixels: jax.Array) -> tuple[jax.Array, ...]:
-            logits, out = loaded.model.apply({"params": params}, normalize(pixels))
+            logits, out = model.apply({"params": params}, normalize(pixels))
             # Ordered by the logits: small probabilities may all be 0.
-            best, classes = jax.lax.top_k(logits, min(top, card.num_classes))
+            best, classes = jax.lax.top_k(logits, top)
             probabilities = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
             return classes, probabilities, *([out[layer].astype(jnp.float32)] if layer else [])
 
-        return microbatches.map_images(loaded.model, of_part, pixels)
+        return microbatches.map_images(model, of_part, pixels)
 
-    def predicted(batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction]:
-        pixels = np.zeros((batch_size, *batch[0][1].shape), batch[0][1].dtype)
-        pixels[: len(batch)] = [each for _, each in batch]
-        classes, probabilities, *features = jax.device_get(compute(loaded.params, pixels))
-        for i, (image, _) in enumerate(batch):
-            chosen = features[0][i] if features else None
-            yield Prediction(image, classes[i], probabilities[i], chosen)
+    return compute
 
-    def results() -> Iterator[Prediction | Unreadable]:
-        batch = []
-        for result in _ahead(read, images, 2 * batch_size):
-            if isinstance(result, Unreadable):
-                yield result
-                continue
-            batch.append(result)
-            if len(batch) == batch_size:
-                yield from predicted(batch)
-                batch = []
-        if batch:
-            yield from predicted(batch)
 
-    return results()
+def _predictions(
+    compute: Callable, results: Iterable[tuple[str, np.ndarray] | Unreadable], batch_size: int
+) -> Iterator[Prediction | Unreadable]:
+    """The predictions in the order of the images, computed in batches of one size."""
+    batch = []
+    for result in results:
+        if isinstance(result, Unreadable):
+            yield result
+            continue
+        batch.append(result)
+        if len(batch) == batch_size:
+            yield from _predict_batch(compute, batch, batch_size)
+            batch = []
+    if batch:
+        yield from _predict_batch(compute, batch, batch_size)
+
+
+def _predict_batch(
+    compute: Callable, batch: Sequence[tuple[str, np.ndarray]], batch_size: int
+) -> Iterator[Prediction]:
+    """The predictions of a batch, which is padded to `batch_size`."""
+    pixels = np.zeros((batch_size, *batch[0][1].shape), batch[0][1].dtype)
+    pixels[: len(batch)] = [image_pixels for _, image_pixels in batch]
+    classes, probabilities, *features = jax.device_get(compute(pixels))
+    for i, (image, _) in enumerate(batch):
+        values = features[0][i] if features else None
+        yield Prediction(image, classes[i], probabilities[i], values)
 
 
 def _ahead(read: Callable, images: Iterable[str], count: int) -> Iterator:

@@ -1,0 +1,274 @@
+"""What is evaluated: the weights of a run, or from a file, and the data to evaluate them on."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mixer import files, run_files
+from mixer.errors import UserError
+from mixer.models.registry import num_params
+from mixer.parallel import sharding
+from mixer.runs import config as run
+from mixer.training import program
+from mixer.training.state import abstract_params
+from mixer.weights import checkpoint, fetch, load, published
+from mixer.weights.card import Card, checksum
+
+BATCH_SIZE = 64  # images per device, without a config that has a batch size
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Weights that have not been read yet, and the data to evaluate them on.
+
+    Attributes:
+      name: a run, a file, an address without its query, or a short name.
+      path: of the weights, as `mixer.load` takes it; of a run, the checkpoint's directory.
+      found: the weights at `path`.
+      workdir: the run that has trained them, if it is evaluated or says the data; else None.
+      checkpoint_name: "last", "best" or a step's number, if the run itself is evaluated: both sets
+        of its parameters, with the results in the run. None for all other weights.
+      config: of the data and the loss, with the weights' dimensions; None: no data is known.
+      has_own_data: whether `config` is that of the run `workdir`.
+      published: what others report for these weights: (name, {data set: (top-1, source)}).
+      output: directory of the results.
+      mesh: of all devices.
+      batch_size: images of a step over all devices.
+    """
+
+    name: str
+    path: str
+    found: load.StoredWeights
+    workdir: epath.Path | None
+    checkpoint_name: str | None
+    config: ConfigDict | None
+    has_own_data: bool
+    published: tuple[str, dict[str, tuple[float, str]]] | None
+    output: epath.Path
+    mesh: Mesh
+    batch_size: int
+
+    @property
+    def step(self) -> int | None:
+        """The step of the checkpoint, if a run itself is evaluated."""
+        return None if self.checkpoint_name is None else int(epath.Path(self.path).name)
+
+    @property
+    def resize(self) -> str:
+        """How the weights are brought to the image size of the data, as for `mixer.load`."""
+        return "grow" if self.config is None else self.config.init_resize
+
+    @property
+    def card(self) -> Card:
+        """What the weights are at the image size, and with the preprocessing, of the data.
+
+        Raises:
+          UserError: the weights cannot be brought to that size.
+        """
+        card = self.found.card
+        if self.config is None:
+            return card
+        size = (self.config.image_size, self.config.image_size)
+        card = load.resize_card(self.found, size, self.resize)
+        return dataclasses.replace(card, preprocess=self.config.dataset.eval_preprocess)
+
+    @property
+    def num_params(self) -> int:
+        """The number of parameters at the image size of the data."""
+        card = self.card
+        return num_params(card.model(), card.image_size)
+
+    @property
+    def loss(self) -> str:
+        """The loss, "softmax" or "sigmoid"."""
+        return "softmax" if self.config is None else self.config.loss
+
+    @property
+    def prefetch_batches(self) -> int:
+        """The number of batches on their way to the devices."""
+        return 2 if self.config is None else self.config.dataset.prefetch_batches
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, if the weights list them."""
+        names = self.found.card.class_names
+        return names if isinstance(names, tuple) else None
+
+    def data_record(self) -> dict[str, dict[str, Any]] | None:
+        """What data.json says of each split, if the data is that of the weights' own run."""
+        return run_files.read_data(self.workdir)["splits"] if self.has_own_data else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The parameters of a subject.
+
+    Attributes:
+      model: which computes with them.
+      params: reads a set of parameters onto the mesh, by the suffix of its results: "", or "_ema"
+        for the moving average that a run keeps.
+      identity: what results.json says of the weights; results of other weights are replaced.
+    """
+
+    model: nn.Module
+    params: dict[str, Callable[[], Any]]
+    identity: dict[str, Any]
+
+
+def open_subject(
+    path: epath.PathLike,
+    *,
+    checkpoint_name: str | None = None,
+    config: ConfigDict | None = None,
+    preprocess: str | None = None,
+    output: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Subject:
+    """Finds weights and their data; reads no array.
+
+    Args:
+      path: a run, if `checkpoint_name` is given; else weights, as `mixer.load` takes them.
+      checkpoint_name: "last", "best" or a step's number, to evaluate the run itself.
+      config: of the data, the loss and the image size; None: those of the weights' own run, if
+        they are of one.
+      preprocess: steps in place of the config's, or the weights' own.
+      output: directory of the results; None: the run, or runs/evaluate_NAME.
+      say: prints a line about what is fetched.
+
+    Raises:
+      UserError: no such run, checkpoint or file; or images of another size than the run's.
+    """
+    name, workdir = published.shown(path), None
+    if checkpoint_name is not None:
+        workdir = files.parse_path("--workdir", path)
+        run.read_run(workdir)  # reports a directory that is no run
+        name, path = str(workdir), checkpoint.find_named(workdir, checkpoint_name)
+    elif config is None and fetch.is_directory(path):
+        workdir = _find_run(path)
+    image_size = None if config is None else config.image_size
+    found = load.find(path, image_size=image_size, log=say)
+    card = found.card
+    if checkpoint_name is not None and image_size not in (None, card.image_size[0]):
+        raise UserError(
+            f"--config has image_size={image_size}, and {workdir} is for {card.image_size[0]}; "
+            f"--weights={workdir} grows it to another size"
+        )
+    figures = None
+    if config is None and preprocess is None and checkpoint_name is None:
+        figures = published.expected(path, variant=card.variant, num_classes=card.num_classes)
+    has_own_data = config is None and workdir is not None
+    if has_own_data:
+        config, _ = run.read_run(workdir)
+    elif config is not None:
+        config = _with_dimensions(config, card)
+    if preprocess is not None:
+        found = dataclasses.replace(found, card=dataclasses.replace(card, preprocess=preprocess))
+        if config is not None:
+            config.dataset.eval_preprocess = preprocess
+    mesh = sharding.make_mesh({"data": -1})  # of these devices, which need not be the run's
+    return Subject(
+        name=name,
+        path=str(path),
+        found=found,
+        workdir=workdir,
+        checkpoint_name=checkpoint_name,
+        config=config,
+        has_own_data=has_own_data,
+        published=figures,
+        output=_output_directory(output, name, workdir if checkpoint_name is not None else None),
+        mesh=mesh,
+        batch_size=_batch_size(config, mesh),
+    )
+
+
+def read_weights(subject: Subject, say: Callable[[str], None]) -> Weights:
+    """Reads the parameters of a subject; those of a run only when they are asked for.
+
+    Args:
+      subject: whose weights are read.
+      say: prints a line about what the weights are.
+
+    Raises:
+      UserError: the arrays do not fit the model, or are damaged.
+    """
+    if subject.checkpoint_name is not None:
+        return _run_weights(subject)
+    config = subject.config
+    loaded = load.read_stored(
+        subject.found,
+        image_size=None if config is None else config.image_size,
+        resize=subject.resize,
+        dtype=None if config is None else config.model.dtype,
+        mesh=subject.mesh,
+        log=say,
+    )
+    arrays = traverse_util.flatten_dict(loaded.params, sep="/")
+    identity = {
+        "weights": subject.name,
+        "checksum": checksum(
+            lambda name: np.asarray(arrays[name]),
+            {name: array.shape for name, array in arrays.items()},
+        ),
+        "preprocess": subject.card.preprocess,
+        "loss": subject.loss,
+    }
+    return Weights(loaded.model, {"": lambda: loaded.params}, identity)
+
+
+def _run_weights(subject: Subject) -> Weights:
+    """The parameters of a run's checkpoint and, if the run keeps one, their moving average."""
+    own, _ = run.read_run(subject.workdir)
+    model = program.build_model(own)
+    abstract = abstract_params(model, subject.found.card.image_size, subject.mesh)
+
+    def reader(item: str) -> Callable[[], Any]:
+        return lambda: checkpoint.restore_params(subject.path, abstract, item=item)
+
+    params = {"": reader("params")}
+    if own.optimizer.ema_decay:
+        params["_ema"] = reader("ema_params")
+    identity: dict[str, Any] = {"step": subject.step}
+    if subject.output != subject.workdir:
+        identity["weights"] = subject.path
+    return Weights(model, params, identity)
+
+
+def _find_run(path: epath.PathLike) -> epath.Path | None:
+    """The training run that a directory of weights is, or is a step of."""
+    workdir = checkpoint.find_step(path).parent.parent
+    return workdir if run_files.is_trained(run_files.read_config(workdir) or {}) else None
+
+
+def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
+    """A copy of the config with the dimensions of the weights, and its permutation resolved."""
+    config = config.copy_and_resolve_references()
+    run.check_config(config)
+    config.model.update(card.dimensions)
+    run.resolve_permutation(config)
+    return config
+
+
+def _output_directory(output: str | None, name: str, workdir: epath.Path | None) -> epath.Path:
+    if output:
+        return files.parse_path("--output", output)
+    if workdir is not None:
+        return workdir
+    plain = re.sub(r"[^\w.-]+", "_", name.rpartition("://")[2]).strip("_.")
+    return epath.Path(f"runs/evaluate_{plain}")
+
+
+def _batch_size(config: ConfigDict | None, mesh: Mesh) -> int:
+    """The batch size of the config, as a multiple of the devices that share a batch."""
+    shards = sharding.batch_shards(mesh)
+    if config is None:
+        return BATCH_SIZE * shards
+    batch_size = config.eval_batch_size or config.global_batch_size
+    return -(-batch_size // shards) * shards
