@@ -75,13 +75,13 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
-            # Else threads wait five minutes, also at the program's end, for a directory that could
-            # not be made.
+            # Otherwise threads wait five minutes, even at exit, for a directory that could not be
+            # made.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = self._open()
         self._identity = self._identify()
-        versions()  # now: the files may change under a run that lasts
+        versions()  # now: the files may change during a long run
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = {"state": _telling_handler(), "info": ocp.JsonCheckpointHandler()}
@@ -96,8 +96,8 @@ class Checkpoints:
                 try:
                     return make()
                 except DAMAGE:
-                    # Times of writing, which nobody needs, and which Orbax will not do without
-                    # where they are there and are none.
+                    # Orbax fails where the file of the times of writing, which nobody needs, is
+                    # damaged.
                     for step in saved_steps(self.directory):
                         (self.directory / str(step) / TIMES).unlink(missing_ok=True)
                     return make()
@@ -117,8 +117,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         """Waits for writes and ends the manager's threads."""
-        # When an exception is on its way, that one is the reason to be told; and with several
-        # processes before anything that waits for the others, who wait for this one.
+        # An exception in flight is the one to report. With several processes nothing may wait
+        # here: the others wait for this process.
         try:
             if kind and jax.process_count() > 1:
                 return
@@ -139,7 +139,7 @@ class Checkpoints:
 
         Args:
           state: what is saved.
-          value: stands in its `info`: the figure for which it is kept, by name.
+          value: the figure for which the checkpoint is kept, by name; saved in its `info`.
 
         Raises:
           CheckpointError: the state is not finite, or an earlier write has failed.
@@ -174,7 +174,7 @@ class Checkpoints:
         return str(self.directory / str(steps[-1])) if steps else "none"
 
     def read_info(self, step: int) -> dict[str, Any]:
-        """What stands beside the state of a step; DamagedError where that is damaged."""
+        """Returns the JSON beside the state of a step; DamagedError where it is damaged."""
         return read_info(self.directory / str(step))
 
     def delete_after(self, step: int) -> None:
@@ -224,7 +224,7 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole.
 
         A damaged one (missing or truncated files, changed bytes) is moved to `RUN/damaged/`, with a
-        warning, and the one before is tried. Whatever else a reading fails of moves nothing.
+        warning, and the one before is tried. Other failures of reading move nothing.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -241,7 +241,9 @@ class Checkpoints:
             return None
         for step in reversed(self.steps):
             restored = None
-            reason = f"checkpoint {self.directory / str(step)} is damaged, as another process finds"
+            reason = (
+                f"checkpoint {self.directory / str(step)} is damaged, according to another process"
+            )
             try:
                 restored = self._restore(step, abstract)
             except DamagedError as error:
@@ -283,13 +285,13 @@ class Checkpoints:
         directory = self.directory / str(step)
         with _reading(directory):
             saved = saved_leaves(directory)
-        # A run that begins to leave updates out counts from here on; one that ends it forgets.
+        # A run that starts to skip updates counts from here on; one that stops drops the count.
         begins = abstract.skipped is not None and "skipped" not in saved
         wanted = abstract.replace(skipped=None) if begins else abstract
         if wanted.skipped is None:
             saved.pop("skipped", None)
         check_tree(wanted, {name: leaf.shape for name, leaf in saved.items()}, directory)
-        # Read as it was saved, which the checksums are of, and turned then.
+        # Read in the saved dtypes, for which the checksums hold, and converted afterwards.
         as_saved = jax.tree.unflatten(
             jax.tree.structure(wanted),
             [
@@ -304,7 +306,7 @@ class Checkpoints:
                 ocp.args.PyTreeRestore(
                     item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                    partial_restore=True,  # of checkpoints with and without the empty parts
+                    partial_restore=True,  # checkpoints with and without the empty parts
                 ),
             )
         state, info = wanted.replace(**tree), read_info(directory)
@@ -318,9 +320,9 @@ class Checkpoints:
 
 
 def _telling_handler() -> ocp.StandardCheckpointHandler:
-    """Writes states; a write that fails in the background on one of several processes ends all.
+    """Returns a handler of states; a write that fails in the background ends all processes.
 
-    In Orbax each would wait for the others to be done, for minutes, and the reason would be lost.
+    In Orbax the others would wait for minutes, and the reason would be lost.
     """
     handler = ocp.StandardCheckpointHandler()
     save = handler.async_save
@@ -333,7 +335,7 @@ def _telling_handler() -> ocp.StandardCheckpointHandler:
 
 
 class _Write:
-    """One of Orbax's futures, which tells its fault before it raises it."""
+    """One of Orbax's futures; it reports an error to all processes before it raises it."""
 
     def __init__(self, written: Any):
         self._written = written
@@ -349,23 +351,24 @@ class _Write:
 
 
 def _join_writers(timeout_secs: float = 20) -> None:
-    """Waits for Orbax's threads, which go on when a save has failed.
+    """Waits for Orbax's threads, which continue after a failed save.
 
-    Else they would write into what is being removed, and tell of their own failures afterwards.
+    Otherwise they would write into a directory that is being removed, and report failures of their
+    own afterwards.
     """
     deadline = time.monotonic() + timeout_secs
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            with contextlib.suppress(Exception):  # its own failure, which is told already
+            with contextlib.suppress(Exception):  # its own failure, which is reported already
                 thread.join(max(deadline - time.monotonic(), 0))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what Orbax's threads print about a failure beside the error that they raise.
+    """Drops what Orbax's threads print about a failure besides raising it.
 
-    One bad file, or a full disk, makes every array under way fail, each with a traceback of its
-    own. What the main thread raises leaves this context first, and is shown.
+    One bad file, or a full disk, makes every pending array fail with a traceback of its own. An
+    error of the main thread leaves this context first, and is shown.
     """
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     level, asyncio_logger = logging.get_verbosity(), python_logging.getLogger("asyncio")
@@ -378,7 +381,7 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            gc.collect()  # what failed, or was never begun, is told of when it is collected
+            gc.collect()  # failed tasks, and those never started, report when they are collected
             asyncio_logger.disabled = was_disabled
             sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
             logging.set_verbosity(level)
@@ -399,8 +402,8 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 def check_name(path: epath.PathLike, *, writes: bool) -> None:
     """Raises UserError for a path at which Orbax and TensorStore read or write other files.
 
-    They take a backslash for something else, have no use for bytes that are no UTF-8, and read a
-    path that they write to as a pattern of names, by which `run[1]` is another.
+    They give backslashes a meaning of their own, refuse bytes that are not UTF-8, and treat a path
+    that they write to as a pattern, in which `run[1]` means another name.
     """
     path = str(_absolute(path))
     shown = printable(path)
@@ -501,7 +504,7 @@ def restore_params(
       path: what `find_step` takes.
       abstract_params: shapes, dtypes and shardings.
       item: "params", or "ema_params" for their moving average.
-      without: a part that is left where it is, such as "head"; `abstract_params` does not have it.
+      without: a part that is not read, such as "head"; `abstract_params` lacks it.
 
     Raises:
       CheckpointError: no checkpoint there, one of another model, or a damaged one.
@@ -538,10 +541,10 @@ def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple
 
 @contextlib.contextmanager
 def _reading(directory: epath.Path) -> Iterator[None]:
-    """Decides, for all readers, what a failure tells of.
+    """Classifies the failures of all readers.
 
-    What Orbax makes of damaged files becomes a DamagedError; a fault of the path, the machine or
-    its devices a CheckpointError in one line. A fault of the program stays what it is.
+    Orbax's errors on damaged files become a DamagedError; a fault of the path, the machine or its
+    devices becomes a CheckpointError in one line. A fault of the program stays as it is.
     """
     check_name(directory, writes=False)
     backend.start()
@@ -574,12 +577,12 @@ def read_info(directory: epath.Path) -> dict[str, Any]:
 MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
 OS_ERROR = r"os_error_code='(\d+)'"  # TensorStore's, in its text
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# What Orbax makes of files that are not as it has written them.
+# Orbax's errors on files that differ from what it wrote.
 DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RecursionError)
 
 
 def _is_of_the_machine(error: BaseException) -> bool:
-    """Whether a failed read tells of memory, rights, disks or networks, not of damaged files."""
+    """Whether a failed read is due to memory, rights, disks or networks, not to damaged files."""
     if isinstance(error, OSError):
         return not isinstance(error, NOT_THERE)
     text = str(error)
@@ -606,7 +609,7 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python, of the libraries and of this code, as they were at the first call."""
+    """Returns the versions of Python, the libraries and this code at the time of the first call."""
     numbers = {"python": sys.version.split()[0], "commit": commit()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -615,7 +618,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this code, "+changes" where the working tree differs, or "unknown"."""
+    """Returns the commit of this code, "+changes" where the working tree differs, or "unknown"."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -631,7 +634,7 @@ def commit() -> str:
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds the run directory for this process; the system lets go of it however the process ends.
+    """Locks the run directory for this process; the system releases it however the process ends.
 
     Raises:
       UserError: another process holds it.

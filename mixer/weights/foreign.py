@@ -1,6 +1,6 @@
-"""Weights of other programs in forms that are not read here: what they are, and the way out.
+"""Weights of other programs in forms that are not read here, and how to convert them.
 
-They are recognised by the names of files and folders, and nothing of them is opened.
+They are recognised by the names of files and folders; none is opened.
 """
 
 import itertools
@@ -20,7 +20,7 @@ _FLAX = re.compile(r"checkpoint_\d+")
 
 
 def advice(path: epath.PathLike) -> str:
-    """One line on what another program has at `path` and how it becomes weights; "" for nothing."""
+    """Returns a line on another program's weights at `path`, with a conversion; "" if none."""
     path = epath.Path(path)
     if is_pickled(path.name):
         return f"{path} {pickle_advice(path.name)}"
@@ -56,15 +56,15 @@ def advice(path: epath.PathLike) -> str:
 
 
 def is_pickled(name: str) -> bool:
-    """Whether a file's name says that it is one of PyTorch's, or another pickled one."""
+    """Whether a file's name is that of a PyTorch file or of another pickled one."""
     return name.lower().endswith(PICKLED)
 
 
 def pickle_advice(name: str) -> str:
-    """What a pickled file is, and the line that makes a file of its tensors."""
+    """Returns the line that says what a pickled file is, and makes a file of its tensors."""
     out = re.sub(f"({'|'.join(map(re.escape, PICKLED))})+$", "", name, flags=re.IGNORECASE)
     # load_state_dict takes the weights out of a training program's checkpoint, an average first.
-    # Tensors that share memory, or a part of it, cannot be saved as they are.
+    # Tensors that share memory cannot be saved as they are.
     return (
         "is a pickled file, which can run code, and is not opened; if its origin is trusted, "
         "with PyTorch and timm "

@@ -1,7 +1,6 @@
-"""Published weights: where they are, how large they are, and what a source's name says of them.
+"""Published weights: their addresses and sizes, and what a source's name says about them.
 
-Nothing here is downloaded (`mixer.weights.fetch` does) or read from the arrays
-(`mixer.weights.load` does).
+`mixer.weights.fetch` downloads them, `mixer.weights.load` reads the arrays.
 """
 
 import dataclasses
@@ -48,13 +47,12 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the name of a source, or timm's config.json beside it, says of weights.
+    """What the name of a source, or timm's config.json beside it, says about weights.
 
     Attributes:
       class_names: name of a list, names in label order, or None where not known.
       preprocess: from the image size (H, W) to evaluation steps of `mixer.data.preprocessing.host`,
-      or None
-        where not known or, for that size, not expressible.
+        or None where they are unknown or cannot express that size.
       note: a line for the log; "" for none.
     """
 
@@ -143,7 +141,7 @@ def find(source: epath.PathLike) -> Published | None:
 def expected(
     source: epath.PathLike, *, variant: str | None, num_classes: int
 ) -> tuple[str, dict[str, tuple[float, str]]] | None:
-    """What others found for published weights: (their name, {set: (top-1, where it stands)}).
+    """Returns published accuracies of published weights: (name, {set: (top-1, source)}).
 
     Args:
       source: the path as it was given. A copy of one of the authors' files is known by its own name
@@ -173,10 +171,10 @@ def expected(
 
 
 def shown(source: epath.PathLike) -> str:
-    """The source as it may be printed and saved.
+    """Returns the source as it may be printed and saved.
 
-    That is without the query of a web address and without the user before its host, both of which
-    can hold secrets.
+    That is without the query of a web address and without the user before its host: both can hold
+    secrets.
     """
     match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", text := str(source))
     if match is None or match[1].lower() in (*STORES, "hf"):
@@ -187,7 +185,7 @@ def shown(source: epath.PathLike) -> str:
 
 
 def https_address(path: str) -> str:
-    """Of a file in the authors' public bucket the https address, which asks for no credentials."""
+    """Returns the https address of a file in the authors' bucket; it needs no credentials."""
     name = path.removeprefix("gs://mixer_models/")
     return path if name == path else BUCKET + name
 
@@ -231,7 +229,7 @@ _TANH = "the authors trained these with the tanh form of GELU, and timm computes
 
 
 def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
-    """What the name of a source says of its weights; what it does not say stays None.
+    """Returns what the name of a source says about its weights; None for what it does not say.
 
     Args:
       source: the path as it was given: a file, an address, hf://owner/name or a short name.
@@ -252,15 +250,15 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
             steps = _timm_steps("bilinear", 0.875, (0.0, 1.0))
         return Facts(lists[num_classes], steps, _timm_note(origin, num_classes))
     published = find(source)
-    named_so = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", shown(source))
-    if (published or named_so) and num_classes in (1000, 21843):
+    is_named_so = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", shown(source))
+    if (published or is_named_so) and num_classes in (1000, 21843):
         note = "" if published else f"taken for the authors' {lists[num_classes]} by its name"
         return Facts(lists[num_classes], _authors_steps, note)
     return Facts(_only_21k(num_classes), _unknown)
 
 
 def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes: int) -> Facts:
-    """What timm's config.json (Hugging Face's layout) says of the weights beside it.
+    """Returns what timm's config.json (Hugging Face's layout) says about the weights beside it.
 
     Args:
       fields: the JSON object.
