@@ -35,7 +35,7 @@ import tensorflow_datasets as tfds
 
 from mixer.data.imagenet import imagenet21k_source
 from mixer.data.imagenet.imagenet21k_source import End, Fault, Member, Source, synsets
-from mixer.data.preprocessing.host import decode
+from mixer.data.preprocessing.decoding import decode
 from mixer.errors import UserError, first_line
 
 SHARD_BYTES = 200 * 10**6
