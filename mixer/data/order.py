@@ -82,11 +82,11 @@ def reader_rows(
     With as many processes as readers that is all of its own reader's part. Both numbers divide
     the batch size.
     """
-    own = process_slice(global_batch_size, process_index, process_count)
+    rows = process_slice(global_batch_size, process_index, process_count)
     parts = []
     for reader in range(num_readers):
         part = process_slice(global_batch_size, reader, num_readers)
-        start, stop = max(own.start, part.start), min(own.stop, part.stop)
+        start, stop = max(rows.start, part.start), min(rows.stop, part.stop)
         if start < stop:
             parts.append((reader, slice(start - part.start, stop - part.start)))
     return parts
@@ -124,8 +124,8 @@ def groups(
 
     def supplied(count: int, reader: int) -> int:
         """How many of the run's first `count` examples come from `reader`."""
-        batches, rest = divmod(count, global_batch_size)
-        return batches * size + min(max(rest - reader * size, 0), size)
+        batches, remainder = divmod(count, global_batch_size)
+        return batches * size + min(max(remainder - reader * size, 0), size)
 
     first_wanted = start_step * size
     epoch = max((start_step * global_batch_size) // total - 1, 0)
@@ -198,11 +198,11 @@ class _Files:
         )
 
     def _record(self, file: int, place: int) -> int:
-        """The place among all of a file's records of a place among those kept."""
+        """The place among all of a file's records of a place among those not excluded."""
         if file not in self._excluded:
             return place
-        kept = np.setdiff1d(np.arange(self._sizes[file]), self._excluded[file])
-        return int(kept[place])
+        records = np.setdiff1d(np.arange(self._sizes[file]), self._excluded[file])
+        return int(records[place])
 
     def permutation(self, pieces: tuple[Piece, ...], seed: list[int]) -> np.ndarray:
         """A permutation of the kept records among those of `pieces`."""

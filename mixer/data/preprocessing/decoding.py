@@ -148,8 +148,8 @@ def _exif_orientation(image):
     directory = number(tf.where(little, 4, 6))
     entries = directory + 2 + 12 * tf.range(tf.minimum(number(directory), 1000))
     value = tf.reduce_max(tf.where(number(entries) == ORIENTATION, number(entries + 8), 0))
-    before = tf.strings.substr(tf.strings.join(["    ", parts[0]]), -4, 2)
-    is_exif = (tf.size(parts) == 2) & (before == b"\xff\xe1")
+    marker = tf.strings.substr(tf.strings.join(["    ", parts[0]]), -4, 2)
+    is_exif = (tf.size(parts) == 2) & (marker == b"\xff\xe1")
     return tf.where(is_exif & (value >= 1) & (value <= 8), value, 1)
 
 

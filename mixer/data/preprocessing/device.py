@@ -151,9 +151,9 @@ def _exp(exponent, bound):
     coarse = exact.astype(np.float32)
     fine = (exact - coarse).astype(np.float32)
     nearest_point = jnp.round(exponent * 256)
-    rest = exponent - nearest_point * np.float32(1 / 256)  # exact
+    remainder = exponent - nearest_point * np.float32(1 / 256)  # exact
     point = nearest_point.astype(jnp.int32) + ends
-    growth = rest + rest * rest * (np.float32(0.5) + rest * np.float32(1 / 6))
+    growth = remainder + remainder * remainder * (np.float32(0.5) + remainder * np.float32(1 / 6))
     base = jnp.asarray(coarse)[point]
     return base + (jnp.asarray(fine)[point] + base * growth)
 

@@ -273,8 +273,8 @@ def _equalized(at_most, old):
     count = at_most[..., -1:]
     # All but the pixels of the highest value, shared among the other 255.
     step = jnp.max(jnp.where(at_most < count, at_most, 0), -1, keepdims=True) // 255
-    below = jnp.pad(at_most[..., :-1], [(0, 0), (0, 0), (1, 0)])
-    new = jnp.minimum((below + step // 2) // jnp.maximum(step, 1), 255)
+    num_below = jnp.pad(at_most[..., :-1], [(0, 0), (0, 0), (1, 0)])
+    new = jnp.minimum((num_below + step // 2) // jnp.maximum(step, 1), 255)
     return jnp.where(step > 0, new, old)
 
 
@@ -302,9 +302,11 @@ def _mean_luminance(images):
     """The mean grey of each image, rounded to a whole number, halves to even: (N,) float32."""
     height, width = images.shape[1:3]
     grey = luminance(images.astype(jnp.float32)).astype(jnp.int32)
-    whole, rest = jnp.divmod(jnp.sum(grey, (1, 2, 3)), height * width)
-    up = (2 * rest > height * width) | ((2 * rest == height * width) & (whole % 2 == 1))
-    return (whole + up).astype(jnp.float32)
+    mean, remainder = jnp.divmod(jnp.sum(grey, (1, 2, 3)), height * width)
+    is_rounded_up = (2 * remainder > height * width) | (
+        (2 * remainder == height * width) & (mean % 2 == 1)
+    )
+    return (mean + is_rounded_up).astype(jnp.float32)
 
 
 def _sharpened(images, factor):

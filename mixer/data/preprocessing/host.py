@@ -88,8 +88,8 @@ def resize_small(image, size, method="area", antialias=False):
     made of it: at 256, of the middle 32 squares. What a crop takes of the middle stays there.
     """
     sides = tf.shape(image)[:2]
-    most = max(MOST_RESIZED // size**2, MOST_ASPECT) * tf.reduce_min(sides)
-    top, left = tf.unstack(tf.maximum(sides - most, 0) // 2)  # as much at either end
+    max_length = max(MOST_RESIZED // size**2, MOST_ASPECT) * tf.reduce_min(sides)
+    top, left = tf.unstack(tf.maximum(sides - max_length, 0) // 2)  # as much at either end
     image = image[top : sides[0] - top, left : sides[1] - left]
     shape = tf.cast(tf.shape(image)[:2], tf.float64)
     shape = tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32)
@@ -247,8 +247,8 @@ def one_hot(example, num_classes, on=1.0, off=0.0):
     with tf.control_dependencies([assertion]):
         rows = tf.maximum(labels, 0)[:, None]  # the padding is -1, of weight 0
     share = tf.tensor_scatter_nd_max(tf.zeros([num_classes]), rows, weights)
-    rest = {name: value for name, value in example.items() if name != "label_weight"}
-    return {**rest, "label": off + share * (on - off)}
+    others = {name: value for name, value in example.items() if name != "label_weight"}
+    return {**others, "label": off + share * (on - off)}
 
 
 def make_preprocess(spec: str | Specification, image_size: tuple[int, int]) -> Callable:

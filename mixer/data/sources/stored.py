@@ -210,7 +210,7 @@ def label_file_source(
 @functools.lru_cache(maxsize=1)  # its splits share them
 def _tensors(listing: folder_lib.LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     return tuple(
-        tf.constant(each) for each in (listing.paths, listing.path_starts, listing.label_starts)
+        tf.constant(values) for values in (listing.paths, listing.path_starts, listing.label_starts)
     )
 
 
@@ -254,13 +254,13 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
         raise UserError(f"dataset.name={name!r}: {reason}") from None
     if prepared and not builder.is_prepared():
         if name != "digits":
-            what = f"tfds {name}"
+            arguments = f"tfds {name}"
             if name.startswith("imagenet21k"):
-                what = "imagenet21k --source=TAR_OR_FOLDER"
+                arguments = "imagenet21k --source=TAR_OR_FOLDER"
             flag = f" --data_dir={data_dir}" if data_dir else ""
             raise UserError(
                 f"dataset {name!r} is not prepared: looked in {builder.data_dir}; prepare it with "
-                f"`python -m mixer.tools.prepare {what}{flag}`"
+                f"`python -m mixer.tools.prepare {arguments}{flag}`"
             )
         tfds.disable_progress_bar()
         try:
@@ -470,20 +470,22 @@ def _numbers(names: Collection[str], files: Sequence[tuple[str, int, int]]) -> n
     for path, skip, count in files:
         parts.setdefault(epath.Path(path).name, []).append((first, skip, count))
         first += count
-    found = []
+    numbers = []
     for name in names:
         file, _, place = name.rpartition(":")
         for first, skip, count in parts.get(file, ()):
             if place.isdecimal() and skip <= int(place) < skip + count:
-                found.append(first + int(place) - skip)
-    return np.array(found, np.int64)
+                numbers.append(first + int(place) - skip)
+    return np.array(numbers, np.int64)
 
 
 def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: str) -> None:
     """Raises UserError where a data set has no such image or label."""
     features = dict(builder.info.features)
     choices = [key for key, feature in features.items() if _is_label(feature)]
-    choices += [key for key, each in labels_lib.DERIVED.items() if each.dataset == builder.name]
+    choices += [
+        key for key, derived in labels_lib.DERIVED.items() if derived.dataset == builder.name
+    ]
     is_image = isinstance(features.get(image_key), tfds.features.Image)
     if not is_image or label_key not in choices:
         raise UserError(
@@ -523,8 +525,8 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
     aliases = {name: alias for alias, name in names.items()}
     parts = []
     for part in spec.split("+"):
-        name, bracket, rest = part.strip().partition("[")
-        parts.append(aliases.get(name, name) + bracket + rest)
+        name, bracket, range_text = part.strip().partition("[")
+        parts.append(aliases.get(name, name) + bracket + range_text)
     try:
         if any(part.startswith("all[") for part in parts):
             raise ValueError("`all` is all splits whole; write train[:90%]+test[:90%]")
@@ -534,14 +536,14 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
             {alias: _SplitSize(sizes[name]) for alias, name in names.items()}
         )
     except SPEC_ERRORS as error:
-        known = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
+        choices = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
         reason = str(error).splitlines()[0] if str(error) else "not understood"
         for alias, name in names.items():
             reason = reason.replace(alias, name) if alias != name else reason
         odd = [name for name in sizes if "+" in name or "[" in name]
         hint = f"; rename {odd[0]!r}: + and [ have a meaning here" if odd else ""
         raise UserError(
-            f"split {spec!r}: {reason}; the splits are {known}, and parts such as train[:90%] "
+            f"split {spec!r}: {reason}; the splits are {choices}, and parts such as train[:90%] "
             f"(an empty val_split or test_split means none){hint}"
         ) from None
     return [dataclasses.replace(part, splitname=names[part.splitname]) for part in instructions]
