@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from mixer.data import philox
 from mixer.data.preprocessing import device as augment
+from mixer.data.preprocessing import device_policies
 from mixer.data.preprocessing import host as preprocess
 from mixer.data.preprocessing.spec import OPS, REQUIRED, Kind, parse
 from mixer.errors import UserError
@@ -166,7 +167,7 @@ def test_grey_of_many_colours_is_the_hosts():
     from mixer.data.preprocessing import randaugment
 
     rows = np.mgrid[0:256:5, :256, 0:256:3].reshape(3, -1).T[None].astype(np.uint8)
-    actual = jax.jit(augment.luminance)(rows[:, :, None].astype(np.float32))[0, :, 0]
+    actual = jax.jit(device_policies.luminance)(rows[:, :, None].astype(np.float32))[0, :, 0]
     expected = randaugment.color(tf.constant(rows), 0.0)[0]
     np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
 

@@ -16,6 +16,7 @@ from mixer.data import splits as pipeline
 from mixer.data.preprocessing import host as preprocess
 from mixer.data.preprocessing import images
 from mixer.data.preprocessing import spec as steps
+from mixer.data.preprocessing.decoding import decode
 from mixer.errors import UserError, first_line
 from mixer.runs import config as run
 from mixer.tools.predict import prediction
@@ -104,7 +105,7 @@ def read():
 def test_one_decoder_for_training_and_predict(read, tmp_path, name):
     """The pixels are Pillow's: no alpha, palettes' colours, the first frame, upright."""
     data = PICTURES[name]
-    found = preprocess.decode(tf.constant(data)).numpy()
+    found = decode(tf.constant(data)).numpy()
     np.testing.assert_array_equal(found, _reference(data))
     (tmp_path / "picture.jpg").write_bytes(data)
     np.testing.assert_array_equal(read(str(tmp_path / "picture.jpg"))[1], found)
@@ -112,7 +113,7 @@ def test_one_decoder_for_training_and_predict(read, tmp_path, name):
 
 def test_a_set_of_odd_pictures_is_read_in_several_threads():
     rows = tf.data.Dataset.from_tensor_slices([*PICTURES.values()] * 4)
-    shapes = rows.map(lambda data: tf.shape(preprocess.decode(data)), num_parallel_calls=4)
+    shapes = rows.map(lambda data: tf.shape(decode(data)), num_parallel_calls=4)
     wanted = [_reference(data).shape for data in PICTURES.values()] * 4
     assert [tuple(shape) for shape in shapes.as_numpy_iterator()] == wanted
 
@@ -134,7 +135,7 @@ def test_a_set_of_odd_pictures_is_read_in_several_threads():
 )
 def test_what_is_refused_says_why(data, reason):
     with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-        preprocess.decode(tf.constant(data))
+        decode(tf.constant(data))
     line = first_line(caught.value)
     assert reason in line and "\n" not in line and "0x" not in line
 
@@ -180,7 +181,7 @@ def test_the_accurate_dct_is_pillows():
     }
     assert (np.abs(found["accurate"] - wanted) > 0).mean() < 0.01
     assert (np.abs(found["fast"] - wanted) > 0).mean() > 0.1
-    np.testing.assert_array_equal(found["fast"], preprocess.decode(tf.constant(data)))
+    np.testing.assert_array_equal(found["fast"], decode(tf.constant(data)))
 
 
 def test_a_crop_takes_the_accurate_dct_too():
@@ -188,7 +189,7 @@ def test_a_crop_takes_the_accurate_dct_too():
     crops = [
         preprocess.inception_window(data, KEY, dct=dct).numpy() for dct in ("fast", "accurate")
     ]
-    whole = preprocess.inception_window(preprocess.decode(data, dct="accurate"), KEY).numpy()
+    whole = preprocess.inception_window(decode(data, dct="accurate"), KEY).numpy()
     assert (crops[0] != crops[1]).any()
     inner = (slice(8, -8), slice(8, -8))  # colours at a window's border are interpolated otherwise
     np.testing.assert_array_equal(crops[1][inner], whole[inner])

@@ -87,11 +87,11 @@ def imagenet_real(example):
     """ReaL's classes of an image of ImageNet's validation set, found by its file's name."""
     values, starts = imagenet_real_labels.labels()
     number = tf.strings.regex_replace(example["file_name"], r".*ILSVRC2012_val_(\d{8})\..*", r"\1")
-    known = tf.debugging.Assert(
+    assertion = tf.debugging.Assert(
         tf.strings.regex_full_match(number, r"\d{8}"),
         ["file", example["file_name"], "is none of ImageNet's validation set"],
     )
-    with tf.control_dependencies([known]):
+    with tf.control_dependencies([assertion]):
         image = tf.strings.to_number(number, tf.int32) - 1
     starts = tf.constant(starts)
     return tf.constant(values)[starts[image] : starts[image + 1]]
@@ -99,8 +99,8 @@ def imagenet_real(example):
 
 def _interval(value, thresholds) -> tf.Tensor:
     """Number i of the interval (thresholds[i], thresholds[i + 1]] that a () float32 lies in."""
-    below = tf.searchsorted(tf.constant(thresholds), value[None], side="left")
-    return below[0] - 1
+    number = tf.searchsorted(tf.constant(thresholds), value[None], side="left")
+    return number[0] - 1
 
 
 def _bin(value, steps: int) -> tf.Tensor:

@@ -63,8 +63,8 @@ def batch_examples(
     epoch, place = np.divmod(np.arange(start, start + global_batch_size), num_examples)
     example = np.empty_like(place)
     for e in np.unique(epoch):
-        mine = epoch == e
-        example[mine] = _permutation(seed, int(e), num_examples)[place[mine]]
+        in_epoch = epoch == e
+        example[in_epoch] = _permutation(seed, int(e), num_examples)[place[in_epoch]]
     return epoch, example
 
 
@@ -82,14 +82,14 @@ def reader_rows(
     With as many processes as readers that is all of its own reader's part. Both numbers divide
     the batch size.
     """
-    mine = process_slice(global_batch_size, process_index, process_count)
-    found = []
+    rows = process_slice(global_batch_size, process_index, process_count)
+    parts = []
     for reader in range(num_readers):
         part = process_slice(global_batch_size, reader, num_readers)
-        start, stop = max(mine.start, part.start), min(mine.stop, part.stop)
+        start, stop = max(rows.start, part.start), min(rows.stop, part.stop)
         if start < stop:
-            found.append((reader, slice(start - part.start, stop - part.start)))
-    return found
+            parts.append((reader, slice(start - part.start, stop - part.start)))
+    return parts
 
 
 def groups(
@@ -118,68 +118,100 @@ def groups(
         left out.
       group_size: a group is closed by the file with which it reaches this many examples.
     """
-    none = np.empty(0, np.int64)
-    dropped = {file: np.unique(places) for file, places in excluded.items() if len(places)}
-    kept = np.array([n - len(dropped.get(f, none)) for f, n in enumerate(file_sizes)])
-    total = int(kept.sum())
+    files = _Files(file_sizes, excluded)
+    total = int(files.kept_counts.sum())
     size = global_batch_size // num_readers
 
-    def supplied(g: int, reader: int) -> int:
-        """How many of the run's first g examples come from `reader`."""
-        batches, rest = divmod(g, global_batch_size)
-        return batches * size + min(max(rest - reader * size, 0), size)
+    def supplied(count: int, reader: int) -> int:
+        """How many of the run's first `count` examples come from `reader`."""
+        batches, remainder = divmod(count, global_batch_size)
+        return batches * size + min(max(remainder - reader * size, 0), size)
 
-    def raw_place(file: int, place: int) -> int:
-        """Turns a place among a file's kept records into one among all of its records."""
-        if file not in dropped:
-            return place
-        left = np.setdiff1d(np.arange(file_sizes[file]), dropped[file])
-        return int(left[place]) if place < len(left) else file_sizes[file]
-
-    wanted = start_step * size
+    first_wanted = start_step * size
     epoch = max((start_step * global_batch_size) // total - 1, 0)
-    while supplied((epoch + 1) * total, reader) <= wanted:
+    while supplied((epoch + 1) * total, reader) <= first_wanted:
         epoch += 1
     while True:
         parts = [
             supplied((epoch + 1) * total, r) - supplied(epoch * total, r) for r in range(reader + 1)
         ]
-        low, high = sum(parts[:-1]), sum(parts)  # this reader's part of the permuted files
-        files = np.random.default_rng([seed, epoch]).permutation(len(file_sizes))
-        ends = np.cumsum(kept[files])
+        permuted = np.random.default_rng([seed, epoch]).permutation(len(file_sizes))
         done = supplied(epoch * total, reader)  # examples of earlier epochs and groups
+        groups_of_runs = files.cut(permuted, sum(parts[:-1]), sum(parts), group_size)
+        for number, runs in enumerate(groups_of_runs):
+            count = sum(stop - start for _, start, stop in runs)
+            if done + count > first_wanted:
+                pieces = files.pieces(runs)
+                order = files.permutation(pieces, [seed, epoch, reader, number])
+                row = np.arange(done, done + count) % size
+                is_wanted = (row >= rows.start) & (row < rows.stop)
+                is_wanted[: max(first_wanted - done, 0)] = False  # of earlier batches
+                if is_wanted.any():
+                    yield Group(epoch, pieces, order[is_wanted])
+            done += count
+        epoch += 1
+
+
+class _Files:
+    """Files of records, of which some are excluded.
+
+    Attributes:
+      kept_counts: (F,) how many records of each file are not excluded.
+    """
+
+    def __init__(self, sizes: Sequence[int], excluded: dict[int, np.ndarray]):
+        self._sizes = sizes
+        self._excluded = {
+            file: np.unique(places) for file, places in excluded.items() if len(places)
+        }
+        self.kept_counts = np.array(
+            [size - len(self._excluded.get(file, ())) for file, size in enumerate(sizes)]
+        )
+
+    def cut(
+        self, permuted: np.ndarray, low: int, high: int, group_size: int
+    ) -> Iterator[list[tuple[int, int, int]]]:
+        """Cuts kept records low to high of the permuted files into groups.
+
+        Each is a list of (file, start, stop), places among the file's kept records.
+        """
+        ends = np.cumsum(self.kept_counts[permuted])
         first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left")
-        runs: list[tuple[int, int, int]] = []  # (file, start, stop) among its kept records
-        count = number = 0
-        for i in range(first, min(last, len(files) - 1) + 1):
-            file = int(files[i])
-            base = int(ends[i] - kept[file])
-            start, stop = max(low - base, 0), min(high - base, int(kept[file]))
+        runs: list[tuple[int, int, int]] = []
+        count = 0
+        for i in range(first, min(last, len(permuted) - 1) + 1):
+            file, kept_count = int(permuted[i]), int(self.kept_counts[permuted[i]])
+            base = int(ends[i]) - kept_count
+            start, stop = max(low - base, 0), min(high - base, kept_count)
             if stop > start:
                 runs.append((file, start, stop))
                 count += stop - start
             if count and (count >= group_size or i >= last):
-                if done + count > wanted:
-                    pieces = tuple(
-                        Piece(file, raw_place(file, start), raw_place(file, stop - 1) + 1)
-                        for file, start, stop in runs
-                    )
-                    order = _group_order(pieces, dropped, [seed, epoch, reader, number])
-                    row = np.arange(done, done + count) % size
-                    mine = (row >= rows.start) & (row < rows.stop)
-                    mine[: max(wanted - done, 0)] = False  # of earlier batches
-                    if mine.any():
-                        yield Group(epoch, pieces, order[mine])
-                done += count
-                number += 1
+                yield runs
                 runs, count = [], 0
-        epoch += 1
 
+    def pieces(self, runs: list[tuple[int, int, int]]) -> tuple[Piece, ...]:
+        """What to read of runs of kept records: from the first to the last of each."""
+        return tuple(
+            Piece(file, self._record(file, start), self._record(file, stop - 1) + 1)
+            for file, start, stop in runs
+        )
 
-def _group_order(pieces, dropped, seed) -> np.ndarray:
-    """A permutation of the records of `pieces` that are not dropped."""
-    keep = [
-        ~np.isin(np.arange(p.start, p.stop), dropped.get(p.file, ()), assume_unique=True)
-        for p in pieces
-    ]
-    return np.random.default_rng(seed).permutation(np.flatnonzero(np.concatenate(keep)))
+    def _record(self, file: int, place: int) -> int:
+        """The place among all of a file's records of a place among those not excluded."""
+        if file not in self._excluded:
+            return place
+        records = np.setdiff1d(np.arange(self._sizes[file]), self._excluded[file])
+        return int(records[place])
+
+    def permutation(self, pieces: tuple[Piece, ...], seed: list[int]) -> np.ndarray:
+        """A permutation of the kept records among those of `pieces`."""
+        is_kept = [
+            ~np.isin(
+                np.arange(piece.start, piece.stop),
+                self._excluded.get(piece.file, ()),
+                assume_unique=True,
+            )
+            for piece in pieces
+        ]
+        return np.random.default_rng(seed).permutation(np.flatnonzero(np.concatenate(is_kept)))

@@ -157,32 +157,32 @@ def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
             start=0, stop=split.num_examples, batch_size=READ_AT_ONCE
         )
     except UserError as error:
-        other = re.search(r"cannot use (.*): .*\[(\d+),(\d+),3\] is not compatible", str(error))
-        if other is None:
+        match = re.search(r"cannot use (.*): .*\[(\d+),(\d+),3\] is not compatible", str(error))
+        if match is None:
             raise
         height, width = split.example_spec["image"][0][:2]
         raise UserError(
-            f"images differ in size ({height} x {width}, and {other[1]} {other[2]} x {other[3]}); "
+            f"images differ in size ({height} x {width}, and {match[1]} {match[2]} x {match[3]}); "
             "put resize or a crop before the first random step, as in decode|resize(64)|flip_lr"
         ) from error
 
 
 def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
     """The arrays of the examples, whole on every device; each process gives its devices theirs."""
-    whole = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     return {
-        name: jax.make_array_from_callback(values.shape, whole, values.__getitem__)
+        name: jax.make_array_from_callback(values.shape, replicated, values.__getitem__)
         for name, values in examples.arrays.items()
     }
 
 
 def order_spec(length: int, global_batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of what `put_order` gives."""
-    where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    by_batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     shape = (length, global_batch_size)
     return {
-        "epoch": jax.ShapeDtypeStruct(shape, np.int32, sharding=where),
-        "place": jax.ShapeDtypeStruct(shape, np.int32, sharding=where),
+        "epoch": jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch),
+        "place": jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch),
     }
 
 
@@ -194,7 +194,7 @@ def put_order(
     Returns:
       "epoch" and "place" (length, B) as `spec` has them; the rows beyond `count` are 0.
     """
-    rows = {name: np.zeros(each.shape, each.dtype) for name, each in spec.items()}
+    rows = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}
     for row in range(count):
         rows["epoch"][row], rows["place"][row] = order.batch_examples(
             step + row,

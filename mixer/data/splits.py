@@ -287,14 +287,14 @@ def open_split(
     Raises:
       UserError: no such data set or split, an empty one, other classes than the run's.
     """
-    for key, of, fits in (
+    for key, owner, is_owner in (
         ("label_file", "folder", dataset.name == "folder"),
         ("label_key", "a TFDS set", dataset.name not in ("folder", "synthetic")),
         ("exclude", "stored images", dataset.name != "synthetic"),
     ):
-        if dataset[key] and not fits:
+        if dataset[key] and not is_owner:
             raise UserError(
-                f"dataset.{key}={dataset[key]!r} is for {of}; dataset.name is {dataset.name!r}"
+                f"dataset.{key}={dataset[key]!r} is for {owner}; dataset.name is {dataset.name!r}"
             )
     if dataset.name == "synthetic":
         split = _open_synthetic(spec, image_size, num_classes or 10)
@@ -427,7 +427,9 @@ def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
         alike = collections.defaultdict(list)
         for name in names:
             alike["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
-        if groups := [" and ".join(map(ascii, same)) for same in alike.values() if len(same) > 1]:
+        if groups := [
+            " and ".join(map(ascii, group)) for group in alike.values() if len(group) > 1
+        ]:
             lines.append(
                 f"classes that differ by case, blanks or Unicode form alone: {show(groups)}"
             )

@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from mixer.data import order
-from mixer.data.preprocessing.host import decode, make_preprocess, output_spec
+from mixer.data.preprocessing.decoding import decode
+from mixer.data.preprocessing.host import make_preprocess, output_spec
 from mixer.data.preprocessing.spec import Specification, parse
 from mixer.data.sources import folder
 from mixer.data.sources.stored import Example, Source, read_piece

@@ -35,7 +35,7 @@ import tensorflow_datasets as tfds
 
 from mixer.data.imagenet import imagenet21k_source
 from mixer.data.imagenet.imagenet21k_source import End, Fault, Member, Source, synsets
-from mixer.data.preprocessing.host import decode
+from mixer.data.preprocessing.decoding import decode
 from mixer.errors import UserError, first_line
 
 SHARD_BYTES = 200 * 10**6
@@ -343,8 +343,8 @@ def _read(
     images = sum(records for _, records in files.sizes.values()) - skipped[1]
     committed = time.monotonic()
     encode = functools.partial(_encode, features)
-    found = imagenet21k_source.events(source, frozenset(state["units"]))
-    for event, record in _ordered_map(pool, encode, found, 4 * workers):
+    events = imagenet21k_source.events(source, frozenset(state["units"]))
+    for event, record in _ordered_map(pool, encode, events, 4 * workers):
         if isinstance(event, Member):
             key = _hash(event.split, event.synset, event.name)
             bucket = int.from_bytes(key[:8], "big") * state["buckets"] >> 64
@@ -387,17 +387,17 @@ def _places(buckets: list[tuple[Path, list[int]]], start: int) -> Iterator[_Plac
         if start >= records:  # written out, and deleted
             start -= records
             continue
-        found = []
+        records = []
         with open(path, "rb") as file:
             while (offset := file.tell()) < size:
                 key, length = _HEADER.unpack(file.read(_HEADER.size))
-                found.append((key, offset + _HEADER.size, length))
+                records.append((key, offset + _HEADER.size, length))
                 file.seek(length, os.SEEK_CUR)
-        found.sort()  # of those with the same hash, the first read is the first
-        before = found[start - 1][0] if start else b""
-        for key, offset, length in found[start:]:
-            yield _Place(path, offset, length, key == before)
-            before = key
+        records.sort()  # of those with the same hash, the first read is the first
+        last_key = records[start - 1][0] if start else b""
+        for key, offset, length in records[start:]:
+            yield _Place(path, offset, length, key == last_key)
+            last_key = key
         start = 0
 
 
@@ -407,8 +407,8 @@ def _write_shard(path: Path, split: str, places: list[_Place]) -> list:
     new = path.with_name(f"{path.name}.new")
     with contextlib.ExitStack() as stack:
         files = {
-            each: stack.enter_context(open(each, "rb"))
-            for each in dict.fromkeys(place.path for place in places)
+            path: stack.enter_context(open(path, "rb"))
+            for path in dict.fromkeys(place.path for place in places)
         }
 
         def records():

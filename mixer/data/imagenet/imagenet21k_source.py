@@ -146,8 +146,8 @@ def _size(path: Path) -> int:
         return sum(entry.stat().st_size for entry in entries)
 
 
-def _refuse_unknown(path: Path, found: Iterable[str]) -> None:
-    unknown = sorted(set(found).difference(synsets()))
+def _refuse_unknown(path: Path, names: Iterable[str]) -> None:
+    unknown = sorted(set(names).difference(synsets()))
     if unknown:
         raise UserError(
             f"{path} holds {', '.join(unknown[:5])}: none of the {len(synsets()):,} synsets of "
@@ -327,8 +327,8 @@ def _nested_members(
     with tarfile.open(
         fileobj=outer.extractfile(info), mode="r|", tarinfo=_TarInfo, bufsize=1 << 20
     ) as tar:
-        for each in _files(tar):
-            yield _member(tar, each, split, synset)
+        for member in _files(tar):
+            yield _member(tar, member, split, synset)
 
 
 def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, split: str, synset: str) -> Member:

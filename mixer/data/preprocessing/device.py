@@ -2,15 +2,12 @@
 
 An op here has the name and the arguments of the function on the host, and takes a batch: `images`
 (N, H, W, 3) uint8 and, if it is random, `keys` (N, 4) uint32 (see mixer/data/philox.py).
-RandAugment and AutoAugment choose operations per example. A branch under vmap computes all sides
-for all examples, so each operation is one pass over the batch, with an array of strengths, that
-changes the examples that chose it.
+RandAugment and AutoAugment are in mixer/data/preprocessing/device_policies.py.
 
 This code rounds a product before adding to it (`rounded`) where TensorFlow does, and divides no
 float by a constant, which compilers turn into a product. Compilers on the CPU then give equal bits.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -21,14 +18,6 @@ import numpy as np
 from mixer.data import philox
 from mixer.data.philox import rounded
 from mixer.data.preprocessing import permutation
-from mixer.data.preprocessing.policies import (
-    CIFAR_POLICY,
-    FILL,
-    GEOMETRY,
-    OPERATIONS,
-    amount_of_level,
-    amount_of_magnitude,
-)
 from mixer.data.preprocessing.spec import Specification
 from mixer.errors import UserError
 
@@ -99,7 +88,7 @@ def _check_window(images, size):
 
 def flip_lr(images, keys):
     """Mirrors half of the images left to right."""
-    return jnp.where(_per_image(philox.uniform(keys) < 0.5), images[:, :, ::-1], images)
+    return jnp.where(per_image(philox.uniform(keys) < 0.5), images[:, :, ::-1], images)
 
 
 def permute_patches(images, size, patch_size, seed=0):
@@ -148,7 +137,7 @@ def random_affine(images, keys, degrees=0.0, translate=0.0, scale=0.0, shear=0.0
     y, x = ((side - 1) / 2 for side in map(np.float32, images.shape[1:3]))
     shift_x = x - rounded(a * x) - rounded(b * y) + rounded(u[4] * np.float32(translate))
     shift_y = y - rounded(c * x) - rounded(d * y) + rounded(u[5] * np.float32(translate))
-    return _bilinear(images, _plane(images, c, d, shift_y), _plane(images, a, b, shift_x))
+    return _bilinear(images, plane(images, c, d, shift_y), plane(images, a, b, shift_x))
 
 
 def _exp(exponent, bound):
@@ -162,14 +151,14 @@ def _exp(exponent, bound):
     coarse = exact.astype(np.float32)
     fine = (exact - coarse).astype(np.float32)
     nearest_point = jnp.round(exponent * 256)
-    rest = exponent - nearest_point * np.float32(1 / 256)  # exact
+    remainder = exponent - nearest_point * np.float32(1 / 256)  # exact
     point = nearest_point.astype(jnp.int32) + ends
-    growth = rest + rest * rest * (np.float32(0.5) + rest * np.float32(1 / 6))
+    growth = remainder + remainder * remainder * (np.float32(0.5) + remainder * np.float32(1 / 6))
     base = jnp.asarray(coarse)[point]
     return base + (jnp.asarray(fine)[point] + base * growth)
 
 
-def _plane(images, of_x, of_y, shift):
+def plane(images, of_x, of_y, shift):
     """of_x * x + of_y * y + shift at every pixel: (N, H, W) float32."""
     y, x = _pixel_grid(images)
     of_x, of_y, shift = (value[:, None, None] for value in (of_x, of_y, shift))
@@ -188,7 +177,7 @@ def _bilinear(images, y, x):
     rows = []
     for row in (y_low, y_low + 1):
         left, right = (
-            _pixels_at(images, row, column, fill=0).astype(jnp.float32)
+            pixels_at(images, row, column, fill=0).astype(jnp.float32)
             for column in (x_low, x_low + 1)
         )
         low, high = (x_low + 1 - x)[..., None], (x - x_low)[..., None]
@@ -197,7 +186,7 @@ def _bilinear(images, y, x):
     return jnp.round(rounded(low * rows[0]) + rounded(high * rows[1])).astype(jnp.uint8)
 
 
-def _pixels_at(images, y, x, *, fill):
+def pixels_at(images, y, x, *, fill):
     """The pixels of row y and column x, whole numbers (N, H, W); `fill` outside the image."""
     height, width = images.shape[1:3]
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -217,9 +206,9 @@ def random_erasing(
 
     See the function on the host for the arguments; `fill` is "noise" or a value 0 to 255.
     """
-    own = jnp.moveaxis(philox.split(keys), 1, 0)
+    split_keys = jnp.moveaxis(philox.split(keys), 1, 0)
     height, width = images.shape[1:3]
-    draws = philox.uniform(own[0], (41,))
+    draws = philox.uniform(split_keys[0], (41,))
     area, aspect, top, left = jnp.moveaxis(draws[:, 1:].reshape(-1, 4, 10), 1, 0)
     area = rounded(area * np.float32(max_area - min_area)) + np.float32(min_area)
     area = area * np.float32(height * width)
@@ -234,329 +223,20 @@ def random_erasing(
         start = (place * (side - extent + 1).astype(jnp.float32)).astype(jnp.int32)
         number = np.arange(side)
         inside.append((number >= start) & (number < start + extent))
-    erased = (draws[:, 0] < prob) & jnp.any(fits, 1)
-    box = _box(*inside) & _per_image(erased)
+    applies = (draws[:, 0] < prob) & jnp.any(fits, 1)
+    is_erased = box(*inside) & per_image(applies)
     if fill == "noise":
-        value = philox.integers(own[1], images.shape[1:], 0, 256).astype(jnp.uint8)
+        value = philox.integers(split_keys[1], images.shape[1:], 0, 256).astype(jnp.uint8)
     else:
         value = np.uint8(fill)
-    return jnp.where(box, value, images)
+    return jnp.where(is_erased, value, images)
 
 
-def _box(rows, columns):
+def box(rows, columns):
     """Of rows (N, H) and columns (N, W): (N, H, W, 1)."""
     return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
-def _per_image(values):
+def per_image(values):
     """(N,) to (N, 1, 1, 1)."""
     return values[:, None, None, None]
-
-
-# The operations of RandAugment and AutoAugment.
-
-# What maps each value of a channel to another one.
-POINT = ("invert", "posterize", "solarize", "solarize_add", "brightness", "contrast")
-POINT += ("auto_contrast", "equalize")
-
-
-@dataclasses.dataclass(frozen=True)
-class Strength:
-    """An operation of given strength and direction, on images of one size; float32 as on the host.
-
-    Attributes:
-      name: the operation; "keep" leaves the image as it is.
-      factor: of brightness, color, contrast and sharpness.
-      number: posterize's mask, solarize's threshold, solarize_add's addition.
-      middle: the grey that contrast blends with; None: the image's mean.
-      half_size: of cutout's square, in pixels.
-      y: where a geometric operation takes a pixel's row from: its slope along x, that along y, and
-        its value in the corner.
-      x: the same of the column.
-    """
-
-    name: str
-    factor: float = 0.0
-    number: int = 0
-    middle: float | None = 0.0
-    half_size: float = 0.0
-    y: tuple[float, float, float] = (0.0, 1.0, 0.0)
-    x: tuple[float, float, float] = (1.0, 0.0, 0.0)
-
-
-def _rotate(degrees, image_size) -> Strength:
-    angle = degrees * np.float32(math.pi / 180)
-    cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
-    bottom, right = (np.float32(side - 1) for side in image_size)
-    shift_y = (bottom - (sin * right + cos * bottom)) / np.float32(2)
-    shift_x = (right - (cos * right - sin * bottom)) / np.float32(2)
-    return Strength("rotate", y=(sin, cos, shift_y), x=(cos, -sin, shift_x))
-
-
-def _shear(name, amount) -> Strength:
-    if name == "shear_x":
-        return Strength(name, x=(1.0, amount, 0.0))
-    return Strength(name, y=(amount, 1.0, 0.0))
-
-
-def _translate(name, share, image_size) -> Strength:
-    """By a share (float32) of the side, rounded to whole pixels."""
-    pixels = np.floor(share * np.float32(image_size[name == "translate_x"]) + np.float32(0.5))
-    if name == "translate_x":
-        return Strength(name, x=(1.0, 0.0, pixels))
-    return Strength(name, y=(0.0, 1.0, pixels))
-
-
-def autoaugment_cifar(images, keys):
-    """One of the 25 sub-policies an image: two operations, each of its own probability and sign."""
-    strengths = [Strength("keep")]
-    for layer in (0, 1):
-        for policy in CIFAR_POLICY:
-            name, _, level = policy[layer]
-            amounts = [amount_of_level(name, level, np.float32(sign)) for sign in (-1, 1)]
-            strengths += [_strength(name, amount, images.shape[1:3]) for amount in amounts]
-    draws = philox.uniform(keys, (5,)).T
-    chosen = (draws[0] * len(CIFAR_POLICY)).astype(jnp.int32)
-    chances = np.array([[chance for _, chance, _ in policy] for policy in CIFAR_POLICY], np.float32)
-    applies = draws[1:3] < jnp.asarray(chances.T)[:, chosen]
-    first = 1 + 2 * len(CIFAR_POLICY) * np.arange(2)[:, None]
-    numbers = jnp.where(applies, first + 2 * chosen + (draws[3:5] >= 0.5), 0)
-    return _apply_in_turn(images, strengths, numbers)
-
-
-def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
-    """`num_layers` operations an image, each drawn uniformly from the sixteen and always applied.
-
-    See the function on the host for the arguments.
-    """
-    strengths = [
-        _magnitude_strength(name, magnitude, sign, images.shape[1:3], mode == "faithful")
-        for name in OPERATIONS
-        for sign in (-1, 1)
-    ]
-    draws = philox.uniform(keys, (num_layers, 4)).transpose(1, 2, 0)
-    operations = (draws[:, 0] * len(OPERATIONS)).astype(jnp.int32)
-    return _apply_in_turn(images, strengths, 2 * operations + (draws[:, 1] >= 0.5), draws[:, 2:])
-
-
-def _magnitude_strength(name, magnitude, sign, image_size, faithful) -> Strength:
-    """An operation as `apply_magnitude` of mixer/data/preprocessing/randaugment.py makes it."""
-    amount = amount_of_magnitude(name, magnitude, np.float32(sign), faithful=faithful)
-    strength = _strength(name, amount, image_size)
-    if name != "contrast" or not faithful:
-        return strength
-    height, width = (np.float32(side) for side in image_size)
-    middle = np.floor(min(height * width / np.float32(256), np.float32(255)))
-    return dataclasses.replace(strength, middle=middle)
-
-
-def _strength(name, amount, image_size) -> Strength:
-    """An operation as `apply_operation` of mixer/data/preprocessing/randaugment.py computes it."""
-    match name:
-        case "auto_contrast" | "equalize" | "invert":
-            return Strength(name)
-        case "rotate":
-            return _rotate(np.float32(amount), image_size)
-        case "shear_x" | "shear_y":
-            return _shear(name, np.float32(amount))
-        case "translate_x" | "translate_y":
-            return _translate(name, np.float32(amount), image_size)
-        case "posterize":
-            return Strength(name, number=_mask(amount))
-        case "solarize":
-            return Strength(name, number=amount)
-        case "solarize_add":
-            return Strength(name, number=min(amount, 255))
-        case "cutout":
-            return Strength(name, half_size=np.float32(amount) * np.float32(image_size[1]))
-    return Strength(name, factor=np.float32(amount), middle=None)
-
-
-def _mask(bits):
-    """Of the `bits` highest of eight bits, one at least."""
-    return 0xFF00 >> min(max(bits, 1), 8) & 0xFF
-
-
-def _apply_in_turn(images, strengths, numbers, places=None):
-    """Operations `strengths[numbers[0]]` on the images, then `strengths[numbers[1]]`, ...
-
-    Args:
-      images: (N, H, W, 3) uint8.
-      strengths: what there is to choose from.
-      numbers: (L, N) int32.
-      places: (L, 2, N) in [0, 1): where cutout strikes, as shares of the height and the width.
-    """
-
-    # A loop: without it one layer is joined to the next, and computed for each use that has of it.
-    def layer(images, draws):
-        return _apply(images, strengths, *draws), None
-
-    return jax.lax.scan(layer, images, (numbers, places))[0]
-
-
-def _apply(images, strengths, number, place):
-    """Operation `strengths[number]` (N,) on each image; `place` (2, N) or None."""
-    names = {strength.name for strength in strengths}
-
-    def is_a(name):  # (N,)
-        return jnp.asarray(np.array([s.name == name for s in strengths]))[number]
-
-    def value(field):  # (N,), or (3, N) of a plane
-        values = np.array([getattr(s, field) or 0 for s in strengths])
-        dtype = jnp.int32 if field == "number" else jnp.float32
-        return jnp.asarray(values.T, dtype)[..., number]
-
-    # Each operation leaves the images alone that are not its own, so all follow upon each other.
-    result = images
-    if names & set(GEOMETRY):
-        rows, columns = (
-            _nearest(_plane(images, *value(axis)), side)
-            for axis, side in zip("yx", images.shape[1:3], strict=True)
-        )
-        result = _pixels_at(result, rows, columns, fill=FILL)
-    if names & set(POINT):
-        means = any(s.name == "contrast" and s.middle is None for s in strengths)
-        result = _looked_up(_tables(images, names, is_a, value, means), result)
-    if "color" in names:
-        pixels = images.astype(jnp.float32)
-        coloured = _blend(luminance(pixels), pixels, _per_image(value("factor")))
-        result = jnp.where(_per_image(is_a("color")), coloured, result)
-    if "sharpness" in names:
-        sharp = _sharpened(images, _per_image(value("factor")))
-        result = jnp.where(_per_image(is_a("sharpness")), sharp, result)
-    if "cutout" in names:
-        square = _box(
-            *(
-                _cut(share, side, value("half_size"))
-                for share, side in zip(place, images.shape[1:3], strict=True)
-            )
-        )
-        result = jnp.where(square & _per_image(is_a("cutout")), np.uint8(FILL), result)
-    return result
-
-
-def _nearest(coordinate, side):
-    """The nearest whole number, -1 or `side` where that lies outside."""
-    framed = jnp.clip(coordinate + np.float32(1.5), 0, np.float32(side + 1))
-    return framed.astype(jnp.int32) - 1  # the cast rounds down
-
-
-def _cut(share, side, half_size):
-    """The rows, or columns, whose middle is nearer than half_size to a point: (N, side)."""
-    center = jnp.floor(share * np.float32(side))
-    low = jnp.floor(center - half_size - np.float32(0.5)) + 1
-    high = jnp.ceil(center + half_size - np.float32(0.5))
-    number = np.arange(side)
-    return (number >= low[:, None]) & (number < high[:, None])
-
-
-def _tables(images, names, is_a, value, means):
-    """What each value of each channel becomes by the point operations: (N, 3, 256) uint8."""
-    table = old = jnp.broadcast_to(jnp.arange(256), (len(images), 3, 256))
-    pixels = old.astype(jnp.float32)
-    number, factor = (value(field)[:, None, None] for field in ("number", "factor"))
-
-    def enter(name, new):
-        return jnp.where(is_a(name)[:, None, None], new(), table) if name in names else table
-
-    table = enter("invert", lambda: 255 - old)
-    table = enter("posterize", lambda: old & number)
-    table = enter("solarize", lambda: jnp.where(old < number, old, 255 - old))
-    table = enter("solarize_add", lambda: jnp.where(old < 128, jnp.minimum(old + number, 255), old))
-    table = enter("brightness", lambda: _to_uint8(pixels * factor))
-    if "contrast" in names:
-        middle = _mean_luminance(images) if means else value("middle")
-        table = enter("contrast", lambda: _blend(middle[:, None, None], pixels, factor))
-    if names & {"auto_contrast", "equalize"}:
-        at_most = _at_most(images)
-        table = enter("auto_contrast", lambda: _stretched(at_most, pixels))
-        table = enter("equalize", lambda: _equalized(at_most, old))
-    # Else the compiler may compute an entry anew for every pixel that looks it up.
-    return jax.lax.optimization_barrier(table.astype(jnp.uint8))
-
-
-def _at_most(images):
-    """How many pixels have each value or a lower one, by channel: (N, 3, 256) int32."""
-
-    def counts(image):
-        places = (jnp.arange(3), image)
-        return jnp.zeros((3, 256), jnp.int32).at[places].add(1, mode="promise_in_bounds")
-
-    # Sums by a matrix of ones: exact, being whole numbers below 2^24, and a single kernel.
-    upper = np.triu(np.ones((256, 256), np.float32))
-    counted = jax.vmap(counts)(images).astype(jnp.float32)
-    return jnp.dot(counted, upper, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
-
-
-def _stretched(at_most, pixels):
-    """The table that stretches each channel's values to the range 0 to 255."""
-    count = at_most[..., -1:]
-    low = jnp.sum(at_most == 0, -1, keepdims=True)
-    high = jnp.sum(at_most < count, -1, keepdims=True)
-    scales = np.float32(255) / np.maximum(np.arange(256, dtype=np.float32), 1)
-    scale = jnp.where(high > low, jnp.asarray(scales)[high - low], np.float32(1))
-    offset = jnp.where(high > low, rounded(-low.astype(jnp.float32) * scale), np.float32(0))
-    return _to_uint8(rounded(pixels * scale) + offset)
-
-
-def _equalized(at_most, old):
-    """The table that flattens each channel's histogram, with Pillow's integer arithmetic."""
-    count = at_most[..., -1:]
-    # All but the pixels of the highest value, shared among the other 255.
-    step = jnp.max(jnp.where(at_most < count, at_most, 0), -1, keepdims=True) // 255
-    below = jnp.pad(at_most[..., :-1], [(0, 0), (0, 0), (1, 0)])
-    new = jnp.minimum((below + step // 2) // jnp.maximum(step, 1), 255)
-    return jnp.where(step > 0, new, old)
-
-
-def _looked_up(tables, images):
-    """tables[image, channel, value] for every value of the images."""
-
-    def look_up(table, image):
-        return table.at[jnp.arange(3), image].get(mode="promise_in_bounds")
-
-    return jax.vmap(look_up)(tables, images)
-
-
-def luminance(pixels):
-    """Grey version of float pixels in 0 to 255: whole numbers, (N, H, W, 1).
-
-    The host's is a matrix product, which rounds once for a product and the sum it is added to where
-    the processor can: so will the compiler's, if only the first product is rounded by itself.
-    """
-    red, green, blue = (rounded(pixels[..., i : i + 1] * np.float32(1 / 255)) for i in range(3))
-    grey = rounded(red * np.float32(0.2989)) + green * np.float32(0.587)
-    return jnp.floor((grey + blue * np.float32(0.114)) * np.float32(255.5))
-
-
-def _mean_luminance(images):
-    """The mean grey of each image, rounded to a whole number, halves to even: (N,) float32."""
-    height, width = images.shape[1:3]
-    grey = luminance(images.astype(jnp.float32)).astype(jnp.int32)
-    whole, rest = jnp.divmod(jnp.sum(grey, (1, 2, 3)), height * width)
-    up = (2 * rest > height * width) | ((2 * rest == height * width) & (whole % 2 == 1))
-    return (whole + up).astype(jnp.float32)
-
-
-def _sharpened(images, factor):
-    """Blends smoothed images (factor 0) and the images (1); the border is kept."""
-    height, width = images.shape[1:3]
-    pixels = images.astype(jnp.float32)
-    across = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
-    center = pixels[:, 1:-1, 1:-1]
-    # Ones around a five, over 13; sums of whole numbers are exact.
-    total = across[:, :-2] + across[:, 1:-1] + across[:, 2:] + 4 * center
-    smooth = jnp.floor(total * np.float32(1 / 13))
-    inner = jnp.pad(_blend(smooth, center, factor), [(0, 0), (1, 1), (1, 1), (0, 0)])
-    border = np.ones((height, width, 1), bool)
-    border[1:-1, 1:-1] = False
-    return jnp.where(border, images, inner)
-
-
-def _blend(zero, one, factor):
-    """At `factor` between two floats, or beyond, as uint8."""
-    return _to_uint8(zero + rounded(factor * (one - zero)))
-
-
-def _to_uint8(pixels):
-    return jnp.clip(pixels, 0, 255).astype(jnp.uint8)  # the cast truncates

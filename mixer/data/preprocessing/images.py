@@ -1,9 +1,9 @@
 """Image files: which formats are read, and reading by Pillow. No TensorFlow here.
 
 Training, evaluation, `prepare check` and `predict` read images with `decode` of
-mixer/data/preprocessing/host.py. TensorFlow decodes the formats of most data sets, in many threads
-at once; where it would fail, or give other colours, `decode` comes here. `predict` comes here with
-all else.
+mixer/data/preprocessing/decoding.py. TensorFlow decodes the formats of most data sets, in many
+threads at once; where it would fail, or give other colours, `decode` comes here. `predict` comes
+here with all else.
 """
 
 import io

@@ -1,7 +1,7 @@
 """RandAugment's and AutoAugment's tables, and how strong they make each operation. No TensorFlow.
 
-The host (mixer/data/preprocessing/randaugment.py, autoaugment.py) and the device (device.py) both
-compute the operations from these.
+The host (mixer/data/preprocessing/randaugment.py, autoaugment.py) and the device
+(device_policies.py) both compute the operations from these.
 """
 
 from typing import Any

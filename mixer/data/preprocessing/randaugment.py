@@ -38,8 +38,8 @@ def solarize(image, threshold):
 def solarize_add(image, addition, threshold=128):
     """Adds `addition` to the values below `threshold`; the sum ends at 255."""
     room = tf.minimum(255 - image, tf.constant(min(addition, 255), tf.uint8))
-    below = _mask(image < tf.constant(threshold, tf.uint8))
-    return image + tf.bitwise.bitwise_and(room, below)
+    is_below = _mask(image < tf.constant(threshold, tf.uint8))
+    return image + tf.bitwise.bitwise_and(room, is_below)
 
 
 def _mask(condition):
@@ -87,8 +87,8 @@ def equalize(image):
     counts = tf.reshape(counts, [3, 256])
     last = tf.reduce_max(tf.where(counts > 0, tf.range(256), 0), 1, keepdims=True)
     step = (size - tf.gather(counts, last, batch_dims=1)) // 255
-    below = tf.cumsum(counts, 1, exclusive=True)
-    tables = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
+    num_below = tf.cumsum(counts, 1, exclusive=True)
+    tables = tf.minimum((num_below + step // 2) // tf.maximum(step, 1), 255)
     tables = tf.cast(tf.where(step > 0, tables, tf.range(256)), tf.uint8)
     values = tf.gather_nd(tf.reshape(tables, [-1]), places[:, None])  # faster than tf.gather
     return tf.reshape(values, tf.shape(image))

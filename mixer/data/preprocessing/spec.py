@@ -150,7 +150,7 @@ _RESIZING = {"antialias": (_FLAG, False)}
 OPS = {
     op.name: op
     for op in (
-        Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, device=None),
+        Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, host="decoding", device=None),
         Op(
             "inception_crop",
             _SIZES | {"min_area": (_AREA, 0.05), "max_area": (_AREA, 1.0), "dct": (_DCT, "fast")},
@@ -186,8 +186,15 @@ OPS = {
             Kind.POLICY,
             random=True,
             host="randaugment",
+            device="device_policies",
         ),
-        Op("autoaugment_cifar", kind=Kind.POLICY, random=True, host="autoaugment"),
+        Op(
+            "autoaugment_cifar",
+            kind=Kind.POLICY,
+            random=True,
+            host="autoaugment",
+            device="device_policies",
+        ),
         Op(
             "random_erasing",
             {

@@ -70,8 +70,10 @@ def displayed(text: str) -> str:
     """`text` in one line that every terminal takes: what it cannot show is written out."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(
-        ascii(each)[1:-1] if unicodedata.category(each) in ("Cc", "Zl", "Zp") else each
-        for each in text
+        ascii(character)[1:-1]
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp")
+        else character
+        for character in text
     )
 
 
@@ -196,20 +198,20 @@ def walk(
       UserError: a folder cannot be read.
     """
     root = epath.Path(root)
-    seen = {_identity(root, folder) for folder in above}
+    identities = {_identity(root, folder) for folder in above}
     waiting = collections.deque([inside])
     while waiting:
-        here = waiting.popleft()
-        identity = _identity(root, here)
-        if identity in seen:
+        folder = waiting.popleft()
+        identity = _identity(root, folder)
+        if identity in identities:
             continue
-        seen.add(identity)
-        listing = list_folder(root, here)
+        identities.add(identity)
+        listing = list_folder(root, folder)
         for name, fault in listing.files:
-            yield _join(here, name), fault
-        waiting.extend(_join(here, name) for name, is_link in listing.folders if is_link)
+            yield _join(folder, name), fault
+        waiting.extend(_join(folder, name) for name, is_link in listing.folders if is_link)
         waiting.extendleft(
-            _join(here, name) for name, is_link in reversed(listing.folders) if not is_link
+            _join(folder, name) for name, is_link in reversed(listing.folders) if not is_link
         )
 
 
@@ -231,18 +233,18 @@ def file_sizes(root: epath.PathLike, paths: Sequence[bytes]) -> np.ndarray | Non
         return None
     root = os.fsencode(root)
 
-    def sizes(some: Sequence[bytes]) -> list[int]:
-        found = []
-        for path in some:
+    def sizes(part: Sequence[bytes]) -> list[int]:
+        sizes_of_part = []
+        for path in part:
             try:
                 status = os.stat(os.path.join(root, path))
-                found.append(IRREGULAR if irregular(status.st_mode) else status.st_size)
+                sizes_of_part.append(IRREGULAR if irregular(status.st_mode) else status.st_size)
             except OSError:
-                found.append(MISSING)
-        return found
+                sizes_of_part.append(MISSING)
+        return sizes_of_part
 
-    rest = iter(paths)
-    parts = iter(lambda: list(itertools.islice(rest, 1024)), [])
+    remaining_paths = iter(paths)
+    parts = iter(lambda: list(itertools.islice(remaining_paths, 1024)), [])
     # Threads: of a network's disk each answer takes a while.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return np.array(list(itertools.chain.from_iterable(pool.map(sizes, parts))), np.int64)
@@ -347,8 +349,8 @@ def _class_of(file: bytes) -> bytes:
 def listed(names: Iterable[str], show: Callable[[str], str] = displayed) -> str:
     """The first few of the names, for a message."""
     names = list(names)
-    more = ", ..." if len(names) > EXAMPLES else ""
-    return ", ".join(displayed(show(name)) for name in names[:EXAMPLES]) + more
+    ending = ", ..." if len(names) > EXAMPLES else ""
+    return ", ".join(displayed(show(name)) for name in names[:EXAMPLES]) + ending
 
 
 class _Scan:
@@ -407,8 +409,8 @@ class _Scan:
         if not self.subfolders:
             nested = "left out, as they were when this run was begun"
         return tuple(
-            f"{len(images):,} {what}, such as {displayed(decode(images[0]))}, are {fate}"
-            for images, what, fate in (
+            f"{len(images):,} {description}, such as {displayed(decode(images[0]))}, are {fate}"
+            for images, description, fate in (
                 (self.nested, "images in folders of a class folder", nested),
                 (self.beside, "images outside of class folders", "left out"),
                 (self.rare, "images of other formats", f"left out; expected {ACCEPTED}"),
@@ -429,22 +431,22 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
       UserError: the folder does not exist or is laid out otherwise, or a class has no image.
     """
     layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
-    seen = _Scan(find_root(root, layout), subfolders)
-    shown = displayed(str(seen.root))
-    if seen.copies:
+    tree = _Scan(find_root(root, layout), subfolders)
+    shown = displayed(str(tree.root))
+    if tree.copies:
         raise UserError(
-            f"{shown}: {listed(map(decode, seen.copies))}: the name of a split in the place of a "
+            f"{shown}: {listed(map(decode, tree.copies))}: the name of a split in the place of a "
             f"class; {layout} (a second data set in this one has to be moved out)"
         )
-    if not seen.images:
-        others = seen.beside + seen.rare
-        hint = f" (not as {displayed(decode(others[0]))})" if others else ""
+    if not tree.images:
+        other_images = tree.beside + tree.rare
+        hint = f" (not as {displayed(decode(other_images[0]))})" if other_images else ""
         raise UserError(f"{shown} holds no images ({ACCEPTED}) of a class; {layout}{hint}")
-    names = {decode(_class_of(image)) for images in seen.images.values() for image in images}
-    if empty := sorted(set(seen.class_folders) - names):
-        folders = [decode(folder) for name in empty for folder in seen.class_folders[name]]
+    names = {decode(_class_of(image)) for images in tree.images.values() for image in images}
+    if empty := sorted(set(tree.class_folders) - names):
+        folders = [decode(folder) for name in empty for folder in tree.class_folders[name]]
         raise UserError(
-            f"{shown}: {len(empty)} of {len(seen.class_folders)} classes have no image in any "
+            f"{shown}: {len(empty)} of {len(tree.class_folders)} classes have no image in any "
             f"split: {listed(folders)}; put images ({ACCEPTED}) into these folders, or remove them"
         )
     # Sorted by a hash of the name: an image that is added or taken away moves no other.
@@ -452,15 +454,15 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
         decode(split): sorted(
             images, key=lambda file: hashlib.blake2b(file, digest_size=16).digest()
         )
-        for split, images in seen.images.items()
+        for split, images in tree.images.items()
     }
     return ImageFolder(
-        root=seen.root,
+        root=tree.root,
         class_names=tuple(sorted(names)),
         files=files,
-        faults=seen.faults,
-        remarks=seen.remarks(),
-        nested=len(seen.nested),
+        faults=tree.faults,
+        remarks=tree.remarks(),
+        nested=len(tree.nested),
     )
 
 
@@ -594,12 +596,12 @@ def read_label_file(file: str, root: str) -> LabelFile:
                 try:
                     image = _parse_line(row)
                     encoded = encode(image.path)
-                    found = type(image.labels[0]) if image.labels else kind
-                    if kind not in (None, found):
+                    label_type = type(image.labels[0]) if image.labels else kind
+                    if kind not in (None, label_type):
                         raise ValueError("labels are names in some lines and numbers in others")
                 except ValueError as error:
                     raise _line_fault(file, number, str(error)) from None
-                kind, several = found, several or image.several
+                kind, several = label_type, several or image.several
                 paths += encoded
                 path_starts.append(len(paths))
                 for label in image.labels:
@@ -619,7 +621,7 @@ def read_label_file(file: str, root: str) -> LabelFile:
             f"dataset.label_file={file} holds {len(lines):,} images and no label; a line is like "
             f"{LABEL_LINE}"
         )
-    labels, hashes, split_of = (np.array(each) for each in (labels, hashes, split_of))
+    labels, hashes, split_of = (np.array(values) for values in (labels, hashes, split_of))
     names = None
     if kind is not int:  # numbered as they came; now by their sorted names
         names = tuple(sorted(places))

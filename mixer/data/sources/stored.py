@@ -155,7 +155,7 @@ def label_file_source(
     digest = hashlib.blake2b(digest_size=16)
     for values in (listing.path_hashes[images], counts, numbers[entries], listing.weights[entries]):
         digest.update(values.tobytes())
-    most = max(int(counts.max(initial=0)), 1) if listing.several else None
+    max_labels = max(int(counts.max(initial=0)), 1) if listing.several else None
     root, images_tensor = os.fsencode(listing.root), tf.constant(images)
     paths, path_starts, label_starts = _tensors(listing)
     labels, weights = tf.constant(numbers), tf.constant(listing.weights)
@@ -165,15 +165,15 @@ def label_file_source(
         start, stop = path_starts[image], path_starts[image + 1]
         path = tf.strings.join([root, tf.strings.substr(paths, start, stop - start)], "/")
         start, stop = label_starts[image], label_starts[image + 1]
-        if most is None:
+        if max_labels is None:
             return {"image": tf.io.read_file(path), "label": labels[start]}
-        padded = _padded(labels[start:stop], weights[start:stop], most)
+        padded = _padded(labels[start:stop], weights[start:stop], max_labels)
         return {"image": tf.io.read_file(path), **padded}
 
-    keep = np.ones(len(images), bool)
+    is_read = np.ones(len(images), bool)
     if excluded:
-        keep = np.array([listing.path(image) not in excluded for image in images], bool)
-    labels_alone = numbers[entries] if most is None else None
+        is_read = np.array([listing.path(image) not in excluded for image in images], bool)
+    labels_alone = numbers[entries] if max_labels is None else None
     all_paths = folder_lib.LabelledPaths(listing, images)
     sizes = folder_lib.file_sizes(listing.root, all_paths)
     irregular = [] if sizes is None else np.flatnonzero(sizes == folder_lib.IRREGULAR).tolist()
@@ -189,17 +189,17 @@ def label_file_source(
     def stored(kept):
         paths = folder_lib.LabelledPaths(listing, images[kept])
         alone = None if labels_alone is None else labels_alone[kept]
-        known = None if sizes is None else sizes[kept]
-        return folder_lib.StoredFiles(listing.root, paths, alone, len(class_names), known)
+        kept_sizes = None if sizes is None else sizes[kept]
+        return folder_lib.StoredFiles(listing.root, paths, alone, len(class_names), kept_sizes)
 
     return Source(
         name=f"{listing.root} {spec} with {listing.file.name}",
         class_names=tuple(class_names),
-        kept=np.flatnonzero(keep),
+        kept=np.flatnonzero(is_read),
         fingerprint=digest.hexdigest(),
         example_id=lambda number: listing.path(images[number]),
         load=load,
-        max_labels=most,
+        max_labels=max_labels,
         labels=labels_alone,
         faults=faults,
         count_classes=count_classes,
@@ -210,19 +210,19 @@ def label_file_source(
 @functools.lru_cache(maxsize=1)  # its splits share them
 def _tensors(listing: folder_lib.LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     return tuple(
-        tf.constant(each) for each in (listing.paths, listing.path_starts, listing.label_starts)
+        tf.constant(values) for values in (listing.paths, listing.path_starts, listing.label_starts)
     )
 
 
-def _padded(label, weight, most: int) -> dict[str, tf.Tensor]:
-    """The labels (n,) of an image and their weights, filled up to (most,)."""
+def _padded(label, weight, length: int) -> dict[str, tf.Tensor]:
+    """The labels (n,) of an image and their weights, filled up to (length,)."""
     count = tf.size(label)
-    fits = tf.debugging.Assert(count <= most, [count, f"labels, where at most {most} are read"])
+    fits = tf.debugging.Assert(count <= length, [count, f"labels, where at most {length} are read"])
     with tf.control_dependencies([fits]):
-        room = [[0, tf.maximum(most - count, 0)]]
+        room = [[0, tf.maximum(length - count, 0)]]
     return {
-        "label": tf.ensure_shape(tf.pad(label, room, constant_values=-1), [most]),
-        "label_weight": tf.ensure_shape(tf.pad(weight, room), [most]),
+        "label": tf.ensure_shape(tf.pad(label, room, constant_values=-1), [length]),
+        "label_weight": tf.ensure_shape(tf.pad(weight, room), [length]),
     }
 
 
@@ -254,13 +254,13 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
         raise UserError(f"dataset.name={name!r}: {reason}") from None
     if prepared and not builder.is_prepared():
         if name != "digits":
-            what = f"tfds {name}"
+            arguments = f"tfds {name}"
             if name.startswith("imagenet21k"):
-                what = "imagenet21k --source=TAR_OR_FOLDER"
+                arguments = "imagenet21k --source=TAR_OR_FOLDER"
             flag = f" --data_dir={data_dir}" if data_dir else ""
             raise UserError(
                 f"dataset {name!r} is not prepared: looked in {builder.data_dir}; prepare it with "
-                f"`python -m mixer.tools.prepare {what}{flag}`"
+                f"`python -m mixer.tools.prepare {arguments}{flag}`"
             )
         tfds.disable_progress_bar()
         try:
@@ -295,6 +295,72 @@ def bounded_downloads() -> Iterator[None]:
         socket.setdefaulttimeout(waiting)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parser:
+    """Parses the records of a TFDS data set: only the features that are needed.
+
+    Attributes:
+      features: these, as TFDS deserializes them; images stay encoded.
+      image_key, label_key: names of the image and the label.
+      derived: how the label is computed; None: it is stored.
+      scale: what the pixels are multiplied by; None: they stay as they are.
+    """
+
+    features: tfds.features.FeaturesDict
+    image_key: str
+    label_key: str
+    derived: labels_lib.Derived | None
+    scale: int | None
+
+    @property
+    def has_several(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        if self.derived:
+            return self.derived.several
+        return isinstance(self.features[self.label_key], tfds.features.Sequence)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels, in order."""
+        if self.derived:
+            return tuple(self.derived.class_names)
+        feature = self.features[self.label_key]
+        return tuple((feature.feature if self.has_several else feature).names)
+
+    def parse(self, record: tf.Tensor) -> Example:
+        """The image's encoded bytes, and its label () or its labels (n,), int32."""
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        example = self.features.deserialize_example(record, decoders=decoders)
+        label = self.derived.compute(example) if self.derived else example[self.label_key]
+        image = example[self.image_key]
+        if self.scale is not None:
+            image = tf.io.encode_png(tf.io.decode_png(image) * self.scale)
+        return {"image": image, "label": tf.cast(label, tf.int32)}
+
+    def load(self, record: tf.Tensor) -> Example:
+        """An example with one label; fails in the graph where that is no class."""
+        example = self.parse(record)
+        return {**example, "label": _checked(example["label"], len(self.class_names))}
+
+    def load_several(self, record: tf.Tensor, length: int) -> Example:
+        """An example with up to `length` labels of weight 1."""
+        example = self.load(record)
+        weight = tf.ones_like(example["label"], tf.float32)
+        return {"image": example["image"], **_padded(example["label"], weight, length)}
+
+    def count_labels(self, record: tf.Tensor) -> tf.Tensor:
+        """How many labels an example has."""
+        return tf.size(self.parse(record)["label"])
+
+
+def _make_parser(builder: tfds.core.DatasetBuilder, image_key: str, label_key: str) -> _Parser:
+    features = builder.info.features
+    derived = None if label_key in features else labels_lib.DERIVED.get(label_key)
+    keys = (image_key, *(derived.features if derived else (label_key,)))
+    needed = tfds.decode.PartialDecoding(dict.fromkeys(keys, True)).extract_features(features)
+    return _Parser(needed, image_key, label_key, derived, PIXEL_SCALE.get(builder.name))
+
+
 def tfds_source(
     builder: tfds.core.DatasetBuilder, spec: str, excluded: Collection[str], label_key: str = ""
 ) -> Source:
@@ -314,99 +380,76 @@ def tfds_source(
     image_key, own_label = info.supervised_keys or ("image", "label")
     label_key = label_key or own_label
     _check_keys(builder, image_key, label_key)
-    derived = None if label_key in info.features else labels_lib.DERIVED.get(label_key)
     if info.file_format != tfds.core.file_adapters.FileFormat.TFRECORD:
         raise UserError(
             f"dataset {builder.name!r} in {builder.data_dir} is stored as "
             f"{info.file_format.value}; only tfrecord is read: prepare it again in that format"
         )
     absolute(spec, {split: info.splits[split].num_examples for split in info.splits})
-    instructions = info.splits[spec].file_instructions
     files = tuple(
         (str(i.filename), i.skip, i.take if i.take > 0 else i.examples_in_shard - i.skip)
-        for i in instructions
+        for i in info.splits[spec].file_instructions
     )
-    shards = sorted({os.fsencode(path) for path, _, _ in files})
+    parser = _make_parser(builder, image_key, label_key)
     ends = np.cumsum([count for _, _, count in files])
-    # Only what is needed is parsed, and the image is left to the preprocessing.
-    keys = (image_key, *(derived.features if derived else (label_key,)))
-    features = tfds.decode.PartialDecoding(dict.fromkeys(keys, True)).extract_features(
-        info.features
-    )
-    decoders = {image_key: tfds.decode.SkipDecoding()}
-    several = (
-        derived.several if derived else isinstance(features[label_key], tfds.features.Sequence)
-    )
-    if derived:
-        class_names = derived.class_names
-    else:
-        class_names = (features[label_key].feature if several else features[label_key]).names
+    total = int(ends[-1]) if len(ends) else 0
+    is_read = np.ones(total, bool)
+    is_read[_numbers(excluded, files)] = False
 
-    def parse(record):
-        example = features.deserialize_example(record, decoders=decoders)
-        label = derived.compute(example) if derived else tf.cast(example[label_key], tf.int32)
-        image = example[image_key]
-        if builder.name in PIXEL_SCALE:
-            image = tf.io.encode_png(tf.io.decode_png(image) * PIXEL_SCALE[builder.name])
-        return {"image": image, "label": _checked(label, len(class_names))}
-
-    def parse_several(record, most):
-        example = parse(record)
-        weight = tf.ones_like(example["label"], tf.float32)
-        return {"image": example["image"], **_padded(example["label"], weight, most)}
-
-    def example_id(number):
+    def example_id(number: int) -> str:
         file = int(np.searchsorted(ends, number, "right"))
         path, skip, count = files[file]
         return f"{epath.Path(path).name}:{skip + number - (ends[file] - count)}"
 
-    total = int(ends[-1]) if len(ends) else 0
-    keep = np.ones(total, bool)
-    keep[_numbers(excluded, files)] = False
-    base = sum(info.splits[split].num_examples for split in info.splits)
-    bytes_per_example = sum(info.splits[split].num_bytes for split in info.splits) / max(base, 1)
     digest = hashlib.blake2b(f"{info.full_name} {spec} ".encode(), digest_size=16)
     if label_key != own_label:
         digest.update(f"{label_key} ".encode())
     for path, skip, count in files:
         digest.update(f"{epath.Path(path).name} {skip} {count}\n".encode())
+    shards = sorted({os.fsencode(path) for path, _, _ in files})
+    load_several = functools.partial(parser.load_several, length=MOST_LABELS)
     source = Source(
         name=f"{info.full_name} {spec}",
-        class_names=tuple(class_names),
-        kept=np.flatnonzero(keep),
+        class_names=parser.class_names,
+        kept=np.flatnonzero(is_read),
         fingerprint=digest.hexdigest(),
         example_id=example_id,
-        load=functools.partial(parse_several, most=MOST_LABELS) if several else parse,
+        load=load_several if parser.has_several else parser.load,
         files=files,
-        max_labels=MOST_LABELS if several else None,
+        max_labels=MOST_LABELS if parser.has_several else None,
         stored=lambda kept: folder_lib.StoredFiles(
-            epath.Path(builder.data_dir), shards, None, len(class_names)
+            epath.Path(builder.data_dir), shards, None, len(parser.class_names)
         ),
     )
-    if total * bytes_per_example > IN_MEMORY_BYTES:
+    num_bytes, num_examples = (
+        sum(getattr(info.splits[split], field) for split in info.splits)
+        for field in ("num_bytes", "num_examples")
+    )
+    if total * num_bytes / max(num_examples, 1) > IN_MEMORY_BYTES:
         return source
+    return _held_in_memory(source, parser)
+
+
+def _held_in_memory(source: Source, parser: _Parser) -> Source:
+    """The source with its records in memory, encoded, any of which can be loaded by its number."""
     try:
-        pieces = [read_piece(*file) for file in files]
+        pieces = [read_piece(*file) for file in source.files]
     except tf.errors.OpError as error:
         raise UserError(f"{source.name} cannot be read: {first_line(error)}") from None
     records = tf.concat(pieces, 0) if pieces else tf.constant([], tf.string)
-    if not several:
-        return dataclasses.replace(source, load=lambda number: parse(records[number]), files=())
-
-    def count(record):
-        example = features.deserialize_example(record, decoders=decoders)
-        return tf.size(derived.compute(example) if derived else example[label_key])
-
-    counts = tf.data.Dataset.from_tensor_slices(records).map(count, tf.data.AUTOTUNE)
+    if not parser.has_several:
+        return dataclasses.replace(source, load=lambda n: parser.load(records[n]), files=())
+    dataset = tf.data.Dataset.from_tensor_slices(records)
+    counts = dataset.map(parser.count_labels, tf.data.AUTOTUNE).as_numpy_iterator()
     try:
-        most = max([1, *map(int, counts.as_numpy_iterator())])
+        length = max([1, *map(int, counts)])
     except tf.errors.OpError as error:
-        raise UserError(f"{source.name}, label {label_key!r}: {first_line(error)}") from None
+        raise UserError(f"{source.name}, label {parser.label_key!r}: {first_line(error)}") from None
     return dataclasses.replace(
         source,
-        load=lambda number: parse_several(records[number], most),
+        load=lambda number: parser.load_several(records[number], length),
         files=(),
-        max_labels=most,
+        max_labels=length,
     )
 
 
@@ -427,20 +470,22 @@ def _numbers(names: Collection[str], files: Sequence[tuple[str, int, int]]) -> n
     for path, skip, count in files:
         parts.setdefault(epath.Path(path).name, []).append((first, skip, count))
         first += count
-    found = []
+    numbers = []
     for name in names:
         file, _, place = name.rpartition(":")
         for first, skip, count in parts.get(file, ()):
             if place.isdecimal() and skip <= int(place) < skip + count:
-                found.append(first + int(place) - skip)
-    return np.array(found, np.int64)
+                numbers.append(first + int(place) - skip)
+    return np.array(numbers, np.int64)
 
 
 def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: str) -> None:
     """Raises UserError where a data set has no such image or label."""
     features = dict(builder.info.features)
     choices = [key for key, feature in features.items() if _is_label(feature)]
-    choices += [key for key, each in labels_lib.DERIVED.items() if each.dataset == builder.name]
+    choices += [
+        key for key, derived in labels_lib.DERIVED.items() if derived.dataset == builder.name
+    ]
     is_image = isinstance(features.get(image_key), tfds.features.Image)
     if not is_image or label_key not in choices:
         raise UserError(
@@ -480,8 +525,8 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
     aliases = {name: alias for alias, name in names.items()}
     parts = []
     for part in spec.split("+"):
-        name, bracket, rest = part.strip().partition("[")
-        parts.append(aliases.get(name, name) + bracket + rest)
+        name, bracket, range_text = part.strip().partition("[")
+        parts.append(aliases.get(name, name) + bracket + range_text)
     try:
         if any(part.startswith("all[") for part in parts):
             raise ValueError("`all` is all splits whole; write train[:90%]+test[:90%]")
@@ -491,14 +536,14 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
             {alias: _SplitSize(sizes[name]) for alias, name in names.items()}
         )
     except SPEC_ERRORS as error:
-        known = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
+        choices = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
         reason = str(error).splitlines()[0] if str(error) else "not understood"
         for alias, name in names.items():
             reason = reason.replace(alias, name) if alias != name else reason
         odd = [name for name in sizes if "+" in name or "[" in name]
         hint = f"; rename {odd[0]!r}: + and [ have a meaning here" if odd else ""
         raise UserError(
-            f"split {spec!r}: {reason}; the splits are {known}, and parts such as train[:90%] "
+            f"split {spec!r}: {reason}; the splits are {choices}, and parts such as train[:90%] "
             f"(an empty val_split or test_split means none){hint}"
         ) from None
     return [dataclasses.replace(part, splitname=names[part.splitname]) for part in instructions]

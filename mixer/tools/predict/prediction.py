@@ -236,7 +236,7 @@ def make_reader(
 ) -> Callable[[str], tuple[str, np.ndarray] | Unreadable]:
     """Returns `path -> (path, pixels (H, W, 3))`, uint8 or float32, or what is wrong with it.
 
-    What `mixer.data.preprocessing.host.decode` takes goes through the steps as it is; anything else
+    What `preprocessing.decoding.decode` takes goes through the steps as it is; anything else
     is handed to them as the BMP of what Pillow reads. It may be called in several threads.
     """
     import tensorflow as tf

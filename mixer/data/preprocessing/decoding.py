@@ -1,0 +1,165 @@
+"""Decoding on the host: encoded bytes of any common format to upright RGB pixels."""
+
+import functools
+
+import tensorflow as tf
+
+from mixer.data.preprocessing import images
+
+ORIENTATION = 0x0112  # number of the EXIF tag
+DCT = {"fast": "INTEGER_FAST", "accurate": "INTEGER_ACCURATE"}  # of JPEG
+MOST_PIXELS = (1 << 29) // 3  # TensorFlow's own bound for JPEG, and Pillow's for all it reads
+METADATA = 1 << 17  # bytes at a file's start, and at a PNG's end, in which EXIF data is looked for
+# How files begin that are not decoded. \C is any byte; [^x] matches none from 128 on.
+REFUSED = {
+    "TIFF": rb"(II\*\x00|MM\x00\*)\C*",
+    "JPEG 2000": rb"\x00\x00\x00\x0cjP\C*",
+    "HEIC or AVIF": rb"\C{4}ftyp\C*",
+    "BMP of less than 24 bits a pixel": rb"BM\C{12}([^\x0c]\C{13}|\x0c\C{9})[\x01-\x10]\C*",
+}
+# How files begin that Pillow decodes, but for the layouts that TensorFlow gets right. Of a GIF it
+# loses the colours beneath transparent pixels, of BMP it knows one layout, and an animated WebP
+# corrupts its memory. No flag of a still WebP says animation or EXIF.
+BY_PILLOW = rb"(GIF8|BM|RIFF\C{4}WEBP)\C*"
+PLAIN_BMP = rb"BM\C{12}[\x28\x34\x38\x6c\x7c]\x00\x00\x00\C{10}\x18\x00\x00\x00\x00\x00"
+STILL_WEBP = rb"RIFF\C{4}WEBP(VP8 |VP8L|VP8X\C{4}[\x00\x04\x10\x14\x20\x24\x30\x34])\C*"
+PNG = rb"\CPNG\r\n\x1a\n\C*"
+SMALL_PNG = (
+    rb"\CPNG\r\n\x1a\n\C{8}\x00\x00[\x00-\x33]\C\x00\x00[\x00-\x33]\C*"  # sides below 13,312
+)
+
+
+def decode(image, dct="fast"):
+    """Encoded bytes (JPEG, PNG, GIF, WebP or BMP) to (H, W, 3) uint8, upright.
+
+    Grey images get three equal channels, CMYK becomes RGB, of 16 bits the 8 high ones are kept,
+    palettes become their colours, and an alpha channel is dropped (as Pillow's convert("RGB")
+    does). Of an animation the first frame is taken. An EXIF orientation is applied.
+
+    Args:
+      image: the file's bytes.
+      dct: of JPEG: "fast", as the authors' code (TensorFlow's default), or "accurate", as Pillow.
+    """
+    return _decoder(dct)(image)
+
+
+@functools.cache
+def _decoder(dct):
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # traced once
+    def decode(image):
+        def jpeg():
+            pixels = tf.io.decode_jpeg(image, channels=3, dct_method=DCT[dct])
+            return _upright(pixels, orientation_of(image))
+
+        pixels = tf.cond(tf.io.is_jpeg(image), jpeg, lambda: _decode_other(image))
+        return tf.ensure_shape(pixels, [None, None, 3])
+
+    return decode
+
+
+def _decode_other(image):
+    """As `decode`, of what is no JPEG."""
+    start = tf.strings.substr(image, 0, 34)
+
+    def begins(pattern):
+        return tf.strings.regex_full_match(start, pattern)
+
+    def by_pillow():
+        pixels, reason = tf.numpy_function(
+            images.decoded, [image], [tf.uint8, tf.string], stateful=False
+        )
+        with tf.control_dependencies([tf.debugging.Assert(reason == "", [reason])]):
+            return tf.ensure_shape(pixels, [None, None, 3])
+
+    def plain():
+        return tf.io.decode_image(image, channels=3, expand_animations=False)
+
+    def small_png():
+        return tf.cond(_has_exif_chunk(image), by_pillow, plain)
+
+    def large_png():
+        with tf.control_dependencies([_check_png_size(image)]):
+            return small_png()
+
+    def webp():  # with as many channels as it has: it is decoded to no other number
+        pixels = tf.io.decode_image(image, channels=0, expand_animations=False)
+        return tf.ensure_shape(pixels, [None, None, None])[..., :3]
+
+    def rest():
+        kind = tf.constant("")
+        for name, pattern in REFUSED.items():
+            kind = tf.where(begins(pattern), name, kind)
+        assertion = tf.debugging.Assert(
+            kind == "", [kind, "files are not decoded; use JPEG, PNG, GIF, WebP or BMP"]
+        )
+        with tf.control_dependencies([assertion]):
+            return tf.cond(begins(BY_PILLOW) & ~begins(PLAIN_BMP), by_pillow, plain)
+
+    def no_small_png():
+        return tf.cond(begins(PNG), large_png, lambda: tf.cond(begins(STILL_WEBP), webp, rest))
+
+    return tf.cond(begins(SMALL_PNG), small_png, no_small_png)
+
+
+def _has_exif_chunk(image):
+    """Whether a PNG's first or last bytes have the name of an EXIF chunk."""
+    end = tf.strings.substr(image, tf.maximum(tf.strings.length(image) - METADATA, 0), METADATA)
+    ends = tf.strings.join([tf.strings.substr(image, 0, METADATA), end])
+    return tf.strings.regex_full_match(ends, rb"\C*eXIf\C*")
+
+
+def _check_png_size(image):
+    """Fails where a PNG claims more than MOST_PIXELS; its file may be a thousandth of that."""
+    header = tf.strings.join([tf.strings.substr(image, 0, 24), bytes(24)])
+    sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
+    count = tf.reduce_prod(tf.cast(sides, tf.int64))
+    return tf.debugging.Assert(
+        count <= MOST_PIXELS,
+        [count, f"pixels are too many; at most {MOST_PIXELS:,} are decoded"],
+    )
+
+
+def orientation_of(image):
+    """EXIF orientation of a JPEG, 1 (upright) to 8; 1 where there is none."""
+    # Most have no segment that could hold it: from a JFIF header, if any, straight to the tables.
+    start = tf.strings.substr(image, 0, 22)
+    plain = (tf.strings.substr(start, 0, 4) == b"\xff\xd8\xff\xdb") | (
+        (tf.strings.substr(start, 0, 6) == b"\xff\xd8\xff\xe0\x00\x10")
+        & (tf.strings.substr(start, -2, 2) == b"\xff\xdb")
+    )
+    return tf.cond(plain, lambda: 1, lambda: _exif_orientation(image))
+
+
+def _exif_orientation(image):
+    """As `orientation_of`, from the first EXIF segment of the file's first bytes."""
+    start = tf.strings.substr(image, 0, METADATA)
+    parts = tf.raw_ops.StringSplitV2(input=start[None], sep="Exif\0\0", maxsplit=1).values
+    # The zeros let a broken segment be read to its end.
+    tiff = tf.cast(tf.io.decode_raw(tf.strings.join([parts[-1], bytes(8)]), tf.uint8), tf.int32)
+    little = tiff[0] == ord("I")  # the byte order; "M" else
+
+    def number(places):  # unsigned, 16 bits
+        places = tf.minimum(places, tf.size(tiff) - 2)
+        first, second = tf.gather(tiff, places), tf.gather(tiff, places + 1)
+        return tf.where(little, first + 256 * second, 256 * first + second)
+
+    # A segment is shorter than 64 kB, so the directory's place is in the low half of its four
+    # bytes. It begins with the number of its entries, of 12 bytes each.
+    directory = number(tf.where(little, 4, 6))
+    entries = directory + 2 + 12 * tf.range(tf.minimum(number(directory), 1000))
+    value = tf.reduce_max(tf.where(number(entries) == ORIENTATION, number(entries + 8), 0))
+    marker = tf.strings.substr(tf.strings.join(["    ", parts[0]]), -4, 2)
+    is_exif = (tf.size(parts) == 2) & (marker == b"\xff\xe1")
+    return tf.where(is_exif & (value >= 1) & (value <= 8), value, 1)
+
+
+def _upright(image, orientation):
+    """Undoes an EXIF orientation (the exchange of the axes first, then the mirrors)."""
+
+    def turn():
+        turned = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+        rows = tf.reduce_any(orientation == [3, 4, 7, 8])
+        columns = tf.reduce_any(orientation == [2, 3, 6, 7])
+        return tf.raw_ops.Reverse(tensor=turned, dims=tf.stack([rows, columns, False]))
+
+    return tf.cond(orientation == 1, lambda: image, turn)
