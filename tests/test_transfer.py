@@ -214,7 +214,7 @@ def test_sets_that_are_not_prepared_are_listed_together(tmp_path):
     [
         (dict(init_from="/nowhere.npz"), "^b: /nowhere.npz"),
         (dict(dataset__test_split=""), "^b: dataset.test_split"),
-        (dict(dataset__train_split="trian"), "^b: split .*'trian'"),
+        (dict(dataset__train_split="trian"), "^b: split.*'trian'"),
         (dict(total_steps=None), "^b: .*total_steps"),
         (dict(init_from=WEIGHTS), "^b: .*image"),
     ],
