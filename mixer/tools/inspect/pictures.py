@@ -1,7 +1,6 @@
 """Pictures of what a model has learnt, as PNG files; their figures are those of runs/curves.py."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -195,7 +194,9 @@ def _draw_named(
                 left.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, c=color)
     left.set_xticks(range(count), names, rotation=90)
     left.set_yticks(range(count), names)
-    _finish_matrix(left, "share of the label's images" + ", %" * (count <= 20))
+    left.set_xlabel("first guess")
+    left.set_ylabel("label")
+    left.set_title("share of the label's images" + ", %" * (count <= 20), fontsize=10)
     present = np.flatnonzero(np.isfinite(accuracies))
     error = np.abs(intervals[present].T - accuracies[present])
     right.errorbar(accuracies[present], present, xerr=error, fmt="o", ms=4, capsize=2)
@@ -204,7 +205,9 @@ def _draw_named(
     right.set_yticks(range(count), [""] * count)
     right.set_ylim(count - 0.5, -0.5)
     right.set_xlim(0, 1.02)
-    _finish_accuracies(right, right.xaxis, "accuracy, interval of 95 %")
+    right.xaxis.set_major_formatter(curves.format_percent)
+    right.grid(alpha=0.3)
+    right.set_title("accuracy, interval of 95 %", fontsize=10)
     curves.save_figure(figure, path)
 
 
@@ -227,7 +230,9 @@ def _draw_many(
     image = left.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     left.set_xticks([])
     left.set_yticks([])
-    _finish_matrix(left, title)
+    left.set_xlabel("first guess")
+    left.set_ylabel("label")
+    left.set_title(title, fontsize=10)
     bar = figure.colorbar(image, ax=left, fraction=0.046, pad=0.03)
     ticks = np.array([0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.set_ticks(np.sqrt(ticks), labels=[f"{tick:.0%}" for tick in ticks])
@@ -238,24 +243,13 @@ def _draw_many(
     right.plot(place, accuracies[order], lw=1.4, label="accuracy")
     right.set_xlabel("classes, the worst first")
     right.set_ylim(-0.02, 1.02)
+    right.yaxis.set_major_formatter(curves.format_percent)
+    right.grid(alpha=0.3)
     right.legend(fontsize=8, loc="lower right")
     absent = count - len(order)
     title = "accuracy of each class" + f" ({absent:,} lack images)" * bool(absent)
-    _finish_accuracies(right, right.yaxis, title)
+    right.set_title(title, fontsize=10)
     curves.save_figure(figure, path)
-
-
-def _finish_matrix(axes: Any, title: str) -> None:
-    axes.set_xlabel("first guess")
-    axes.set_ylabel("label")
-    axes.set_title(title, fontsize=10)
-
-
-def _finish_accuracies(axes: Any, axis: Any, title: str) -> None:
-    """Finishes the panel of the classes' accuracies, which run along `axis`."""
-    axis.set_major_formatter(curves.format_percent)
-    axes.grid(alpha=0.3)
-    axes.set_title(title, fontsize=10)
 
 
 # Tiles.
