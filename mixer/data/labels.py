@@ -1,4 +1,4 @@
-"""Labels that are computed from what TFDS stores: VTAB's that are no plain class, ImageNet-ReaL.
+"""Labels computed from TFDS's features: some of VTAB's, and ImageNet-ReaL.
 
 Each is a pure function of one example, read by `dataset.label_key`. VTAB's definitions are those of
 the benchmark (Zhai et al., 2019, arXiv 1910.04867), its numbers as in its public code
@@ -137,7 +137,7 @@ DERIVED = {
     "dsprites_orientation": Derived(
         "dsprites", ("label_orientation",), _numbers(DSPRITES_BINS), dsprites_orientation
     ),
-    # The degrees are recalled from the set's page and not re-checked.
+    # The degrees are from memory of the set's page [not re-checked].
     "smallnorb_azimuth": Derived(
         "smallnorb",
         ("label_azimuth",),

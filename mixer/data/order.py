@@ -77,10 +77,10 @@ def process_slice(global_batch_size: int, process_index: int, process_count: int
 def reader_rows(
     global_batch_size: int, process_index: int, process_count: int, num_readers: int
 ) -> list[tuple[int, slice]]:
-    """What one process takes of every batch: (reader, rows of that reader's part), in order.
+    """The parts of every batch that one process reads: (reader, rows of its part), in order.
 
-    With as many processes as readers that is all of its own reader's part. Both numbers divide
-    the batch size.
+    With as many processes as readers, a process reads all of its own reader's part. Both numbers
+    divide the batch size.
     """
     rows = process_slice(global_batch_size, process_index, process_count)
     parts = []
@@ -191,14 +191,14 @@ class _Files:
                 runs, count = [], 0
 
     def pieces(self, runs: list[tuple[int, int, int]]) -> tuple[Piece, ...]:
-        """What to read of runs of kept records: from the first to the last of each."""
+        """Pieces to read for runs of kept records, each from its first to its last record."""
         return tuple(
             Piece(file, self._record(file, start), self._record(file, stop - 1) + 1)
             for file, start, stop in runs
         )
 
     def _record(self, file: int, place: int) -> int:
-        """The place among all of a file's records of a place among those not excluded."""
+        """Turns a place among a file's kept records into one among all of its records."""
         if file not in self._excluded:
             return place
         records = np.setdiff1d(np.arange(self._sizes[file]), self._excluded[file])

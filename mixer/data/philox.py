@@ -80,7 +80,7 @@ def uniform(key: jax.Array, shape=(), minval: float = 0.0, maxval: float = 1.0) 
     Returns:
       (..., *shape) float32.
     """
-    # 23 random bits behind the one of a float32 between 1 and 2.
+    # 23 random bits as the fraction of a float32 between 1 and 2.
     mantissa = random_bits(key, shape) & 0x7FFFFF
     value = jax.lax.bitcast_convert_type(mantissa | 0x3F800000, jnp.float32) - 1.0
     if (minval, maxval) == (0.0, 1.0):
@@ -114,7 +114,7 @@ def random_bits(key: jax.Array, shape=()) -> jax.Array:
 
 
 def rounded(product: jax.Array) -> jax.Array:
-    """The float32 product itself, rounded before anything is added to it.
+    """The float32 product, rounded before anything is added to it.
 
     Compilers join a product and a sum into one operation that rounds once, and so differs in the
     last bit from TensorFlow's two. They cannot look through this maximum.
@@ -124,7 +124,7 @@ def rounded(product: jax.Array) -> jax.Array:
 
 def _blocks(key: jax.Array, count: int) -> jax.Array:
     """The first `count` blocks of four words: (..., count, 4) uint32."""
-    # The seed is a counter that is enciphered once: half of the outcome is the key, half the start.
+    # TensorFlow enciphers the seed once: half of the result is the key, half the first counter.
     seed_key = [jnp.uint32(word) for word in SEED_KEY]
     mixed = _philox([key[..., i] for i in range(4)], seed_key)
     number = jnp.arange(count, dtype=jnp.uint32)  # below 2^32: the counter's other words stay

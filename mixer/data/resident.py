@@ -1,8 +1,8 @@
-"""Small data sets that stay: decoded once, kept, and never read again.
+"""Small data sets stay in memory: they are decoded once and never read again.
 
-The training images go to the devices as they are after the steps that are the same in every epoch;
-there they are drawn in the order of the streaming path (`order.batch_examples`) and take their
-random steps (`mixer/data/preprocessing/device.py`) with the same keys. Images for evaluation stay
+The host computes the ops that are the same in every epoch and sends the training images to the
+devices. These draw the images in the order of a stream (`order.batch_examples`) and compute the
+other ops (mixer/data/preprocessing/device.py) with the keys of a stream. Images for evaluation stay
 on the host.
 """
 
@@ -18,7 +18,7 @@ import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixer.data import order
-from mixer.data.placement import Sizes, place, room
+from mixer.data.placement import Placement, Sizes, place, room
 from mixer.data.preprocessing.device import make_augment
 from mixer.data.splits import Cache, Split
 from mixer.errors import UserError
@@ -33,9 +33,9 @@ class Examples:
     """All training examples, on the host.
 
     Attributes:
-      arrays: what batches are made from: "image" (n, H, W, 3), "label" and the like; where steps
-        are left for the device, "number" (n,) uint32, which the examples' keys are made with.
-      augment: these steps, (images, keys (N, 4) uint32) -> images; None where none is left.
+      arrays: what batches are made from: "image" (n, H, W, 3), "label" and the like; where the
+        device computes ops, "number" (n,) uint32, which the examples' keys are made with.
+      augment: the device's ops, (images, keys (N, 4) uint32) -> images; None where it has none.
       about: a line for the user.
     """
 
@@ -45,7 +45,7 @@ class Examples:
 
     @property
     def num_examples(self) -> int:
-        """How many they are."""
+        """How many examples there are."""
         return len(self.arrays["label"])
 
 
@@ -57,20 +57,20 @@ def read(
     augment_on: str = "auto",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Examples | str:
-    """Reads all images of `split` through the steps that are the same in every epoch.
+    """Reads all images of `split`, with the host's ops, where they are to stay on the device.
 
     Args:
       split: of training.
-      mode: "auto", "on" or "off", the config's dataset.on_device.
-      num_drawn: how many images the whole run draws; "auto" reads no set that is larger.
-      augment_on: the config's dataset.augment_on; with "host", "auto" leaves random steps there.
-      should_stop: asked after each batch; where it says so, reading ends.
+      mode: the config's dataset.on_device.
+      num_drawn: how many images the whole run draws.
+      augment_on: the config's dataset.augment_on.
+      should_stop: asked after each batch whether to stop reading.
 
     Returns:
-      The examples, or why they are to be streamed.
+      The examples, or the reason why they are streamed.
 
     Raises:
-      UserError: why, with "on".
+      UserError: the images cannot stay on the device, with mode "on".
     """
     host = functools.cache(lambda: _host_split(split))
     try:
@@ -85,28 +85,19 @@ def read(
             measure=lambda: _measure(host(), mode),
             read_by_file=split.order_depends_on_readers,
         )
-        if not placement.on_device:
-            raise UserError(placement.reason)
-        arrays = _read(host(), should_stop)
+        if placement.on_device:
+            return _read(host(), split, placement, should_stop)
+        raise UserError(placement.reason)
     except UserError as error:
         if mode == "on":
             raise UserError(f"dataset.on_device=on: {error}") from error
         return str(error)
-    if arrays is None:
-        return "reading was interrupted"
-    height, width = arrays["image"].shape[1:3]
-    about = f"{split.num_examples:,} of {height} x {width} px, {short(_num_bytes(host()), 'B')}"
-    if not placement.device:
-        return Examples(arrays, None, about)
-    arrays["number"] = split.numbers.astype(np.uint32)
-    augment = make_augment(split.preprocess, (height, width))
-    return Examples(arrays, augment, f"{about}; there they take {placement.device}")
 
 
 def _host_split(split: Split) -> Split:
     """The split with the host's part of the ops, which gives images of one size.
 
-    It is that of the first image where the ops do not say it: `_in_order` finds any other.
+    The first image says the size where the ops do not; `_in_order` refuses images of another one.
     """
     host = split.with_preprocess(split.preprocess.parts.host, image_size=(None, None))
     if None not in host.example_spec["image"][0]:
@@ -133,8 +124,10 @@ def _measure(host: Split, mode: str) -> Sizes:
     )
 
 
-def _read(host: Split, should_stop: Callable[[], bool]) -> dict[str, np.ndarray] | None:
-    """All examples in their order; None where reading was stopped."""
+def _read(
+    host: Split, split: Split, placement: Placement, should_stop: Callable[[], bool]
+) -> Examples | str:
+    """Reads all examples in their order; says so where it was stopped."""
     arrays = {
         name: np.empty((host.num_examples, *shape), dtype)
         for name, (shape, dtype) in host.example_spec.items()
@@ -146,12 +139,18 @@ def _read(host: Split, should_stop: Callable[[], bool]) -> dict[str, np.ndarray]
             arrays[name][start:stop] = values
         start = stop
         if should_stop():
-            return None
-    return arrays
+            return "reading was interrupted"
+    height, width = arrays["image"].shape[1:3]
+    about = f"{split.num_examples:,} of {height} x {width} px, {short(_num_bytes(host), 'B')}"
+    if not placement.device:
+        return Examples(arrays, None, about)
+    arrays["number"] = split.numbers.astype(np.uint32)
+    augment = make_augment(split.preprocess, (height, width))
+    return Examples(arrays, augment, f"{about}; there they take {placement.device}")
 
 
 def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of all examples, once; UserError where their images differ in size."""
+    """Yields all examples once; raises UserError where images differ in size."""
     try:
         yield from split.sequential_batches(
             start=0, stop=split.num_examples, batch_size=READ_AT_ONCE
@@ -163,12 +162,12 @@ def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
         height, width = split.example_spec["image"][0][:2]
         raise UserError(
             f"images differ in size ({height} x {width}, and {match[1]} {match[2]} x {match[3]}); "
-            "put resize or a crop before the first random step, as in decode|resize(64)|flip_lr"
+            "put resize or a crop before the first random op, as in decode|resize(64)|flip_lr"
         ) from error
 
 
 def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
-    """The arrays of the examples, whole on every device; each process gives its devices theirs."""
+    """Puts the whole arrays on every device; each process serves its own devices."""
     replicated = sharding.replicated(mesh)
     return {
         name: jax.make_array_from_callback(values.shape, replicated, values.__getitem__)
@@ -177,7 +176,7 @@ def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def order_spec(length: int, global_batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of what `put_order` gives."""
+    """Shapes, dtypes and shardings of what `put_order` returns."""
     by_batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     shape = (length, global_batch_size)
     return {
@@ -209,9 +208,9 @@ def put_order(
 
 
 def remember(split: Split | None) -> Split | None:
-    """The same split, which keeps what `sequential_batches` has read, where that is little.
+    """The same split with a cache of what it reads, where that fits into memory.
 
-    So an evaluation decodes its images once, and the next ones do without TensorFlow.
+    The first evaluation decodes the images; the later ones need no TensorFlow.
     """
     available = psutil.virtual_memory().available
     if split is None or _num_bytes(split) > room("auto", available):
@@ -220,7 +219,7 @@ def remember(split: Split | None) -> Split | None:
 
 
 def _num_bytes(split: Split) -> int:
-    """What all examples of a split take."""
+    """Bytes of all examples of a split, as arrays."""
     return split.num_examples * sum(
         math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in split.example_spec.values()
     )

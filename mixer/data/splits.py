@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, by the config's `dataset`.
+"""The splits of the data set that a config names, and their batches.
 
 TensorFlow is imported only where the data needs it: synthetic data runs without.
 """
@@ -32,7 +32,7 @@ class Cache:
         self._arrays: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def batches(self, split: "Split", *, start: int, stop: int, batch_size: int) -> Batches:
-        """As `split.read`, which is asked where it has not been read to the end before."""
+        """As `split.read`, which reads what the cache does not have."""
         if (start, stop) in self._arrays:
             arrays = self._arrays[start, stop]
             for low in range(0, stop - start, batch_size):
@@ -81,7 +81,7 @@ class Split(abc.ABC):
 
     @property
     def num_examples(self) -> int:
-        """How many examples are read (excluded ones are not counted)."""
+        """How many examples the split has, without the excluded ones."""
         return len(self.numbers)
 
     @abc.abstractmethod
@@ -128,7 +128,7 @@ class Split(abc.ABC):
     def with_preprocess(
         self, spec: Specification, *, image_size: tuple[int | None, int | None], keys: bool = False
     ) -> "Split":
-        """The same examples through other ops; of synthetic images, which take none, the same.
+        """The same examples with other ops; synthetic images have none, and stay as they are.
 
         Args:
           spec: the ops.
@@ -168,7 +168,7 @@ class Split(abc.ABC):
     ) -> Batches:
         """Yields the whole split once: every process the same number of full batches.
 
-        Each process reads its own run of the examples; what fills the last batches up has mask 0.
+        Each process reads its own range of places. Rows that only fill a batch have mask 0.
 
         Returns:
           Batches of global_batch_size / process_count examples, with "mask" (n,) float32 and
@@ -200,7 +200,7 @@ class Split(abc.ABC):
 
 
 def _kept(numbers: np.ndarray) -> str:
-    """The end of a fingerprint where a part of the examples is read."""
+    """The end of the fingerprint of a part of a split."""
     return f"kept {zlib.crc32(numbers.tobytes())}"
 
 
@@ -260,7 +260,7 @@ class SyntheticSplit(Split):
 
 
 class Unusable(UserError):
-    """Some images of a split cannot be used, by what is known before they are read."""
+    """Some images of a split cannot be used, as their listing already shows."""
 
 
 def open_split(
@@ -392,20 +392,20 @@ def _read_label_file(file: str, root: str) -> folder_lib.LabelFile:
 
 
 def forget_listings() -> None:
-    """Lets folders and label files be read anew: they may have changed since the last run."""
+    """Makes the next call read folders and label files again: they may have changed."""
     scan.cache_clear()
     _read_label_file.cache_clear()
 
 
 def has_subfolders(dataset) -> bool:
-    """Whether a folder of images has some in folders of a class folder."""
+    """Whether a folder of images holds images in subfolders of a class folder."""
     if dataset.name != "folder" or dataset.label_file:
         return False
     return scan(dataset.data_dir, True).nested > 0
 
 
 def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
-    """Lines on what may not be as the user meant it: nothing stands in the way of training.
+    """Lines on what the user may not have meant; none of it prevents training.
 
     Args:
       dataset: the config's `dataset`.
@@ -444,7 +444,7 @@ def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
 
 
 def _unmatched(dataset, subfolders: bool) -> list[str]:
-    """Names of the exclusion list that are no example of any split, sorted."""
+    """Names of the exclusion list that match no example of any split, sorted."""
     excluded = read_exclusions(dataset.exclude)
     if not excluded:
         return []
@@ -470,7 +470,7 @@ def read_exclusions(path: str) -> frozenset[str]:
         if not line.strip():
             continue
         try:
-            # As `example_id` has the name, where the list has Python's form of other bytes.
+            # The list escapes bytes that are no UTF-8; `example_id` has them decoded.
             names.add(folder_lib.decode(folder_lib.encode(json.loads(line)["example"])))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(

@@ -10,16 +10,17 @@ ORIENTATION = 0x0112  # number of the EXIF tag
 DCT = {"fast": "INTEGER_FAST", "accurate": "INTEGER_ACCURATE"}  # of JPEG
 MOST_PIXELS = (1 << 29) // 3  # TensorFlow's own bound for JPEG, and Pillow's for all it reads
 METADATA = 1 << 17  # bytes at a file's start, and at a PNG's end, in which EXIF data is looked for
-# How files begin that are not decoded. \C is any byte; [^x] matches none from 128 on.
+# First bytes of the formats that are refused. \C is any byte; [^x] matches no byte from 128 on.
 REFUSED = {
     "TIFF": rb"(II\*\x00|MM\x00\*)\C*",
     "JPEG 2000": rb"\x00\x00\x00\x0cjP\C*",
     "HEIC or AVIF": rb"\C{4}ftyp\C*",
     "BMP of less than 24 bits a pixel": rb"BM\C{12}([^\x0c]\C{13}|\x0c\C{9})[\x01-\x10]\C*",
 }
-# How files begin that Pillow decodes, but for the layouts that TensorFlow gets right. Of a GIF it
-# loses the colours beneath transparent pixels, of BMP it knows one layout, and an animated WebP
-# corrupts its memory. No flag of a still WebP says animation or EXIF.
+# First bytes of the formats that Pillow decodes, except for the layouts below, which TensorFlow
+# decodes correctly. TensorFlow loses the colours beneath a GIF's transparent pixels, knows one
+# layout of BMP, and corrupts its memory on an animated WebP. A still WebP has no flag of animation
+# or EXIF.
 BY_PILLOW = rb"(GIF8|BM|RIFF\C{4}WEBP)\C*"
 PLAIN_BMP = rb"BM\C{12}[\x28\x34\x38\x6c\x7c]\x00\x00\x00\C{10}\x18\x00\x00\x00\x00\x00"
 STILL_WEBP = rb"RIFF\C{4}WEBP(VP8 |VP8L|VP8X\C{4}[\x00\x04\x10\x14\x20\x24\x30\x34])\C*"
@@ -58,7 +59,7 @@ def _decoder(dct):
 
 
 def _decode_other(image):
-    """As `decode`, of what is no JPEG."""
+    """As `decode`, for all formats but JPEG."""
     start = tf.strings.substr(image, 0, 34)
 
     def begins(pattern):
@@ -102,14 +103,14 @@ def _decode_other(image):
 
 
 def _has_exif_chunk(image):
-    """Whether a PNG's first or last bytes have the name of an EXIF chunk."""
+    """Whether a PNG's first or last bytes contain the name of an EXIF chunk."""
     end = tf.strings.substr(image, tf.maximum(tf.strings.length(image) - METADATA, 0), METADATA)
     ends = tf.strings.join([tf.strings.substr(image, 0, METADATA), end])
     return tf.strings.regex_full_match(ends, rb"\C*eXIf\C*")
 
 
 def _check_png_size(image):
-    """Fails where a PNG claims more than MOST_PIXELS; its file may be a thousandth of that."""
+    """Fails where a PNG's header claims more than MOST_PIXELS, however small the file is."""
     header = tf.strings.join([tf.strings.substr(image, 0, 24), bytes(24)])
     sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
     count = tf.reduce_prod(tf.cast(sides, tf.int64))
@@ -121,7 +122,7 @@ def _check_png_size(image):
 
 def orientation_of(image):
     """EXIF orientation of a JPEG, 1 (upright) to 8; 1 where there is none."""
-    # Most have no segment that could hold it: from a JFIF header, if any, straight to the tables.
+    # Most files have no segment for it: the tables follow the start or a JFIF header directly.
     start = tf.strings.substr(image, 0, 22)
     plain = (tf.strings.substr(start, 0, 4) == b"\xff\xd8\xff\xdb") | (
         (tf.strings.substr(start, 0, 6) == b"\xff\xd8\xff\xe0\x00\x10")
@@ -134,7 +135,7 @@ def _exif_orientation(image):
     """As `orientation_of`, from the first EXIF segment of the file's first bytes."""
     start = tf.strings.substr(image, 0, METADATA)
     parts = tf.raw_ops.StringSplitV2(input=start[None], sep="Exif\0\0", maxsplit=1).values
-    # The zeros let a broken segment be read to its end.
+    # The zeros keep the reads of a broken segment in bounds.
     tiff = tf.cast(tf.io.decode_raw(tf.strings.join([parts[-1], bytes(8)]), tf.uint8), tf.int32)
     little = tiff[0] == ord("I")  # the byte order; "M" else
 

@@ -141,7 +141,7 @@ def random_affine(images, keys, degrees=0.0, translate=0.0, scale=0.0, shear=0.0
 
 
 def _exp(exponent, bound):
-    """The exponential of float32 numbers within +-bound, the last bit right almost always.
+    """The exponential of float32 numbers within +-bound, almost always correct to the last bit.
 
     XLA's is off by one in a tenth of the cases, the C library's, TensorFlow's, hardly ever. From
     the nearest of 2^8 points a unit, whose exponential is a sum of two floats, it is not far.
@@ -233,10 +233,10 @@ def random_erasing(
 
 
 def box(rows, columns):
-    """Of rows (N, H) and columns (N, W): (N, H, W, 1)."""
+    """Where both rows (N, H) and columns (N, W) are set: (N, H, W, 1)."""
     return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
 def per_image(values):
-    """(N,) to (N, 1, 1, 1)."""
+    """Reshapes (N,) to (N, 1, 1, 1)."""
     return values[:, None, None, None]

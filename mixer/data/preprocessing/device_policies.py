@@ -24,7 +24,7 @@ from mixer.data.preprocessing.policies import (
     amount_of_magnitude,
 )
 
-# What maps each value of a channel to another one.
+# Operations that map each value of a channel to another one.
 POINT = ("invert", "posterize", "solarize", "solarize_add", "brightness", "contrast")
 POINT += ("auto_contrast", "equalize")
 
@@ -142,7 +142,7 @@ def _strength(name, amount, image_size) -> Strength:
 
 
 def _mask(bits):
-    """Of the `bits` highest of eight bits, one at least."""
+    """The mask of the `bits` highest of eight bits; at least one."""
     return 0xFF00 >> min(max(bits, 1), 8) & 0xFF
 
 
@@ -156,7 +156,7 @@ def _apply_in_turn(images, strengths, numbers, places=None):
       places: (L, 2, N) in [0, 1): where cutout strikes, as shares of the height and the width.
     """
 
-    # A loop: without it one layer is joined to the next, and computed for each use that has of it.
+    # A loop keeps XLA from fusing one layer with the next, which recomputes it for each use.
     def layer(images, draws):
         return _apply(images, strengths, *draws), None
 
@@ -175,7 +175,7 @@ def _apply(images, strengths, number, place):
         dtype = jnp.int32 if field == "number" else jnp.float32
         return jnp.asarray(values.T, dtype)[..., number]
 
-    # Each operation leaves the images alone that are not its own, so all follow upon each other.
+    # Each operation changes only the images that chose it, so all of them run in sequence.
     result = images
     if names & set(GEOMETRY):
         rows, columns = (
@@ -240,7 +240,7 @@ def _tables(images, names, is_a, value, means):
         at_most = _at_most(images)
         table = enter("auto_contrast", lambda: _stretched(at_most, pixels))
         table = enter("equalize", lambda: _equalized(at_most, old))
-    # Else the compiler may compute an entry anew for every pixel that looks it up.
+    # Without the barrier the compiler may recompute an entry for every pixel that looks it up.
     return jax.lax.optimization_barrier(table.astype(jnp.uint8))
 
 
@@ -271,7 +271,7 @@ def _stretched(at_most, pixels):
 def _equalized(at_most, old):
     """The table that flattens each channel's histogram, with Pillow's integer arithmetic."""
     count = at_most[..., -1:]
-    # All but the pixels of the highest value, shared among the other 255.
+    # The pixels below the highest value, divided among 255 steps.
     step = jnp.max(jnp.where(at_most < count, at_most, 0), -1, keepdims=True) // 255
     num_below = jnp.pad(at_most[..., :-1], [(0, 0), (0, 0), (1, 0)])
     new = jnp.minimum((num_below + step // 2) // jnp.maximum(step, 1), 255)

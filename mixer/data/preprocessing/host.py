@@ -15,7 +15,7 @@ from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.decoding import DCT, decode, orientation_of
 from mixer.data.preprocessing.spec import Kind, Specification, parse
 
-# More than so many pixels `resize_small` makes only of pictures of an aspect up to MOST_ASPECT.
+# `resize_small` makes more than MOST_RESIZED pixels only where the aspect is at most MOST_ASPECT.
 MOST_RESIZED, MOST_ASPECT = 1 << 21, 8
 
 
@@ -70,7 +70,7 @@ def resize(image, size, method="bilinear", antialias=False):
     size = (size, size) if isinstance(size, int) else size
     image = tf.ensure_shape(image, [None, None, 3])
     if method == "bilinear" and not antialias:
-        # From float32 the kernel takes half the time; of large images the copy eats that up.
+        # The kernel is twice as fast on float32; for large images the copy costs as much.
         image = tf.cond(
             tf.size(image) < 1 << 20,
             lambda: tf.image.resize(tf.cast(image, tf.float32), size),
@@ -85,7 +85,7 @@ def resize_small(image, size, method="area", antialias=False):
     """Resizes so that the short side is `size`, keeping the aspect (evaluation: 256, area).
 
     The ends of a very long picture are cut off first, so that no more than MOST_RESIZED pixels are
-    made of it: at 256, of the middle 32 squares. What a crop takes of the middle stays there.
+    made: at 256, the middle 32 squares. A crop of the middle shows the same pixels as before.
     """
     sides = tf.shape(image)[:2]
     max_length = max(MOST_RESIZED // size**2, MOST_ASPECT) * tf.reduce_min(sides)
@@ -284,7 +284,7 @@ def make_preprocess(spec: str | Specification, image_size: tuple[int, int]) -> C
 
 
 def output_spec(preprocess: Callable, example_spec: dict) -> dict:
-    """What examples are after preprocessing.
+    """Shapes and dtypes of examples after preprocessing.
 
     Args:
       preprocess: made by `make_preprocess`.

@@ -275,10 +275,10 @@ def apply_magnitude(image, name, magnitude, *, faithful=True, sign=1.0, place=(0
 
 
 def choose(number, branches, image, **arguments):
-    """Calls branch `number` on an image: `branches[number](image, **arguments)`.
+    """Computes `branches[number](image, **arguments)`.
 
-    tf.switch_case lays the nodes of all branches into the graph, and passing over those that are
-    not chosen takes longer than most operations do. Here each branch stays a function.
+    tf.switch_case inlines all branches into the graph, and skipping their nodes takes longer than
+    most operations do. Here each branch stays a function.
     """
     image = tf.ensure_shape(image, [None, None, 3])
     inputs = {"image": image, **{key: tf.convert_to_tensor(x) for key, x in arguments.items()}}

@@ -22,19 +22,19 @@ from mixer.files import parse_path
 
 # A TFDS split of up to this size is held in memory, encoded as it is on disk, and shuffled whole.
 IN_MEMORY_BYTES = 2 << 30
-# The most labels of an image in a larger split: to find the true number would mean to read it all.
+# Labels an image may have in a larger split; finding the true maximum would read all of it.
 MOST_LABELS = 128
 # What TFDS's pixels are multiplied by; dSprites' are 0 and 1.
 PIXEL_SCALE = {"dsprites": 255}
-# Waited for in a download: for a connection, and for the next bytes.
+# Time limits of a download: for a connection, and for the next bytes.
 CONNECT_SECS, READ_SECS, RETRIES = 10.0, 60.0, 3
-# No network, a file that has moved, is another now or has to be fetched by hand, a full disk, a
-# package that is missing.
+# No network, a file that has moved or changed or must be fetched by hand, a full disk, a missing
+# package.
 DOWNLOAD_ERRORS = (
     *(OSError, ImportError, AssertionError, tf.errors.OpError, tfds.download.DownloadError),
     *(extractor.ExtractError, download_manager.NonMatchingChecksumError),
 )
-# What TFDS's grammar of splits raises for what is none.
+# What TFDS's grammar of splits raises for an invalid one.
 SPEC_ERRORS = (
     *(ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError),
     RecursionError,
@@ -266,7 +266,7 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
         try:
             builder.download_and_prepare()
         except OSError:
-            # Another process of the run was first; what it has made is what this one wanted.
+            # Another process of the run was faster, and has prepared the same data.
             builder = tfds.builder(name, data_dir=directory)
             if not builder.is_prepared():
                 raise
@@ -275,7 +275,7 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
 
 @contextlib.contextmanager
 def bounded_downloads() -> Iterator[None]:
-    """Gives TFDS's downloads time limits: they have none, and try again for minutes."""
+    """Gives TFDS's downloads time limits; without them they hang, or retry for minutes."""
     import requests
 
     adapter, retries = requests.adapters.HTTPAdapter, downloader.MAX_RETRIES
@@ -431,7 +431,7 @@ def tfds_source(
 
 
 def _held_in_memory(source: Source, parser: _Parser) -> Source:
-    """The source with its records in memory, encoded, any of which can be loaded by its number."""
+    """The source with its encoded records in memory, so that any can be loaded by its number."""
     try:
         pieces = [read_piece(*file) for file in source.files]
     except tf.errors.OpError as error:
@@ -454,7 +454,7 @@ def _held_in_memory(source: Source, parser: _Parser) -> Source:
 
 
 def unmatched(builder: tfds.core.DatasetBuilder, names: Iterable[str]) -> list[str]:
-    """Those of `names` that are no example of a TFDS data set, in any split."""
+    """The names that match no example of a TFDS data set, in any split."""
     files = [
         (str(part.filename), part.skip, part.take)
         for split in builder.info.splits.values()
@@ -502,7 +502,7 @@ def _is_label(feature) -> bool:
 
 
 def _checked(label, num_classes: int) -> tf.Tensor:
-    """`label`, of any shape, as it is; fails in the graph where one is no class."""
+    """Returns `label`, of any shape; fails in the graph where a value is no class."""
     assertion = tf.debugging.Assert(
         tf.reduce_all((label >= 0) & (label < num_classes)),
         ["label", label, f"where the classes are 0 to {num_classes - 1}"],
@@ -512,11 +512,14 @@ def _checked(label, num_classes: int) -> tf.Tensor:
 
 
 def absolute(spec: str, sizes: dict[str, int]) -> list:
-    """Parses a split spec with TFDS's own grammar; UserError where it names no split.
+    """Parses a split spec with TFDS's own grammar.
 
-    Unlike there, a split may have any name without "+" and "[", but for "all".
+    A split may have any name without "+" and "[" except "all", which is more than TFDS allows.
+
+    Raises:
+      UserError: the spec names no split.
     """
-    # Names longer than any other stand for those that the grammar does not take.
+    # Aliases, longer than any name, replace names that the grammar does not accept.
     longest = max(map(len, sizes), default=0)
     names = {
         name if re.fullmatch(r"[\w-]+", name) else "x" * (longest + i): name
@@ -551,7 +554,7 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class _SplitSize:
-    """What TFDS's split grammar wants to know of a split."""
+    """The part of a split's description that TFDS's grammar needs."""
 
     num_examples: int
 
