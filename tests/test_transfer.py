@@ -16,7 +16,7 @@ import pytest
 
 from configs import finetune
 from helpers import GOLDENS, assert_close, final_state, run_python, tiny_config
-from mixer import trainer, transfer
+from mixer import console, trainer, transfer
 from mixer.errors import UserError
 from mixer.parallel import signals
 
@@ -160,7 +160,7 @@ def test_stopped_and_continued_is_the_same(done, tmp_path, monkeypatch):
     directory, result, *_ = done
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "b_x")
-    steps, shown = [], trainer.console.Terminal.step
+    steps, shown = [], console.Terminal.step
 
     def step(self, number):
         steps.append(number)
@@ -168,7 +168,7 @@ def test_stopped_and_continued_is_the_same(done, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         shown(self, number)
 
-    monkeypatch.setattr(trainer.console.Terminal, "step", step)
+    monkeypatch.setattr(console.Terminal, "step", step)
     with pytest.raises(signals.Stopped):
         transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert (tmp_path / "b_x" / "checkpoints" / "3").is_dir()
