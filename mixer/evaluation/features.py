@@ -1,0 +1,88 @@
+"""The frozen features of a split's images, which linear probes classify."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mixer.data import splits as pipeline
+from mixer.errors import UserError
+from mixer.evaluation import classification
+from mixer.models import layers, microbatches
+from mixer.models.mlp_mixer import MlpMixer
+from mixer.parallel import sharding
+from mixer.training.step import normalize
+
+
+@functools.lru_cache(maxsize=1)  # all probes of a model share one program
+def _make_step(model: MlpMixer, mesh: Mesh) -> Callable:
+    """Returns `(params, batch) -> columns` for `classification.collect`.
+
+    The columns are each image's place in the split and its pre_logits (N, C).
+    """
+
+    def features(params: Any, images: jax.Array) -> jax.Array:
+        def of_part(images: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, normalize(images))[1]["pre_logits"]
+
+        return microbatches.map_images(model, of_part, images)
+
+    def columns(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        made = sharding.on_mesh(features, mesh)(params, batch["image"])
+        return {"index": batch["index"], "features": made}
+
+    return jax.jit(columns, compiler_options=layers.compiler_options(jax.default_backend()))
+
+
+def collect(
+    model: MlpMixer,
+    params: Any,
+    split: pipeline.Split,
+    *,
+    mesh: Mesh,
+    global_batch_size: int,
+    prefetch_batches: int,
+    should_stop: Callable[[], bool],
+) -> np.ndarray | None:
+    """The pre_logits (n, C) of all images of a split, on every process.
+
+    Args:
+      model: whose features they are.
+      params: of the model, on every device of the mesh.
+      split: read in order.
+      mesh: of the devices; a batch is split over them.
+      global_batch_size: images a step of the model, over all devices.
+      prefetch_batches: batches on their way to the devices.
+      should_stop: asked after every batch; None is returned once it answers yes.
+
+    Raises:
+      UserError: features that are not finite.
+    """
+    columns = classification.collect(
+        _make_step(model, mesh),
+        params,
+        split,
+        global_batch_size=global_batch_size,
+        mesh=mesh,
+        prefetch_batches=prefetch_batches,
+        should_stop=should_stop,
+    )
+    if columns is None:
+        return None
+    features = columns["features"]
+    bad = ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        raise UserError(
+            f"{split.name}: the features of {int(bad.sum()):,} images are not finite, the "
+            f"first of them {split.example_id(int(bad.argmax()))}; the weights are damaged or "
+            "have diverged"
+        )
+    return features
+
+
+def put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """A global array of a NumPy array that every process holds whole."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
