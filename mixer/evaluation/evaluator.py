@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -26,6 +30,39 @@ class Result:
     metrics: Mapping[str, float]
     summary: Mapping[str, Any]
     line: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What every evaluator of a run computes with.
+
+    Attributes:
+      model: whose parameters are evaluated.
+      mesh: of the devices.
+      loss_fn: the run's loss, (logits, labels) -> one value per example.
+      global_batch_size: images per step of an evaluation, over all devices.
+      prefetch_batches: batches on their way to the devices.
+      every_steps: how often the evaluators are due; None: only after the last update.
+      total_steps: length of the run, after which all evaluators are due.
+    """
+
+    model: nn.Module
+    mesh: Mesh
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array]
+    global_batch_size: int
+    prefetch_batches: int
+    every_steps: int | None
+    total_steps: int
+
+    def is_due(self, step: int) -> bool:
+        """Whether the evaluators of the validation schedule run after update `step`."""
+        return step == self.total_steps or bool(self.every_steps and step % self.every_steps == 0)
+
+
+def parameter_sets(params: Any, ema_params: Any | None) -> list[tuple[str, str, Any]]:
+    """(weights, suffix of names, parameters) of each set there is."""
+    sets = [("params", "", params)]
+    return sets if ema_params is None else [*sets, ("ema", "_ema", ema_params)]
 
 
 class Evaluator(Protocol):
