@@ -7,6 +7,7 @@
   python evaluate.py --weights=B/16-i1k --suite=imagenet_real --data_dir=/data/imagenet/val
   python evaluate.py --weights=pets.npz --config=configs/folder.py --config.dataset.data_dir=pets/
   python evaluate.py --weights=B/16-i21k --suite=vtab --output=runs/b16_vtab
+  python evaluate.py --weights=B/16-i21k --suite=omnibenchmark --data_dir=/data/omnibenchmark
 
 Of a run, the model, the data, the preprocessing and the class names are its own; a file has
 preprocessing and names where they are known. docs/evaluation.md has the suites.
@@ -33,8 +34,9 @@ WEIGHTS = flags.DEFINE_list(
 SUITE = flags.DEFINE_list(
     "suite",
     [],
-    "What to evaluate: imagenet, fewshot, throughput, vtab, transfer or a set such as cifar10; "
-    "or several. Not given: the splits of the run's config, or of --config.",
+    "What to evaluate: imagenet, fewshot, linear_probe, omnibenchmark, throughput, vtab, transfer "
+    "or a set such as cifar10; or several. Not given: the splits of the run's config, or of "
+    "--config.",
 )
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "Which weights of a run: last, best (by validation) or a step's number."
@@ -45,7 +47,11 @@ SPLIT = flags.DEFINE_enum(
 PREPROCESS = flags.DEFINE_string(
     "preprocess", None, "Steps such as 'decode|resize(224)', for --weights that do not say theirs."
 )
-TASKS = flags.DEFINE_list("tasks", [], "Of vtab or transfer, those tasks only, as in dmlab,svhn.")
+TASKS = flags.DEFINE_list(
+    "tasks",
+    [],
+    "Of vtab, transfer or omnibenchmark, those tasks or realms only, as in dmlab,svhn.",
+)
 SAVE_PREDICTIONS = flags.DEFINE_bool(
     "save_predictions", False, "Write evaluation/SET.npz too: what was said of every image."
 )
@@ -64,8 +70,8 @@ BATCH_SIZES = flags.DEFINE_list(
 DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
-    "Where the data is, if not where the config says: a folder, TFDS's directory, or a folder of "
-    "ImageNet's validation images.",
+    "Where the data is, if not where the config says: a folder, TFDS's directory, a folder of "
+    "ImageNet's validation images, or the folder of OmniBenchmark's realms.",
 )
 LABEL_FILE = flags.DEFINE_string(
     "label_file", None, "Where its file of labels is now, if that has moved."
@@ -135,6 +141,7 @@ def main(argv: list[str]) -> None:
                 label_file=LABEL_FILE.value,
                 save_predictions=SAVE_PREDICTIONS.value,
                 batch_sizes=batch_sizes,
+                realms=TASKS.value,
                 output=OUTPUT.value if several else None,
             )
     for name in tuned:
@@ -156,7 +163,11 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
     for name, fits, what in (
         ("checkpoint", bool(workdirs), "--workdir; of --weights give RUN/best or a step's path"),
         ("preprocess", bool(paths) and not tuned, "--weights: a run has its own preprocessing"),
-        ("tasks", len(tuned) == 1, "--suite=vtab or --suite=transfer"),
+        (
+            "tasks",
+            len(tuned) + ("omnibenchmark" in suite) == 1,
+            "one of --suite=vtab, transfer, omnibenchmark",
+        ),
         ("split", not suite and not tuned, "the splits of a config, without --suite"),
         ("batch_sizes", "throughput" in suite, "--suite=throughput"),
         ("save_predictions", not tuned or bool(suite), "what is classified here"),

@@ -24,7 +24,15 @@ from rich.text import Text
 from mixer import files, run_files
 from mixer.data import splits as pipeline
 from mixer.errors import UserError
-from mixer.evaluation import classification, fewshot, scores, suites, throughput
+from mixer.evaluation import (
+    classification,
+    fewshot,
+    linear_probe,
+    omnibenchmark,
+    scores,
+    suites,
+    throughput,
+)
 from mixer.formatting import in_markdown
 from mixer.models.mlp_mixer import VARIANTS, MlpMixer, check_image_size
 from mixer.parallel import processes as distributed
@@ -40,6 +48,8 @@ from mixer.weights import load as loading
 
 # What --suite names besides the sets of `suites`, and evaluates on the data given or the run's own.
 FEWSHOT, THROUGHPUT = "fewshot", "throughput"
+LINEAR_PROBE, OMNIBENCHMARK = "linear_probe", "omnibenchmark"
+PROBES = (FEWSHOT, LINEAR_PROBE, OMNIBENCHMARK)
 BATCH_SIZE = 64  # images at once, of weights whose run is not known
 
 
@@ -255,6 +265,7 @@ def evaluate(
     label_file: str | None = None,
     save_predictions: bool = False,
     batch_sizes: Sequence[int] = throughput.BATCH_SIZES,
+    realms: Sequence[str] = (),
     output: str | None = None,
 ) -> None:
     """Evaluates weights, one after the other; prints a table of each, and of all beside each other.
@@ -262,11 +273,12 @@ def evaluate(
     Args:
       subjects: functions that open them, called one at a time: only one's weights are in memory.
       splits: those of the subjects' configs, where no suite is given.
-      suite: names of sets and groups of `suites`, "fewshot" and "throughput".
+      suite: names of sets and groups of `suites`, PROBES and "throughput".
       data_dir: where the data is; "": where the config says, or TFDS's own default.
       label_file: likewise of the file of labels.
       save_predictions: whether to write evaluation/<set>.npz too, what was said of every image.
       batch_sizes: of "throughput", images a device.
+      realms: of "omnibenchmark"; none: all that `data_dir` has.
       output: directory for side_by_side.md, the table of several weights; None: it is not written.
 
     Raises:
@@ -276,7 +288,7 @@ def evaluate(
     console = _console()
     if output is not None and distributed.is_main():
         files.make_output_directory("--output", output)
-    names = suites.expand(suite, others=(FEWSHOT, THROUGHPUT))
+    names = suites.expand(suite, others=(*PROBES, THROUGHPUT))
     done: list[tuple[str, dict[str, dict[str, Any]]]] = []
     failed: list[str] = []
     for open_subject in subjects:
@@ -285,6 +297,7 @@ def evaluate(
             subject, mesh = open_subject()
             options = dict(splits=splits, data_dir=data_dir, label_file=label_file)
             options |= dict(save_predictions=save_predictions, batch_sizes=batch_sizes)
+            options |= dict(realms=realms)
             done.append((subject.name, _evaluate(subject, mesh, names, console, **options)))
         except UserError as error:
             if len(subjects) == 1 or jax.process_count() > 1:
@@ -313,6 +326,7 @@ def _evaluate(
     label_file: str | None,
     save_predictions: bool,
     batch_sizes: Sequence[int],
+    realms: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one subject, as `evaluate` says; the results by section."""
     # The run's batch may be of other devices than these.
@@ -330,6 +344,16 @@ def _evaluate(
     # All data is opened before any is evaluated.
     opened = _open(subject, names, splits, data_dir, say)
     probed = _fewshot_data(subject, data_dir) if FEWSHOT in names else {}
+    linear = _linear_probe_data(subject, data_dir) if LINEAR_PROBE in names else {}
+    opened_realms = {}
+    if OMNIBENCHMARK in names:
+        opened_realms = omnibenchmark.open_realms(
+            data_dir,
+            realms,
+            image_size=subject.image_size,
+            preprocess=subject.preprocess,
+            say=say,
+        )
     card = _Card(subject)
     for which, result in _classify(subject, mesh, opened, console):
         split = opened[which.removesuffix("_ema")]
@@ -340,6 +364,8 @@ def _evaluate(
             classification.write_predictions(path, result.predictions, split)
             say(f"predictions: {path}")
     _fewshot(subject, mesh, probed, card, console)
+    _linear_probe(subject, mesh, linear, card, console)
+    _omnibenchmark(subject, mesh, opened_realms, card, say)
     if THROUGHPUT in names:
         params = next(iter(subject.params.values()))()
         with console.status("throughput"):
@@ -381,6 +407,15 @@ class _Card:
         with files.whole(self.path.with_suffix(".md")) as new:
             results = run_files.read_results(subject.output, subject.checkpoint_name)
             new.write_text(markdown(subject, results or self.new))
+
+    def recorded(self, section: str) -> dict[str, Any]:
+        """What results.json has in a section for the same weights, on every process."""
+        subject, found = self._subject, {}
+        if distributed.is_main():
+            old = run_files.read_results(subject.output, subject.checkpoint_name) or {}
+            if run.is_of(old, subject.identity):
+                found = old.get(section, {})
+        return distributed.broadcast(found)
 
     def add_split(
         self, which: str, result: classification.Classification, split: pipeline.Split
@@ -431,7 +466,7 @@ def _open(
         if subject.config is None:
             raise UserError(
                 f"{subject.name} says nothing of data: give --config=FILE or --suite=NAME, one of "
-                f"{', '.join((*suites.GROUPS, FEWSHOT, THROUGHPUT, *suites.TASKS))}"
+                f"{', '.join((*suites.GROUPS, *PROBES, THROUGHPUT, *suites.TASKS))}"
             )
         config = subject.config
         names = subject.class_names if subject.own_data else None
@@ -570,6 +605,61 @@ def _fewshot_data(
     return suites.open_fewshot(subject.image_size, data_dir)
 
 
+def _linear_probe(
+    subject: Subject,
+    mesh: Mesh,
+    data: dict[str, linear_probe.Splits],
+    card: _Card,
+    console: Console,
+) -> None:
+    """Adds the linear probe on each of `data`."""
+    for name, splits in data.items():
+        for suffix, read in subject.params.items():
+            with console.status(Text(f"linear probe on {name}{suffix}")):
+                result = linear_probe.evaluate(
+                    subject.model,
+                    read(),
+                    splits,
+                    penalty="squared",
+                    mesh=mesh,
+                    global_batch_size=subject.batch_size,
+                    prefetch_batches=2,
+                )
+            card.add(LINEAR_PROBE, name + suffix, result.summary())
+
+
+def _linear_probe_data(subject: Subject, data_dir: str) -> dict[str, linear_probe.Splits]:
+    """The splits of the subject's data; without it, of the few-shot probe's sets."""
+    if subject.config is not None:
+        return {run.data_name(subject.config): linear_probe.open_splits(subject.config)}
+    sets = suites.open_fewshot(subject.image_size, data_dir)
+    return {name: linear_probe.assign(train, None, test) for name, (train, test) in sets.items()}
+
+
+def _omnibenchmark(
+    subject: Subject,
+    mesh: Mesh,
+    realms: dict[str, linear_probe.Splits],
+    card: _Card,
+    say: Callable[[str], None],
+) -> None:
+    """Adds the linear probe on each of the realms, those that are recorded already at once."""
+    if not realms:
+        return
+    results = omnibenchmark.evaluate(
+        subject.model,
+        {suffix: read() for suffix, read in subject.params.items()},
+        realms,
+        card.recorded(OMNIBENCHMARK),
+        mesh=mesh,
+        global_batch_size=subject.batch_size,
+        prefetch_batches=2,
+        say=say,
+    )
+    for name, summary in results:
+        card.add(OMNIBENCHMARK, name, summary)
+
+
 def _write_classes(
     path: epath.Path, result: classification.Classification, split: pipeline.Split
 ) -> None:
@@ -682,6 +772,8 @@ def _fewshot_lines(results: dict[str, dict[str, Any]]) -> list[str]:
 # What results.json has besides the splits, and the lines of a card that it makes.
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     FEWSHOT: _fewshot_lines,
+    LINEAR_PROBE: linear_probe.markdown,
+    OMNIBENCHMARK: omnibenchmark.markdown,
     THROUGHPUT: throughput.markdown,
     "transfer": lambda tables: [line for each in tables.values() for line in each["markdown"]],
     "training": lambda costs: [throughput.cost_sentence(cost) for cost in costs.values()],
@@ -816,6 +908,12 @@ def _cells(sections: dict[str, dict[str, Any]]) -> dict[str, str]:
         for shots in result["results"]:
             share = f"{_percent(shots['mean'])} ({_interval(shots['interval'])})"
             cells[f"{name}, {shots['shots']}-shot"] = share
+    for name, result in sections.get(LINEAR_PROBE, {}).items():
+        share = f"{_percent(result['top1'])} ({_interval(result['top1_interval'])})"
+        cells[f"{name}, linear probe"] = share
+    for mean in omnibenchmark.means(sections.get(OMNIBENCHMARK, {})):
+        name = f"omnibenchmark, {len(mean.realms)} realms" + ", average" * (mean.weights == "ema")
+        cells[name] = f"{_percent(mean.top1)} ({_interval(mean.top1_interval)})"
     for result in sections.get(THROUGHPUT, {}).values():
         for rate in result["rates"]:
             if rate["images_per_second"] is not None:
