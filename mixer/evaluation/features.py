@@ -1,4 +1,4 @@
-"""The frozen features of a split's images, which linear probes classify."""
+"""The features of a split's images under frozen weights, for linear probes."""
 
 import functools
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from mixer.training.step import normalize
 def _make_step(model: MlpMixer, mesh: Mesh) -> Callable:
     """Returns `(params, batch) -> columns` for `classification.collect`.
 
-    The columns are each image's place in the split and its pre_logits (N, C).
+    The columns are "index", each image's place in the split, and "features", its pre_logits (N, C).
     """
 
     def features(params: Any, images: jax.Array) -> jax.Array:
-        def of_part(images: jax.Array) -> jax.Array:
+        def pre_logits(images: jax.Array) -> jax.Array:
             return model.apply({"params": params}, normalize(images))[1]["pre_logits"]
 
-        return microbatches.map_images(model, of_part, images)
+        return microbatches.map_images(model, pre_logits, images)
 
-    def columns(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        made = sharding.on_mesh(features, mesh)(params, batch["image"])
-        return {"index": batch["index"], "features": made}
+    def step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        values = sharding.on_mesh(features, mesh)(params, batch["image"])
+        return {"index": batch["index"], "features": values}
 
-    return jax.jit(columns, compiler_options=layers.compiler_options(jax.default_backend()))
+    return jax.jit(step, compiler_options=layers.compiler_options(jax.default_backend()))
 
 
 def collect(
@@ -50,11 +50,11 @@ def collect(
     """The pre_logits (n, C) of all images of a split, on every process.
 
     Args:
-      model: whose features they are.
+      model: that computes them.
       params: of the model, on every device of the mesh.
-      split: read in order.
-      mesh: of the devices; a batch is split over them.
-      global_batch_size: images a step of the model, over all devices.
+      split: whose images are read in order.
+      mesh: of the devices over which a batch is split.
+      global_batch_size: images per step of the model, over all devices.
       prefetch_batches: batches on their way to the devices.
       should_stop: asked after every batch; None is returned once it answers yes.
 
@@ -73,12 +73,11 @@ def collect(
     if columns is None:
         return None
     features = columns["features"]
-    bad = ~np.isfinite(features).all(axis=1)
-    if bad.any():
+    broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(broken):
         raise UserError(
-            f"{split.name}: the features of {int(bad.sum()):,} images are not finite, the "
-            f"first of them {split.example_id(int(bad.argmax()))}; the weights are damaged or "
-            "have diverged"
+            f"{split.name}: the features of {len(broken):,} images are not finite, the first of "
+            f"them {split.example_id(int(broken[0]))}; the weights are damaged or have diverged"
         )
     return features
 

@@ -1,26 +1,25 @@
 """Linear probe on full data: multinomial logistic regression on the frozen features of a split.
 
-With the features x_i (C,), the weights W (C, K) and the bias b (K,) the objective is
+With features x_i (C,), weights W (C, K) and bias b (K,) the objective is
 
-  F(W, b) = mean_i -log softmax(x_i W + b)[label_i] + penalty(W),
+  F(W, b) = mean_i -log softmax(x_i W + b)[label_i] + penalty(W)
 
-whose penalty is one of
+over the n training images. |W| is the Frobenius norm, and the penalty is one of
 
-  "squared": lam / 2 * |W|^2, scikit-learn's LogisticRegression with C = 1 / (lam * n);
-  "norm":    lam * |W|, OmniBenchmark's (Zhang et al., 2022, arXiv 2207.07106) [read].
+  "squared": lam / 2 * |W|^2, as scikit-learn's LogisticRegression with C = 1 / (lam * n);
+  "norm":    lam * |W|, as OmniBenchmark (Zhang et al., 2022, arXiv 2207.07106) [read].
 
-|W| is the Frobenius norm, n the number of training images; the bias is free. `lam` is chosen on a
-validation split by top-1 and the test split is classified once, by the weights of that `lam`.
+`lam` is the one with the highest top-1 on a validation split; the test split is classified once,
+with the weights of that `lam`.
 
-The optimizer is L-BFGS over the whole of the data, on the devices, in float64. Its variables are
-those in which F is about as curved in every direction: the features are centred, and W is scaled
-along the eigenvectors of their covariance. This changes neither F nor its optimum; where the
-eigenvalues span six orders of magnitude it needs 30 iterations in place of thousands.
+L-BFGS runs on the devices, over all data at once and in float64. Its variables are scaled such that
+F has about the same curvature in every direction: the features are centred, and W is scaled along
+the eigenvectors of their covariance. This changes neither F nor its optimum. If the eigenvalues
+span six orders of magnitude, 30 iterations suffice instead of thousands.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,16 +40,17 @@ from mixer.parallel import sharding
 from mixer.runs import config as run_config
 
 Splits = tuple[Split, Split, Split]  # to fit on, to choose lam on, to report
+Variables = tuple[jax.Array, jax.Array]  # of the optimizer: (C, K) and (K,)
 
 LAMBDAS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1, 1.0)  # OmniBenchmark's [read]
-# The gradient of F is the sum of the data's and the penalty's, which cancel at the optimum. A fit
-# has converged when what is left is at most this share of the penalty's. F then lies within about
-# TOLERANCE**2 times the penalty of its optimum.
+# At the optimum the gradients of the data and of the penalty cancel. A fit has converged if their
+# sum is at most this share of the penalty's gradient; F is then within about TOLERANCE**2 times the
+# penalty of its minimum.
 TOLERANCE = 1e-3
 MAX_ITERATIONS = 5000
-ITERATIONS_AT_ONCE = 100  # then the variables are scaled anew, and `should_stop` is asked
-CHUNK_VALUES = 1 << 22  # features or logits of a chunk on a device, 32 MiB as float64
-HELD_OUT = 10  # one of so many training images is held out where there is no validation split
+ITERATIONS_PER_CALL = 100  # between two calls the variables are scaled again
+CHUNK_VALUES = 1 << 22  # features or logits per chunk and device: 32 MiB in float64
+HELD_OUT_SHARE = 0.1  # of the training images, if there is no validation split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,11 @@ class Fit:
 
     Attributes:
       lam: strength of the penalty.
-      weights: (C, K) float64. bias: (K,) float64.
+      weights: (C, K) float64.
+      bias: (K,) float64.
       objective: F.
-      residual: the norm of F's gradient divided by that of the penalty's gradient; 0 where the
-        weights are 0 because the penalty outweighs every gradient of the data.
+      residual: the norm of F's gradient, divided by that of the penalty's gradient; 0 if W = 0 is
+        the exact optimum.
       iterations: of L-BFGS.
     """
 
@@ -78,21 +79,27 @@ class Fit:
         """Whether the optimality condition holds to TOLERANCE."""
         return self.residual <= TOLERANCE
 
+    def progress(self) -> dict[str, Any]:
+        """How the optimization went, as JSON has it."""
+        names = ("lam", "iterations", "residual", "converged")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclasses.dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """Result of the probe. Shares are in 0..1, intervals (low, high) of 95 %.
 
     Attributes:
       train, validation, test: names of the splits.
-      train_count, validation_count, count: images of them.
-      num_classes: K. untrained_classes: how many of them have no training image; images of these
-        are misses.
+      train_count, validation_count, count: their numbers of images.
+      num_classes: of the data.
+      untrained_classes: how many of them have no training image; test images of these are errors.
       penalty: "squared" or "norm".
-      lam: the chosen one. on_edge: whether it is the smallest or largest of the list.
+      lam: the chosen strength of the penalty.
+      on_edge: whether `lam` is the smallest or the largest of LAMBDAS.
       top1, top1_interval: share of the test images.
-      mean_per_class, mean_per_class_interval: mean over the test split's classes of the top-1.
-      path: for each `lam` its validation top-1, iterations, residual and whether it converged.
+      mean_per_class, mean_per_class_interval: mean of the top-1 of the test split's classes.
+      path: per `lam` its validation top-1, iterations, residual and whether it converged.
     """
 
     train: str
@@ -113,43 +120,56 @@ class Probed:
     path: tuple[dict[str, Any], ...]
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """All fields, as JSON has them."""
         return dataclasses.asdict(self)
 
 
 # The optimizer.
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "features",
-        "labels",
-        "count",
-        "mean",
-        "eigenvalues",
-        "basis",
-        "prior",
-        "gradient",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Problem:
-    """The data of a fit, on the devices, and what of F follows from it alone.
+class _Rows:
+    """Features and labels on the devices, in M chunks whose rows are split over the devices.
 
     Attributes:
-      features: (M, R, C) float32 in M chunks, whose rows are split over the devices.
-      labels: (M, R) int32; -1 in rows that fill the last chunk up.
-      count: () float64, n.
-      mean: (C,) of the features.
-      eigenvalues, basis: (C,) and (C, C) of the features' covariance.
-      prior: (K,) logarithms of the classes' shares, the best bias where W = 0.
-      gradient: (C, K) of the data term at W = 0 and that bias.
+      features: (M, R, C) float32.
+      labels: (M, R) int32; -1 in the rows that pad the last chunk.
     """
 
     features: jax.Array
     labels: jax.Array
+
+    def sum(self, function: Callable[[jax.Array, jax.Array], Any]) -> Any:
+        """The sum over the chunks of `function(features (R, C) float64, labels (R,))`.
+
+        The gradient recomputes a chunk instead of keeping its logits.
+        """
+
+        def add(total: Any, chunk: _Rows) -> tuple[Any, None]:
+            value = function(chunk.features.astype(jnp.float64), chunk.labels)
+            return jax.tree.map(jnp.add, total, value), None
+
+        chunk = jax.ShapeDtypeStruct(self.features.shape[1:], jnp.float64)
+        shapes = jax.eval_shape(function, chunk, self.labels[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(jax.checkpoint(add), zeros, self)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Statistics:
+    """What follows from the data alone.
+
+    Attributes:
+      count: () float64, the number n of images.
+      mean: (C,) of the features.
+      eigenvalues: (C,) of the features' covariance, ascending.
+      basis: (C, C), its eigenvectors in columns.
+      prior: (K,) logarithms of the classes' shares, the best bias at W = 0.
+      gradient: (C, K) of the mean cross-entropy at W = 0 and that bias.
+    """
+
     count: jax.Array
     mean: jax.Array
     eigenvalues: jax.Array
@@ -158,252 +178,304 @@ class _Problem:
     gradient: jax.Array
 
 
-def _lay_out(array: np.ndarray, mesh: Mesh, *, width: int, fill: int) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """F as a function of scaled variables.
+
+    Attributes:
+      rows: the data.
+      statistics: of the data.
+      lam: () strength of the penalty.
+      scale: (C, 1) of W along each eigenvector.
+      bias_scale: () of the bias of centred features.
+      penalty: "squared" or "norm".
+    """
+
+    rows: _Rows
+    statistics: _Statistics
+    lam: jax.Array
+    scale: jax.Array
+    bias_scale: jax.Array
+    penalty: str = dataclasses.field(metadata={"static": True})
+
+    def variables(self, weights: jax.Array, bias: jax.Array) -> Variables:
+        """The variables of weights (C, K) and a bias (K,) of centred features."""
+        return self.statistics.basis.T @ weights / self.scale, bias / self.bias_scale
+
+    def parameters(self, variables: Variables) -> tuple[jax.Array, jax.Array]:
+        """The inverse of `variables`."""
+        return self.statistics.basis @ (self.scale * variables[0]), self.bias_scale * variables[1]
+
+    def __call__(self, variables: Variables) -> jax.Array:
+        """F."""
+        weights, bias = self.parameters(variables)
+        bias = bias - self.statistics.mean @ weights
+        loss = _cross_entropy(self.rows, weights, bias) / self.statistics.count
+        if self.penalty == "squared":
+            return loss + self.lam / 2 * jnp.sum(weights**2)
+        return loss + self.lam * jnp.linalg.norm(weights)
+
+    def residual(self, variables: Variables, gradient: Variables) -> jax.Array:
+        """`Fit.residual` from the gradient for the variables."""
+        weights, _ = self.parameters(variables)
+        norm = self.lam * (jnp.linalg.norm(weights) if self.penalty == "squared" else 1.0)
+        # The bias is the weight of a constant, here of one as large as the features on average.
+        size = jnp.mean(self.statistics.eigenvalues)
+        squares = jnp.sum((gradient[0] / self.scale) ** 2)
+        squares += size * jnp.sum((gradient[1] / self.bias_scale) ** 2)
+        return jnp.sqrt(squares) / norm
+
+
+def _lay_out(array: np.ndarray, mesh: Mesh, *, width: int, padding: int) -> jax.Array:
     """Rows (n, ...) in chunks (M, R, ...) whose rows are split over the mesh."""
     shards = sharding.batch_shards(mesh)
     rows = min(max(CHUNK_VALUES // width, 1), -(-len(array) // shards)) * shards
     chunks = -(-len(array) // rows)
-    padding = [(0, chunks * rows - len(array))] + [(0, 0)] * (array.ndim - 1)
-    padded = np.pad(array, padding, constant_values=fill)
+    widths = [(0, chunks * rows - len(array))] + [(0, 0)] * (array.ndim - 1)
+    padded = np.pad(array, widths, constant_values=padding)
     where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     return features_lib.put(padded.reshape(chunks, rows, *array.shape[1:]), where)
 
 
-def _sum_over_chunks(of_chunk: Callable, features: jax.Array, labels: jax.Array) -> Any:
-    """The sum of `of_chunk(features (R, C) float64, labels (R,))` over the chunks.
+def _cross_entropy(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum over all images of the softmax cross-entropy of `features @ weights + bias`."""
 
-    What a chunk computes is computed anew for its gradient, and not kept.
-    """
+    def loss(features: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = features @ weights + bias
+        label_logits = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+        losses = jax.nn.logsumexp(logits, axis=1) - label_logits
+        return jnp.sum(jnp.where(labels >= 0, losses, 0.0))
 
-    def add(total: Any, chunk: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        x, labels = chunk
-        return jax.tree.map(jnp.add, total, of_chunk(x.astype(jnp.float64), labels)), None
-
-    shapes = jax.eval_shape(of_chunk, features[0].astype(jnp.float64), labels[0])
-    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes)
-    return jax.lax.scan(jax.checkpoint(add), zeros, (features, labels))[0]
+    return rows.sum(loss)
 
 
-def _data_term(
-    features: jax.Array, labels: jax.Array, count: jax.Array, weights: jax.Array, bias: jax.Array
-) -> jax.Array:
-    """The mean cross-entropy of `features @ weights + bias`."""
+def _softmax_curvature(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum over all images of the cross-entropy's mean curvature in its K - 1 free logits."""
 
-    def of_chunk(x: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = x @ weights + bias
-        of_label = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
-        return jnp.sum(jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=1) - of_label, 0.0))
+    def curvature(features: jax.Array, labels: jax.Array) -> jax.Array:
+        trace = 1 - jnp.sum(jax.nn.softmax(features @ weights + bias) ** 2, axis=1)
+        return jnp.sum(jnp.where(labels >= 0, trace, 0.0)) / (bias.shape[0] - 1)
 
-    return _sum_over_chunks(of_chunk, features, labels) / count
+    return rows.sum(curvature)
 
 
-def _softmax_curvature(
-    features: jax.Array, labels: jax.Array, count: jax.Array, weights: jax.Array, bias: jax.Array
-) -> jax.Array:
-    """The mean eigenvalue of the cross-entropy's second derivative in the K - 1 free logits."""
+def _analyse(rows: _Rows, num_classes: int) -> _Statistics:
+    """The statistics of rows that have each of the classes."""
 
-    def of_chunk(x: jax.Array, labels: jax.Array) -> jax.Array:
-        probabilities = jax.nn.softmax(x @ weights + bias)
-        return jnp.sum(jnp.where(labels >= 0, 1 - jnp.sum(probabilities**2, axis=1), 0.0))
+    def sums(features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float64)  # all 0 in padding
+        return jnp.sum(one_hot, axis=1) @ features, jnp.sum(one_hot, axis=0)
 
-    return _sum_over_chunks(of_chunk, features, labels) / count / (bias.shape[0] - 1)
-
-
-def _analyse(features: jax.Array, labels: jax.Array, num_classes: int) -> dict[str, jax.Array]:
-    """What `_Problem` holds besides features (M, R, C) and labels (M, R)."""
-
-    def sums(x: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        there = (labels >= 0).astype(jnp.float64)
-        return there @ x, there @ jax.nn.one_hot(labels, num_classes, dtype=jnp.float64)
-
-    total, class_counts = _sum_over_chunks(sums, features, labels)
+    feature_sums, class_counts = rows.sum(sums)
     count = jnp.sum(class_counts)
-    mean, prior = total / count, jnp.log(class_counts / count)
+    mean, prior = feature_sums / count, jnp.log(class_counts / count)
 
-    def products(x: jax.Array, labels: jax.Array) -> jax.Array:
-        centred = jnp.where((labels >= 0)[:, None], x - mean, 0.0)
+    def products(features: jax.Array, labels: jax.Array) -> jax.Array:
+        centred = jnp.where((labels >= 0)[:, None], features - mean, 0.0)
         return centred.T @ centred
 
-    eigenvalues, basis = jnp.linalg.eigh(_sum_over_chunks(products, features, labels) / count)
-    zero = jnp.zeros((features.shape[-1], num_classes))
-    gradient = jax.grad(_data_term, argnums=3)(features, labels, count, zero, prior)
-    return {
-        "count": count,
-        "mean": mean,
-        "eigenvalues": jnp.maximum(eigenvalues, 0.0),
-        "basis": basis,
-        "prior": prior,
-        "gradient": gradient,
-    }
+    eigenvalues, basis = jnp.linalg.eigh(rows.sum(products) / count)
+    zero = jnp.zeros((mean.shape[0], num_classes))
+    return _Statistics(
+        count=count,
+        mean=mean,
+        eigenvalues=jnp.maximum(eigenvalues, 0.0),
+        basis=basis,
+        prior=prior,
+        gradient=jax.grad(_cross_entropy, argnums=1)(rows, zero, prior) / count,
+    )
 
 
 def _optimize(
-    problem: _Problem, lam: jax.Array, weights: jax.Array, bias: jax.Array, *, penalty: str
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One to ITERATIONS_AT_ONCE iterations of L-BFGS.
+    rows: _Rows,
+    statistics: _Statistics,
+    lam: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array,
+    *,
+    penalty: str,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """One to ITERATIONS_PER_CALL iterations of L-BFGS.
 
     Args:
-      problem: the data.
+      rows: the data.
+      statistics: of the data.
       lam: () strength of the penalty.
-      weights: (C, K) to start from, not 0 where the penalty is "norm".
+      weights: (C, K) to start from; not 0 if the penalty is "norm".
       bias: (K,) of centred features.
       penalty: "squared" or "norm".
 
     Returns:
-      Weights, bias, F, the relative residual as of `Fit`, and the number of iterations.
+      New weights and bias, and the values of `Fit` by name.
     """
-    data = (problem.features, problem.labels, problem.count)
-    # F's curvature along eigenvector j is about eigenvalue j times that of the softmax, and the
-    # penalty's. That of the softmax shrinks as its probabilities near 0 and 1.
-    softmax = _softmax_curvature(*data, weights, bias - problem.mean @ weights)
+    # Along an eigenvector the curvature of F is about the eigenvalue times the curvature of the
+    # softmax, plus that of the penalty. Probabilities near 0 and 1 have little curvature.
+    softmax = _softmax_curvature(rows, weights, bias - statistics.mean @ weights) / statistics.count
     curvature = lam if penalty == "squared" else lam / jnp.linalg.norm(weights)
-    scale = 1 / jnp.sqrt(softmax * problem.eigenvalues + curvature)[:, None]
-    bias_scale = 1 / jnp.sqrt(softmax)
-
-    def unpack(variables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return problem.basis @ (scale * variables[0]), bias_scale * variables[1]
-
-    def objective(variables: tuple[jax.Array, jax.Array]) -> jax.Array:
-        weights, bias = unpack(variables)
-        value = _data_term(*data, weights, bias - problem.mean @ weights)
-        if penalty == "squared":
-            return value + lam / 2 * jnp.sum(weights**2)
-        return value + lam * jnp.linalg.norm(weights)
-
-    def residual(variables: tuple[jax.Array, jax.Array], gradient: tuple) -> jax.Array:
-        of_penalty = lam * (jnp.linalg.norm(unpack(variables)[0]) if penalty == "squared" else 1.0)
-        of_weights, of_bias = gradient[0] / scale, gradient[1] / bias_scale
-        # The bias weighs a feature that is 1 everywhere: as one of the features' mean size.
-        size = jnp.mean(problem.eigenvalues)
-        return jnp.sqrt(jnp.sum(of_weights**2) + size * jnp.sum(of_bias**2)) / of_penalty
-
+    objective = _Objective(
+        rows=rows,
+        statistics=statistics,
+        lam=lam,
+        scale=1 / jnp.sqrt(softmax * statistics.eigenvalues + curvature)[:, None],
+        bias_scale=1 / jnp.sqrt(softmax),
+        penalty=penalty,
+    )
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(objective)
 
     def iterate(carry: tuple) -> tuple:
-        variables, state, _, number = carry
+        variables, state, _, iterations = carry
         value, gradient = value_and_grad(variables, state=state)
         updates, state = solver.update(
             gradient, state, variables, value=value, grad=gradient, value_fn=objective
         )
         variables = optax.apply_updates(variables, updates)
-        return variables, state, residual(variables, optax.tree.get(state, "grad")), number + 1
+        residual = objective.residual(variables, optax.tree.get(state, "grad"))
+        return variables, state, residual, iterations + 1
 
-    def goes_on(carry: tuple) -> jax.Array:
-        return (carry[2] > TOLERANCE) & (carry[3] < ITERATIONS_AT_ONCE)
+    def has_work(carry: tuple) -> jax.Array:
+        _, _, residual, iterations = carry
+        return (residual > TOLERANCE) & (iterations < ITERATIONS_PER_CALL)
 
-    variables = (problem.basis.T @ weights / scale, bias / bias_scale)
-    variables, state, left, number = jax.lax.while_loop(
-        goes_on, iterate, (variables, solver.init(variables), jnp.inf, 0)
+    variables = objective.variables(weights, bias)
+    variables, state, residual, iterations = jax.lax.while_loop(
+        has_work, iterate, (variables, solver.init(variables), jnp.inf, 0)
     )
-    return *unpack(variables), optax.tree.get(state, "value"), left, number
+    values = {"objective": optax.tree.get(state, "value"), "residual": residual}
+    return *objective.parameters(variables), values | {"iterations": iterations}
 
 
-def fit(
-    features: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    *,
-    mesh: Mesh,
-    penalty: str,
-    lambdas: Sequence[float] = LAMBDAS,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Fit | None]:
-    """Yields the probe of each `lam`, the largest first, each started from the one before.
+class Fitter:
+    """Fits probes of one set of features on the devices, one `lam` after the other."""
 
-    Args:
-      features: (n, C) float32, on every process.
-      labels: (n,) int32; every class has one or more.
-      num_classes: K, 2 or more.
-      mesh: of the devices over which the rows are split.
-      penalty: "squared" or "norm".
-      lambdas: strengths of the penalty, above 0.
-      should_stop: asked every ITERATIONS_AT_ONCE iterations; once it answers yes, None is yielded
-        last.
-    """
-    width, everywhere = max(features.shape[1], num_classes), sharding.replicated(mesh)
-    analyse = jax.jit(_analyse, static_argnums=2, out_shardings=everywhere)
-    optimize = jax.jit(_optimize, static_argnames="penalty", out_shardings=everywhere)
-    with jax.enable_x64(True):
-        rows = (
-            _lay_out(features.astype(np.float32), mesh, width=width, fill=0),
-            _lay_out(labels.astype(np.int32), mesh, width=width, fill=-1),
-        )
-        problem = _Problem(*rows, **analyse(*rows, num_classes))
-        steepest = float(jnp.linalg.norm(problem.gradient))
-        weights, bias = jnp.zeros_like(problem.gradient), problem.prior
-    for lam in sorted(lambdas, reverse=True):
-        # W = 0 is the optimum where no direction gains more than the slope of the norm takes.
-        if steepest == 0 or (penalty == "norm" and steepest <= lam):
-            prior = np.asarray(problem.prior)
-            yield Fit(lam, np.asarray(weights), prior, -np.sum(np.exp(prior) * prior), 0.0, 0)
-            continue
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        num_classes: int,
+        *,
+        mesh: Mesh,
+        penalty: str,
+    ):
+        """Lays the data on the devices.
+
+        Args:
+          features: (n, C) float32, on every process.
+          labels: (n,) int32; every class has at least one.
+          num_classes: K, at least 2.
+          mesh: of the devices over which the rows are split.
+          penalty: "squared" or "norm".
+        """
+        width, everywhere = max(features.shape[1], num_classes), sharding.replicated(mesh)
+        analyse = jax.jit(_analyse, static_argnums=1, out_shardings=everywhere)
+        self._optimize = jax.jit(_optimize, static_argnames="penalty", out_shardings=everywhere)
+        self._penalty = penalty
+        with jax.enable_x64(True):
+            self._rows = _Rows(
+                _lay_out(features.astype(np.float32), mesh, width=width, padding=0),
+                _lay_out(labels.astype(np.int32), mesh, width=width, padding=-1),
+            )
+            self._statistics = analyse(self._rows, num_classes)
+            self._steepest = float(jnp.linalg.norm(self._statistics.gradient))
+            self._weights = jnp.zeros_like(self._statistics.gradient)
+            self._bias = self._statistics.prior  # of centred features
+
+    def fit(self, lam: float, should_stop: Callable[[], bool] = lambda: False) -> Fit | None:
+        """The probe with the penalty's strength `lam`, started from the one before.
+
+        Args:
+          lam: above 0.
+          should_stop: asked every ITERATIONS_PER_CALL iterations; None is returned if it is true.
+        """
+        # At W = 0 no direction lowers the cross-entropy by more than `steepest` per unit of |W|.
+        if self._steepest == 0 or (self._penalty == "norm" and self._steepest <= lam):
+            zeros, prior = np.zeros(self._weights.shape), np.asarray(self._statistics.prior)
+            return Fit(lam, zeros, prior, -float(np.sum(np.exp(prior) * prior)), 0.0, 0)
         iterations, residual = 0, np.inf
         while residual > TOLERANCE and iterations < MAX_ITERATIONS:
             if should_stop():
-                yield None
-                return
+                return None
             with jax.enable_x64(True):
-                if penalty == "norm" and not weights.any():
-                    # The norm has no gradient at 0: a step of proximal gradient descent, whose
-                    # length is right for the data term's largest curvature, leaves it.
-                    length = 2 / problem.eigenvalues[-1]
-                    weights = -length * (1 - lam / steepest) * problem.gradient
-                weights, bias, value, left, number = optimize(
-                    problem, lam, weights, bias, penalty=penalty
+                if self._penalty == "norm" and not self._weights.any():
+                    self._leave_zero(lam)
+                self._weights, self._bias, values = self._optimize(
+                    self._rows,
+                    self._statistics,
+                    lam,
+                    self._weights,
+                    self._bias,
+                    penalty=self._penalty,
                 )
-                offset = bias - problem.mean @ weights
-            residual, iterations = float(left), iterations + int(number)
-        yield Fit(lam, np.asarray(weights), np.asarray(offset), float(value), residual, iterations)
+                bias = self._bias - self._statistics.mean @ self._weights
+            residual = float(values["residual"])
+            iterations += int(values["iterations"])
+        return Fit(
+            lam=lam,
+            weights=np.asarray(self._weights),
+            bias=np.asarray(bias),
+            objective=float(values["objective"]),
+            residual=residual,
+            iterations=iterations,
+        )
+
+    def _leave_zero(self, lam: float) -> None:
+        """Takes a step of proximal gradient descent from W = 0, where the norm has no gradient.
+
+        The step lowers F: the softmax has a curvature of at most 1/2.
+        """
+        length = 2 / self._statistics.eigenvalues[-1] * (1 - lam / self._steepest)
+        self._weights = -length * self._statistics.gradient
 
 
 # The probe.
 
 
 def hold_out(train: Split) -> tuple[Split, Split]:
-    """A training and a validation split: a tenth of each class's images, drawn by seed 0.
+    """Splits a training split in two, the second with a tenth of each class's images.
 
-    Of a class that has two images or more it is one at least.
+    Of a class with two or more images at least one is held out. Seed 0 draws them.
 
     Raises:
       UserError: no class has two images.
     """
     labels = train.labels()
-    rng, held_out = np.random.default_rng(0), np.zeros(len(labels), bool)
+    rng, is_held_out = np.random.default_rng(0), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         places = rng.permutation(np.flatnonzero(labels == label))
         if len(places) > 1:
-            held_out[places[: max(len(places) // HELD_OUT, 1)]] = True
-    if not held_out.any():
+            is_held_out[places[: max(int(HELD_OUT_SHARE * len(places)), 1)]] = True
+    if not is_held_out.any():
         raise UserError(
-            f"linear probe: {train.name} has one image of each class; expected two or more, to "
-            "choose lam on some"
+            f"linear probe: {train.name} has one image per class; expected two or more, of which "
+            "one is held out to choose lam"
         )
-    return train.select(np.flatnonzero(~held_out)), train.select(np.flatnonzero(held_out))
+    return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
 
 
 def assign(train: Split, validation: Split | None, test: Split | None) -> Splits:
     """The splits to fit on, to choose lam on and to report.
 
-    Without a test split the validation split is reported; without another, lam is chosen on a
-    tenth of the training split, which is then not fitted on.
+    Without a test split the validation split is reported. If no validation split is left, lam is
+    chosen on images that are held out of the training split.
 
     Raises:
-      UserError: neither, other classes in one of them, several labels an image, one class.
+      UserError: there is neither, they have different classes, images have several labels, or all
+        training images have the same class.
     """
     if test is None:
         validation, test = None, validation
     if test is None:
-        raise UserError("the linear probe needs dataset.test_split or dataset.val_split")
+        raise UserError("linear probe: dataset.test_split and dataset.val_split are empty")
     for split in (train, validation or test, test):
         if split.multi_label:
             raise UserError(
-                f"linear probe: {split.name} has several labels an image, or none; expected one"
+                f"linear probe: {split.name} has several labels per image; expected one"
             )
         if split.class_names != train.class_names:
             raise UserError(
                 f"linear probe: {train.name} has {len(train.class_names)} classes and {split.name} "
-                f"{len(split.class_names)}, or others; expected the same, in the same order"
+                f"{len(split.class_names)}; expected the same classes in the same order"
             )
     if len(np.unique(train.labels())) < 2:
         raise UserError(f"linear probe: {train.name} has images of one class; expected two or more")
@@ -415,21 +487,23 @@ def assign(train: Split, validation: Split | None, test: Split | None) -> Splits
 def _guess(features: jax.Array, weights: jax.Array, bias: jax.Array) -> jax.Array:
     """The class (M, R) int32 of the highest logit of features (M, R, C)."""
 
-    def of_chunk(x: jax.Array) -> jax.Array:
-        return jnp.argmax(x.astype(jnp.float64) @ weights + bias, axis=-1).astype(jnp.int32)
+    def guess(chunk: jax.Array) -> jax.Array:
+        return jnp.argmax(chunk.astype(jnp.float64) @ weights + bias, axis=-1).astype(jnp.int32)
 
-    return jax.lax.map(of_chunk, features)
+    return jax.lax.map(guess, features)
 
 
-def _make_classify(features: np.ndarray, num_classes: int, mesh: Mesh) -> Callable:
-    """Returns `Fit -> classes (n,)` of the n `features`, which are laid on the devices once."""
+def _make_classify(
+    features: np.ndarray, num_classes: int, mesh: Mesh
+) -> Callable[[Fit], np.ndarray]:
+    """Returns `Fit -> classes (n,)` for n `features`, which are laid on the devices once."""
     width = max(features.shape[1], num_classes)
-    chunks = _lay_out(features.astype(np.float32), mesh, width=width, fill=0)
+    chunks = _lay_out(features.astype(np.float32), mesh, width=width, padding=0)
     guess = jax.jit(_guess, out_shardings=sharding.replicated(mesh))
 
-    def classify(fitted: Fit) -> np.ndarray:
+    def classify(probe: Fit) -> np.ndarray:
         with jax.enable_x64(True):
-            guesses = guess(chunks, fitted.weights, fitted.bias)
+            guesses = guess(chunks, probe.weights, probe.bias)
         return np.asarray(guesses).reshape(-1)[: len(features)]
 
     return classify
@@ -445,31 +519,31 @@ def evaluate(
     global_batch_size: int,
     prefetch_batches: int,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Probed | None:
-    """Fits, chooses lam and classifies the test split; None where `should_stop` ended it.
+) -> ProbeResult | None:
+    """Fits, chooses lam and classifies the test split; None if `should_stop` ended it.
 
     Every process of a run on many hosts computes its part and gets the whole result.
 
     Args:
       model: whose pre_logits are the features.
       params: of the model, on every device of the mesh.
-      splits: to fit on, to choose lam on and to report, as `assign` gives them.
+      splits: as of `assign`.
       penalty: "squared" or "norm".
-      mesh: of the devices, over which the images and their features are split.
-      global_batch_size: images a step of the model, over all devices.
+      mesh: of the devices, over which images and features are split.
+      global_batch_size: images per step of the model, over all devices.
       prefetch_batches: batches on their way to the devices.
-      should_stop: asked after every batch and every ITERATIONS_AT_ONCE iterations.
+      should_stop: asked after every batch and every ITERATIONS_PER_CALL iterations.
 
     Raises:
       UserError: features that are not finite.
       NoRoomError: the features do not fit into memory.
     """
-    images = sum(split.num_examples for split in splits)
-    what = f"the linear probe's features of {images:,} images"
-    memory.check_room(2 * 4 * model.hidden_dim * images, what, on_host=True)
-    features = []
+    num_images = sum(split.num_examples for split in splits)
+    num_bytes = 2 * 4 * model.hidden_dim * num_images  # as collected, and as laid out
+    memory.check_room(num_bytes, f"features of {num_images:,} images", on_host=True)
+    features, labels = [], [split.labels() for split in splits]
     for split in splits:
-        collected = features_lib.collect(
+        split_features = features_lib.collect(
             model,
             params,
             split,
@@ -478,74 +552,58 @@ def evaluate(
             prefetch_batches=prefetch_batches,
             should_stop=should_stop,
         )
-        if collected is None:
+        if split_features is None:
             return None
-        features.append(collected)
-    labels = [split.labels() for split in splits]
-    classes, trained = np.unique(labels[0], return_inverse=True)  # those that can be fitted
-    classify_validation, classify_test = (
-        _make_classify(each, len(classes), mesh) for each in features[1:]
-    )
+        features.append(split_features)
+    # Classes without a training image take no part; their test images are errors.
+    classes, train_labels = np.unique(labels[0], return_inverse=True)
+    fitter = Fitter(features[0], train_labels, len(classes), mesh=mesh, penalty=penalty)
+    classify = _make_classify(features[1], len(classes), mesh)
     best, best_top1, path = None, -1.0, []
-    for fitted in fit(
-        features[0], trained, len(classes), mesh=mesh, penalty=penalty, should_stop=should_stop
-    ):
-        if fitted is None:
+    for lam in sorted(LAMBDAS, reverse=True):
+        probe = fitter.fit(lam, should_stop)
+        if probe is None:
             return None
-        top1 = float(np.mean(classes[classify_validation(fitted)] == labels[1]))
-        if top1 > best_top1:  # of equal ones the stronger penalty
-            best, best_top1 = fitted, top1
-        path.append(
-            {
-                "lam": fitted.lam,
-                "validation_top1": top1,
-                "iterations": fitted.iterations,
-                "residual": fitted.residual,
-                "converged": fitted.converged,
-            }
-        )
-    return _report(splits, labels, classes[classify_test(best)], len(classes), penalty, best, path)
-
-
-def _report(
-    splits: Splits,
-    labels: list[np.ndarray],
-    guesses: np.ndarray,
-    trained_classes: int,
-    penalty: str,
-    best: Fit,
-    path: list[dict[str, Any]],
-) -> Probed:
-    """The figures of the guesses (n,) for the test split."""
+        top1 = float(np.mean(classes[classify(probe)] == labels[1]))
+        if top1 > best_top1:  # among equals the strongest penalty
+            best, best_top1 = probe, top1
+        path.append({"validation_top1": top1, **probe.progress()})
+    guesses = classes[_make_classify(features[2], len(classes), mesh)(best)]
     train, validation, test = splits
-    num_classes, hit = len(test.class_names), guesses == labels[2]
-    hits, counts = scores.per_class(labels[2], hit, num_classes)
-    there = counts > 0
-    shares = hits[there] / counts[there]
-    return Probed(
+    return ProbeResult(
         train=train.name,
         validation=validation.name,
         test=test.name,
         train_count=train.num_examples,
         validation_count=validation.num_examples,
-        count=test.num_examples,
-        num_classes=num_classes,
-        untrained_classes=num_classes - trained_classes,
+        num_classes=len(test.class_names),
+        untrained_classes=len(test.class_names) - len(classes),
         penalty=penalty,
         lam=best.lam,
         on_edge=best.lam in (min(LAMBDAS), max(LAMBDAS)),
-        top1=float(hit.mean()),
-        top1_interval=scores.interval(int(hit.sum()), len(hit)),
-        mean_per_class=float(shares.mean()),
-        mean_per_class_interval=scores.mean_interval(shares, counts[there]),
         path=tuple(path),
+        **_figures(guesses, labels[2], len(test.class_names)),
     )
 
 
-class LinearProbe:
-    """The probe after each validation: fitted on the training split, reported on the validation's.
+def _figures(guesses: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """The fields of `ProbeResult` that follow from the guesses (n,) for the test split."""
+    hit = guesses == labels
+    hits, counts = scores.per_class(labels, hit, num_classes)
+    shares, counts = hits[counts > 0] / counts[counts > 0], counts[counts > 0]
+    return {
+        "count": len(hit),
+        "top1": float(hit.mean()),
+        "top1_interval": scores.interval(int(hit.sum()), len(hit)),
+        "mean_per_class": float(shares.mean()),
+        "mean_per_class_interval": scores.mean_interval(shares, counts),
+    }
 
-    lam is chosen on a tenth of the training split. The penalty is the squared one.
+
+class LinearProbe:
+    """The probe of a run at its validations, with the squared penalty.
+
+    The validation split is reported; lam is chosen on training images that are held out.
 
     Attributes:
       name: "linear_probe".
@@ -555,7 +613,7 @@ class LinearProbe:
     name, key = "linear_probe", "linear_probe/top1"
 
     def __init__(self, dataset: str, splits: Splits, setup: Setup):
-        """`splits` are as `assign` gives them; results are named by `dataset`."""
+        """`splits` are as of `assign`; results are named by `dataset`."""
         self._dataset, self._splits, self._setup = dataset, splits, setup
 
     def is_due(self, step: int) -> bool:
@@ -568,7 +626,7 @@ class LinearProbe:
         """As `Evaluator.run`."""
         results = []
         for weights, suffix, values in parameter_sets(params, ema_params):
-            probed = evaluate(
+            result = evaluate(
                 self._setup.model,
                 values,
                 self._splits,
@@ -578,9 +636,9 @@ class LinearProbe:
                 prefetch_batches=self._setup.prefetch_batches,
                 should_stop=should_stop,
             )
-            if probed is None:
+            if result is None:
                 return None
-            summary = probed.summary()
+            summary = result.summary()
             results.append(
                 Result(
                     dataset=self._dataset,
@@ -599,8 +657,8 @@ class LinearProbe:
 
 
 def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> LinearProbe:
-    """The probe of a run: `eval_suite=linear_probe`. The test split is not looked at."""
-    # The images that the probe is fitted on are not augmented.
+    """The probe of a run: `eval_suite=linear_probe`. It does not read the test split."""
+    # The training images are not augmented here.
     train = run_config.open_split(
         config, "train", splits.train.class_names, subfolders=splits.subfolders
     )
@@ -608,15 +666,15 @@ def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) 
 
 
 def open_splits(config: ConfigDict) -> Splits:
-    """The splits of a config's data for the probe of finished weights, as of `assign`."""
+    """The splits of a config's data for the probe of finished weights, as `assign` has them."""
     return assign(*(run_config.open_split(config, name, None) for name in ("train", "val", "test")))
 
 
-# The report, from `Probed.summary()` as results.json has it.
+# The report, from `ProbeResult.summary()` as results.json has it.
 
 
 def sentence(summary: Mapping[str, Any]) -> str:
-    """What came of a probe."""
+    """The figures of a probe in one line."""
     low, high = summary["top1_interval"]
     figures = (
         f"top-1 {summary['top1']:.2%} ({low:.2%} to {high:.2%}) of {summary['count']:,} images",
@@ -627,15 +685,15 @@ def sentence(summary: Mapping[str, Any]) -> str:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader of a probe's figures should know."""
-    found = []
+    """What limits a probe's figures."""
+    texts = []
     if summary["on_edge"]:
-        found.append("at an end of lam's list")
-    if failed := [f"{each['lam']:g}" for each in summary["path"] if not each["converged"]]:
-        found.append(f"not converged with lam {', '.join(failed)}")
+        texts.append("lam is at an end of its list")
+    if failures := [f"{point['lam']:g}" for point in summary["path"] if not point["converged"]]:
+        texts.append(f"not converged with lam {', '.join(failures)}")
     if count := summary["untrained_classes"]:
-        found.append(f"{count:,} of {summary['num_classes']:,} classes without a training image")
-    return found
+        texts.append(f"{count:,} of {summary['num_classes']:,} classes have no training image")
+    return texts
 
 
 def table(
@@ -654,7 +712,7 @@ def table(
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line per probe on its data and what a reader should know."""
+    """A line per probe on its training data and its remarks."""
     return [
         "; ".join(
             [
@@ -670,7 +728,7 @@ def lines(rows: Sequence[Sequence[str]], texts: Sequence[str]) -> list[str]:
     """The lines of a table and of the notes below it, in Markdown."""
     header, *others = (f"| {' | '.join(map(formatting.in_markdown, row))} |" for row in rows)
     rule = "|---" * len(rows[0]) + "|"
-    return [header, rule, *others, "", *(f"{formatting.in_markdown(each)}.  " for each in texts)]
+    return [header, rule, *others, "", *(f"{formatting.in_markdown(text)}.  " for text in texts)]
 
 
 def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:

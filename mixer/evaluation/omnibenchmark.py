@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from mixer import files, formatting
@@ -44,20 +45,17 @@ def preprocessing(image_size: tuple[int, int], own: str | None) -> str:
 
     Args:
       image_size: (H, W) that the model takes; a rectangle is resized to.
-      own: the steps of the model's own data, if they are known; what they do after all cropping
-        and resizing (the range of the values, an order of the pixels) is done here too.
+      own: the steps of the model's own data, if they are known; its ops on the order of the pixels
+        and on the range of the values are added.
     """
     height, width = image_size
     steps = f"decode|resize_small({height}, method='bicubic', antialias=True)"
     steps += f"|central_crop({height})"
     if height != width:
         steps = f"decode|resize(({height}, {width}), method='bicubic', antialias=True)"
-    kept = [
-        step.text
-        for step in (spec.parse(own) if own else ())
-        if step.name in ("permute_patches", "permute_pixels", "value_range")
-    ]
-    return "|".join([steps, *kept])
+    added = ("permute_patches", "permute_pixels", "value_range")
+    own_steps = spec.parse(own) if own else ()
+    return "|".join([steps, *(step.text for step in own_steps if step.name in added)])
 
 
 def open_realms(
@@ -72,13 +70,14 @@ def open_realms(
 
     Args:
       data_dir: the folder of the realms' folders.
-      names: realms to open; none: all that are there.
+      names: of the realms to open; none: all.
       image_size: (H, W) that the model takes.
       preprocess: of the model's own data; None: not known.
       say: gets a line on which of the benchmark's realms are missing.
 
     Raises:
-      UserError: no such folder or realm, a file that is missing or not as it should be.
+      UserError: no such folder or realm; an annotation file that is missing or has a bad line; an
+        image that is missing.
     """
     if not data_dir:
         raise UserError(
@@ -88,41 +87,49 @@ def open_realms(
     root = files.parse_path("--data_dir", data_dir)
     if not root.is_dir():
         raise UserError(f"--data_dir={root} is no folder; expected the folder of the realms")
+    available = _list_realms(root)
+    for name in names:
+        if name not in available:
+            raise UserError(
+                f"--tasks={name}: {root} has no such realm; expected one of "
+                f"{', '.join(available)}.{nearest(name, available)}"
+            )
+    names = [name for name in available if name in (names or available)]
+    files_missing = [
+        f"{root}/{name}/{file}"
+        for name in names
+        for file in FILES
+        if not (root / name / file).exists()
+    ]
+    if files_missing:
+        raise UserError(
+            f"annotation files are missing: {folder.listed(files_missing)}; expected "
+            f"{', '.join(FILES)} in the folder of each realm"
+        )
+    if realms_missing := [name for name in REALMS if name not in names]:
+        count = f"{len(realms_missing)} of the benchmark's {len(REALMS)} realms"
+        say(f"{count} are not evaluated: {', '.join(realms_missing)}")
+    steps = preprocessing(image_size, preprocess)
+    return {name: _open_realm(root / name, steps, image_size) for name in names}
+
+
+def _list_realms(root: epath.Path) -> list[str]:
+    """The folders that have an annotation file or the name of a realm."""
     folders = sorted(folder.decode(name) for name, _ in folder.list_folder(root, b"").folders)
-    present = [
+    realms = [
         name
         for name in folders
         if name in REALMS or any((root / name / file).exists() for file in FILES)
     ]
-    if not present:
+    if not realms:
         raise UserError(
             f"--data_dir={root} holds no realm; expected folders such as {root}/bird with "
             f"{', '.join(FILES)}"
         )
-    for name in names:
-        if name not in present:
-            raise UserError(
-                f"--tasks={name}: {root} has no such realm; expected one of {', '.join(present)}."
-                f"{nearest(name, present)}"
-            )
-    chosen = [name for name in present if name in (names or present)]
-    missing = [
-        f"{root}/{name}/{file}"
-        for name in chosen
-        for file in FILES
-        if not (root / name / file).exists()
-    ]
-    if missing:
-        are = "annotation file is" if len(missing) == 1 else "annotation files are"
-        raise UserError(f"{len(missing)} {are} missing: {folder.listed(missing)}")
-    if absent := [name for name in REALMS if name not in chosen]:
-        which = f"{len(absent)} of the benchmark's {len(REALMS)} realms"
-        say(f"{which} are not evaluated: {', '.join(absent)}")
-    steps = preprocessing(image_size, preprocess)
-    return {name: _open_realm(root / name, steps, image_size) for name in chosen}
+    return realms
 
 
-def _open_realm(directory: Any, steps: str, image_size: tuple[int, int]) -> Splits:
+def _open_realm(directory: epath.Path, steps: str, image_size: tuple[int, int]) -> Splits:
     """The three splits of the realm in a folder."""
     listings = [annotations.read_annotations(directory / file, directory) for file in FILES]
     count = 1 + max(int(listing.labels.max()) for listing in listings)
@@ -136,7 +143,7 @@ def _open_realm(directory: Any, steps: str, image_size: tuple[int, int]) -> Spli
 
 
 def settings(splits: Splits) -> str:
-    """Changes when the images of a realm, their labels or what is done with them do."""
+    """A digest of a realm's images, labels and preprocessing, and of how the probe is fitted."""
     parts = [[split.fingerprint, split.preprocess] for split in splits]
     parts.append([PENALTY, *linear_probe.LAMBDAS, linear_probe.TOLERANCE])
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
@@ -153,41 +160,41 @@ def evaluate(
     prefetch_batches: int,
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each realm's name in results.json and its result, as soon as it is computed.
+    """Yields each realm's name in results.json and its result, as soon as it is known.
 
     Args:
       model: whose pre_logits are the features.
       params: of the model, by the suffix of the results' names, "" or "_ema".
       realms: as of `open_realms`.
-      recorded: what results.json has of the same weights. A realm that is in it with the same data
-        and settings is not computed again.
+      recorded: what results.json has for the same weights. A realm whose `settings` it has is not
+        computed again.
       mesh: of the devices.
-      global_batch_size: images a step of the model, over all devices.
+      global_batch_size: images per step of the model, over all devices.
       prefetch_batches: batches on their way to the devices.
       say: gets a line as each realm begins and ends.
     """
     tasks = [(name, suffix) for name in realms for suffix in params]
     images = {name: sum(split.num_examples for split in realms[name]) for name in realms}
-    due = [
-        (name, suffix)
+    digests = {name: settings(splits) for name, splits in realms.items()}
+    is_done = {
+        (name, suffix): recorded.get(name + suffix, {}).get("settings") == digests[name]
         for name, suffix in tasks
-        if recorded.get(name + suffix, {}).get("settings") != settings(realms[name])
-    ]
-    seconds, images_done = 0.0, 0
+    }
+    images_left = sum(images[name] for name, suffix in tasks if not is_done[name, suffix])
+    images_done, seconds = 0, 0.0
     for number, (name, suffix) in enumerate(tasks, 1):
         place = f"realm {number} of {len(tasks)}: {name}{suffix}"
-        if (name, suffix) not in due:
+        if is_done[name, suffix]:
             summary = dict(recorded[name + suffix])
             say(f"{place}: {linear_probe.sentence(summary)}, done before")
             yield name + suffix, summary
             continue
-        left = sum(images[other] for other, _ in due) - images_done
         hint = ""
         if images_done:
-            hint = f", about {formatting.duration(seconds / images_done * left)} left"
+            hint = f", about {formatting.duration(seconds / images_done * images_left)} left"
         say(f"{place}: {images[name]:,} images{hint}")
         start = time.monotonic()
-        probed = linear_probe.evaluate(
+        result = linear_probe.evaluate(
             model,
             params[suffix],
             realms[name],
@@ -196,27 +203,24 @@ def evaluate(
             global_batch_size=global_batch_size,
             prefetch_batches=prefetch_batches,
         )
-        took = time.monotonic() - start
-        seconds, images_done = seconds + took, images_done + images[name]
-        summary = {
-            "realm": name,
-            "weights": "ema" if suffix else "params",
-            "settings": settings(realms[name]),
-            **probed.summary(),
-        }
-        say(f"{place}: {linear_probe.sentence(summary)}, took {formatting.duration(took)}")
+        duration = time.monotonic() - start
+        weights = "ema" if suffix else "params"
+        summary = {"realm": name, "weights": weights, "settings": digests[name], **result.summary()}
+        say(f"{place}: {linear_probe.sentence(summary)}, took {formatting.duration(duration)}")
         yield name + suffix, summary
+        seconds += duration
+        images_done, images_left = images_done + images[name], images_left - images[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """The mean over realms, each of the same weight. Shares are in 0..1.
+    """The mean over realms, all with the same weight. Shares are in 0..1.
 
     Attributes:
       weights: "params" or "ema".
       realms: their names.
       top1, mean_per_class: means over the realms.
-      top1_interval: (low, high) of 95 %, of the number of test images alone.
+      top1_interval: (low, high) of 95 %; the only source of chance is the number of test images.
     """
 
     weights: str
@@ -228,35 +232,35 @@ class Mean:
 
 def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     """The mean over the realms of each set of parameters, from results.json's section."""
-    found = []
+    results = []
     for weights in ("params", "ema"):
-        chosen = [each for each in summaries.values() if each["weights"] == weights]
-        if not chosen:
+        rows = [summary for summary in summaries.values() if summary["weights"] == weights]
+        if not rows:
             continue
-        shares, counts = (np.array([each[key] for each in chosen]) for key in ("top1", "count"))
-        found.append(
+        top1, counts = (np.array([row[key] for row in rows]) for key in ("top1", "count"))
+        results.append(
             Mean(
                 weights=weights,
-                realms=tuple(each["realm"] for each in chosen),
-                top1=float(shares.mean()),
-                top1_interval=scores.mean_interval(shares, counts),
-                mean_per_class=float(np.mean([each["mean_per_class"] for each in chosen])),
+                realms=tuple(row["realm"] for row in rows),
+                top1=float(top1.mean()),
+                top1_interval=scores.mean_interval(top1, counts),
+                mean_per_class=float(np.mean([row["mean_per_class"] for row in rows])),
             )
         )
-    return found
+    return results
 
 
 def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of a table: a row a realm, then their mean."""
+    """Lines of a table: a row per realm, then their mean."""
     table, notes = linear_probe.table(summaries, "realm"), linear_probe.notes(summaries)
     for mean in means(summaries):
         name = "mean" + " (average)" * (mean.weights == "ema")
         low, high = mean.top1_interval
         figures = f"{mean.top1:.2%}", f"{low:.2%} to {high:.2%}", f"{mean.mean_per_class:.2%}"
         table.append((name, f"{len(mean.realms)} realms", *figures, "", ""))
-        if absent := [realm for realm in REALMS if realm not in mean.realms]:
+        if missing := [realm for realm in REALMS if realm not in mean.realms]:
             notes.append(
-                f"{name}: over {len(mean.realms)} realms; {len(absent)} of the benchmark's "
-                f"{len(REALMS)} are absent: {', '.join(absent)}"
+                f"{name}: over {len(mean.realms)} realms; {len(missing)} of the benchmark's "
+                f"{len(REALMS)} are missing: {', '.join(missing)}"
             )
     return linear_probe.lines(table, notes)

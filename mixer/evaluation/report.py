@@ -409,13 +409,13 @@ class _Card:
             new.write_text(markdown(subject, results or self.new))
 
     def recorded(self, section: str) -> dict[str, Any]:
-        """What results.json has in a section for the same weights, on every process."""
-        subject, found = self._subject, {}
+        """What a section of results.json holds for the same weights, on every process."""
+        subject, content = self._subject, {}
         if distributed.is_main():
-            old = run_files.read_results(subject.output, subject.checkpoint_name) or {}
-            if run.is_of(old, subject.identity):
-                found = old.get(section, {})
-        return distributed.broadcast(found)
+            content = run_files.read_results(subject.output, subject.checkpoint_name) or {}
+            if not run.is_of(content, subject.identity):
+                content = {}
+        return distributed.broadcast(content.get(section, {}))
 
     def add_split(
         self, which: str, result: classification.Classification, split: pipeline.Split
@@ -643,7 +643,7 @@ def _omnibenchmark(
     card: _Card,
     say: Callable[[str], None],
 ) -> None:
-    """Adds the linear probe on each of the realms, those that are recorded already at once."""
+    """Adds the linear probe on each realm. A realm that is recorded is not computed again."""
     if not realms:
         return
     results = omnibenchmark.evaluate(
