@@ -150,8 +150,10 @@ def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
     low, high = summary["top1_interval"]
     assert 0.15 < low < summary["top1"] < high and result.metrics[probe.key] == summary["top1"]
     assert f"{summary['top1']:.2%}" in result.line and "not converged" not in result.line
-    table = linear_probe.markdown({"synthetic": summary})
-    assert f"| {summary['top1']:.2%} |" in table[2] and f"{summary['train_count']:,}" in table[-1]
+    header, row = linear_probe.table({"synthetic": summary})
+    assert row[0] == "synthetic" and row[header.index("top-1")] == f"{summary['top1']:.2%}"
+    (note,) = linear_probe.notes({"synthetic": summary})
+    assert f"{summary['train_count']:,}" in note
     for asked in (0, 20):  # at the first batch, in the optimizer
         answers = iter([False] * asked + [True] * 100)
         assert probe.run(params, params, lambda: next(answers)) is None  # noqa: B023

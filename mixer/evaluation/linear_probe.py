@@ -19,7 +19,7 @@ span six orders of magnitude, 30 iterations suffice instead of thousands.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mixer import formatting, memory
+from mixer import memory
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
@@ -722,15 +722,3 @@ def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
         for name, summary in summaries.items()
     ]
-
-
-def lines(rows: Sequence[Sequence[str]], texts: Sequence[str]) -> list[str]:
-    """The lines of a table and of the notes below it, in Markdown."""
-    header, *others = (f"| {' | '.join(map(formatting.in_markdown, row))} |" for row in rows)
-    rule = "|---" * len(rows[0]) + "|"
-    return [header, rule, *others, "", *(f"{formatting.in_markdown(text)}.  " for text in texts)]
-
-
-def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of the table of probes by the name of their data."""
-    return lines(table(summaries), notes(summaries))

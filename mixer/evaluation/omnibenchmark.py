@@ -229,6 +229,11 @@ class Mean:
     top1_interval: tuple[float, float]
     mean_per_class: float
 
+    @property
+    def name(self) -> str:
+        """In the table."""
+        return "mean (average)" if self.weights == "ema" else "mean"
+
 
 def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     """The mean over the realms of each set of parameters, from results.json's section."""
@@ -250,17 +255,23 @@ def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     return results
 
 
-def markdown(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of a table: a row per realm, then their mean."""
-    table, notes = linear_probe.table(summaries, "realm"), linear_probe.notes(summaries)
+def table(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of a table, its header first: a row per realm, then the means."""
+    rows = linear_probe.table(summaries, "realm")
     for mean in means(summaries):
-        name = "mean" + " (average)" * (mean.weights == "ema")
         low, high = mean.top1_interval
         figures = f"{mean.top1:.2%}", f"{low:.2%} to {high:.2%}", f"{mean.mean_per_class:.2%}"
-        table.append((name, f"{len(mean.realms)} realms", *figures, "", ""))
+        rows.append((mean.name, f"{len(mean.realms)} realms", *figures, "", ""))
+    return rows
+
+
+def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line per realm on its training data and its remarks, then a line per mean."""
+    texts = linear_probe.notes(summaries)
+    for mean in means(summaries):
+        text = f"{mean.name}: over {len(mean.realms)} realms"
         if missing := [realm for realm in REALMS if realm not in mean.realms]:
-            notes.append(
-                f"{name}: over {len(mean.realms)} realms; {len(missing)} of the benchmark's "
-                f"{len(REALMS)} are missing: {', '.join(missing)}"
-            )
-    return linear_probe.lines(table, notes)
+            text += f"; {len(missing)} of the benchmark's {len(REALMS)} are missing: "
+            text += ", ".join(missing)
+        texts.append(text)
+    return texts

@@ -769,11 +769,18 @@ def _fewshot_lines(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _table_lines(module: Any, summaries: dict[str, Any]) -> list[str]:
+    """The lines of the module's table and notes."""
+    header, *rows = module.table(summaries)
+    table = [_line(header), "|---" * len(header) + "|", *map(_line, rows), ""]
+    return table + [f"{in_markdown(note)}.  " for note in module.notes(summaries)]
+
+
 # What results.json has besides the splits, and the lines of a card that it makes.
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     FEWSHOT: _fewshot_lines,
-    LINEAR_PROBE: linear_probe.markdown,
-    OMNIBENCHMARK: omnibenchmark.markdown,
+    LINEAR_PROBE: lambda summaries: _table_lines(linear_probe, summaries),
+    OMNIBENCHMARK: lambda summaries: _table_lines(omnibenchmark, summaries),
     THROUGHPUT: throughput.markdown,
     "transfer": lambda tables: [line for each in tables.values() for line in each["markdown"]],
     "training": lambda costs: [throughput.cost_sentence(cost) for cost in costs.values()],
