@@ -19,13 +19,15 @@ from mixer import run_files
 from mixer.errors import UserError
 from mixer.evaluation import linear_probe, omnibenchmark
 from mixer.evaluation.evaluator import Setup
+from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.training import losses
 from mixer.training import state as train_state
-from mixer.weights import formats as weights
 
 COUNT, WIDTH, CLASSES = 300, 12, 4
+DIMENSIONS = dict(patch_size=2, hidden_dim=16, num_blocks=1, tokens_mlp_dim=8)
+DIMENSIONS |= dict(channels_mlp_dim=24, num_classes=10)
 
 
 def _features(seed=0):
@@ -106,9 +108,7 @@ def test_norm_penalty_satisfies_its_optimality_condition(monkeypatch):
 @pytest.fixture(scope="module")
 def tiny():
     """A tiny model, random parameters and the mesh they are on."""
-    config = tiny_config(model__num_blocks=1)
-    config.model.num_classes = 10
-    model, mesh = run.build_model(config), sharding.make_mesh({"data": -1})
+    model, mesh = MlpMixer(**DIMENSIONS), sharding.make_mesh({"data": -1})
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
@@ -212,6 +212,7 @@ sys.path.insert(0, "tests")
 import jax, numpy as np
 from helpers import tiny_config
 from mixer.evaluation import linear_probe
+from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.training import state as train_state
@@ -222,10 +223,9 @@ if len(sys.argv) > 1:
     jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2,
         process_id=int(sys.argv[1]))
     counts = (2,)
-config = tiny_config(model__num_blocks=1)
-config.model.num_classes = 10
-model = run.build_model(config)
-train, test = (run.open_split(config, which, None) for which in ("train", "test"))
+model = MlpMixer(patch_size=2, hidden_dim=16, num_blocks=1, tokens_mlp_dim=8,
+    channels_mlp_dim=24, num_classes=10)
+train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
 splits = linear_probe.assign(train, None, test.select(np.arange(201)))
 linear_probe.CHUNK_VALUES = 6400
 results = []
@@ -365,21 +365,9 @@ def test_what_is_missing_or_wrong_in_a_realm_is_one_line(tmp_path):
 @pytest.fixture(scope="module")
 def weights_file(tiny, tmp_path_factory):
     """The weights of the tiny model."""
-    model, params, _ = tiny
-    dims = {name: getattr(model, name) for name in weights.DIMENSIONS}
-    card = weights.Card(
-        variant=None,
-        **dims,
-        num_classes=10,
-        image_size=(8, 8),
-        gelu="tanh",
-        preprocess="decode",
-        class_names=None,
-        source="a test",
-    )
+    _, params, _ = tiny
     path = tmp_path_factory.mktemp("weights") / "tiny.npz"
-    arrays = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    weights.write_file(path, arrays, card, layout="published")
+    np.savez(path, **traverse_util.flatten_dict(params, sep="/"))
     return path
 
 

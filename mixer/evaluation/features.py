@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -12,13 +13,12 @@ from mixer.data import splits as pipeline
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.models import layers, microbatches
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.training.step import normalize
 
 
 @functools.lru_cache(maxsize=1)  # all probes of a model share one program
-def _make_step(model: MlpMixer, mesh: Mesh) -> Callable:
+def _make_step(model: nn.Module, mesh: Mesh) -> Callable:
     """Returns `(params, batch) -> columns` for `classification.collect`.
 
     The columns are "index", each image's place in the split, and "features", its pre_logits (N, C).
@@ -38,7 +38,7 @@ def _make_step(model: MlpMixer, mesh: Mesh) -> Callable:
 
 
 def collect(
-    model: MlpMixer,
+    model: nn.Module,
     params: Any,
     split: pipeline.Split,
     *,

@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,6 @@ from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
-from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run_config
 
@@ -510,7 +510,7 @@ def _make_classify(
 
 
 def evaluate(
-    model: MlpMixer,
+    model: nn.Module,
     params: Any,
     splits: Splits,
     *,

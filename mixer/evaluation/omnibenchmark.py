@@ -16,17 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from mixer import files, formatting
 from mixer.data import splits as pipeline
-from mixer.data.preprocessing import spec
 from mixer.data.sources import annotations, folder
 from mixer.errors import UserError, nearest
 from mixer.evaluation import linear_probe, scores
-from mixer.models.mlp_mixer import MlpMixer
 
 REALMS = (
     *("activity", "aircraft", "amphibian", "aquatic_vertebrate", "bird", "car", "consumer_goods"),
@@ -36,6 +35,7 @@ REALMS = (
 )
 FILES = ("train.txt", "val.txt", "test.txt")
 PENALTY = "norm"
+KEPT_STEPS = ("permute_patches", "permute_pixels", "value_range")  # of the model's own data
 
 Splits = tuple[pipeline.Split, pipeline.Split, pipeline.Split]  # train, validation, test
 
@@ -45,17 +45,15 @@ def preprocessing(image_size: tuple[int, int], own: str | None) -> str:
 
     Args:
       image_size: (H, W) that the model takes; a rectangle is resized to.
-      own: the steps of the model's own data, if they are known; its ops on the order of the pixels
-        and on the range of the values are added.
+      own: the steps of the model's own data, if they are known; KEPT_STEPS of these are added.
     """
     height, width = image_size
     steps = f"decode|resize_small({height}, method='bicubic', antialias=True)"
     steps += f"|central_crop({height})"
     if height != width:
         steps = f"decode|resize(({height}, {width}), method='bicubic', antialias=True)"
-    added = ("permute_patches", "permute_pixels", "value_range")
-    own_steps = spec.parse(own) if own else ()
-    return "|".join([steps, *(step.text for step in own_steps if step.name in added)])
+    own_steps = [step.strip() for step in (own or "").split("|")]
+    return "|".join([steps, *(step for step in own_steps if step.startswith(KEPT_STEPS))])
 
 
 def open_realms(
@@ -144,13 +142,13 @@ def _open_realm(directory: epath.Path, steps: str, image_size: tuple[int, int]) 
 
 def settings(splits: Splits) -> str:
     """A digest of a realm's images, labels and preprocessing, and of how the probe is fitted."""
-    parts = [[split.fingerprint, split.preprocess] for split in splits]
+    parts = [[split.fingerprint, str(split.preprocess)] for split in splits]
     parts.append([PENALTY, *linear_probe.LAMBDAS, linear_probe.TOLERANCE])
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def evaluate(
-    model: MlpMixer,
+    model: nn.Module,
     params: Mapping[str, Any],
     realms: Mapping[str, Splits],
     recorded: Mapping[str, Mapping[str, Any]],
