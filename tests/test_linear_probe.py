@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from helpers import run_program, run_python, tiny_config
 from mixer import run_files
 from mixer.errors import UserError
-from mixer.evaluation import linear_probe, omnibenchmark
+from mixer.evaluation import linear_probe, logistic, omnibenchmark
 from mixer.evaluation.evaluator import Setup
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
@@ -43,7 +43,7 @@ def _features(seed=0):
 
 def _fit(features, labels, penalty):
     mesh = sharding.make_mesh({"data": -1})
-    fitter = linear_probe.Fitter(features, labels, CLASSES, mesh=mesh, penalty=penalty)
+    fitter = logistic.Fitter(features, labels, CLASSES, mesh=mesh, penalty=penalty)
     return {lam: fitter.fit(lam) for lam in sorted(linear_probe.LAMBDAS, reverse=True)}
 
 
@@ -68,7 +68,7 @@ def test_squared_penalty_reaches_the_optimum_of_scikit_learn():
         assert fitted.objective == pytest.approx(objective, rel=1e-9)
         of_penalty = lam * fitted.weights
         left = np.linalg.norm(of_weights + of_penalty) / np.linalg.norm(of_penalty)
-        assert left < linear_probe.TOLERANCE
+        assert left < logistic.TOLERANCE
         np.testing.assert_allclose(of_bias, 0, atol=1e-4)
         reference = LogisticRegression(C=1 / (lam * COUNT), solver="newton-cholesky", tol=1e-10)
         reference.fit(features.astype(np.float64), labels)
@@ -83,7 +83,7 @@ def test_squared_penalty_reaches_the_optimum_of_scikit_learn():
 
 def test_norm_penalty_satisfies_its_optimality_condition(monkeypatch):
     """The data's gradient is that of the penalty; where W = 0 it is no longer than lam."""
-    monkeypatch.setattr(linear_probe, "CHUNK_VALUES", 125 * WIDTH)  # three chunks, the last short
+    monkeypatch.setattr(logistic, "CHUNK_VALUES", 125 * WIDTH)  # three chunks, the last short
     features, labels = _features()
     fits = _fit(features, labels, "norm")
     zeros = {lam for lam, fitted in fits.items() if not fitted.weights.any()}
@@ -99,7 +99,7 @@ def test_norm_penalty_satisfies_its_optimality_condition(monkeypatch):
             np.testing.assert_allclose(np.exp(fitted.bias), 1 / CLASSES)
         else:
             left = of_weights + lam * fitted.weights / norm
-            assert np.linalg.norm(left) < linear_probe.TOLERANCE * lam
+            assert np.linalg.norm(left) < logistic.TOLERANCE * lam
 
 
 # The probe of a model.
@@ -211,7 +211,7 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 from helpers import tiny_config
-from mixer.evaluation import linear_probe
+from mixer.evaluation import linear_probe, logistic
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -227,7 +227,7 @@ model = MlpMixer(patch_size=2, hidden_dim=16, num_blocks=1, tokens_mlp_dim=8,
     channels_mlp_dim=24, num_classes=10)
 train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
 splits = linear_probe.assign(train, None, test.select(np.arange(201)))
-linear_probe.CHUNK_VALUES = 6400
+logistic.CHUNK_VALUES = 6400
 results = []
 for count in counts:
     axes = {"data": -1, "fsdp": 4 if count == 8 else 1}

@@ -25,7 +25,7 @@ from mixer import files, formatting
 from mixer.data import splits as pipeline
 from mixer.data.sources import annotations, folder
 from mixer.errors import UserError, nearest
-from mixer.evaluation import linear_probe, scores
+from mixer.evaluation import linear_probe, logistic, scores
 
 REALMS = (
     *("activity", "aircraft", "amphibian", "aquatic_vertebrate", "bird", "car", "consumer_goods"),
@@ -143,7 +143,7 @@ def _open_realm(directory: epath.Path, steps: str, image_size: tuple[int, int]) 
 def settings(splits: Splits) -> str:
     """A digest of a realm's images, labels and preprocessing, and of how the probe is fitted."""
     parts = [[split.fingerprint, str(split.preprocess)] for split in splits]
-    parts.append([PENALTY, *linear_probe.LAMBDAS, linear_probe.TOLERANCE])
+    parts.append([PENALTY, *linear_probe.LAMBDAS, logistic.TOLERANCE])
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -232,6 +232,11 @@ class Mean:
         """In the table."""
         return "mean (average)" if self.weights == "ema" else "mean"
 
+    @property
+    def extent(self) -> str:
+        """The number of realms."""
+        return f"{len(self.realms)} realm" + "s" * (len(self.realms) > 1)
+
 
 def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     """The mean over the realms of each set of parameters, from results.json's section."""
@@ -259,7 +264,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     for mean in means(summaries):
         low, high = mean.top1_interval
         figures = f"{mean.top1:.2%}", f"{low:.2%} to {high:.2%}", f"{mean.mean_per_class:.2%}"
-        rows.append((mean.name, f"{len(mean.realms)} realms", *figures, "", ""))
+        rows.append((mean.name, mean.extent, *figures, "", ""))
     return rows
 
 
@@ -267,7 +272,7 @@ def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line per realm on its training data and its remarks, then a line per mean."""
     texts = linear_probe.notes(summaries)
     for mean in means(summaries):
-        text = f"{mean.name}: over {len(mean.realms)} realms"
+        text = f"{mean.name}: over {mean.extent}"
         if missing := [realm for realm in REALMS if realm not in mean.realms]:
             text += f"; {len(missing)} of the benchmark's {len(REALMS)} are missing: "
             text += ", ".join(missing)

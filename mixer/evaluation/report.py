@@ -919,7 +919,7 @@ def _cells(sections: dict[str, dict[str, Any]]) -> dict[str, str]:
         share = f"{_percent(result['top1'])} ({_interval(result['top1_interval'])})"
         cells[f"{name}, linear probe"] = share
     for mean in omnibenchmark.means(sections.get(OMNIBENCHMARK, {})):
-        name = f"omnibenchmark, {len(mean.realms)} realms" + ", average" * (mean.weights == "ema")
+        name = f"omnibenchmark, {mean.extent}" + ", average" * (mean.weights == "ema")
         cells[name] = f"{_percent(mean.top1)} ({_interval(mean.top1_interval)})"
     for result in sections.get(THROUGHPUT, {}).values():
         for rate in result["rates"]:
