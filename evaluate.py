@@ -7,6 +7,7 @@
   python evaluate.py --weights=B/16-i1k --suite=imagenet_real --data_dir=/data/imagenet/val
   python evaluate.py --weights=pets.npz --config=configs/folder.py --config.dataset.data_dir=pets/
   python evaluate.py --weights=B/16-i21k --suite=vtab --output=runs/b16_vtab
+  python evaluate.py --weights=B/16-i21k --suite=omnibenchmark --data_dir=/data/omnibenchmark
 
 A run is evaluated with its own model, data, preprocessing and class names; a file with its own
 preprocessing and class names if they are known. docs/evaluation.md describes the suites.
@@ -32,8 +33,9 @@ WEIGHTS = flags.DEFINE_list(
 SUITE = flags.DEFINE_list(
     "suite",
     [],
-    "What to evaluate: imagenet, fewshot, throughput, vtab, transfer or a set such as cifar10; "
-    "or several. Default: the splits of the run's config, or of --config.",
+    "What to evaluate: imagenet, fewshot, linear_probe, omnibenchmark, throughput, vtab, transfer "
+    "or a set such as cifar10; or several. Default: the splits of the run's config, or of "
+    "--config.",
 )
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "Which weights of a run: last, best (by validation) or a step's number."
@@ -44,7 +46,11 @@ SPLIT = flags.DEFINE_enum(
 PREPROCESS = flags.DEFINE_string(
     "preprocess", None, "Steps such as 'decode|resize(224)', for --weights without known ones."
 )
-TASKS = flags.DEFINE_list("tasks", [], "Tasks of vtab or transfer, as in dmlab,svhn. Default: all.")
+TASKS = flags.DEFINE_list(
+    "tasks",
+    [],
+    "Tasks of vtab or transfer, or realms of omnibenchmark, as in dmlab,svhn. Default: all.",
+)
 SAVE_PREDICTIONS = flags.DEFINE_bool(
     "save_predictions", False, "Write evaluation/SET.npz too, the prediction for every image."
 )
@@ -104,6 +110,7 @@ def main(argv: list[str]) -> None:
             label_file=LABEL_FILE.value,
             save_predictions=SAVE_PREDICTIONS.value,
             batch_sizes=batch_sizes,
+            realms=TASKS.value,
         )
         with watchdog.watch():
             report.evaluate(subjects, evaluated, output=OUTPUT.value if several else None)
@@ -128,7 +135,11 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
     for name, fits, what in (
         ("checkpoint", bool(workdirs), "--workdir; of --weights give RUN/best or a step's path"),
         ("preprocess", bool(paths) and not tuned, "--weights: a run has its own preprocessing"),
-        ("tasks", len(tuned) == 1, "--suite=vtab or --suite=transfer"),
+        (
+            "tasks",
+            len(tuned) + ("omnibenchmark" in suite) == 1,
+            "one of --suite=vtab, transfer, omnibenchmark",
+        ),
         ("split", not suite and not tuned, "the splits of a config, without --suite"),
         ("batch_sizes", "throughput" in suite, "--suite=throughput"),
         ("save_predictions", not tuned or bool(suite), "what is classified here"),

@@ -138,7 +138,7 @@ def base() -> ConfigDict:
     config.eval_every_epochs = config_dict.placeholder(float)
     config.eval_every_examples = config_dict.placeholder(int)
     # Evaluated at each validation too: sets and groups of mixer/evaluation/suites.py, such as
-    # "imagenet_real,imagenet_v2", and "fewshot", the few-shot probe on the run's own data.
+    # "imagenet_real,imagenet_v2"; "fewshot" and "linear_probe", the probes on the run's own data.
     config.eval_suite = ""
     config.eval_batch_size = config_dict.placeholder(int)  # None: global_batch_size
     config.checkpoint = dict(

@@ -245,6 +245,32 @@ DATA = {
 }
 CONVERTED_DATA = {"class_names": CLASS_NAMES}
 
+LINEAR_PROBE = {
+    "train": TEXT,
+    "validation": TEXT,
+    "test": TEXT,
+    "train_count": COUNT,
+    "validation_count": COUNT,
+    "count": COUNT,
+    "num_classes": COUNT,
+    "untrained_classes": NATURAL,
+    "penalty": TEXT,
+    "lam": NUMBER,
+    "on_edge": BOOL,
+    "top1": SHARE,
+    "top1_interval": SPAN,
+    "mean_per_class": SHARE,
+    "mean_per_class_interval": SPAN,
+    "path": ListOf(
+        {
+            "lam": NUMBER,
+            "validation_top1": SHARE,
+            "iterations": NATURAL,
+            "residual": REAL,
+            "converged": BOOL,
+        }
+    ),
+}
 RESULTS = {
     "step": Added(NATURAL),
     "weights": Added(TEXT),
@@ -286,6 +312,10 @@ RESULTS = {
                 ),
             }
         )
+    ),
+    "linear_probe": Added(DictOf(LINEAR_PROBE)),
+    "omnibenchmark": Added(
+        DictOf({"realm": TEXT, "weights": TEXT, "settings": TEXT, **LINEAR_PROBE})
     ),
     "throughput": Added(
         DictOf(

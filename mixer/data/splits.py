@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from mixer.data import order
 from mixer.data.preprocessing.spec import Specification
@@ -378,6 +379,30 @@ def open_source(
     folder = scan(dataset.data_dir, subfolders)
     names = folder.class_names if class_names is None else class_names
     return sources.folder_source(folder, spec, names, excluded)
+
+
+def open_listing(
+    listing: folder_lib.LabelFile,
+    preprocess: str,
+    *,
+    image_size: tuple[int, int],
+    class_names: tuple[str, ...],
+) -> Split:
+    """Opens all images of a label file that is read already.
+
+    Args:
+      listing: the label file, which has one split.
+      preprocess: the steps that each image takes.
+      image_size: (H, W) of the images that come out.
+      class_names: of the labels, in order.
+    """
+    from mixer.data.sources import stored as sources
+
+    (spec,) = listing.splits
+    source = sources.label_file_source(listing, spec, class_names, frozenset())
+    source = dataclasses.replace(source, name=str(listing.file))
+    dataset = ConfigDict({"exclude": "", "shuffle_group_size": 1})
+    return _open_stored(source, dataset, preprocess, image_size)
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,7 +10,6 @@ It is computed in float64, on the devices: with the constant the Gram matrix has
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,19 +17,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from scipy import special
 
 from mixer.data.splits import Split
 from mixer.errors import UserError
-from mixer.evaluation import classification, scores
+from mixer.evaluation import features as features_lib
+from mixer.evaluation import scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.evaluation.tables import Table
-from mixer.models import layers, microbatches
 from mixer.parallel import sharding
 from mixer.runs import config as run_config
-from mixer.training.step import normalize
 
 BIAS = 100.0  # the constant feature, so large that its weight is hardly regularised
 MIN_DEVIATION = 1e-5  # added to the deviation of each feature
@@ -103,26 +101,6 @@ def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
             )
     header = "few-shot probe", "shots a class", "shots", "top-1", "95 % interval", "deviation"
     return Table((*header, "draws"), rows)
-
-
-@functools.lru_cache(maxsize=1)  # a training's probes are one program
-def _make_features(model: nn.Module, mesh: Mesh) -> Callable:
-    """Returns `(params, batch) -> columns` for `classification.collect`.
-
-    They are the place in the split, and pre_logits (N, C).
-    """
-
-    def features(params: Any, images: jax.Array) -> jax.Array:
-        def of_part(images: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, normalize(images))[1]["pre_logits"]
-
-        return microbatches.map_images(model, of_part, images)
-
-    def columns(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        made = sharding.on_mesh(features, mesh)(params, batch["image"])
-        return {"index": batch["index"], "features": made}
-
-    return jax.jit(columns, compiler_options=layers.compiler_options(jax.default_backend()))
 
 
 class FewShotEvaluator:
@@ -228,25 +206,18 @@ def evaluate(
     places = np.unique(np.concatenate([np.concatenate(of_class) for of_class in draws]))
     features = []
     for split in (train.select(places), test):
-        columns = classification.collect(
-            _make_features(model, mesh),
+        split_features = features_lib.collect(
+            model,
             params,
             split,
-            global_batch_size=global_batch_size,
             mesh=mesh,
+            global_batch_size=global_batch_size,
             prefetch_batches=prefetch_batches,
             should_stop=should_stop,
         )
-        if columns is None:
+        if split_features is None:
             return None
-        features.append(columns["features"])
-        bad = ~np.isfinite(features[-1]).all(axis=1)
-        if bad.any():
-            raise UserError(
-                f"{split.name}: the features of {int(bad.sum()):,} images are not finite, the "
-                f"first of them {split.example_id(int(bad.argmax()))}; the weights are damaged or "
-                "have diverged"
-            )
+        features.append(split_features)
     shot_features, test_features = features
 
     classify = _make_classify(test_features, num_classes, mesh)
@@ -369,23 +340,20 @@ def _make_classify(test_features: np.ndarray, num_classes: int, mesh: Mesh) -> C
     pieces = []
     for start in range(0, len(test_features), rows):
         piece = test_features[start : start + rows]
-        pieces.append(_put(np.pad(piece, ((0, rows - len(piece)), (0, 0))), split))
+        pieces.append(features_lib.put(np.pad(piece, ((0, rows - len(piece)), (0, 0))), split))
     jit_fit = jax.jit(fit, static_argnums=3, out_shardings=everywhere)
     jit_guess = jax.jit(guess, out_shardings=everywhere)
 
     def classify(features: np.ndarray, labels: np.ndarray, l2: float) -> np.ndarray:
         with jax.enable_x64(True):
-            arguments = (_put(each, everywhere) for each in (features, labels, np.float64(l2)))
+            arguments = (
+                features_lib.put(each, everywhere) for each in (features, labels, np.float64(l2))
+            )
             probe = jit_fit(*arguments, num_classes)
             guesses = jax.device_get([jit_guess(piece, *probe) for piece in pieces])
         return np.concatenate(guesses)[: len(test_features)]
 
     return classify
-
-
-def _put(array: np.ndarray, where: NamedSharding) -> jax.Array:
-    """A global array of what every process has whole."""
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def interval(hits: np.ndarray) -> tuple[float, float]:

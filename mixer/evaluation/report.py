@@ -13,7 +13,17 @@ from mixer import files, run_files
 from mixer.console import Console, ProgressBar
 from mixer.data.splits import Split
 from mixer.errors import UserError
-from mixer.evaluation import classification, fewshot, results, scores, suites, tables, throughput
+from mixer.evaluation import (
+    classification,
+    fewshot,
+    linear_probe,
+    omnibenchmark,
+    results,
+    scores,
+    suites,
+    tables,
+    throughput,
+)
 from mixer.evaluation.results import ReportCard, Results
 from mixer.evaluation.subject import Subject, Weights, read_weights
 from mixer.parallel import processes, sharding
@@ -21,7 +31,7 @@ from mixer.runs import config as run
 from mixer.training import losses
 from mixer.training.step import make_predict
 
-THROUGHPUT = "throughput"
+OMNIBENCHMARK, THROUGHPUT = "omnibenchmark", "throughput"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +40,12 @@ class Options:
 
     Attributes:
       splits: of the subjects' configs, if there is no suite.
-      suite: sets and groups of `suites`, PROBES and "throughput".
+      suite: sets and groups of `suites`, PROBES, "omnibenchmark" and "throughput".
       data_dir: where the data is; "": where the config says, or TFDS's own default.
       label_file: likewise of the file of labels; None: where the config says.
       save_predictions: whether to write evaluation/SET.npz, the predictions for every image.
       batch_sizes: of "throughput", images per device.
+      realms: of "omnibenchmark"; none: all that `data_dir` has.
     """
 
     splits: Sequence[str] = ()
@@ -43,6 +54,7 @@ class Options:
     label_file: str | None = None
     save_predictions: bool = False
     batch_sizes: Sequence[int] = throughput.BATCH_SIZES
+    realms: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +88,24 @@ def _evaluate_fewshot(model: nn.Module, params: Any, data: tuple[Split, Split], 
     return fewshot.evaluate(model, params, *data, **options)
 
 
-PROBES = {"fewshot": Probe(_open_fewshot, _evaluate_fewshot)}
+def _open_linear_probe(subject: Subject, data_dir: str) -> dict[str, linear_probe.Splits]:
+    """The splits of the subject's own data; without a config, of the few-shot probe's sets."""
+    if subject.config is not None:
+        return {run.data_name(subject.config): linear_probe.open_splits(subject.config)}
+    sets = suites.open_fewshot(subject.card.image_size, data_dir)
+    return {name: linear_probe.assign(train, None, test) for name, (train, test) in sets.items()}
+
+
+def _evaluate_linear_probe(
+    model: nn.Module, params: Any, data: linear_probe.Splits, **options: Any
+):
+    return linear_probe.evaluate(model, params, data, penalty="squared", **options)
+
+
+PROBES = {
+    "fewshot": Probe(_open_fewshot, _evaluate_fewshot),
+    "linear_probe": Probe(_open_linear_probe, _evaluate_linear_probe),
+}
 
 
 def evaluate(
@@ -96,7 +125,7 @@ def evaluate(
     console = Console()
     if output is not None and processes.is_main():
         files.make_directory(output, "--output")
-    names = suites.expand(options.suite, others=(*PROBES, THROUGHPUT))
+    names = suites.expand(options.suite, others=(*PROBES, OMNIBENCHMARK, THROUGHPUT))
     options = dataclasses.replace(options, suite=names)
     done: dict[str, Results] = {}
     failed: list[str] = []
@@ -140,12 +169,14 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
         for name, probe in PROBES.items()
         if name in options.suite
     }
+    realms = _open_realms(subject, options, console.say)
     weights = read_weights(subject, console.say)
     card = ReportCard(subject, weights.identity)
     if opened:
         _classify(subject, weights, opened, options, card, console)
     for name, data in probed.items():
         _probe(name, subject, weights, data, card, console)
+    _evaluate_realms(subject, weights, realms, card, console)
     if THROUGHPUT in options.suite:
         with console.status("throughput"):
             measured = throughput.measure(
@@ -193,7 +224,7 @@ def _open_own_splits(
     if config is None:
         raise UserError(
             f"{subject.name} says nothing of data: give --config=FILE or --suite=NAME, one of "
-            f"{', '.join((*suites.GROUPS, *PROBES, THROUGHPUT, *suites.TASKS))}"
+            f"{', '.join((*suites.GROUPS, *PROBES, OMNIBENCHMARK, THROUGHPUT, *suites.TASKS))}"
         )
     record = subject.data_record() or {}
     class_names = subject.class_names if subject.has_own_data else None
@@ -310,6 +341,45 @@ def _probe(
                     prefetch_batches=2,
                 )
             card.add(section, name + suffix, result.summary())
+
+
+def _open_realms(
+    subject: Subject, options: Options, say: Callable[[str], None]
+) -> dict[str, linear_probe.Splits]:
+    """The realms of OmniBenchmark, if the suite has it."""
+    if OMNIBENCHMARK not in options.suite:
+        return {}
+    return omnibenchmark.open_realms(
+        options.data_dir,
+        options.realms,
+        image_size=subject.card.image_size,
+        preprocess=subject.card.preprocess,
+        say=say,
+    )
+
+
+def _evaluate_realms(
+    subject: Subject,
+    weights: Weights,
+    realms: Mapping[str, linear_probe.Splits],
+    card: ReportCard,
+    console: Console,
+) -> None:
+    """Adds the linear probe on each realm. A realm that is recorded is not computed again."""
+    if not realms:
+        return
+    summaries = omnibenchmark.evaluate(
+        weights.model,
+        {suffix: read_params() for suffix, read_params in weights.params.items()},
+        realms,
+        card.recorded(OMNIBENCHMARK),
+        mesh=subject.mesh,
+        global_batch_size=subject.batch_size,
+        prefetch_batches=2,
+        say=console.say,
+    )
+    for name, summary in summaries:
+        card.add(OMNIBENCHMARK, name, summary)
 
 
 def _add_cost(subject: Subject, card: ReportCard, console: Console) -> None:

@@ -9,7 +9,15 @@ from etils import epath
 from mixer import files, run_files
 from mixer.console import Console
 from mixer.data.splits import Split
-from mixer.evaluation import fewshot, scores, suites, tables, throughput
+from mixer.evaluation import (
+    fewshot,
+    linear_probe,
+    omnibenchmark,
+    scores,
+    suites,
+    tables,
+    throughput,
+)
 from mixer.evaluation.classification import Classification
 from mixer.evaluation.subject import Subject
 from mixer.evaluation.tables import Block, Table, percent, short_span, span
@@ -133,6 +141,15 @@ class ReportCard:
         """The results that were added, without those that the file had."""
         return parse(self._new)
 
+    def recorded(self, section: str) -> dict[str, Any]:
+        """What a section of results.json holds for the same weights, on every process."""
+        content = {}
+        if processes.is_main():
+            content = run_files.read_results(self._subject.output, self._checkpoint_name) or {}
+            if not run.is_of(content, self._identity):
+                content = {}
+        return processes.broadcast(content.get(section, {}))
+
     def file_of(self, name: str, suffix: str) -> epath.Path:
         """The path of a further file about the data set `name`."""
         prefix = "" if self._checkpoint_name == "last" else f"{self._checkpoint_name}_"
@@ -247,6 +264,16 @@ def _fewshot_blocks(summaries: Mapping[str, Any]) -> list[Block]:
     return [fewshot.make_table(summaries), notes]
 
 
+def _linear_probe_blocks(summaries: Mapping[str, Any]) -> list[Block]:
+    header, *rows = linear_probe.table(summaries)
+    return [Table(header, rows), linear_probe.notes(summaries)]
+
+
+def _omnibenchmark_blocks(summaries: Mapping[str, Any]) -> list[Block]:
+    header, *rows = omnibenchmark.table(summaries)
+    return [Table(header, rows), omnibenchmark.notes(summaries)]
+
+
 def _transfer_blocks(summaries: Mapping[str, Any]) -> list[Block]:
     keys = {"tasks", "means"}
     return [transfer_table(value) for value in summaries.values() if keys <= value.keys()]
@@ -279,6 +306,22 @@ def _fewshot_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
     return figures
 
 
+def _linear_probe_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"{name}, linear probe": f"{percent(row['top1'])} ({short_span(row['top1_interval'])})"
+        for name, row in summaries.items()
+    }
+
+
+def _omnibenchmark_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"omnibenchmark, {mean.name} of {mean.extent}": (
+            f"{percent(mean.top1)} ({short_span(mean.top1_interval)})"
+        )
+        for mean in omnibenchmark.means(summaries)
+    }
+
+
 def _throughput_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
     rates = [rate for summary in summaries.values() for rate in summary["rates"]]
     return {
@@ -304,6 +347,8 @@ class Section:
 # The sections of results.json besides "splits".
 SECTIONS = {
     "fewshot": Section(_fewshot_blocks, _fewshot_figures),
+    "linear_probe": Section(_linear_probe_blocks, _linear_probe_figures),
+    "omnibenchmark": Section(_omnibenchmark_blocks, _omnibenchmark_figures),
     "throughput": Section(
         lambda summaries: [throughput.make_table(summaries)], _throughput_figures
     ),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from mixer.data import resident
-from mixer.evaluation import classification, fewshot, suites
+from mixer.evaluation import classification, fewshot, linear_probe, suites
 from mixer.evaluation.evaluator import Evaluator, Result, Setup
 from mixer.runs import config as run_config
 from mixer.runs.best import Best, best_so_far
@@ -18,6 +18,7 @@ from mixer.training.step import make_predict
 # A probe of `eval_suite`: (config, splits, setup) -> its evaluator.
 PROBES: dict[str, Callable[[ConfigDict, run_config.Splits, Setup], Evaluator]] = {
     "fewshot": fewshot.open_evaluator,
+    "linear_probe": linear_probe.open_evaluator,
 }
 
 

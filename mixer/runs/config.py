@@ -547,11 +547,17 @@ def record_result(
         return path
     weights = json.loads(json.dumps(weights))
     old = run_files.read_results(directory, name) or {}
-    if {key: old.get(key) for key in (*weights, "weights")} != {"weights": None, **weights}:
+    if not is_of(old, weights):
         old = weights
         path.with_suffix(".md").unlink(missing_ok=True)  # a card of those
     run_files.write_json(path, {**old, section: {**old.get(section, {}), which: result}})
     return path
+
+
+def is_of(results: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
+    """Whether the content of a results.json is of `weights`, as of `record_result`."""
+    weights = {"weights": None, **json.loads(json.dumps(weights))}
+    return {key: results.get(key) for key in weights} == weights
 
 
 def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:

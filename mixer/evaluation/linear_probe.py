@@ -1,0 +1,335 @@
+"""Linear probe on full data: multinomial logistic regression on the frozen features of a split.
+
+`logistic.py` has the objective and its two penalties. The strength `lam` of the penalty is the one
+with the highest top-1 on a validation split; the test split is classified once, with the weights of
+that `lam`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mixer import memory
+from mixer.data.splits import Split
+from mixer.errors import UserError
+from mixer.evaluation import features as features_lib
+from mixer.evaluation import logistic, scores
+from mixer.evaluation.evaluator import Result, Setup, parameter_sets
+from mixer.runs import config as run_config
+
+Splits = tuple[Split, Split, Split]  # to fit on, to choose lam on, to report
+
+LAMBDAS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1, 1.0)  # OmniBenchmark's [read]
+HELD_OUT_SHARE = 0.1  # of the training images, if there is no validation split
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeResult:
+    """Result of the probe. Shares are in 0..1, intervals (low, high) of 95 %.
+
+    Attributes:
+      train, validation, test: names of the splits.
+      train_count, validation_count, count: their numbers of images.
+      num_classes: of the data.
+      untrained_classes: how many of them have no training image; test images of these are errors.
+      penalty: "squared" or "norm".
+      lam: the chosen strength of the penalty.
+      on_edge: whether `lam` is the smallest or the largest of LAMBDAS.
+      top1, top1_interval: share of the test images.
+      mean_per_class, mean_per_class_interval: mean of the top-1 of the test split's classes.
+      path: per `lam` its validation top-1, iterations, residual and whether it converged.
+    """
+
+    train: str
+    validation: str
+    test: str
+    train_count: int
+    validation_count: int
+    count: int
+    num_classes: int
+    untrained_classes: int
+    penalty: str
+    lam: float
+    on_edge: bool
+    top1: float
+    top1_interval: tuple[float, float]
+    mean_per_class: float
+    mean_per_class_interval: tuple[float, float]
+    path: tuple[dict[str, Any], ...]
+
+    def summary(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return dataclasses.asdict(self)
+
+
+def hold_out(train: Split) -> tuple[Split, Split]:
+    """Splits a training split in two, the second with a tenth of each class's images.
+
+    Of a class with two or more images at least one is held out. Seed 0 draws them.
+
+    Raises:
+      UserError: no class has two images.
+    """
+    labels = train.labels()
+    rng, is_held_out = np.random.default_rng(0), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        places = rng.permutation(np.flatnonzero(labels == label))
+        if len(places) > 1:
+            is_held_out[places[: max(int(HELD_OUT_SHARE * len(places)), 1)]] = True
+    if not is_held_out.any():
+        raise UserError(
+            f"linear probe: {train.name} has one image per class; expected two or more, of which "
+            "one is held out to choose lam"
+        )
+    return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
+
+
+def assign(train: Split, validation: Split | None, test: Split | None) -> Splits:
+    """The splits to fit on, to choose lam on and to report.
+
+    Without a test split the validation split is reported. If no validation split is left, lam is
+    chosen on images that are held out of the training split.
+
+    Raises:
+      UserError: there is neither, they have different classes, images have several labels, or all
+        training images have the same class.
+    """
+    if test is None:
+        validation, test = None, validation
+    if test is None:
+        raise UserError("linear probe: dataset.test_split and dataset.val_split are empty")
+    for split in (train, validation or test, test):
+        if split.multi_label:
+            raise UserError(
+                f"linear probe: {split.name} has several labels per image; expected one"
+            )
+        if split.class_names != train.class_names:
+            raise UserError(
+                f"linear probe: {train.name} has {len(train.class_names)} classes and {split.name} "
+                f"{len(split.class_names)}; expected the same classes in the same order"
+            )
+    if len(np.unique(train.labels())) < 2:
+        raise UserError(f"linear probe: {train.name} has images of one class; expected two or more")
+    if validation is None:
+        train, validation = hold_out(train)
+    return train, validation, test
+
+
+def evaluate(
+    model: nn.Module,
+    params: Any,
+    splits: Splits,
+    *,
+    penalty: str,
+    mesh: Mesh,
+    global_batch_size: int,
+    prefetch_batches: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> ProbeResult | None:
+    """Fits, chooses lam and classifies the test split; None if `should_stop` ended it.
+
+    Every process of a run on many hosts computes its part and gets the whole result.
+
+    Args:
+      model: whose pre_logits are the features.
+      params: of the model, on every device of the mesh.
+      splits: as of `assign`.
+      penalty: "squared" or "norm".
+      mesh: of the devices, over which images and features are split.
+      global_batch_size: images per step of the model, over all devices.
+      prefetch_batches: batches on their way to the devices.
+      should_stop: asked after every batch and every logistic.ITERATIONS_PER_CALL iterations.
+
+    Raises:
+      UserError: features that are not finite.
+      NoRoomError: the features do not fit into memory.
+    """
+    num_images = sum(split.num_examples for split in splits)
+    num_bytes = 2 * 4 * model.hidden_dim * num_images  # as collected, and as laid out
+    memory.check_room(num_bytes, f"features of {num_images:,} images", on_host=True)
+    features, labels = [], [split.labels() for split in splits]
+    for split in splits:
+        split_features = features_lib.collect(
+            model,
+            params,
+            split,
+            mesh=mesh,
+            global_batch_size=global_batch_size,
+            prefetch_batches=prefetch_batches,
+            should_stop=should_stop,
+        )
+        if split_features is None:
+            return None
+        features.append(split_features)
+    # Classes without a training image take no part; their test images are errors.
+    classes, train_labels = np.unique(labels[0], return_inverse=True)
+    fitter = logistic.Fitter(features[0], train_labels, len(classes), mesh=mesh, penalty=penalty)
+    classify = logistic.make_classify(features[1], len(classes), mesh)
+    best, best_top1, path = None, -1.0, []
+    for lam in sorted(LAMBDAS, reverse=True):
+        fit = fitter.fit(lam, should_stop)
+        if fit is None:
+            return None
+        top1 = float(np.mean(classes[classify(fit)] == labels[1]))
+        if top1 > best_top1:  # among equals the strongest penalty
+            best, best_top1 = fit, top1
+        path.append({"validation_top1": top1, **fit.progress()})
+    guesses = classes[logistic.make_classify(features[2], len(classes), mesh)(best)]
+    train, validation, test = splits
+    return ProbeResult(
+        train=train.name,
+        validation=validation.name,
+        test=test.name,
+        train_count=train.num_examples,
+        validation_count=validation.num_examples,
+        num_classes=len(test.class_names),
+        untrained_classes=len(test.class_names) - len(classes),
+        penalty=penalty,
+        lam=best.lam,
+        on_edge=best.lam in (min(LAMBDAS), max(LAMBDAS)),
+        path=tuple(path),
+        **_figures(guesses, labels[2], len(test.class_names)),
+    )
+
+
+def _figures(guesses: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """The fields of `ProbeResult` that follow from the guesses (n,) for the test split."""
+    hit = guesses == labels
+    hits, counts = scores.per_class(labels, hit, num_classes)
+    shares, counts = hits[counts > 0] / counts[counts > 0], counts[counts > 0]
+    return {
+        "count": len(hit),
+        "top1": float(hit.mean()),
+        "top1_interval": scores.interval(int(hit.sum()), len(hit)),
+        "mean_per_class": float(shares.mean()),
+        "mean_per_class_interval": scores.mean_interval(shares, counts),
+    }
+
+
+class LinearProbe:
+    """The probe of a run at its validations, with the squared penalty.
+
+    The validation split is reported; lam is chosen on training images that are held out.
+
+    Attributes:
+      name: "linear_probe".
+      key: of the accuracy in metrics.jsonl.
+    """
+
+    name, key = "linear_probe", "linear_probe/top1"
+
+    def __init__(self, dataset: str, splits: Splits, setup: Setup):
+        """`splits` are as of `assign`; results are named by `dataset`."""
+        self._dataset, self._splits, self._setup = dataset, splits, setup
+
+    def is_due(self, step: int) -> bool:
+        """Whether the probe runs after update `step`."""
+        return self._setup.is_due(step)
+
+    def run(
+        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
+    ) -> list[Result] | None:
+        """As `Evaluator.run`."""
+        results = []
+        for weights, suffix, values in parameter_sets(params, ema_params):
+            result = evaluate(
+                self._setup.model,
+                values,
+                self._splits,
+                penalty="squared",
+                mesh=self._setup.mesh,
+                global_batch_size=self._setup.global_batch_size,
+                prefetch_batches=self._setup.prefetch_batches,
+                should_stop=should_stop,
+            )
+            if result is None:
+                return None
+            summary = result.summary()
+            results.append(
+                Result(
+                    dataset=self._dataset,
+                    weights=weights,
+                    section=self.name,
+                    name=f"{self._dataset}{suffix}",
+                    metrics={
+                        f"{self.name}{suffix}/{key}": summary[key]
+                        for key in ("top1", "mean_per_class", "lam")
+                    },
+                    summary=summary,
+                    line=f"linear probe{suffix}: {sentence(summary)}",
+                )
+            )
+        return results
+
+
+def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> LinearProbe:
+    """The probe of a run: `eval_suite=linear_probe`. It does not read the test split."""
+    # The training images are not augmented here.
+    train = run_config.open_split(
+        config, "train", splits.train.class_names, subfolders=splits.subfolders
+    )
+    return LinearProbe(run_config.data_name(config), assign(train, None, splits.val), setup)
+
+
+def open_splits(config: ConfigDict) -> Splits:
+    """The splits of a config's data for the probe of finished weights, as `assign` has them."""
+    return assign(*(run_config.open_split(config, name, None) for name in ("train", "val", "test")))
+
+
+# The report, from `ProbeResult.summary()` as results.json has it.
+
+
+def sentence(summary: Mapping[str, Any]) -> str:
+    """The figures of a probe in one line."""
+    low, high = summary["top1_interval"]
+    figures = (
+        f"top-1 {summary['top1']:.2%} ({low:.2%} to {high:.2%}) of {summary['count']:,} images",
+        f"mean per class {summary['mean_per_class']:.2%}",
+        f"lam {summary['lam']:g}",
+    )
+    return ", ".join([*figures, *remarks(summary)])
+
+
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """What limits a probe's figures."""
+    texts = []
+    if summary["on_edge"]:
+        texts.append("lam is at an end of its list")
+    if failures := [f"{point['lam']:g}" for point in summary["path"] if not point["converged"]]:
+        texts.append(f"not converged with lam {', '.join(failures)}")
+    if count := summary["untrained_classes"]:
+        texts.append(f"{count:,} of {summary['num_classes']:,} classes have no training image")
+    return texts
+
+
+def table(
+    summaries: Mapping[str, Mapping[str, Any]], title: str = "linear probe"
+) -> list[tuple[str, ...]]:
+    """The cells of a table, its header first: a row per probe."""
+    columns = ("test images", "top-1", "95 % interval", "per class", "lam", "lam chosen on")
+    rows = [(title, *columns)]
+    for name, summary in summaries.items():
+        low, high = summary["top1_interval"]
+        figures = f"{summary['top1']:.2%}", f"{low:.2%} to {high:.2%}"
+        per_class, lam = f"{summary['mean_per_class']:.2%}", f"{summary['lam']:g}"
+        images = f"{summary['validation_count']:,} images"
+        rows.append((name, f"{summary['count']:,}", *figures, per_class, lam, images))
+    return rows
+
+
+def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line per probe on its training data and its remarks."""
+    return [
+        "; ".join(
+            [
+                f"{name}: fitted on {summary['train_count']:,} images of {summary['train']}",
+                *remarks(summary),
+            ]
+        )
+        for name, summary in summaries.items()
+    ]

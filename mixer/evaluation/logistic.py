@@ -1,0 +1,397 @@
+"""Multinomial logistic regression by L-BFGS, with one of two penalties.
+
+With features x_i (C,), weights W (C, K) and bias b (K,) the objective is
+
+  F(W, b) = mean_i -log softmax(x_i W + b)[label_i] + penalty(W)
+
+over the n images. |W| is the Frobenius norm, and the penalty is one of
+
+  "squared": lam / 2 * |W|^2, as scikit-learn's LogisticRegression with C = 1 / (lam * n);
+  "norm":    lam * |W|, as OmniBenchmark (Zhang et al., 2022, arXiv 2207.07106) [read].
+
+L-BFGS runs on the devices, over all data at once and in float64. Its variables are scaled such that
+F has about the same curvature in every direction: the features are centred, and W is scaled along
+the eigenvectors of their covariance. This changes neither F nor its optimum. If the eigenvalues
+span six orders of magnitude, 30 iterations suffice instead of thousands.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixer.evaluation import features as features_lib
+from mixer.parallel import sharding
+
+Variables = tuple[jax.Array, jax.Array]  # of the optimizer: (C, K) and (K,)
+
+# At the optimum the gradients of the data and of the penalty cancel. A fit has converged if their
+# sum is at most this share of the penalty's gradient; F is then within about TOLERANCE**2 times the
+# penalty of its minimum.
+TOLERANCE = 1e-3
+MAX_ITERATIONS = 5000
+ITERATIONS_PER_CALL = 100  # between two calls the variables are scaled again
+CHUNK_VALUES = 1 << 22  # features or logits per chunk and device: 32 MiB in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The regression with one `lam`.
+
+    Attributes:
+      lam: strength of the penalty.
+      weights: (C, K) float64.
+      bias: (K,) float64.
+      objective: F.
+      residual: the norm of F's gradient, divided by that of the penalty's gradient; 0 if W = 0 is
+        the exact optimum.
+      iterations: of L-BFGS.
+    """
+
+    lam: float
+    weights: np.ndarray
+    bias: np.ndarray
+    objective: float
+    residual: float
+    iterations: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether the optimality condition holds to TOLERANCE."""
+        return self.residual <= TOLERANCE
+
+    def progress(self) -> dict[str, Any]:
+        """How the optimization went, as JSON has it."""
+        names = ("lam", "iterations", "residual", "converged")
+        return {name: getattr(self, name) for name in names}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Features and labels on the devices, in M chunks whose rows are split over the devices.
+
+    Attributes:
+      features: (M, R, C) float32.
+      labels: (M, R) int32; -1 in the rows that pad the last chunk.
+    """
+
+    features: jax.Array
+    labels: jax.Array
+
+    def sum(self, function: Callable[[jax.Array, jax.Array], Any]) -> Any:
+        """The sum over the chunks of `function(features (R, C) float64, labels (R,))`.
+
+        The gradient recomputes a chunk instead of keeping its logits.
+        """
+
+        def add(total: Any, chunk: _Rows) -> tuple[Any, None]:
+            value = function(chunk.features.astype(jnp.float64), chunk.labels)
+            return jax.tree.map(jnp.add, total, value), None
+
+        chunk = jax.ShapeDtypeStruct(self.features.shape[1:], jnp.float64)
+        shapes = jax.eval_shape(function, chunk, self.labels[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(jax.checkpoint(add), zeros, self)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Statistics:
+    """What follows from the data alone.
+
+    Attributes:
+      count: () float64, the number n of images.
+      mean: (C,) of the features.
+      eigenvalues: (C,) of the features' covariance, ascending.
+      basis: (C, C), its eigenvectors in columns.
+      prior: (K,) logarithms of the classes' shares, the best bias at W = 0.
+      gradient: (C, K) of the mean cross-entropy at W = 0 and that bias.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    eigenvalues: jax.Array
+    basis: jax.Array
+    prior: jax.Array
+    gradient: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """F as a function of scaled variables.
+
+    Attributes:
+      rows: the data.
+      statistics: of the data.
+      lam: () strength of the penalty.
+      scale: (C, 1) of W along each eigenvector.
+      bias_scale: () of the bias of centred features.
+      penalty: "squared" or "norm".
+    """
+
+    rows: _Rows
+    statistics: _Statistics
+    lam: jax.Array
+    scale: jax.Array
+    bias_scale: jax.Array
+    penalty: str = dataclasses.field(metadata={"static": True})
+
+    def variables(self, weights: jax.Array, bias: jax.Array) -> Variables:
+        """The variables of weights (C, K) and a bias (K,) of centred features."""
+        return self.statistics.basis.T @ weights / self.scale, bias / self.bias_scale
+
+    def parameters(self, variables: Variables) -> tuple[jax.Array, jax.Array]:
+        """The inverse of `variables`."""
+        return self.statistics.basis @ (self.scale * variables[0]), self.bias_scale * variables[1]
+
+    def __call__(self, variables: Variables) -> jax.Array:
+        """F."""
+        weights, bias = self.parameters(variables)
+        bias = bias - self.statistics.mean @ weights
+        loss = _cross_entropy(self.rows, weights, bias) / self.statistics.count
+        if self.penalty == "squared":
+            return loss + self.lam / 2 * jnp.sum(weights**2)
+        return loss + self.lam * jnp.linalg.norm(weights)
+
+    def residual(self, variables: Variables, gradient: Variables) -> jax.Array:
+        """`Fit.residual` from the gradient for the variables."""
+        weights, _ = self.parameters(variables)
+        norm = self.lam * (jnp.linalg.norm(weights) if self.penalty == "squared" else 1.0)
+        # The bias is the weight of a constant, here of one as large as the features on average.
+        size = jnp.mean(self.statistics.eigenvalues)
+        squares = jnp.sum((gradient[0] / self.scale) ** 2)
+        squares += size * jnp.sum((gradient[1] / self.bias_scale) ** 2)
+        return jnp.sqrt(squares) / norm
+
+
+def _lay_out(array: np.ndarray, mesh: Mesh, *, width: int, padding: int) -> jax.Array:
+    """Rows (n, ...) in chunks (M, R, ...) whose rows are split over the mesh."""
+    shards = sharding.batch_shards(mesh)
+    rows = min(max(CHUNK_VALUES // width, 1), -(-len(array) // shards)) * shards
+    chunks = -(-len(array) // rows)
+    widths = [(0, chunks * rows - len(array))] + [(0, 0)] * (array.ndim - 1)
+    padded = np.pad(array, widths, constant_values=padding)
+    where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    return features_lib.put(padded.reshape(chunks, rows, *array.shape[1:]), where)
+
+
+def _cross_entropy(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum over all images of the softmax cross-entropy of `features @ weights + bias`."""
+
+    def loss(features: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = features @ weights + bias
+        label_logits = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+        losses = jax.nn.logsumexp(logits, axis=1) - label_logits
+        return jnp.sum(jnp.where(labels >= 0, losses, 0.0))
+
+    return rows.sum(loss)
+
+
+def _softmax_curvature(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum over all images of the cross-entropy's mean curvature in its K - 1 free logits."""
+
+    def curvature(features: jax.Array, labels: jax.Array) -> jax.Array:
+        trace = 1 - jnp.sum(jax.nn.softmax(features @ weights + bias) ** 2, axis=1)
+        return jnp.sum(jnp.where(labels >= 0, trace, 0.0)) / (bias.shape[0] - 1)
+
+    return rows.sum(curvature)
+
+
+def _analyse(rows: _Rows, num_classes: int) -> _Statistics:
+    """The statistics of rows that have each of the classes."""
+
+    def sums(features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float64)  # all 0 in padding
+        return jnp.sum(one_hot, axis=1) @ features, jnp.sum(one_hot, axis=0)
+
+    feature_sums, class_counts = rows.sum(sums)
+    count = jnp.sum(class_counts)
+    mean, prior = feature_sums / count, jnp.log(class_counts / count)
+
+    def products(features: jax.Array, labels: jax.Array) -> jax.Array:
+        centred = jnp.where((labels >= 0)[:, None], features - mean, 0.0)
+        return centred.T @ centred
+
+    eigenvalues, basis = jnp.linalg.eigh(rows.sum(products) / count)
+    zero = jnp.zeros((mean.shape[0], num_classes))
+    return _Statistics(
+        count=count,
+        mean=mean,
+        eigenvalues=jnp.maximum(eigenvalues, 0.0),
+        basis=basis,
+        prior=prior,
+        gradient=jax.grad(_cross_entropy, argnums=1)(rows, zero, prior) / count,
+    )
+
+
+def _optimize(
+    rows: _Rows,
+    statistics: _Statistics,
+    lam: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array,
+    *,
+    penalty: str,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """One to ITERATIONS_PER_CALL iterations of L-BFGS.
+
+    Args:
+      rows: the data.
+      statistics: of the data.
+      lam: () strength of the penalty.
+      weights: (C, K) to start from; not 0 if the penalty is "norm".
+      bias: (K,) of centred features.
+      penalty: "squared" or "norm".
+
+    Returns:
+      New weights and bias, and the values of `Fit` by name.
+    """
+    # Along an eigenvector the curvature of F is about the eigenvalue times the curvature of the
+    # softmax, plus that of the penalty. Probabilities near 0 and 1 have little curvature.
+    softmax = _softmax_curvature(rows, weights, bias - statistics.mean @ weights) / statistics.count
+    curvature = lam if penalty == "squared" else lam / jnp.linalg.norm(weights)
+    objective = _Objective(
+        rows=rows,
+        statistics=statistics,
+        lam=lam,
+        scale=1 / jnp.sqrt(softmax * statistics.eigenvalues + curvature)[:, None],
+        bias_scale=1 / jnp.sqrt(softmax),
+        penalty=penalty,
+    )
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def iterate(carry: tuple) -> tuple:
+        variables, state, _, iterations = carry
+        value, gradient = value_and_grad(variables, state=state)
+        updates, state = solver.update(
+            gradient, state, variables, value=value, grad=gradient, value_fn=objective
+        )
+        variables = optax.apply_updates(variables, updates)
+        residual = objective.residual(variables, optax.tree.get(state, "grad"))
+        return variables, state, residual, iterations + 1
+
+    def has_work(carry: tuple) -> jax.Array:
+        _, _, residual, iterations = carry
+        return (residual > TOLERANCE) & (iterations < ITERATIONS_PER_CALL)
+
+    variables = objective.variables(weights, bias)
+    variables, state, residual, iterations = jax.lax.while_loop(
+        has_work, iterate, (variables, solver.init(variables), jnp.inf, 0)
+    )
+    values = {"objective": optax.tree.get(state, "value"), "residual": residual}
+    return *objective.parameters(variables), values | {"iterations": iterations}
+
+
+class Fitter:
+    """Fits one set of features on the devices, one `lam` after the other."""
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        num_classes: int,
+        *,
+        mesh: Mesh,
+        penalty: str,
+    ):
+        """Lays the data on the devices.
+
+        Args:
+          features: (n, C) float32, on every process.
+          labels: (n,) int32; every class has at least one.
+          num_classes: K, at least 2.
+          mesh: of the devices over which the rows are split.
+          penalty: "squared" or "norm".
+        """
+        width, everywhere = max(features.shape[1], num_classes), sharding.replicated(mesh)
+        analyse = jax.jit(_analyse, static_argnums=1, out_shardings=everywhere)
+        self._optimize = jax.jit(_optimize, static_argnames="penalty", out_shardings=everywhere)
+        self._penalty = penalty
+        with jax.enable_x64(True):
+            self._rows = _Rows(
+                _lay_out(features.astype(np.float32), mesh, width=width, padding=0),
+                _lay_out(labels.astype(np.int32), mesh, width=width, padding=-1),
+            )
+            self._statistics = analyse(self._rows, num_classes)
+            self._steepest = float(jnp.linalg.norm(self._statistics.gradient))
+            self._weights = jnp.zeros_like(self._statistics.gradient)
+            self._bias = self._statistics.prior  # of centred features
+
+    def fit(self, lam: float, should_stop: Callable[[], bool] = lambda: False) -> Fit | None:
+        """The regression with strength `lam` of the penalty, started from the fit before.
+
+        Args:
+          lam: above 0.
+          should_stop: asked every ITERATIONS_PER_CALL iterations; None is returned if it is true.
+        """
+        # At W = 0 no direction lowers the cross-entropy by more than `steepest` per unit of |W|.
+        if self._steepest == 0 or (self._penalty == "norm" and self._steepest <= lam):
+            zeros, prior = np.zeros(self._weights.shape), np.asarray(self._statistics.prior)
+            return Fit(lam, zeros, prior, -float(np.sum(np.exp(prior) * prior)), 0.0, 0)
+        iterations, residual = 0, np.inf
+        while residual > TOLERANCE and iterations < MAX_ITERATIONS:
+            if should_stop():
+                return None
+            with jax.enable_x64(True):
+                if self._penalty == "norm" and not self._weights.any():
+                    self._leave_zero(lam)
+                self._weights, self._bias, values = self._optimize(
+                    self._rows,
+                    self._statistics,
+                    lam,
+                    self._weights,
+                    self._bias,
+                    penalty=self._penalty,
+                )
+                bias = self._bias - self._statistics.mean @ self._weights
+            residual = float(values["residual"])
+            iterations += int(values["iterations"])
+        return Fit(
+            lam=lam,
+            weights=np.asarray(self._weights),
+            bias=np.asarray(bias),
+            objective=float(values["objective"]),
+            residual=residual,
+            iterations=iterations,
+        )
+
+    def _leave_zero(self, lam: float) -> None:
+        """Takes a step of proximal gradient descent from W = 0, where the norm has no gradient.
+
+        The step lowers F: the softmax has a curvature of at most 1/2.
+        """
+        length = 2 / self._statistics.eigenvalues[-1] * (1 - lam / self._steepest)
+        self._weights = -length * self._statistics.gradient
+
+
+def _guess(features: jax.Array, weights: jax.Array, bias: jax.Array) -> jax.Array:
+    """The class (M, R) int32 of the highest logit of features (M, R, C)."""
+
+    def guess(chunk: jax.Array) -> jax.Array:
+        return jnp.argmax(chunk.astype(jnp.float64) @ weights + bias, axis=-1).astype(jnp.int32)
+
+    return jax.lax.map(guess, features)
+
+
+def make_classify(
+    features: np.ndarray, num_classes: int, mesh: Mesh
+) -> Callable[[Fit], np.ndarray]:
+    """Returns `Fit -> classes (n,)` for n `features`, which are laid on the devices once."""
+    width = max(features.shape[1], num_classes)
+    chunks = _lay_out(features.astype(np.float32), mesh, width=width, padding=0)
+    guess = jax.jit(_guess, out_shardings=sharding.replicated(mesh))
+
+    def classify(fit: Fit) -> np.ndarray:
+        with jax.enable_x64(True):
+            guesses = guess(chunks, fit.weights, fit.bias)
+        return np.asarray(guesses).reshape(-1)[: len(features)]
+
+    return classify

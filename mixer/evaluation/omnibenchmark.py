@@ -1,0 +1,280 @@
+"""OmniBenchmark: the linear probe on many realms, each its own data set, and their mean.
+
+The protocol is that of Zhang et al., 2022 (arXiv 2207.07106, `linear_probe` of its code) [read]:
+frozen features of images whose short side is resized bicubically and whose middle is cropped; the
+probe with the penalty lam * |W|. lam is chosen on the realm's val.txt, as the benchmark's README
+asks; its code reports the best lam on the test split.
+
+A realm is a folder with images and train.txt, val.txt and test.txt, whose lines are
+`relative/path.jpg CLASS_NUMBER`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mixer import files, formatting
+from mixer.data import splits as pipeline
+from mixer.data.sources import annotations, folder
+from mixer.errors import UserError, nearest
+from mixer.evaluation import linear_probe, logistic, scores
+
+REALMS = (
+    *("activity", "aircraft", "amphibian", "aquatic_vertebrate", "bird", "car", "consumer_goods"),
+    *("creation", "decoration", "device", "food", "geological_formation", "instrumentality"),
+    *("locomotive", "mammal", "material", "military_vehicle", "process", "region", "structure"),
+    "vascular_plant",
+)
+FILES = ("train.txt", "val.txt", "test.txt")
+PENALTY = "norm"
+KEPT_STEPS = ("permute_patches", "permute_pixels", "value_range")  # of the model's own data
+
+Splits = tuple[pipeline.Split, pipeline.Split, pipeline.Split]  # train, validation, test
+
+
+def preprocessing(image_size: tuple[int, int], own: str | None) -> str:
+    """The steps that an image takes.
+
+    Args:
+      image_size: (H, W) that the model takes; a rectangle is resized to.
+      own: the steps of the model's own data, if they are known; KEPT_STEPS of these are added.
+    """
+    height, width = image_size
+    steps = f"decode|resize_small({height}, method='bicubic', antialias=True)"
+    steps += f"|central_crop({height})"
+    if height != width:
+        steps = f"decode|resize(({height}, {width}), method='bicubic', antialias=True)"
+    own_steps = [step.strip() for step in (own or "").split("|")]
+    return "|".join([steps, *(step for step in own_steps if step.startswith(KEPT_STEPS))])
+
+
+def open_realms(
+    data_dir: str,
+    names: Sequence[str] = (),
+    *,
+    image_size: tuple[int, int],
+    preprocess: str | None,
+    say: Callable[[str], None],
+) -> dict[str, Splits]:
+    """The training, validation and test split of each realm, by its name.
+
+    Args:
+      data_dir: the folder of the realms' folders.
+      names: of the realms to open; none: all.
+      image_size: (H, W) that the model takes.
+      preprocess: of the model's own data; None: not known.
+      say: gets a line on which of the benchmark's realms are missing.
+
+    Raises:
+      UserError: no such folder or realm; an annotation file that is missing or has a bad line; an
+        image that is missing.
+    """
+    if not data_dir:
+        raise UserError(
+            "--suite=omnibenchmark: --data_dir is missing; expected the folder of the realms' "
+            "folders, as in --data_dir=/data/omnibenchmark"
+        )
+    root = files.parse_path("--data_dir", data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data_dir={root} is no folder; expected the folder of the realms")
+    available = _list_realms(root)
+    for name in names:
+        if name not in available:
+            raise UserError(
+                f"--tasks={name}: {root} has no such realm; expected one of "
+                f"{', '.join(available)}.{nearest(name, available)}"
+            )
+    names = [name for name in available if name in (names or available)]
+    files_missing = [
+        f"{root}/{name}/{file}"
+        for name in names
+        for file in FILES
+        if not (root / name / file).exists()
+    ]
+    if files_missing:
+        raise UserError(
+            f"annotation files are missing: {folder.listed(files_missing)}; expected "
+            f"{', '.join(FILES)} in the folder of each realm"
+        )
+    if realms_missing := [name for name in REALMS if name not in names]:
+        count = f"{len(realms_missing)} of the benchmark's {len(REALMS)} realms"
+        say(f"{count} are not evaluated: {', '.join(realms_missing)}")
+    steps = preprocessing(image_size, preprocess)
+    return {name: _open_realm(root / name, steps, image_size) for name in names}
+
+
+def _list_realms(root: epath.Path) -> list[str]:
+    """The folders that have an annotation file or the name of a realm."""
+    folders = sorted(folder.decode(name) for name, _ in folder.list_folder(root, b"").folders)
+    realms = [
+        name
+        for name in folders
+        if name in REALMS or any((root / name / file).exists() for file in FILES)
+    ]
+    if not realms:
+        raise UserError(
+            f"--data_dir={root} holds no realm; expected folders such as {root}/bird with "
+            f"{', '.join(FILES)}"
+        )
+    return realms
+
+
+def _open_realm(directory: epath.Path, steps: str, image_size: tuple[int, int]) -> Splits:
+    """The three splits of the realm in a folder."""
+    listings = [annotations.read_annotations(directory / file, directory) for file in FILES]
+    count = 1 + max(int(listing.labels.max()) for listing in listings)
+    class_names = tuple(str(number) for number in range(count))
+    return linear_probe.assign(
+        *(
+            pipeline.open_listing(listing, steps, image_size=image_size, class_names=class_names)
+            for listing in listings
+        )
+    )
+
+
+def settings(splits: Splits) -> str:
+    """A digest of a realm's images, labels and preprocessing, and of how the probe is fitted."""
+    parts = [[split.fingerprint, str(split.preprocess)] for split in splits]
+    parts.append([PENALTY, *linear_probe.LAMBDAS, logistic.TOLERANCE])
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def evaluate(
+    model: nn.Module,
+    params: Mapping[str, Any],
+    realms: Mapping[str, Splits],
+    recorded: Mapping[str, Mapping[str, Any]],
+    *,
+    mesh: Mesh,
+    global_batch_size: int,
+    prefetch_batches: int,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each realm's name in results.json and its result, as soon as it is known.
+
+    Args:
+      model: whose pre_logits are the features.
+      params: of the model, by the suffix of the results' names, "" or "_ema".
+      realms: as of `open_realms`.
+      recorded: what results.json has for the same weights. A realm whose `settings` it has is not
+        computed again.
+      mesh: of the devices.
+      global_batch_size: images per step of the model, over all devices.
+      prefetch_batches: batches on their way to the devices.
+      say: gets a line as each realm begins and ends.
+    """
+    tasks = [(name, suffix) for name in realms for suffix in params]
+    images = {name: sum(split.num_examples for split in realms[name]) for name in realms}
+    digests = {name: settings(splits) for name, splits in realms.items()}
+    is_done = {
+        (name, suffix): recorded.get(name + suffix, {}).get("settings") == digests[name]
+        for name, suffix in tasks
+    }
+    images_left = sum(images[name] for name, suffix in tasks if not is_done[name, suffix])
+    images_done, seconds = 0, 0.0
+    for number, (name, suffix) in enumerate(tasks, 1):
+        place = f"realm {number} of {len(tasks)}: {name}{suffix}"
+        if is_done[name, suffix]:
+            summary = dict(recorded[name + suffix])
+            say(f"{place}: {linear_probe.sentence(summary)}, done before")
+            yield name + suffix, summary
+            continue
+        hint = ""
+        if images_done:
+            hint = f", about {formatting.duration(seconds / images_done * images_left)} left"
+        say(f"{place}: {images[name]:,} images{hint}")
+        start = time.monotonic()
+        result = linear_probe.evaluate(
+            model,
+            params[suffix],
+            realms[name],
+            penalty=PENALTY,
+            mesh=mesh,
+            global_batch_size=global_batch_size,
+            prefetch_batches=prefetch_batches,
+        )
+        duration = time.monotonic() - start
+        weights = "ema" if suffix else "params"
+        summary = {"realm": name, "weights": weights, "settings": digests[name], **result.summary()}
+        say(f"{place}: {linear_probe.sentence(summary)}, took {formatting.duration(duration)}")
+        yield name + suffix, summary
+        seconds += duration
+        images_done, images_left = images_done + images[name], images_left - images[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The mean over realms, all with the same weight. Shares are in 0..1.
+
+    Attributes:
+      weights: "params" or "ema".
+      realms: their names.
+      top1, mean_per_class: means over the realms.
+      top1_interval: (low, high) of 95 %; the only source of chance is the number of test images.
+    """
+
+    weights: str
+    realms: tuple[str, ...]
+    top1: float
+    top1_interval: tuple[float, float]
+    mean_per_class: float
+
+    @property
+    def name(self) -> str:
+        """In the table."""
+        return "mean (average)" if self.weights == "ema" else "mean"
+
+    @property
+    def extent(self) -> str:
+        """The number of realms."""
+        return f"{len(self.realms)} realm" + "s" * (len(self.realms) > 1)
+
+
+def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
+    """The mean over the realms of each set of parameters, from results.json's section."""
+    results = []
+    for weights in ("params", "ema"):
+        rows = [summary for summary in summaries.values() if summary["weights"] == weights]
+        if not rows:
+            continue
+        top1, counts = (np.array([row[key] for row in rows]) for key in ("top1", "count"))
+        results.append(
+            Mean(
+                weights=weights,
+                realms=tuple(row["realm"] for row in rows),
+                top1=float(top1.mean()),
+                top1_interval=scores.mean_interval(top1, counts),
+                mean_per_class=float(np.mean([row["mean_per_class"] for row in rows])),
+            )
+        )
+    return results
+
+
+def table(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of a table, its header first: a row per realm, then the means."""
+    rows = linear_probe.table(summaries, "realm")
+    for mean in means(summaries):
+        low, high = mean.top1_interval
+        figures = f"{mean.top1:.2%}", f"{low:.2%} to {high:.2%}", f"{mean.mean_per_class:.2%}"
+        rows.append((mean.name, mean.extent, *figures, "", ""))
+    return rows
+
+
+def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line per realm on its training data and its remarks, then a line per mean."""
+    texts = linear_probe.notes(summaries)
+    for mean in means(summaries):
+        text = f"{mean.name}: over {mean.extent}"
+        if missing := [realm for realm in REALMS if realm not in mean.realms]:
+            text += f"; {len(missing)} of the benchmark's {len(REALMS)} are missing: "
+            text += ", ".join(missing)
+        texts.append(text)
+    return texts
