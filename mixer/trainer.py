@@ -20,7 +20,7 @@ def train(config: ConfigDict, workdir: str, *, allow_config_change: bool = False
     """Trains the model of `config` in `workdir`, or continues the run that `workdir` holds.
 
     With several processes (`join.initialize`) each calls it with the same arguments; only
-    process 0 writes anything but checkpoints.
+    process 0 writes anything but checkpoints. The function is long because a run is one story.
 
     Args:
       config: every key of `configs/common.py`.

@@ -5,8 +5,8 @@ are drawn by NumPy's generator of the seed, features are standardised by the sho
 deviation, a constant stands for the bias, targets are -1 and 1. Only the images that are drawn are
 decoded.
 
-It is computed in float64, on the devices: with the constant the Gram matrix has an eigenvalue of
-10,000 for each example, beside which float32 loses the small ones. TPUs emulate float64.
+The devices compute the features; the host fits and classifies, in float64: the constant gives the
+Gram matrix an eigenvalue of 10,000 for each example, beside which float32 loses the small ones.
 """
 
 import dataclasses
@@ -14,12 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from scipy import special
+from scipy import linalg, special
 
 from mixer.data.splits import Split
 from mixer.errors import UserError
@@ -27,12 +25,11 @@ from mixer.evaluation import features as features_lib
 from mixer.evaluation import scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.evaluation.tables import Table
-from mixer.parallel import sharding
 from mixer.runs import config as run_config
 
 BIAS = 100.0  # the constant feature, so large that its weight is hardly regularised
 MIN_DEVIATION = 1e-5  # added to the deviation of each feature
-ROWS = 1024  # test images a device classifies at once: (ROWS, K) float64 scores
+ROWS = 1024  # images that are classified at once: (ROWS, K) float64 scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,32 +217,32 @@ def evaluate(
         features.append(split_features)
     shot_features, test_features = features
 
-    classify = _make_classify(test_features, num_classes, mesh)
-    counts = np.bincount(train_labels, minlength=num_classes)
     results = []
     for number in shots:
         hits = []
         for of_class in draws:
-            chosen = np.concatenate([of[:number] for of in of_class])
-            rows = np.searchsorted(places, chosen)
-            guesses = classify(shot_features[rows], train_labels[chosen], l2)
-            hits.append(guesses == test_labels)
+            chosen = np.concatenate([places_of_class[:number] for places_of_class in of_class])
+            shot_rows = shot_features[np.searchsorted(places, chosen)]
+            probe = fit(shot_rows, train_labels[chosen], l2, num_classes)
+            hits.append(probe.classify(test_features) == test_labels)
             if should_stop():
                 return None
-        hits = np.stack(hits)
-        accuracies = hits.mean(axis=1)
-        results.append(
-            Shots(
-                shots=number,
-                examples=int(np.minimum(counts, number).sum()),
-                short_classes=int(np.sum(counts < number)),
-                accuracies=tuple(accuracies.tolist()),
-                mean=float(accuracies.mean()),
-                std=float(accuracies.std(ddof=1)) if seeds > 1 else None,
-                interval=interval(hits),
-            )
-        )
+        results.append(_summarize(number, train_labels, np.stack(hits)))
     return FewShot(train.name, test.name, len(test_labels), num_classes, l2, tuple(results))
+
+
+def _summarize(shots: int, train_labels: np.ndarray, hits: np.ndarray) -> Shots:
+    """The result of one number of shots, from the hits (draws, images)."""
+    accuracies, counts = hits.mean(axis=1), np.bincount(train_labels)
+    return Shots(
+        shots=shots,
+        examples=int(np.minimum(counts, shots).sum()),
+        short_classes=int(np.sum(counts < shots)),
+        accuracies=tuple(accuracies.tolist()),
+        mean=float(accuracies.mean()),
+        std=float(accuracies.std(ddof=1)) if len(hits) > 1 else None,
+        interval=interval(hits),
+    )
 
 
 def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -286,74 +283,51 @@ def draw(labels: np.ndarray, num_classes: int, shots: int, seed: int) -> list[np
     return [rng.permutation(places)[:shots] for places in by_class]
 
 
-def standardise(features: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
-    """Features (N, C), standardised, and the constant: (N, C + 1)."""
-    scaled = (features - mean) / deviation
-    return jnp.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A linear classifier on standardised features.
+
+    Attributes:
+      mean, deviation: (C,) of the shots.
+      weights: (C + 1, K), the last row for the constant feature.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    weights: np.ndarray
+
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """The class (n,) with the highest score of each row of features (n, C)."""
+        guesses = [
+            np.argmax(self.standardise(features[start : start + ROWS]) @ self.weights, axis=1)
+            for start in range(0, len(features), ROWS)
+        ]
+        return np.concatenate(guesses)
+
+    def standardise(self, features: np.ndarray) -> np.ndarray:
+        """Features (n, C), standardised in float64, and the constant feature: (n, C + 1)."""
+        scaled = (features.astype(np.float64) - self.mean) / self.deviation
+        return np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
 
 
-def ridge(x: jax.Array, y: jax.Array, l2: jax.Array | float) -> jax.Array:
-    """The W (D, K) that has the least |x W - y|^2 + l2 |W|^2.
-
-    By the eigenvalues of the smaller of the two Gram matrices, x^T x (D, D) and x x^T (N, N):
-    W = (x^T x + l2)^-1 x^T y = x^T (x x^T + l2)^-1 y.
+def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -> Probe:
+    """Fits the W that minimizes |x W - y|^2 + l2 |W|^2, with targets y of -1 and 1.
 
     Args:
-      x: (N, D) features, the constant among them.
-      y: (N, K) targets.
-      l2: strength, above 0.
+      features: (n, C), before standardisation.
+      labels: (n,) classes.
+      l2: strength of the regularisation, above 0.
+      num_classes: K.
     """
-    if x.shape[0] >= x.shape[1]:
-        values, vectors = jnp.linalg.eigh(x.T @ x)
-        return vectors @ ((vectors.T @ (x.T @ y)) / (values + l2)[:, None])
-    values, vectors = jnp.linalg.eigh(x @ x.T)
-    return x.T @ (vectors @ ((vectors.T @ y) / (values + l2)[:, None]))
-
-
-def fit(features: jax.Array, labels: jax.Array, l2: jax.Array, num_classes: int) -> tuple:
-    """The probe of features (N, C) and labels (N,): mean (C,), deviation (C,), weights (C + 1, K).
-
-    In float64, for which jax.enable_x64 must be on.
-    """
-    features = features.astype(jnp.float64)
-    mean = jnp.mean(features, axis=0)
-    deviation = jnp.std(features, axis=0) + MIN_DEVIATION
-    targets = 2 * jax.nn.one_hot(labels, num_classes, dtype=jnp.float64) - 1
-    return mean, deviation, ridge(standardise(features, mean, deviation), targets, l2)
-
-
-def guess(features: jax.Array, mean: jax.Array, deviation: jax.Array, weights: jax.Array):
-    """The class (N,) int32 of the highest score of each image, by what `fit` gives."""
-    x = standardise(features.astype(jnp.float64), mean, deviation)
-    return jnp.argmax(x @ weights, axis=-1).astype(jnp.int32)
-
-
-def _make_classify(test_features: np.ndarray, num_classes: int, mesh: Mesh) -> Callable:
-    """Returns `(features (N, C), labels (N,), l2) -> guesses (n,)` for the n `test_features`.
-
-    These are laid on the devices once, in pieces that are split as a batch is. The probe is
-    computed whole on each device. All processes have the same arguments, and get all the guesses.
-    """
-    everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    shards = sharding.batch_shards(mesh)
-    rows = min(ROWS, -(-len(test_features) // shards)) * shards
-    pieces = []
-    for start in range(0, len(test_features), rows):
-        piece = test_features[start : start + rows]
-        pieces.append(features_lib.put(np.pad(piece, ((0, rows - len(piece)), (0, 0))), split))
-    jit_fit = jax.jit(fit, static_argnums=3, out_shardings=everywhere)
-    jit_guess = jax.jit(guess, out_shardings=everywhere)
-
-    def classify(features: np.ndarray, labels: np.ndarray, l2: float) -> np.ndarray:
-        with jax.enable_x64(True):
-            arguments = (
-                features_lib.put(each, everywhere) for each in (features, labels, np.float64(l2))
-            )
-            probe = jit_fit(*arguments, num_classes)
-            guesses = jax.device_get([jit_guess(piece, *probe) for piece in pieces])
-        return np.concatenate(guesses)[: len(test_features)]
-
-    return classify
+    exact = features.astype(np.float64)
+    mean, deviation = exact.mean(axis=0), exact.std(axis=0) + MIN_DEVIATION
+    x = Probe(mean, deviation, np.empty(0)).standardise(features)
+    # x^T y from the sums of each class: dense targets of 21,843 classes would take 95 GB.
+    sums = np.zeros((num_classes, x.shape[1]))
+    np.add.at(sums, labels, x)
+    gram = x.T @ x + l2 * np.eye(x.shape[1])
+    weights = linalg.solve(gram, (2 * sums - x.sum(axis=0)).T, assume_a="pos")
+    return Probe(mean, deviation, weights)
 
 
 def interval(hits: np.ndarray) -> tuple[float, float]:
