@@ -215,7 +215,10 @@ def check_positive(key: str, value: float) -> None:
 
 
 def eval_preprocess(res: int) -> str:
-    """Short side to 8/7 of `res` (256 for 224) by area averaging, then central crop [read: BV]."""
+    """Returns the evaluation ops for images of `res` pixels [read: BV].
+
+    The short side is resized to 8/7 of `res` (256 for 224) by area averaging, then cropped.
+    """
     return f"decode|resize_small({res * 8 // 7}, method='area')|central_crop({res})"
 
 
@@ -258,7 +261,7 @@ def pretraining(
     mixup: float = 0.0,
     stoch_depth: float = 0.0,
 ) -> ConfigDict:
-    """The paper's pre-training: the values that its recipes share, and their arguments.
+    """Returns a pre-training config of the paper; its recipes share these values and arguments.
 
     Sigmoid loss, Adam (0.9, 0.999) with decoupled weight decay, clipping at global norm 1, warm-up
     over 10,000 steps, linear decay to 1e-5 of the peak, inception crop [read: BV, mlp_mixer_i1k].
@@ -335,7 +338,7 @@ def pretraining(
 
 
 def imagenet1k(arg: str, *, model: str) -> ConfigDict:
-    """Pre-training on ImageNet-1k (`pretraining`) with the values of BV's mlp_mixer_i1k.
+    """Returns a config of `pretraining` on ImageNet-1k, with the values of BV's mlp_mixer_i1k.
 
     Args:
       arg: the arguments of `pretraining`, as text.
@@ -358,7 +361,7 @@ def imagenet1k(arg: str, *, model: str) -> ConfigDict:
 
 
 def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> ConfigDict:
-    """Pre-training on ImageNet-21k (`pretraining`).
+    """Returns a config of `pretraining` on ImageNet-21k.
 
     Args:
       arg: the arguments of `pretraining`, as text.
@@ -383,7 +386,7 @@ def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> Config
 
 
 def jft(arg: str, *, model: str, epochs: float, peak_lr: float) -> ConfigDict:
-    """Pre-training on a folder with a label file (`pretraining`), as the paper's on JFT-300M.
+    """Returns a config of `pretraining` on a folder with a label file, as the paper's on JFT-300M.
 
     Args:
       arg: the arguments of `pretraining`, as text.
