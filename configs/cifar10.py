@@ -1,38 +1,41 @@
-"""A Mixer of the CIFAR-10 record's shape (1.13 M parameters), from scratch.
+"""A small Mixer (1.13 M parameters) on CIFAR-10, from scratch.
 
-python train.py --config=configs/cifar10.py                       # TFDS's cifar10
+python train.py --config=configs/cifar10.py                       # cifar10 of TFDS
 python train.py --config=configs/cifar10.py:folder=/data/cifar10  # train/<class>/*.jpg, test/...
 python train.py --config=configs/cifar10.py:epochs=300
 python train.py --config=configs/cifar10.py:recipe=record,epochs=300
 
-Shape: patch 4, C 128, D_S 64, D_C 512, 8 blocks: github.com/omihub777/MLP-Mixer-CIFAR ("the
-record"), whose README gives 90.83 % after 300 epochs, 3 h 34 m on one P100, and 0.67 M parameters
-(so many has the model with D_S and D_C swapped).
+The model has patch size 4, C 128, D_S 64, D_C 512 and 8 blocks, as the reference implementation
+github.com/omihub777/MLP-Mixer-CIFAR. The README there reports 90.83 % after 300 epochs, in 3 h 34 m
+on one P100. It also reports 0.67 M parameters, which is the number with D_S and D_C swapped.
 
 Arguments:
-  folder=   a folder of images instead of TFDS's lossless cifar10.
-  epochs=   the length; warm-up and decay follow it. 5 take half an hour on two CPU cores; README.md
-            has what they give.
-  recipe=   ours, or record: the recipe to be beaten [its README; parts read in its code].
+  folder=   a folder of images, instead of TFDS's lossless cifar10.
+  epochs=   the length of the run; warm-up and decay scale with it. 5 epochs take 15 minutes on two
+            CPU cores; README.md has the accuracy.
+  recipe=   ours, or record: the reference recipe [from its README, and partly from its code].
 
-`ours`: AdamW with weight decay 0.1 times the learning rate, warm-up over a tenth of the run,
-cosine to 0, label smoothing 0.1, random crop with padding 4, flip; below 100 epochs that is all,
-with a peak of 3e-3. From 100 epochs on, when each image is seen that often: AutoAugment's CIFAR
-policy after the flip, CutMix as in `record`, a peak of 1e-3, and an average of the parameters
-(decay 0.999) evaluated beside them. The long form has not been run in full; it is evaluated and
-saved every ten epochs, the short one after each.
+`ours`: AdamW with weight decay 0.1 times the learning rate, warm-up over a tenth of the run, cosine
+decay to 0, label smoothing 0.1, random crop with padding 4, flip. Below 100 epochs the peak
+learning rate is 3e-3 and nothing else is added. From 100 epochs on, each image is seen so often
+that the recipe adds AutoAugment's CIFAR policy after the flip, CutMix as in `record`, and an EMA of
+the parameters (decay 0.999), which is evaluated too; the peak is 1e-3. The long form has not been
+run in full. It is evaluated and saved every ten epochs, the short form after every epoch.
 
-Both hold 2 % of the training images out for validation and evaluate the test split once, at the
-end. The record trains on all 50,000 and watches the test split: for that, add
---config.dataset.train_split=train --config.dataset.val_split=test
+Both recipes hold out 2 % of the training images for validation, and evaluate the test split once,
+at the end. The reference implementation trains on all 50,000 images and monitors the test split. To
+do the same, add --config.dataset.train_split=train --config.dataset.val_split=test
 
-`record`: Adam (0.9, 0.99) with L2 of 5e-5 in the gradient, batch 128, warm-up over the first
-1/60 of the run (5 epochs of 300), cosine from 1e-3 to 1e-6, label smoothing 0.1, CutMix with
-probability 0.5 and Beta(1, 1), two random crops of padding 4 and then AutoAugment's CIFAR policy,
-no flip, no clipping, GELU by erf. Not as there: the learning rate moves each step and not each
-epoch (there the first epoch trains at 0), L2 is of kernels only and not of biases and LayerNorm,
-pixels are scaled to [-1, 1] and not by the set's mean and deviation, weights start as Flax's
-(the head at 0) and not as PyTorch's, LayerNorm's epsilon is 1e-6 and not 1e-5, and it is float32.
+`record`: Adam (0.9, 0.99) with an L2 penalty of 5e-5 in the gradient, batch 128, warm-up over the
+first 1/60 of the run (5 epochs of 300), cosine decay from 1e-3 to 1e-6, label smoothing 0.1, CutMix
+with probability 0.5 and Beta(1, 1), two random crops with padding 4, then AutoAugment's CIFAR
+policy, no flip, no clipping, GELU by erf. It differs from the reference implementation:
+- The learning rate changes in every step, not in every epoch (the first epoch there trains at 0).
+- The L2 penalty applies to kernels only, not to biases and LayerNorm.
+- Pixels are scaled to [-1, 1], not by the mean and standard deviation of the set.
+- Weights are initialized as in Flax (the head at 0), not as in PyTorch.
+- The epsilon of LayerNorm is 1e-6, not 1e-5.
+- It computes in float32.
 """
 
 from configs import common
@@ -80,7 +83,8 @@ def get_config(arg=""):
         )
         config.schedule.update(warmup_epochs=arg.epochs * 5 / 300, final_multiplier=1e-3)
     config.eval_batch_size = 500
-    # An accelerator trains an epoch in half a second: no longer than saving and evaluating take.
+    # An accelerator trains an epoch in half a second, which is no longer than one save and one
+    # evaluation take. Long runs therefore do both only every ten epochs.
     every = 10 if arg.epochs >= 100 else 1
     config.eval_every_epochs = every
     config.checkpoint.every_steps = every * TRAIN_EXAMPLES // config.global_batch_size

@@ -1,171 +1,178 @@
 """Every key of a config, with its meaning. A config starts from `base()` and sets its own values.
 
-Configs import ml_collections and this file only, so that one can be read without JAX.
+Configs import only ml_collections and this file, so that they can be read without JAX.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def base() -> ConfigDict:
-    """Returns a config with every key; those that have no sensible common value are empty."""
+    """Returns a config with every key; keys without a sensible common value are empty."""
     config = ConfigDict()
-    config.seed = 0  # of parameters, data order, augmentation and masks
-    # The length of the run: set one of the three. Epochs are of the training split.
-    config.total_steps = config_dict.placeholder(int)  # updates
+    config.seed = 0  # for parameters, data order, augmentation and masks
+    # Length of the run: set exactly one of the three. An epoch is one pass over the training split.
+    config.total_steps = config_dict.placeholder(int)  # updates of the parameters
     config.total_epochs = config_dict.placeholder(float)
     config.total_examples = config_dict.placeholder(int)
-    config.global_batch_size = config_dict.placeholder(int)  # images per update, all devices
-    config.image_size = config_dict.placeholder(int)  # side in pixels; the patch divides it
-    config.loss = "softmax"  # softmax or sigmoid (summed over classes)
+    config.global_batch_size = config_dict.placeholder(int)  # images per step, on all devices
+    config.image_size = config_dict.placeholder(int)  # side in pixels, a multiple of the patch
+    config.loss = "softmax"  # softmax, or sigmoid (summed over the classes)
     config.label_smoothing = 0.0  # s: labels become (1 - s) * labels + s / classes
-    # Devices along each axis; -1 is what the others leave (docs/scaling.md). data: each has all
-    # parameters; fsdp: each has a share of parameters and optimizer state; both split the batch.
-    # tensor: splits the hidden widths of both MLPs.
+    # Number of devices along each axis; -1 on one axis takes the remaining devices
+    # (docs/scaling.md). data and fsdp both split the batch. Along data, every device holds all
+    # parameters; along fsdp, it holds a part of the parameters and of the optimizer state. tensor
+    # splits the hidden widths of both MLPs.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    # Whose weights a new run starts from: a run, a step of it (RUN/checkpoints/STEP,
-    # RUN/best/STEP), a file (.npz or .safetensors), an address, or a published checkpoint's short
-    # name such as B/16-i21k (docs/weights.md); empty starts from random ones.
+    # Initial weights of a new run: a run, one of its checkpoints (RUN/checkpoints/STEP,
+    # RUN/best/STEP), a file (.npz or .safetensors), a URL, or the short name of a published
+    # checkpoint such as B/16-i21k (docs/weights.md). Empty: random initialization.
     config.init_from = ""
-    config.init_head = "auto"  # keep (it must fit), reset (zeros), auto (reset if it does not fit)
-    # Weights for images of another size: grow (whole factors; the paper's) or interpolate (any
-    # size; not the paper's). Growing by K takes K^2 times the model's tokens_mlp_dim.
+    # Head of init_from: keep (an error if it does not fit), reset (zeros), or auto (keep if it has
+    # the same classes as the data, otherwise reset).
+    config.init_head = "auto"
+    # How to resize weights for another image size: grow (integer factors, as in the paper) or
+    # interpolate (any size, not in the paper). Growing by K multiplies tokens_mlp_dim by K^2.
     config.init_resize = "grow"
-    config.init_image_size = config_dict.placeholder(int)  # of those weights; None: as they say
+    config.init_image_size = config_dict.placeholder(int)  # of init_from; None: read from it
 
     config.model = dict(
-        # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None. What is set of the five dimensions below
-        # replaces the variant's; with neither, the model is that of init_from.
+        # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None. A dimension below that is set replaces
+        # the variant's. If neither is set, the model is that of init_from.
         variant=config_dict.placeholder(str),
         patch_size=config_dict.placeholder(int),  # P, pixels
         hidden_dim=config_dict.placeholder(int),  # C
         num_blocks=config_dict.placeholder(int),  # L
         tokens_mlp_dim=config_dict.placeholder(int),  # D_S
         channels_mlp_dim=config_dict.placeholder(int),  # D_C
-        num_classes=config_dict.placeholder(int),  # None: as many as the data has
-        # tanh (the authors' code) or erf (timm); None: that of init_from, tanh without one.
+        num_classes=config_dict.placeholder(int),  # None: that of the data
+        # tanh (the authors' code) or erf (timm). None: that of init_from, or tanh without it.
         gelu=config_dict.placeholder(str),
-        stoch_depth=0.0,  # drop rate of the last block; falls linearly to 0 at the first
-        # Whether a kept branch is divided by its probability: False, the authors' code; True, as
-        # timm does, though timm's Mixers have one rate in all blocks, which cannot be set here.
+        stoch_depth=0.0,  # drop rate of the last block; linear from 0 at the first block
+        # Whether to divide a kept branch by its keep probability. The authors' code does not; timm
+        # does, but with the same rate in all blocks, which cannot be set here.
         stoch_depth_rescale=False,
         dropout=0.0,
-        head_bias_init=0.0,  # the authors' sigmoid loss: -6.9 with 1,000 classes, -10 with 21,843
-        dtype="float32",  # of the computation: float32 or bfloat16; parameters are float32
-        # What the backward pass computes again to save memory: none, dots (all but the matmuls'
-        # outputs) or full (all but the blocks' inputs).
+        head_bias_init=0.0,  # with the authors' sigmoid loss: -6.9 (1,000 classes), -10 (21,843)
+        dtype="float32",  # of the computation: float32 or bfloat16. Parameters are float32.
+        # What the backward pass recomputes to save memory: none, dots (everything except the
+        # outputs of matmuls) or full (everything except the inputs of the blocks).
         remat="none",
-        scan_blocks=False,  # the blocks as one loop, compiled once; the parameters are the same
+        scan_blocks=False,  # run the blocks as a loop, compiled once; same parameters
     )
 
     config.dataset = dict(
         name="",  # a TFDS name, "folder" or "synthetic"
-        data_dir="",  # the folder; for TFDS, empty is TFDS's own default
-        # Which label of a TFDS set: empty is the set's own; else a feature's name, or a derived
-        # label of mixer/data/labels.py such as "clevr_count".
+        data_dir="",  # the folder of images; for TFDS, empty: the default of TFDS
+        # Which label of a TFDS set to use: the name of a feature, or a computed label of
+        # mixer/data/labels.py such as "clevr_count". Empty: the label of the set.
         label_key="",
-        # Folder only: a jsonl file of paths and labels, several an image if wanted; empty: the
-        # names of the images' folders are the labels.
+        # Folder only: a jsonl file of paths and labels, one or several per image (docs/data.md).
+        # Empty: the label is the name of the class folder.
         label_file="",
         train_split="train",
         val_split="validation",  # evaluated during training; empty: none
         test_split="test",  # evaluated once, at the end; empty: none
-        train_preprocess="",  # steps of mixer/data/preprocessing/host.py, joined by |
+        train_preprocess="",  # ops joined by |, see docs/preprocessing.md
         eval_preprocess="",
-        # patches or pixels: every image's are shuffled by one fixed permutation, the last step of
-        # both preprocessings (docs/probes.md); empty: none.
+        # Shuffle the patches or the pixels of every image with one fixed permutation, as the last
+        # op of both preprocessings (docs/probes.md). Empty: no shuffling.
         permutation="",
-        exclude="",  # list of images to leave out, made by mixer.tools.prepare check
-        # A TFDS set above 2 GiB is shuffled in groups of about this many examples, which stand in
-        # memory (two groups at a time); smaller sets and folders are shuffled whole.
+        exclude="",  # list of images to leave out, from mixer.tools.prepare check
+        # A TFDS set above 2 GiB is shuffled in groups of about this many examples, with two groups
+        # in memory at a time. Smaller sets and folders are shuffled as a whole.
         shuffle_group_size=16384,
-        prefetch_batches=2,  # batches on their way to the device
-        # Small sets: all training images are decoded once, go to the device and stay; order and
-        # augmentation are the same (docs/training.md). auto: up to 512 MiB, an eighth of the
-        # device's memory, and the images that the run draws; on: must be; off: read each epoch.
+        prefetch_batches=2,  # batches prefetched to the device
+        # Whether all training images are decoded once and stay on the device, with the same order
+        # and augmentation (docs/training.md). auto: if they take at most 512 MiB and an eighth of
+        # the device's memory, and the run draws at least as many images as there are. on: always,
+        # or an error. off: read the images again in every epoch.
         on_device="auto",
-        # Where the images of a stream take their random steps: host, device (what it can), or auto:
-        # device on GPUs, host elsewhere.
+        # Where the random ops of streamed images run: host, device (as far as it can compute
+        # them), or auto (device on GPUs, host elsewhere).
         augment_on="auto",
     )
 
-    # On the device, on the global batch, anew in every step.
+    # Computed on the device, on the global batch, with new random numbers in every step.
     config.mixup = dict(
-        alpha=0.0,  # mixup with lambda from Beta(alpha, alpha); 0: none
-        per_example=False,  # False: one lambda a step, as the authors have it; True: one an image
-        cutmix_alpha=0.0,  # CutMix with the area from Beta(cutmix_alpha, cutmix_alpha); 0: none
-        cutmix_prob=0.0,  # share of the steps that take CutMix; the others take mixup, if any
+        alpha=0.0,  # mixup with lambda from Beta(alpha, alpha); 0: no mixup
+        per_example=False,  # False: one lambda per step, as the authors; True: one per image
+        cutmix_alpha=0.0,  # CutMix with the area from Beta(cutmix_alpha, cutmix_alpha); 0: off
+        cutmix_prob=0.0,  # fraction of the steps that use CutMix; the others use mixup
     )
 
     config.optimizer = dict(
         name="adamw",  # adamw or sgd (momentum b1)
         peak_lr=1e-3,  # at the end of the warm-up
-        b1=0.9,  # of Adam; the momentum of sgd
+        b1=0.9,  # for adamw; the momentum of sgd
         b2=0.999,  # adamw only
         eps=1e-8,  # adamw only
-        momentum_dtype="float32",  # of the first moment: float32 or bfloat16
-        # adamw only, of the second moment: float32 or bfloat16 (rounded by chance, not to nearest).
+        momentum_dtype="float32",  # dtype of the first moment: float32 or bfloat16
+        # adamw only, dtype of the second moment: float32, or bfloat16 with stochastic rounding.
         variance_dtype="float32",
-        weight_decay=0.0,  # of kernels only; see weight_decay_form
-        # What a kernel loses in an update: "lr": learning rate * weight_decay * kernel (AdamW);
-        # "schedule": learning rate / peak_lr * weight_decay * kernel (the authors' code, whose
-        # 1e-4 at a peak of 1e-3 is 0.1 of "lr"); "l2": weight_decay * kernel joins the gradient.
+        weight_decay=0.0,  # decays kernels only; see weight_decay_form
+        # What a step subtracts from a kernel.
+        # "lr": learning rate * weight_decay * kernel (AdamW).
+        # "schedule": learning rate / peak_lr * weight_decay * kernel (the authors' code; their
+        # 1e-4 at a peak of 1e-3 equals 0.1 in the form "lr").
+        # "l2": nothing; weight_decay * kernel is added to the gradient.
         weight_decay_form="lr",
-        grad_clip_norm=1.0,  # global norm of the gradient; 0: no clipping
-        # ((regex, multiplier), ...): the learning rate of the parameters whose whole name matches,
-        # the first match wins, 1 for the others; 0 freezes. As in ((".*token_mixing.*", 0.0),).
+        grad_clip_norm=1.0,  # maximum global norm of the gradient; 0: no clipping
+        # ((regex, multiplier), ...) for the learning rate. The first regex that matches the full
+        # name of a parameter decides; without a match it is 1. A multiplier of 0 freezes, as in
+        # ((".*token_mixing.*", 0.0),).
         lr_multipliers=(),
-        sam_rho=0.0,  # sharpness-aware minimization: radius of the ascent step; 0: none
-        ema_decay=0.0,  # of a moving average of the parameters, evaluated beside them; 0: none
-        accumulate_steps=1,  # parts that a batch is cut into to fit memory; the update is the same
+        sam_rho=0.0,  # radius of sharpness-aware minimization; 0: off
+        ema_decay=0.0,  # decay of an EMA of the parameters, which is evaluated too; 0: no EMA
+        accumulate_steps=1,  # gradient accumulation: parts of a batch; the update is the same
     )
     config.schedule = dict(
         decay="linear",  # after the warm-up: linear, cosine, constant or rsqrt
-        # Linear warm-up from 0: at most one of the three.
+        # Length of the linear warm-up from 0: set at most one of the three.
         warmup_steps=config_dict.placeholder(int),
         warmup_epochs=config_dict.placeholder(float),
         warmup_examples=config_dict.placeholder(int),
-        final_multiplier=0.0,  # of peak_lr, at the last step; linear and cosine
-        rsqrt_timescale=10_000,  # rsqrt only: steps in which its falling begins to show
-        # Linear to 0 over the last part of the run, times the decay: at most one of the three.
+        final_multiplier=0.0,  # final learning rate / peak_lr; linear and cosine only
+        rsqrt_timescale=10_000,  # rsqrt only: steps after which the decrease shows
+        # Length of the final linear cool-down to 0, which multiplies the decay: set at most one.
         cooldown_steps=config_dict.placeholder(int),
         cooldown_epochs=config_dict.placeholder(float),
         cooldown_examples=config_dict.placeholder(int),
     )
 
-    config.log_every_steps = 50  # a line of metrics.jsonl
-    # Validation: at most one of the three; none: at the end only.
+    config.log_every_steps = 50  # interval between lines of metrics.jsonl
+    # Interval between validations: set at most one of the three. None set: only at the end.
     config.eval_every_steps = config_dict.placeholder(int)
     config.eval_every_epochs = config_dict.placeholder(float)
     config.eval_every_examples = config_dict.placeholder(int)
-    # Evaluated at each validation too: sets and groups of mixer/evaluation/suites.py, such as
-    # "imagenet_real,imagenet_v2"; "fewshot" and "linear_probe", the probes on the run's own data.
+    # Further evaluations at each validation: data sets and groups of mixer/evaluation/suites.py,
+    # such as "imagenet_real,imagenet_v2"; "fewshot" and "linear_probe", probes on the run's data.
     config.eval_suite = ""
     config.eval_batch_size = config_dict.placeholder(int)  # None: global_batch_size
     config.checkpoint = dict(
-        every_steps=1000,  # and at the last step
+        every_steps=1000,  # interval; the last step is saved too
         keep_last=2,
-        keep_every_steps=config_dict.placeholder(int),  # keeps multiples of it for good
-        keep_best=True,  # the best by validation accuracy (of the average, if any), in RUN/best
+        keep_every_steps=config_dict.placeholder(int),  # never deletes multiples of it
+        keep_best=True,  # in RUN/best, by validation accuracy (of the EMA, if there is one)
     )
-    config.tensorboard = True
-    # A loss or gradient that is not finite: stop, or skip (no update, the step counts).
+    config.tensorboard = True  # whether to copy the metrics for TensorBoard
+    # If the loss or gradient is not finite: stop, or skip (no update, but the step counts).
     config.nan_policy = "stop"
-    config.max_skipped_steps = 10  # with skip: more of them stop the run
-    # (first, last) step to be profiled, into RUN/profile for xprof and TensorBoard; (): none.
+    config.max_skipped_steps = 10  # with skip: the run stops above this number
+    # (first, last) step to profile into RUN/profile, for xprof and TensorBoard; (): no profile.
     config.profile_steps = ()
-    config.stall_secs = 120  # no step for so long: a line says which process waits for what
-    # Where compiled programs are kept for the next start: a directory; auto: RUN/compiled on
-    # accelerators, on a CPU the user's cache directory, shared by all runs; empty: nowhere. JAX's
-    # own variable JAX_COMPILATION_CACHE_DIR goes before it.
+    config.stall_secs = 120  # without a step for this long, print which process waits for what
+    # Directory of compiled programs for the next start. auto: RUN/compiled on accelerators, and the
+    # user's cache directory on CPUs, shared by all runs. Empty: no cache. JAX's own variable
+    # JAX_COMPILATION_CACHE_DIR takes precedence.
     config.compile_cache_dir = "auto"
-    return config.lock()  # a config that sets an unknown key is told so
+    return config.lock()  # setting an unknown key is an error
 
 
 def parse_arg(arg: str, **defaults):
-    """Reads `key=value,key=value` of `--config=FILE:ARG`, typed as the defaults are.
+    """Parses `key=value,key=value` of `--config=FILE:ARG`; each value gets its default's type.
 
     Returns:
-      A ConfigDict of the defaults with what `arg` sets.
+      A ConfigDict of the defaults, with the values of `arg` in their place.
 
     Raises:
       ValueError: an unknown key, or a value of another type.
@@ -190,11 +197,11 @@ def parse_arg(arg: str, **defaults):
 
 
 MODES = ("tpu", "gpu8", "smoke")
-PUBLISHED_BATCH = 4096  # of every pre-training run of the paper
+PUBLISHED_BATCH = 4096  # batch size of every pre-training run of the paper
 
 
 def check_choice(key: str, value, known) -> None:
-    """Raises ValueError where the config argument `key` has a value that is not in `known`."""
+    """Raises ValueError if the value of the config argument `key` is not in `known`."""
     if value not in known:
         raise ValueError(
             f"config argument {key}={value!r}; expected one of {', '.join(map(str, known))}"
@@ -202,20 +209,23 @@ def check_choice(key: str, value, known) -> None:
 
 
 def check_positive(key: str, value: float) -> None:
-    """Raises ValueError where the config argument `key` is not a number above 0."""
+    """Raises ValueError unless the config argument `key` is a finite number above 0."""
     if not 0 < value < float("inf"):
         raise ValueError(f"config argument {key}={value}; expected a finite number above 0")
 
 
 def eval_preprocess(res: int) -> str:
-    """Short side to 8/7 of `res` (256 for 224) by area averaging, then the middle [read: BV]."""
+    """Returns the evaluation ops for images of `res` pixels [read: BV].
+
+    The short side is resized to 8/7 of `res` (256 for 224) by area averaging, then cropped.
+    """
     return f"decode|resize_small({res * 8 // 7}, method='area')|central_crop({res})"
 
 
 def make_smoke(config: ConfigDict, *, num_classes: int | None) -> None:
-    """Cuts a recipe to 8 steps of 16 synthetic images and a model of 2 blocks.
+    """Reduces a recipe to 8 steps of 16 synthetic images and a model of 2 blocks.
 
-    Widths, loss, mixing, optimizer and the shape of the schedule stay the recipe's.
+    The widths, the loss, the mixing, the optimizer and the shape of the schedule do not change.
     """
     config.dataset.update(
         name="synthetic",
@@ -251,42 +261,43 @@ def pretraining(
     mixup: float = 0.0,
     stoch_depth: float = 0.0,
 ) -> ConfigDict:
-    """The paper's pre-training: what its recipes share, and their arguments.
+    """Returns a pre-training config of the paper; its recipes share these values and arguments.
 
     Sigmoid loss, Adam (0.9, 0.999) with decoupled weight decay, clipping at global norm 1, warm-up
     over 10,000 steps, linear decay to 1e-5 of the peak, inception crop [read: BV, mlp_mixer_i1k].
-    `weight_decay` is multiplied by the learning rate: BV's 1e-4 at a peak of 1e-3, in the form
-    "schedule", is 0.1 here in the form "lr".
+    `weight_decay` is in the form "lr" and is multiplied by the learning rate. BV's 1e-4 at a peak
+    of 1e-3, in the form "schedule", is 0.1 here.
 
-    The recipes' arguments:
-      model: any variant, with the recipe's own values for all the rest.
-      res: the images' side in pixels, any that the patch divides.
-      mode: how it is run, tpu, gpu8 or smoke.
-        tpu: the published batch of 4096, float32 (whose products a TPU computes in bfloat16).
-        gpu8: one host with 8 GPUs, batch 1024, bfloat16. Batch b instead of 4096 means peak_lr
-          times sqrt(b / 4096) (Adam's rule: Malladi et al., 2022, recalled); warm-up over as many
-          images, hence 4096 / b times the steps; weight_decay times sqrt(b / 4096), so that an
-          epoch takes as much from a kernel as before. So: 5e-4, 40,000 steps and 0.05 for 1e-3,
-          10,000 and 0.1. The rule is not measured, and is not that of big_vision's gpu8
-          (batch 512, 60 epochs, learning rate and warm-up as they are). Where memory is short, add
+    The arguments of the recipes:
+      model: any variant; all other values of the recipe stay the same.
+      res: the side of the images in pixels, any multiple of the patch size.
+      mode: the hardware: tpu, gpu8 or smoke.
+        tpu: the published batch of 4096, float32 (a TPU computes its products in bfloat16).
+        gpu8: one host with 8 GPUs, batch 1024, bfloat16. For a batch b instead of 4096, peak_lr is
+          multiplied by sqrt(b / 4096) (the rule for Adam: Malladi et al., 2022, recalled). The
+          warm-up sees the same number of images, so it takes 4096 / b times as many steps.
+          weight_decay is multiplied by sqrt(b / 4096), so that kernels decay by the same amount
+          per epoch. A peak of 1e-3, 10,000 steps and 0.1 become 5e-4, 40,000 steps and 0.05. This
+          rule has not been measured. It is not that of big_vision's gpu8 (batch 512, 60 epochs,
+          the same learning rate and warm-up). If memory is short, add
           --config.optimizer.accumulate_steps=2 (or more): the update stays the same.
-        smoke: 8 steps of synthetic images with 2 blocks, whatever `data` and `epochs` say: the
-          same path through the code on a laptop (B/16: 75 s of CPU time, 2.5 GB).
-      epochs: the length; the warm-up stays as long as it is.
+        smoke: 8 steps of synthetic images with 2 blocks, whatever `data` and `epochs` are. It runs
+          the same code on a laptop (B/16: 75 s of CPU time, 2.5 GB).
+      epochs: the length of the run; the warm-up does not change.
       data: the data set: a TFDS name, folder (give --config.dataset.data_dir) or synthetic.
 
     Args:
-      arg: the arguments above, as parsed.
-      dataset: the recipe's own data.
-      num_classes: of that data; None, and for other `data`: as many as the data has.
-      train_split: likewise of that data, as are val_split and test_split.
-      val_split: evaluated during training.
-      test_split: evaluated at the end.
-      augment: steps after the crop.
-      peak_lr: of batch 4096.
-      weight_decay: of batch 4096.
-      head_bias_init: first bias of the head: about -log(classes).
-      mixup: Beta's parameter; 0: none.
+      arg: the arguments above, parsed.
+      dataset: the recipe's own data set.
+      num_classes: number of classes of `dataset`; None: that of the data, as for any other `data`.
+      train_split: split of `dataset` to train on.
+      val_split: split to evaluate during training.
+      test_split: split to evaluate at the end.
+      augment: ops after the crop.
+      peak_lr: peak learning rate for batch 4096.
+      weight_decay: weight decay for batch 4096.
+      head_bias_init: initial bias of the head, about -log(number of classes).
+      mixup: parameter of the Beta distribution; 0: no mixup.
       stoch_depth: drop rate of the last block.
 
     Raises:
@@ -327,11 +338,11 @@ def pretraining(
 
 
 def imagenet1k(arg: str, *, model: str) -> ConfigDict:
-    """`pretraining` on ImageNet-1k with the values of BV's mlp_mixer_i1k.
+    """Returns a config of `pretraining` on ImageNet-1k, with the values of BV's mlp_mixer_i1k.
 
     Args:
-      arg: the arguments of `pretraining`, not parsed.
-      model: the variant, unless `arg` has another.
+      arg: the arguments of `pretraining`, as text.
+      model: the variant, unless `arg` sets another one.
     """
     return pretraining(
         parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet2012"),
@@ -350,13 +361,13 @@ def imagenet1k(arg: str, *, model: str) -> ConfigDict:
 
 
 def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> ConfigDict:
-    """`pretraining` on ImageNet-21k.
+    """Returns a config of `pretraining` on ImageNet-21k.
 
     Args:
-      arg: the arguments of `pretraining`, not parsed.
-      model: the variant, unless `arg` has another.
-      magnitude: of RandAugment.
-      mixup: Beta's parameter.
+      arg: the arguments of `pretraining`, as text.
+      model: the variant, unless `arg` sets another one.
+      magnitude: magnitude of RandAugment.
+      mixup: parameter of the Beta distribution.
     """
     return pretraining(
         parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet21k"),
@@ -375,13 +386,13 @@ def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> Config
 
 
 def jft(arg: str, *, model: str, epochs: float, peak_lr: float) -> ConfigDict:
-    """`pretraining` on images of a folder with a label file, as the paper's on JFT-300M.
+    """Returns a config of `pretraining` on a folder with a label file, as the paper's on JFT-300M.
 
     Args:
-      arg: the arguments of `pretraining`, not parsed.
-      model: the variant, unless `arg` has another.
-      epochs: the length, unless `arg` has another.
-      peak_lr: of batch 4096.
+      arg: the arguments of `pretraining`, as text.
+      model: the variant, unless `arg` sets another one.
+      epochs: the length of the run, unless `arg` sets another one.
+      peak_lr: peak learning rate for batch 4096.
     """
     return pretraining(
         parse_arg(arg, model=model, res=224, mode="tpu", epochs=epochs, data="folder"),

@@ -2,11 +2,11 @@
 
 python train.py --config=configs/digits.py
 
-1,257 training images of 8 x 8 pixels; about a minute on two CPU cores. Shape and augmentation were
-chosen by 8-fold cross-validation over the 1,437 images outside the test split (99.4 to 99.7 %
-there with 2,800 steps, cut to 2,000 for time), without the test split. Small affine maps gave the
-most: shifts of one pixel alone reach 97.9 % in the same cross-validation. README.md has the test
-accuracy of five seeds.
+The set has 1,257 training images of 8 x 8 pixels; training takes about a minute on two CPU cores.
+The model and the augmentation were chosen by 8-fold cross-validation over the 1,437 images outside
+of the test split. It gave 99.4 to 99.7 % with 2,800 steps; this config uses 2,000 to save time.
+Small affine maps helped most: shifts by one pixel reach only 97.9 % in the same cross-validation.
+README.md has the test accuracy of five seeds.
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-"""Fine-tuning a Mixer, as the authors did: ImageNet, CIFAR, Pets, Flowers, VTAB-1k, own images.
+"""Fine-tuning a Mixer as the authors did: ImageNet, CIFAR, Pets, Flowers, VTAB-1k, own images.
 
 python train.py --config=configs/finetune.py:dataset=cifar10,init=Mixer-B_16.npz
 python train.py --config=configs/finetune.py:dataset=vtab/dmlab,split=1000,lr=0.01,init=runs/mine
@@ -10,39 +10,42 @@ python train.py --config=configs/finetune.py:dataset=cifar10,mode=smoke    # no 
 Expected on CIFAR-10 at 224 px, lr 0.03: from ImageNet-1k weights B/16 96.72 %, L/16 96.59 %; from
 ImageNet-21k weights B/16 96.82 %, L/16 98.34 % [VT's published results, on 9,728 of the 10,000 test
 images]. On ImageNet from ImageNet-21k weights: B/16 80.64 %, L/16 82.89 % [paper]. Hardware and
-time are not given. None of it is measured here.
+time are not published. None of these has been measured here.
 
 Arguments:
-  model=    the variant; not given: what the weights are (without weights B/16).
+  model=    the variant. Default: the model of the weights, or B/16 without weights.
   dataset=  imagenet2012, cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, folder, or
             vtab/TASK with TASK one of caltech101, cifar100, dtd, flowers102, pets, sun397, svhn,
             camelyon, eurosat, resisc45, retinopathy, clevr_count, clevr_distance, dmlab,
             dsprites_location, dsprites_orientation, kitti_distance, smallnorb_azimuth,
             smallnorb_elevation.
-  res=      side in pixels, 224 if not given. Weights for another size are grown to it, by a whole
-            factor as in the paper: from 224 to 448 (docs/weights.md); --config.init_resize=
-            interpolate takes any size that the patch divides, which is not the paper's.
-  init=     first weights: a file (npz, safetensors), an address, a published checkpoint's short
-            name, a run, or a step of one; empty starts from scratch, for which these values are
-            not meant. A head of another number of classes starts at zero (`init_head`).
+  res=      side of the images in pixels, 224 by default. Weights for smaller images are grown to
+            this size by an integer factor, as in the paper: for example from 224 to 448
+            (docs/weights.md). With --config.init_resize=interpolate any multiple of the patch size
+            works; this is not in the paper.
+  init=     initial weights: a file (npz, safetensors), a URL, the short name of a published
+            checkpoint, a run, or one of its checkpoints. Empty trains from scratch, for which
+            these values are not meant. A head with another number of classes starts at zero
+            (`init_head`).
   lr=       peak learning rate. The authors chose from 0.003, 0.01, 0.03 and 0.06 on the validation
-            split; 0.03 is VT's for Mixers.
-  split=    VTAB only. 800: trained on 800 images, validated on 200 others, to choose lr by; 1000:
-            trained on all of them, without validation. Both end with the whole test split.
-  mode=     tpu: float32 (whose products a TPU computes in bfloat16). gpu8: one host with 8 GPUs,
-            bfloat16, the batch and with it learning rate and warm-up as published. smoke: 8 steps
-            of synthetic images with 2 blocks.
+            split; 0.03 is VT's value for Mixers.
+  split=    VTAB only. 800: trains on 800 images and validates on 200 others, to choose lr. 1000:
+            trains on all of them, without validation. Both evaluate the whole test split at the
+            end.
+  mode=     tpu: float32 (a TPU computes its products in bfloat16). gpu8: one host with 8 GPUs,
+            bfloat16; batch, learning rate and warm-up are the published ones. smoke: 8 steps of
+            synthetic images with 2 blocks.
 
-Values: SGD with momentum 0.9 kept in bfloat16, batch 512, clipping at global norm 1, no weight
-decay, warm-up and cosine to 0, softmax loss [read: VT]; splits, steps and warm-up of ImageNet,
-CIFAR, Pets and Flowers [read: BV `transfer`]; VTAB's splits and labels [read: google-research/
-task_adaptation], its 2,500 steps and warm-up of 200 [paper]. folder: 90 % of its training images,
-2,500 steps; these are ours, to be replaced by what your data needs.
-Preprocessing: inception crop and flip [read: VT]; evaluation on CIFAR resized to res x res [read:
-VT], on the others with the short side at 8/7 of res and then its middle [read: BV]. VTAB: resized
-to res x res without augmentation, as its protocol has it [recalled]. TFDS has newer versions of
-caltech101, oxford_iiit_pet, dmlab and kitti than the benchmark's code asks for: their first 1,000
-images may be others than there.
+Values: SGD with momentum 0.9 in bfloat16, batch 512, clipping at global norm 1, no weight decay,
+warm-up, cosine decay to 0, softmax loss [read: VT]; splits, steps and warm-up of ImageNet, CIFAR,
+Pets and Flowers [read: BV `transfer`]; VTAB's splits and labels [read:
+google-research/task_adaptation], its 2,500 steps and warm-up of 200 [paper]. folder: 90 % of the
+training images and 2,500 steps are our own choice; adapt them to your data.
+Preprocessing: inception crop and flip [read: VT]. For evaluation, CIFAR is resized to res x res
+[read: VT]; the others are resized to a short side of 8/7 of res and cropped centrally [read: BV].
+VTAB is resized to res x res without augmentation, as its protocol demands [recalled]. TFDS has
+newer versions of caltech101, oxford_iiit_pet, dmlab and kitti than the benchmark's code requests,
+so their first 1,000 images may differ from the benchmark's.
 Data: python -m mixer.tools.prepare tfds NAME
 """
 
@@ -57,9 +60,9 @@ SETS = {
     "oxford_flowers102": ("train[:90%]", "train[90%:]", "test", 500, 100),
     "folder": ("train[:90%]", "train[90%:]", "test", 2500, 200),
 }
-# VTAB-1k's tasks: (TFDS name, label_key, 200 images of the validation split, test split); all train
-# on train[:800]. Where TFDS has no validation split, VTAB's begins after the first 90 % of the
-# training split (80 % for Pets and dSprites, 60 % for EuroSAT and Resisc45); SmallNORB's is the
+# VTAB-1k's tasks: (TFDS name, label_key, 200 images of the validation split, test split). All of
+# them train on train[:800]. If TFDS has no validation split, VTAB's starts after the first 90 % of
+# the training split (80 % for Pets and dSprites, 60 % for EuroSAT and Resisc45). SmallNORB's is the
 # first half of the test split.
 VTAB = {
     "caltech101": ("caltech101", "", "train[2753:2953]", "test"),
@@ -93,7 +96,7 @@ VTAB = {
     "smallnorb_elevation": ("smallnorb", "smallnorb_elevation", "test[:200]", "test[50%:]"),
 }
 
-# Its groups, in the order of its table; their means and that of all tasks are what papers report.
+# VTAB's groups, in the order of its table. Papers report the mean of each group and of all tasks.
 VTAB_GROUPS = {
     "natural": ("caltech101", "cifar100", "dtd", "flowers102", "pets", "sun397", "svhn"),
     "specialised": ("camelyon", "eurosat", "resisc45", "retinopathy"),
@@ -108,8 +111,8 @@ VTAB_GROUPS = {
         "smallnorb_elevation",
     ),
 }
-VTAB_TRAIN_EXAMPLES = 1000  # of split=1000, which the table is made with
-# The sets of the paper's "avg. 5" [paper].
+VTAB_TRAIN_EXAMPLES = 1000  # with split=1000, which VTAB's table uses
+# The data sets of "avg. 5" in the paper [paper].
 TRANSFER = ("imagenet2012", "cifar10", "cifar100", "oxford_iiit_pet", "oxford_flowers102")
 
 

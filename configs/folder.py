@@ -1,10 +1,13 @@
-"""A Mixer from scratch on your own images, in folders `<split>/<class>/<image>`.
+"""A Mixer on your own images, from scratch, in folders `<split>/<class>/<image>`.
 
 python train.py --config=configs/folder.py:res=64,patch=8 --config.dataset.data_dir=/data/pets
 
-The classes are the folders' names. 10 % of the training images, chosen by a hash of their names,
-are held out for validation; a folder test/ is evaluated at the end. For photographs of 64 pixels
-and more; expect what a small network reaches from scratch on the data at hand.
+Arguments: res= is the side of the images in pixels, patch= the patch size.
+
+The class names are the names of the folders. 10 % of the training images, chosen by a hash of their
+names, are held out for validation. The folder test/ is evaluated at the end. The recipe is for
+photographs of 64 pixels or more. Expect the accuracy of a small network that is trained from
+scratch on your data.
 """
 
 from configs import common

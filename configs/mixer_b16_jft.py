@@ -1,19 +1,20 @@
-"""Mixer-B/16 pre-trained on weakly labelled images, several labels an image: the JFT-300M recipe.
+"""Mixer-B/16 pre-trained on weakly labelled images with several labels: the JFT-300M recipe.
 
 python train.py --config=configs/mixer_b16_jft.py --config.dataset.data_dir=/data/web \
     --config.dataset.label_file=/data/web/labels.jsonl
 python train.py --config=configs/mixer_b16_jft.py:data=NAME --config.dataset.label_key=labels
 python train.py --config=configs/mixer_b16_jft.py:mode=smoke      # on a laptop, no data
 
-JFT-300M (300 M images, 18,291 classes) is not public: bring a folder with a label file, or a TFDS
-set whose `label_key` is a list of classes; docs/data.md has the formats.
-Expected with JFT: no figure in our references.
-Hardware: TPUs with batch 4096; time not given.
+JFT-300M (300 M images, 18,291 classes) is not public. Bring a folder with a label file, or a TFDS
+set whose `label_key` is a list of classes; docs/data.md describes both formats.
+Expected with JFT: our references give no figure.
+Hardware: TPUs with batch 4096; the time is not published.
 
-Values: 7 epochs of batches of 4096, Adam at 3e-3, weight decay 0.03, warm-up 10,000 steps, linear
-decay, inception crop and flip, no other regularization [paper]. Of ours: the head's first bias,
--10, about -log(18,291); the last 1 % of the training split to validate on and no test split. An
-epoch is one of your data: JFT's 7 epochs are about 513,000 steps, so set epochs= to match.
+Values: 7 epochs of batches of 4096, Adam at 3e-3, weight decay 0.03, warm-up over 10,000 steps,
+linear decay, inception crop and flip, no other regularization [paper]. Our own choices: the initial
+bias of the head is -10, about -log(18,291); the last 1 % of the training split is for validation,
+and there is no test split. An epoch is one pass over your data. JFT's 7 epochs are about 513,000
+steps, so set epochs= to match.
 
 Arguments (`pretraining` in configs/common.py explains them): model= res= mode= epochs= data=
 """

@@ -7,16 +7,17 @@ python train.py --config=configs/mixer_b16_sam.py:mode=smoke      # on a laptop,
 Expected at 224 px after 300 epochs: 77.4 %, and 66.4 % without SAM [recalled: Chen et al., 2021,
 arXiv 2106.01548, "When vision transformers outperform ResNets without pre-training or strong data
 augmentations", whose abstract says +11.0]. Not measured here. Hardware: 64 TPU chips [read: an
-author in vision_transformer's issue 153]; each update takes two gradients, so twice the time.
+author in vision_transformer's issue 153]. Each step computes two gradients and takes twice
+the time.
 
 Values [recalled from the paper, not re-checked]: inception crop and flip, no mixup and no other
-augmentation; batch 4096, 300 epochs, warm-up 10,000 steps, cosine; AdamW at 3e-3 with weight decay
-0.3 times the learning rate; radius 0.6 for B/16, 0.5 for S. Sigmoid loss, clipping at 1, stochastic
-depth 0.1, splits and evaluation are those of `mixer_b16_i1k.py`.
+augmentation; batch 4096, 300 epochs, warm-up over 10,000 steps, cosine decay; AdamW at 3e-3 with
+weight decay 0.3 times the learning rate; radius 0.6 for B/16, 0.5 for S. The sigmoid loss, clipping
+at 1, stochastic depth 0.1, the splits and the evaluation are those of `mixer_b16_i1k.py`.
 
-The radius is taken along the gradient of the whole batch. The authors' code took it along that of
-each chip's 64 images, which acts more strongly; with fewer chips they advise a larger radius [read:
-the same issue]. So expect to have to raise rho.
+The ascent step follows the gradient of the global batch. In the authors' code, each chip used the
+gradient of its own 64 images, which has a stronger effect; for fewer chips they advise a larger
+radius [read: the same issue]. Expect to need a larger rho.
 Data: python -m mixer.tools.prepare tfds imagenet2012
 
 Arguments: rho= is SAM's radius; `pretraining` in configs/common.py explains model= res= mode=
