@@ -1,8 +1,8 @@
-# make train   a fresh machine to a trained Mixer: environment, data, training, test accuracy
-# make test    the environment, then the tests that need no accelerator
+# make train   creates the environment, prepares the data, trains a Mixer and prints test accuracy
+# make test    creates the environment and runs the fast tests
 SHELL := /bin/bash
 CONFIG ?= configs/digits.py
-# The first of these that is Python 3.11 to 3.13; PYTHON=... overrides.
+# The first of these commands that is Python 3.11 to 3.13; PYTHON=... overrides it.
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 train: .venv/installed
 	.venv/bin/python train.py --config=$(CONFIG)
 
-# Two processes: most tests compile small programs, which keeps one core busy.
+# Two processes, because most tests compile small programs, which uses one core.
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
@@ -22,7 +22,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-logo --no-cache
 
-# The stamp is written last: an installation that was interrupted is taken up again.
+# The stamp is written last, so that make resumes an interrupted installation.
 .venv/installed: requirements.txt pyproject.toml
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11, 3.12 or 3.13 found on PATH; name one with PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no ensurepip (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
@@ -31,7 +31,7 @@ lint: .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Needs uv. The date keeps the lock the same whoever makes it.
+# Needs uv. The fixed date makes the lock reproducible.
 lock:
 	{ echo '# Exact versions of everything, for Python 3.11 to 3.13. Made from pyproject.toml by `make lock`.'; \
 	uv pip compile --universal --fork-strategy fewest --python-version 3.11 --exclude-newer 2026-11-08 \

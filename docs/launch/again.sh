@@ -1,9 +1,9 @@
 #!/bin/bash
-# Runs a command again until it is done, as in: again.sh python train.py --config=... --workdir=...
+# Repeats a command until it succeeds: again.sh python train.py --config=... --workdir=...
 #
-# The same command continues a run. It is not given again where that would not help: 0 is done, 2 a
-# mistake that its message explains, 130 and 143 are an interruption (all is saved). With AGAIN_CODE
-# the last code is written to that file too.
+# The same command resumes a run. Exit codes for which a repetition would not help end the loop: 0
+# (success), 2 (a user error, which the message explains), 130 and 143 (an interruption, after which
+# everything is saved). If AGAIN_CODE names a file, the last exit code is written to it.
 while true; do
   "$@"
   code=$?

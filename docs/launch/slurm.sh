@@ -1,8 +1,8 @@
 #!/bin/bash
 # Slurm with GPUs: sbatch docs/launch/slurm.sh --config=configs/mixer_b16_i1k.py --workdir=/shared/b16
 #
-# One process a node, which has all of the node's GPUs and cores. What a cluster wants to know
-# besides (--partition, --account) goes on sbatch's command line or here.
+# Starts one process per node, which uses all GPUs and cores of the node. Add the options that your
+# cluster needs (--partition, --account) to the sbatch command line or below.
 #SBATCH --job-name=mixer
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,8 +14,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=mixer-%j.log
 #
-# TERM comes 300 s before the time is up, to all processes: the run saves and ends with 143, and the
-# job is put in the queue again. No --kill-on-bad-exit: the processes end together by themselves.
+# Slurm sends SIGTERM to all processes 300 s before the time limit. The run saves and exits with
+# code 143, and this script requeues the job. srun gets no --kill-on-bad-exit, because the processes
+# of a run already end together.
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 srun --cpu-bind=none "${PYTHON:-.venv/bin/python}" train.py "$@"
 code=$?

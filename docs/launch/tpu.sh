@@ -1,12 +1,12 @@
 #!/bin/bash
-# A Cloud TPU slice, from its creation to its end. Run where gcloud is, in the project's root:
+# Manages a Cloud TPU slice. Needs gcloud; run it in the root of the project:
 #
 #   export TPU=mixer ZONE=us-west4-a TYPE=v5litepod-32 VERSION=v2-alpha-tpuv5-lite
 #   docs/launch/tpu.sh create --spot
 #   docs/launch/tpu.sh install
 #   docs/launch/tpu.sh start --config=configs/mixer_b16_i1k.py --workdir=gs://BUCKET/runs/b16
 #   docs/launch/tpu.sh log
-#   docs/launch/tpu.sh keep --config=... --workdir=...     # all of it, again after each preemption
+#   docs/launch/tpu.sh keep --config=... --workdir=...     # create to start, again after each preemption
 #   docs/launch/tpu.sh stop
 #   docs/launch/tpu.sh delete
 set -euo pipefail
@@ -30,13 +30,13 @@ state() {
   fi
 }
 
-create() { # [--spot] and what else the command below takes
+create() { # [--spot] [other flags of the command below]
   : "${TYPE:?such as v5litepod-32}" "${VERSION:?the software version that the type asks for}"
   "${queue[@]}" create "$TPU" --node-id="$TPU" --zone="$ZONE" --accelerator-type="$TYPE" \
     --runtime-version="$VERSION" "$@"
 }
 
-# The code goes as an archive of the last commit: what is not committed stays here.
+# Copies an archive of the last commit to the workers. Uncommitted changes are not copied.
 install() {
   local archive
   archive=$(mktemp --suffix=.tar.gz)
@@ -53,7 +53,8 @@ install() {
     uv pip install --quiet --no-deps --no-build-isolation -e .'
 }
 
-# In a session of its own, so that it outlives the connection; again.sh repeats it after a failure.
+# setsid starts a new session, so that the run outlives the ssh connection. again.sh repeats the run
+# after a failure.
 start() { # FLAGS of train.py
   on_workers all "cd mixer && rm -f ../mixer.code ../mixer.stopped
     AGAIN_CODE=../mixer.code setsid nohup bash docs/launch/again.sh .venv/bin/python train.py $(printf '%q ' "$@") \
@@ -61,7 +62,7 @@ start() { # FLAGS of train.py
     echo \$! > ../mixer.pid"
 }
 
-# TERM on one host saves and ends the run on all.
+# SIGTERM on one host makes all hosts save and ends the run.
 stop() {
   on_workers 0 'touch mixer.stopped; kill -TERM -- "-$(cat mixer.pid)"'
 }
@@ -74,8 +75,9 @@ delete() {
   "${queue[@]}" delete "$TPU" --zone="$ZONE" --force --quiet
 }
 
-# What the slice is doing: running, ended (done, a mistake, or `stop`), interrupted, as a spot slice is
-# while it is taken away, new, or nothing where it does not answer.
+# Prints what the slice is doing: new, running, ended (success, a user error, or `stop`), or
+# interrupted (for example, while a spot slice is being preempted). Prints nothing if the slice does
+# not answer.
 doing() {
   on_workers 0 'if ! [ -e mixer.pid ]; then echo new
     elif kill -0 "$(cat mixer.pid)" 2> /dev/null; then echo running
@@ -83,7 +85,7 @@ doing() {
     else echo interrupted; fi' 2> /dev/null || true
 }
 
-# Spot slices are taken away: what is left is deleted, and the run goes on on a new one.
+# Spot slices are preempted. This deletes what is left and resumes the run on a new slice.
 keep() { # FLAGS of train.py
   while true; do
     case "$(state)" in
