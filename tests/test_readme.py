@@ -116,4 +116,17 @@ def test_documented_keys_and_steps_exist():
             assert name in common.base()[group], (page, group, name)
     text = (ROOT / "docs" / "preprocessing.md").read_text()
     for op in OPS:
-        assert f"`{op}" in text, op
+        assert re.search(rf"^\| `{op}[`(]", text, re.MULTILINE), op
+
+
+def test_every_decay_is_documented():
+    from mixer.training.optimizer import DECAYS
+
+    comment = re.search(r"^ +decay=.*", (ROOT / "configs" / "common.py").read_text(), re.MULTILINE)[
+        0
+    ]
+    row = re.search(
+        r"^\| `schedule\.decay`.*", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE
+    )[0]
+    for name in DECAYS:
+        assert name in comment and f"`{name}`" in row, name

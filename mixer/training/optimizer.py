@@ -14,7 +14,12 @@ from mixer.parallel import sharding
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-DECAYS = ("linear", "cosine", "constant", "rsqrt")
+# The decays between 1 at the end of the warm-up and 0 at the last step, by their names.
+FALLS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+}
+DECAYS = (*FALLS, "constant", "rsqrt")
 WEIGHT_DECAY_FORMS = ("lr", "schedule", "l2")
 Rules = Sequence[tuple[str, float]]
 
@@ -58,16 +63,12 @@ def make_schedule(
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
-        if decay == "linear":
-            multiplier = final_multiplier + (1 - final_multiplier) * (1 - progress)
-        elif decay == "cosine":
-            cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-            multiplier = final_multiplier + (1 - final_multiplier) * cosine
+        multiplier = jnp.ones_like(progress)
+        if decay in FALLS:
+            multiplier = final_multiplier + (1 - final_multiplier) * FALLS[decay](progress)
         elif decay == "rsqrt":
             beyond = jnp.maximum(step - warmup_steps, 0.0)
             multiplier = jnp.sqrt(rsqrt_timescale / (rsqrt_timescale + beyond))
-        else:
-            multiplier = jnp.ones_like(progress)
         if warmup_steps:
             multiplier *= jnp.minimum(1.0, step / warmup_steps)
         if cooldown_steps:

@@ -118,7 +118,7 @@ class Op:
     kind: Kind = Kind.OTHER
     random: bool = False
     host: str = "host"
-    device: str | None = "device"
+    device: str | None = None
     ascending: tuple[str, str] | None = None
 
     @property
@@ -150,22 +150,25 @@ _RESIZING = {"antialias": (_FLAG, False)}
 OPS = {
     op.name: op
     for op in (
-        Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, host="decoding", device=None),
+        Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, host="decoding"),
         Op(
             "inception_crop",
             _SIZES | {"min_area": (_AREA, 0.05), "max_area": (_AREA, 1.0), "dct": (_DCT, "fast")},
             Kind.DECODING,
             random=True,
-            device=None,
             ascending=_AREAS,
         ),
-        Op("resize", _SIZES | {"method": (_METHOD, "bilinear")} | _RESIZING, device=None),
-        Op("resize_small", _SIZE | {"method": (_METHOD, "area")} | _RESIZING, device=None),
-        Op("central_crop", _SIZE, Kind.WINDOW),
+        Op("resize", _SIZES | {"method": (_METHOD, "bilinear")} | _RESIZING),
+        Op("resize_small", _SIZE | {"method": (_METHOD, "area")} | _RESIZING),
+        Op("central_crop", _SIZE, Kind.WINDOW, device="device"),
         Op(
-            "random_crop", _SIZE | {"pad": (_integer(0, MOST_PADDING), 0)}, Kind.WINDOW, random=True
+            "random_crop",
+            _SIZE | {"pad": (_integer(0, MOST_PADDING), 0)},
+            Kind.WINDOW,
+            random=True,
+            device="device",
         ),
-        Op("flip_lr", random=True),
+        Op("flip_lr", random=True, device="device"),
         Op(
             "random_affine",
             {
@@ -175,6 +178,7 @@ OPS = {
                 "shear": (_number(0, 10), 0.0),
             },
             random=True,
+            device="device",
         ),
         Op(
             "randaugment",
@@ -206,18 +210,21 @@ OPS = {
             },
             random=True,
             ascending=_AREAS,
+            device="device",
         ),
         Op(
             "permute_patches",
             _SIZES | {"patch_size": (_SIDE, REQUIRED), "seed": (_SEED, 0)},
             Kind.PERMUTATION,
+            device="device",
         ),
-        Op("permute_pixels", _SIZES | {"seed": (_SEED, 0)}, Kind.PERMUTATION),
+        Op("permute_pixels", _SIZES | {"seed": (_SEED, 0)}, Kind.PERMUTATION, device="device"),
         Op(
             "value_range",
             {"low": (_LEVEL, -1.0), "high": (_LEVEL, 1.0)},
             Kind.RANGE,
             ascending=("low", "high"),
+            device="device",
         ),
         Op(
             "one_hot",
@@ -227,7 +234,6 @@ OPS = {
                 "off": (_SHARE, 0.0),
             },
             Kind.LABEL,
-            device=None,
         ),
     )
 }
