@@ -332,10 +332,7 @@ class Fitter:
 
         Args:
           lam: strength of the penalty, above 0.
-          should_stop: called every ITERATIONS_PER_CALL iterations.
-
-        Returns:
-          The fit; None if `should_stop` returned True.
+          should_stop: called every ITERATIONS_PER_CALL iterations; None is returned if it is True.
         """
         # At W = 0 no direction lowers the cross-entropy by more than `steepest` per unit of |W|.
         if self._steepest == 0 or (self._penalty == "norm" and self._steepest <= lam):

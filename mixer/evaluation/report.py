@@ -119,8 +119,7 @@ def evaluate(
       subjects: functions that open a subject; they are called in turn, so that only one set of
         weights is in memory.
       options: the options of the evaluation.
-      output: directory of side_by_side.md, the table that compares the weights; None: do not write
-        it.
+      output: directory of side_by_side.md, the table that compares the weights; None: no file.
 
     Raises:
       UserError: data is missing or has other classes than the weights. With several weights, the

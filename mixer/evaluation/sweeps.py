@@ -108,8 +108,7 @@ def steps_at(preprocess: str, old: int, new: int) -> str:
     side `old`, and an antialiased bilinear resize is appended.
 
     Raises:
-      UserError: the preprocessing is invalid, or permutes the images: a permutation has no
-        equivalent at another size.
+      UserError: the preprocessing is invalid, or permutes the images.
     """
     if old == new or not preprocess:  # synthetic data has no steps
         return preprocess
@@ -199,9 +198,8 @@ def permutation(
 ) -> Sweep:
     """Evaluates each checkpoint on images with a share of their patches or pixels shuffled.
 
-    Shuffling patches keeps the pixels within each patch in order. The accuracy for a share is the
-    mean over the permutations of SEEDS; all images have the same permutation. Share 0 is the
-    ordinary evaluation.
+    Pixels within a shuffled patch keep their order. The accuracy for a share is the mean over the
+    permutations of SEEDS, each the same for all images; share 0 is the ordinary evaluation.
 
     Args:
       subjects: the weights.
@@ -210,8 +208,7 @@ def permutation(
       say: prints a line with the weights and their preprocessing.
 
     Raises:
-      UserError: a share is outside 0..1, or the data is missing or has other classes than the
-        weights.
+      UserError: a share is outside 0..1, or the data is missing or has other classes.
     """
     shares = sorted(set(shares))
     for share in shares:
@@ -224,11 +221,8 @@ def permutation(
     for subject, (split, preprocess) in zip(subjects, opened, strict=True):
         say(f"{subject.name}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
-            points = tuple(
-                _point(share, share_results, preprocess)
-                for share, share_results in zip(shares, results, strict=True)
-            )
-            sweep_curves.append(Curve(subject.name, kind, split.name, points))
+            points = (_point(x, rs, preprocess) for x, rs in zip(shares, results, strict=True))
+            sweep_curves.append(Curve(subject.name, kind, split.name, tuple(points)))
     return Sweep("permutation", "", tuple(sweep_curves))
 
 
@@ -309,9 +303,8 @@ def _point(x: float, results: Sequence[classification.Classification], preproces
 def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
     """Returns the 95 % interval of the mean accuracy on `count` images over the permutations.
 
-    Images and permutations are both random samples, so the squares of two half-widths add up:
-    Wilson's for the images and Student's for the permutations. With one permutation the result is
-    Wilson's interval.
+    Images and permutations are both random samples, so the squares of their half-widths, Wilson's
+    and Student's, add up. With one permutation the result is Wilson's interval.
     """
     mean, draws = float(np.mean(shares)), len(shares)
     low, high = scores.interval(mean * count, count)

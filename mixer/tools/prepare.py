@@ -130,12 +130,12 @@ def _progress() -> Iterator[Callable[[Any], None]]:
 
     def report(state: Any) -> None:
         nonlocal last_update
-        now = time.monotonic()
-        start_time, start = starts.setdefault(state.stage, (now, state))
-        if now - last_update < (0.2 if bar else LINE_SECS):
+        clock = time.monotonic()
+        start_time, start = starts.setdefault(state.stage, (clock, state))
+        if clock - last_update < (0.2 if bar else LINE_SECS):
             return
-        last_update = now
-        seconds = max(now - start_time, 1e-9)
+        last_update = clock
+        seconds = max(clock - start_time, 1e-9)
         rate = (state.images - start.images) / seconds
         speed = (state.done_bytes - start.done_bytes) / seconds
         # The bytes read from a packed file slightly exceed its size.
