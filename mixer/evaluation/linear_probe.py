@@ -25,7 +25,7 @@ from mixer.runs import config as run_config
 Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
 
 LAMBDAS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1, 1.0)  # OmniBenchmark's [read]
-HELD_OUT_SHARE = 0.1  # of the training images, if there is no validation split
+HELD_OUT_SHARE = 0.1  # share of training images held out if there is no validation split
 
 
 @dataclasses.dataclass(frozen=True)

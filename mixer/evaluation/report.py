@@ -250,12 +250,12 @@ def _open_own_splits(
         opened[name if is_own else long_name] = split
     if not opened:
         keys = " and ".join(f"dataset.{name}_split" for name in split_names)
-        raise UserError(f"{keys} are empty in the config of {subject.name}; expected a split")
+        raise UserError(f"{keys}: empty in the config of {subject.name}; expected a split")
     return opened
 
 
 def _prepared_tasks(options: Options, say: Callable[[str], None]) -> list[str]:
-    """Returns the tasks of the suite without those whose data is missing, unless it all is."""
+    """Returns the tasks of the suite whose data is prepared, or all tasks if none is prepared."""
     tasks = [name for name in options.suite if name in suites.TASKS]
     missing = [name for name in tasks if not suites.is_prepared(name, options.data_dir)]
     if len(missing) == len(tasks):

@@ -101,7 +101,7 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
 
 
 def memory_of(program: Any) -> int | None:
-    """Returns the device memory of a compiled program in bytes; None if the backend has none."""
+    """Returns the device memory of a compiled program in bytes; None if unknown."""
     analysis = program.memory_analysis()
     if analysis is None:
         return None

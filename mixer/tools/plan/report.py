@@ -122,22 +122,22 @@ def _step_rows(subject: Subject, step: Step, plan: dict[str, Any]) -> list[Row]:
         short(plan["per_image"][f"{name}_flops"], "FLOP") for name in ("train", "forward")
     )
     extra = step.flops / plan["step"]["model_flops"] - 1
-    executed = f"{short(step.flops, 'FLOP')} a step ({extra:+.1%})"
-    closed_form = f"{train} an image by the closed form (forward {forward})"
+    executed = f"{short(step.flops, 'FLOP')} per step ({extra:+.1%})"
+    closed_form = f"{train} per image by the closed form (forward {forward})"
     rows.append(("FLOPs", f"{closed_form}; a device executes {executed}"))
-    rows.append(("memory traffic", f"{short(step.bytes, 'B')} a device and step"))
+    rows.append(("memory traffic", f"{short(step.bytes, 'B')} per device and step"))
     for kind, traffic in step.collectives.items():
         count = f"{traffic.count:,} x, " if traffic.count else ""
         payload, sent = short(traffic.payload, "B"), short(traffic.sent, "B")
-        rows.append((kind, f"{count}{payload} of arrays, a device sends {sent}"))
+        rows.append((kind, f"{count}{payload} of arrays; each device sends {sent}"))
     floors = ", ".join(f"{name} {short(time, 's')}" for name, time in step.floors.items())
-    rows.append(("floors of a step", f"{floors}, each at its peak"))
+    rows.append(("minimum times per step", f"{floors}, each at its peak"))
     if step.schedule:
-        schedule = f"{short(step.schedule, 's')} a step, communication left out"
+        schedule = f"{short(step.schedule, 's')} per step, without communication"
         rows.append(("compiler's schedule", schedule))
-    seconds = f"{short(step.seconds, 's')} a step with matmuls at {subject.utilization:.0%} of"
+    seconds = f"{short(step.seconds, 's')} per step with matmuls at {subject.utilization:.0%} of"
     rate, per_device = plan["images_per_second"], plan["images_per_second_per_device"]
-    rates = f"{rate:,.0f} images/s, {per_device:,.0f} a device"
+    rates = f"{rate:,.0f} images/s, {per_device:,.0f} per device"
     rows.append(("expected", f"{seconds} their peak, limited by {step.limit}: {rates}"))
     return rows
 
@@ -180,7 +180,7 @@ def _input_rows(subject: Subject, prepared: dict[str, Any]) -> list[Row]:
         return [("input suffices", "yes: the images are read once and stay on the devices")]
     figures = (
         f"about {prepared['cores_needed']:,.1f} of a host's {prepared['cores_there']} cores "
-        f"prepare them at {prepared['core_rate']:,} images/s a core; it could feed "
+        f"prepare them at {prepared['core_rate']:,} images/s per core; it could feed "
         f"{prepared['feeds_devices']:,.3g} devices and has {prepared['devices']}"
     )
     if prepared["suffices"]:

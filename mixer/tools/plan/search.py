@@ -128,7 +128,7 @@ def advice(subject: Subject, step: Step) -> str:
 def ranking(subject: Subject, steps: list[Step]) -> list[tuple[str, ...]]:
     """Returns the rows of the search's table: the header, then at most `TABLE_ROWS` rows."""
     return [
-        ("settings", "figures", "GiB", "fits", "ms a step", "images/s", "limit"),
+        ("settings", "figures", "GiB", "fits", "ms per step", "images/s", "limit"),
         *(
             (
                 str(step.settings),
