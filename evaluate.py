@@ -1,4 +1,4 @@
-"""Evaluates weights: prints their report card, and writes it to results.json and results.md.
+"""Evaluates weights, prints a report card and writes it to results.json and results.md.
 
   python evaluate.py --workdir=runs/digits
   python evaluate.py --workdir=runs/digits --checkpoint=best --split=test --save_predictions
@@ -9,14 +9,14 @@
   python evaluate.py --weights=B/16-i21k --suite=vtab --output=runs/b16_vtab
   python evaluate.py --weights=B/16-i21k --suite=omnibenchmark --data_dir=/data/omnibenchmark
 
-A run is evaluated with its own model, data, preprocessing and class names; a file with its own
-preprocessing and class names if they are known. docs/evaluation.md describes the suites.
+A run is evaluated with its own model, data, preprocessing and class names. A file is evaluated with
+its own preprocessing and class names if it specifies them. docs/evaluation.md describes the suites.
 """
 
 from mixer.cli import interrupts
 
 if __name__ == "__main__":
-    interrupts.leave_at_once()  # before the imports that take a while
+    interrupts.leave_at_once()  # before the slow imports
 
 import functools
 
@@ -26,25 +26,27 @@ from mixer.cli import config as cli
 from mixer.cli import launch
 from mixer.errors import UserError, check_choice
 
-WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run, or of several to compare.")
+WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run, or of several runs to compare.")
 WEIGHTS = flags.DEFINE_list(
-    "weights", [], "A file of weights, an address or a short name such as B/16-i1k; or several."
+    "weights", [], "A file of weights, a URL or a short name such as B/16-i1k; or several."
 )
 SUITE = flags.DEFINE_list(
     "suite",
     [],
     "What to evaluate: imagenet, fewshot, linear_probe, omnibenchmark, throughput, vtab, transfer "
-    "or a set such as cifar10; or several. Default: the splits of the run's config, or of "
+    "or a data set such as cifar10; or several. Default: the splits of the run's config, or of "
     "--config.",
 )
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "last", "Which weights of a run: last, best (by validation) or a step's number."
+    "checkpoint", "last", "Checkpoint of a run: last, best (by validation) or a step number."
 )
 SPLIT = flags.DEFINE_enum(
-    "split", "all", ["all", "val", "test", "train"], "Which split of the config; all: val and test."
+    "split", "all", ["all", "val", "test", "train"], "Split of the config; all: val and test."
 )
 PREPROCESS = flags.DEFINE_string(
-    "preprocess", None, "Steps such as 'decode|resize(224)', for --weights without known ones."
+    "preprocess",
+    None,
+    "Preprocessing such as 'decode|resize(224)', for --weights that do not specify it.",
 )
 TASKS = flags.DEFINE_list(
     "tasks",
@@ -52,13 +54,13 @@ TASKS = flags.DEFINE_list(
     "Tasks of vtab or transfer, or realms of omnibenchmark, as in dmlab,svhn. Default: all.",
 )
 SAVE_PREDICTIONS = flags.DEFINE_bool(
-    "save_predictions", False, "Write evaluation/SET.npz too, the prediction for every image."
+    "save_predictions", False, "Also write evaluation/SET.npz, the prediction for every image."
 )
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "Directory of the results. Default: the run, or runs/evaluate_WEIGHTS. If there are several "
-    "weights: directory of the table that compares them.",
+    "Directory of the results. Default: the run, or runs/evaluate_WEIGHTS. With several weights: "
+    "directory of the table that compares them.",
 )
 VARIANTS = flags.DEFINE_list(
     "variants", [], "Replaced by python -m mixer.tools.benchmark infer --models=S/32,B/16."
@@ -69,21 +71,21 @@ BATCH_SIZES = flags.DEFINE_list(
 DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
-    "Where the data is, if not where the config says: a folder, TFDS's directory, or a folder of "
+    "Data directory that replaces the config's: a folder, the directory of TFDS, or a folder of "
     "ImageNet's validation images.",
 )
 LABEL_FILE = flags.DEFINE_string(
-    "label_file", None, "Where the file of labels is now, if it has moved."
+    "label_file", None, "File of labels that replaces the config's, for example if it has moved."
 )
 
-TUNED = ("vtab", "transfer")  # suites that fine-tune
+TUNED = ("vtab", "transfer")  # suites that fine-tune the weights
 
 
 def main(argv: list[str]) -> None:
-    """Evaluates what the flags say."""
+    """Evaluates the weights in the flags."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
-    workdirs, paths, suite = (list(filter(None, each.value)) for each in (WORKDIR, WEIGHTS, SUITE))
+    workdirs, paths, suite = (list(filter(None, flag.value)) for flag in (WORKDIR, WEIGHTS, SUITE))
     tuned = [name for name in suite if name in TUNED]
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
@@ -95,15 +97,18 @@ def main(argv: list[str]) -> None:
     from mixer.parallel import processes, watchdog
 
     if tuned and processes.state().num_processes > 1:
-        raise UserError(f"--suite={tuned[0]} fine-tunes on the devices of one host: one process")
-    several = len(workdirs) + len(paths) > 1
-    options = dict(config=config, output=None if several else OUTPUT.value)
-    of_run = dict(checkpoint_name=CHECKPOINT.value, **options)
-    of_weights = dict(preprocess=PREPROCESS.value, **options)
-    subjects = [functools.partial(open_subject, path, **of_run) for path in workdirs]
-    subjects += [functools.partial(open_subject, path, **of_weights) for path in paths]
+        raise UserError(
+            f"--suite={tuned[0]} runs on one host; expected one process, not "
+            f"{processes.state().num_processes}"
+        )
+    has_several = len(workdirs) + len(paths) > 1
+    options = dict(config=config, output=None if has_several else OUTPUT.value)
+    run_options = dict(checkpoint_name=CHECKPOINT.value, **options)
+    weights_options = dict(preprocess=PREPROCESS.value, **options)
+    subjects = [functools.partial(open_subject, path, **run_options) for path in workdirs]
+    subjects += [functools.partial(open_subject, path, **weights_options) for path in paths]
     if suite or not tuned:
-        evaluated = report.Options(
+        report_options = report.Options(
             splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
             suite=suite,
             data_dir=DATA_DIR.value or "",
@@ -113,28 +118,34 @@ def main(argv: list[str]) -> None:
             realms=TASKS.value,
         )
         with watchdog.watch():
-            report.evaluate(subjects, evaluated, output=OUTPUT.value if several else None)
+            output = OUTPUT.value if has_several else None
+            report.evaluate(subjects, report_options, output=output)
     for name in tuned:
-        for opened in subjects:
-            _fine_tune(name, opened())
+        for make_subject in subjects:
+            _fine_tune(name, make_subject())
 
 
 def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned: list[str]) -> None:
-    """Raises UserError for flags that are missing, or that would be ignored."""
+    """Raises UserError for flags that are missing or would be ignored."""
     if flags.FLAGS["variants"].present:
         raise UserError(
-            f"--variants={','.join(VARIANTS.value)}: evaluate.py measures given weights only; "
-            f"python -m mixer.tools.benchmark infer --models={','.join(VARIANTS.value)} measures "
-            "the paper's models"
+            f"--variants={','.join(VARIANTS.value)}: evaluate.py does not measure models without "
+            "weights; run python -m mixer.tools.benchmark infer "
+            f"--models={','.join(VARIANTS.value)}"
         )
     if not workdirs and not paths:
-        raise UserError("--workdir or --weights is missing; for example --workdir=runs/digits")
-    if twice := [each for each in workdirs + paths if (workdirs + paths).count(each) > 1]:
-        raise UserError(f"{twice[0]} is given twice")
-    given = {name for name in flags.FLAGS if flags.FLAGS[name].present}
-    for name, fits, what in (
-        ("checkpoint", bool(workdirs), "--workdir; of --weights give RUN/best or a step's path"),
-        ("preprocess", bool(paths) and not tuned, "--weights: a run has its own preprocessing"),
+        raise UserError("--workdir and --weights are missing; expected one, as in --workdir=RUN")
+    names = workdirs + paths
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{duplicates[0]} is given twice; expected different weights")
+    present = {name for name in flags.FLAGS if flags.FLAGS[name].present}
+    for name, is_valid, purpose in (
+        (
+            "checkpoint",
+            bool(workdirs),
+            "--workdir; with --weights, pass RUN/best or the path of a step",
+        ),
+        ("preprocess", bool(paths) and not tuned, "--weights; a run has its own preprocessing"),
         (
             "tasks",
             len(tuned) + ("omnibenchmark" in suite) == 1,
@@ -142,28 +153,31 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
         ),
         ("split", not suite and not tuned, "the splits of a config, without --suite"),
         ("batch_sizes", "throughput" in suite, "--suite=throughput"),
-        ("save_predictions", not tuned or bool(suite), "what is classified here"),
+        ("save_predictions", not tuned or bool(suite), "suites that do not fine-tune"),
     ):
-        if name in given and not fits:
-            raise UserError(f"--{name} is for {what}")
+        if name in present and not is_valid:
+            raise UserError(f"--{name} is only valid for {purpose}")
     if cli.CONFIG.value is not None and tuned and suite:
-        raise UserError(f"--suite={','.join(suite)} with --config: in another command")
+        raise UserError(
+            f"--suite={','.join(suite)} with --config cannot be combined with --suite={tuned[0]}; "
+            "run two commands"
+        )
 
 
 def _batch_sizes() -> list[int]:
-    """The numbers of --batch_sizes."""
+    """Returns the numbers in --batch_sizes."""
     text = ",".join(BATCH_SIZES.value)
     try:
-        sizes = [int(each) for each in BATCH_SIZES.value]
+        sizes = [int(number) for number in BATCH_SIZES.value]
     except ValueError:
-        raise UserError(f"--batch_sizes={text}; expected whole numbers") from None
+        raise UserError(f"--batch_sizes={text}; expected integers") from None
     if not sizes or not all(1 <= size < 2**31 for size in sizes):
         raise UserError(f"--batch_sizes={text}; expected 1 to {2**31 - 1} images")
     return sizes
 
 
 def _fine_tune(name: str, subject) -> None:
-    """Fine-tunes a subject on every task of `vtab` or `transfer`, and tabulates the accuracies."""
+    """Fine-tunes a subject on every task of `vtab` or `transfer`; prints a table of accuracies."""
     from configs import finetune
     from mixer import transfer
     from mixer.console import Console
@@ -174,16 +188,16 @@ def _fine_tune(name: str, subject) -> None:
     height, width = subject.card.image_size
     if height != width:
         raise UserError(
-            f"{subject.path} is for images of {height} x {width}; training takes squares"
+            f"{subject.path} takes {height} x {width} images; expected square images for training"
         )
     groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
-    known = [task for group in groups.values() for task in group]
+    all_tasks = [task for group in groups.values() for task in group]
     for task in TASKS.value:
-        check_choice(f"--suite={name} --tasks", task, known)
+        check_choice(f"--suite={name} --tasks", task, all_tasks)
     card = ReportCard(subject, read_weights(subject, console.say).identity)
     make_config = cli.config_maker(finetune.__file__)
     tasks = {}
-    for task in TASKS.value or known:
+    for task in TASKS.value or all_tasks:
         always, unless_given = dict(dataset=task, init="weights"), dict(res=height)
         if name == "vtab":
             always["dataset"], unless_given["split"] = f"vtab/{task}", 1000
@@ -192,13 +206,13 @@ def _fine_tune(name: str, subject) -> None:
         if DATA_DIR.value:
             config.dataset.data_dir = DATA_DIR.value
         tasks[task] = config
-    whole = all(not config.dataset.val_split for config in tasks.values())
+    trains_on_all = all(not config.dataset.val_split for config in tasks.values())
     result = transfer.fine_tune(
         tasks,
         subject.output / name,
         groups=groups,
         say=functools.partial(print, flush=True),
-        train_examples=finetune.VTAB_TRAIN_EXAMPLES if whole else None,
+        train_examples=finetune.VTAB_TRAIN_EXAMPLES if trains_on_all else None,
     )
     card.add("transfer", name, result.summary() | {"markdown": result.markdown()})
     card.print(console)

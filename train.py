@@ -1,18 +1,18 @@
-"""Trains MLP-Mixer, or goes on training it where the run in --workdir ended.
+"""Trains MLP-Mixer, or resumes the run in --workdir.
 
   python train.py --config=configs/digits.py
   python train.py --config=configs/digits.py --workdir=runs/my_digits --config.seed=1
 
-The config file has every setting, with its meaning in configs/common.py; --config.KEY=VALUE
-replaces one. The same command, given again, continues the run: bit for bit as if it had not
-stopped. Without --workdir the run is in runs/<name of the config file>. On several hosts the same
-command is given on each (docs/pods.md).
+The config file has all settings, which configs/common.py explains; --config.KEY=VALUE overrides
+one. The same command resumes an interrupted run; the result is bit-identical to an uninterrupted
+run. Without --workdir the run is in runs/<name of the config file>. On several hosts, run the same
+command on each host (docs/pods.md).
 """
 
 from mixer.cli import interrupts
 
 if __name__ == "__main__":
-    interrupts.leave_at_once()  # before the imports that take a while
+    interrupts.leave_at_once()  # before the slow imports
 
 import gc
 
@@ -22,21 +22,21 @@ from mixer.cli import config as cli
 from mixer.cli import launch
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; runs/<name of the config file> if not given."
+    "workdir", None, "Directory of the run. Default: runs/<name of the config file>."
 )
 ALLOW = flags.DEFINE_bool(
-    "allow_config_change", False, "Continue a run although its model, data or schedule changed."
+    "allow_config_change", False, "Resume a run even if its model, data or schedule has changed."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Runs the trainer on what the flags say."""
+    """Trains with the config and the flags of the command line."""
     if len(argv) > 1:
         raise cli.UserError(f"unexpected argument {argv[1]!r}; see python train.py --help")
     config = cli.config()
     launch.join()
-    # Imports and traces make millions of objects that stay; looking through them for some to free
-    # takes a fifth of the start.
+    # Imports and tracing create millions of long-lived objects; scanning them for garbage would
+    # take a fifth of the start-up time.
     gc.disable()
     from mixer import trainer
 

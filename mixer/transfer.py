@@ -1,7 +1,7 @@
-"""Transfer: the same weights fine-tuned on several tasks, one run each, and their table.
+"""Transfer: fine-tunes the same weights on several tasks, one run per task, and tabulates them.
 
-Each task is an ordinary run (mixer/trainer.py), so the same command continues the whole: it reads
-the finished runs, and continues the run that was stopped.
+Each task is an ordinary run (mixer/trainer.py), so the same command resumes after an interruption:
+it reads the results of the finished runs and resumes the run that was stopped.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ RECORD = "transfer.json"
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """A task's accuracy on the whole of its test split. Shares are in 0..1, intervals of 95 %.
+    """The accuracy on a task's test split. Accuracies are in 0..1; intervals are at 95 %.
 
     Attributes:
-      name: of the task.
+      name: name of the task.
       count: number of test images.
-      top1: share of the test images.
-      top1_interval: (low, high), Wilson's.
-      mean_per_class: mean of the classes' accuracies; None if images have several labels.
-      mean_per_class_interval: likewise.
+      top1: top-1 accuracy.
+      top1_interval: Wilson score interval (low, high).
+      mean_per_class: mean of the per-class accuracies; None if images have several labels.
+      mean_per_class_interval: its interval (low, high), or None.
       train_examples: number of training images.
       steps: number of updates.
     """
@@ -54,14 +54,14 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """The mean accuracy of a group of tasks, all of the same weight.
+    """The mean accuracy of a group of tasks, which have equal weights.
 
     Attributes:
-      num_tasks: number of the finished tasks, over which the mean is.
+      num_tasks: number of finished tasks that the mean is computed over.
       of: number of tasks in the group.
       top1: the mean, in 0..1.
-      top1_interval: (low, high) of 95 %, which covers the draw of the test images and not the
-        seed: another seed may give another mean.
+      top1_interval: 95 % interval (low, high), which covers the sampling of the test images but
+        not the seed: another seed may give another mean.
     """
 
     num_tasks: int
@@ -75,55 +75,55 @@ class Transfer:
     """The accuracies of the finished tasks.
 
     Attributes:
-      tasks: the finished tasks, in the order of `asked`.
-      asked: the names of all requested tasks.
-      groups: names of tasks by group, which need not have been requested.
+      tasks: the finished tasks, in the order of `requested`.
+      requested: the names of all requested tasks.
+      groups: names of tasks by group; they need not have been requested.
     """
 
     tasks: tuple[TaskResult, ...]
-    asked: tuple[str, ...]
+    requested: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]]
 
     def mean(self, names: Sequence[str]) -> Mean | None:
-        """The mean over the finished tasks among `names`; None if there is none."""
-        chosen = [task for task in self.tasks if task.name in names]
-        if not chosen:
+        """Computes the mean over the finished tasks in `names`; returns None if there are none."""
+        tasks = [task for task in self.tasks if task.name in names]
+        if not tasks:
             return None
-        shares = np.array([task.top1 for task in chosen])
-        counts = np.array([task.count for task in chosen])
+        shares = np.array([task.top1 for task in tasks])
+        counts = np.array([task.count for task in tasks])
         interval = scores.mean_interval(shares, counts)
-        return Mean(len(chosen), len(names), float(shares.mean()), interval)
+        return Mean(len(tasks), len(names), float(shares.mean()), interval)
 
     def means(self) -> dict[str, Mean]:
-        """The mean of each group that has finished tasks, and the "mean" of all tasks.
+        """Computes the mean of each group with finished tasks, and the "mean" of all tasks.
 
-        All tasks are the groups' and the requested ones; if one group has all of them, its mean is
-        not repeated.
+        All tasks are the tasks of the groups and the requested tasks. If one group has all of them,
+        "mean" would repeat its mean and is omitted.
         """
         groups = dict(self.groups)
-        all_names = {*self.asked, *(name for names in groups.values() for name in names)}
+        all_names = {*self.requested, *(name for names in groups.values() for name in names)}
         if all_names not in map(set, groups.values()):
             groups["mean"] = tuple(all_names)
         means = {group: self.mean(names) for group, names in groups.items()}
         return {group: mean for group, mean in means.items() if mean is not None}
 
     def summary(self) -> dict[str, Any]:
-        """Tasks, means and the names of unfinished tasks, for transfer.json."""
+        """Returns tasks, means and the names of unfinished tasks, for transfer.json."""
         finished = {task.name: dataclasses.asdict(task) for task in self.tasks}
         return {
             "tasks": finished,
             "means": {group: dataclasses.asdict(mean) for group, mean in self.means().items()},
-            "unfinished": [name for name in self.asked if name not in finished],
+            "unfinished": [name for name in self.requested if name not in finished],
         }
 
     def markdown(self) -> list[str]:
-        """The lines of a table with a row per task, then one per mean."""
+        """Returns the lines of a Markdown table with a row per task, then a row per mean."""
         return tables.markdown(results.transfer_table(self.summary()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task, the config of its run and the run's directory."""
+    """A task, the config of its run and the directory of the run."""
 
     name: str
     config: ConfigDict
@@ -138,23 +138,24 @@ def fine_tune(
     say: Callable[[str], None],
     train_examples: int | None = None,
 ) -> Transfer:
-    """Fine-tunes on every task that is not finished yet, and reads the accuracies of all.
+    """Fine-tunes on every unfinished task, and returns the accuracies of all tasks.
 
-    A task's run is in `directory`/NAME, with "_" for "/" in its name. The results so far are
-    written to `directory`/transfer.json after each task.
+    The run of a task is in `directory`/NAME, with "_" instead of "/" in its name. After each task
+    the results are written to `directory`/transfer.json.
 
     Args:
-      tasks: the config of each, by name; their weights are its `init_from`.
-      directory: of the runs; runs that it holds are continued.
-      groups: names of tasks over which means are taken, whether or not `tasks` has them.
-      say: prints a line when a task begins and when it ends.
+      tasks: the config of each task, by name; `init_from` specifies the weights.
+      directory: directory of the runs; existing runs are resumed.
+      groups: names of tasks by group; a mean is computed for each group, also if `tasks` lacks some
+        of its tasks.
+      say: prints a line when a task starts and when it ends.
       train_examples: number of training images that each task must have (1,000 in VTAB-1k); None:
         any number.
 
     Raises:
-      UserError: before the first training: data that is not prepared (all of it is listed) or not
-        of that size, weights that are missing or do not fit, a task that was begun with another
-        config. Later: whatever ends the training of a task.
+      UserError: before the first training, if data is not prepared (the message lists all of it) or
+        has another number of training images, weights are missing or do not match, or a task was
+        started with another config; later, if the training of a task fails.
       signals.Stopped: SIGTERM or SIGINT arrived; the state of the current task is saved.
     """
     directory = files.make_directory(directory, "--output")
@@ -169,8 +170,9 @@ def fine_tune(
         images_left = _check_all(unfinished, train_examples)
 
     def record() -> Transfer:
-        done = tuple(finished[name] for name in tasks if name in finished)
-        transfer = Transfer(done, tuple(tasks), {name: tuple(groups[name]) for name in groups})
+        task_results = tuple(finished[name] for name in tasks if name in finished)
+        groups_by_name = {name: tuple(groups[name]) for name in groups}
+        transfer = Transfer(task_results, tuple(tasks), groups_by_name)
         run.write_json(directory / RECORD, transfer.summary())
         return transfer
 
@@ -178,24 +180,24 @@ def fine_tune(
     for number, task in enumerate(runs, 1):
         title = f"task {number} of {len(runs)}: {task.name}"
         if task.name in finished:
-            say(f"{title}: {_sentence(finished[task.name])}, done before")
+            say(f"{title}: {_sentence(finished[task.name])}, already finished")
             continue
         hint = ""
         if images_seen:
-            left = sum(images_left[other] for other in tasks if other not in finished)
+            left = sum(images_left[name] for name in tasks if name not in finished)
             hint = f", about {formatting.duration(seconds / images_seen * left)} left"
-        say(f"{title}: begins{hint}")
-        started = time.monotonic()
+        say(f"{title}: starting{hint}")
+        start = time.monotonic()
         finished[task.name] = _train(task)
-        passed = time.monotonic() - started
-        seconds, images_seen = seconds + passed, images_seen + images_left[task.name]
+        duration = time.monotonic() - start
+        seconds, images_seen = seconds + duration, images_seen + images_left[task.name]
         record()
-        say(f"{title}: {_sentence(finished[task.name])}, took {formatting.duration(passed)}")
+        say(f"{title}: {_sentence(finished[task.name])}, took {formatting.duration(duration)}")
     return record()
 
 
 def _read_finished(tasks: Sequence[Task]) -> dict[str, TaskResult]:
-    """The results of the finished runs; UserError if a run has another config than its task."""
+    """Reads the results of the finished runs; raises UserError if a config has changed."""
     finished = {}
     for task in tasks:
         with _naming(task.name):
@@ -207,10 +209,10 @@ def _read_finished(tasks: Sequence[Task]) -> dict[str, TaskResult]:
 
 
 def _train(task: Task) -> TaskResult:
-    """Trains, or continues, the run of a task."""
+    """Starts or resumes the run of a task, and returns its result."""
     with _naming(task.name):
         trainer.train(task.config, task.workdir)
-    # The next task needs none of the compiled programs and the images of this one.
+    # Free the compiled programs and the images of this task.
     gc.collect()
     jax.clear_caches()
     return _read_result(task)
@@ -218,7 +220,7 @@ def _train(task: Task) -> TaskResult:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Puts a task's name in front of an error's message."""
+    """Prefixes the message of a UserError with the name of the task."""
     try:
         yield
     except UserError as error:
@@ -226,14 +228,14 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _read_result(task: Task) -> TaskResult | None:
-    """The result of a finished run; None for a run that is not finished or not evaluated."""
+    """Reads the result of a run; returns None if the run is not finished or not evaluated."""
     saved = results.read(task.workdir, "last")
     config, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
     if not (saved and config and data) or saved.step != config["total_steps"]:
         return None
     test = saved.splits.get("test")
     if test is None:
-        return None  # training, once more, evaluates the finished run
+        return None  # the trainer evaluates a finished run that has no result
     return TaskResult(
         name=task.name,
         count=test.count,
@@ -247,38 +249,38 @@ def _read_result(task: Task) -> TaskResult | None:
 
 
 def _check_same_config(task: Task) -> None:
-    """Raises UserError if the task's directory holds a run with another config."""
+    """Raises UserError if the task's directory contains a run with another config."""
     old, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
     if old is not None:
         run.check_trained(task.workdir, old)
     if old is None or data is None:
         return
     if checkpoint.last_step(task.workdir) is None and results.read(task.workdir, "last") is None:
-        return  # a run that never saved a step binds nothing
+        return  # a run without a checkpoint can be restarted with any config
     config = run.resolve(task.config, initial=None, begun=old)
     run.resolve_data(config, len(data["class_names"]), data["splits"]["train"]["num_examples"])
     if changed := run.changes(old, config.to_dict()):
         raise UserError(
-            f"{task.workdir} holds a run with another config: {'; '.join(changed)}. One table has "
-            "one config: give another directory, or remove this run"
+            f"{task.workdir} contains a run with another config: {'; '.join(changed)}; expected "
+            "the same config (choose another directory, or remove the run)"
         )
 
 
 def _check_all(tasks: Sequence[Task], train_examples: int | None) -> dict[str, int]:
-    """Checks everything that could end one of the trainings; the images that each has left."""
+    """Checks all tasks before training; returns the number of images that each task has left."""
     _check_prepared(tasks)
     weights = _find_weights(tasks)
     images_left = {}
     for task in tasks:
         with _naming(task.name):
-            found = weights[task.config.init_from, task.config.init_image_size]
-            images_left[task.name] = _check(task, found, train_examples)
-        gc.collect()  # a split may hold 2 GiB
+            initial = weights[task.config.init_from, task.config.init_image_size]
+            images_left[task.name] = _check(task, initial, train_examples)
+        gc.collect()  # a split can occupy 2 GiB
     return images_left
 
 
 def _check_prepared(tasks: Sequence[Task]) -> None:
-    """Raises UserError that lists the preparing command of every TFDS set that is missing."""
+    """Raises UserError with the `prepare` command of every missing TFDS data set."""
     stored = {
         (task.config.dataset.name, task.config.dataset.data_dir): None
         for task in tasks
@@ -299,9 +301,9 @@ def _check_prepared(tasks: Sequence[Task]) -> None:
 
 
 def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, int | None], load.StoredWeights | None]:
-    """The first weights by (init_from, init_image_size), each found once.
+    """Finds the initial weights by (init_from, init_image_size), each once.
 
-    A run that has a checkpoint no longer needs its first weights.
+    A run that has a checkpoint does not need its initial weights.
     """
     weights: dict[tuple[str, int | None], load.StoredWeights | None] = {}
     for task in tasks:
@@ -313,18 +315,18 @@ def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, int | None], load.St
     return weights
 
 
-def _check(task: Task, found: load.StoredWeights | None, train_examples: int | None) -> int:
-    """Opens a task's data and builds its model; returns the number of images it has left.
+def _check(task: Task, initial: load.StoredWeights | None, train_examples: int | None) -> int:
+    """Opens a task's data and builds its model; returns the number of images left to train on.
 
     Raises:
-      UserError: data or a model that training would refuse, or data of another size.
+      UserError: the data or the model is invalid, or the number of training images is wrong.
     """
     last_step = checkpoint.last_step(task.workdir)
     old = None if last_step is None else run_files.read_config(task.workdir)
-    config = run.resolve(task.config, initial=found, begun=old)
+    config = run.resolve(task.config, initial=initial, begun=old)
     splits = run.open_splits(config, None)
     if splits.test is None:
-        raise UserError("dataset.test_split is empty; the table is of test splits")
+        raise UserError("dataset.test_split is empty; expected a test split")
     count = splits.train.num_examples
     if train_examples not in (None, count):
         raise UserError(f"{splits.train.name} has {count:,} images; expected {train_examples:,}")

@@ -170,11 +170,11 @@ for line in sys.stdin:
 
 def test_child_answers_and_its_end_is_told():
     child = torch_side.Child([sys.executable, "-c", ECHO])
-    program = torch_side.Program(child, "x", {"program": "timm"}, ends=True)
+    program = torch_side.Program(child, "x", {"program": "timm"}, owns_child=True)
     assert program.run(1.0) == (2, 0.5)
     assert (program.compile_seconds, program.memory, program.devices) == (3.0, 9, 1)
     with pytest.raises(contest.Failed, match="cannot"):
-        torch_side.Program(child, "y", {"program": "cannot"}, ends=True)
+        torch_side.Program(child, "y", {"program": "cannot"}, owns_child=True)
     with pytest.raises(contest.Failed, match=r"\b1\b.*out of luck"):
         child.ask({"run": "dies"})
     program.close()
@@ -376,7 +376,7 @@ def test_data_prints_rates_and_for_how_many_devices(tmp_path):
     assert found["feeds"][pipeline.HOST_PART]["devices"] == pytest.approx(
         rates[pipeline.HOST_PART]["median"] * (1 / step + 1 / own)
     )
-    assert re.search(r"training, device's steps: [\d.,]+ images/s on a device", out)
+    assert re.search(r"training, device's steps: [\d.,]+ images/s per device", out)
 
 
 @pytest.mark.slow

@@ -345,7 +345,7 @@ def test_weights_of_a_run_bring_its_data_and_loss(copied, tmp_path, capsys):
         for path in paths
     ]
     report.evaluate(opened, report.Options(splits=["test"]), output=str(tmp_path / "both"))
-    assert "Side by side" in (tmp_path / "both" / "side_by_side.md").read_text()
+    assert "Comparison" in (tmp_path / "both" / "side_by_side.md").read_text()
     results = json.loads((tmp_path / "8" / "results.json").read_text())
     assert results["splits"]["test"]["count"] == 360 and results["loss"] == "softmax"
 
@@ -362,7 +362,7 @@ def test_a_run_is_evaluated_as_by_its_schedule_and_a_file_as_the_run_it_is_from(
     weights.write_file(tmp_path / "digits.npz", arrays, loaded.card, layout="published")
     _evaluate(copied, tmp_path / "digits.npz", suite=["digits"])
     out = capsys.readouterr().out
-    assert "Side by side" in out
+    assert "Comparison" in out
     run_results = json.loads((copied / "results.json").read_text())
     for name in ("digits", "digits_ema"):
         assert before["splits"][name].items() <= run_results["splits"][name].items()
@@ -387,7 +387,7 @@ def test_fewshot_and_throughput_of_a_run(copied, capsys, monkeypatch):
     results = json.loads((copied / "results.json").read_text())
     assert [each["batch_size"] for each in results["throughput"]["model"]["rates"]] == [1, 4]
     assert len(results["fewshot"]["digits"]["results"][0]["accuracies"]) == 3
-    assert "images/s a device" in (copied / "results.md").read_text()
+    assert "images/s per device" in (copied / "results.md").read_text()
     assert "few-shot probe" in capsys.readouterr().out
 
 

@@ -671,7 +671,7 @@ def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
     assert again == record | {"subfolders": False}
     opened = [lambda: open_subject(str(workdir), checkpoint_name="last")]
     report.evaluate(opened, report.Options(splits=["val"]))
-    assert "is not what the run was trained with" not in capsys.readouterr().out
+    assert "differs from the data of the run" not in capsys.readouterr().out
     # Whoever reads a run's own data reads what the run has read.
     record = json.loads((workdir / "data.json").read_text())["splits"]
     own, names = run.read_run(workdir)

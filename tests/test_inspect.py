@@ -354,7 +354,7 @@ def _write(workdirs=(), **options):
     """Writes a page; returns its path and the lines of the log."""
     lines = []
     options = {
-        **dict(weights=None, checkpoint_name="last", output=None, which=None, data_dir=None),
+        **dict(weights=None, checkpoint_name="last", output=None, split_name=None, data_dir=None),
         **dict(image_size=None, log=lines.append),
         **options,
     }
@@ -437,7 +437,7 @@ def test_file_of_weights_for_a_rectangle(tmp_path):
     path, lines = _write(weights=golden, output=str(tmp_path), image_size=(16, 64))
     assert "16 x 64 pixels, 2 x 8 patches" in path.read_text()
     assert {file.name for file in tmp_path.iterdir()} >= {"stem.png", "units_00.png"}
-    assert any("no data" in line for line in lines)
+    assert any("--data_dir" in line for line in lines)
 
 
 @pytest.mark.slow

@@ -364,9 +364,9 @@ def test_what_is_missing_or_wrong_in_a_realm_is_one_line(tmp_path):
         _open_realms(tmp_path)
     with pytest.raises(UserError, match=r"--tasks=care: .*'car'"):
         _open_realms(tmp_path, "care")
-    with pytest.raises(UserError, match="none is no folder"):
+    with pytest.raises(UserError, match="none is not a folder"):
         _open_realms(tmp_path / "none")
-    with pytest.raises(UserError, match="holds no realm"):
+    with pytest.raises(UserError, match="contains no realm"):
         _open_realms(tmp_path / "bird")
     with pytest.raises(UserError, match="--data_dir is missing"):
         _open_realms("")
@@ -411,7 +411,7 @@ def test_suite_continues_with_the_realms_that_are_left(tmp_path, weights_file, m
     assert done.returncode == 0, done.stderr
     results = _results(output)
     assert list(results) == ["all", "animals", "bird"] and results["all"] == first["all"]
-    assert re.search(r"realm 1 of 3: all: .*done before", done.stdout)
+    assert re.search(r"realm 1 of 3: all: .*already recorded", done.stdout)
     assert len(re.findall(r"realm . of 3: .* took ", done.stdout)) == 2
     top1 = [summary["top1"] for summary in results.values()]
     assert all(0.5 < share <= 1 for share in top1)
@@ -430,7 +430,7 @@ def test_realm_with_other_images_is_computed_again(tmp_path, weights_file):
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     done = _command(weights_file, root, output, "--tasks=bird,car")
     assert re.search(r"realm 1 of 2: bird: .* took ", done.stdout)
-    assert re.search(r"realm 2 of 2: car: .*done before", done.stdout)
+    assert re.search(r"realm 2 of 2: car: .*already recorded", done.stdout)
     after = _results(output)
     assert after["bird"]["validation_count"] == 11 and after["animals"] == before["animals"]
 

@@ -151,7 +151,7 @@ def test_an_image_starts_no_program(read, tmp_path, monkeypatch):
         path = tmp_path / f"holiday{number}.jpg"
         path.write_bytes(data)
         assert read(str(path)) == prediction.Unreadable(
-            str(path), "no image, or of a format that Pillow does not read"
+            str(path), "not an image, or a format that Pillow does not read"
         )
     assert not {"EPS", "IPTC", "SPIDER", "WMF", "FITS", "HDF5"}.intersection(images.READ)
 

@@ -158,8 +158,8 @@ def test_what_cannot_be_read_says_why(read, tmp_path):
     _picture(20, 20).save(tmp_path / "small.png")
     for name, reason in (
         ("cut.jpg", "truncated"),
-        ("text.jpg", "no image"),
-        ("empty.png", "no image"),
+        ("text.jpg", "not an image"),
+        ("empty.png", "not an image"),
         ("float.tif", "8 or 16 bits"),
         ("small.png", "40 x 47"),
         ("none.png", "No such file"),
@@ -402,7 +402,7 @@ def test_command_with_json_and_features(loaded, pictures, tmp_path):
         assert file["images"].tolist() == [each.image for each in expected]
         np.testing.assert_allclose(file["features"], [e.features for e in expected], atol=1e-5)
     assert sum("names" in line for line in done.stderr.splitlines()) == 1
-    assert f"{paths[5]}: no image" in done.stderr
+    assert f"{paths[5]}: not an image" in done.stderr
     assert "1 of 11 images" in done.stderr
 
 

@@ -214,7 +214,9 @@ def _evaluate(workdir):
 
 def test_programs_tell_damage_of_a_run_in_one_line(copy):
     """Whoever would read a file on their own would end in a traceback."""
-    options = dict(weights=None, checkpoint_name="last", output=None, which=None, data_dir=None)
+    options = dict(
+        weights=None, checkpoint_name="last", output=None, split_name=None, data_dir=None
+    )
     programs = (
         lambda: trainer.train(_config(), copy),
         lambda: _evaluate(copy),

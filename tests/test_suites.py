@@ -222,7 +222,7 @@ def test_flat_folder_has_real_labels_only(folder, tmp_path, monkeypatch):
         (tmp_path / image.name).write_bytes(image.read_bytes())
     split = suites.open_task("imagenet_real", **how)
     assert split.num_examples == 10
-    with pytest.raises(UserError, match="synsets"):
+    with pytest.raises(UserError, match="synset"):
         suites.open_task("imagenet_val", **how)
     with pytest.raises(UserError, match=r"imagenet_v2.*TFDS"):
         suites.open_task("imagenet_v2", **how)

@@ -110,7 +110,7 @@ def test_permutation_shuffles_on_the_device_what_the_step_shuffles_in_the_data(
     file, config, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(sweeps, "SEEDS", (0, 3))
-    sweep = sweeps.permutation([_subject(file, config)], [1, 0], which="test", say=print)
+    sweep = sweeps.permutation([_subject(file, config)], [1, 0], split_name="test", say=print)
     patches, pixels = sweep.curves
     assert (patches.shuffled, pixels.shuffled) == ("patches", "pixels")
     plain = _evaluated(file, config, "decode")
@@ -143,7 +143,7 @@ def test_permutation_shuffles_on_the_device_what_the_step_shuffles_in_the_data(
 def test_resolution_evaluates_resized_weights_on_resized_images(file, config, resize, sizes):
     said = []
     sweep = sweeps.resolution(
-        [_subject(file, config)], sizes, resize=resize, which="test", say=said.append
+        [_subject(file, config)], sizes, resize=resize, split_name="test", say=said.append
     )
     (curve,) = sweep.curves
     assert [point.x for point in curve.points] == sizes and sweep.resize == resize
@@ -168,7 +168,7 @@ def test_weights_of_a_file_take_the_data_of_a_config(file, config, tmp_path):
     subject = _subject(file, config)
     assert subject.config.dataset.eval_preprocess == "decode|permute_patches(8, 2, seed=0)"
     with pytest.raises(UserError, match=r"permutation .*16 x 16"):
-        sweeps.resolution([subject], [8, 16], resize="grow", which="test", say=print)
+        sweeps.resolution([subject], [8, 16], resize="grow", split_name="test", say=print)
 
     # Of other data the classes are others.
     for split, name in itertools.product(("train", "test"), "ab"):
@@ -176,7 +176,7 @@ def test_weights_of_a_file_take_the_data_of_a_config(file, config, tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
     config.dataset.update(name="folder", data_dir=str(tmp_path), permutation="")
     with pytest.raises(UserError, match="classes"):
-        sweeps.permutation([_subject(file, config)], [0], which="test", say=print)
+        sweeps.permutation([_subject(file, config)], [0], split_name="test", say=print)
 
 
 @pytest.mark.parametrize(
@@ -192,19 +192,23 @@ def test_sizes_that_do_not_work_are_refused_before_anything_is_computed(
 ):
     monkeypatch.setattr(sweeps.classification, "evaluate", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(UserError, match=message):
-        sweeps.resolution([_subject(file, config)], sizes, resize=resize, which="test", say=print)
+        sweeps.resolution(
+            [_subject(file, config)], sizes, resize=resize, split_name="test", say=print
+        )
 
 
 def test_other_mistakes_are_one_line(file, config, tmp_path):
     with pytest.raises(UserError, match=r"--shares: 1\.5"):
-        sweeps.permutation([_subject(file, config)], [0, 1.5], which="test", say=print)
+        sweeps.permutation([_subject(file, config)], [0, 1.5], split_name="test", say=print)
     other = config.copy_and_resolve_references()
     other.dataset.eval_preprocess = "decode|resize(8"
     with pytest.raises(UserError, match=r"'resize\(8'"):
-        sweeps.resolution([_subject(file, other)], [16], resize="grow", which="test", say=print)
+        sweeps.resolution(
+            [_subject(file, other)], [16], resize="grow", split_name="test", say=print
+        )
     other.dataset.test_split = ""
     with pytest.raises(UserError, match="test_split"):
-        sweeps.permutation([_subject(file, other)], [0], which="test", say=print)
+        sweeps.permutation([_subject(file, other)], [0], split_name="test", say=print)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output="):
         sweeps.output_directory([], str(tmp_path / "file" / "sweep"))

@@ -1,7 +1,7 @@
-"""What a model says of every image of a split, each once, and the figures that come of it.
+"""Predictions of a model for every image of a split, and the metrics computed from them.
 
-Of images with several labels a guess that is any of them is a hit; an image without labels counts
-in the loss alone, as in ImageNet-ReaL (Beyer et al., 2020, arXiv 2006.07159).
+For an image with several labels, a guess of any of them is a hit; an image without labels counts
+only in the loss, as in ImageNet-ReaL (Beyer et al., 2020, arXiv 2006.07159).
 """
 
 import collections
@@ -32,15 +32,16 @@ from mixer.training.step import make_predict
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What was said of n images, in the split's order.
+    """Predictions for n images, in the order of the split.
 
     Attributes:
-      label: (n,) int32, the class; -1 where an image has several or none.
-      labelled: (n,) bool, whether it has any.
+      label: (n,) int32, the label; -1 for an image with several labels or none.
+      labelled: (n,) bool, whether the image has a label.
       guesses: (n, min(5, K)) int32 classes, the most probable first.
-      probability: (n,) float32 of the first guess: softmax, or sigmoid where that is the loss.
+      probability: (n,) float32, probability of the first guess: softmax, or sigmoid if the loss is
+        the sigmoid loss.
       hit: (n,) bool, whether the first guess is a label.
-      hit5: (n,) bool, whether one of the guesses is.
+      hit5: (n,) bool, whether any of the guesses is a label.
       loss: (n,) float32.
     """
 
@@ -55,20 +56,22 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """Result over one split. Shares are in 0..1, intervals (low, high) of 95 %.
+    """The result for one split. Accuracies are in 0..1; intervals are (low, high) at 95 %.
 
     Attributes:
-      count: number of examples. labelled: how many of them have a label.
-      correct: how many of these the first guess hit.
-      top1, top5: shares of them; top5 counts a hit among the first min(5, K) guesses.
-      top1_interval, top5_interval: Wilson's.
-      loss: mean of the training loss over all.
-      ece: expected calibration error of the first guess, in 15 bins.
-      mean_per_class: mean over the classes that the split has of the accuracy on their images, and
-        its interval, None where images have several labels.
-      per_class: (K,) that accuracy, NaN for a class that the split lacks; of the images with one
-        label.
-      predictions: what all this is made from.
+      count: number of examples.
+      labelled: number of examples that have a label.
+      correct: number of labelled examples whose first guess is a hit.
+      top1, top5: accuracy on the labelled examples; top5 counts a hit among the first min(5, K)
+        guesses.
+      top1_interval, top5_interval: Wilson score intervals.
+      loss: mean training loss over all examples.
+      ece: expected calibration error of the first guess, with 15 bins.
+      mean_per_class, mean_per_class_interval: mean of the per-class accuracies over the classes
+        present in the split, and its interval; None if images have several labels.
+      per_class: (K,) accuracy on the images of each class, over images with exactly one label; NaN
+        for a class that is not in the split.
+      predictions: the predictions that the metrics are computed from.
     """
 
     count: int
@@ -87,32 +90,32 @@ class Classification:
 
     @functools.cached_property
     def confusion(self) -> np.ndarray:
-        """(K, K) images by label and first guess, of the images with one label.
+        """(K, K) numbers of images by label and first guess, over images with exactly one label.
 
         Raises:
-          NoRoomError: so many classes that it does not fit into memory.
+          NoRoomError: the matrix does not fit into memory.
         """
         count = len(self.per_class)
         memory.check_room(8 * count**2, f"a confusion matrix of {count:,} classes", on_host=True)
         return scores.confusion(self.predictions.label, self.predictions.guesses[:, 0], count)
 
     def summary(self) -> dict[str, Any]:
-        """The numbers and intervals, as JSON has them."""
+        """The metrics and intervals as JSON."""
         large = ("per_class", "predictions")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if name not in large}
 
 
 def summarize(predictions: Predictions, num_classes: int) -> Classification:
-    """The figures of predictions over `num_classes` classes."""
+    """Computes the metrics of predictions over `num_classes` classes."""
     p = predictions
     labelled = int(p.labelled.sum())
     correct, correct5 = int(p.hit.sum()), int(p.hit5.sum())
     hits, counts = scores.per_class(p.label, p.hit, num_classes)
-    there = counts > 0
+    is_present = counts > 0
     with np.errstate(invalid="ignore"):
         accuracies = hits / counts
-    # Where an image has several labels no class is its own.
+    # Per-class accuracy is undefined if an image has several labels.
     single = bool(np.all((p.label >= 0) == p.labelled)) and labelled > 0
     return Classification(
         count=len(p.loss),
@@ -124,9 +127,9 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
         top5_interval=scores.interval(correct5, labelled),
         loss=float(np.mean(p.loss, dtype=np.float64)),
         ece=scores.calibration_error(p.probability[p.labelled], p.hit[p.labelled]),
-        mean_per_class=float(accuracies[there].mean()) if single else None,
+        mean_per_class=float(accuracies[is_present].mean()) if single else None,
         mean_per_class_interval=(
-            scores.mean_interval(accuracies[there], counts[there]) if single else None
+            scores.mean_interval(accuracies[is_present], counts[is_present]) if single else None
         ),
         per_class=accuracies,
         predictions=p,
@@ -134,10 +137,10 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
 
 
 def make_eval_step(predict: Callable, loss_fn: Callable, num_classes: int) -> Callable:
-    """Returns the compiled `(params, batch) -> columns` of a batch.
+    """Returns the compiled evaluation step `(params, batch) -> columns`.
 
-    The columns are those of `Predictions` and "index", each image's place in the split, -1 for what
-    fills a batch up.
+    The columns are the fields of `Predictions` and "index", the index of each image in the split,
+    or -1 for padding.
     """
     options = layers.compiler_options(jax.default_backend())
 
@@ -151,10 +154,10 @@ def make_eval_step(predict: Callable, loss_fn: Callable, num_classes: int) -> Ca
             probability = jax.nn.sigmoid(best[:, 0])
         is_label = labels > _threshold(batch, labels)
         hits = jnp.take_along_axis(is_label, guesses, axis=1)
-        one = jnp.sum(is_label, axis=1) == 1
+        has_one_label = jnp.sum(is_label, axis=1) == 1
         return {
             "index": batch["index"],
-            "label": jnp.where(one, jnp.argmax(is_label, axis=1), -1).astype(jnp.int32),
+            "label": jnp.where(has_one_label, jnp.argmax(is_label, axis=1), -1).astype(jnp.int32),
             "labelled": jnp.any(is_label, axis=1),
             "guesses": guesses,
             "probability": probability,
@@ -167,9 +170,10 @@ def make_eval_step(predict: Callable, loss_fn: Callable, num_classes: int) -> Ca
 
 
 def _threshold(batch: dict[str, jax.Array], labels: jax.Array) -> jax.Array | float:
-    """What the target of a label exceeds: 0, or the row's smallest where rows come dense.
+    """Returns the value that the targets of labels exceed.
 
-    `one_hot` may leave something for the classes that are no labels.
+    It is the minimum of each row if the batch has dense targets, because the `one_hot` op can give
+    a positive target to the other classes; else it is 0.
     """
     if jnp.issubdtype(batch["label"].dtype, jnp.floating):
         return jnp.min(labels, axis=1, keepdims=True)
@@ -177,15 +181,15 @@ def _threshold(batch: dict[str, jax.Array], labels: jax.Array) -> jax.Array | fl
 
 
 class SplitEvaluator:
-    """Classifies a whole split, after the updates at which validation is due.
+    """Evaluates the accuracy on a split after the updates at which validation is due.
 
     Attributes:
-      name: of the data, such as "val" or "imagenet_real".
-      key: of the top-1 accuracy in metrics.jsonl.
+      name: name of the data, such as "val" or "imagenet_real".
+      key: key of the top-1 accuracy in metrics.jsonl.
     """
 
     def __init__(self, name: str, split: Split, setup: Setup, eval_step: Callable):
-        """Takes the compiled `make_eval_step` of the run, which all splits share."""
+        """Takes the compiled evaluation step of the run, which all splits share."""
         self.name, self.key = name, f"{name}/top1"
         self._split, self._setup, self._eval_step = split, setup, eval_step
 
@@ -196,7 +200,7 @@ class SplitEvaluator:
     def run(
         self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
     ) -> list[Result] | None:
-        """As `Evaluator.run`."""
+        """Evaluates the parameters, as `Evaluator.run` specifies."""
         results = []
         for weights, suffix, values in parameter_sets(params, ema_params):
             result = evaluate(
@@ -242,13 +246,13 @@ def evaluate(
     prefetch_batches: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Classification | None:
-    """Evaluates `params` on the whole of `split`; None where `should_stop` ended it early.
+    """Evaluates `params` on all examples of `split`; returns None if `should_stop` returned True.
 
-    Every process of a run on many hosts computes its part and gets the whole result.
+    On several hosts each process computes a part, and all processes return the complete result.
 
     Raises:
       UserError: the logits are not finite.
-      RuntimeError: an example of the split was not seen, or seen twice.
+      RuntimeError: an example of the split was evaluated twice or not at all.
     """
     columns = collect(
         eval_step,
@@ -262,11 +266,11 @@ def evaluate(
     if columns is None:
         return None
     predictions = Predictions(**columns)
-    bad = ~(np.isfinite(predictions.probability) & np.isfinite(predictions.loss))
-    if bad.any():
+    is_bad = ~(np.isfinite(predictions.probability) & np.isfinite(predictions.loss))
+    if is_bad.any():
         raise UserError(
-            f"{split.name}: the logits of {int(bad.sum()):,} images are not finite, the first of "
-            f"them {split.example_id(int(bad.argmax()))}; the weights are damaged or have diverged"
+            f"{split.name}: the logits of {int(is_bad.sum()):,} images are not finite, first for "
+            f"{split.example_id(int(is_bad.argmax()))}; the weights are damaged or have diverged"
         )
     return summarize(predictions, len(split.class_names))
 
@@ -281,16 +285,16 @@ def evaluate_model(
     global_batch_size: int,
     prefetch_batches: int = 2,
 ) -> Classification:
-    """Evaluates a model on one split, where nothing else uses its compiled evaluation step.
+    """Evaluates a model on one split, with an evaluation step that is compiled for this call only.
 
     Args:
-      model: computes the logits.
-      params: of the model.
-      split: all of which is evaluated.
+      model: the model.
+      params: parameters of the model.
+      split: the split; all its examples are evaluated.
       loss: "softmax" or "sigmoid".
-      mesh: as for `collect`, like the remaining arguments.
-      global_batch_size: images of a step.
-      prefetch_batches: batches on their way to the devices.
+      mesh: mesh of the devices.
+      global_batch_size: images per batch, over all devices.
+      prefetch_batches: number of batches to prefetch to the devices.
 
     Raises:
       UserError: the logits are not finite.
@@ -316,20 +320,23 @@ def collect(
     prefetch_batches: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, np.ndarray] | None:
-    """What `step` says of every example, as arrays (n, ...) in the split's order, on every process.
+    """Collects the output of `step` for every example of a split.
 
     Args:
-      step: compiled, from parameters and a batch to columns (N, ...), among them "index".
-      params: its first argument.
-      split: whose examples are read in order, with "index" and "mask" in each batch.
-      global_batch_size: images a step, over all devices.
-      mesh: of the devices.
-      prefetch_batches: batches on their way to the devices.
-      should_stop: asked after every batch; None is returned once it says yes, which it does on all
-        processes at the same batch.
+      step: compiled function from parameters and a batch to columns (N, ...), including "index".
+      params: first argument of `step`.
+      split: the split; its examples are read in order, with "index" and "mask" in each batch.
+      global_batch_size: images per batch, over all devices.
+      mesh: mesh of the devices.
+      prefetch_batches: number of batches to prefetch to the devices.
+      should_stop: called after every batch; must return True at the same batch on all processes.
+
+    Returns:
+      The columns as arrays (n, ...) in the order of the split, on every process; None if
+      `should_stop` returned True.
 
     Raises:
-      RuntimeError: an example was not seen, or seen twice.
+      RuntimeError: an example was evaluated twice or not at all.
     """
     if split.example_spec["image"][0][0] is not None:
         memory.check_batch(
@@ -345,45 +352,45 @@ def collect(
     )
     stream = prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
     result: dict[str, np.ndarray] = {}
-    seen = np.zeros(split.num_examples, np.int64)
+    visits = np.zeros(split.num_examples, np.int64)
     for columns in _lagging(step(params, batch) for batch in stream):
         if jax.process_count() > 1:
             columns = multihost_utils.process_allgather(columns, tiled=True)
         columns = jax.device_get(columns)
         index = columns.pop("index")
-        there = index >= 0
-        np.add.at(seen, index[there], 1)
+        is_example = index >= 0  # padding has the index -1
+        np.add.at(visits, index[is_example], 1)
         for name, values in columns.items():
             if name not in result:
                 result[name] = np.empty((split.num_examples, *values.shape[1:]), values.dtype)
-            result[name][index[there]] = values[there]
+            result[name][index[is_example]] = values[is_example]
         if should_stop():
             return None
-    if not np.all(seen == 1):
+    if not np.all(visits == 1):
         raise RuntimeError(
-            f"{split.name}: of {len(seen):,} examples {int(np.sum(seen == 0)):,} were not seen and "
-            f"{int(np.sum(seen > 1)):,} were seen twice"
+            f"{split.name}: of {len(visits):,} examples {int(np.sum(visits == 0)):,} were not "
+            f"evaluated and {int(np.sum(visits > 1)):,} were evaluated twice"
         )
     return result
 
 
 def write_predictions(path: Any, predictions: Predictions, split: Split) -> None:
-    """Writes an npz file of `Predictions`' arrays, whole or not at all.
+    """Writes the arrays of `Predictions` to an npz file, atomically.
 
-    Beside them "id" has the images' names, as messages and exclusion lists have them, and
-    "class_names" those of the classes.
+    The file also has "id", the names of the images as in messages and exclusion lists, and
+    "class_names".
     """
-    ids = np.array([split.example_id(place) for place in range(split.num_examples)], np.str_)
+    ids = np.array([split.example_id(index) for index in range(split.num_examples)], np.str_)
     fields = dataclasses.fields(predictions)
     columns = {field.name: getattr(predictions, field.name) for field in fields}
-    buffer = io.BytesIO()  # an object store's files cannot be written here and there
+    buffer = io.BytesIO()  # np.savez seeks, and files of an object store cannot be rewritten
     np.savez(buffer, id=ids, class_names=np.array(split.class_names, np.str_), **columns)
     with files.whole(path) as new:
         new.write_bytes(buffer.getvalue())
 
 
 def _lagging(results: Iterator[Any]) -> Iterator[Any]:
-    """Hands results out two late, so that the device is never idle while one is fetched."""
+    """Yields results with a delay of two, so that the device is busy while a result is fetched."""
     pending: collections.deque[Any] = collections.deque()
     for result in results:
         pending.append(result)

@@ -1,4 +1,4 @@
-"""What every evaluator of a training run has in common."""
+"""The interface of the evaluators of a training run, and their results."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one evaluator found for one set of parameters.
+    """The result of one evaluator for one set of parameters.
 
     Attributes:
       dataset: the evaluated data, such as "val", "imagenet_real" or "fewshot".
       weights: "params", or "ema" for their moving average.
-      section: of results.json: "splits", "fewshot" or "linear_probe".
+      section: section of results.json: "splits", "fewshot" or "linear_probe".
       name: the key in that section, such as "val_ema".
       metrics: numbers for metrics.jsonl by their full key, such as {"val_ema/top1": 0.61}.
-      summary: what results.json holds, values that JSON can hold.
+      summary: the entry in results.json, with values that JSON can represent.
       line: one line for the terminal.
     """
 
@@ -34,16 +34,16 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What every evaluator of a run computes with.
+    """The settings that all evaluators of a run share.
 
     Attributes:
-      model: whose parameters are evaluated.
-      mesh: of the devices.
+      model: the model whose parameters are evaluated.
+      mesh: mesh of the devices.
       loss_fn: the run's loss, (logits, labels) -> one value per example.
-      global_batch_size: images per step of an evaluation, over all devices.
-      prefetch_batches: batches on their way to the devices.
-      every_steps: how often the evaluators are due; None: only after the last update.
-      total_steps: length of the run, after which all evaluators are due.
+      global_batch_size: images per evaluation batch, over all devices.
+      prefetch_batches: number of batches to prefetch to the devices.
+      every_steps: number of updates between evaluations; None: only after the last update.
+      total_steps: number of updates of the run; all evaluators are due after the last one.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Setup:
 
 
 def parameter_sets(params: Any, ema_params: Any | None) -> list[tuple[str, str, Any]]:
-    """(weights, suffix of names, parameters) of each set there is."""
+    """Returns (weights, suffix of names, parameters) for each set of parameters."""
     sets = [("params", "", params)]
     return sets if ema_params is None else [*sets, ("ema", "_ema", ema_params)]
 
@@ -69,7 +69,7 @@ class Evaluator(Protocol):
     """One evaluator in one file; `evaluation/schedule.py` runs it when it is due.
 
     Attributes:
-      name: of the data set or probe, such as "val" or "fewshot".
+      name: name of the data set or probe, such as "val" or "fewshot".
       key: a key of `Result.metrics` that is in metrics.jsonl once the evaluator has run.
     """
 
@@ -85,5 +85,6 @@ class Evaluator(Protocol):
         """Evaluates the parameters and, if there is one, their moving average.
 
         Returns:
-          One result per set of parameters; None if `should_stop` ended it, so that it is still due.
+          One result per set of parameters; None if `should_stop` returned True: the evaluator is
+          then still due.
         """

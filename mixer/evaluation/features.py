@@ -1,4 +1,4 @@
-"""The features of a split's images under frozen weights, for linear probes."""
+"""Computes features of the images of a split with frozen weights, for linear probes."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from mixer.training.step import normalize
 def _make_step(model: nn.Module, mesh: Mesh) -> Callable:
     """Returns `(params, batch) -> columns` for `classification.collect`.
 
-    The columns are "index", each image's place in the split, and "features", its pre_logits (N, C).
+    The columns are "index", the index of each image in the split, and "features", its pre_logits
+    (N, C).
     """
 
     def features(params: Any, images: jax.Array) -> jax.Array:
@@ -47,19 +48,22 @@ def collect(
     prefetch_batches: int,
     should_stop: Callable[[], bool],
 ) -> np.ndarray | None:
-    """The pre_logits (n, C) of all images of a split, on every process.
+    """Computes the pre_logits (n, C) of all images of a split, on every process.
 
     Args:
-      model: that computes them.
-      params: of the model, on every device of the mesh.
-      split: whose images are read in order.
-      mesh: of the devices over which a batch is split.
-      global_batch_size: images per step of the model, over all devices.
-      prefetch_batches: batches on their way to the devices.
-      should_stop: asked after every batch; None is returned once it answers yes.
+      model: the model.
+      params: parameters of the model, on every device of the mesh.
+      split: the split; its images are read in order.
+      mesh: mesh of the devices over which a batch is sharded.
+      global_batch_size: images per batch, over all devices.
+      prefetch_batches: number of batches to prefetch to the devices.
+      should_stop: called after every batch.
+
+    Returns:
+      The features; None if `should_stop` returned True.
 
     Raises:
-      UserError: features that are not finite.
+      UserError: features are not finite.
     """
     columns = classification.collect(
         _make_step(model, mesh),
@@ -82,6 +86,6 @@ def collect(
     return features
 
 
-def put(array: np.ndarray, where: NamedSharding) -> jax.Array:
-    """A global array of a NumPy array that every process holds whole."""
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+def put(array: np.ndarray, array_sharding: NamedSharding) -> jax.Array:
+    """Makes a global array from a NumPy array of which every process has a complete copy."""
+    return jax.make_array_from_callback(array.shape, array_sharding, lambda index: array[index])

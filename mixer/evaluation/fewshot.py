@@ -1,12 +1,12 @@
-"""Few-shot linear probe: ridge regression in closed form on the features of a few images a class.
+"""Few-shot linear probe: closed-form ridge regression on the features of a few images per class.
 
-The protocol is that of the authors' code (big_vision, `evaluators/fewshot_lsr`) [read]: the shots
-are drawn by NumPy's generator of the seed, features are standardised by the shots' mean and
-deviation, a constant stands for the bias, targets are -1 and 1. Only the images that are drawn are
-decoded.
+The protocol is that of the authors' code (big_vision, `evaluators/fewshot_lsr`) [read]: NumPy's
+generator draws the shots from the seed, features are standardised by the mean and standard
+deviation of the shots, a constant feature replaces the bias, and targets are -1 and 1. Only the
+drawn images are decoded.
 
-The devices compute the features; the host fits and classifies, in float64: the constant gives the
-Gram matrix an eigenvalue of 10,000 for each example, beside which float32 loses the small ones.
+The devices compute the features; the host fits and classifies in float64: the constant feature adds
+10,000 per example to one eigenvalue of the Gram matrix, and float32 would lose the small ones.
 """
 
 import dataclasses
@@ -27,22 +27,23 @@ from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.evaluation.tables import Table
 from mixer.runs import config as run_config
 
-BIAS = 100.0  # the constant feature, so large that its weight is hardly regularised
-MIN_DEVIATION = 1e-5  # added to the deviation of each feature
-ROWS = 1024  # images that are classified at once: (ROWS, K) float64 scores
+BIAS = 100.0  # the constant feature; it is so large that its weight is hardly regularised
+MIN_DEVIATION = 1e-5  # added to the standard deviation of each feature
+ROWS = 1024  # images classified at once: (ROWS, K) float64 scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Shots:
-    """Result with one number of shots. Shares are in 0..1.
+    """The result with one number of shots. Accuracies are in 0..1.
 
     Attributes:
-      shots: images a class.
-      examples: images in all, of each draw.
-      short_classes: how many classes have fewer images, all of which were taken.
+      shots: images per class.
+      examples: total number of images in each draw.
+      short_classes: number of classes that have fewer images; all of these images are used.
       accuracies: top-1 of each draw, seed 0 first.
-      mean: of them. std: their sample deviation, None of a single draw.
-      interval: (low, high) of 95 % for the mean, as `interval` has it.
+      mean: mean of the accuracies.
+      std: their sample standard deviation; None for a single draw.
+      interval: 95 % confidence interval (low, high) of the mean, from `interval`.
     """
 
     shots: int
@@ -56,13 +57,15 @@ class Shots:
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    """Result of the probe.
+    """The result of the probe.
 
     Attributes:
-      train: name of the split that the shots are from. test: of the one that is classified.
-      count: images of `test`. num_classes: K.
+      train: name of the split that the shots are drawn from.
+      test: name of the split that is classified.
+      count: number of images of `test`.
+      num_classes: K.
       l2: strength of the regularisation.
-      results: for each number of shots.
+      results: the result for each number of shots.
     """
 
     train: str
@@ -73,45 +76,47 @@ class FewShot:
     results: tuple[Shots, ...]
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """All fields as JSON."""
         return dataclasses.asdict(self)
 
 
 def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """A table of `FewShot.summary()`s by the name of their data."""
+    """Returns a table of `FewShot.summary()`s, which are keyed by the name of their data."""
     rows = []
     for name, summary in summaries.items():
-        for each in summary["results"]:
-            low, high = each["interval"]
-            short = each["short_classes"]
-            images = f"{each['examples']:,}" + (f" ({short:,} classes have fewer)" if short else "")
+        for result in summary["results"]:
+            low, high = result["interval"]
+            short = result["short_classes"]
+            note = f" ({short:,} classes have fewer)" if short else ""
             rows.append(
                 (
                     name,
-                    f"{each['shots']}",
-                    images,
-                    f"{each['mean']:.2%}",
+                    f"{result['shots']}",
+                    f"{result['examples']:,}{note}",
+                    f"{result['mean']:.2%}",
                     f"{low:.2%} to {high:.2%}",
-                    "" if each["std"] is None else f"{each['std']:.2%}",
-                    ", ".join(f"{accuracy:.2%}" for accuracy in each["accuracies"]),
+                    "" if result["std"] is None else f"{result['std']:.2%}",
+                    ", ".join(f"{accuracy:.2%}" for accuracy in result["accuracies"]),
                 )
             )
-    header = "few-shot probe", "shots a class", "shots", "top-1", "95 % interval", "deviation"
+    header = "few-shot probe", "shots per class", "shots", "top-1", "95 % interval", "std"
     return Table((*header, "draws"), rows)
 
 
 class FewShotEvaluator:
-    """The probe after each validation: shots of the training split, tested on the validation split.
+    """The few-shot probe of a run at each validation.
+
+    Its shots are training images; it is tested on the validation split.
 
     Attributes:
       name: "fewshot".
-      key: of the 10-shot accuracy in metrics.jsonl.
+      key: key of the 10-shot accuracy in metrics.jsonl.
     """
 
     name, key = "fewshot", "fewshot/10shot"
 
     def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
-        """`train` has the preprocessing of evaluation; results are named by `dataset`."""
+        """Takes a training split with evaluation preprocessing; results are named `dataset`."""
         check(train, test)
         self._dataset, self._train, self._test, self._setup = dataset, train, test, setup
 
@@ -122,7 +127,7 @@ class FewShotEvaluator:
     def run(
         self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
     ) -> list[Result] | None:
-        """As `Evaluator.run`."""
+        """Evaluates the parameters, as `Evaluator.run` specifies."""
         results = []
         for weights, suffix, values in parameter_sets(params, ema_params):
             result = evaluate(
@@ -153,8 +158,8 @@ class FewShotEvaluator:
 
 
 def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> FewShotEvaluator:
-    """The probe of a run: `eval_suite=fewshot`."""
-    # The images that the shots are drawn from are not augmented.
+    """Opens the probe of a run with `eval_suite=fewshot`."""
+    # Open the training split again, without augmentation.
     train = run_config.open_split(
         config, "train", splits.train.class_names, subfolders=splits.subfolders
     )
@@ -175,34 +180,37 @@ def evaluate(
     l2: float = 2.0**10,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> FewShot | None:
-    """Classifies `test` by a probe of a few images of `train`; None where `should_stop` ended it.
+    """Classifies `test` with a probe fitted to a few images of `train`.
 
-    Every process of a run on many hosts computes its part and gets the whole result.
+    On several hosts each process computes a part, and all processes return the complete result.
 
     Args:
-      model: whose pre_logits are the features.
-      params: of the model, on every device of the mesh.
-      train: where the shots are drawn from.
-      test: all of which is classified.
-      mesh: of the devices; the test images' features are split over its axis "data".
-      global_batch_size: images a step of the model, over all devices.
-      prefetch_batches: batches on their way to the devices.
-      shots: images a class; a class that has fewer gives all.
-      seeds: how many draws, of seeds 0, 1, ...
+      model: the model whose pre_logits are the features.
+      params: parameters of the model, on every device of the mesh.
+      train: the split that the shots are drawn from.
+      test: the split that is classified.
+      mesh: mesh of the devices; image batches are split over its axis "data".
+      global_batch_size: images per batch, over all devices.
+      prefetch_batches: number of batches to prefetch to the devices.
+      shots: numbers of images per class; a class that has fewer images contributes all of them.
+      seeds: number of draws, with seeds 0, 1, ...
       l2: strength of the regularisation, which is not divided by the number of examples.
-      should_stop: asked after every batch and every probe.
+      should_stop: called after every batch and every probe.
+
+    Returns:
+      The result; None if `should_stop` returned True.
 
     Raises:
-      UserError: images with several labels, a class without images, other classes in the two
-        splits, features that are not finite.
+      UserError: images have several labels, a class has no images, the classes of the splits
+        differ, or features are not finite.
     """
     train_labels, test_labels = check(train, test)
     num_classes = len(train.class_names)
     draws = [draw(train_labels, num_classes, max(shots), seed) for seed in range(seeds)]
-    # The images of all draws are read together, each once.
-    places = np.unique(np.concatenate([np.concatenate(of_class) for of_class in draws]))
+    # Read the images of all draws together, each image once.
+    drawn = np.unique(np.concatenate([np.concatenate(by_class) for by_class in draws]))
     features = []
-    for split in (train.select(places), test):
+    for split in (train.select(drawn), test):
         split_features = features_lib.collect(
             model,
             params,
@@ -220,10 +228,10 @@ def evaluate(
     results = []
     for number in shots:
         hits = []
-        for of_class in draws:
-            chosen = np.concatenate([places_of_class[:number] for places_of_class in of_class])
-            shot_rows = shot_features[np.searchsorted(places, chosen)]
-            probe = fit(shot_rows, train_labels[chosen], l2, num_classes)
+        for by_class in draws:
+            indices = np.concatenate([class_indices[:number] for class_indices in by_class])
+            shot_rows = shot_features[np.searchsorted(drawn, indices)]
+            probe = fit(shot_rows, train_labels[indices], l2, num_classes)
             hits.append(probe.classify(test_features) == test_labels)
             if should_stop():
                 return None
@@ -232,7 +240,7 @@ def evaluate(
 
 
 def _summarize(shots: int, train_labels: np.ndarray, hits: np.ndarray) -> Shots:
-    """The result of one number of shots, from the hits (draws, images)."""
+    """Returns the result of one number of shots, from the hits (draws, images)."""
     accuracies, counts = hits.mean(axis=1), np.bincount(train_labels)
     return Shots(
         shots=shots,
@@ -246,41 +254,47 @@ def _summarize(shots: int, train_labels: np.ndarray, hits: np.ndarray) -> Shots:
 
 
 def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
-    """The labels (n,) of both splits; UserError where they are not fit for a probe."""
+    """Returns the labels (n,) of both splits.
+
+    Raises:
+      UserError: the classes differ, there are fewer than two, images do not have exactly one label,
+        or a class has no training image.
+    """
     names = train.class_names
     if names != test.class_names:
         raise UserError(
-            f"few-shot: {train.name} has {len(names)} classes and {test.name} "
-            f"{len(test.class_names)}, or others; they must have the same, in the same order"
+            f"few-shot: {train.name} has {len(names)} classes and {test.name} has "
+            f"{len(test.class_names)}; expected the same classes in the same order"
         )
     for split in (train, test):
         if split.multi_label:
             raise UserError(
-                f"few-shot: {split.name} has several labels an image, or none; it takes one"
+                f"few-shot: {split.name} has images with several labels or none; expected one"
             )
     if len(names) < 2:
-        raise UserError(f"few-shot: {train.name} has one class, {names[0]}; it takes two or more")
+        raise UserError(f"few-shot: {train.name} has one class, {names[0]}; expected two or more")
     labels = train.labels()
     empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(empty):
         raise UserError(
             f"few-shot: {train.name} has no image of {len(empty):,} of {len(names):,} classes, "
-            f"the first of them {names[empty[0]]}; it takes one or more of each"
+            f"the first of them {names[empty[0]]}; expected one or more per class"
         )
     return labels, test.labels()
 
 
 def draw(labels: np.ndarray, num_classes: int, shots: int, seed: int) -> list[np.ndarray]:
-    """Places of `shots` random images of each class, or of all that it has: K arrays.
+    """Draws `shots` random images of each class and returns their indices as K arrays.
 
-    Their first n are a draw of n shots, so that one draw serves every number of shots.
+    A class with fewer images gives all. The first n of each array are a draw of n shots, so one
+    draw serves every number of shots.
     """
     rng = np.random.default_rng(seed)
     by_class = np.split(
         np.argsort(labels, kind="stable"),
         np.cumsum(np.bincount(labels, minlength=num_classes))[:-1],
     )
-    return [rng.permutation(places)[:shots] for places in by_class]
+    return [rng.permutation(indices)[:shots] for indices in by_class]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,8 +302,8 @@ class Probe:
     """A linear classifier on standardised features.
 
     Attributes:
-      mean, deviation: (C,) of the shots.
-      weights: (C + 1, K), the last row for the constant feature.
+      mean, deviation: (C,) mean and standard deviation of the shots' features.
+      weights: (C + 1, K); the last row is for the constant feature.
     """
 
     mean: np.ndarray
@@ -297,7 +311,7 @@ class Probe:
     weights: np.ndarray
 
     def classify(self, features: np.ndarray) -> np.ndarray:
-        """The class (n,) with the highest score of each row of features (n, C)."""
+        """Returns the class (n,) with the highest score for each row of features (n, C)."""
         guesses = [
             np.argmax(self.standardise(features[start : start + ROWS]) @ self.weights, axis=1)
             for start in range(0, len(features), ROWS)
@@ -305,7 +319,7 @@ class Probe:
         return np.concatenate(guesses)
 
     def standardise(self, features: np.ndarray) -> np.ndarray:
-        """Features (n, C), standardised in float64, and the constant feature: (n, C + 1)."""
+        """Standardises features (n, C) in float64 and appends the constant feature: (n, C + 1)."""
         scaled = (features.astype(np.float64) - self.mean) / self.deviation
         return np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
 
@@ -322,7 +336,7 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -
     exact = features.astype(np.float64)
     mean, deviation = exact.mean(axis=0), exact.std(axis=0) + MIN_DEVIATION
     x = Probe(mean, deviation, np.empty(0)).standardise(features)
-    # x^T y from the sums of each class: dense targets of 21,843 classes would take 95 GB.
+    # Compute x^T y from per-class sums: dense targets of 21,843 classes would take 95 GB.
     sums = np.zeros((num_classes, x.shape[1]))
     np.add.at(sums, labels, x)
     gram = x.T @ x + l2 * np.eye(x.shape[1])
@@ -331,17 +345,16 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -
 
 
 def interval(hits: np.ndarray) -> tuple[float, float]:
-    """Interval of 95 % of the mean of `hits` (draws, images), over draws and over images.
+    """Returns the 95 % confidence interval of the mean of `hits` (draws, images).
 
-    Both are samples, of the shots that might have been drawn and of the images that might have been
-    in the test split, and the squares of their two half-widths add up. That of the draws has the
-    quantile of Student's distribution, for they are few; of a single draw there is none, and the
-    interval is of that draw alone. That of the images has two hits and two misses more, as in
-    `scores.mean_interval`.
+    Both the shots and the test images are random samples, so the squares of their half-widths add
+    up. The draws are few, so their half-width uses a quantile of Student's t distribution; with a
+    single draw the interval covers the test images only. The half-width of the images adds two hits
+    and two misses, as in `scores.mean_interval`.
     """
     draws = len(hits)
-    of_image = np.append(hits.mean(axis=0), [0, 0, 1, 1])
-    square = scores.Z_95**2 * of_image.var() / len(of_image)
+    image_means = np.append(hits.mean(axis=0), [0, 0, 1, 1])
+    square = scores.Z_95**2 * image_means.var() / len(image_means)
     if draws > 1:
         quantile = special.stdtrit(draws - 1, 0.975)
         square += quantile**2 * hits.mean(axis=1).var(ddof=1) / draws

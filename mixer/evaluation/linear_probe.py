@@ -1,8 +1,8 @@
 """Linear probe on full data: multinomial logistic regression on the frozen features of a split.
 
-`logistic.py` has the objective and its two penalties. The strength `lam` of the penalty is the one
-with the highest top-1 on a validation split; the test split is classified once, with the weights of
-that `lam`.
+`logistic.py` has the objective and its two penalties. The probe chooses the strength `lam` of the
+penalty with the highest top-1 on a validation split, and classifies the test split once, with the
+weights for that `lam`.
 """
 
 import dataclasses
@@ -22,27 +22,29 @@ from mixer.evaluation import logistic, scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.runs import config as run_config
 
-Splits = tuple[Split, Split, Split]  # to fit on, to choose lam on, to report
+Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
 
 LAMBDAS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1, 1.0)  # OmniBenchmark's [read]
-HELD_OUT_SHARE = 0.1  # of the training images, if there is no validation split
+HELD_OUT_SHARE = 0.1  # share of training images held out if there is no validation split
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeResult:
-    """Result of the probe. Shares are in 0..1, intervals (low, high) of 95 %.
+    """The result of the probe. Accuracies are in 0..1; intervals are (low, high) at 95 %.
 
     Attributes:
       train, validation, test: names of the splits.
-      train_count, validation_count, count: their numbers of images.
-      num_classes: of the data.
-      untrained_classes: how many of them have no training image; test images of these are errors.
+      train_count, validation_count, count: numbers of images of the splits.
+      num_classes: number of classes of the data.
+      untrained_classes: number of classes without a training image; their test images count as
+        errors.
       penalty: "squared" or "norm".
       lam: the chosen strength of the penalty.
       on_edge: whether `lam` is the smallest or the largest of LAMBDAS.
-      top1, top1_interval: share of the test images.
-      mean_per_class, mean_per_class_interval: mean of the top-1 of the test split's classes.
-      path: per `lam` its validation top-1, iterations, residual and whether it converged.
+      top1, top1_interval: top-1 accuracy on the test split.
+      mean_per_class, mean_per_class_interval: mean of the per-class accuracies on the test split.
+      path: for each `lam` the validation top-1, the iterations, the residual and whether the fit
+        converged.
     """
 
     train: str
@@ -63,14 +65,15 @@ class ProbeResult:
     path: tuple[dict[str, Any], ...]
 
     def summary(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
+        """All fields as JSON."""
         return dataclasses.asdict(self)
 
 
 def hold_out(train: Split) -> tuple[Split, Split]:
-    """Splits a training split in two, the second with a tenth of each class's images.
+    """Splits a training split in two; the second part has a tenth of the images of each class.
 
-    Of a class with two or more images at least one is held out. Seed 0 draws them.
+    At least one image is held out of each class with two or more images. The images are drawn with
+    seed 0.
 
     Raises:
       UserError: no class has two images.
@@ -78,9 +81,9 @@ def hold_out(train: Split) -> tuple[Split, Split]:
     labels = train.labels()
     rng, is_held_out = np.random.default_rng(0), np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        places = rng.permutation(np.flatnonzero(labels == label))
-        if len(places) > 1:
-            is_held_out[places[: max(int(HELD_OUT_SHARE * len(places)), 1)]] = True
+        indices = rng.permutation(np.flatnonzero(labels == label))
+        if len(indices) > 1:
+            is_held_out[indices[: max(int(HELD_OUT_SHARE * len(indices)), 1)]] = True
     if not is_held_out.any():
         raise UserError(
             f"linear probe: {train.name} has one image per class; expected two or more, of which "
@@ -90,14 +93,14 @@ def hold_out(train: Split) -> tuple[Split, Split]:
 
 
 def assign(train: Split, validation: Split | None, test: Split | None) -> Splits:
-    """The splits to fit on, to choose lam on and to report.
+    """Returns the splits for the fit, for the choice of lam and for the reported result.
 
-    Without a test split the validation split is reported. If no validation split is left, lam is
-    chosen on images that are held out of the training split.
+    Without a test split, the result is reported for the validation split. If no other validation
+    split is left, lam is chosen on images held out of the training split.
 
     Raises:
-      UserError: there is neither, they have different classes, images have several labels, or all
-        training images have the same class.
+      UserError: there is neither a validation nor a test split, the classes of the splits differ,
+        images have several labels, or all training images have the same class.
     """
     if test is None:
         validation, test = None, validation
@@ -131,26 +134,30 @@ def evaluate(
     prefetch_batches: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ProbeResult | None:
-    """Fits, chooses lam and classifies the test split; None if `should_stop` ended it.
+    """Fits the probe for each lam, chooses lam and classifies the test split.
 
-    Every process of a run on many hosts computes its part and gets the whole result.
+    On several hosts each process computes a part, and all processes return the complete result.
 
     Args:
-      model: whose pre_logits are the features.
-      params: of the model, on every device of the mesh.
-      splits: as of `assign`.
+      model: the model whose pre_logits are the features.
+      params: parameters of the model, on every device of the mesh.
+      splits: the splits that `assign` returns.
       penalty: "squared" or "norm".
-      mesh: of the devices, over which images and features are split.
-      global_batch_size: images per step of the model, over all devices.
-      prefetch_batches: batches on their way to the devices.
-      should_stop: asked after every batch and every logistic.ITERATIONS_PER_CALL iterations.
+      mesh: mesh of the devices over which images and features are sharded.
+      global_batch_size: images per batch, over all devices.
+      prefetch_batches: number of batches to prefetch to the devices.
+      should_stop: called after every batch and every logistic.ITERATIONS_PER_CALL iterations.
+
+    Returns:
+      The result; None if `should_stop` returned True.
 
     Raises:
-      UserError: features that are not finite.
+      UserError: features are not finite.
       NoRoomError: the features do not fit into memory.
     """
     num_images = sum(split.num_examples for split in splits)
-    num_bytes = 2 * 4 * model.hidden_dim * num_images  # as collected, and as laid out
+    # Features are in memory twice: as collected, and as chunks for the devices.
+    num_bytes = 2 * 4 * model.hidden_dim * num_images
     memory.check_room(num_bytes, f"features of {num_images:,} images", on_host=True)
     features, labels = [], [split.labels() for split in splits]
     for split in splits:
@@ -166,7 +173,7 @@ def evaluate(
         if split_features is None:
             return None
         features.append(split_features)
-    # Classes without a training image take no part; their test images are errors.
+    # Leave out classes without a training image; their test images count as errors.
     classes, train_labels = np.unique(labels[0], return_inverse=True)
     fitter = logistic.Fitter(features[0], train_labels, len(classes), mesh=mesh, penalty=penalty)
     classify = logistic.make_classify(features[1], len(classes), mesh)
@@ -176,7 +183,7 @@ def evaluate(
         if fit is None:
             return None
         top1 = float(np.mean(classes[classify(fit)] == labels[1]))
-        if top1 > best_top1:  # among equals the strongest penalty
+        if top1 > best_top1:  # on ties the strongest penalty wins
             best, best_top1 = fit, top1
         path.append({"validation_top1": top1, **fit.progress()})
     guesses = classes[logistic.make_classify(features[2], len(classes), mesh)(best)]
@@ -198,7 +205,7 @@ def evaluate(
 
 
 def _figures(guesses: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """The fields of `ProbeResult` that follow from the guesses (n,) for the test split."""
+    """Computes the fields of `ProbeResult` that depend on the guesses (n,) for the test split."""
     hit = guesses == labels
     hits, counts = scores.per_class(labels, hit, num_classes)
     shares, counts = hits[counts > 0] / counts[counts > 0], counts[counts > 0]
@@ -212,7 +219,7 @@ def _figures(guesses: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[
 
 
 class LinearProbe:
-    """The probe of a run at its validations, with the squared penalty.
+    """The linear probe of a run at each validation, with the squared penalty.
 
     The validation split is reported; lam is chosen on training images that are held out.
 
@@ -224,7 +231,7 @@ class LinearProbe:
     name, key = "linear_probe", "linear_probe/top1"
 
     def __init__(self, dataset: str, splits: Splits, setup: Setup):
-        """`splits` are as of `assign`; results are named by `dataset`."""
+        """Takes the splits that `assign` returns; results are named `dataset`."""
         self._dataset, self._splits, self._setup = dataset, splits, setup
 
     def is_due(self, step: int) -> bool:
@@ -234,7 +241,7 @@ class LinearProbe:
     def run(
         self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
     ) -> list[Result] | None:
-        """As `Evaluator.run`."""
+        """Evaluates the parameters, as `Evaluator.run` specifies."""
         results = []
         for weights, suffix, values in parameter_sets(params, ema_params):
             result = evaluate(
@@ -268,8 +275,8 @@ class LinearProbe:
 
 
 def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> LinearProbe:
-    """The probe of a run: `eval_suite=linear_probe`. It does not read the test split."""
-    # The training images are not augmented here.
+    """Opens the probe of a run with `eval_suite=linear_probe`; does not read the test split."""
+    # Open the training split again, without augmentation.
     train = run_config.open_split(
         config, "train", splits.train.class_names, subfolders=splits.subfolders
     )
@@ -277,15 +284,15 @@ def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) 
 
 
 def open_splits(config: ConfigDict) -> Splits:
-    """The splits of a config's data for the probe of finished weights, as `assign` has them."""
+    """Opens the splits of a config for the probe of trained weights, and assigns their roles."""
     return assign(*(run_config.open_split(config, name, None) for name in ("train", "val", "test")))
 
 
-# The report, from `ProbeResult.summary()` as results.json has it.
+# The functions below format `ProbeResult.summary()`, as read from results.json.
 
 
 def sentence(summary: Mapping[str, Any]) -> str:
-    """The figures of a probe in one line."""
+    """Formats the result of a probe as one line."""
     low, high = summary["top1_interval"]
     figures = (
         f"top-1 {summary['top1']:.2%} ({low:.2%} to {high:.2%}) of {summary['count']:,} images",
@@ -296,7 +303,7 @@ def sentence(summary: Mapping[str, Any]) -> str:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """What limits a probe's figures."""
+    """Returns remarks on what limits the result of a probe."""
     texts = []
     if summary["on_edge"]:
         texts.append("lam is at an end of its list")
@@ -310,7 +317,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
 def table(
     summaries: Mapping[str, Mapping[str, Any]], title: str = "linear probe"
 ) -> list[tuple[str, ...]]:
-    """The cells of a table, its header first: a row per probe."""
+    """Returns the rows of a table, its header first: one row per probe."""
     columns = ("test images", "top-1", "95 % interval", "per class", "lam", "lam chosen on")
     rows = [(title, *columns)]
     for name, summary in summaries.items():
@@ -323,7 +330,7 @@ def table(
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line per probe on its training data and its remarks."""
+    """Returns a line per probe with its training data and remarks."""
     return [
         "; ".join(
             [

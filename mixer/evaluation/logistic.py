@@ -9,10 +9,10 @@ over the n images. |W| is the Frobenius norm, and the penalty is one of
   "squared": lam / 2 * |W|^2, as scikit-learn's LogisticRegression with C = 1 / (lam * n);
   "norm":    lam * |W|, as OmniBenchmark (Zhang et al., 2022, arXiv 2207.07106) [read].
 
-L-BFGS runs on the devices, over all data at once and in float64. Its variables are scaled such that
-F has about the same curvature in every direction: the features are centred, and W is scaled along
-the eigenvectors of their covariance. This changes neither F nor its optimum. If the eigenvalues
-span six orders of magnitude, 30 iterations suffice instead of thousands.
+L-BFGS runs on the devices, on all data at once and in float64. Its variables are preconditioned so
+that F has about the same curvature in every direction: the features are centred, and W is scaled
+along the eigenvectors of their covariance. This changes neither F nor its optimum. With eigenvalues
+that span six orders of magnitude, 30 iterations suffice instead of thousands.
 """
 
 import dataclasses
@@ -28,29 +28,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mixer.evaluation import features as features_lib
 from mixer.parallel import sharding
 
-Variables = tuple[jax.Array, jax.Array]  # of the optimizer: (C, K) and (K,)
+Variables = tuple[jax.Array, jax.Array]  # variables of the optimizer: (C, K) and (K,)
 
-# At the optimum the gradients of the data and of the penalty cancel. A fit has converged if their
-# sum is at most this share of the penalty's gradient; F is then within about TOLERANCE**2 times the
-# penalty of its minimum.
+# At the optimum the gradients of the loss and of the penalty cancel. A fit has converged if the
+# norm of their sum is at most this fraction of the norm of the penalty's gradient; F then exceeds
+# its minimum by about TOLERANCE**2 times the penalty.
 TOLERANCE = 1e-3
 MAX_ITERATIONS = 5000
-ITERATIONS_PER_CALL = 100  # between two calls the variables are scaled again
+ITERATIONS_PER_CALL = 100  # each call rescales the variables
 CHUNK_VALUES = 1 << 22  # features or logits per chunk and device: 32 MiB in float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The regression with one `lam`.
+    """The fitted regression for one `lam`.
 
     Attributes:
       lam: strength of the penalty.
       weights: (C, K) float64.
       bias: (K,) float64.
-      objective: F.
-      residual: the norm of F's gradient, divided by that of the penalty's gradient; 0 if W = 0 is
+      objective: value of F.
+      residual: norm of F's gradient divided by the norm of the penalty's gradient; 0 if W = 0 is
         the exact optimum.
-      iterations: of L-BFGS.
+      iterations: number of L-BFGS iterations.
     """
 
     lam: float
@@ -66,7 +66,7 @@ class Fit:
         return self.residual <= TOLERANCE
 
     def progress(self) -> dict[str, Any]:
-        """How the optimization went, as JSON has it."""
+        """The progress of the optimization as JSON."""
         names = ("lam", "iterations", "residual", "converged")
         return {name: getattr(self, name) for name in names}
 
@@ -74,20 +74,20 @@ class Fit:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Features and labels on the devices, in M chunks whose rows are split over the devices.
+    """Features and labels on the devices, in M chunks whose rows are sharded over the devices.
 
     Attributes:
       features: (M, R, C) float32.
-      labels: (M, R) int32; -1 in the rows that pad the last chunk.
+      labels: (M, R) int32; -1 in the padding rows of the last chunk.
     """
 
     features: jax.Array
     labels: jax.Array
 
     def sum(self, function: Callable[[jax.Array, jax.Array], Any]) -> Any:
-        """The sum over the chunks of `function(features (R, C) float64, labels (R,))`.
+        """Sums `function(features (R, C) float64, labels (R,))` over the chunks.
 
-        The gradient recomputes a chunk instead of keeping its logits.
+        The backward pass recomputes the logits of a chunk instead of saving them.
         """
 
         def add(total: Any, chunk: _Rows) -> tuple[Any, None]:
@@ -103,15 +103,15 @@ class _Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Statistics:
-    """What follows from the data alone.
+    """Statistics of the data that do not depend on `lam`.
 
     Attributes:
       count: () float64, the number n of images.
-      mean: (C,) of the features.
-      eigenvalues: (C,) of the features' covariance, ascending.
-      basis: (C, C), its eigenvectors in columns.
-      prior: (K,) logarithms of the classes' shares, the best bias at W = 0.
-      gradient: (C, K) of the mean cross-entropy at W = 0 and that bias.
+      mean: (C,) mean of the features.
+      eigenvalues: (C,) eigenvalues of the covariance of the features, ascending.
+      basis: (C, C) eigenvectors of the covariance, in columns.
+      prior: (K,) logarithms of the class frequencies, the best bias at W = 0.
+      gradient: (C, K) gradient of the mean cross-entropy at W = 0 and the bias `prior`.
     """
 
     count: jax.Array
@@ -125,14 +125,14 @@ class _Statistics:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Objective:
-    """F as a function of scaled variables.
+    """F as a function of the scaled variables.
 
     Attributes:
       rows: the data.
-      statistics: of the data.
+      statistics: statistics of the data.
       lam: () strength of the penalty.
-      scale: (C, 1) of W along each eigenvector.
-      bias_scale: () of the bias of centred features.
+      scale: (C, 1) scale of W along each eigenvector.
+      bias_scale: () scale of the bias for centred features.
       penalty: "squared" or "norm".
     """
 
@@ -144,15 +144,15 @@ class _Objective:
     penalty: str = dataclasses.field(metadata={"static": True})
 
     def variables(self, weights: jax.Array, bias: jax.Array) -> Variables:
-        """The variables of weights (C, K) and a bias (K,) of centred features."""
+        """Converts weights (C, K) and a bias (K,) for centred features to variables."""
         return self.statistics.basis.T @ weights / self.scale, bias / self.bias_scale
 
     def parameters(self, variables: Variables) -> tuple[jax.Array, jax.Array]:
-        """The inverse of `variables`."""
+        """Converts variables to weights and a bias for centred features."""
         return self.statistics.basis @ (self.scale * variables[0]), self.bias_scale * variables[1]
 
     def __call__(self, variables: Variables) -> jax.Array:
-        """F."""
+        """Returns F."""
         weights, bias = self.parameters(variables)
         bias = bias - self.statistics.mean @ weights
         loss = _cross_entropy(self.rows, weights, bias) / self.statistics.count
@@ -161,10 +161,11 @@ class _Objective:
         return loss + self.lam * jnp.linalg.norm(weights)
 
     def residual(self, variables: Variables, gradient: Variables) -> jax.Array:
-        """`Fit.residual` from the gradient for the variables."""
+        """Computes `Fit.residual` from the gradient with respect to the variables."""
         weights, _ = self.parameters(variables)
         norm = self.lam * (jnp.linalg.norm(weights) if self.penalty == "squared" else 1.0)
-        # The bias is the weight of a constant, here of one as large as the features on average.
+        # The bias is the weight of a constant feature. To make its gradient comparable, the
+        # constant has the mean square of the features.
         size = jnp.mean(self.statistics.eigenvalues)
         squares = jnp.sum((gradient[0] / self.scale) ** 2)
         squares += size * jnp.sum((gradient[1] / self.bias_scale) ** 2)
@@ -172,18 +173,18 @@ class _Objective:
 
 
 def _lay_out(array: np.ndarray, mesh: Mesh, *, width: int, padding: int) -> jax.Array:
-    """Rows (n, ...) in chunks (M, R, ...) whose rows are split over the mesh."""
+    """Puts rows (n, ...) on the devices as chunks (M, R, ...) whose rows are sharded."""
     shards = sharding.batch_shards(mesh)
     rows = min(max(CHUNK_VALUES // width, 1), -(-len(array) // shards)) * shards
     chunks = -(-len(array) // rows)
     widths = [(0, chunks * rows - len(array))] + [(0, 0)] * (array.ndim - 1)
     padded = np.pad(array, widths, constant_values=padding)
-    where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    return features_lib.put(padded.reshape(chunks, rows, *array.shape[1:]), where)
+    row_sharding = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    return features_lib.put(padded.reshape(chunks, rows, *array.shape[1:]), row_sharding)
 
 
 def _cross_entropy(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:
-    """The sum over all images of the softmax cross-entropy of `features @ weights + bias`."""
+    """Sums the softmax cross-entropy of `features @ weights + bias` over all images."""
 
     def loss(features: jax.Array, labels: jax.Array) -> jax.Array:
         logits = features @ weights + bias
@@ -195,7 +196,7 @@ def _cross_entropy(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Arra
 
 
 def _softmax_curvature(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:
-    """The sum over all images of the cross-entropy's mean curvature in its K - 1 free logits."""
+    """Sums the mean curvature of the cross-entropy in its K - 1 free logits over all images."""
 
     def curvature(features: jax.Array, labels: jax.Array) -> jax.Array:
         trace = 1 - jnp.sum(jax.nn.softmax(features @ weights + bias) ** 2, axis=1)
@@ -205,7 +206,7 @@ def _softmax_curvature(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.
 
 
 def _analyse(rows: _Rows, num_classes: int) -> _Statistics:
-    """The statistics of rows that have each of the classes."""
+    """Computes the statistics of rows in which every class occurs."""
 
     def sums(features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float64)  # all 0 in padding
@@ -240,21 +241,22 @@ def _optimize(
     *,
     penalty: str,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """One to ITERATIONS_PER_CALL iterations of L-BFGS.
+    """Runs one to ITERATIONS_PER_CALL iterations of L-BFGS.
 
     Args:
       rows: the data.
-      statistics: of the data.
+      statistics: statistics of the data.
       lam: () strength of the penalty.
-      weights: (C, K) to start from; not 0 if the penalty is "norm".
-      bias: (K,) of centred features.
+      weights: (C, K) initial weights; not 0 if the penalty is "norm".
+      bias: (K,) initial bias for centred features.
       penalty: "squared" or "norm".
 
     Returns:
-      New weights and bias, and the values of `Fit` by name.
+      The new weights, the new bias, and fields of `Fit` by name.
     """
-    # Along an eigenvector the curvature of F is about the eigenvalue times the curvature of the
-    # softmax, plus that of the penalty. Probabilities near 0 and 1 have little curvature.
+    # Along an eigenvector, the curvature of F is about the eigenvalue times the curvature of the
+    # softmax, plus the curvature of the penalty. The softmax has little curvature where
+    # probabilities are near 0 and 1, so each call measures it again.
     softmax = _softmax_curvature(rows, weights, bias - statistics.mean @ weights) / statistics.count
     curvature = lam if penalty == "squared" else lam / jnp.linalg.norm(weights)
     objective = _Objective(
@@ -291,7 +293,7 @@ def _optimize(
 
 
 class Fitter:
-    """Fits one set of features on the devices, one `lam` after the other."""
+    """Fits regressions for several `lam` in turn to one set of features on the devices."""
 
     def __init__(
         self,
@@ -302,18 +304,18 @@ class Fitter:
         mesh: Mesh,
         penalty: str,
     ):
-        """Lays the data on the devices.
+        """Puts the data on the devices.
 
         Args:
           features: (n, C) float32, on every process.
-          labels: (n,) int32; every class has at least one.
+          labels: (n,) int32; every class occurs at least once.
           num_classes: K, at least 2.
-          mesh: of the devices over which the rows are split.
+          mesh: mesh of the devices over which the rows are sharded.
           penalty: "squared" or "norm".
         """
-        width, everywhere = max(features.shape[1], num_classes), sharding.replicated(mesh)
-        analyse = jax.jit(_analyse, static_argnums=1, out_shardings=everywhere)
-        self._optimize = jax.jit(_optimize, static_argnames="penalty", out_shardings=everywhere)
+        width, replicated = max(features.shape[1], num_classes), sharding.replicated(mesh)
+        analyse = jax.jit(_analyse, static_argnums=1, out_shardings=replicated)
+        self._optimize = jax.jit(_optimize, static_argnames="penalty", out_shardings=replicated)
         self._penalty = penalty
         with jax.enable_x64(True):
             self._rows = _Rows(
@@ -323,14 +325,14 @@ class Fitter:
             self._statistics = analyse(self._rows, num_classes)
             self._steepest = float(jnp.linalg.norm(self._statistics.gradient))
             self._weights = jnp.zeros_like(self._statistics.gradient)
-            self._bias = self._statistics.prior  # of centred features
+            self._bias = self._statistics.prior  # the bias for centred features
 
     def fit(self, lam: float, should_stop: Callable[[], bool] = lambda: False) -> Fit | None:
-        """The regression with strength `lam` of the penalty, started from the fit before.
+        """Fits the regression for one `lam`, starting from the previous fit.
 
         Args:
-          lam: above 0.
-          should_stop: asked every ITERATIONS_PER_CALL iterations; None is returned if it is true.
+          lam: strength of the penalty, above 0.
+          should_stop: called every ITERATIONS_PER_CALL iterations; None is returned if it is True.
         """
         # At W = 0 no direction lowers the cross-entropy by more than `steepest` per unit of |W|.
         if self._steepest == 0 or (self._penalty == "norm" and self._steepest <= lam):
@@ -364,16 +366,16 @@ class Fitter:
         )
 
     def _leave_zero(self, lam: float) -> None:
-        """Takes a step of proximal gradient descent from W = 0, where the norm has no gradient.
+        """Takes a proximal gradient step away from W = 0, where the norm has no gradient.
 
-        The step lowers F: the softmax has a curvature of at most 1/2.
+        The step lowers F, because the curvature of the softmax is at most 1/2.
         """
         length = 2 / self._statistics.eigenvalues[-1] * (1 - lam / self._steepest)
         self._weights = -length * self._statistics.gradient
 
 
 def _guess(features: jax.Array, weights: jax.Array, bias: jax.Array) -> jax.Array:
-    """The class (M, R) int32 of the highest logit of features (M, R, C)."""
+    """Returns the class (M, R) int32 with the highest logit for features (M, R, C)."""
 
     def guess(chunk: jax.Array) -> jax.Array:
         return jnp.argmax(chunk.astype(jnp.float64) @ weights + bias, axis=-1).astype(jnp.int32)
@@ -384,7 +386,7 @@ def _guess(features: jax.Array, weights: jax.Array, bias: jax.Array) -> jax.Arra
 def make_classify(
     features: np.ndarray, num_classes: int, mesh: Mesh
 ) -> Callable[[Fit], np.ndarray]:
-    """Returns `Fit -> classes (n,)` for n `features`, which are laid on the devices once."""
+    """Puts n `features` on the devices and returns the function `Fit -> classes (n,)`."""
     width = max(features.shape[1], num_classes)
     chunks = _lay_out(features.astype(np.float32), mesh, width=width, padding=0)
     guess = jax.jit(_guess, out_shardings=sharding.replicated(mesh))

@@ -1,9 +1,9 @@
-"""OmniBenchmark: the linear probe on many realms, each its own data set, and their mean.
+"""OmniBenchmark: linear probes on many realms, each a data set of its own, and their mean.
 
-The protocol is that of Zhang et al., 2022 (arXiv 2207.07106, `linear_probe` of its code) [read]:
-frozen features of images whose short side is resized bicubically and whose middle is cropped; the
-probe with the penalty lam * |W|. lam is chosen on the realm's val.txt, as the benchmark's README
-asks; its code reports the best lam on the test split.
+The protocol is that of Zhang et al., 2022 (arXiv 2207.07106, `linear_probe` of its code) [read]: a
+bicubic resize of the short side, a central crop, frozen features, and a probe with the penalty
+lam * |W|. The probe chooses lam on the realm's val.txt, as the benchmark's README asks; the
+benchmark's code reports the best lam on the test split instead.
 
 A realm is a folder with images and train.txt, val.txt and test.txt, whose lines are
 `relative/path.jpg CLASS_NUMBER`.
@@ -35,25 +35,27 @@ REALMS = (
 )
 FILES = ("train.txt", "val.txt", "test.txt")
 PENALTY = "norm"
-KEPT_STEPS = ("permute_patches", "permute_pixels", "value_range")  # of the model's own data
+# Ops of the model's own preprocessing that are applied to the realms too.
+MODEL_STEPS = ("permute_patches", "permute_pixels", "value_range")
 
 Splits = tuple[pipeline.Split, pipeline.Split, pipeline.Split]  # train, validation, test
 
 
-def preprocessing(image_size: tuple[int, int], own: str | None) -> str:
-    """The steps that an image takes.
+def preprocessing(image_size: tuple[int, int], model_preprocess: str | None) -> str:
+    """Returns the preprocessing of the images.
 
     Args:
-      image_size: (H, W) that the model takes; a rectangle is resized to.
-      own: the steps of the model's own data, if they are known; KEPT_STEPS of these are added.
+      image_size: (H, W) of the model's input; if it is not square, images are resized without crop.
+      model_preprocess: preprocessing of the data that the model was trained on, whose MODEL_STEPS
+        are appended; None if it is unknown.
     """
     height, width = image_size
     steps = f"decode|resize_small({height}, method='bicubic', antialias=True)"
     steps += f"|central_crop({height})"
     if height != width:
         steps = f"decode|resize(({height}, {width}), method='bicubic', antialias=True)"
-    own_steps = [step.strip() for step in (own or "").split("|")]
-    return "|".join([steps, *(step for step in own_steps if step.startswith(KEPT_STEPS))])
+    model_steps = [step.strip() for step in (model_preprocess or "").split("|")]
+    return "|".join([steps, *(step for step in model_steps if step.startswith(MODEL_STEPS))])
 
 
 def open_realms(
@@ -64,27 +66,27 @@ def open_realms(
     preprocess: str | None,
     say: Callable[[str], None],
 ) -> dict[str, Splits]:
-    """The training, validation and test split of each realm, by its name.
+    """Opens the training, validation and test split of each realm, keyed by the realm's name.
 
     Args:
-      data_dir: the folder of the realms' folders.
-      names: of the realms to open; none: all.
-      image_size: (H, W) that the model takes.
-      preprocess: of the model's own data; None: not known.
-      say: gets a line on which of the benchmark's realms are missing.
+      data_dir: the folder that contains the folders of the realms.
+      names: names of the realms to open; none: all.
+      image_size: (H, W) of the model's input.
+      preprocess: preprocessing of the data that the model was trained on; None if it is unknown.
+      say: prints a line about the realms of the benchmark that are missing.
 
     Raises:
-      UserError: no such folder or realm; an annotation file that is missing or has a bad line; an
-        image that is missing.
+      UserError: a folder, realm, annotation file or image does not exist, or an annotation file has
+        an invalid line.
     """
     if not data_dir:
         raise UserError(
-            "--suite=omnibenchmark: --data_dir is missing; expected the folder of the realms' "
-            "folders, as in --data_dir=/data/omnibenchmark"
+            "--suite=omnibenchmark: --data_dir is missing; expected the folder that contains the "
+            "realms' folders, as in --data_dir=/data/omnibenchmark"
         )
     root = files.parse_path("--data_dir", data_dir)
     if not root.is_dir():
-        raise UserError(f"--data_dir={root} is no folder; expected the folder of the realms")
+        raise UserError(f"--data_dir={root} is not a folder; expected the folder of the realms")
     available = _list_realms(root)
     for name in names:
         if name not in available:
@@ -112,7 +114,7 @@ def open_realms(
 
 
 def _list_realms(root: epath.Path) -> list[str]:
-    """The folders that have an annotation file or the name of a realm."""
+    """Lists the folders that contain an annotation file or have the name of a realm."""
     folders = sorted(folder.decode(name) for name, _ in folder.list_folder(root, b"").folders)
     realms = [
         name
@@ -121,14 +123,14 @@ def _list_realms(root: epath.Path) -> list[str]:
     ]
     if not realms:
         raise UserError(
-            f"--data_dir={root} holds no realm; expected folders such as {root}/bird with "
+            f"--data_dir={root} contains no realm; expected folders such as {root}/bird with "
             f"{', '.join(FILES)}"
         )
     return realms
 
 
 def _open_realm(directory: epath.Path, steps: str, image_size: tuple[int, int]) -> Splits:
-    """The three splits of the realm in a folder."""
+    """Opens the three splits of the realm in a folder."""
     listings = [annotations.read_annotations(directory / file, directory) for file in FILES]
     count = 1 + max(int(listing.labels.max()) for listing in listings)
     class_names = tuple(str(number) for number in range(count))
@@ -141,7 +143,7 @@ def _open_realm(directory: epath.Path, steps: str, image_size: tuple[int, int]) 
 
 
 def settings(splits: Splits) -> str:
-    """A digest of a realm's images, labels and preprocessing, and of how the probe is fitted."""
+    """Returns a digest of a realm's images, labels and preprocessing, and the probe's settings."""
     parts = [[split.fingerprint, str(split.preprocess)] for split in splits]
     parts.append([PENALTY, *linear_probe.LAMBDAS, logistic.TOLERANCE])
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
@@ -158,18 +160,18 @@ def evaluate(
     prefetch_batches: int,
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each realm's name in results.json and its result, as soon as it is known.
+    """Evaluates the realms; yields the name in results.json and the result of each realm.
 
     Args:
-      model: whose pre_logits are the features.
-      params: of the model, by the suffix of the results' names, "" or "_ema".
-      realms: as of `open_realms`.
-      recorded: what results.json has for the same weights. A realm whose `settings` it has is not
-        computed again.
-      mesh: of the devices.
-      global_batch_size: images per step of the model, over all devices.
-      prefetch_batches: batches on their way to the devices.
-      say: gets a line as each realm begins and ends.
+      model: the model whose pre_logits are the features.
+      params: sets of parameters of the model, by the suffix of the results' names, "" or "_ema".
+      realms: the realms that `open_realms` returns.
+      recorded: the results for the same weights in results.json. A realm that is recorded with the
+        same `settings` is not computed again.
+      mesh: mesh of the devices.
+      global_batch_size: images per batch, over all devices.
+      prefetch_batches: number of batches to prefetch to the devices.
+      say: prints a line when a realm starts and when it ends.
     """
     tasks = [(name, suffix) for name in realms for suffix in params]
     images = {name: sum(split.num_examples for split in realms[name]) for name in realms}
@@ -181,16 +183,16 @@ def evaluate(
     images_left = sum(images[name] for name, suffix in tasks if not is_done[name, suffix])
     images_done, seconds = 0, 0.0
     for number, (name, suffix) in enumerate(tasks, 1):
-        place = f"realm {number} of {len(tasks)}: {name}{suffix}"
+        progress = f"realm {number} of {len(tasks)}: {name}{suffix}"
         if is_done[name, suffix]:
             summary = dict(recorded[name + suffix])
-            say(f"{place}: {linear_probe.sentence(summary)}, done before")
+            say(f"{progress}: {linear_probe.sentence(summary)}, already recorded")
             yield name + suffix, summary
             continue
         hint = ""
         if images_done:
             hint = f", about {formatting.duration(seconds / images_done * images_left)} left"
-        say(f"{place}: {images[name]:,} images{hint}")
+        say(f"{progress}: {images[name]:,} images{hint}")
         start = time.monotonic()
         result = linear_probe.evaluate(
             model,
@@ -204,7 +206,7 @@ def evaluate(
         duration = time.monotonic() - start
         weights = "ema" if suffix else "params"
         summary = {"realm": name, "weights": weights, "settings": digests[name], **result.summary()}
-        say(f"{place}: {linear_probe.sentence(summary)}, took {formatting.duration(duration)}")
+        say(f"{progress}: {linear_probe.sentence(summary)}, took {formatting.duration(duration)}")
         yield name + suffix, summary
         seconds += duration
         images_done, images_left = images_done + images[name], images_left - images[name]
@@ -212,13 +214,13 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """The mean over realms, all with the same weight. Shares are in 0..1.
+    """The mean over realms, which have equal weights. Accuracies are in 0..1.
 
     Attributes:
       weights: "params" or "ema".
-      realms: their names.
+      realms: names of the realms.
       top1, mean_per_class: means over the realms.
-      top1_interval: (low, high) of 95 %; the only source of chance is the number of test images.
+      top1_interval: 95 % interval (low, high), which covers only the sampling of test images.
     """
 
     weights: str
@@ -229,7 +231,7 @@ class Mean:
 
     @property
     def name(self) -> str:
-        """In the table."""
+        """The name in the table."""
         return "mean (average)" if self.weights == "ema" else "mean"
 
     @property
@@ -239,7 +241,7 @@ class Mean:
 
 
 def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
-    """The mean over the realms of each set of parameters, from results.json's section."""
+    """Computes the mean over the realms for each set of parameters, from results.json."""
     results = []
     for weights in ("params", "ema"):
         rows = [summary for summary in summaries.values() if summary["weights"] == weights]
@@ -259,7 +261,7 @@ def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The cells of a table, its header first: a row per realm, then the means."""
+    """Returns the rows of a table, its header first: one row per realm, then the means."""
     rows = linear_probe.table(summaries, "realm")
     for mean in means(summaries):
         low, high = mean.top1_interval
@@ -269,7 +271,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line per realm on its training data and its remarks, then a line per mean."""
+    """Returns a line per realm with its training data and remarks, then a line per mean."""
     texts = linear_probe.notes(summaries)
     for mean in means(summaries):
         text = f"{mean.name}: over {mean.extent}"

@@ -1,4 +1,4 @@
-"""`evaluate.py`: evaluates weights, and enters the results in their report card."""
+"""Evaluates weights and writes the results to their report card, for `evaluate.py`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -36,16 +36,16 @@ OMNIBENCHMARK, THROUGHPUT = "omnibenchmark", "throughput"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is evaluated.
+    """The options of an evaluation.
 
     Attributes:
-      splits: of the subjects' configs, if there is no suite.
-      suite: sets and groups of `suites`, PROBES, "omnibenchmark" and "throughput".
-      data_dir: where the data is; "": where the config says, or TFDS's own default.
-      label_file: likewise of the file of labels; None: where the config says.
+      splits: names of the splits of the subjects' configs to evaluate, if there is no suite.
+      suite: tasks and groups of `suites`, PROBES, "omnibenchmark" and "throughput".
+      data_dir: data directory; "": the config's, or the default of TFDS.
+      label_file: file of labels; None: the config's.
       save_predictions: whether to write evaluation/SET.npz, the predictions for every image.
-      batch_sizes: of "throughput", images per device.
-      realms: of "omnibenchmark"; none: all that `data_dir` has.
+      batch_sizes: images per device for "throughput".
+      realms: realms for "omnibenchmark"; none: all realms in `data_dir`.
     """
 
     splits: Sequence[str] = ()
@@ -59,12 +59,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What `--suite` fits to the features of the weights, and a section of results.json.
+    """A probe of `--suite`, which has its own section in results.json.
 
     Attributes:
-      open_data: (subject, data_dir) -> the data of each result, by name.
-      evaluate: (model, params, data, mesh=, global_batch_size=, prefetch_batches=) -> a result,
-        whose `summary()` is recorded.
+      open_data: function (subject, data_dir) -> data by the name of the result.
+      evaluate: function (model, params, data, mesh=, global_batch_size=, prefetch_batches=) ->
+        result; its `summary()` is written to results.json.
     """
 
     open_data: Callable[[Subject, str], Mapping[str, Any]]
@@ -72,14 +72,16 @@ class Probe:
 
 
 def _open_fewshot(subject: Subject, data_dir: str) -> dict[str, tuple[Split, Split]]:
-    """Training and test split of the subject's own data; without a config, of the authors' sets."""
+    """Opens the training and test split of the config; without a config, of the authors' sets."""
     config = subject.config
     if config is None:
         return suites.open_fewshot(subject.card.image_size, data_dir)
     test_name = "test" if config.dataset.test_split else "val"
     train, test = (run.open_split(config, name, None) for name in ("train", test_name))
     if test is None:
-        raise UserError("the few-shot probe needs dataset.test_split or dataset.val_split")
+        raise UserError(
+            "few-shot: dataset.test_split and dataset.val_split are empty; expected one"
+        )
     fewshot.check(train, test)
     return {run.data_name(config): (train, test)}
 
@@ -89,7 +91,7 @@ def _evaluate_fewshot(model: nn.Module, params: Any, data: tuple[Split, Split], 
 
 
 def _open_linear_probe(subject: Subject, data_dir: str) -> dict[str, linear_probe.Splits]:
-    """The splits of the subject's own data; without a config, of the few-shot probe's sets."""
+    """Opens the splits of the config; without a config, of the few-shot probe's data sets."""
     if subject.config is not None:
         return {run.data_name(subject.config): linear_probe.open_splits(subject.config)}
     sets = suites.open_fewshot(subject.card.image_size, data_dir)
@@ -111,42 +113,45 @@ PROBES = {
 def evaluate(
     subjects: Sequence[Callable[[], Subject]], options: Options, *, output: str | None = None
 ) -> None:
-    """Evaluates weights one after the other, and prints a table of each and one of all.
+    """Evaluates weights in turn; prints a report for each and a table that compares them.
 
     Args:
-      subjects: functions that open them, called one at a time: only one's weights are in memory.
-      options: what is evaluated.
-      output: directory for side_by_side.md, the table of several weights; None: it is not written.
+      subjects: functions that open a subject; they are called in turn, so that only one set of
+        weights is in memory.
+      options: the options of the evaluation.
+      output: directory of side_by_side.md, the table that compares the weights; None: no file.
 
     Raises:
-      UserError: data that is missing, or not of the weights' classes. If there are several
-        weights, the others are evaluated nevertheless.
+      UserError: data is missing or has other classes than the weights. With several weights, the
+        error is raised after the other weights are evaluated.
     """
     console = Console()
     if output is not None and processes.is_main():
         files.make_directory(output, "--output")
-    names = suites.expand(options.suite, others=(*PROBES, OMNIBENCHMARK, THROUGHPUT))
+    names = suites.expand(options.suite, probes=(*PROBES, OMNIBENCHMARK, THROUGHPUT))
     options = dataclasses.replace(options, suite=names)
-    done: dict[str, Results] = {}
-    failed: list[str] = []
+    results_by_name: dict[str, Results] = {}
+    failures: list[str] = []
     for open_subject in subjects:
         subject = None
         try:
             subject = open_subject()
-            done[subject.name] = _evaluate(subject, options, console)
+            results_by_name[subject.name] = _evaluate(subject, options, console)
         except UserError as error:
             if len(subjects) == 1 or jax.process_count() > 1:
                 raise  # other processes may be evaluating this subject
-            failed.append(f"{subject.name}: {error}" if subject else str(error))
-    if len(done) > 1:
-        _show_side_by_side(done, console, output)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(subjects)} not evaluated: {'; '.join(failed)}")
+            failures.append(f"{subject.name}: {error}" if subject else str(error))
+    if len(results_by_name) > 1:
+        _show_side_by_side(results_by_name, console, output)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(subjects)} not evaluated: {'; '.join(failures)}")
 
 
-def _show_side_by_side(done: Mapping[str, Results], console: Console, output: str | None) -> None:
-    title = "Side by side: top-1 with its interval of 95 %, images/s a device."
-    table = results.side_by_side(done)
+def _show_side_by_side(
+    results_by_name: Mapping[str, Results], console: Console, output: str | None
+) -> None:
+    title = "Comparison: top-1 with 95 % interval, images/s per device."
+    table = results.side_by_side(results_by_name)
     console.say("")
     tables.print_document(console, title, [table])
     if output is not None and processes.is_main():
@@ -162,9 +167,9 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
             subject.config.dataset.data_dir = options.data_dir
         if options.label_file is not None:
             subject.config.dataset.label_file = options.label_file
-    # All data is opened before any is evaluated.
-    opened = _open_splits(subject, options, console.say)
-    probed = {
+    # Open all data first, so that errors in the data are raised before the evaluation.
+    splits = _open_splits(subject, options, console.say)
+    probe_data = {
         name: probe.open_data(subject, options.data_dir)
         for name, probe in PROBES.items()
         if name in options.suite
@@ -172,21 +177,21 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
     realms = _open_realms(subject, options, console.say)
     weights = read_weights(subject, console.say)
     card = ReportCard(subject, weights.identity)
-    if opened:
-        _classify(subject, weights, opened, options, card, console)
-    for name, data in probed.items():
+    if splits:
+        _classify(subject, weights, splits, options, card, console)
+    for name, data in probe_data.items():
         _probe(name, subject, weights, data, card, console)
     _evaluate_realms(subject, weights, realms, card, console)
     if THROUGHPUT in options.suite:
         with console.status("throughput"):
-            measured = throughput.measure(
+            result = throughput.measure(
                 weights.model,
                 weights.params[""](),
                 subject.card.image_size,
                 batch_sizes=options.batch_sizes,
                 mesh=subject.mesh,
             )
-        card.add(THROUGHPUT, subject.card.variant or "model", measured.summary())
+        card.add(THROUGHPUT, subject.card.variant or "model", result.summary())
     _add_cost(subject, card, console)
     card.print(console)
     return card.new
@@ -195,7 +200,7 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
 def _open_splits(
     subject: Subject, options: Options, say: Callable[[str], None]
 ) -> dict[str, Split]:
-    """The splits to classify, by the name of their results."""
+    """Opens the splits to classify, keyed by the name of their results."""
     card = subject.card
     opened = {} if options.suite else _open_own_splits(subject, options.splits, say)
     for name in _prepared_tasks(options, say):
@@ -213,73 +218,74 @@ def _open_splits(
 
 
 def _open_own_splits(
-    subject: Subject, which: Sequence[str], say: Callable[[str], None]
+    subject: Subject, split_names: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Split]:
-    """The splits of the subject's config, by the name of their results.
+    """Opens the splits of the subject's config, keyed by the name of their results.
 
-    That name is "val" or "test" for the data that the weights' own run was trained with; for any
-    other it also names the data, as in "cifar10_test".
+    The name is "val" or "test" if the run of the weights was trained with the same data; otherwise
+    the name includes the data set, as in "cifar10_test".
     """
     config = subject.config
     if config is None:
         raise UserError(
-            f"{subject.name} says nothing of data: give --config=FILE or --suite=NAME, one of "
-            f"{', '.join((*suites.GROUPS, *PROBES, OMNIBENCHMARK, THROUGHPUT, *suites.TASKS))}"
+            f"{subject.name} does not specify a data set; pass --config=FILE or --suite=NAME (one "
+            f"of {', '.join((*suites.GROUPS, *PROBES, OMNIBENCHMARK, THROUGHPUT, *suites.TASKS))})"
         )
     record = subject.data_record() or {}
     class_names = subject.class_names if subject.has_own_data else None
     opened = {}
-    for name in which:
+    for name in split_names:
         split = run.open_own_split(config, name, class_names, record)
         if split is None:
             continue
-        other_name = f"{run.data_name(config)}_{name}"
+        long_name = f"{run.data_name(config)}_{name}"
         change = name in record and run.data_change(record[name], split)
         if change:
             say(
-                f"{split.name} is not what the run was trained with: {split.num_examples:,} "
-                f"images, and {record[name]['num_examples']:,} then ({change}); its result is "
-                f"{other_name}"
+                f"{split.name} differs from the data of the run: {split.num_examples:,} images; "
+                f"expected {record[name]['num_examples']:,} ({change}); the result is named "
+                f"{long_name}"
             )
         is_own = subject.has_own_data and name in record and not change
-        opened[name if is_own else other_name] = split
+        opened[name if is_own else long_name] = split
     if not opened:
-        raise UserError(f"the config of {subject.name} names no split {' or '.join(which)}")
+        keys = " and ".join(f"dataset.{name}_split" for name in split_names)
+        raise UserError(f"{keys}: empty in the config of {subject.name}; expected a split")
     return opened
 
 
 def _prepared_tasks(options: Options, say: Callable[[str], None]) -> list[str]:
-    """The tasks of the suite; of several, those whose data is prepared, if any is."""
+    """Returns the tasks of the suite whose data is prepared, or all tasks if none is prepared."""
     tasks = [name for name in options.suite if name in suites.TASKS]
     missing = [name for name in tasks if not suites.is_prepared(name, options.data_dir)]
     if len(missing) == len(tasks):
-        return tasks  # opening the first says what is missing
+        return tasks  # opening the first task raises an error that names its data
     for name in missing:
-        say(f"{name}: left out, its data is not here ({suites.TASKS[name].dataset})")
+        say(f"{name}: skipped, because {suites.TASKS[name].dataset} is not prepared")
     return [name for name in tasks if name not in missing]
 
 
 def _classify(
     subject: Subject,
     weights: Weights,
-    opened: Mapping[str, Split],
+    splits: Mapping[str, Split],
     options: Options,
     card: ReportCard,
     console: Console,
 ) -> None:
-    """Classifies every split with every set of parameters, and adds the results to the card."""
+    """Evaluates every set of parameters on every split, and adds the results to the card."""
     eval_step = classification.make_eval_step(
         make_predict(weights.model, subject.mesh),
         losses.make_loss(subject.loss),
         subject.card.num_classes,
     )
-    # No larger than the largest split, so that a small one is not mostly padding.
+    # Limit the batch size to the largest split: batches of small splits would be mostly padding.
     shards = sharding.batch_shards(subject.mesh)
-    largest = max(split.num_examples for split in opened.values())
+    largest = max(split.num_examples for split in splits.values())
     batch_size = min(subject.batch_size, -(-largest // shards) * shards)
     for suffix, read_params in weights.params.items():
         params = read_params()
-        for name, split in opened.items():
+        for name, split in splits.items():
             name = f"{name}{suffix}"
             with ProgressBar(console, name, total=split.num_examples) as bar:
                 result = classification.evaluate(
@@ -302,9 +308,9 @@ def _classify(
 
 
 def _write_classes(path: epath.Path, result: classification.Classification, split: Split) -> None:
-    """Writes accuracy and interval of every class, and the confusions [label, guess, images]."""
+    """Writes the accuracy and interval of each class, and confusions [label, guess, images]."""
     if result.mean_per_class is None:
-        return  # images have several labels: none is that of one class alone
+        return  # per-class accuracy is undefined for images with several labels
     predictions = result.predictions
     hits, images = scores.per_class(predictions.label, predictions.hit, len(split.class_names))
     classes = [
@@ -328,7 +334,7 @@ def _probe(
     card: ReportCard,
     console: Console,
 ) -> None:
-    """Evaluates a probe on all its data with every set of parameters, and adds the results."""
+    """Evaluates a probe on all its data with every set of parameters; adds the results."""
     for name, splits in data.items():
         for suffix, read_params in weights.params.items():
             with console.status(Text(f"{section} on {name}{suffix}")):
@@ -346,7 +352,7 @@ def _probe(
 def _open_realms(
     subject: Subject, options: Options, say: Callable[[str], None]
 ) -> dict[str, linear_probe.Splits]:
-    """The realms of OmniBenchmark, if the suite has it."""
+    """Opens the realms of OmniBenchmark, if the suite includes OmniBenchmark."""
     if OMNIBENCHMARK not in options.suite:
         return {}
     return omnibenchmark.open_realms(
@@ -365,7 +371,7 @@ def _evaluate_realms(
     card: ReportCard,
     console: Console,
 ) -> None:
-    """Adds the linear probe on each realm. A realm that is recorded is not computed again."""
+    """Adds the linear probe on each realm; does not recompute recorded realms."""
     if not realms:
         return
     summaries = omnibenchmark.evaluate(
@@ -383,12 +389,12 @@ def _evaluate_realms(
 
 
 def _add_cost(subject: Subject, card: ReportCard, console: Console) -> None:
-    """Adds what the training of a run took, by the run's own record, to the card."""
+    """Adds the cost of training, computed from the run's metrics.jsonl, to the card."""
     if subject.step is None:
         return
     rows = run_files.read_metrics(subject.workdir, console.say)
     rows = [row for row in rows if row["step"] <= subject.step]
-    own, _ = run.read_run(subject.workdir)
-    cost = throughput.core_hours(rows, global_batch_size=own.global_batch_size)
+    config, _ = run.read_run(subject.workdir)
+    cost = throughput.core_hours(rows, global_batch_size=config.global_batch_size)
     if cost is not None:
         card.add("training", "cost", cost.summary())

@@ -1,4 +1,4 @@
-"""results.json, which holds every result of some weights, and results.md, which shows them."""
+"""Reads and writes results.json, all results of a set of weights, and the report results.md."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from mixer.parallel import processes
 from mixer.runs import config as run
 
 Interval = tuple[float, float]
-# Columns of the table of splits; a column without any value is not shown.
+# Columns of the table of splits; a column without values is omitted.
 COLUMNS = (
     *("set", "images", "top-1", "95 % interval", "top-5", "loss", "ECE", "per class"),
     "published",
@@ -34,19 +34,19 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class SplitResult:
-    """The result of one split in results.json; shares are in 0..1, intervals of 95 %.
+    """The result of one split in results.json; accuracies are in 0..1, intervals at 95 %.
 
-    A value is None if the code that wrote the file did not record it, and `mean_per_class` also if
-    images have several labels.
+    A value is None if an older version of the code wrote the file and did not record the value;
+    `mean_per_class` is also None if images have several labels.
 
     Attributes:
       count: number of images.
-      top1: share of the labelled images.
+      top1: top-1 accuracy on the labelled images.
       top1_interval: its interval.
-      labelled, top5, loss, ece, mean_per_class, mean_per_class_interval: as of `Classification`.
+      labelled, top5, loss, ece, mean_per_class, mean_per_class_interval: as in `Classification`.
       data: name of the split.
-      reported: "top1" or "mean_per_class", the figure that papers report for the set.
-      published: what others report: {"weights", "top1", "source"}.
+      reported: "top1" or "mean_per_class", the metric that papers report for the data set.
+      published: the published accuracy: {"weights", "top1", "source"}.
     """
 
     count: int
@@ -65,11 +65,11 @@ class SplitResult:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a results.json holds.
+    """The content of a results.json.
 
     Attributes:
-      step: of the checkpoint; None for weights that are no run's.
-      splits: by name, such as "val" or "test_ema".
+      step: step of the checkpoint; None for weights that are not a run's checkpoint.
+      splits: results of splits by name, such as "val" or "test_ema".
       sections: all other sections by name, such as "fewshot"; each holds summaries by name.
     """
 
@@ -79,7 +79,7 @@ class Results:
 
 
 def read(directory: epath.PathLike, checkpoint_name: str) -> Results | None:
-    """The results in a directory of the checkpoint of that name; None if there are none.
+    """Reads the results of the named checkpoint from a directory; returns None if there are none.
 
     Raises:
       UserError: the file is damaged.
@@ -89,7 +89,7 @@ def read(directory: epath.PathLike, checkpoint_name: str) -> Results | None:
 
 
 def parse(saved: Mapping[str, Any]) -> Results:
-    """The content of a results.json. Splits that lack a count or an accuracy are left out."""
+    """Parses the content of a results.json; skips splits without a count or an accuracy."""
     splits = {
         name: _split_result(value)
         for name, value in saved.get("splits", {}).items()
@@ -110,17 +110,17 @@ def _split_result(value: Mapping[str, Any]) -> SplitResult:
 
 
 class ReportCard:
-    """results.json and results.md of one subject. Process 0 alone writes them."""
+    """Writes results.json and results.md of one subject, on process 0 only."""
 
     def __init__(self, subject: Subject, identity: Mapping[str, Any]):
         """Checks that the results can be written, before anything is computed.
 
         Args:
-          subject: whose results these are.
-          identity: of its weights; results of other weights are replaced.
+          subject: the subject of the evaluation.
+          identity: identity of its weights; results of other weights are overwritten.
 
         Raises:
-          UserError: the directory cannot be written, or holds a damaged results.json.
+          UserError: the directory is not writable or contains a damaged results.json.
         """
         self._subject = subject
         self._identity = identity
@@ -138,11 +138,11 @@ class ReportCard:
 
     @property
     def new(self) -> Results:
-        """The results that were added, without those that the file had."""
+        """The results that this object added to the file."""
         return parse(self._new)
 
     def recorded(self, section: str) -> dict[str, Any]:
-        """What a section of results.json holds for the same weights, on every process."""
+        """Returns a section of results.json for the same weights, on every process."""
         content = {}
         if processes.is_main():
             content = run_files.read_results(self._subject.output, self._checkpoint_name) or {}
@@ -151,7 +151,7 @@ class ReportCard:
         return processes.broadcast(content.get(section, {}))
 
     def file_of(self, name: str, suffix: str) -> epath.Path:
-        """The path of a further file about the data set `name`."""
+        """Returns the path of an additional file about the data set `name`."""
         prefix = "" if self._checkpoint_name == "last" else f"{self._checkpoint_name}_"
         return self._directory / f"{prefix}{name}{suffix}"
 
@@ -163,11 +163,11 @@ class ReportCard:
         output, checkpoint_name = self._subject.output, self._checkpoint_name
         run.record_result(output, checkpoint_name, self._identity, name, summary, section=section)
         blocks = report_blocks(self._subject, read(output, checkpoint_name) or self.new)
-        with files.whole(self._path.with_suffix(".md")) as new:
-            new.write_text(tables.markdown_document(_title(self._subject), blocks))
+        with files.whole(self._path.with_suffix(".md")) as new_file:
+            new_file.write_text(tables.markdown_document(_title(self._subject), blocks))
 
     def add_split(self, name: str, result: Classification, split: Split) -> None:
-        """Adds the result of a split, and what others report for it."""
+        """Adds the result of a split and, if there is one, the published accuracy."""
         summary = {"data": split.name, **result.summary()}
         task = suites.TASKS.get(name)
         summary["reported"] = "mean_per_class" if task and task.mean_per_class else "top1"
@@ -178,7 +178,7 @@ class ReportCard:
         self.add("splits", name, summary)
 
     def print(self, console: Console) -> None:
-        """Prints the new results, and where all are."""
+        """Prints the new results and the paths of the files with all results."""
         blocks = report_blocks(self._subject, self.new)
         tables.print_document(console, _title(self._subject), blocks)
         console.say(f"written to {self._path.with_suffix('.md')} and {self._path.name}")
@@ -191,7 +191,7 @@ def _title(subject: Subject) -> str:
 
 
 def report_blocks(subject: Subject, results: Results) -> list[Block]:
-    """The report card of a subject, as paragraphs and tables."""
+    """Builds the report card of a subject from paragraphs and tables."""
     card = subject.card
     height, width = card.image_size
     blocks: list[Block] = [
@@ -216,14 +216,15 @@ def report_blocks(subject: Subject, results: Results) -> list[Block]:
 
 def _splits_table(results: Mapping[str, SplitResult]) -> Table:
     rows = [_split_row(name, result) for name, result in results.items()]
-    shown = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
+    columns = [column for column in range(len(COLUMNS)) if any(row[column] for row in rows)]
     return Table(
-        [COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows]
+        [COLUMNS[column] for column in columns],
+        [[row[column] for column in columns] for row in rows],
     )
 
 
 def _split_row(name: str, result: SplitResult) -> list[str]:
-    """The cells of COLUMNS."""
+    """Returns the cells of COLUMNS."""
     images = f"{result.count:,}"
     if result.labelled not in (None, result.count):
         images = f"{result.labelled:,} of {images}"
@@ -241,7 +242,7 @@ def _split_row(name: str, result: SplitResult) -> list[str]:
 
 
 def _split_notes(results: Mapping[str, SplitResult]) -> list[str]:
-    """A line per split about its data, then one per published figure about its origin."""
+    """Returns a line about the data of each split, then a line about each published accuracy."""
     notes = [f"{name} is {result.data}" for name, result in results.items() if result.data]
     for name, result in results.items():
         if published := result.published:
@@ -280,7 +281,7 @@ def _transfer_blocks(summaries: Mapping[str, Any]) -> list[Block]:
 
 
 def transfer_table(summary: Mapping[str, Any]) -> Table:
-    """The table of `mixer.transfer.Transfer.summary()`: a row per task, then one per mean."""
+    """Makes the table of `mixer.transfer.Transfer.summary()`: a row per task, then per mean."""
     rows = []
     for name, task in summary["tasks"].items():
         figures = percent(task["top1"]), span(task["top1_interval"])
@@ -333,11 +334,12 @@ def _throughput_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """How a section of results.json is shown.
+    """The presentation of a section of results.json.
 
     Attributes:
-      blocks: from the section's summaries to the blocks of the report card.
-      figures: from them to the figures of the table that compares weights, by column.
+      blocks: function from the section's summaries to blocks of the report card.
+      figures: function from the section's summaries to the cells of the table that compares
+        several weights, by column.
     """
 
     blocks: Callable[[Mapping[str, Any]], list[Block]]
@@ -358,8 +360,8 @@ SECTIONS = {
 
 
 def side_by_side(results: Mapping[str, Results]) -> Table:
-    """A row of accuracies and rates for each of several weights, by their names."""
-    rows = {name: _figures(each) for name, each in results.items()}
+    """Makes a table of accuracies and rates with a row per entry, keyed by the weights' name."""
+    rows = {name: _figures(weights_results) for name, weights_results in results.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     return Table(
         ["weights", *columns],
@@ -368,7 +370,7 @@ def side_by_side(results: Mapping[str, Results]) -> Table:
 
 
 def _figures(results: Results) -> dict[str, str]:
-    """Accuracy and interval of everything: top-1, or the mean per class where papers report it."""
+    """Returns every accuracy with its interval: top-1, or mean per class if papers report it."""
     figures = {}
     for name, result in results.splits.items():
         if result.reported == "mean_per_class":

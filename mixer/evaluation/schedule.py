@@ -1,4 +1,4 @@
-"""The evaluations of a training run: which are due, which were missed, and where results go."""
+"""The evaluation schedule of a training run: runs due and missed evaluators, records results."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ from mixer.runs.resume import Start
 from mixer.training.state import TrainState
 from mixer.training.step import make_predict
 
-# A probe of `eval_suite`: (config, splits, setup) -> its evaluator.
+# The probes of `eval_suite`: functions (config, splits, setup) -> evaluator.
 PROBES: dict[str, Callable[[ConfigDict, run_config.Splits, Setup], Evaluator]] = {
     "fewshot": fewshot.open_evaluator,
     "linear_probe": linear_probe.open_evaluator,
@@ -25,14 +25,14 @@ PROBES: dict[str, Callable[[ConfigDict, run_config.Splits, Setup], Evaluator]] =
 class EvaluationSchedule:
     """Runs evaluators when they are due, and records their results.
 
-    A result enters results.json first and metrics.jsonl last, before the next evaluator starts: an
-    evaluator whose key is in metrics.jsonl has run.
+    Each result is written to results.json first and to metrics.jsonl last, before the next
+    evaluator starts: if the key of an evaluator is in metrics.jsonl, the evaluator has run.
     """
 
     def __init__(
         self, evaluators: Sequence[Evaluator], *, run: OpenRun, log: TrainLog, best: Best | None
     ):
-        """`best` keeps the weights with the highest validation accuracy."""
+        """Takes the evaluators of a run; `best` saves weights with the highest accuracy."""
         self._evaluators, self._open_run, self._log, self._best = evaluators, run, log, best
 
     def is_due(self, step: int) -> bool:
@@ -42,13 +42,13 @@ class EvaluationSchedule:
     def run(self, state: TrainState, step: int) -> None:
         """Runs the evaluators that are due after update `step`.
 
-        A signal ends an evaluator early; it is then still due and runs when the run continues.
+        An evaluator that a signal interrupts is still due, and runs when training is resumed.
         """
         due = [evaluator for evaluator in self._evaluators if evaluator.is_due(step)]
         self._run(due, state, step, f"step {step}: ")
 
     def run_missed(self, state: TrainState, step: int) -> None:
-        """Runs the evaluators that were due at `step` when an earlier start of the run ended."""
+        """Runs the evaluators that were due at `step` but had not run when training stopped."""
         keys = self._keys_at(step)
         missed = [
             evaluator
@@ -91,17 +91,19 @@ class EvaluationSchedule:
             self._log.writer.write(step, metrics)
 
     def _keys_at(self, step: int) -> set[str]:
-        """What metrics.jsonl has of `step`."""
+        """Returns the keys that metrics.jsonl has for `step`."""
         return {key for row in self._log.writer.rows if row["step"] == step for key in row}
 
 
 def open_evaluators(config: ConfigDict, start: Start) -> tuple[list[Evaluator], list[Evaluator]]:
-    """The evaluators of a run: those of its validations, and those of its end.
+    """Opens the evaluators of a run.
 
-    A run that had finished already evaluates its validation split at the end too.
+    Returns:
+      The evaluators that run at each validation, and those that run at the end. For a run that has
+      already finished, the latter include the validation split.
 
     Raises:
-      UserError: what `eval_suite` names is unknown, or its data does not fit the run.
+      UserError: a name in `eval_suite` is unknown, or its data does not match the run.
     """
     program, splits = start.program, start.splits
     setup = Setup(
@@ -136,7 +138,7 @@ def open_evaluators(config: ConfigDict, start: Start) -> tuple[list[Evaluator], 
 
 
 def make_best(config: ConfigDict, run: OpenRun, log: TrainLog, *, start_step: int) -> Best | None:
-    """Keeps the best weights of a run, if the config says so."""
+    """Makes the object that saves the best weights; None if the config does not ask for them."""
     if not config.checkpoint.keep_best:
         return None
     key = "val_ema/top1" if config.optimizer.ema_decay else "val/top1"

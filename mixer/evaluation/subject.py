@@ -1,4 +1,4 @@
-"""What is evaluated: the weights of a run, or from a file, and the data to evaluate them on."""
+"""The subject of an evaluation: the weights of a run or a file, and data to evaluate them on."""
 
 import dataclasses
 import re
@@ -30,23 +30,27 @@ class Subject:
     """Weights that have not been read yet, and the data to evaluate them on.
 
     Attributes:
-      name: a run, a file, an address without its query, or a short name.
-      path: of the weights, as `mixer.load` takes it; of a run, the checkpoint's directory.
-      found: the weights at `path`.
-      workdir: the run that has trained them, if it is evaluated or says the data; else None.
-      checkpoint_name: "last", "best" or a step's number, if the run itself is evaluated: both sets
-        of its parameters, with the results in the run. None for all other weights.
-      config: of the data and the loss, with the weights' dimensions; None: no data is known.
-      has_own_data: whether `config` is that of the run `workdir`.
-      published: what others report for these weights: (name, {data set: (top-1, source)}).
+      name: a run, a file, a URL without its query, or a short name.
+      path: the path of the weights, as `mixer.load` takes it; for a run, the checkpoint's
+        directory.
+      stored: the weights at `path`.
+      workdir: the run that trained the weights, if the run is evaluated or its config specifies the
+        data; else None.
+      checkpoint_name: "last", "best" or a step number, if the run itself is evaluated: then both
+        sets of its parameters are evaluated, and the results are written to the run. None for all
+        other weights.
+      config: the config of the data and the loss, with the dimensions of the weights; None if no
+        data is specified.
+      has_own_data: whether `config` is the config of the run `workdir`.
+      published: published accuracies of these weights: (name, {data set: (top-1, source)}).
       output: directory of the results.
-      mesh: of all devices.
-      batch_size: images of a step over all devices.
+      mesh: the mesh of all devices.
+      batch_size: images per batch, over all devices.
     """
 
     name: str
     path: str
-    found: load.StoredWeights
+    stored: load.StoredWeights
     workdir: epath.Path | None
     checkpoint_name: str | None
     config: ConfigDict | None
@@ -63,21 +67,21 @@ class Subject:
 
     @property
     def resize(self) -> str:
-        """How the weights are brought to the image size of the data, as for `mixer.load`."""
+        """How the weights are resized to the image size of the data, as for `mixer.load`."""
         return "grow" if self.config is None else self.config.init_resize
 
     @property
     def card(self) -> Card:
-        """What the weights are at the image size, and with the preprocessing, of the data.
+        """The card of the weights, with the image size and the preprocessing of the data.
 
         Raises:
-          UserError: the weights cannot be brought to that size.
+          UserError: the weights cannot be resized to that size.
         """
-        card = self.found.card
+        card = self.stored.card
         if self.config is None:
             return card
         size = (self.config.image_size, self.config.image_size)
-        card = load.resize_card(self.found, size, self.resize)
+        card = load.resize_card(self.stored, size, self.resize)
         return dataclasses.replace(card, preprocess=self.config.dataset.eval_preprocess)
 
     @property
@@ -93,17 +97,17 @@ class Subject:
 
     @property
     def prefetch_batches(self) -> int:
-        """The number of batches on their way to the devices."""
+        """The number of batches to prefetch to the devices."""
         return 2 if self.config is None else self.config.dataset.prefetch_batches
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, if the weights list them."""
-        names = self.found.card.class_names
+        names = self.stored.card.class_names
         return names if isinstance(names, tuple) else None
 
     def data_record(self) -> dict[str, dict[str, Any]] | None:
-        """What data.json says of each split, if the data is that of the weights' own run."""
+        """The record of each split in data.json, if `config` is the config of the run."""
         return run_files.read_data(self.workdir)["splits"] if self.has_own_data else None
 
 
@@ -112,10 +116,11 @@ class Weights:
     """The parameters of a subject.
 
     Attributes:
-      model: which computes with them.
-      params: reads a set of parameters onto the mesh, by the suffix of its results: "", or "_ema"
-        for the moving average that a run keeps.
-      identity: what results.json says of the weights; results of other weights are replaced.
+      model: the model that the parameters belong to.
+      params: by the suffix of the results, a function that reads a set of parameters onto the mesh:
+        "" for the parameters, "_ema" for the moving average of a run that keeps one.
+      identity: the entries of results.json that identify the weights; results of other weights are
+        overwritten.
     """
 
     model: nn.Module
@@ -132,34 +137,35 @@ def open_subject(
     output: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Subject:
-    """Finds weights and their data; reads no array.
+    """Finds weights and their data without reading any array.
 
     Args:
       path: a run, if `checkpoint_name` is given; else weights, as `mixer.load` takes them.
-      checkpoint_name: "last", "best" or a step's number, to evaluate the run itself.
-      config: of the data, the loss and the image size; None: those of the weights' own run, if
-        they are of one.
-      preprocess: steps in place of the config's, or the weights' own.
+      checkpoint_name: "last", "best" or a step number, to evaluate the run itself.
+      config: the config of the data, the loss and the image size; None: the config of the run that
+        trained the weights, if there is one.
+      preprocess: preprocessing that replaces that of the config or of the weights.
       output: directory of the results; None: the run, or runs/evaluate_NAME.
-      say: prints a line about what is fetched.
+      say: prints a line about each download.
 
     Raises:
-      UserError: no such run, checkpoint or file; or images of another size than the run's.
+      UserError: the run, checkpoint or file does not exist, or `config` has another image size than
+        the run.
     """
     name, workdir = published.shown(path), None
     if checkpoint_name is not None:
         workdir = files.parse_path("--workdir", path)
-        run.read_run(workdir)  # reports a directory that is no run
+        run.read_run(workdir)  # raises an error if the directory is not a run
         name, path = str(workdir), checkpoint.find_named(workdir, checkpoint_name)
     elif config is None and fetch.is_directory(path):
         workdir = _find_run(path)
     image_size = None if config is None else config.image_size
-    found = load.find(path, image_size=image_size, log=say)
-    card = found.card
+    stored = load.find(path, image_size=image_size, log=say)
+    card = stored.card
     if checkpoint_name is not None and image_size not in (None, card.image_size[0]):
         raise UserError(
-            f"--config has image_size={image_size}, and {workdir} is for {card.image_size[0]}; "
-            f"--weights={workdir} grows it to another size"
+            f"--config has image_size={image_size}; expected {card.image_size[0]}, the image size "
+            f"of {workdir} (--weights={workdir} resizes the weights to another image size)"
         )
     figures = None
     if config is None and preprocess is None and checkpoint_name is None:
@@ -170,14 +176,15 @@ def open_subject(
     elif config is not None:
         config = _with_dimensions(config, card)
     if preprocess is not None:
-        found = dataclasses.replace(found, card=dataclasses.replace(card, preprocess=preprocess))
+        stored = dataclasses.replace(stored, card=dataclasses.replace(card, preprocess=preprocess))
         if config is not None:
             config.dataset.eval_preprocess = preprocess
-    mesh = sharding.make_mesh({"data": -1})  # of these devices, which need not be the run's
+    # The mesh has the devices of this process, whatever devices the run was trained on.
+    mesh = sharding.make_mesh({"data": -1})
     return Subject(
         name=name,
         path=str(path),
-        found=found,
+        stored=stored,
         workdir=workdir,
         checkpoint_name=checkpoint_name,
         config=config,
@@ -190,11 +197,11 @@ def open_subject(
 
 
 def read_weights(subject: Subject, say: Callable[[str], None]) -> Weights:
-    """Reads the parameters of a subject; those of a run only when they are asked for.
+    """Reads the parameters of a subject; a run's parameters are read when `params` is called.
 
     Args:
-      subject: whose weights are read.
-      say: prints a line about what the weights are.
+      subject: the subject to read the weights of.
+      say: prints a line that describes the weights.
 
     Raises:
       UserError: the arrays do not fit the model, or are damaged.
@@ -203,7 +210,7 @@ def read_weights(subject: Subject, say: Callable[[str], None]) -> Weights:
         return _run_weights(subject)
     config = subject.config
     loaded = load.read_stored(
-        subject.found,
+        subject.stored,
         image_size=None if config is None else config.image_size,
         resize=subject.resize,
         dtype=None if config is None else config.model.dtype,
@@ -224,16 +231,16 @@ def read_weights(subject: Subject, say: Callable[[str], None]) -> Weights:
 
 
 def _run_weights(subject: Subject) -> Weights:
-    """The parameters of a run's checkpoint and, if the run keeps one, their moving average."""
-    own, _ = run.read_run(subject.workdir)
-    model = program.build_model(own)
-    abstract = abstract_params(model, subject.found.card.image_size, subject.mesh)
+    """The parameters of a run's checkpoint and, if the run keeps it, their moving average."""
+    _ = config, _ = _ = run.read_run(subject.workdir)
+    model = program.build_model(config)
+    abstract = abstract_params(model, subject.stored.card.image_size, subject.mesh)
 
     def reader(item: str) -> Callable[[], Any]:
         return lambda: checkpoint.restore_params(subject.path, abstract, item=item)
 
     params = {"": reader("params")}
-    if own.optimizer.ema_decay:
+    if config.optimizer.ema_decay:
         params["_ema"] = reader("ema_params")
     identity: dict[str, Any] = {"step": subject.step}
     if subject.output != subject.workdir:
@@ -242,7 +249,7 @@ def _run_weights(subject: Subject) -> Weights:
 
 
 def _find_run(path: epath.PathLike) -> epath.Path | None:
-    """The training run that a directory of weights is, or is a step of."""
+    """The training run of a directory that is a run or one of its steps; None for other weights."""
     workdir = checkpoint.find_step(path).parent.parent
     return workdir if run_files.is_trained(run_files.read_config(workdir) or {}) else None
 

@@ -1,4 +1,4 @@
-"""What `evaluate.py --suite` and `config.eval_suite` name: sets of images with known classes."""
+"""The data sets of `evaluate.py --suite` and `config.eval_suite`."""
 
 import dataclasses
 import json
@@ -22,15 +22,16 @@ from mixer.runs import config as run
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A set of images to evaluate on.
+    """A data set to evaluate on.
 
     Attributes:
       dataset: TFDS name.
-      split: such as "validation".
-      label_key: as `dataset.label_key`.
-      classes: the list of mixer/data/imagenet/names.py that the labels follow; "": the set's own.
-      mean_per_class: whether papers report the mean over the classes in place of top-1.
-      num_images: of the whole set, that published figures are of; 0: there are none.
+      split: TFDS split, such as "validation".
+      label_key: as `dataset.label_key` in a config.
+      classes: the list of classes in mixer/data/imagenet/names.py that the labels index; "" if the
+        data set has its own.
+      mean_per_class: whether papers report mean per-class accuracy instead of top-1.
+      num_images: number of images behind published accuracies; 0 if there are none.
     """
 
     dataset: str
@@ -42,8 +43,8 @@ class Task:
 
 
 IMAGENET = "imagenet1k"
-# ImageNet's validation set; the last 1 % of its training set, held out by the recipes; its
-# validation set with ReaL's labels; the matched-frequency images of Recht et al., 2019.
+# In this order: ImageNet's validation set; the last 1 % of its training set, which the recipes hold
+# out; its validation set with ReaL labels; the matched-frequency images of Recht et al., 2019.
 TASKS = {
     "imagenet_val": Task("imagenet2012", "validation", classes=IMAGENET, num_images=50_000),
     "imagenet_minival": Task("imagenet2012", "train[99%:]", classes=IMAGENET),
@@ -59,8 +60,8 @@ TASKS = {
     "oxford_flowers102": Task("oxford_flowers102", "test", mean_per_class=True),
     "digits": Task("digits", "test"),
 }
-# Sets of the few-shot probe and their splits [read: BV, common_fewshot]: the shots are drawn from
-# the first, the second is the test. The first 65,000 of ImageNet hold 30 and more of every class.
+# Data sets of the few-shot probe [read: BV, common_fewshot]: TFDS name, split that the shots are
+# drawn from, test split. ImageNet's first 65,000 images have at least 30 of every class.
 FEWSHOT = {
     "caltech101": ("caltech101", "train", "test"),
     "cars196": ("cars196", "train", "test"),
@@ -73,23 +74,23 @@ FEWSHOT = {
 GROUPS = {"imagenet": tuple(name for name in TASKS if name.startswith("imagenet_"))}
 
 
-TUNED = ("vtab", "transfer")  # suites that fine-tune: mixer/transfer.py
+TUNED = ("vtab", "transfer")  # suites that fine-tune the weights, see mixer/transfer.py
 
 
-def expand(names: Sequence[str], others: Sequence[str] = ()) -> list[str]:
-    """The tasks that `names` of tasks and groups stand for, each once, in order.
+def expand(names: Sequence[str], probes: Sequence[str] = ()) -> list[str]:
+    """Expands groups to their tasks; returns the names without duplicates, in order.
 
     Args:
-      names: as the user gave them.
-      others: names that stand for something else and are kept.
+      names: names of tasks, groups and probes, from the user.
+      probes: valid names that are neither tasks nor groups; they are not expanded.
 
     Raises:
-      UserError: an unknown name.
+      UserError: a name is unknown.
     """
     tasks: dict[str, None] = {}
     for name in names:
         hint = f"{' or '.join(TUNED)} as the only --suite"
-        check_choice("suite", name, (*GROUPS, *others, *TASKS), hint=hint)
+        check_choice("suite", name, (*GROUPS, *probes, *TASKS), hint=hint)
         tasks |= dict.fromkeys(GROUPS.get(name, (name,)))
     return list(tasks)
 
@@ -105,47 +106,46 @@ def open_task(
 
     Args:
       name: a key of TASKS.
-      preprocess: the steps that each image takes.
-      image_size: (H, W) that they give.
-      data_dir: of TFDS; or, for imagenet_val and imagenet_real, a folder of the validation images.
+      preprocess: preprocessing of each image.
+      image_size: (H, W) after the preprocessing.
+      data_dir: data directory of TFDS; or, for imagenet_val and imagenet_real, a folder of the
+        validation images.
 
     Raises:
-      UserError: the data is not there, or not as it should be.
+      UserError: the data is missing or invalid.
     """
     task = TASKS[name]
     root = files.parse_path("--data_dir", data_dir)
     if task.dataset == "digits" and not (root / "digits").is_dir():
-        data_dir = ""  # they are made where they lack, and that is no folder of the user's images
+        data_dir = ""  # do not write the digits, which are generated, to the user's image folder
     dataset = dict(name=task.dataset, data_dir=data_dir, label_key=task.label_key)
     dataset = ConfigDict(dataset | dict(label_file="", exclude="", shuffle_group_size=1))
-    how = dict(image_size=image_size, num_classes=None)
+    options = dict(image_size=image_size, num_classes=None)
     if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
         lines = _folder_lines(name, root)
         with tempfile.TemporaryDirectory() as directory:
-            # Read when it is opened, and never again.
+            # The file is temporary, because only `open_split` reads it.
             file = Path(directory) / "labels.jsonl"
             file.write_text("".join(json.dumps(line) + "\n" for line in lines))
             dataset.update(name="folder", label_key="", label_file=str(file))
-            classes = len(imagenet_names.synsets(IMAGENET))
-            split = pipeline.open_split(
-                dataset, task.split, preprocess, **how | dict(num_classes=classes)
-            )
+            options["num_classes"] = len(imagenet_names.synsets(IMAGENET))
+            split = pipeline.open_split(dataset, task.split, preprocess, **options)
         return dataclasses.replace(
             split, name=f"{data_dir} {name}", class_names=imagenet_names.synsets(IMAGENET)
         )
-    return pipeline.open_split(dataset, task.split, preprocess, **how)
+    return pipeline.open_split(dataset, task.split, preprocess, **options)
 
 
 def open_fewshot(
     image_size: tuple[int, int], data_dir: str = ""
 ) -> dict[str, tuple[pipeline.Split, pipeline.Split]]:
-    """Training and test split of each set of FEWSHOT that is prepared.
+    """Opens the training and test split of each prepared data set of FEWSHOT.
 
-    Images are resized to a square of 8/7 of `image_size`, and its middle is taken [read: BV];
-    rectangles are resized to.
+    Images are resized to a square of 8/7 of `image_size` and cropped centrally [read: BV]. If
+    `image_size` is not square, they are resized to it without a crop.
 
     Raises:
-      UserError: none is.
+      UserError: no data set is prepared.
     """
     from mixer.data.sources import stored as sources
 
@@ -159,50 +159,49 @@ def open_fewshot(
             continue
         config = dict(name=dataset, data_dir=data_dir, label_key="", label_file="", exclude="")
         config = ConfigDict(config | dict(shuffle_group_size=1))
-        how = dict(image_size=image_size, num_classes=None)
         opened[name] = tuple(
-            pipeline.open_split(config, split, preprocess, **how) for split in splits
+            pipeline.open_split(config, split, preprocess, image_size=image_size, num_classes=None)
+            for split in splits
         )
     if not opened:
         sets = ", ".join(dataset for dataset, *_ in FEWSHOT.values())
         raise UserError(
             f"--suite=fewshot: none of {sets} is prepared; prepare one with `python -m "
-            "mixer.tools.prepare tfds NAME`, or give --config=FILE for other data"
+            "mixer.tools.prepare tfds NAME`, or pass --config=FILE for other data"
         )
     return opened
 
 
 def check_preprocess(weights: str, preprocess: str | None, image_size: tuple[int, int]) -> None:
-    """Raises UserError where it is not known how images are made for the weights."""
+    """Raises UserError if the preprocessing of the weights is unknown."""
     if not preprocess:
         height, width = image_size
         raise UserError(
-            f"{weights}: how images are to be made {height} x {width} is not known; say it, as in "
-            f"--preprocess='decode|resize(({height}, {width}))' (of a run: dataset.eval_preprocess)"
+            f"{weights}: the preprocessing to {height} x {width} is unknown; pass it, as in "
+            f"--preprocess='decode|resize(({height}, {width}))' (in a run: dataset.eval_preprocess)"
         )
 
 
 def open_suite(
     config: ConfigDict, splits: run.Splits, probes: Sequence[str]
 ) -> tuple[dict[str, pipeline.Split], list[str]]:
-    """Opens what `config.eval_suite` names, at the run's image size and with its preprocessing.
+    """Opens the data sets of `config.eval_suite` with the run's image size and preprocessing.
 
     Args:
-      config: of the run.
-      splits: its data.
-      probes: names that are not data sets.
+      config: config of the run.
+      splits: splits of the run.
+      probes: valid names of probes, which are not data sets.
 
     Returns:
       The splits by name, and the names of the probes.
 
     Raises:
-      UserError: an unknown name, data that is missing or has other classes than the run.
+      UserError: a name is unknown, or data is missing or has other classes than the run.
     """
-    names = expand([name for name in config.eval_suite.split(",") if name], others=probes)
+    names = expand([name for name in config.eval_suite.split(",") if name], probes=probes)
     if names and splits.val is None:
         raise UserError(
-            f"eval_suite={config.eval_suite!r} is evaluated with the validation split, and "
-            "dataset.val_split is empty"
+            f"eval_suite={config.eval_suite!r} needs a validation split; dataset.val_split is empty"
         )
     size = (config.image_size, config.image_size)
     if names:
@@ -223,7 +222,7 @@ def open_suite(
 
 
 def is_prepared(name: str, data_dir: str = "") -> bool:
-    """Whether the images of a task are here."""
+    """Whether the images of a task are available."""
     task = TASKS[name]
     if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
         try:
@@ -239,22 +238,22 @@ def is_prepared(name: str, data_dir: str = "") -> bool:
 
 def _has_tfds(data_dir: str, dataset: str) -> bool:
     directory = files.parse_path("--data_dir", data_dir)
-    return any((directory / each).is_dir() for each in (dataset.split("/")[0], "imagenet2012"))
+    return any((directory / name).is_dir() for name in (dataset.split("/")[0], "imagenet2012"))
 
 
 def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
-    """A label file's lines for a folder of ImageNet's validation images.
+    """Returns the lines of a label file for a folder of ImageNet's validation images.
 
-    The images lie in the folder, in a folder `val` or `validation` in it, or in folders named by
-    their synsets. ReaL needs their numbers in file order: their names have it, or, where they
-    were renamed, all 50,000 are there and sort so.
+    The images are in the folder, in a subfolder `val` or `validation`, or in folders named by
+    synset. ReaL needs the number of each image. It is read from the file name; if the files were
+    renamed, all 50,000 images must be present and their names must sort in the original order.
     """
     if not root.is_dir():
-        raise UserError(f"--data_dir={root} is no folder")
+        raise UserError(f"--data_dir={root} is not a folder")
     if name not in ("imagenet_val", "imagenet_real"):
         raise UserError(
-            f"{name} is read from TFDS alone, and {root} has no folder imagenet2012 or imagenet_v2 "
-            "as TFDS makes them"
+            f"{name} can only be read from TFDS; expected a TFDS folder imagenet2012 or "
+            f"imagenet_v2 in {root}"
         )
     for inner in ("val", "validation"):
         if (root / inner).is_dir():
@@ -272,16 +271,16 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
     paths.sort(key=lambda path: path.rpartition("/")[2])
     if not paths:
         raise UserError(
-            f"--data_dir={root} holds no images of ImageNet's validation set; they lie in it or in "
-            "folders such as n01440764"
+            f"--data_dir={root} contains no images of ImageNet's validation set; expected images "
+            "in this folder or in subfolders such as n01440764"
         )
     split = TASKS[name].split
     if name == "imagenet_val":
         synsets = {synset: label for label, synset in enumerate(imagenet_names.synsets(IMAGENET))}
         if unknown := [path for path in paths if path.partition("/")[0] not in synsets]:
             raise UserError(
-                f"{root}/{unknown[0]}: for imagenet_val the images lie in folders named by their "
-                "synsets, such as n01440764; imagenet_real takes them without"
+                f"{root}/{unknown[0]} is not in the folder of a synset; imagenet_val expects "
+                "images in folders such as n01440764 (imagenet_real does not)"
             )
         return [
             {"path": prefix + path, "labels": synsets[path.partition("/")[0]], "split": split}
@@ -289,19 +288,20 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
         ]
     numbers = [imagenet_real.image_number(path) for path in paths]
     if None in numbers:
-        flat = not any("/" in path for path in paths)
-        sorts = len({len(path) for path in paths}) == 1  # 2.jpg would stand behind 10.jpg
-        if len(paths) != imagenet_real.NUM_IMAGES or not flat or not sorts:
+        is_flat = not any("/" in path for path in paths)
+        # With names of several lengths, 2.jpg would come after 10.jpg.
+        have_one_length = len({len(path) for path in paths}) == 1
+        if len(paths) != imagenet_real.NUM_IMAGES or not is_flat or not have_one_length:
             raise UserError(
-                f"{root}/{paths[numbers.index(None)]}: its name has no number such as "
-                f"ILSVRC2012_val_00000001.JPEG, and the {len(paths):,} images are not all of the "
-                f"{imagenet_real.NUM_IMAGES:,} in one folder with names of one length, whose order "
-                "would tell it"
+                f"{root}/{paths[numbers.index(None)]} is one of {len(paths):,} images and has no "
+                "number in its name; expected a name such as ILSVRC2012_val_00000001.JPEG, or all "
+                f"{imagenet_real.NUM_IMAGES:,} images in one folder, with names of equal length "
+                "in the original order"
             )
         numbers = range(len(paths))
     if len(set(numbers)) < len(numbers):
-        twice = next(number for number in numbers if list(numbers).count(number) > 1)
-        raise UserError(f"{root} holds image {twice + 1} of ImageNet's validation set twice")
+        duplicate = next(number for number in numbers if list(numbers).count(number) > 1)
+        raise UserError(f"{root} has image {duplicate + 1} of ImageNet's validation set twice")
     return [
         {"path": prefix + path, "labels": imagenet_real.image_labels(number), "split": split}
         for path, number in zip(paths, numbers, strict=True)
@@ -311,43 +311,47 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
 def check_classes(
     split: pipeline.Split, class_names: str | Sequence[str] | None, num_classes: int
 ) -> str:
-    """Checks that weights and a split are of the same classes, in the same order.
+    """Checks that weights and a split have the same classes in the same order.
 
     Args:
-      split: whose labels are to be guessed.
-      class_names: of the weights, or the name of a list of them; None: not known.
-      num_classes: width of their head.
+      split: the split to evaluate on.
+      class_names: class names of the weights, or the name of a list of classes; None: unknown.
+      num_classes: number of outputs of the head.
 
     Returns:
-      "" or, where the names of the weights are not known, what is assumed.
+      "", or a note on the assumption that is made if the class names of the weights are unknown.
 
     Raises:
-      UserError: other classes.
+      UserError: the classes differ.
     """
-    ours = split.class_names
+    split_names = split.class_names
     if not num_classes:
         raise UserError(
-            f"the weights have no head, and {split.name} asks for one; --suite=fewshot needs none"
+            f"the weights have no head; {split.name} needs a head (--suite=fewshot does not)"
         )
-    if len(ours) != num_classes:
-        more = ""
-        if num_classes in imagenet_names.LISTS.values() and len(ours) == 1000:
-            more = "; fine-tune them, or take the few-shot probe (--suite=fewshot)"
+    if len(split_names) != num_classes:
+        hint = ""
+        if num_classes in imagenet_names.LISTS.values() and len(split_names) == 1000:
+            hint = " (fine-tune them, or use the few-shot probe: --suite=fewshot)"
         raise UserError(
-            f"{split.name} has {len(ours):,} classes, and the weights' head has {num_classes:,}"
-            f"{more}"
+            f"{split.name} has {len(split_names):,} classes, and the weights' head has "
+            f"{num_classes:,}; expected the same number{hint}"
         )
     if class_names is None:
-        return f"the weights do not say their classes: taken for {split.name}'s, in its order"
+        return (
+            f"the class names of the weights are unknown; assuming those of {split.name}, in the "
+            "same order"
+        )
     if isinstance(class_names, str):
-        known = [imagenet_names.class_names(class_names), imagenet_names.synsets(class_names)]
+        weight_names = [imagenet_names.class_names(class_names)]
+        weight_names.append(imagenet_names.synsets(class_names))
     else:
-        known = [tuple(class_names)]
-    if tuple(ours) in known:
+        weight_names = [tuple(class_names)]
+    if tuple(split_names) in weight_names:
         return ""
-    place = next(i for i in range(num_classes) if ours[i] != known[0][i])
-    order = " in another order" if set(ours) == set(known[0]) else ""
+    index = next(i for i in range(num_classes) if split_names[i] != weight_names[0][i])
+    order = "in another order" if set(split_names) == set(weight_names[0]) else "different"
     raise UserError(
-        f"{split.name} has other classes than the weights{order}: class {place} is "
-        f"{ours[place]!r} there and {known[0][place]!r} here"
+        f"the classes of {split.name} are {order}: class {index} is {split_names[index]!r}; "
+        f"expected {weight_names[0][index]!r}, as in the weights"
     )

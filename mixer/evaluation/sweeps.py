@@ -1,7 +1,7 @@
-"""Accuracy of given weights over the image size, and over the share of shuffled patches or pixels.
+"""Accuracy of weights over the image size, and over the share of shuffled patches or pixels.
 
-The paper trains under permutations (docs/probes.md). A sweep trains nothing: the images of the
-evaluation change.
+The paper trains models on permuted images (docs/probes.md). A sweep does not train: it changes only
+the images of the evaluation.
 """
 
 import dataclasses
@@ -28,23 +28,23 @@ from mixer.training import losses
 from mixer.training.step import make_predict
 from mixer.weights import load
 
-SCALED = ("resize", "resize_small", "central_crop")  # ops whose size follows the images' side
-SEEDS = (0, 1, 2)  # of the permutations at each share
-AXES = {"resolution": "side of the images, pixels", "permutation": "share that is shuffled"}
+SCALED = ("resize", "resize_small", "central_crop")  # ops whose size scales with the image size
+SEEDS = (0, 1, 2)  # seeds of the permutations at each share
+AXES = {"resolution": "image size (pixels)", "permutation": "shuffled share"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A point of a curve. Shares are in 0..1.
+    """A point of a curve. Accuracies are in 0..1.
 
     Attributes:
-      x: side of the images in pixels, or the share that is shuffled.
+      x: side of the images in pixels, or the shuffled share.
       count: number of labelled images.
-      top1: share of them; of several permutations, the mean.
-      top1_interval: `interval` of it.
-      top1_by_seed: top-1 under each permutation.
-      loss: mean over the images, and over the permutations.
-      preprocess: the steps that made the images.
+      top1: accuracy on the labelled images, averaged over the permutations.
+      top1_interval: `interval` of `top1`.
+      top1_by_seed: top-1 for each permutation.
+      loss: mean over the images and the permutations.
+      preprocess: preprocessing of the images.
     """
 
     x: float
@@ -58,7 +58,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points of one checkpoint in ascending x. `shuffled` is "patches", "pixels" or ""."""
+    """The points of one checkpoint in ascending x. `shuffled` is "patches", "pixels" or ""."""
 
     weights: str
     shuffled: str
@@ -73,7 +73,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Curves over the same x; `kind` is a key of AXES, `resize` that of a resolution sweep."""
+    """Curves over the same x. `kind` is a key of AXES; `resize` is "" for permutations."""
 
     kind: str
     resize: str
@@ -85,39 +85,38 @@ class Sweep:
 
 
 def check_subject(subject: Subject) -> None:
-    """Raises UserError unless the weights are for square images, have a head, and have data."""
-    card = subject.found.card
+    """Raises UserError unless the weights take square images, have a head and have a config."""
+    card = subject.stored.card
     height, width = card.image_size
     if height != width:
         raise UserError(
-            f"--weights={subject.name} is for images of {height} x {width}; expected square ones"
+            f"--weights={subject.name} takes {height} x {width} images; expected square images"
         )
     if not card.num_classes:
-        raise UserError(f"--weights={subject.name} has no head, and so no accuracy")
+        raise UserError(f"--weights={subject.name} has no head; expected weights of a classifier")
     if subject.config is None:
         raise UserError(
-            f"--weights={subject.name} is no run, whose data would be taken; give --config=CONFIG"
+            f"--weights={subject.name} does not specify a data set; pass --config=CONFIG"
         )
 
 
 def steps_at(preprocess: str, old: int, new: int) -> str:
-    """Steps that give images of side `old`, made to give `new`.
+    """Changes preprocessing for images of side `old` to give images of side `new`.
 
-    The sizes of `resize`, `resize_small` and `central_crop` are multiplied by new / old, so that as
-    much of the picture is seen. Where there is none of these the pictures are stored at their
-    size: they are resized at the end, bilinear and antialiased.
+    The sizes of `resize`, `resize_small` and `central_crop` are multiplied by new / old, so that
+    the same part of each picture is visible. Without any of these ops the pictures are stored at
+    side `old`, and an antialiased bilinear resize is appended.
 
     Raises:
-      UserError: the images are permuted, for which there is no such thing at another size; or a
-        step is not of the form of one.
+      UserError: the preprocessing is invalid, or permutes the images.
     """
     if old == new or not preprocess:  # synthetic data has no steps
         return preprocess
     spec = parse(preprocess)
     if spec.of_kind(Kind.PERMUTATION):
         raise UserError(
-            f"{preprocess!r} permutes images of {old} x {old}: there is no permutation of "
-            f"{new} x {new} that the weights have seen"
+            f"{preprocess!r} permutes {old} x {old} images; expected none, because a permutation "
+            f"has no equivalent at {new} x {new}"
         )
     sized = [call for call in spec.calls if call.op.name in SCALED]
     if not sized:
@@ -140,7 +139,7 @@ def resolution(
     subjects: Sequence[Subject],
     sizes: Sequence[int],
     *,
-    which: str,
+    split_name: str,
     resize: str,
     say: Callable[[str], None],
 ) -> Sweep:
@@ -149,27 +148,27 @@ def resolution(
     Args:
       subjects: the weights.
       sizes: sides in pixels.
-      which: the split of their configs, "train", "val" or "test".
-      resize: how weights come to another size, "grow" or "interpolate" (mixer/models/resize.py).
-      say: prints a line about the weights and the steps at each size.
+      split_name: the split of their configs, "train", "val" or "test".
+      resize: method that resizes weights, "grow" or "interpolate" (mixer/models/resize.py).
+      say: prints a line with the weights and the preprocessing at each size.
 
     Raises:
-      UserError: a size that the weights, or the data, cannot have; nothing is computed then.
+      UserError: the weights or the data do not support a size; raised before any evaluation.
     """
     sizes = sorted(set(sizes))
     opened = {}
     for subject in subjects:
         for size in sizes:
-            check_image_size((size, size), subject.found.card.patch_size)
-            load.resize_card(subject.found, (size, size), resize)
-            opened[subject.path, size] = _open_split(subject, which, size)
-    drawn = []
+            check_image_size((size, size), subject.stored.card.patch_size)
+            load.resize_card(subject.stored, (size, size), resize)
+            opened[subject.path, size] = _open_split(subject, split_name, size)
+    sweep_curves = []
     for subject in subjects:
         points = []
         for size in sizes:
             split, preprocess = opened[subject.path, size]
             loaded = load.read_stored(
-                subject.found,
+                subject.stored,
                 image_size=size,
                 resize=resize,
                 mesh=subject.mesh,
@@ -186,50 +185,52 @@ def resolution(
                 prefetch_batches=subject.prefetch_batches,
             )
             points.append(_point(size, [result], preprocess))
-        drawn.append(Curve(subject.name, "", split.name, tuple(points)))
-    return Sweep("resolution", resize, tuple(drawn))
+        sweep_curves.append(Curve(subject.name, "", split.name, tuple(points)))
+    return Sweep("resolution", resize, tuple(sweep_curves))
 
 
 def permutation(
     subjects: Sequence[Subject],
     shares: Sequence[float],
     *,
-    which: str,
+    split_name: str,
     say: Callable[[str], None],
 ) -> Sweep:
-    """Evaluates each checkpoint on images with a share of their patches, or pixels, shuffled.
+    """Evaluates each checkpoint on images with a share of their patches or pixels shuffled.
 
-    Patches move whole. Each share has the mean over the permutations of SEEDS, each of which is the
-    same for all images; the share 0 is the plain evaluation.
+    Pixels within a shuffled patch keep their order. The accuracy for a share is the mean over the
+    permutations of SEEDS, each the same for all images; share 0 is the ordinary evaluation.
 
     Args:
       subjects: the weights.
       shares: in 0..1.
-      which: the split of their configs, "train", "val" or "test".
-      say: prints a line about each of the weights and its steps.
+      split_name: the split of their configs, "train", "val" or "test".
+      say: prints a line with the weights and their preprocessing.
 
     Raises:
-      UserError: a share outside 0..1, or data that is missing or not of the weights' classes.
+      UserError: a share is outside 0..1, or the data is missing or has other classes.
     """
     shares = sorted(set(shares))
     for share in shares:
         if not 0 <= share <= 1:
             raise UserError(f"--shares: {share:g}; expected shares of the patches, from 0 to 1")
-    opened = [_open_split(subject, which, subject.found.card.image_size[0]) for subject in subjects]
-    drawn = []
+    opened = [
+        _open_split(subject, split_name, subject.stored.card.image_size[0]) for subject in subjects
+    ]
+    sweep_curves = []
     for subject, (split, preprocess) in zip(subjects, opened, strict=True):
         say(f"{subject.name}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
-            points = (_point(x, of_x, preprocess) for x, of_x in zip(shares, results, strict=True))
-            drawn.append(Curve(subject.name, kind, split.name, tuple(points)))
-    return Sweep("permutation", "", tuple(drawn))
+            points = (_point(x, rs, preprocess) for x, rs in zip(shares, results, strict=True))
+            sweep_curves.append(Curve(subject.name, kind, split.name, tuple(points)))
+    return Sweep("permutation", "", tuple(sweep_curves))
 
 
 def _shuffled_results(
     subject: Subject, split: Split, shares: Sequence[float]
 ) -> dict[str, list[list[classification.Classification]]]:
-    """The results by kind and share, one per permutation; share 0 has one, as nothing moves."""
-    loaded = load.read_stored(subject.found, mesh=subject.mesh, log=lambda line: None)
+    """Returns the results by kind and share, one per permutation, and only one for share 0."""
+    loaded = load.read_stored(subject.stored, mesh=subject.mesh, log=lambda line: None)
     size = loaded.card.image_size
     plain = make_predict(loaded.model, subject.mesh)
 
@@ -238,7 +239,7 @@ def _shuffled_results(
         pixels = images.reshape(images.shape[0], -1, images.shape[-1])
         return plain(params, pixels[:, order].reshape(images.shape))
 
-    # The order is an argument, so that all permutations run the same program.
+    # Pass the order as an argument, so that all permutations share one compiled program.
     step = classification.make_eval_step(
         predict, losses.make_loss(subject.loss), loaded.card.num_classes
     )
@@ -267,17 +268,17 @@ def _shuffled_results(
     }
 
 
-def _open_split(subject: Subject, which: str, size: int) -> tuple[Split, str]:
-    """The split with images of side `size`, and the steps that give that size."""
+def _open_split(subject: Subject, split_name: str, size: int) -> tuple[Split, str]:
+    """Opens a split with images of side `size`; returns it and its preprocessing."""
     config = subject.config.copy_and_resolve_references()
     preprocess = steps_at(config.dataset.eval_preprocess, config.image_size, size)
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
-    card = subject.found.card
+    card = subject.stored.card
     config.model.num_classes = card.num_classes
-    split = run.open_own_split(config, which, subject.class_names, subject.data_record())
+    split = run.open_own_split(config, split_name, subject.class_names, subject.data_record())
     if split is None:
-        raise UserError(f"the config of {subject.name} names no {which}_split")
+        raise UserError(f"dataset.{split_name}_split is empty in the config of {subject.name}")
     try:
         suites.check_classes(split, card.class_names, card.num_classes)
     except UserError as error:
@@ -300,10 +301,10 @@ def _point(x: float, results: Sequence[classification.Classification], preproces
 
 
 def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
-    """Interval of 95 % for the mean accuracy on `count` images under several permutations.
+    """Returns the 95 % interval of the mean accuracy on `count` images over the permutations.
 
-    Images and permutations are both samples, so the squares of two half-widths add up: Wilson's for
-    the images and Student's for the permutations. One permutation has Wilson's interval alone.
+    Images and permutations are both random samples, so the squares of their half-widths, Wilson's
+    and Student's, add up. With one permutation the result is Wilson's interval.
     """
     mean, draws = float(np.mean(shares)), len(shares)
     low, high = scores.interval(mean * count, count)
@@ -317,7 +318,7 @@ def interval(shares: Sequence[float], count: int) -> tuple[float, float]:
 
 
 def make_table(sweep: Sweep) -> Table:
-    """A row per point; the first of a curve has the name of the weights."""
+    """Makes a table with a row per point; the first row of each curve has its label."""
     is_permutation = sweep.kind == "permutation"
     header = ["weights", "share" if is_permutation else "pixels", "top-1", "95 % interval"]
     header += ["lowest to highest"] * is_permutation + ["loss"]
@@ -334,7 +335,7 @@ def make_table(sweep: Sweep) -> Table:
 
 
 def draw(sweep: Sweep, path: epath.PathLike) -> None:
-    """Draws the curves as a PNG: means with their intervals, and a mark for each permutation."""
+    """Draws the curves to a PNG file: means with intervals, and a mark for each permutation."""
     with curves.drawing():
         figure = curves.make_figure(7, 4.5)
         _draw_curves(sweep, figure.subplots())
@@ -347,7 +348,7 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
         xs = [point.x for point in curve.points]
         means = np.array([point.top1 for point in curve.points])
         low, high = np.array([point.top1_interval for point in curve.points]).T
-        color = f"C{checkpoints.index(curve.weights)}"  # a checkpoint has a colour, a kind a line
+        color = f"C{checkpoints.index(curve.weights)}"  # color by checkpoint, line style by kind
         axes.errorbar(
             xs,
             100 * means,
@@ -373,25 +374,25 @@ def _draw_curves(sweep: Sweep, axes: Any) -> None:
     axes.legend(fontsize=8)
 
 
-def output_directory(subjects: Sequence[Subject], given: str | None) -> epath.Path:
-    """Makes the directory of the results, before the long work.
+def output_directory(subjects: Sequence[Subject], output: str | None) -> epath.Path:
+    """Creates the directory of the results, before the evaluation.
 
     Args:
-      subjects: the weights; the results of one run are in the run unless `given` says otherwise.
-      given: --output.
+      subjects: the weights.
+      output: value of --output; None: the run, if the subjects are one run.
 
     Raises:
-      UserError: no directory is given, or it cannot be made.
+      UserError: no directory is given, or it cannot be created.
     """
-    if given is None:
+    if output is None:
         if len(subjects) > 1 or subjects[0].workdir is None:
-            raise UserError("--output is missing: a directory for the picture and the numbers")
-        given = subjects[0].workdir
-    return files.make_directory(given, "--output")
+            raise UserError("--output is missing; expected a directory for the results")
+        output = subjects[0].workdir
+    return files.make_directory(output, "--output")
 
 
 def write(sweep: Sweep, directory: epath.Path) -> tuple[epath.Path, epath.Path]:
-    """Writes sweep_<kind>.json and sweep_<kind>.png into a directory, and returns their paths."""
+    """Writes sweep_<kind>.json and sweep_<kind>.png to a directory and returns their paths."""
     numbers = directory / f"sweep_{sweep.kind}.json"
     picture = directory / f"sweep_{sweep.kind}.png"
     run.write_json(numbers, sweep.summary())

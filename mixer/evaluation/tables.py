@@ -1,4 +1,4 @@
-"""Tables and short documents of text: for Markdown files, for the terminal and for HTML pages."""
+"""Tables and short text documents for Markdown files, the terminal and HTML pages."""
 
 import dataclasses
 import html
@@ -19,8 +19,9 @@ class Table:
     """A table of text.
 
     Attributes:
-      header: a name per column; () only in HTML, where each row then begins with its own name.
-      rows: a cell per column; the first column names the row, the others hold figures.
+      header: a name per column; () is allowed only in HTML, and makes the first cell of each row a
+        header cell.
+      rows: a cell per column; the first column names the row, and the others hold figures.
     """
 
     header: Sequence[str]
@@ -31,7 +32,7 @@ Block = Table | Sequence[str]  # a table, or the lines of a paragraph
 
 
 def markdown(table: Table) -> list[str]:
-    """The lines of a table in Markdown, the figures aligned to the right."""
+    """Formats a table as lines of Markdown, with the figures aligned to the right."""
     rule = "|---" + "|--:" * (len(table.header) - 1) + "|"
     header, *rows = (
         f"| {' | '.join(map(in_markdown, cells))} |" for cells in (table.header, *table.rows)
@@ -40,7 +41,7 @@ def markdown(table: Table) -> list[str]:
 
 
 def markdown_document(title: str, blocks: Iterable[Block]) -> str:
-    """A document in Markdown: a heading, then paragraphs and tables."""
+    """Formats a Markdown document: a heading, then paragraphs and tables."""
     lines = [f"# {in_markdown(title)}"]
     for block in blocks:
         lines.append("")
@@ -53,14 +54,14 @@ def markdown_document(title: str, blocks: Iterable[Block]) -> str:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Prints a table: drawn at a terminal, where long cells are folded; elsewhere as Markdown."""
-    drawn = rich.table.Table(box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
-    for place, name in enumerate(table.header):
-        justify = "right" if place else "left"
-        drawn.add_column(Text(printable(name)), justify=justify, overflow="fold")
+    """Prints a table, with borders on a terminal and as Markdown otherwise; folds long cells."""
+    rich_table = rich.table.Table(box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
+    for column, name in enumerate(table.header):
+        justify = "right" if column else "left"
+        rich_table.add_column(Text(printable(name)), justify=justify, overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(drawn)
+        rich_table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(rich_table)
 
 
 def print_document(console: Console, title: str, blocks: Iterable[Block]) -> None:
@@ -76,33 +77,33 @@ def print_document(console: Console, title: str, blocks: Iterable[Block]) -> Non
 
 
 def html_table(table: Table) -> str:
-    """A table in HTML."""
+    """Formats a table as HTML."""
     lines = []
     if table.header:
         names = "".join(f"<th>{html_text(name)}</th>" for name in table.header)
         lines.append(f"<tr>{names}</tr>")
     kind = "td" if table.header else "th"
-    for first, *others in table.rows:
-        cells = "".join(f"<td>{html_text(cell)}</td>" for cell in others)
+    for first, *figures in table.rows:
+        cells = "".join(f"<td>{html_text(figure)}</td>" for figure in figures)
         lines.append(f"<tr><{kind}>{html_text(first)}</{kind}>{cells}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 
 def html_text(value: object) -> str:
-    """The value as text that is escaped for HTML, also inside an attribute."""
+    """Formats a value as text and escapes it for HTML, including attributes."""
     return html.escape(folder.displayed(str(value)))
 
 
 def percent(share: float | None) -> str:
-    """A share as 64.20%; "" for None."""
+    """Formats a share as 64.20%, and None as ""."""
     return "" if share is None else f"{share:.2%}"
 
 
 def span(ends: Sequence[float]) -> str:
-    """An interval of shares as 61.18% to 67.11%."""
+    """Formats an interval of shares as 61.18% to 67.11%."""
     return f"{ends[0]:.2%} to {ends[1]:.2%}"
 
 
 def short_span(ends: Sequence[float] | None) -> str:
-    """An interval of shares as 61.18-67.11, in per cent; "" for None."""
+    """Formats an interval of shares in per cent as 61.18-67.11, and None as ""."""
     return "" if ends is None else f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}"

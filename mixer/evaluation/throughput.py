@@ -22,10 +22,10 @@ from mixer.models.registry import architecture_of, dimensions
 from mixer.parallel import sharding
 from mixer.training.step import make_predict
 
-BATCH_SIZES = (1, 8, 64, 512)  # images a device
-WINDOWS = 5  # of time, in each of which the rate is measured
-IN_FLIGHT = 2  # calls that the host is ahead of the device
-# Images a second of a TPUv3 core at PUBLISHED_SIZE, as the paper's tables have them [paper].
+BATCH_SIZES = (1, 8, 64, 512)  # images per device
+WINDOWS = 5  # number of time windows; each gives one measurement of the rate
+IN_FLIGHT = 2  # maximum number of calls in flight
+# Images per second per TPUv3 core at PUBLISHED_SIZE, from the paper's tables [paper].
 PUBLISHED = {
     "S/32": 11489,
     "S/16": 3994,
@@ -44,8 +44,8 @@ class Rate:
 
     Attributes:
       batch_size: images per device.
-      images_per_second: median of the windows; None if the batch does not fit into memory.
-      low, high: of the slowest and of the fastest window.
+      images_per_second: median over the windows; None if the batch does not fit into memory.
+      low, high: rates of the slowest and of the fastest window.
     """
 
     batch_size: int
@@ -59,11 +59,14 @@ class Throughput:
     """Inference throughput of one model.
 
     Attributes:
-      image_size: (H, W). dtype: of the computation.
-      device: kind of the devices. devices: how many worked at once.
-      rates: for each batch size.
-      variant: name of the model's dimensions; None if they have no name.
-      published: the paper's images per second of a TPUv3 core; None if it has no such model.
+      image_size: (H, W).
+      dtype: dtype of the computation.
+      device: kind of the devices.
+      devices: number of devices.
+      rates: the rate for each batch size.
+      variant: name of the model variant; None if no variant has the dimensions of the model.
+      published: the paper's images per second per TPUv3 core; None if the paper has no rate for the
+        model.
     """
 
     image_size: tuple[int, int]
@@ -88,22 +91,22 @@ def measure(
     mesh: Mesh,
     seconds: float = 5.0,
 ) -> Throughput:
-    """Measures images a second from uint8 pixels on the devices to logits.
+    """Measures images per second, from uint8 pixels on the devices to logits.
 
-    Reading, decoding and sending them there is no part of it. The program is compiled before, and
-    has run twice. Two batches are in flight, so that no device waits for the host; every window
-    ends when all its results are there. In a run of many processes each has its own clock.
+    The measurement excludes reading, decoding and transfer of images, and compilation; the program
+    runs twice before the first window. Two batches are in flight, so that no device waits for the
+    host; every window ends when all its results are ready. Each process has its own clock.
 
     Args:
-      model: what computes.
+      model: the model.
       params: its parameters, on every device of the mesh.
       image_size: (H, W).
-      batch_sizes: images a device; the batch is that times the devices along "data".
-      mesh: of the devices.
-      seconds: for each batch size, in WINDOWS windows.
+      batch_sizes: images per device; the global batch is this times the devices along "data".
+      mesh: mesh of the devices.
+      seconds: duration for each batch size, divided into WINDOWS windows.
 
     Raises:
-      UserError: a batch size below 1, or a patch that does not divide the images.
+      UserError: a batch size is below 1, or the patch size does not divide the image size.
     """
     check_image_size(image_size, model.patch_size)
     for batch_size in batch_sizes:
@@ -127,8 +130,9 @@ def measure(
         if windows is None:
             rates.append(Rate(batch_size))
             continue
-        each = [rate / mesh.size for rate in windows]
-        rates.append(Rate(batch_size, statistics.median(each), min(each), max(each)))
+        per_device = [rate / mesh.size for rate in windows]
+        median = statistics.median(per_device)
+        rates.append(Rate(batch_size, median, min(per_device), max(per_device)))
     variant = _variant(model)
     return Throughput(
         image_size=tuple(image_size),
@@ -144,17 +148,17 @@ def measure(
 def _windows(
     predict: Callable, params: Any, shape: tuple[int, ...], mesh: Mesh, seconds: float
 ) -> list[float]:
-    """Images a second of all devices together in each window."""
-    where = sharding.batch_sharding(mesh)
-    abstract = jax.ShapeDtypeStruct(shape, "uint8", sharding=where)
-    what = f"a batch of {shape[0]:,} images"
-    memory.check_room(math.prod(shape), what)  # XLA's compiler itself can fail on absurd shapes
+    """Measures images per second of all devices together in each window."""
+    batch_sharding = sharding.batch_sharding(mesh)
+    abstract = jax.ShapeDtypeStruct(shape, "uint8", sharding=batch_sharding)
+    description = f"a batch of {shape[0]:,} images"
+    memory.check_room(math.prod(shape), description)  # the compiler can crash on absurd shapes
     compiled = predict.lower(params, abstract).compile()
     needs = compiled.memory_analysis()
-    if needs is not None:  # not every backend says it
+    if needs is not None:  # some backends have no memory analysis
         sizes = needs.temp_size_in_bytes + needs.output_size_in_bytes
-        memory.check_room(sizes + math.prod(shape), what)
-    images = jax.jit(functools.partial(_pixels, shape), out_shardings=where)()
+        memory.check_room(sizes + math.prod(shape), description)
+    images = jax.jit(functools.partial(_pixels, shape), out_shardings=batch_sharding)()
 
     def call() -> jax.Array:
         return compiled(params, images)
@@ -162,18 +166,18 @@ def _windows(
     for _ in range(2):
         jax.block_until_ready(call())
     windows = [run_for(call, seconds / WINDOWS) for _ in range(WINDOWS)]
-    return [calls * shape[0] / passed for calls, passed in windows]
+    return [calls * shape[0] / duration for calls, duration in windows]
 
 
 def run_for(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
-    """Calls again and again, at least once; the host is at most two calls ahead of the device.
+    """Calls a function repeatedly, at least once, with at most IN_FLIGHT calls in flight.
 
     Args:
-      call: begins a computation and returns its arrays.
-      seconds: after which no further call is made.
+      call: function that starts a computation and returns its arrays.
+      seconds: time after which no further call is made.
 
     Returns:
-      The number of calls, and the seconds until all their results are there.
+      The number of calls, and the seconds until all their results are ready.
     """
     in_flight: collections.deque[Any] = collections.deque()
     start, calls = time.perf_counter(), 0
@@ -191,7 +195,7 @@ def _pixels(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _variant(model: nn.Module) -> str | None:
-    """The name whose dimensions the model has."""
+    """Returns the name of the variant with the dimensions of the model; None if there is none."""
     for name, variant in architecture_of(model).variants.items():
         if variant == dimensions(model):
             return name
@@ -199,7 +203,7 @@ def _variant(model: nn.Module) -> str | None:
 
 
 def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A table of `Throughput.summary()`s by name."""
+    """Makes a table of `Throughput.summary()`s, which are keyed by name."""
     rows = []
     for name, summary in summaries.items():
         height, width = summary["image_size"]
@@ -213,7 +217,7 @@ def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
                 low_to_high = f"{_number(rate['low'])} to {_number(rate['high'])}"
                 figures = _number(rate["images_per_second"]), low_to_high
             rows.append((model, f"{rate['batch_size']:,}", *figures, devices, published))
-    header = "throughput", "batch a device", "images/s a device", "lowest to highest", "devices"
+    header = "throughput", "batch per device", "images/s per device", "lowest to highest", "devices"
     return Table((*header, "paper, TPUv3 core"), rows)
 
 
@@ -226,12 +230,12 @@ class TrainingCost:
     """The cost of a run's training.
 
     Attributes:
-      images: number of training images, counted as often as they were read.
-      seconds: of training, without evaluations, checkpoints, start-up and compilation, and without
-        steps that were lost when the run was killed.
-      devices: fewest and most devices that worked at once.
+      images: number of training images, repeats included.
+      seconds: duration of training, excluding evaluation, checkpoints, start-up, compilation and
+        updates that were lost when the run was killed.
+      devices: smallest and largest number of devices in use.
       device_hours: sum of devices times hours.
-      device_days: the same in days; on TPUv3 cores, the paper's core-days.
+      device_days: sum of devices times days; on TPUv3 cores, the paper's core-days.
     """
 
     images: int
@@ -246,32 +250,33 @@ class TrainingCost:
 
 
 def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> TrainingCost | None:
-    """The cost of a run by its own log; None if the log has no rates.
+    """Computes the cost of a run from its metrics.jsonl; returns None if the log has no rates.
 
-    Each log step has the rate since the log step before, of all devices and of one; the ratio is
-    the number of devices. So the cost of a run that was continued on other devices adds up. Steps
-    between a checkpoint and the log step before it have the rate of the log step after it.
+    Each log step has the rate since the previous log step, of all devices and per device; their
+    ratio is the number of devices. The cost is therefore also correct for a run that was resumed on
+    other devices. Updates after the last log step before a checkpoint count at the rate of the next
+    log step.
 
     Args:
-      rows: as `run_files.read_metrics` gives them.
-      global_batch_size: of the run.
+      rows: rows that `run_files.read_metrics` returns.
+      global_batch_size: global batch size of the run.
     """
     seconds = device_seconds = 0.0
-    last, counts = 0, []
+    last_step, counts = 0, []
     for row in rows:
         rate = row.get("perf/images_per_second", 0)
         per_device = row.get("perf/images_per_second_per_device", 0)
         if rate <= 0 or per_device <= 0:
             continue
         counts.append(round(rate / per_device))
-        passed = (row["step"] - last) * global_batch_size / rate
-        seconds += passed
-        device_seconds += passed * counts[-1]
-        last = row["step"]
+        duration = (row["step"] - last_step) * global_batch_size / rate
+        seconds += duration
+        device_seconds += duration * counts[-1]
+        last_step = row["step"]
     if not counts:
         return None
     return TrainingCost(
-        images=last * global_batch_size,
+        images=last_step * global_batch_size,
         seconds=seconds,
         devices=(min(counts), max(counts)),
         device_hours=device_seconds / 3600,
@@ -280,11 +285,12 @@ def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> T
 
 
 def cost_sentence(summary: Mapping[str, Any]) -> str:
-    """`TrainingCost.summary()` in words."""
+    """Formats `TrainingCost.summary()` as a sentence."""
     low, high = summary["devices"]
     devices = f"{low} device{'s' * (low > 1)}" if low == high else f"{low} to {high} devices"
     return (
         f"Training: {summary['images']:,} images in {formatting.duration(summary['seconds'])} on "
         f"{devices}, without evaluations and checkpoints: {summary['device_hours']:.3g} "
-        f"device-hours ({summary['device_days']:.3g} device-days; the paper's are of TPUv3 cores)."
+        f"device-hours ({summary['device_days']:.3g} device-days; the paper reports core-days of "
+        "TPUv3)."
     )

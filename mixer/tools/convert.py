@@ -1,16 +1,16 @@
-r"""Converts weights: runs, npz files (published or legacy layout), safetensors with timm's names.
+r"""Converts weights between runs, npz files (published or legacy layout) and timm's safetensors.
 
   python -m mixer.tools.convert runs/pets Mixer-pets.npz        # vision_transformer, big_vision
   python -m mixer.tools.convert runs/pets/best pets.safetensors   # timm
   python -m mixer.tools.convert Mixer-B_16.npz b16.safetensors
   python -m mixer.tools.convert hf://timm/mixer_b16_224.miil_in21k runs/miil
   python -m mixer.tools.convert old.npz new_448.npz --image_size=448
-  python -m mixer.tools.convert runs/pets --report                # every array, and the sum
+  python -m mixer.tools.convert runs/pets --report                # all arrays and the total
 
-What OUT is follows from its name: .npz is the published layout (--layout=legacy: the legacy one),
-.safetensors timm's, a name without an ending a run, which mixer.load, --config.init_from and every
-tool take. Beside a file stands a JSON that says what it is (docs/weights.md). Values are not
-changed: a round trip gives the same bits.
+The name of OUT determines its format: .npz is the published layout (--layout=legacy: the legacy
+layout), .safetensors is timm's, and a name without an extension is a run, which mixer.load,
+--config.init_from and all tools accept. A JSON file next to the output describes the weights
+(docs/weights.md). Values are not changed: a round trip is bit-identical.
 """
 
 import contextlib
@@ -26,25 +26,26 @@ from mixer.cli import config as cli
 from mixer.errors import UserError
 
 LAYOUT = flags.DEFINE_enum(
-    "layout", "published", ["published", "legacy"], "Layout of an npz file that is written."
+    "layout", "published", ["published", "legacy"], "Layout of the npz file."
 )
 IMAGE_SIZE = flags.DEFINE_list(
-    "image_size", None, "Weights for images of another size: a side in pixels, or HEIGHT,WIDTH."
+    "image_size", None, "Resize the weights to images of this side in pixels, or HEIGHT,WIDTH."
 )
 RESIZE = flags.DEFINE_enum(
     "resize",
     "grow",
     ["grow", "interpolate"],
-    "How: by whole factors as in the paper, or to any size, which is not the paper's.",
+    "Method for --image_size: grow (integer factors, as in the paper) or interpolate (any size; "
+    "not in the paper).",
 )
 GELU = flags.DEFINE_enum(
-    "gelu", None, ["tanh", "erf"], "Which GELU the weights are for, where IN does not say it right."
+    "gelu", None, ["tanh", "erf"], "GELU of the weights, if IN does not specify it correctly."
 )
-REPORT = flags.DEFINE_bool("report", False, "Print each array: shape, size, mean, deviation.")
+REPORT = flags.DEFINE_bool("report", False, "Print shape, size, mean and std of each array.")
 
 
 def main(argv: list[str]) -> None:
-    """Converts what the arguments name."""
+    """Converts the weights in the arguments."""
     match argv[1:]:
         case [source, out]:
             out = files.parse_path("", out)
@@ -74,41 +75,40 @@ def main(argv: list[str]) -> None:
 
 
 def _layout(out: epath.Path) -> str:
-    """The layout that the name of `out` means; UserError where nothing can be written there."""
+    """Returns the layout for the name of `out`; raises UserError if `out` is not writable."""
     layouts = {".npz": LAYOUT.value, ".safetensors": "timm", "": "run"}
     if out.suffix not in layouts:
         raise UserError(
-            f"{out}: an .npz or .safetensors file can be written, or a run, whose name has no "
-            "ending"
+            f"{out}: unknown file type; expected .npz, .safetensors, or no extension to write a run"
         )
     layout = layouts[out.suffix]
     if LAYOUT.value == "legacy" and layout != "legacy":
-        raise UserError(f"--layout=legacy is for .npz files, and not for {out}")
+        raise UserError(f"--layout=legacy is for .npz files; expected an .npz file, not {out}")
     from mixer.weights.card import card_path
 
     if "://" in str(out):
-        raise UserError(f"{out}: give a local path, and copy what is written there")
+        raise UserError(f"{out}: remote path; expected a local path (copy the files afterwards)")
     for path in (out, card_path(out)) if out.suffix else (out,):
         if os.path.lexists(path):
-            raise UserError(f"{path} exists already; remove it, or give another name")
+            raise UserError(f"{path} exists already; remove it, or choose another name")
         files.check_output("", path)
     return layout
 
 
 @contextlib.contextmanager
 def _writing(out: epath.Path) -> Iterator[None]:
-    """Turns what the file system refuses into one line."""
+    """Turns errors of the file system into a UserError with a one-line message."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written: {error.strerror or error}; give a name in a folder that "
-            "has room and may be written to"
+            f"{out} cannot be written: {error.strerror or error}; expected a writable folder with "
+            "enough disk space"
         ) from None
 
 
 def write(out: epath.Path, loaded, layout: str) -> None:
-    """Writes the weights as a file of `layout` with its JSON, or as a "run"."""
+    """Writes the weights as a file of `layout` with its JSON file, or as a run."""
     from mixer.parallel import sharding
     from mixer.weights import formats
 
@@ -119,24 +119,25 @@ def write(out: epath.Path, loaded, layout: str) -> None:
         return
     arrays = sharding.by_name(loaded.params)
     with _writing(out):
-        beside = formats.write_file(out, arrays, loaded.card, layout=layout)
+        card_path = formats.write_file(out, arrays, loaded.card, layout=layout)
     count = sharding.num_values(arrays)
     size = out.stat().length / 1e6
-    print(f"written: {out} ({layout} layout, {count:,} parameters, {size:,.1f} MB), {beside.name}")
-    theirs = formats.GELU_OF[layout]
-    if loaded.card.gelu != theirs:
-        whose = "timm" if layout == "timm" else "vision_transformer and big_vision"
-        note = f"note: these weights are for GELU {loaded.card.gelu}; {whose} compute {theirs}"
-        print(f"{note}, unless told otherwise", file=sys.stderr)
+    description = f"{layout} layout, {count:,} parameters, {size:,.1f} MB"
+    print(f"written: {out} ({description}), {card_path.name}")
+    default_gelu = formats.GELU_OF[layout]
+    if loaded.card.gelu != default_gelu:
+        programs = "timm" if layout == "timm" else "vision_transformer and big_vision"
+        note = f"note: these weights need GELU {loaded.card.gelu}; {programs} default to"
+        print(f"{note} {default_gelu}", file=sys.stderr)
 
 
 def write_run(out: epath.Path, loaded) -> None:
-    """Writes weights as a run of no steps, whole or not at all."""
-    with files.whole_directory(out) as new:
-        _fill_run(new, loaded)
+    """Writes weights as a run with zero updates, atomically."""
+    with files.whole_directory(out) as new_directory:
+        _fill_run(new_directory, loaded)
 
 
-def _fill_run(new: epath.Path, loaded) -> None:
+def _fill_run(directory: epath.Path, loaded) -> None:
     import jax.numpy as jnp
 
     from mixer import run_files
@@ -144,7 +145,7 @@ def _fill_run(new: epath.Path, loaded) -> None:
     from mixer.weights import checkpoint
 
     card = loaded.card
-    with checkpoint.Checkpoints(new / "checkpoints", keep_last=1) as checkpoints:
+    with checkpoint.Checkpoints(directory / "checkpoints", keep_last=1) as checkpoints:
         checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()))
         checkpoints.wait()
     height, width = card.image_size
@@ -155,8 +156,8 @@ def _fill_run(new: epath.Path, loaded) -> None:
         "model": {"variant": card.variant, "dtype": loaded.model.dtype} | fields,
         "dataset": {"eval_preprocess": card.preprocess},
     }
-    run_files.write_json(new / "config.json", config)
-    run_files.write_json(new / "data.json", {"class_names": card.class_names})
+    run_files.write_json(directory / "config.json", config)
+    run_files.write_json(directory / "data.json", {"class_names": card.class_names})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sweeps of given weights: accuracy over the image size, or over the share of shuffled patches.
+"""Sweeps the image size, or the share of shuffled patches, and measures the accuracy of weights.
 
   python -m mixer.tools.sweep resolution --weights=runs/cifar --sizes=16,24,32,48
   python -m mixer.tools.sweep resolution --weights=runs/cifar --sizes=32,64 --resize=grow
@@ -6,7 +6,8 @@
   python -m mixer.tools.sweep permutation --weights=pets.npz --config=configs/folder.py \
       --config.dataset.data_dir=pets/ --output=runs/sweep
 
-It prints a table and writes sweep_<kind>.json and sweep_<kind>.png: top-1 with intervals of 95 %.
+The tool prints a table and writes sweep_<kind>.json and sweep_<kind>.png: top-1 with 95 %
+intervals.
 """
 
 from absl import flags
@@ -17,37 +18,42 @@ from mixer.errors import UserError
 
 KINDS = ("resolution", "permutation")
 WEIGHTS = flags.DEFINE_list(
-    "weights", [], "Runs, steps of them, files of weights or short names such as B/16-i21k."
+    "weights", [], "Runs, steps of runs, files of weights or short names such as B/16-i21k."
 )
-SPLIT = flags.DEFINE_enum("split", "test", ["test", "val", "train"], "Which split of the config.")
+SPLIT = flags.DEFINE_enum("split", "test", ["test", "val", "train"], "Split of the config.")
 OUTPUT = flags.DEFINE_string(
-    "output", None, "Directory of the picture and the JSON; of a single run: the run."
+    "output", None, "Directory of the picture and the JSON file. Default for a single run: the run."
 )
 SIZES = flags.DEFINE_list("sizes", None, "resolution: sides of the images in pixels.")
 RESIZE = flags.DEFINE_enum(
     "resize",
     "interpolate",
     ["interpolate", "grow"],
-    "resolution: interpolate takes any multiple of the patch, grow whole multiples of the weights' "
-    "size; grown weights are made to be fine-tuned.",
+    "resolution: method that resizes the weights. interpolate: to any multiple of the patch size; "
+    "grow: by integer factors, intended for fine-tuning.",
 )
 SHARES = flags.DEFINE_list(
     "shares", ["0", "0.25", "0.5", "0.75", "1"], "permutation: shares of the patches and pixels."
 )
-OF_KIND = {"sizes": "resolution", "resize": "resolution", "shares": "permutation"}
+KIND_OF_FLAG = {"sizes": "resolution", "resize": "resolution", "shares": "permutation"}
 
 
 def main(argv: list[str]) -> None:
-    """Sweeps what the flags say."""
+    """Runs the sweep in the arguments."""
     if len(argv) != 2 or argv[1] not in KINDS:
-        raise UserError("give resolution or permutation; see python -m mixer.tools.sweep --help")
-    for flag, kind in OF_KIND.items():
+        raise UserError(
+            f"{' '.join(argv[1:]) or 'no arguments'}: expected resolution or permutation; see "
+            "python -m mixer.tools.sweep --help"
+        )
+    for flag, kind in KIND_OF_FLAG.items():
         if flags.FLAGS[flag].present and kind != argv[1]:
             raise UserError(f"--{flag} is for the {kind} sweep")
     if not WEIGHTS.value:
-        raise UserError("--weights is missing; give a run or a file, as in --weights=runs/cifar")
+        raise UserError(
+            "--weights is missing; expected a run or a file, as in --weights=runs/cifar"
+        )
     if len(set(WEIGHTS.value)) < len(WEIGHTS.value):
-        raise UserError(f"--weights={','.join(WEIGHTS.value)}: one is given twice")
+        raise UserError(f"--weights={','.join(WEIGHTS.value)}: duplicate; expected different names")
     sizes = program.numbers("sizes", SIZES.value)
     shares = program.numbers("shares", SHARES.value, float)
     if argv[1] == "resolution" and not sizes:
@@ -63,7 +69,7 @@ def main(argv: list[str]) -> None:
     for subject in subjects:
         sweeps.check_subject(subject)
     output = sweeps.output_directory(subjects, OUTPUT.value)
-    options = dict(which=SPLIT.value, say=console.say)
+    options = dict(split_name=SPLIT.value, say=console.say)
     if argv[1] == "resolution":
         sweep = sweeps.resolution(subjects, sizes, resize=RESIZE.value, **options)
     else:

@@ -1,22 +1,21 @@
-"""Measures how fast this machine trains and runs Mixers, beside what one could take instead.
+"""Measures how fast this machine trains and runs Mixers, compared with other implementations.
 
   python -m mixer.tools.benchmark train --models=S/32,B/16 --batch_size=8 --against=plain
   python -m mixer.tools.benchmark infer --models=B/16 --dtype=bfloat16 --against=timm_compiled
   python -m mixer.tools.benchmark data --config=configs/mixer_b16_i1k.py
   python -m mixer.tools.benchmark loop --config=configs/cifar10.py:epochs=300
 
-Contestants take turns in one run; a table has medians, lowest and highest. `data` says what the
-input pipeline of a config delivers on this host, and for how many devices it suffices. `loop`
-trains a config as its run does where images stay on the device, and says how long the whole run
-would take. All but `data` need neither data nor TensorFlow. docs/benchmark.md explains every
-column.
+The contestants take turns in one process; tables show medians, minima and maxima. `data` measures
+the input pipeline of a config on this host, and prints how many devices it can feed. `loop` trains
+a config with device-resident images, and prints how long the complete run would take. Only `data`
+needs TensorFlow. docs/benchmark.md explains every column.
 """
 
 import os
 import sys
 from typing import Any
 
-# The contestants of other processes need memory of the same GPU.
+# Contestants in other processes need memory of the same GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags
@@ -26,18 +25,25 @@ from mixer.cli import program
 from mixer.errors import UserError, check_choice, check_number
 from mixer.parallel import backend
 
-MOST = 2**31 - 1  # of images: indices on devices are int32
+MAX_INT32 = 2**31 - 1  # image indices on devices are int32
 
 MODELS = flags.DEFINE_list(
     "models", ["S/32", "B/16"], "S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4)."
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of the computation; trained parameters: float32."
+    "dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "dtype of the computation; trained parameters are float32.",
 )
-GELU = flags.DEFINE_enum("gelu", "tanh", ["tanh", "erf"], "Of every contestant.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Pixels; 224, or 32 for cifar.", 1, 1 << 15)
+GELU = flags.DEFINE_enum("gelu", "tanh", ["tanh", "erf"], "GELU of every contestant.")
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Side in pixels. Default: 224, or 32 for cifar.", 1, 1 << 15
+)
 BATCH_SIZE = flags.DEFINE_list(
-    "batch_size", None, "Images a device, one or several; 256 on accelerators, 8 on CPUs."
+    "batch_size",
+    None,
+    "Images per device; one or several numbers. Default: 256 on accelerators, 8 on CPUs.",
 )
 AGAINST = flags.DEFINE_list(
     "against",
@@ -45,43 +51,50 @@ AGAINST = flags.DEFINE_list(
     "plain (the paper's formulation in Flax), timm, timm_compiled (torch.compile), timm_autotuned "
     "(torch.compile, max-autotune); empty: none.",
 )
-SECONDS = flags.DEFINE_float("seconds", None, "Of a contestant's turn; 3; for data 10.", 0, 3600)
-ROUNDS = flags.DEFINE_integer("rounds", None, "Turns of each contestant; 5; for data 3.", 1, 1000)
-TORCH_PYTHON = flags.DEFINE_string(
-    "torch_python", sys.executable, "The Python that has torch and timm, if not this one."
+SECONDS = flags.DEFINE_float(
+    "seconds", None, "Seconds per turn of a contestant. Default: 3, or 10 for data.", 0, 3600
 )
-OUTPUT = flags.DEFINE_string("output", None, "File of JSON to write every figure to.")
+ROUNDS = flags.DEFINE_integer(
+    "rounds", None, "Turns of each contestant. Default: 5, or 3 for data.", 1, 1000
+)
+TORCH_PYTHON = flags.DEFINE_string(
+    "torch_python", sys.executable, "Python interpreter with torch and timm, if not this one."
+)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for all results.")
 STEP_RATE = flags.DEFINE_float(
-    "images_per_second_per_device", None, "data: the training step's, instead of measuring it.", 0
+    "images_per_second_per_device",
+    None,
+    "data: rate of the training step. Default: it is measured.",
+    0,
 )
 
-EXAMPLES = flags.DEFINE_integer("examples", 50_000, "loop: images that lie on the device.", 1, MOST)
+EXAMPLES = flags.DEFINE_integer("examples", 50_000, "loop: images on the device.", 1, MAX_INT32)
 
 _CASES = ("models", "dtype", "gelu", "image_size", "batch_size")
 _TURNS = ("seconds", "rounds")
 _TORCH = ("against", "torch_python")
-# Measurements, and their flags beside --output.
+# Measurements and their flags, in addition to --output.
 MEASUREMENTS = {
     "train": (*_CASES, *_TURNS, *_TORCH),
     "infer": (*_CASES, *_TURNS, *_TORCH),
     "data": ("config", "batch_size", *_TURNS, "images_per_second_per_device"),
     "loop": ("config", *_TURNS, "examples"),
 }
-# Seconds of a turn and rounds, where no flag gives them.
+# Default seconds per turn, and default rounds.
 TURNS = {"train": (3.0, 5), "infer": (3.0, 5), "data": (10.0, 3), "loop": (3.0, 5)}
-# Former measurements, and what takes their place.
+# Removed measurements and their replacements.
 REMOVED = {
     "matmul": "train and infer print the rate of a large matmul",
     "check": "JAX_PLATFORMS=cuda python -m pytest -m gpu tests/test_agreement.py",
 }
-NUM_CLASSES = {"cifar": 10}  # 1,000 of the others
+NUM_CLASSES = {"cifar": 10}  # the other models have 1,000
 
 
 def main(argv: list[str]) -> None:
-    """Runs the measurement that the arguments name."""
+    """Runs the measurement in the arguments."""
     name = " ".join(argv[1:])
     if name in REMOVED:
-        raise UserError(f"{name} is no measurement any more; instead: {REMOVED[name]}")
+        raise UserError(f"{name}: this measurement was removed; use instead: {REMOVED[name]}")
     if name not in MEASUREMENTS:
         raise UserError(
             f"{name or 'no measurement'}; expected one of {', '.join(MEASUREMENTS)}; see "
@@ -92,7 +105,7 @@ def main(argv: list[str]) -> None:
         files.check_output("--output", OUTPUT.value)
     import jax
 
-    # What is compiled is measured, and not what an earlier run has compiled.
+    # Disable the compilation cache, because the compile time is measured.
     jax.config.update("jax_enable_compilation_cache", False)
     memory.compute_in_the_calling_thread()
     backend.start()
@@ -120,18 +133,18 @@ def main(argv: list[str]) -> None:
 
 
 def _check_flags(measurement: str) -> None:
-    """Raises UserError for a flag that the measurement does not take, or a wrong value."""
+    """Raises UserError for a flag that the measurement does not accept, or an invalid value."""
     from mixer.tools.benchmark import torch_side
 
     accepted = MEASUREMENTS[measurement]
     for name in sorted(set().union(*MEASUREMENTS.values()).difference(accepted)):
         if name in flags.FLAGS and flags.FLAGS[name].present:
             names = ", ".join(f"--{flag}" for flag in (*accepted, "output"))
-            raise UserError(f"--{name}: {measurement} takes none; its flags are {names}")
+            raise UserError(f"--{name} is not a flag of {measurement}; expected one of {names}")
     for flag in (SECONDS, STEP_RATE):
         check_number(f"--{flag.name}", flag.value or 0)
     if measurement == "data" and BATCH_SIZE.value is not None and len(BATCH_SIZE.value) > 1:
-        raise UserError(f"--batch_size={','.join(BATCH_SIZE.value)}; data takes one number")
+        raise UserError(f"--batch_size={','.join(BATCH_SIZE.value)}; data expects one number")
     if STEP_RATE.value == 0:
         raise UserError(f"--{STEP_RATE.name}=0; expected a rate above 0")
     for name in AGAINST.value:
@@ -139,7 +152,7 @@ def _check_flags(measurement: str) -> None:
 
 
 def _config() -> Any:
-    """The config of --config, its model and preprocessing resolved."""
+    """Returns the config of --config with its model and preprocessing resolved."""
     from mixer.cli import config as cli
     from mixer.runs import config as run
 
@@ -148,11 +161,11 @@ def _config() -> Any:
     return run.resolve(config, initial=run.find_initial(config))
 
 
-def _cases(what: str) -> list[Any]:
-    """The contests of train or infer: every model at every batch size.
+def _cases(measurement: str) -> list[Any]:
+    """Returns the cases of train or infer: every model at every batch size.
 
     Raises:
-      UserError: an unknown model, or a patch that does not divide the images.
+      UserError: a model is unknown, or its patch size does not divide the image size.
     """
     from mixer.models.modules import check_image_size
     from mixer.tools.benchmark import contest
@@ -167,7 +180,7 @@ def _cases(what: str) -> list[Any]:
         for batch_size in _batch_sizes():
             cases.append(
                 contest.Case(
-                    what=what,
+                    what=measurement,
                     model=name,
                     dimensions=contest.MODELS[name],
                     image_size=size,
@@ -181,7 +194,7 @@ def _cases(what: str) -> list[Any]:
 
 
 def _batch_sizes() -> list[int]:
-    """Images a device, of --batch_size or by the kind of device."""
+    """Returns images per device from --batch_size, or the default for the backend."""
     import jax
 
     if BATCH_SIZE.value is None:
@@ -192,7 +205,7 @@ def _batch_sizes() -> list[int]:
 if __name__ == "__main__":
     if {"data", "loop"} & set(sys.argv[1:]):
         from mixer.cli import (
-            config as cli,  # --config; the others run where ml_collections is not installed
+            config as cli,  # defines --config; train and infer run without ml_collections
         )
 
         cli.run(main)

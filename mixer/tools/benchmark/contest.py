@@ -1,4 +1,4 @@
-"""A contest: programs that do the same work take turns, so that a disturbance hits all of them."""
+"""Runs programs that do the same work in turns, so that a disturbance affects all of them."""
 
 import dataclasses
 import statistics
@@ -8,27 +8,28 @@ from typing import Any, Protocol
 from mixer import memory
 from mixer.models.mlp_mixer import VARIANTS
 
-# The record's model for CIFAR-10 (github.com/omihub777/MLP-Mixer-CIFAR; configs/cifar10.py).
+# The reference recipe's model for CIFAR-10: github.com/omihub777/MLP-Mixer-CIFAR,
+# configs/cifar10.py.
 CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
 MODELS = {**VARIANTS, "cifar": CIFAR}
 
 
 class Failed(Exception):
-    """A contestant cannot take part; the message says why, and the others go on."""
+    """A contestant cannot run; the message has the reason, and the other contestants continue."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What all contestants of a contest compute.
+    """The computation of all contestants of a contest.
 
     Attributes:
-      what: "train" (an update by AdamW, softmax cross-entropy) or "infer" (pixels to logits).
+      what: "train" (an AdamW update with softmax cross-entropy) or "infer" (pixels to logits).
       model: name of the model.
       dimensions: fields of the model for `make_model`.
       image_size: side in pixels.
-      num_classes: width of the head.
-      batch_size: images a device, which holds them as uint8.
-      dtype: of the computation, "float32" or "bfloat16"; trained parameters are float32.
+      num_classes: number of classes.
+      batch_size: images per device; they are on the device as uint8.
+      dtype: dtype of the computation, "float32" or "bfloat16"; trained parameters are float32.
       gelu: "tanh" or "erf".
     """
 
@@ -46,9 +47,9 @@ class Contestant(Protocol):
     """A program that is ready to run.
 
     Attributes:
-      devices: how many work at once.
-      compile_seconds: 0 where nothing is compiled.
-      memory: peak bytes of a device's memory; None where it is unknown.
+      devices: number of devices in use.
+      compile_seconds: compile time; 0 if nothing is compiled.
+      memory: peak bytes of device memory; None if unknown.
     """
 
     devices: int
@@ -56,7 +57,7 @@ class Contestant(Protocol):
     memory: int | None
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs for about that long; returns the finished steps and the seconds they took."""
+        """Runs for about `seconds`; returns the number of finished steps and their duration."""
 
     def close(self) -> None:
         """Releases memory and processes."""
@@ -67,9 +68,9 @@ class Result:
     """The measurements of a contestant.
 
     Attributes:
-      devices, compile_seconds, memory: of the contestant.
-      rounds: seconds a step in each round.
-      failure: why the contestant did not take part, else None.
+      devices, compile_seconds, memory: attributes of the contestant.
+      rounds: seconds per step in each round.
+      failure: the reason why the contestant failed; None if it did not.
     """
 
     devices: int = 1
@@ -86,15 +87,15 @@ def compete(
     rounds: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Result]:
-    """Prepares contestants one after the other, and lets them take turns.
+    """Prepares contestants one after the other, then runs them in turns.
 
-    Each round begins with another contestant.
+    Each round starts with a different contestant.
 
     Args:
-      prepare: makes a contestant ready: compiled, and warmed up by some steps.
-      seconds: of a turn.
+      prepare: functions that return a compiled and warmed-up contestant, by name.
+      seconds: duration of a turn.
       rounds: turns of each contestant.
-      say: shows what is being prepared.
+      say: prints the name of the contestant in preparation.
     """
     ready: dict[str, Contestant] = {}
     results: dict[str, Result] = {}
@@ -107,61 +108,61 @@ def compete(
             except Failed as error:
                 results[name] = Result(failure=str(error))
             else:
-                one = ready[name]
-                results[name] = Result(one.devices, one.compile_seconds)
+                contestant = ready[name]
+                results[name] = Result(contestant.devices, contestant.compile_seconds)
         for turn in range(rounds):
             names = [name for name in ready if results[name].failure is None]
             start = turn % max(len(names), 1)
             for name in [*names[start:], *names[:start]]:
                 try:
-                    steps, passed = ready[name].run(seconds)
+                    steps, duration = ready[name].run(seconds)
                     memory.give_back_freed_memory()
                 except Failed as error:
                     results[name].failure = str(error)
                     continue
-                results[name].rounds.append(passed / steps)
+                results[name].rounds.append(duration / steps)
                 results[name].memory = ready[name].memory
     finally:
-        for one in ready.values():
-            one.close()
+        for contestant in ready.values():
+            contestant.close()
     return results
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Returns the median, minimum and maximum."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def rates(result: Result, work: float) -> dict[str, float] | None:
-    """`spread` of the work a second; None where the contestant did not take part.
+    """Returns the `spread` of the work per second; None if the contestant failed.
 
     Args:
-      result: of a contestant.
-      work: of a step, such as images or FLOPs.
+      result: result of a contestant.
+      work: work per step, such as images or FLOPs.
     """
     if result.failure is not None:
         return None
     return spread([work / seconds for seconds in result.rounds])
 
 
-def ratio(one: Result, other: Result) -> dict[str, float] | None:
-    """How many times as fast `one` is as `other`, a device and round by round.
+def ratio(result: Result, baseline: Result) -> dict[str, float] | None:
+    """Returns the `spread` of the speed per device relative to `baseline`, round by round.
 
-    None where one of the two did not take part.
+    The result is None if one of the two contestants failed.
     """
-    if one.failure is not None or other.failure is not None:
+    if result.failure is not None or baseline.failure is not None:
         return None
-    return spread([b / a for a, b in zip(one.rounds, other.rounds, strict=True)])
+    return spread([b / a for a, b in zip(result.rounds, baseline.rounds, strict=True)])
 
 
 def as_json(result: Result, images: int, flops: float, limit: float | None) -> dict[str, Any]:
-    """Figures of a contestant.
+    """Returns the results of a contestant as JSON.
 
     Args:
-      result: of the contestant.
-      images: of a step on each device.
-      flops: of an image, by the closed form.
-      limit: FLOP/s of a large matmul on a device; None: unknown.
+      result: result of the contestant.
+      images: images per step and device.
+      flops: FLOPs per image, by the closed form.
+      limit: FLOP/s of a large matmul on a device; None if unknown.
     """
     if result.failure is not None:
         return {"failure": result.failure}

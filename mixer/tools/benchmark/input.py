@@ -1,4 +1,4 @@
-"""What the input pipeline delivers on this host, on photographs made here."""
+"""Measures the input pipeline on this host, on generated photographs."""
 
 import dataclasses
 import functools
@@ -27,10 +27,10 @@ from mixer.parallel import sharding
 from mixer.tools.benchmark import contest, jax_side, report
 from mixer.training import program
 
-PHOTOGRAPHS = 1024  # 110 MB, so that disk and page cache play no part
-PHOTOGRAPH_BYTES = 110_000  # ImageNet's mean
-PHOTOGRAPH_SIZE = (375, 500)  # its usual one
-SMALL = 64  # pixels; sets of such images are stored at their size
+PHOTOGRAPHS = 1024  # 110 MB, which fits into the page cache, so that the disk is not measured
+PHOTOGRAPH_BYTES = 110_000  # mean file size in ImageNet
+PHOTOGRAPH_SIZE = (375, 500)  # the most common size in ImageNet
+SMALL = 64  # pixels; data sets up to this image size are stored at that size
 HOST_PART = "training, host's steps"
 DEVICE_PART = "training, device's steps"
 DECODING = "decoding alone"
@@ -38,7 +38,7 @@ STEP = "training step"
 
 
 class Stream:
-    """Batches of a pipeline as a contestant of `mixer.tools.benchmark.contest`."""
+    """A contestant of `mixer.tools.benchmark.contest` that reads batches of a pipeline."""
 
     devices, compile_seconds, memory = 1, 0.0, None
 
@@ -46,35 +46,35 @@ class Stream:
         """Fills the pipeline's buffers.
 
         Args:
-          batches: of the pipeline.
-          busy: gets the number of cores that were busy, turn by turn.
+          batches: batches of the pipeline.
+          busy: list to which each turn appends the number of busy cores.
         """
         self._batches, self._busy = batches, busy
         for _ in itertools.islice(batches, 2):
             pass
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`; batches that were ready or begun before do not count."""
+        """Runs as `Contestant.run` specifies; batches in the buffers are not timed."""
         next(self._batches)
         next(self._batches)
-        start, used, count = time.perf_counter(), time.process_time(), 0
+        start, cpu_start, count = time.perf_counter(), time.process_time(), 0
         while count == 0 or time.perf_counter() - start < seconds:
             next(self._batches)
             count += 1
-        passed = time.perf_counter() - start
-        self._busy.append((time.process_time() - used) / passed)
-        return count, passed
+        duration = time.perf_counter() - start
+        self._busy.append((time.process_time() - cpu_start) / duration)
+        return count, duration
 
     def close(self) -> None:
-        """Ends the pipeline's threads."""
+        """Stops the threads of the pipeline."""
         del self._batches
 
 
 def preprocessings(train: str, evaluation: str) -> dict[str, str]:
-    """Names and steps of what `measure_rates` measures.
+    """Returns the preprocessing that `measure_rates` measures, by name.
 
-    HOST_PART is among them where the device can take the last steps of the training's, and
-    "evaluation" where the config has steps for it.
+    The result has HOST_PART if the device can run the last steps of the training preprocessing, and
+    "evaluation" if the config has evaluation preprocessing.
     """
     specs = {"training": train}
     parts = parse(train).parts
@@ -92,15 +92,15 @@ def measure(
     rounds: int,
     output: str | None,
 ) -> None:
-    """Measures the input pipeline of a config beside its training step.
+    """Measures the input pipeline of a config and compares it with the training step.
 
     Args:
-      config: of the run, resolved but for its lengths.
-      batch_size: images a device and training step.
-      step_rate: images/s that a device trains on; None: it is measured.
-      seconds: of a turn.
+      config: config of the run; its lengths are not resolved yet.
+      batch_size: images per device and training step.
+      step_rate: images/s of a device in training; None: measure it.
+      seconds: duration of a turn.
       rounds: turns of each contestant.
-      output: file of JSON; None: none.
+      output: JSON file; None: do not write a file.
 
     Raises:
       UserError: the config has no preprocessing.
@@ -126,12 +126,12 @@ def measure(
         say=record.say,
     )
     _show_rates(record, figures)
-    measured = figures["step_per_device"]
-    if step_rate is None and measured is None:
+    measured_rate = figures["step_per_device"]
+    if step_rate is None and measured_rate is None:
         record.say(f"the training step: {figures['step_failure']}")
     else:
-        source = "given" if measured is None else "measured"
-        rate = step_rate if measured is None else measured["median"]
+        source = "given" if measured_rate is None else "measured"
+        rate = step_rate if measured_rate is None else measured_rate["median"]
         evaluation = evaluation_rate(model, config.image_size, rate)
         needs = _needs(figures, specs, (rate, source), evaluation)
         figures["feeds"] = _show_feeds(record, figures["images_per_second"], needs)
@@ -154,7 +154,7 @@ def _show_rates(record: report.Record, figures: dict[str, Any]) -> None:
     record.console.print(table)
     if rate := figures["device_part_per_device"]:
         record.say(
-            f"{DEVICE_PART}: {report.number(rate['median'])} images/s on a device "
+            f"{DEVICE_PART}: {report.number(rate['median'])} images/s per device "
             f"({report.number(rate['lowest'])} to {report.number(rate['highest'])})"
         )
     elif figures.get("device_part_failure"):
@@ -166,12 +166,13 @@ def _show_rates(record: report.Record, figures: dict[str, Any]) -> None:
 def _needs(
     figures: dict[str, Any], specs: dict[str, str], step: tuple[float, str], evaluation: float
 ) -> dict[str, tuple[float, str]]:
-    """Images/s that a device takes of each preprocessing, and where the number comes from."""
+    """Returns the images/s that a device needs by preprocessing, with the source of each rate."""
     rate, source = step
     needs = {name: step for name in specs}
     if HOST_PART in needs and (device := figures["device_part_per_device"]):
-        both = 1 / (1 / rate + 1 / device["median"])  # one after the other
-        needs[HOST_PART] = both, f"{source}, with its own steps"
+        # The device runs its preprocessing and the training step one after the other.
+        total = 1 / (1 / rate + 1 / device["median"])
+        needs[HOST_PART] = total, f"{source}, including the device's steps"
     if "evaluation" in needs:
         needs["evaluation"] = evaluation, "estimated by FLOPs"
     return needs
@@ -180,7 +181,7 @@ def _needs(
 def _show_feeds(
     record: report.Record, rates: dict[str, Any], needs: dict[str, tuple[float, str]]
 ) -> dict[str, Any]:
-    """Says for how many devices each preprocessing suffices; returns the figures."""
+    """Prints how many devices each preprocessing can feed; returns the results."""
     devices, figures = jax.local_device_count(), {}
     for name, (needed, source) in needs.items():
         feeds = sufficiency(rates[name]["median"], needed, devices)
@@ -206,24 +207,24 @@ def measure_rates(
     rounds: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Has preprocessings take turns with decoding alone, and with the training step.
+    """Measures preprocessing in turns with decoding alone and with the training step.
 
     Decoding alone reads and decodes the same windows of the same files as "training".
 
     Args:
-      specs: preprocessings by name; "training" is the config's.
-      image_size: side in pixels that they end with.
-      step: makes a training step; None leaves it out.
-      device_part: makes the device's share of the preprocessing; None leaves it out.
-      batch_size: images a batch of the input.
-      step_batch_size: images a device and step.
-      seconds: of a turn.
-      rounds: how many turns each has.
-      say: is told what the photographs are.
+      specs: preprocessing by name; "training" is the config's.
+      image_size: side in pixels after the preprocessing.
+      step: makes the training step; None: do not measure it.
+      device_part: makes the device's part of the preprocessing; None: do not measure it.
+      batch_size: images per batch of the input.
+      step_batch_size: images per device and step.
+      seconds: duration of a turn.
+      rounds: turns of each contestant.
+      say: prints a line that describes the photographs.
 
     Returns:
-      Images/s of each, as JSON has it ("step_per_device": of the step, "device_part_per_device"),
-      and the memory in GiB.
+      Images/s of each as JSON (for the step "step_per_device", for the device's part
+      "device_part_per_device"), and the memory in GiB.
     """
     from mixer.data.sources import folder
     from mixer.data.sources import stored as sources
@@ -279,9 +280,9 @@ def _open_stream(split: Split, batch_size: int, busy: list[float]) -> Stream:
 def device_part(
     spec: str, image_size: int, batch_size: int
 ) -> Callable[[], contest.Contestant] | None:
-    """A function that makes the contestant that takes the last steps of `spec` on one device.
+    """Returns a function that makes the contestant for the last steps of `spec` on one device.
 
-    None where a device could take none. Its images are of the size that the steps end with.
+    The result is None if no step can run on a device. The images already have the final size.
     """
     parsed = parse(spec)
     if not parsed.parts.device:
@@ -303,12 +304,12 @@ def device_part(
 
 
 def training_step(model: nn.Module, image_size: int, batch_size: int) -> Callable[[], Any]:
-    """A function that makes the contestant that trains a model, on all devices at once.
+    """Returns a function that makes the contestant that trains a model on all devices.
 
     Args:
-      model: of the config.
+      model: model of the config.
       image_size: side in pixels.
-      batch_size: images a device.
+      batch_size: images per device.
     """
     dimensions = {name: getattr(model, name) for name in contest.CIFAR}
     case = contest.Case(
@@ -326,28 +327,29 @@ def training_step(model: nn.Module, image_size: int, batch_size: int) -> Callabl
 
 
 def sufficiency(input_rate: float, step_rate: float, devices: int) -> dict[str, float]:
-    """For how many devices an input suffices.
+    """Computes how many devices an input pipeline can feed.
 
     Args:
-      input_rate: images/s that it delivers.
-      step_rate: images/s that a device trains on or predicts.
-      devices: of this host.
+      input_rate: images/s of the input pipeline.
+      step_rate: images/s of a device in training or inference.
+      devices: number of devices of this host.
 
     Returns:
-      "devices": so many are fed; "wait_share": of a step's time that this host's would wait.
+      "devices": the number of devices that the pipeline can feed; "wait_share": the share of time
+      that the devices of this host wait for it.
     """
-    fed = input_rate / step_rate
-    return {"devices": fed, "wait_share": max(0.0, 1 - fed / devices)}
+    num_fed = input_rate / step_rate
+    return {"devices": num_fed, "wait_share": max(0.0, 1 - num_fed / devices)}
 
 
 def evaluation_rate(model: nn.Module, image_size: int, step_rate: float) -> float:
-    """Images/s of a device in evaluation, estimated: the training step's FLOP/s, forward alone."""
+    """Estimates images/s of a device in evaluation: forward pass at the FLOP/s of training."""
     size = (image_size, image_size)
     return step_rate * flops.train_flops(model, size) / flops.forward_flops(model, size)
 
 
 def decoding_alone(spec: str) -> Callable:
-    """As `make_preprocess(spec, ...)`, but it stops after decoding; only the shape comes out."""
+    """Makes preprocessing that stops after decoding and returns only the shape."""
     import tensorflow as tf
 
     from mixer.data.preprocessing import host as preprocess
@@ -371,9 +373,10 @@ def _memory() -> float:
 
 
 def write_photographs(directory: Path, size: tuple[int, int] = PHOTOGRAPH_SIZE) -> float:
-    """Writes JPEGs of a size (H, W), random windows of scikit-learn's two photographs.
+    """Writes JPEGs of a size (H, W), which are random windows of scikit-learn's two photographs.
 
-    Those of PHOTOGRAPH_SIZE have a quality such that they have ImageNet's mean size, others 95.
+    For PHOTOGRAPH_SIZE, the JPEG quality is chosen to match the mean file size of ImageNet; for
+    other sizes it is 95.
 
     Returns:
       Mean size in bytes.

@@ -1,4 +1,4 @@
-"""Contestants in JAX, which run in this process."""
+"""JAX contestants, which run in this process."""
 
 import functools
 import time
@@ -30,7 +30,7 @@ WARM_UP_STEPS = 3
 
 
 class Program:
-    """A contestant (see contest.py): a function that is called again and again."""
+    """A contestant (see contest.py) that calls a function repeatedly."""
 
     def __init__(
         self, call: Callable[[], Any], *, devices: int, compile_seconds: float, memory: int | None
@@ -38,10 +38,10 @@ class Program:
         """Warms the program up.
 
         Args:
-          call: begins a step and returns its arrays.
-          devices: how many work at once.
-          compile_seconds: of its compilation.
-          memory: bytes of a device's memory, by the compiler.
+          call: function that starts a step and returns its arrays.
+          devices: number of devices in use.
+          compile_seconds: compile time.
+          memory: bytes of device memory, reported by the compiler.
         """
         self.call = call
         self.devices, self.compile_seconds, self.memory = devices, compile_seconds, memory
@@ -51,7 +51,7 @@ class Program:
         jax.block_until_ready([self.call() for _ in range(count)])
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`; the first step, with cold caches, does not count."""
+        """Runs as `Contestant.run` specifies; the first step, with cold caches, is not timed."""
         return _fitting(lambda: self._run(seconds))
 
     def _run(self, seconds: float) -> tuple[int, float]:
@@ -64,31 +64,31 @@ class Program:
 
 
 def _fitting(run: Callable[[], Any]) -> Any:
-    """`run()`; a failure on the device becomes `Failed`."""
+    """Calls `run`; converts errors on the device to `Failed`."""
     try:
         return run()
     except jax.errors.JaxRuntimeError as error:
-        full = "RESOURCE_EXHAUSTED" in str(error)
-        raise Failed("does not fit into memory" if full else first_line(error)) from None
+        is_full = "RESOURCE_EXHAUSTED" in str(error)
+        raise Failed("does not fit into memory" if is_full else first_line(error)) from None
     except memory.NoRoomError as error:
         raise Failed(f"does not fit: {error}") from None
 
 
 def may_fail(function: Callable) -> Callable:
-    """`function`, whose failures on the device become `Failed`."""
+    """Decorates `function` to convert errors on the device to `Failed`."""
 
     @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _fitting(lambda: function(*args, **kwargs))
 
-    return called
+    return wrapper
 
 
 def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
-    """Compiles for such arguments; returns the program, seconds and bytes of a device's memory.
+    """Compiles a function for arguments; returns the program, compile time and device memory.
 
-    The memory holds the arguments (with parameters and optimizer state), the results and the
-    temporary arrays, as the compiler has laid them out.
+    The memory, in bytes, includes arguments (parameters, optimizer state), results and temporary
+    arrays, as assigned by the compiler.
     """
     start = time.perf_counter()
     program = jitted.lower(*args).compile()
@@ -96,35 +96,35 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     size = memory_of(program)
     if size is not None:
         arguments = program.memory_analysis().argument_size_in_bytes
-        memory.check_room(size - arguments, "what a step computes with")
+        memory.check_room(size - arguments, "the temporary arrays of a step")
     return program, seconds, size
 
 
 def memory_of(program: Any) -> int | None:
-    """Bytes of a device that a compiled program takes; None where the backend does not say."""
-    used = program.memory_analysis()
-    if used is None:
+    """Returns the device memory of a compiled program in bytes; None if unknown."""
+    analysis = program.memory_analysis()
+    if analysis is None:
         return None
-    results = used.output_size_in_bytes - used.alias_size_in_bytes
-    return used.argument_size_in_bytes + results + used.temp_size_in_bytes
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
 
 
 def make_mixer(case: Case) -> nn.Module:
-    """This project's model of a case."""
+    """Makes this project's model for a case."""
     return make_model(
         **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu
     )
 
 
 def make_plain(case: Case) -> plain.Mixer:
-    """The plain model of a case, of the same parameters."""
+    """Makes the plain model for a case, with the same parameters."""
     return plain.Mixer(
         **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu
     )
 
 
 def draw_params(case: Case) -> Any:
-    """NumPy parameters as at the start of a training, but with a head that is not zero."""
+    """Draws initial parameters in NumPy, with a head that is not zero."""
     shapes = param_shapes(make_mixer(case), (case.image_size, case.image_size))
     shapes = traverse_util.unflatten_dict(shapes, sep="/")
     rng = np.random.default_rng(0)
@@ -150,7 +150,7 @@ def _batch(case: Case, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Callable[[], Any]:
-    """A call that continues from the state that the previous call returned."""
+    """Returns a function that continues from the state of its previous call."""
     states = [state]
 
     def call() -> jax.Array:
@@ -163,15 +163,15 @@ def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Calla
 
 @may_fail
 def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
-    """The update of `name`, "ours" or "plain", on a batch that stays on the devices.
+    """Prepares the update of "ours" or "plain" on a batch that stays on the devices.
 
-    Ours is the update of `train.py`, with clipping and metrics, which plain leaves out.
+    "ours" is the update of `train.py`, including clipping and metrics, which "plain" omits.
 
     Raises:
-      Failed: it does not fit into memory.
+      Failed: the update does not fit into memory.
     """
-    whole = sharding.replicated(mesh)
-    params = jax.device_put(draw_params(case), whole)
+    replicated = sharding.replicated(mesh)
+    params = jax.device_put(draw_params(case), replicated)
     if name == "ours":
         schedule = make_schedule(
             peak_lr=1e-3,
@@ -213,13 +213,15 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     else:
         tx = optax.adamw(1e-3, weight_decay=0.1)
         step = plain.make_train_step(make_plain(case), tx)
-    opt_state = jax.jit(tx.init, out_shardings=whole)(params)
+    opt_state = jax.jit(tx.init, out_shardings=replicated)(params)
     state: Any = (params, opt_state)
     if name == "ours":
-        state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), params, opt_state)
+        state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated), params, opt_state)
     batch = _batch(case, mesh)
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(replicated, replicated), compiler_options=options
+    )
     program, seconds, size = compile_for(jitted, state, batch)
     call = _repeat(program, state, batch, lambda m: m["loss"] if name == "ours" else m)
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
@@ -227,10 +229,10 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
 
 @may_fail
 def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
-    """From pixels on the devices to logits by `name`, "ours" or "plain"; parameters are float32.
+    """Prepares inference by "ours" or "plain", from pixels on the devices; float32 parameters.
 
     Raises:
-      Failed: it does not fit into memory.
+      Failed: the program does not fit into memory.
     """
     params = jax.device_put(draw_params(case), sharding.replicated(mesh))
     images = _batch(case, mesh)["image"]
@@ -243,8 +245,8 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
             return model.apply({"params": params}, images)
 
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
-    where = sharding.batch_sharding(mesh)
-    jitted = jax.jit(predict, out_shardings=where, compiler_options=options)
+    batch_sharding = sharding.batch_sharding(mesh)
+    jitted = jax.jit(predict, out_shardings=batch_sharding, compiler_options=options)
     program, seconds, size = compile_for(jitted, params, images)
     call = functools.partial(program, params, images)
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
@@ -252,17 +254,17 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
 
 @may_fail
 def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
-    """(m, k) by (k, n) on every device at once, at JAX's default precision.
+    """Prepares a matmul (m, k) x (k, n) on all devices at once, at JAX's default precision.
 
     Raises:
-      Failed: it does not fit into memory.
+      Failed: the matmul does not fit into memory.
     """
     m, k, n = shape
     rng = np.random.default_rng(0)
-    # Random numbers: a GPU multiplies zeros with less power, and so faster.
-    one, other = (rng.standard_normal(size, np.float32) for size in ((m, k), (k, n)))
+    # Use random numbers, because a GPU needs less power for zeros and runs faster.
+    left, right = (rng.standard_normal(size, np.float32) for size in ((m, k), (k, n)))
     pairs = [
-        [jax.device_put(x.astype(jnp.dtype(dtype)), device) for x in (one, other)]
+        [jax.device_put(x.astype(jnp.dtype(dtype)), device) for x in (left, right)]
         for device in jax.local_devices()
     ]
     matmul = jax.jit(jnp.matmul)

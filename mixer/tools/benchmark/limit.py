@@ -1,4 +1,4 @@
-"""The limit of training and inference: the rate of a large square matmul, in turns with them."""
+"""Measures a large square matmul, whose rate is the upper limit of training and inference."""
 
 import contextlib
 import functools
@@ -9,17 +9,17 @@ import jax
 
 from mixer.tools.benchmark import contest, jax_side, torch_side
 
-SIDES = {"cpu": 2048}  # by backend; 8192 elsewhere
+SIDES = {"cpu": 2048}  # side of the matmul by backend; 8192 on all others
 
 
 def torch_device() -> str:
-    """The device of torch's contestants."""
+    """Returns the device of the PyTorch contestants."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 @contextlib.contextmanager
 def torch_child(python: str | None) -> Iterator[torch_side.Child | None]:
-    """A process that computes matmuls in torch; None without a Python that has torch."""
+    """Yields a worker that computes matmuls in torch, or None without a Python interpreter."""
     child = torch_side.start(python) if python else None
     try:
         yield child
@@ -35,7 +35,7 @@ def _side() -> int:
 def prepare(
     dtype: str, child: torch_side.Child | None = None
 ) -> dict[str, Callable[[], contest.Contestant]]:
-    """The contestants "jax" and, with a child, "torch"."""
+    """Returns functions that make the contestants "jax" and, with a worker, "torch"."""
     shape = (_side(),) * 3
     makers = {"jax": functools.partial(jax_side.prepare_matmul, shape, dtype)}
     if child:
@@ -46,11 +46,11 @@ def prepare(
 
 
 def take_figures(results: dict[str, contest.Result]) -> dict[str, Any]:
-    """Removes the contestants of `prepare` from the results.
+    """Removes the contestants of `prepare` from the results, and returns their rates.
 
     Returns:
-      As JSON has it: side, rates in FLOP/s a device by contestant, and their highest median,
-      "limit"; None where none took part.
+      As JSON: the side, the rates in FLOP/s per device by contestant, and their highest median
+      "limit", which is None if all contestants failed.
     """
     work = 2.0 * _side() ** 3
     rates = {

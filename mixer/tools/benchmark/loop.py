@@ -1,4 +1,4 @@
-"""Training on images that stay on the device, as a config's run does it, without the run."""
+"""Measures training on device-resident images with a config, without creating a run."""
 
 import datetime
 import time
@@ -24,14 +24,14 @@ from mixer.tools.benchmark.jax_side import may_fail, memory_of
 from mixer.training import program
 from mixer.training import updates as stepping
 
-WARM_UP_CALLS = 12  # in which their length grows
+WARM_UP_CALLS = 12  # calls in which the number of updates per call grows
 
 
 class Loop:
     """A contestant (see contest.py) whose step is an update of the global batch."""
 
     def __init__(self, source: stepping.Updates, state: Any, *, devices: int, seconds: float):
-        """Warms it up; `seconds` is what it took to compile."""
+        """Warms the loop up; `seconds` is the compile time."""
         self._source, self._state, self._step = source, state, 0
         self.devices, self.compile_seconds = devices, seconds
         self.memory = memory_of(source.compiled)
@@ -40,33 +40,33 @@ class Loop:
 
     @may_fail
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`, with two calls in flight, as in training."""
-        first, start = self._step, time.perf_counter()
-        while self._step == first or time.perf_counter() - start < seconds:
-            called = time.perf_counter()
+        """Runs updates as `Contestant.run` specifies, with two calls in flight as in training."""
+        first_step, start = self._step, time.perf_counter()
+        while self._step == first_step or time.perf_counter() - start < seconds:
+            call_time = time.perf_counter()
             count, update = self._source.next(self._step, stepping.MOST_STEPS)
             self._state, metrics = update(self._state)
             self._step += count
-            self._source.sent(metrics["loss"], count, called)
+            self._source.sent(metrics["loss"], count, call_time)
         self._source.drain()
-        return self._step - first, time.perf_counter() - start
+        return self._step - first_step, time.perf_counter() - start
 
     def close(self) -> None:
-        """Lets go of the arrays."""
+        """Releases the arrays."""
         del self._source, self._state
 
 
 def measure(
     config: ConfigDict, *, num_examples: int, seconds: float, rounds: int, output: str | None
 ) -> None:
-    """Measures the training of a config on images that stay on the device.
+    """Measures the training of a config on device-resident images.
 
     Args:
-      config: of the run, resolved but for its lengths.
-      num_examples: images that lie on the device, of the config's size.
-      seconds: of a turn.
+      config: config of the run; its lengths are not resolved yet.
+      num_examples: images on the device, of the config's size.
+      seconds: duration of a turn.
       rounds: turns of the loop and of the matmul.
-      output: file of JSON; None: none.
+      output: JSON file; None: do not write a file.
     """
     run.resolve_data(config, 10, num_examples)
     model = program.build_model(config)
@@ -96,26 +96,26 @@ def measure(
     record.console.print(report.contest_table(record.console, figures))
     record.say(report.matmul_line(figures))
     if "failure" not in loop:
-        whole = datetime.timedelta(
+        duration = datetime.timedelta(
             seconds=round(config.total_steps * loop["seconds_per_step"]["median"])
         )
         record.say(
-            f"the run's {config.total_steps:,} updates take {whole} at this rate, without "
-            "evaluating and saving"
+            f"the run's {config.total_steps:,} updates take {duration} at this rate, without "
+            "evaluation and checkpoints"
         )
     record.write(figures)
 
 
 def prepare(config: ConfigDict, num_examples: int) -> Loop:
-    """The loop of a config's training, on so many images of noise.
+    """Prepares the training loop of a config on random images.
 
     Args:
-      config: of the run, resolved.
-      num_examples: images that lie on the device, of the config's size.
+      config: resolved config of the run.
+      num_examples: images on the device, of the config's size.
 
     Raises:
-      UserError: its images cannot stay on the device.
-      Failed: it does not fit into memory.
+      UserError: the images cannot stay on the device.
+      Failed: the loop does not fit into memory.
     """
     dataset, size = config.dataset, (config.image_size, config.image_size)
     spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
@@ -153,8 +153,8 @@ def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh
         arrays["number"] = np.arange(num_examples, dtype=np.uint32)
     train_program = program.make_program(config, mesh)
     state = train_program.init_state()
-    kept = resident.Examples(arrays, steps, "")
+    examples = resident.Examples(arrays, steps, "")
     start = time.perf_counter()
-    source = stepping.make_resident(config, kept, train_program)
+    source = stepping.make_resident(config, examples, train_program)
     seconds = time.perf_counter() - start
     return Loop(source, state, devices=mesh.size, seconds=seconds)

@@ -1,8 +1,8 @@
-"""The paper's formulation written plainly in Flax: what one would write without this project.
+"""A straightforward Flax implementation of the paper's formulation, as a baseline.
 
 Token mixing transposes, applies Dense layers, and transposes back (section 2 of the paper, arXiv
-2105.01601); the stem is a convolution, the optimizer optax's own. Its parameters have the names of
-`mixer.models.mlp_mixer`, so that the two can be held against each other.
+2105.01601); the stem is a convolution, and the optimizer comes from optax. The parameter names are
+those of `mixer.models.mlp_mixer`, so that the outputs of both can be compared.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """The network; its fields are those of `mixer.models.mlp_mixer.MlpMixer`."""
+    """The network, with the fields of `mixer.models.mlp_mixer.MlpMixer`."""
 
     num_classes: int
     patch_size: int

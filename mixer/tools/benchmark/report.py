@@ -1,4 +1,4 @@
-"""Tables of a benchmark, the lines above them, and the file of --output."""
+"""Prints the tables of a benchmark and their header, and writes the file of --output."""
 
 import importlib.metadata
 import json
@@ -25,13 +25,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def make_console() -> Console:
-    """A console that is wide enough for the tables; without a terminal they are Markdown."""
+    """Makes a console that is wide enough for the tables, which are Markdown off a terminal."""
     console = Console(highlight=False, soft_wrap=True)
     return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
 
 
 def make_table(console: Console, *columns: str) -> Table:
-    """An empty table; all columns but the first hold numbers."""
+    """Makes an empty table; all columns except the first hold numbers."""
     table = Table(box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -39,41 +39,41 @@ def make_table(console: Console, *columns: str) -> Table:
 
 
 class Record:
-    """A measurement on the console and in the file of --output."""
+    """Writes a measurement to the console and to the file of --output."""
 
-    def __init__(self, what: str, output: str | None, versions: Mapping[str, str] | None = None):
-        """Prints the lines that stand above the tables.
+    def __init__(self, key: str, output: str | None, versions: Mapping[str, str] | None = None):
+        """Prints the header above the tables.
 
         Args:
-          what: key of the figures in the file.
-          output: the file; None: none is written.
-          versions: of packages that another Python has.
+          key: key of the results in the file.
+          output: the file; None: do not write a file.
+          versions: versions of packages of another Python interpreter.
         """
         self.console = make_console()
-        self._what, self._output = what, output
+        self._key, self._output = key, output
         command = shlex.join(["python", "-m", "mixer.tools.benchmark", *sys.argv[1:]])
         self._environment = environment(command, versions or {})
         for line in header(self._environment):
             self.say(line)
 
     def say(self, line: str) -> None:
-        """Prints a line as it is."""
+        """Prints a line without markup."""
         self.console.print(line, markup=False)
 
     def write(self, figures: Any) -> None:
-        """Writes the figures so far, and the environment, to the file."""
+        """Writes the environment and the results up to now to the file."""
         if self._output:
-            content = {**self._environment, self._what: figures}
-            with files.whole(self._output) as new:
-                new.write_text(json.dumps(content, indent=2) + "\n")
+            content = {**self._environment, self._key: figures}
+            with files.whole(self._output) as new_file:
+                new_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Machine, versions and settings, as JSON has them.
+    """Returns machine, versions and settings as JSON.
 
     Args:
       command: the command line.
-      versions: of packages that another Python has.
+      versions: versions of packages of another Python interpreter.
     """
     variables = {
         name: value
@@ -100,28 +100,30 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
 
 
 def cores_of_others(seconds: float = 1.5) -> float:
-    """How many cores other processes use: a mean over `seconds`, during which this one waits.
+    """Returns the mean number of cores that other processes use, while this one sleeps `seconds`.
 
     The system's load average would include a benchmark that has just ended.
     """
 
-    def busy() -> tuple[float, float]:
-        """CPU seconds of all processes so far, and of this one."""
-        all_of_it = psutil.cpu_times()
-        idle = all_of_it.idle + getattr(all_of_it, "iowait", 0.0)
-        # Linux counts what guests take as the users' too.
-        idle += getattr(all_of_it, "guest", 0.0) + getattr(all_of_it, "guest_nice", 0.0)
-        own = psutil.Process().cpu_times()
-        return sum(all_of_it) - idle, own.user + own.system
+    def cpu_seconds() -> tuple[float, float]:
+        """Returns the CPU seconds of all processes and of this process."""
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # Linux counts guest time twice, as guest and as user time.
+        idle += getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        process_times = psutil.Process().cpu_times()
+        return sum(times) - idle, process_times.user + process_times.system
 
-    before, start = busy(), time.monotonic()
+    start_seconds, start = cpu_seconds(), time.monotonic()
     time.sleep(seconds)
-    everyone, own = (now - then for now, then in zip(busy(), before, strict=True))
-    return max(everyone - own, 0.0) / (time.monotonic() - start)
+    all_used, own_used = (
+        end - begin for end, begin in zip(cpu_seconds(), start_seconds, strict=True)
+    )
+    return max(all_used - own_used, 0.0) / (time.monotonic() - start)
 
 
 def _processor() -> str:
-    """The processor's name, where the system says it."""
+    """Returns the name of the processor, or the architecture if the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -131,16 +133,16 @@ def _processor() -> str:
 
 
 def header(environment: Mapping[str, Any]) -> list[str]:
-    """The lines above the tables."""
-    where = f"{environment['processor']}, {environment['cores']} cores"
+    """Returns the lines above the tables."""
+    machine = f"{environment['processor']}, {environment['cores']} cores"
     if environment["backend"] != "cpu" or environment["devices"] > 1:
-        where = f"{environment['devices']} x {environment['device']}; host: {where}"
+        machine = f"{environment['devices']} x {environment['device']}; host: {machine}"
     settings = ", ".join(f"{name}={value}" for name, value in environment["environment"].items())
-    busy = environment["others"] > environment["cores"] / 8
+    is_busy = environment["others"] > environment["cores"] / 8
     return [
         environment["command"],
-        where,
-        *([f"BUSY: other processes use {environment['others']:.1f} cores"] * busy),
+        machine,
+        *([f"BUSY: other processes use {environment['others']:.1f} cores"] * is_busy),
         ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
         f"freed memory: {environment['memory_setting']}"
         + f"; environment: {settings}" * bool(settings),
@@ -148,24 +150,24 @@ def header(environment: Mapping[str, Any]) -> list[str]:
 
 
 def case_title(case: Case, devices: int) -> str:
-    """A line that says what the contestants of a case compute."""
-    what = "training" if case.what == "train" else "inference"
+    """Returns a line that describes the computation of a case."""
+    task = "training" if case.what == "train" else "inference"
     return (
-        f"{what}, {case.model}, {case.image_size} px, {case.dtype}, batch {case.batch_size} a "
+        f"{task}, {case.model}, {case.image_size} px, {case.dtype}, batch {case.batch_size} per "
         f"device{f', {devices} devices' * (devices > 1)}, GELU {case.gelu}"
     )
 
 
 def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
-    """The table of a case's contestants, of its figures as JSON has them."""
+    """Makes the table of a case's contestants from the case's results as JSON."""
     unit, prefix = flops_unit(case["matmul"]["limit"] or 1e9)
     several = any(figures.get("devices", 1) > 1 for figures in case["contestants"].values())
     table = make_table(
         console,
         "",
-        "images/s" + " a device" * several,
+        "images/s" + " per device" * several,
         "lowest to highest",
-        "ms a step",
+        "ms per step",
         f"{prefix}FLOP/s",
         "of matmul",
         "GiB",
@@ -195,7 +197,7 @@ def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
 
 
 def matmul_line(case: Mapping[str, Any]) -> str:
-    """A line with the rates of the large matmul in a case's rounds, and the FLOPs of an image."""
+    """Returns a line with the rates of the large matmul and the FLOPs per image of a case."""
     matmul = case["matmul"]
     unit, prefix = flops_unit(matmul["limit"] or 1e9)
     rates = ", ".join(
@@ -207,15 +209,15 @@ def matmul_line(case: Mapping[str, Any]) -> str:
     side = matmul["side"]
     return (
         f"{prefix}FLOP/s of a matmul of {side} x {side} in the same rounds: {rates}; "
-        f"{number(case['flops_per_image'] / 1e9)} GFLOP an image"
+        f"{number(case['flops_per_image'] / 1e9)} GFLOP per image"
     )
 
 
 def flops_unit(rate: float) -> tuple[float, str]:
-    """A readable unit for rates like this one, and its prefix."""
+    """Returns a readable unit for a rate, and the prefix of the unit."""
     return (1e9, "G") if rate < 1e13 else (1e12, "T")
 
 
 def number(value: float) -> str:
-    """A number with three figures, or all before the point."""
+    """Formats a number with three significant digits, or as an integer from 100."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

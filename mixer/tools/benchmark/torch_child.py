@@ -1,7 +1,7 @@
-"""Contestants in PyTorch: a program of its own, which `mixer.tools.benchmark.torch_side` starts.
+"""Runs the PyTorch contestants in a worker process that `mixer.tools.benchmark.torch_side` starts.
 
-It reads requests, one line of JSON each, and answers each with one line of JSON. Neither JAX nor
-what needs it is imported here: the Python that has torch need not have it.
+The worker reads requests and writes answers, one line of JSON each. It does not import JAX, which
+need not be installed next to torch.
 
   {"prepare": KEY, "program": "timm" | "timm_compiled" | "timm_autotuned" | "matmul", ...}
   {"run": KEY, "seconds": 2.0}
@@ -19,14 +19,14 @@ from typing import Any
 
 from mixer import memory
 
-memory.keep_freed_memory()  # as the contestants in JAX have it
+memory.keep_freed_memory()  # the same setting as for the JAX contestants
 
 import torch
 
 WARM_UP_STEPS = 3
 IN_FLIGHT = 2
-# How `torch.compile` is told to search. CUDA graphs do not go with gradients and an optimizer
-# outside of the compiled part.
+# Modes of `torch.compile`. CUDA graphs do not work with gradients and an optimizer outside of the
+# compiled function.
 MODES = {
     ("timm_compiled", "train"): "default",
     ("timm_compiled", "infer"): "default",
@@ -36,7 +36,7 @@ MODES = {
 
 
 def make_timm(request: dict[str, Any], device: torch.device) -> torch.nn.Module:
-    """The Mixer of timm, of the request's dimensions and GELU.
+    """Makes timm's Mixer with the dimensions and the GELU of the request.
 
     Raises:
       ImportError: timm is not installed.
@@ -51,19 +51,19 @@ def make_timm(request: dict[str, Any], device: torch.device) -> torch.nn.Module:
         patch_size=size["patch_size"],
         num_blocks=size["num_blocks"],
         embed_dim=width,
-        # Multiplied by the width they are cut down to whole numbers.
+        # timm truncates ratio * width to an integer; adding 0.5 avoids an error by rounding.
         mlp_ratio=tuple((size[f"{mlp}_mlp_dim"] + 0.5) / width for mlp in ("tokens", "channels")),
         act_layer=GELUTanh if request["gelu"] == "tanh" else torch.nn.GELU,
     )
-    # The stem then makes its tokens where the first block reads them.
+    # In channels_last the stem writes tokens in the layout that the first block reads.
     return model.to(device).to(memory_format=torch.channels_last)
 
 
 def make_step(request: dict[str, Any], device: torch.device) -> Callable[[], Any]:
-    """A function that begins a step of the model that the request describes.
+    """Returns a function that starts a step of the model in the request.
 
-    Training is under autocast where bfloat16 is asked for, parameters being float32; inference has
-    its parameters in bfloat16 then, which takes less than autocast.
+    With bfloat16, training uses autocast and float32 parameters; inference uses bfloat16
+    parameters, which is faster than autocast.
     """
     torch.manual_seed(0)
     size = (request["batch_size"], 3, request["image_size"], request["image_size"])
@@ -80,7 +80,7 @@ def make_step(request: dict[str, Any], device: torch.device) -> Callable[[], Any
     if mode == "max-autotune":
         from torch._inductor import config as inductor
 
-        inductor.freezing = True  # weights are laid out once
+        inductor.freezing = True  # convert the layout of the weights once
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         pixels = images.to(torch.bfloat16 if narrow and not train else torch.float32)
@@ -90,7 +90,7 @@ def make_step(request: dict[str, Any], device: torch.device) -> Callable[[], Any
         predict = torch.compile(forward, mode=mode) if mode else forward
 
         def infer() -> torch.Tensor:
-            # Not inference_mode, whose tensors frozen graphs do not take.
+            # Frozen graphs do not accept the tensors of inference_mode.
             with torch.no_grad():
                 return predict(images)
 
@@ -114,19 +114,19 @@ def make_step(request: dict[str, Any], device: torch.device) -> Callable[[], Any
 
 
 def make_matmul(request: dict[str, Any], device: torch.device) -> Callable[[], Any]:
-    """A function that begins a matmul of the request's shape."""
+    """Returns a function that starts a matmul of the shape in the request."""
     m, k, n = request["shape"]
     dtype = getattr(torch, request["dtype"])
-    one, other = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (k, n)))
-    return lambda: one @ other
+    left, right = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (k, n)))
+    return lambda: left @ right
 
 
 class Program:
-    """A function that is called again and again, and what it takes."""
+    """A function that is called repeatedly, with its compile time and memory."""
 
     def __init__(self, request: dict[str, Any], device: torch.device):
         self._cuda = device.type == "cuda"
-        self._before = self._memory()
+        self._initial_memory = self._memory()
         make = make_matmul if request["program"] == "matmul" else make_step
         self._call = make(request, device)
         start = time.perf_counter()
@@ -140,10 +140,10 @@ class Program:
         memory.give_back_freed_memory()
 
     def _memory(self) -> int:
-        """Bytes held at the most: of the GPU's memory, or of the host's by this process."""
+        """Returns the peak memory in bytes, of the GPU or of this process on the host."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
-        if sys.platform == "linux":  # where ru_maxrss begins with the parent's
+        if sys.platform == "linux":  # ru_maxrss would include the peak of the parent process
             with open("/proc/self/status") as status:
                 return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read())[1])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -151,8 +151,8 @@ class Program:
 
     @property
     def memory(self) -> int:
-        """What the peak has risen by."""
-        return self._memory() - self._before
+        """The increase of the peak memory in bytes since the start."""
+        return self._memory() - self._initial_memory
 
     def _wait(self) -> None:
         if self._cuda:
@@ -164,7 +164,7 @@ class Program:
         self._wait()
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run` of mixer.tools.benchmark.contest."""
+        """Runs as `Contestant.run` of mixer.tools.benchmark.contest specifies."""
         self._steps(1)
         in_flight: collections.deque[torch.cuda.Event] = collections.deque()
         start, steps = time.perf_counter(), 0
@@ -184,14 +184,14 @@ class Program:
 
 
 def answer(programs: dict[str, Program], request: dict[str, Any]) -> dict[str, Any]:
-    """Does what a request asks."""
+    """Serves a request and returns the answer."""
     device = torch.device(request.get("device", "cpu"))
     try:
         if "prepare" in request:
             if device.type == "cuda" and not torch.cuda.is_available():
-                return {"failure": "this torch sees no GPU"}
+                return {"failure": "torch finds no GPU"}
             if device.type == "cuda":
-                # JAX's float32 matmuls take TF32 by default; so may torch's.
+                # JAX uses TF32 for float32 matmuls by default; allow it in torch too.
                 torch.set_float32_matmul_precision("high")
                 torch.backends.cudnn.benchmark = True
             program = programs[request["prepare"]] = Program(request, device)
@@ -204,8 +204,8 @@ def answer(programs: dict[str, Program], request: dict[str, Any]) -> dict[str, A
 
 
 def main() -> None:
-    """Answers requests until there are no more."""
-    # What compilers print is not to stand among the answers.
+    """Answers requests until stdin is closed."""
+    # Redirect stdout to stderr, so that output of compilers does not mix with the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     programs: dict[str, Program] = {}

@@ -1,4 +1,4 @@
-"""Contestants in PyTorch, each in a process of its own (`mixer.tools.benchmark.torch_child`)."""
+"""PyTorch contestants, each in its own process (`mixer.tools.benchmark.torch_child`)."""
 
 import dataclasses
 import json
@@ -23,29 +23,28 @@ print(json.dumps({name: metadata.version(name) for name in ("torch", "timm")}
 
 
 def versions(python: str) -> dict[str, str]:
-    """Versions of torch and timm that a Python has.
+    """Returns the versions of torch and timm installed for a Python interpreter.
 
     Raises:
-      UserError: there is no such Python, or torch or timm is missing there.
+      UserError: the interpreter does not exist, or lacks torch or timm.
     """
     try:
-        done = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True)
+        result = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True)
     except OSError as error:
         raise UserError(f"--torch_python={python}: {error.strerror}") from None
-    if done.returncode:
+    if result.returncode:
         raise UserError(
-            f"{python} is no Python with torch and timm, which --against=timm and its like need; "
-            "in the project's directory: pip install -e '.[bench]', or name a Python that has them "
-            "with --torch_python"
+            f"{python} lacks torch or timm, which --against=timm* requires; run pip install -e "
+            "'.[bench]' in the project's directory, or pass --torch_python"
         )
-    return json.loads(done.stdout)
+    return json.loads(result.stdout)
 
 
 class Child:
-    """A process that waits for requests and computes one at a time."""
+    """A worker process that serves requests, one at a time."""
 
     def __init__(self, command: Sequence[str]):
-        """Starts the process with an empty cache of compiled programs."""
+        """Starts the worker with an empty compilation cache."""
         self._directory = tempfile.mkdtemp(prefix="mixer_benchmark_")
         self._errors = open(Path(self._directory) / "stderr", "w+")  # noqa: SIM115
         root = str(Path(__file__).parents[3])
@@ -64,10 +63,10 @@ class Child:
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Returns the answer to a request.
+        """Sends a request and returns the response.
 
         Raises:
-          Failed: the process says why it cannot answer, or has ended.
+          Failed: the worker reported an error or exited.
         """
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -78,15 +77,15 @@ class Child:
         if not answer:
             code = self._process.wait()
             self._errors.seek(0)
-            last = self._errors.read().strip().splitlines() or ["without a word"]
-            raise Failed(f"its process ended with code {code}: {last[-1][:300]}")
+            lines = self._errors.read().strip().splitlines() or ["no output on stderr"]
+            raise Failed(f"worker exited with code {code}: {lines[-1][:300]}")
         answer = json.loads(answer)
         if "failure" in answer:
             raise Failed(answer["failure"])
         return answer
 
     def close(self) -> None:
-        """Ends the process."""
+        """Terminates the worker."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -94,59 +93,59 @@ class Child:
 
 
 class Program:
-    """A contestant of `mixer.tools.benchmark.contest` in a child, on one device."""
+    """A contestant of `mixer.tools.benchmark.contest` in a worker process, on one device."""
 
     devices = 1
     memory: int | None = None
 
-    def __init__(self, child: Child, key: str, request: dict[str, Any], *, ends: bool):
-        """Prepares the program; `ends` says whether its `close` ends the child."""
-        self._child, self._key, self._ends = child, key, ends
+    def __init__(self, child: Child, key: str, request: dict[str, Any], *, owns_child: bool):
+        """Prepares the program; if `owns_child`, `close` also terminates the worker."""
+        self._child, self._key, self._owns_child = child, key, owns_child
         self.compile_seconds = child.ask({"prepare": key, **request})["compile_seconds"]
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """As `Contestant.run`."""
+        """Runs the program in the worker, as `Contestant.run` specifies."""
         answer = self._child.ask({"run": self._key, "seconds": seconds})
         self.memory = answer["memory"]
         return answer["steps"], answer["seconds"]
 
     def close(self) -> None:
-        """Ends the child, unless others use it too."""
-        if self._ends:
+        """Terminates the worker if this program owns it."""
+        if self._owns_child:
             self._child.close()
 
 
 def start(python: str) -> Child:
-    """Starts a child that has torch."""
+    """Starts a worker that can import torch."""
     return Child([python, "-m", _MODULE])
 
 
 def prepare(name: str, case: Case, python: str, device: str) -> Program:
-    """A model of timm in a new child.
+    """Prepares a timm model in a new worker.
 
     Args:
       name: one of CONTESTANTS.
-      case: what to compute.
-      python: a Python that has torch and timm.
+      case: the computation.
+      python: Python interpreter with torch and timm.
       device: "cpu" or "cuda".
 
     Raises:
-      Failed: the program cannot take part.
+      Failed: the program cannot run.
     """
     child = start(python)
     try:
         request = {"program": name, "device": device, **dataclasses.asdict(case)}
-        return Program(child, name, request, ends=True)
+        return Program(child, name, request, owns_child=True)
     except BaseException:
         child.close()
         raise
 
 
 def prepare_matmul(child: Child, shape: tuple[int, int, int], dtype: str, device: str) -> Program:
-    """A matmul (m, k) x (k, n) in a child, which may hold several programs.
+    """Prepares a matmul (m, k) x (k, n) in an existing worker, which can hold several programs.
 
     Raises:
-      Failed: the program cannot take part.
+      Failed: the program cannot run.
     """
     request = {"program": "matmul", "device": device, "shape": shape, "dtype": dtype}
-    return Program(child, str(shape), request, ends=False)
+    return Program(child, str(shape), request, owns_child=False)

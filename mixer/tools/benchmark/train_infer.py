@@ -1,4 +1,4 @@
-"""Training and inference of models: ours beside the contestants of --against."""
+"""Measures training and inference of this project's models and the contestants of --against."""
 
 import dataclasses
 import functools
@@ -22,24 +22,24 @@ def measure(
     rounds: int,
     output: str | None,
 ) -> None:
-    """Measures every case; what is finished is written after each.
+    """Measures every case, and writes the results after each case.
 
     Args:
-      cases: all of training or all of inference.
+      cases: the cases, all of training or all of inference.
       against: "plain" and names of `torch_side.CONTESTANTS`.
-      torch_python: a Python that has torch and timm.
-      seconds: of a turn.
+      torch_python: Python interpreter with torch and timm.
+      seconds: duration of a turn.
       rounds: turns of each contestant.
-      output: file of JSON; None: none.
+      output: JSON file; None: do not write a file.
 
     Raises:
-      UserError: torch is asked for where it is not, or on a device that it does not know.
+      UserError: torch is requested but not installed, or does not support the device.
     """
     with_torch = any(name in torch_side.CONTESTANTS for name in against)
     if with_torch and jax.default_backend() not in ("cpu", "gpu"):
         raise UserError(
-            f"--against={','.join(against)}: torch's contestants run on CPUs and NVIDIA GPUs, not "
-            f"on {jax.default_backend()}; plain does"
+            f"--against={','.join(against)}: the torch contestants do not run on "
+            f"{jax.default_backend()}; expected a CPU or an NVIDIA GPU (plain runs on all devices)"
         )
     versions = torch_side.versions(torch_python) if with_torch else {}
     record = report.Record("contests", output, versions)
@@ -80,7 +80,7 @@ def _contestants(
 
 
 def _figures(case: contest.Case, results: dict[str, contest.Result]) -> dict[str, Any]:
-    """As JSON has it."""
+    """Returns the results of a case as JSON."""
     matmul = limit.take_figures(results)
     count = flops.train_flops if case.what == "train" else flops.forward_flops
     per_image = count(jax_side.make_mixer(case), (case.image_size, case.image_size))
@@ -103,9 +103,9 @@ def _figures(case: contest.Case, results: dict[str, contest.Result]) -> dict[str
 
 
 def _device_peak() -> int | None:
-    """The most bytes of the first device that all contestants of this process have held so far.
+    """Returns the peak memory of the first device over all contestants in this process.
 
-    None where the device does not say.
+    The result is None if the device does not report it.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")

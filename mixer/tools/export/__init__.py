@@ -1,1 +1,1 @@
-"""Writes a model as a StableHLO program."""
+"""Exports a model as a StableHLO program."""

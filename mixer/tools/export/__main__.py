@@ -3,9 +3,9 @@
   python -m mixer.tools.export runs/digits digits.stablehlo
   python -m mixer.tools.export Mixer-B_16.npz B16.stablehlo --weights=beside --dtype=bfloat16
 
-WEIGHTS is a run, a step of it, a file or a short name, whatever `mixer.load` takes. The program
-takes one uint8 image or more and returns float32 logits; a JSON beside it tells what it takes,
-what it returns and how it is called from Python. docs/export.md shows how it is loaded.
+WEIGHTS is a run, a step of a run, a file or a short name, as `mixer.load` takes it. The program
+takes one or more uint8 images and returns float32 logits. A JSON file next to it describes its
+inputs, its output and how to call it from Python. docs/export.md shows how to load it.
 """
 
 from absl import flags
@@ -17,29 +17,29 @@ WEIGHTS = flags.DEFINE_enum(
     "weights",
     "inside",
     ["inside", "beside"],
-    "Weights as constants of the program, or in a safetensors file that it is called with.",
+    "Embed the weights in the program, or write a safetensors file that is passed to it.",
 )
 PLATFORMS = flags.DEFINE_list(
-    "platforms", ["cpu", "cuda", "tpu"], "What it is to run on, of cpu, cuda, rocm, tpu."
+    "platforms", ["cpu", "cuda", "tpu"], "Target platforms: any of cpu, cuda, rocm, tpu."
 )
 OUTPUT = flags.DEFINE_enum(
-    "output", "logits", ["logits", "pre_logits"], "What it returns: logits, or features."
+    "output", "logits", ["logits", "pre_logits"], "Output of the program: logits or features."
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of the computation; the run's own if not given."
+    "dtype", None, ["float32", "bfloat16"], "dtype of the computation. Default: the run's dtype."
 )
 IMAGE_SIZE = flags.DEFINE_list(
     "image_size",
     None,
-    "For images of another size: a side in pixels, or HEIGHT,WIDTH; the weights are grown to it.",
+    "Resize the weights to images of this side in pixels, or HEIGHT,WIDTH.",
 )
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Fixes the number of images; any from 1 if not given.", 1, 2**31 - 1
+    "batch_size", None, "Fixed number of images. Default: any number.", 1, 2**31 - 1
 )
 
 
 def main(argv: list[str]) -> None:
-    """Exports the weights that the first argument names to the file that the second names."""
+    """Exports the weights of the first argument to the file of the second argument."""
     if len(argv) != 3:
         raise UserError(
             f"{' '.join(argv[1:]) or 'no arguments'}: expected WEIGHTS OUT.stablehlo; see "

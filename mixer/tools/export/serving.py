@@ -1,4 +1,4 @@
-"""A model as a StableHLO program that runs without this package (docs/export.md)."""
+"""Exports a model as a StableHLO program that runs without this package (docs/export.md)."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,13 @@ from mixer.weights.load import Loaded
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FORMAT = "mlp-mixer program, 1"
-# jax.export writes a flatbuffer, which ends at 2^31 bytes; the program without weights is small.
+# jax.export writes a flatbuffer of less than 2^31 bytes; the program without weights is small.
 MAX_BYTES = 2**31 - 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """The files of an exported model; `weights` is None where they are inside the program."""
+    """The files of an exported model; `weights` is None if the program embeds the weights."""
 
     program: Path
     card: Path
@@ -39,20 +39,20 @@ class Paths:
 
 
 def check(path: str | Path, *, weights: str, platforms: Sequence[str]) -> Paths:
-    """The files that an export to `path` writes; called before the weights are read.
+    """Checks the arguments of an export before the weights are read, and returns its files.
 
     Raises:
-      UserError: one of them exists, their folder does not, the ending is not .stablehlo, or a
-        platform is unknown.
+      UserError: a file exists, its folder does not, the extension is not .stablehlo, or a platform
+        is unknown.
     """
     program = Path(path).expanduser()
     if program.suffix != ".stablehlo":
-        raise UserError(f"{path}: the file to write has to end in .stablehlo")
-    beside = program.with_suffix(".safetensors") if weights == "beside" else None
-    paths = Paths(program, program.with_name(f"{program.name}.json"), beside)
+        raise UserError(f"{path}: unknown file type; expected a name that ends in .stablehlo")
+    weights_file = program.with_suffix(".safetensors") if weights == "beside" else None
+    paths = Paths(program, program.with_name(f"{program.name}.json"), weights_file)
     for file in _present(paths):
         if file.exists():
-            raise UserError(f"{file} exists; move it away, or choose another name")
+            raise UserError(f"{file} already exists; move it, or choose another name")
         files.check_output("", file)
     for platform in platforms or [""]:
         hint = "an NVIDIA GPU is cuda, an AMD GPU rocm"
@@ -61,15 +61,16 @@ def check(path: str | Path, *, weights: str, platforms: Sequence[str]) -> Paths:
 
 
 def _present(paths: Paths) -> list[Path]:
-    """The program comes last: where it is, the others are too."""
+    """Lists the files, the program last: if the program exists, the other files exist too."""
     return [path for path in (paths.weights, paths.card, paths.program) if path is not None]
 
 
 def served_weights(loaded: Loaded) -> dict[str, np.ndarray]:
-    """Arrays by published names, such as "head/kernel".
+    """Returns the weights as arrays by published names, such as "head/kernel".
 
-    What a bfloat16 model rounds whenever it is called is rounded here once: its values are the
-    same, and the file is half as large. LayerNorms and head are computed in float32 and stay so.
+    A bfloat16 model casts its weights at each call. They are cast here once, which gives the same
+    outputs and halves the size of the file. LayerNorms and head compute in float32 and are not
+    cast.
     """
     dtype, pattern = loaded.model.dtype, architecture_of(loaded.model).cast_leaves
     return {
@@ -87,26 +88,26 @@ def make_program(
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     batch_size: int | None = None,
 ) -> export.Exported:
-    """Traces the model for `platforms`, of which none has to be here.
+    """Traces the model for `platforms`, none of which has to be available.
 
     The program takes images (b, H, W, 3) uint8, RGB as decoded, maps them to the range that the
     model was trained on, and returns `output` in float32.
 
     Args:
-      loaded: the model, and what it is.
-      arrays: its weights, by `served_weights`.
-      weights: "inside": constants of the program, which is called as `call(images)`; "beside": it
-        is called as `call(arrays, images)`.
+      loaded: the model and its card.
+      arrays: its weights, from `served_weights`.
+      weights: "inside": the weights are constants of the program, and the signature is
+        `call(images)`; "beside": the signature is `call(arrays, images)`.
       output: "logits" (b, K) or "pre_logits" (b, C).
-      platforms: of PLATFORMS.
-      batch_size: b; None: any.
+      platforms: names in PLATFORMS.
+      batch_size: b; None: any batch size.
 
     Raises:
-      UserError: weights too large to be inside.
+      UserError: the weights are too large to embed, or logits are requested without a head.
     """
     low, high = loaded.card.value_range
     if output == "logits" and not loaded.card.num_classes:
-        raise UserError(f"{loaded.card.source} has no head; --output=pre_logits needs none")
+        raise UserError(f"{loaded.card.source} has no head; pass --output=pre_logits")
 
     def forward(arrays: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         pixels = images.astype(jnp.float32) / (255 / (high - low)) + low
@@ -120,8 +121,8 @@ def make_program(
         return export.export(jax.jit(forward), platforms=platforms)(shapes, images)
     if (size := sum(array.nbytes for array in arrays.values())) > MAX_BYTES:
         raise UserError(
-            f"weights of {size / 1e9:.2f} GB do not fit inside a program, whose file ends at "
-            f"{MAX_BYTES / 1e9:.2f} GB; --weights=beside takes any"
+            f"weights of {size / 1e9:.2f} GB are too large to embed in a program; expected at most "
+            f"{MAX_BYTES / 1e9:.2f} GB (--weights=beside has no limit)"
         )
 
     def constant(images: jax.Array) -> jax.Array:
@@ -133,26 +134,26 @@ def make_program(
 def write(
     loaded: Loaded, program: export.Exported, arrays: dict[str, np.ndarray], paths: Paths
 ) -> None:
-    """Writes a program, a JSON that describes it, and the weights if they are beside it.
+    """Writes a program, a JSON file that describes it, and its weights if they are separate.
 
-    All are whole before the first has its name.
+    All files are complete before the first is renamed to its final name.
 
     Args:
       loaded: the model.
-      program: by `make_program`.
-      arrays: the program's weights, by `served_weights`.
-      paths: by `check`.
+      program: the program from `make_program`.
+      arrays: its weights, from `served_weights`.
+      paths: the files, from `check`.
     """
-    described = json.dumps(describe(loaded, program, arrays, paths), indent=2, ensure_ascii=False)
+    description = json.dumps(describe(loaded, program, arrays, paths), indent=2, ensure_ascii=False)
     with contextlib.ExitStack() as stack:
-        # Names are given last first, so the program's comes when the others are there.
+        # The stack renames files in reverse order, so the program is renamed last.
         new = {path: stack.enter_context(files.whole(path)) for path in _present(paths)[::-1]}
-        files.write_text(new[paths.card], described + "\n")
+        files.write_text(new[paths.card], description + "\n")
         if paths.weights is not None:
-            # With their GELU, so that `mixer.load` of this file alone gives the same model.
+            # Save the GELU, so that `mixer.load` of this file alone gives the same model.
             write_safetensors(new[paths.weights], arrays, {"gelu": loaded.card.gelu})
         else:
-            # The traced module holds the weights once more, and is of no use from here on.
+            # Free the traced module, which holds a second copy of the weights.
             jax.clear_caches()
             gc.collect()
         new[paths.program].write_bytes(program.serialize())
@@ -161,10 +162,10 @@ def write(
 def describe(
     loaded: Loaded, program: export.Exported, arrays: dict[str, np.ndarray], paths: Paths
 ) -> dict[str, Any]:
-    """What a server has to know, for the JSON beside the program.
+    """Returns the content of the JSON file next to the program, for the server.
 
-    "card" is what the weights are (mixer/weights/card.py), "classes" the names in label order
-    where they are known, "call" Python that runs the program from its folder.
+    "card" describes the weights (mixer/weights/card.py), "classes" has the class names in label
+    order if they are known, and "call" is Python code that runs the program from its folder.
     """
     images, (output,) = program.in_avals[-1], program.out_avals
     names = loaded.card.class_names
@@ -184,7 +185,7 @@ def describe(
         inputs = {}
     else:
         call += [
-            # By JAX and not by NumPy, for which safetensors reads no bfloat16; Flax is not needed.
+            # safetensors.flax needs only JAX; safetensors.numpy does not read bfloat16.
             "from safetensors.flax import load_file",
             f"weights = load_file({paths.weights.name!r})",
             "output = call(weights, images)",
@@ -206,6 +207,6 @@ def describe(
 
 
 def _spec(array: Any) -> dict[str, Any]:
-    """Shape, a free batch size as "b", and dtype."""
+    """Returns shape and dtype; a free batch size is "b"."""
     shape = [side if isinstance(side, int) else str(side) for side in array.shape]
     return {"shape": shape, "dtype": array.dtype.name}

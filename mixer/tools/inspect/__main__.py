@@ -1,12 +1,13 @@
-"""Draws pictures of a run, as PNG files and one page that shows them.
+"""Draws pictures of a run as PNG files, and writes an HTML page that shows them.
 
   python -m mixer.tools.inspect --workdir=runs/digits
   python -m mixer.tools.inspect --workdir=runs/digits,runs/seed1 --checkpoint=best --output=pictures
   python -m mixer.tools.inspect --weights=Mixer-B_16.npz --output=B16 --data_dir=FOLDER --split=val
 
-Training curves, the stem's filters, token-mixing units, activations by depth, confusions, the
-surest images; of several runs the first is looked into, and all are compared.
-RUN/inspect/index.html holds everything in one file. docs/inspect.md explains the pictures.
+The pictures show training curves, the stem's filters, token-mixing units, activations by depth,
+confusions and the images with the most confident guesses. With several runs, the page compares them
+and shows these pictures for the first. RUN/inspect/index.html is self-contained. docs/inspect.md
+explains the pictures.
 """
 
 from absl import flags
@@ -16,38 +17,40 @@ from mixer.errors import UserError
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of the run, or of several: RUN,RUN2,...")
 WEIGHTS = flags.DEFINE_string(
-    "weights", None, "In place of runs: a file of weights or a short name such as B/16-i21k."
+    "weights", None, "Instead of runs: a file of weights or a short name such as B/16-i21k."
 )
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "last", "Which weights: last, best (by validation) or a step's number."
+    "checkpoint", "last", "Checkpoint of the run: last, best (by validation) or a step number."
 )
-OUTPUT = flags.DEFINE_string("output", None, "Directory of the pictures; RUN/inspect if not given.")
+OUTPUT = flags.DEFINE_string("output", None, "Directory of the pictures. Default: RUN/inspect.")
 SPLIT = flags.DEFINE_enum(
-    "split", None, ["test", "val"], "Split to evaluate; test if not given, val where there is none."
+    "split", None, ["test", "val"], "Split to evaluate. Default: test, or val without a test split."
 )
 DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where the data is now; for --weights, a folder with SPLIT/CLASS/IMAGE."
+    "data_dir", None, "Data directory; for --weights, a folder with SPLIT/CLASS/IMAGE."
 )
 IMAGE_SIZE = flags.DEFINE_list(
-    "image_size", None, "For --weights: a side in pixels, or HEIGHT,WIDTH, if not their own."
+    "image_size", None, "For --weights: resize them to this side in pixels, or HEIGHT,WIDTH."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Draws what the flags say."""
+    """Draws the pictures of the run or the weights in the flags."""
     if len(argv) > 1:
         raise UserError(
             f"unexpected argument {argv[1]!r}; see python -m mixer.tools.inspect --help"
         )
     if cli.CONFIG.value is not None:
-        raise UserError("--config is not accepted: a run is drawn with its own config")
+        raise UserError("--config is not accepted; a run is drawn with its own config")
     workdirs = list(filter(None, WORKDIR.value))
     if bool(workdirs) == bool(WEIGHTS.value):
-        raise UserError("give --workdir=RUN or --weights=FILE; for example --workdir=runs/digits")
+        raise UserError(
+            "expected either --workdir=RUN or --weights=FILE, as in --workdir=runs/digits"
+        )
     if workdirs and IMAGE_SIZE.value:
-        raise UserError("--image_size is for --weights: a run has its own")
+        raise UserError("--image_size is for --weights; a run has its own image size")
     if WEIGHTS.value and flags.FLAGS["checkpoint"].present:
-        raise UserError(f"--checkpoint={CHECKPOINT.value} is of a run; give --workdir")
+        raise UserError(f"--checkpoint={CHECKPOINT.value} is for runs; expected --workdir=RUN")
     from mixer.data.sources import folder
     from mixer.parallel import backend
     from mixer.tools.inspect import page
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> None:
         weights=WEIGHTS.value,
         checkpoint_name=CHECKPOINT.value,
         output=OUTPUT.value,
-        which=SPLIT.value,
+        split_name=SPLIT.value,
         data_dir=DATA_DIR.value,
         image_size=cli.image_size("image_size", IMAGE_SIZE.value),
         log=lambda line: print(folder.displayed(line), flush=True),

@@ -1,4 +1,4 @@
-"""The numbers that the pictures of `mixer.tools.inspect` show; pictures.py draws them."""
+"""Computes the statistics that `mixer.tools.inspect` shows; pictures.py draws them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,19 +15,19 @@ from mixer.models.mlp_mixer import MlpBlock, MlpMixer
 from mixer.training.step import normalize
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-DEAD, HOT = 0.1, 10.0  # of the median channel's standard deviation
+DEAD, HOT = 0.1, 10.0  # thresholds, in standard deviations of the median channel
 
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """Hidden units of one block's token mixing, in pairs.
+    """The hidden units of one block's token mixing, in pairs.
 
     Attributes:
-      weights: (pairs, 2, H/P, W/P) input weights of both units on the patch grid, each unit divided
-        by its largest absolute weight; pairs by frequency, the lowest first.
-      cosine: median over all pairs of the cosine similarity of its two units, -1 for opposite ones.
-      chance: the same after the weights of each unit are shuffled over the grid.
-      num_units: D_S; of an odd number, one unit has no partner and is left out.
+      weights: (pairs, 2, H/P, W/P) input weights of both units on the patch grid; each unit is
+        divided by its largest absolute weight; pairs are sorted by ascending frequency.
+      cosine: median over all pairs of the cosine similarity of the two units; -1 if opposite.
+      chance: the same median after the weights of each unit are shuffled over the grid.
+      num_units: D_S; if it is odd, one unit has no partner and is not in `weights`.
     """
 
     weights: np.ndarray
@@ -38,20 +38,21 @@ class Units:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """The residual stream behind the stem (depth 0) and behind each of the L blocks.
+    """Statistics of the residual stream after the stem (depth 0) and after each of the L blocks.
 
-    Every statistic is over `num_images` images and all their tokens.
+    Every statistic is over all tokens of `num_images` images.
 
     Attributes:
-      num_images: how many.
-      mean: (L + 1, C) of each channel. std: likewise.
-      norm: (L + 1,) root mean square over the tokens of a token's Euclidean norm.
-      token_update, channel_update: (L,) the same norm of what each branch adds, over that of the
-        stream it is added to.
-      dead, hot: (L + 1,) channels whose standard deviation is below DEAD times, above HOT times
-        that of the median channel.
+      num_images: number of images.
+      mean, std: (L + 1, C) mean and standard deviation of each channel.
+      norm: (L + 1,) root mean square of the Euclidean norms of the tokens.
+      token_update, channel_update: (L,) the norm of the branch's output divided by the norm of the
+        stream that it is added to.
+      dead, hot: (L + 1,) numbers of channels whose standard deviation is below DEAD times, or above
+        HOT times, the median over the channels.
       dimensions: (L + 1,) participation ratio of the channels' covariance, (sum of its
-        eigenvalues)^2 / sum of their squares: C where all directions vary alike, 1 where one does.
+        eigenvalues)^2 / sum of their squares: C if all directions have equal variance, 1 if only
+        one direction varies.
     """
 
     num_images: int
@@ -67,7 +68,7 @@ class Activations:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """How often images of class `label` were taken for class `guess`: `share` of all its images."""
+    """The number of images of class `label` with first guess `guess`, and their share."""
 
     label: int
     guess: int
@@ -76,7 +77,7 @@ class Confusion:
 
 
 def stem_filters(kernel: np.ndarray) -> np.ndarray:
-    """The stem's filters as pictures, those with the largest Euclidean norm first.
+    """Returns the stem's filters as pictures, largest Euclidean norm first.
 
     Args:
       kernel: (P, P, 3, C).
@@ -94,11 +95,11 @@ def stem_filters(kernel: np.ndarray) -> np.ndarray:
 def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
     """Pairs the token-mixing units of a block by opposite phase, as the paper's figure 5 does.
 
-    Pairs are made greedily, the two units whose weights have the lowest cosine similarity first.
+    Pairing is greedy: the two units with the lowest cosine similarity are paired first.
 
     Args:
-      kernel: (S, D_S) of Dense_0.
-      grid: (H/P, W/P) patches, S in all.
+      kernel: (S, D_S) kernel of Dense_0.
+      grid: (H/P, W/P), the grid of the S patches.
     """
     units = np.asarray(kernel, np.float32).T
     pairs, cosine = opposites(units)
@@ -120,30 +121,30 @@ def opposites(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs vectors (D, S) greedily by the lowest cosine similarity.
 
     Returns:
-      (D // 2, 2) places of the two, the lower first, and (D // 2,) their similarities.
+      (D // 2, 2) indices of the pairs, the lower index first, and (D // 2,) their similarities.
     """
     norms = np.linalg.norm(units, axis=1, keepdims=True)
     unit = units / np.maximum(norms, np.finfo(np.float32).tiny)
     similarity = unit @ unit.T
-    # Both halves are made bit-identical, so that "each other's best" is well defined.
+    # Make both triangles bit-identical, so that "each other's best" is well defined.
     similarity = np.triu(similarity, 1) + np.triu(similarity, 1).T
     np.fill_diagonal(similarity, np.inf)
-    free, pairs = np.arange(len(units)), []
-    while len(free) > 1:
-        # The greedy choice pairs two units that are each other's best, in whatever order.
-        best = similarity[np.ix_(free, free)].argmin(axis=1)
-        place = np.arange(len(free))
-        mutual = (best[best] == place) & (place < best)
-        pairs.append(np.stack([free[place[mutual]], free[best[mutual]]], axis=1))
-        free = np.setdiff1d(free, pairs[-1])
+    unpaired, pairs = np.arange(len(units)), []
+    while len(unpaired) > 1:
+        # The greedy choice pairs units that are each other's best, so their order is irrelevant.
+        best = similarity[np.ix_(unpaired, unpaired)].argmin(axis=1)
+        index = np.arange(len(unpaired))
+        is_mutual = (best[best] == index) & (index < best)
+        pairs.append(np.stack([unpaired[index[is_mutual]], unpaired[best[is_mutual]]], axis=1))
+        unpaired = np.setdiff1d(unpaired, pairs[-1])
     pairs = np.concatenate(pairs) if pairs else np.zeros((0, 2), int)
     return pairs, similarity[pairs[:, 0], pairs[:, 1]]
 
 
 def frequencies(tiles: np.ndarray) -> np.ndarray:
-    """Mean spatial frequency of each picture (n, h, w): cycles a patch, weighted by power.
+    """Returns the power-weighted mean spatial frequency of pictures (n, h, w), in cycles per patch.
 
-    The mean over the grid is left out; of a flat picture it is 0.
+    Frequency 0 is excluded; the result for a constant picture is 0.
     """
     height, width = tiles.shape[1:]
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
@@ -156,19 +157,20 @@ def frequencies(tiles: np.ndarray) -> np.ndarray:
 def activations(
     model: MlpMixer, params: Any, images: np.ndarray, batch_size: int = 64
 ) -> Activations:
-    """Statistics of the residual stream and of what the branches add to it.
+    """Computes statistics of the residual stream and of the branches' updates.
 
     Args:
-      model: the blocks are those of this model.
-      params: of the model.
-      images: (n, H, W, 3) as preprocessed: uint8, or floats as the model takes them.
-      batch_size: images per step.
+      model: the model.
+      params: parameters of the model.
+      images: (n, H, W, 3) preprocessed images: uint8, or floats in the model's input range.
+      batch_size: images per batch.
     """
     step = _make_step(model)
     sums: dict[str, np.ndarray] = {}
     for start in range(0, len(images), batch_size):
-        part = jax.device_get(step(params, images[start : start + batch_size]))
-        sums = {key: sums.get(key, 0) + value.astype(np.float64) for key, value in part.items()}
+        batch_sums = jax.device_get(step(params, images[start : start + batch_size]))
+        for key, value in batch_sums.items():
+            sums[key] = sums.get(key, 0) + value.astype(np.float64)
     num_tokens = len(images) * np.prod(images.shape[1:3]) / model.patch_size**2
     mean, product = sums["stream"] / num_tokens, sums["product"] / num_tokens
     energy = np.trace(product, axis1=1, axis2=2)
@@ -195,7 +197,7 @@ def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Arra
 
     "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the stream x and of x^T x at each
     depth; "token", "middle" and "channel" (L,) are sums of squares of the token-mixing update, of
-    the stream behind it, and of the channel-mixing update.
+    the stream after this update, and of the channel-mixing update.
     """
 
     def is_branch(module: Any, method: str) -> bool:
@@ -229,26 +231,26 @@ def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Arra
 
 
 def clustered(confusion: np.ndarray) -> np.ndarray:
-    """Order (K,) of the classes that puts classes that are taken for each other together.
+    """Returns an order (K,) of the classes in which confused classes are adjacent.
 
-    It comes from average linkage. The distance of two classes is 1 - the share of their images that
-    are taken for the other class.
+    The order comes from hierarchical clustering with average linkage. The distance of two classes
+    is 1 - the share of their images that the model confuses.
     """
     from scipy.cluster import hierarchy
     from scipy.spatial import distance
 
     counts = np.maximum(confusion.sum(axis=1), 1)
-    taken = (confusion + confusion.T) / (counts[:, None] + counts)
-    apart = 1 - np.minimum(taken, 1)
-    np.fill_diagonal(apart, 0)
-    return hierarchy.leaves_list(hierarchy.average(distance.squareform(apart)))
+    confused_share = (confusion + confusion.T) / (counts[:, None] + counts)
+    distances = 1 - np.minimum(confused_share, 1)
+    np.fill_diagonal(distances, 0)
+    return hierarchy.leaves_list(hierarchy.average(distance.squareform(distances)))
 
 
-def frequent_confusions(confusion: np.ndarray, most: int) -> list[Confusion]:
-    """The `most` confusions with the most images, in descending order."""
+def frequent_confusions(confusion: np.ndarray, max_count: int) -> list[Confusion]:
+    """Returns the `max_count` most frequent confusions, in descending order."""
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:max_count]
     counts = confusion.sum(axis=1)
     return [
         Confusion(int(i), int(j), int(wrong[i, j]), float(wrong[i, j] / counts[i]))
@@ -257,31 +259,31 @@ def frequent_confusions(confusion: np.ndarray, most: int) -> list[Confusion]:
     ]
 
 
-def surest(predictions: classification.Predictions, hit: bool, most: int) -> np.ndarray:
-    """Places of the labelled images with a right (or wrong) guess, the most probable first."""
-    places = np.flatnonzero(predictions.labelled & (predictions.hit == hit))
-    order = np.argsort(-predictions.probability[places], kind="stable")
-    return places[order[:most]]
+def surest(predictions: classification.Predictions, hit: bool, max_count: int) -> np.ndarray:
+    """Returns indices of labelled images with right (or wrong) guesses, most probable first."""
+    indices = np.flatnonzero(predictions.labelled & (predictions.hit == hit))
+    order = np.argsort(-predictions.probability[indices], kind="stable")
+    return indices[order[:max_count]]
 
 
-def read_images(split: pipeline.Split, places: Sequence[int]) -> list[np.ndarray]:
-    """The images (H, W, 3) at these places of a split, as preprocessed."""
+def read_images(split: pipeline.Split, indices: Sequence[int]) -> list[np.ndarray]:
+    """Reads the preprocessed images (H, W, 3) at the given indices of a split."""
     images = []
-    for place in map(int, places):
-        batch = next(split.sequential_batches(start=place, stop=place + 1, batch_size=1))
+    for index in map(int, indices):
+        batch = next(split.sequential_batches(start=index, stop=index + 1, batch_size=1))
         images.append(batch["image"][0])
     return images
 
 
 def read_first(split: pipeline.Split, count: int) -> np.ndarray:
-    """The first images (n, H, W, 3) of a split; folders mix the classes in their order."""
+    """Reads the first images (n, H, W, 3) of a split, whose order mixes the classes."""
     stop = min(count, split.num_examples)
     batches = split.sequential_batches(start=0, stop=stop, batch_size=stop)
     return next(batches)["image"]
 
 
 def as_pixels(images: np.ndarray, preprocess: str | None) -> np.ndarray:
-    """uint8 pixels of preprocessed images, also of those that `value_range` has made floats."""
+    """Converts preprocessed images to uint8 pixels, including floats from `value_range`."""
     if images.dtype == np.uint8:
         return images
     low, high = pixel_range(preprocess)

@@ -1,4 +1,4 @@
-"""The page of `mixer.tools.inspect`: the pictures of a run or a file, and the HTML around them."""
+"""Draws the pictures of `mixer.tools.inspect` and writes the HTML page that shows them."""
 
 import base64
 import json
@@ -29,10 +29,10 @@ from mixer.tools.predict import prediction
 from mixer.weights import checkpoint, published
 from mixer.weights import load as loading
 
-IMAGES_LOOKED_INTO = 256  # of whose activations there are statistics
-SHOWN = 12  # of the surest right and wrong images
-LISTED = 20  # of the most frequent confusions
-PER_DEVICE = 64  # images at once
+MAX_ACTIVATION_IMAGES = 256  # images in the statistics of the activations
+MAX_SHOWN_IMAGES = 12  # images with the most confident right guesses, and as many wrong ones
+MAX_CONFUSIONS = 20  # rows in the table of the most frequent confusions
+BATCH_SIZE = 64  # images per device
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d0d0; --quiet: #666; }
@@ -55,26 +55,26 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 class Page:
-    """The directory of the page and its pictures, and a report of what cannot be drawn."""
+    """The directory of the page and its pictures; reports pictures that cannot be drawn."""
 
     def __init__(self, directory: epath.Path, log: Callable[[str], None]):
         self._directory = directory
         self.log = log
 
     def path(self, name: str) -> epath.Path:
-        """The path of the picture called `name`."""
+        """Returns the path of the picture `name`."""
         return self._directory / name
 
-    def missing(self, what: str, why: Any) -> str:
-        """Reports in the log, and on the page, that something is not drawn."""
-        self.log(f"not drawn: {what}: {why}")
-        return f'<p class="missing">Not drawn: {html_text(what)}: {html_text(why)}</p>'
+    def missing(self, content: str, reason: Any) -> str:
+        """Logs that some content is not drawn; returns a paragraph that says so on the page."""
+        self.log(f"not drawn: {content}: {reason}")
+        return f'<p class="missing">Not drawn: {html_text(content)}: {html_text(reason)}</p>'
 
     def write(self, title: str, sections: Iterable[str]) -> epath.Path:
-        """Writes index.html, and returns its path."""
+        """Writes index.html and returns its path."""
         path = self.path("index.html")
-        with files.whole(path) as new:
-            new.write_text(document(title, sections))
+        with files.whole(path) as new_file:
+            new_file.write_text(document(title, sections))
         return path
 
 
@@ -84,39 +84,41 @@ def write(
     weights: str | None,
     checkpoint_name: str,
     output: str | None,
-    which: str | None,
+    split_name: str | None,
     data_dir: str | None,
     image_size: tuple[int, int] | None,
     log: Callable[[str], None],
 ) -> epath.Path:
-    """Draws what can be drawn of a run, or a file of weights, as PNG files and `index.html`.
+    """Draws pictures of a run or of weights as PNG files and writes `index.html`.
 
-    A line in the log and on the page reports what cannot be drawn.
+    Pictures that cannot be drawn are reported by a line in the log and on the page.
 
     Args:
-      workdirs: runs; the first is looked into, all are compared. Empty with `weights`.
-      weights: whatever `mixer.load` takes, in place of runs.
-      checkpoint_name: "last", "best" or a step's number.
+      workdirs: runs; the first is drawn in detail, and all are compared. Empty with `weights`.
+      weights: weights as `mixer.load` takes them, instead of runs.
+      checkpoint_name: "last", "best" or a step number.
       output: directory of the files; None: `inspect` in the first run.
-      which: split "val" or "test" that is evaluated; None: the test split if there is one.
-      data_dir: where the data is now; of a file of weights, a folder of images by split and class.
-      image_size: (H, W) of the images that a file of weights is for, or is grown to.
-      log: prints a line about what is done or cannot be done.
+      split_name: split to evaluate, "val" or "test"; None: the test split if there is one.
+      data_dir: data directory; for weights, a folder of images by split and class.
+      image_size: (H, W) to which weights are resized; None: their own.
+      log: prints a line about the progress or about a missing picture.
 
     Returns:
       The path of `index.html`.
 
     Raises:
-      UserError: no such run, checkpoint or file; data that was asked for and is missing.
+      UserError: the run, checkpoint, file or requested data does not exist.
     """
     if not output and not workdirs:
-        raise UserError("--output is missing: where do the pictures of --weights go?")
+        raise UserError("--output is missing; expected a directory for the pictures of --weights")
     if output:
         output = files.parse_path("--output", output)
     workdirs = [os.fspath(files.parse_path("--workdir", workdir)) for workdir in workdirs]
     configs = {workdir: run.read_run(workdir)[0] for workdir in workdirs}
     if len(configs) < len(workdirs):
-        raise UserError(f"--workdir={','.join(workdirs)} names a run twice")
+        raise UserError(
+            f"--workdir={','.join(workdirs)} lists a run twice; expected different runs"
+        )
     config = configs[workdirs[0]] if workdirs else None
     source = checkpoint.find_named(workdirs[0], checkpoint_name) if workdirs else weights
     directory = output or epath.Path(workdirs[0]) / "inspect"
@@ -127,23 +129,23 @@ def write(
     sections = _run_sections(recorded, page) if workdirs else []
     log("drawing the stem's filters and the token-mixing units")
     sections += [_stem(loaded, page), _units(loaded, page)]
-    evaluated = []
+    metric_rows = []
     try:
         record = run_files.read_data(workdirs[0])["splits"] if workdirs else None
-        split = _open(config, loaded, which, data_dir, record)
+        split = _open(config, loaded, split_name, data_dir, record)
     except UserError as error:
-        if data_dir or which:
+        if data_dir or split_name:
             raise
         reason = page.missing("activations, confusions and images", error)
         sections.append(_section("Data", reason))
     else:
-        more, evaluated = _data_sections(loaded, config, split, mesh, page)
-        sections += more
-    about = [("weights", published.shown(source)), *_described(loaded)]
+        data_sections, metric_rows = _data_sections(loaded, config, split, mesh, page)
+        sections += data_sections
+    rows = [("weights", published.shown(source)), *_model_rows(loaded)]
     if config is not None:
-        about += _training(config)
-        about += _recorded_rows(recorded[workdirs[0]])
-    summary = [html_table(Table((), about + evaluated))]
+        rows += _training_rows(config)
+        rows += _recorded_rows(recorded[workdirs[0]])
+    summary = [html_table(Table((), rows + metric_rows))]
     if config is not None:
         text = json.dumps(config.to_dict(), indent=2)
         summary.append(f"<details><summary>config</summary><pre>{html_text(text)}</pre></details>")
@@ -152,7 +154,7 @@ def write(
 
 
 def _run_sections(recorded: Mapping[str, Results | None], page: Page) -> list[str]:
-    """The comparison of several runs, and the curves of the first."""
+    """Returns the comparison of several runs and the curves of the first run."""
     rows = {workdir: run_files.read_metrics(workdir, page.log) for workdir in recorded}
     sections = []
     if len(rows) > 1:
@@ -169,8 +171,8 @@ def _data_sections(
     mesh: Mesh,
     page: Page,
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """What the images of a split show: the sections, and the lines of the summary."""
-    count = min(IMAGES_LOOKED_INTO, split.num_examples)
+    """Returns the sections about the images of a split, and rows for the summary."""
+    count = min(MAX_ACTIVATION_IMAGES, split.num_examples)
     page.log(f"activations of {count:,} images")
     sections = [_activations(loaded, split, page)]
     if not loaded.card.num_classes:
@@ -183,7 +185,7 @@ def _data_sections(
         split,
         loss=config.loss if config is not None else "softmax",
         mesh=mesh,
-        global_batch_size=PER_DEVICE * jax.device_count(),
+        global_batch_size=BATCH_SIZE * jax.device_count(),
     )
     sections.append(_confusion(result, split, page))
     sections.append(_images(loaded, result, split, page))
@@ -196,7 +198,7 @@ def _data_sections(
     return sections, summary
 
 
-# What is drawn.
+# Sections of the page.
 
 
 def _comparison(
@@ -206,12 +208,14 @@ def _comparison(
 ) -> str:
     names = _short_names(list(rows))
     parts = []
-    if drawn := {names[workdir]: part for workdir, part in rows.items() if part}:
+    if curves_by_name := {
+        names[workdir]: run_rows for workdir, run_rows in rows.items() if run_rows
+    }:
         path = page.path("comparison.png")
-        curves.draw_comparison(drawn, path)
-        parts.append(_picture(path, f"curves of {len(drawn)} runs over each other"))
-    for workdir, part in rows.items():
-        if not part:
+        curves.draw_comparison(curves_by_name, path)
+        parts.append(_picture(path, f"curves of {len(curves_by_name)} runs in one picture"))
+    for workdir, run_rows in rows.items():
+        if not run_rows:
             parts.append(page.missing("curves", f"{workdir} has no metrics.jsonl"))
     lines, body = [], []
     for workdir, saved in recorded.items():
@@ -225,13 +229,13 @@ def _comparison(
         path = page.path("results.png")
         pictures.draw_results(lines, path)
         parts.append(_picture(path, "accuracies of the runs with their intervals"))
-        head = ("run", "split", "step", "top-1, interval of 95 %")
+        head = ("run", "split", "step", "top-1 (95 % interval)")
         parts.append(html_table(Table(head, body)))
     for workdir, saved in recorded.items():
         if saved is None or not saved.splits:
-            reason = f"{workdir} has none; evaluate.py makes them"
+            reason = f"{workdir} has no results; run evaluate.py"
             parts.append(page.missing("results", reason))
-    parts.append(f"<p>The pictures below are of {html_text(next(iter(rows)))}.</p>")
+    parts.append(f"<p>The pictures below show {html_text(next(iter(rows)))}.</p>")
     return _section("Comparison", *parts)
 
 
@@ -251,8 +255,8 @@ def _stem(loaded: loading.Loaded, page: Page) -> str:
     kernel = np.asarray(loaded.params["stem"]["kernel"])
     pictures.draw_filters(inspection.stem_filters(kernel), path)
     caption = (
-        "The stem's filters, those with the largest norm first. Each has a scale of its own, its "
-        "largest weight in size; grey is 0."
+        "The stem's filters, largest norm first. Each filter is divided by its largest absolute "
+        "weight; grey is 0."
     )
     return _section("Stem", _picture(path, "the stem's filters as colour tiles", caption))
 
@@ -267,27 +271,28 @@ def _units(loaded: loading.Loaded, page: Page) -> str:
     ]
     parts = [
         "<p>Input weights of the hidden units on the grid of "
-        f"{grid[0]} x {grid[1]} patches: red is positive, blue negative, each unit has a scale of "
-        "its own. Units of opposite phase stand together, paired greedily; pairs go from low to "
-        "high spatial frequency. The median cosine similarity within the pairs says how opposite "
-        "they are (-1: exactly), beside what pairing finds among the same weights shuffled.</p>"
+        f"{grid[0]} x {grid[1]} patches: red is positive, blue is negative, and each unit is "
+        "divided by its largest absolute weight. Units of opposite phase are paired greedily; the "
+        "pairs are sorted from low to high spatial frequency. The titles give the median cosine "
+        "similarity of the pairs (-1: exactly opposite), and the same figure for shuffled "
+        "weights.</p>"
     ]
     for blocks in pictures.unit_figures(units):
         path = page.path(f"units_{blocks.start:02}.png")
         pictures.draw_units(units[blocks.start : blocks.stop], blocks.start, path)
-        which = ", ".join(map(str, blocks))
-        parts.append(_picture(path, f"token-mixing units of block {which}"))
+        numbers = ", ".join(map(str, blocks))
+        parts.append(_picture(path, f"token-mixing units of block {numbers}"))
     return _section("Token mixing", *parts)
 
 
 def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
-    images = inspection.read_first(split, IMAGES_LOOKED_INTO)
+    images = inspection.read_first(split, MAX_ACTIVATION_IMAGES)
     statistics = inspection.activations(loaded.model, loaded.params, images)
     path = page.path("activations.png")
     pictures.draw_activations(statistics, path)
     caption = (
-        "The residual stream behind the stem (depth 0) and behind each block: over all tokens of "
-        f"the first {len(images):,} images of {split.name}. The bands are over the channels."
+        "The residual stream after the stem (depth 0) and after each block, over all tokens of "
+        f"the first {len(images):,} images of {split.name}. Bands show quantiles over the channels."
     )
     alt = "statistics of the channels by depth"
     return _section("Activations", _picture(path, alt, caption))
@@ -295,14 +300,14 @@ def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
 
 def _confusion(result: Classification, split: Split, page: Page) -> str:
     if not result.confusion.any():
-        return _section("Confusions", page.missing("confusions", "no image has one label alone"))
+        return _section("Confusions", page.missing("confusions", "no image has exactly one label"))
     path, names = page.path("confusion.png"), split.class_names
     pictures.draw_confusion(result, names, path)
     caption = f"{int(result.confusion.sum()):,} images of {split.name}."
     parts = [_picture(path, "confusion matrix and accuracy of each class", caption)]
-    if pairs := inspection.frequent_confusions(result.confusion, LISTED):
+    if pairs := inspection.frequent_confusions(result.confusion, MAX_CONFUSIONS):
         body = [(names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in pairs]
-        head = ("label", "first guess", "images", "of the label's")
+        head = ("label", "first guess", "images", "share of the label's images")
         parts += ["<h3>The most frequent confusions</h3>", html_table(Table(head, body))]
     order = np.argsort(np.nan_to_num(result.per_class, nan=2), kind="stable")
     counts = result.confusion.sum(axis=1)
@@ -310,7 +315,7 @@ def _confusion(result: Classification, split: Split, page: Page) -> str:
     for k in order[: np.count_nonzero(counts)]:
         interval = scores.interval(result.confusion[k, k], counts[k])
         body.append((names[k], f"{counts[k]:,}", _accuracy(result.per_class[k], interval)))
-    table = html_table(Table(("class", "images", "accuracy, interval of 95 %"), body))
+    table = html_table(Table(("class", "images", "accuracy (95 % interval)"), body))
     parts.append(f"<details><summary>Accuracy of each class</summary>{table}</details>")
     return _section("Confusions", *parts)
 
@@ -318,35 +323,35 @@ def _confusion(result: Classification, split: Split, page: Page) -> str:
 def _images(loaded: loading.Loaded, result: Classification, split: Split, page: Page) -> str:
     names, predictions = split.class_names, result.predictions
     parts = []
-    for hit, file, what in (
-        (True, "right.png", "right with the highest probability"),
-        (False, "wrong.png", "wrong with the highest probability"),
+    for hit, file, title in (
+        (True, "right.png", "correct guesses with the highest probability"),
+        (False, "wrong.png", "wrong guesses with the highest probability"),
     ):
-        places = inspection.surest(predictions, hit, SHOWN)
-        if not len(places):
-            parts.append(page.missing(f"images that were {what}", "there are none"))
+        indices = inspection.surest(predictions, hit, MAX_SHOWN_IMAGES)
+        if not len(indices):
+            parts.append(page.missing(title, "there are none"))
             continue
         images = [
             inspection.as_pixels(image, loaded.card.preprocess)
-            for image in inspection.read_images(split, places)
+            for image in inspection.read_images(split, indices)
         ]
         captions, body = [], []
-        for place in places:
-            label = "several" if predictions.label[place] < 0 else names[predictions.label[place]]
-            guess = names[predictions.guesses[place, 0]]
-            probability = f"{predictions.probability[place]:.1%}"
+        for index in indices:
+            label = "several" if predictions.label[index] < 0 else names[predictions.label[index]]
+            guess = names[predictions.guesses[index, 0]]
+            probability = f"{predictions.probability[index]:.1%}"
             short = curves.shorten(guess, 20)
             if not hit:
                 short += f"\n({curves.shorten(label, 20)})"
             captions.append(f"{probability} {short}")
-            body.append((split.example_id(int(place)), label, guess, probability))
+            body.append((split.example_id(int(index)), label, guess, probability))
         pictures.draw_images(images, captions, page.path(file))
         caption = "Probability and first guess" + "; the label in brackets" * (not hit) + "."
         table = html_table(Table(("image", "label", "first guess", "probability"), body))
         parts += [
-            f"<h3>{what.capitalize()}</h3>",
-            _picture(page.path(file), f"images that were {what}", caption),
-            f"<details><summary>Which they are</summary>{table}</details>",
+            f"<h3>{title.capitalize()}</h3>",
+            _picture(page.path(file), title, caption),
+            f"<details><summary>List of these images</summary>{table}</details>",
         ]
     return _section("Images", *parts)
 
@@ -357,29 +362,34 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
 def _open(
     config: Any,
     loaded: loading.Loaded,
-    which: str | None,
+    split_name: str | None,
     data_dir: str | None,
     record: dict[str, Any] | None,
 ) -> Split:
-    """The split to evaluate, of a run's config, or of a folder for a file of weights."""
+    """Opens the split to evaluate: from a run's config, or from a folder if `config` is None."""
     if config is not None:
         if data_dir is not None:
             config.dataset.data_dir = data_dir
         names = tuple(loaded.card.class_names)
-        for name in (which,) if which else ("test", "val"):
+        for name in (split_name,) if split_name else ("test", "val"):
             split = run.open_own_split(config, name, names, record)
             if split is not None:
                 return split
-        raise UserError(f"the config names no split {which or 'test or val'}")
+        keys = (
+            f"dataset.{split_name}_split"
+            if split_name
+            else "dataset.test_split and dataset.val_split"
+        )
+        raise UserError(f"{keys}: empty in the config; expected a split")
     if data_dir is None:
-        raise UserError("no data: --data_dir=FOLDER would give images")
+        raise UserError("--data_dir is missing; expected a folder of images")
     if loaded.card.preprocess is None:
-        raise UserError(f"{loaded.card.source} does not say how its images are preprocessed")
+        raise UserError(f"{loaded.card.source} does not specify its preprocessing")
     folder = dict(name="folder", data_dir=data_dir, label_file="", label_key="", exclude="")
     folder = ConfigDict(folder | dict(shuffle_group_size=1))
     split = splits.open_split(
         folder,
-        which or "test",
+        split_name or "test",
         loaded.card.preprocess,
         image_size=loaded.card.image_size,
         num_classes=loaded.card.num_classes or None,
@@ -387,13 +397,13 @@ def _open(
     )
     if loaded.card.num_classes not in (0, len(split.class_names)):
         raise UserError(
-            f"{split.name} has {len(split.class_names):,} classes, and {loaded.card.source} "
-            f"{loaded.card.num_classes:,}"
+            f"{split.name} has {len(split.class_names):,} classes; expected "
+            f"{loaded.card.num_classes:,}, as in {loaded.card.source}"
         )
     return split
 
 
-def _described(loaded: loading.Loaded) -> list[tuple[str, str]]:
+def _model_rows(loaded: loading.Loaded) -> list[tuple[str, str]]:
     card, dims = loaded.card, loaded.card.dimensions
     count = sharding.num_values(loaded.params)
     model = (
@@ -405,12 +415,12 @@ def _described(loaded: loading.Loaded) -> list[tuple[str, str]]:
         ("model", f"{card.variant}: {model}" if card.variant else model),
         ("parameters", f"{count:,}"),
         ("images", f"{height} x {width} pixels, {card.grid[0]} x {card.grid[1]} patches"),
-        ("preprocessing", card.preprocess or "not known"),
+        ("preprocessing", card.preprocess or "unknown"),
         ("classes", f"{card.num_classes:,}" if card.num_classes else "none: no head"),
     ]
 
 
-def _training(config: Any) -> list[tuple[str, str]]:
+def _training_rows(config: Any) -> list[tuple[str, str]]:
     data, optimizer = config.dataset, config.optimizer
     return [
         ("data", " ".join(filter(None, (data.name, data.data_dir, data.train_split)))),
@@ -425,7 +435,7 @@ def _training(config: Any) -> list[tuple[str, str]]:
 
 
 def _recorded_rows(saved: Results | None) -> list[tuple[str, str]]:
-    """The accuracies that the run's results.json holds."""
+    """Returns a row for each accuracy in the run's results.json."""
     if saved is None:
         return []
     return [
@@ -435,7 +445,7 @@ def _recorded_rows(saved: Results | None) -> list[tuple[str, str]]:
 
 
 def _short_names(workdirs: Sequence[str]) -> dict[str, str]:
-    """The runs' last parts, or their whole paths where two have the same."""
+    """Returns the base names of the runs, or their paths if base names are not unique."""
     names = [epath.Path(workdir).name for workdir in workdirs]
     return dict(zip(workdirs, names if len({*names}) == len(names) else workdirs, strict=True))
 
@@ -444,7 +454,7 @@ def _short_names(workdirs: Sequence[str]) -> dict[str, str]:
 
 
 def document(title: str, sections: Iterable[str]) -> str:
-    """A page that fetches nothing and runs nothing."""
+    """Returns a self-contained HTML document, without scripts and external resources."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -459,7 +469,7 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _picture(path: epath.Path, alt: str, caption: str = "") -> str:
-    """A picture inside the page; on a narrow screen it can be scrolled in its own box."""
+    """Returns the HTML of an embedded picture that scrolls on narrow screens."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     image = f'<img alt="{html_text(alt)}" src="data:image/png;base64,{data}">'
     box = f'<div class="wide" tabindex="0">{image}</div>'

@@ -1,4 +1,4 @@
-"""Pictures of what a model has learnt, as PNG files; their figures are those of runs/curves.py."""
+"""Draws pictures of what a model has learnt as PNG files, with the figures of runs/curves.py."""
 
 from collections.abc import Sequence
 
@@ -16,28 +16,28 @@ from mixer.tools.inspect.activations import (
     clustered,
 )
 
-GREY = 205  # between units, whose zero is white
-NAMED_CLASSES = 40  # classes of a confusion matrix that are named
-LARGEST_MATRIX = 250  # cells along its side
-MOST_PAIRS = 320  # drawn of a block
-FILTER_PIXELS, UNIT_PIXELS = 24, 28  # side of a drawn filter and unit, about
-FEW = 128  # filters and units of which each is drawn twice as large
+GREY = 205  # background between units, in which zero is white
+NAMED_CLASSES = 40  # largest confusion matrix that shows class names
+LARGEST_MATRIX = 250  # maximum number of cells along a side of a confusion matrix
+MAX_PAIRS = 320  # maximum number of pairs drawn per block
+FILTER_PIXELS, UNIT_PIXELS = 24, 28  # approximate side of a drawn filter and a drawn unit
+FEW = 128  # up to this number, filters and units are drawn at twice the size
 TITLE_PIXELS = 26
-MOST_FIGURE_PIXELS = 900  # height, where blocks share a figure
+MAX_FIGURE_PIXELS = 900  # maximum height of a figure with several blocks
 
 
 def draw_results(
     results: Sequence[tuple[str, str, float, tuple[float, float]]], path: epath.PathLike
 ) -> None:
-    """Draws accuracies with their intervals, a line each: (run, split, accuracy, (low, high))."""
+    """Draws accuracies and intervals, one line per (run, split, accuracy, (low, high))."""
     with curves.drawing():
         figure = curves.make_figure(8, 0.9 + 0.28 * len(results))
         axes = figure.add_subplot()
         splits = list(dict.fromkeys(split for _, split, _, _ in results))
-        for place, (_, split, share, (low, high)) in enumerate(results):
+        for row, (_, split, share, (low, high)) in enumerate(results):
             error = [[max(share - low, 0)], [max(high - share, 0)]]
             color = f"C{splits.index(split)}"
-            axes.errorbar(share, place, xerr=error, fmt="o", ms=4, capsize=3, color=color)
+            axes.errorbar(share, row, xerr=error, fmt="o", ms=4, capsize=3, color=color)
         names = [
             f"{curves.shorten(run, 30)}, {curves.shorten(split, 30)}"
             for run, split, _, _ in results
@@ -45,46 +45,46 @@ def draw_results(
         axes.set_yticks(range(len(results)), names)
         axes.set_ylim(len(results) - 0.5, -0.5)
         axes.xaxis.set_major_formatter(curves.format_percent)
-        axes.set_xlabel("top-1 accuracy, interval of 95 %")
+        axes.set_xlabel("top-1 accuracy, 95 % interval")
         axes.grid(axis="x", alpha=0.3)
         curves.save_figure(figure, path)
 
 
 def draw_filters(filters: np.ndarray, path: epath.PathLike) -> None:
-    """Draws filters (C, P, P, 3) in 0..1 as tiles, in their order row by row."""
+    """Draws filters (C, P, P, 3) in 0..1 as tiles, row by row."""
     count, side = filters.shape[:2]
     tiles = _enlarged(filters, -(-FILTER_PIXELS * (1 + (count <= FEW)) // side))
     tiles = (tiles * 255).round().astype(np.uint8)
-    image = _tiled(tiles, most_columns=int(np.sqrt(count * 2)), gap=2, between=255)
+    image = _tiled(tiles, max_columns=int(np.sqrt(count * 2)), gap=2, gap_value=255)
     title = f"{len(filters):,} filters of {side} x {side} pixels, by energy; grey is 0"
     _draw_tiles([(title, image)], path, colors=None)
 
 
 def unit_figures(units: Sequence[Units]) -> list[range]:
-    """The blocks that share a figure: several of a small model, one of a large model."""
+    """Groups blocks into figures: several blocks of a small model, one block of a large model."""
     heights = [TITLE_PIXELS + _unit_image(block).shape[0] for block in units]
-    groups, used = [range(0, 0)], 0
+    groups, figure_height = [range(0, 0)], 0
     for number, height in enumerate(heights):
-        if groups[-1] and used + height > MOST_FIGURE_PIXELS:
+        if groups[-1] and figure_height + height > MAX_FIGURE_PIXELS:
             groups.append(range(number, number))
-            used = 0
+            figure_height = 0
         groups[-1] = range(groups[-1].start, number + 1)
-        used += height
+        figure_height += height
     return groups
 
 
 def draw_units(units: Sequence[Units], first: int, path: epath.PathLike) -> None:
-    """Draws the paired units of the blocks `first`, first + 1, ... one below the other."""
+    """Draws the paired units of the blocks `first`, `first` + 1, ... below each other."""
     blocks = enumerate(units, first)
     _draw_tiles([(unit_title(block, i), _unit_image(block)) for i, block in blocks], path)
 
 
 def unit_title(block: Units, number: int) -> str:
-    """The title above the units of a block, which says how many of them are drawn."""
-    shown = min(len(block.weights), MOST_PAIRS)
+    """Returns the title of the units of a block, with the number of units drawn."""
+    num_drawn = min(len(block.weights), MAX_PAIRS)
     title = f"block {number}: {block.num_units:,} units, {len(block.weights):,} pairs"
-    if shown < len(block.weights):
-        title += f", {shown} of them drawn, from all frequencies"
+    if num_drawn < len(block.weights):
+        title += f", {num_drawn} of them drawn, from all frequencies"
     return title + f"; cosine {block.cosine:.2f} (shuffled {block.chance:.2f})"
 
 
@@ -95,7 +95,7 @@ def draw_activations(statistics: Activations, path: epath.PathLike) -> None:
     depth = np.arange(len(statistics.norm))
     blocks = depth[:-1]
     with curves.drawing():
-        title = f"over {statistics.num_images:,} images; depth 0 is behind the stem"
+        title = f"over {statistics.num_images:,} images; depth 0 is the output of the stem"
         figure, grid = curves.make_panels(6, title)
         for axes, values, name in (
             (grid[0], statistics.mean, "mean of a channel"),
@@ -128,9 +128,10 @@ def draw_activations(statistics: Activations, path: epath.PathLike) -> None:
 def draw_confusion(
     result: classification.Classification, class_names: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Draws the confusion matrix, whose rows are the shares of one class, and the accuracies.
+    """Draws the confusion matrix, with rows normalized by class, and the per-class accuracies.
 
-    More than NAMED_CLASSES classes are clustered and have no names, and the accuracies are sorted.
+    With more than NAMED_CLASSES classes, the classes are clustered and unnamed, and the accuracies
+    are sorted.
     """
     counts = result.confusion.sum(axis=1)
     with np.errstate(invalid="ignore"):
@@ -149,7 +150,7 @@ def draw_confusion(
 def draw_images(
     images: Sequence[np.ndarray], captions: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Draws uint8 images (H, W, 3), four in a row, with captions of one or more lines."""
+    """Draws uint8 images (H, W, 3), four per row, with captions of one or more lines."""
     height, width = images[0].shape[:2]
     side, gap, line = 200, 10, 14  # pixels
     lines = max(caption.count("\n") for caption in captions) + 1
@@ -162,7 +163,7 @@ def draw_images(
             bottom = size[1] - (number // 4 + 1) * cell[1]
             box = [left, bottom, side, side * height / width]
             axes = figure.add_axes(np.array(box) / (*size, *size))
-            # Small images show their pixels.
+            # Draw small images without interpolation, so that their pixels are visible.
             axes.imshow(image, interpolation="nearest" if max(height, width) < 64 else None)
             axes.set_axis_off()
             axes.set_title(caption, fontsize=8, pad=3)
@@ -179,7 +180,7 @@ def _draw_named(
     class_names: Sequence[str],
     path: epath.PathLike,
 ) -> None:
-    """Draws every cell with its share, and the accuracy of each class beside its row."""
+    """Draws every cell with its share, and the accuracy of each class next to its row."""
     count = len(class_names)
     side = max(0.3 * count, 2.4)
     names = [curves.shorten(name, 20) for name in class_names]
@@ -200,21 +201,21 @@ def _draw_named(
     present = np.flatnonzero(np.isfinite(accuracies))
     error = np.abs(intervals[present].T - accuracies[present])
     right.errorbar(accuracies[present], present, xerr=error, fmt="o", ms=4, capsize=2)
-    for place in np.flatnonzero(~np.isfinite(accuracies)):
-        right.text(0.02, place, "no images", va="center", fontsize=7)
+    for row in np.flatnonzero(~np.isfinite(accuracies)):
+        right.text(0.02, row, "no images", va="center", fontsize=7)
     right.set_yticks(range(count), [""] * count)
     right.set_ylim(count - 0.5, -0.5)
     right.set_xlim(0, 1.02)
     right.xaxis.set_major_formatter(curves.format_percent)
     right.grid(alpha=0.3)
-    right.set_title("accuracy, interval of 95 %", fontsize=10)
+    right.set_title("accuracy, 95 % interval", fontsize=10)
     curves.save_figure(figure, path)
 
 
 def _draw_many(
     shares: np.ndarray, accuracies: np.ndarray, intervals: np.ndarray, path: epath.PathLike
 ) -> None:
-    """Draws a matrix of at most LARGEST_MATRIX cells a side, and the sorted accuracies."""
+    """Draws a matrix of at most LARGEST_MATRIX cells per side, and the sorted accuracies."""
     count = len(shares)
     group = -(-count // LARGEST_MATRIX)
     shares = np.nan_to_num(shares)
@@ -223,10 +224,10 @@ def _draw_many(
         padded = np.pad(shares, (0, -count % group))
         cells = len(padded) // group
         shares = padded.reshape(cells, group, cells, group).max(axis=(1, 3))
-        title += f"; a cell is the largest of {group} x {group}"
+        title += f"; a cell is the maximum of {group} x {group}"
     figure = curves.make_figure(10, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    # The square root lets a share of 1 % be seen.
+    # Draw square roots, so that a share of 1 % is visible.
     image = left.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     left.set_xticks([])
     left.set_yticks([])
@@ -238,16 +239,16 @@ def _draw_many(
     bar.set_ticks(np.sqrt(ticks), labels=[f"{tick:.0%}" for tick in ticks])
     present = np.flatnonzero(np.isfinite(accuracies))
     order = present[np.argsort(accuracies[present], kind="stable")]
-    place = np.arange(1, len(order) + 1)
-    right.fill_between(place, *intervals[order].T, alpha=0.3, lw=0, label="interval of 95 %")
-    right.plot(place, accuracies[order], lw=1.4, label="accuracy")
+    rank = np.arange(1, len(order) + 1)
+    right.fill_between(rank, *intervals[order].T, alpha=0.3, lw=0, label="95 % interval")
+    right.plot(rank, accuracies[order], lw=1.4, label="accuracy")
     right.set_xlabel("classes, the worst first")
     right.set_ylim(-0.02, 1.02)
     right.yaxis.set_major_formatter(curves.format_percent)
     right.grid(alpha=0.3)
     right.legend(fontsize=8, loc="lower right")
-    absent = count - len(order)
-    title = "accuracy of each class" + f" ({absent:,} lack images)" * bool(absent)
+    num_absent = count - len(order)
+    title = "accuracy of each class" + f" ({num_absent:,} without images)" * bool(num_absent)
     right.set_title(title, fontsize=10)
     curves.save_figure(figure, path)
 
@@ -259,43 +260,43 @@ def _enlarged(tiles: np.ndarray, factor: int) -> np.ndarray:
     return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def _tiled(tiles: np.ndarray, *, most_columns: int, gap: int, between: int) -> np.ndarray:
-    """One uint8 image of tiles (n, h, w, 3), row by row in rows of about the same number.
+def _tiled(tiles: np.ndarray, *, max_columns: int, gap: int, gap_value: int) -> np.ndarray:
+    """Arranges tiles (n, h, w, 3) row by row in one uint8 image, in rows of about equal length.
 
-    Grey `between` of `gap` pixels surrounds them.
+    The tiles are surrounded by `gap` pixels of the grey value `gap_value`.
     """
-    rows = max(-(-len(tiles) // max(most_columns, 1)), 1)
+    rows = max(-(-len(tiles) // max(max_columns, 1)), 1)
     columns = max(-(-len(tiles) // rows), 1)
     empty = rows * columns - len(tiles)
-    around = [(0, empty), (0, gap), (0, gap), (0, 0)]
-    tiles = np.pad(tiles, around, constant_values=between)
+    padding = [(0, empty), (0, gap), (0, gap), (0, 0)]
+    tiles = np.pad(tiles, padding, constant_values=gap_value)
     _, height, width, _ = tiles.shape
     image = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
     image = image.reshape(rows * height, columns * width, 3)
-    return np.pad(image, [(gap, 0), (gap, 0), (0, 0)], constant_values=between)
+    return np.pad(image, [(gap, 0), (gap, 0), (0, 0)], constant_values=gap_value)
 
 
 def _unit_image(block: Units) -> np.ndarray:
-    """The pairs of a block: the two units close together, blue for negative weights."""
+    """Returns an image of the pairs of a block; negative weights are blue."""
     from matplotlib import colormaps
 
     weights = block.weights
-    if len(weights) > MOST_PAIRS:  # evenly over the frequencies
-        weights = weights[np.linspace(0, len(weights) - 1, MOST_PAIRS).round().astype(int)]
+    if len(weights) > MAX_PAIRS:  # select pairs evenly over the frequencies
+        weights = weights[np.linspace(0, len(weights) - 1, MAX_PAIRS).round().astype(int)]
     count, _, height, width = weights.shape
     side = UNIT_PIXELS * (1 + (block.num_units <= FEW))
     colors = colormaps["RdBu_r"](0.5 + weights / 2, bytes=True)[..., :3]
     tiles = _enlarged(colors.reshape(-1, height, width, 3), max(side // max(height, width), 1))
     _, height, width, _ = tiles.shape
-    both = np.full((count, height, 2 * width + 2, 3), GREY, np.uint8)
-    both[:, :, :width], both[:, :, width + 2 :] = tiles[0::2], tiles[1::2]
-    return _tiled(both, most_columns=1000 // (2 * width + 10), gap=8, between=GREY)
+    pairs = np.full((count, height, 2 * width + 2, 3), GREY, np.uint8)
+    pairs[:, :, :width], pairs[:, :, width + 2 :] = tiles[0::2], tiles[1::2]
+    return _tiled(pairs, max_columns=1000 // (2 * width + 10), gap=8, gap_value=GREY)
 
 
 def _draw_tiles(
     parts: Sequence[tuple[str, np.ndarray]], path: epath.PathLike, colors: int | None = 256
 ) -> None:
-    """Draws images with a title each one below the other, a pixel as a pixel."""
+    """Draws images with titles below each other, one image pixel per pixel of the picture."""
     width = max(560, *(image.shape[1] + 24 for _, image in parts))
     height = sum(image.shape[0] + TITLE_PIXELS for _, image in parts) + 12
     with curves.drawing():

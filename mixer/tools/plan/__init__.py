@@ -1,1 +1,1 @@
-"""Plans a run for hardware that need not be there: memory, FLOPs, communication, time."""
+"""Plans a run for hardware that need not be available: memory, FLOPs, communication, time."""

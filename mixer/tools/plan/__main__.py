@@ -1,18 +1,18 @@
-"""Plans a run on accelerators that are not there: whether it fits, how fast it is, what it takes.
+"""Plans a run on accelerators that need not be available: estimates memory, speed and cost.
 
   python -m mixer.tools.plan --config=configs/mixer_b16_i1k.py --topology=v5e:16x16
   python -m mixer.tools.plan --config=configs/mixer_h14_jft.py --topology=v3:8x8 --search \
       --num_examples=300000000 --num_classes=18291 --json=plan.json
   python -m mixer.tools.plan --config=configs/mixer_b16_i1k.py:mode=gpu8 --topology=gpu:8xH100
 
-Topologies: v3, v4, v5e, v5p and v6e with their shape in chips, for which the run's own update is
-compiled (pip install -e '.[plan]'); gpu:COUNTxTYPE (A100, H100, H200), estimated by
-arithmetic. No data and no accelerator is needed. docs/plan.md explains every line.
+Topologies: v3, v4, v5e, v5p and v6e with their shape in chips, for which the tool compiles the
+run's own update (pip install -e '.[plan]'); gpu:COUNTxTYPE (A100, H100, H200), which it estimates
+by arithmetic. The tool needs neither data nor an accelerator. docs/plan.md explains every line.
 """
 
 import os
 
-# The process itself computes nothing; the TPU's compiler looks for no TPU and asks no server.
+# This process only compiles; the TPU compiler must not search for a TPU or query a server.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -25,27 +25,31 @@ from absl import flags
 from mixer.cli import config as cli
 from mixer.errors import UserError
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, v3:8x8 or gpu:8xH100.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Topology, such as v5e:16x16, v3:8x8 or gpu:8xH100."
+)
 UTILIZATION = flags.DEFINE_float(
-    "utilization", 0.5, "Share of their peak that matmuls are expected to reach, 0 to 1."
+    "utilization", 0.5, "Expected utilization of the peak matmul rate, 0 to 1."
 )
 SEARCH = flags.DEFINE_bool(
-    "search", False, "Try meshes, rematerialisation and accumulation, and rank what fits."
+    "search", False, "Search meshes, rematerialisation and accumulation, and rank the settings."
 )
 NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", None, "Of the training split, where the data set is not a known one.", 1, 10**15
+    "num_examples", None, "Size of the training split, for an unknown data set.", 1, 10**15
 )
-NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Likewise.", 1, 2**31 - 1)
-JSON = flags.DEFINE_string("json", None, "File to write every figure to.")
+NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes", None, "Number of classes, for an unknown data set.", 1, 2**31 - 1
+)
+JSON = flags.DEFINE_string("json", None, "JSON file for all figures.")
 
 
 def main(argv: list[str]) -> None:
-    """Prints the plan that the flags ask for."""
+    """Prints the plan for the config and the topology in the flags."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; see python -m mixer.tools.plan --help")
     config = cli.config()
     if TOPOLOGY.value is None:
-        raise UserError("--topology is missing; for example --topology=v5e:16x16 or gpu:8xH100")
+        raise UserError("--topology is missing; expected v5e:16x16, gpu:8xH100 or the like")
 
     from rich.console import Console
 
@@ -77,8 +81,8 @@ def main(argv: list[str]) -> None:
         say("")
     else:
         steps = [update.make_step(subject, update.own_settings(subject))]
-    for what, how_much in report.report(subject, steps[0]):
-        say(f"{what:19}  {how_much}")
+    for label, text in report.report(subject, steps[0]):
+        say(f"{label:19}  {text}")
     if SEARCH.value:
         say(f"{'command line':19}  {steps[0].settings.overrides}")
     if JSON.value:

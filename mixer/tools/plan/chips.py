@@ -1,10 +1,10 @@
-"""What accelerators have: memory, peak rates, links, and the hosts they come in.
+"""Specifications of accelerators: memory, peak rates, links and hosts.
 
-Figures are the vendors' published ones, recalled where nothing else is said: TPUs from Google's
-pages of each generation and of its machine types (v3's links from Jouppi et al., 2020, "A
+The figures are published by the vendors, and recalled unless stated otherwise: TPUs from Google's
+pages about each generation and its machine types (v3's links from Jouppi et al., 2020, "A
 domain-specific supercomputer for training deep neural networks"), GPUs from NVIDIA's data sheets.
-The TPUs' memory is what libtpu 0.0.42 leaves to a program, by its message when one does not fit
-[measured].
+The memory of TPUs is the memory available to a program, from the error message of libtpu 0.0.42 for
+a program that does not fit [measured].
 """
 
 import dataclasses
@@ -16,20 +16,20 @@ from mixer.errors import UserError, check_choice
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as JAX counts them: a chip; of TPU v3 one of a chip's two cores.
+    """One JAX device: a chip or, on TPU v3, one of the two cores of a chip.
 
     Attributes:
-      memory: bytes that a program can have.
-      flops: peak FLOP/s of bfloat16 matmuls, dense.
-      flops_float32: the same of float32 at JAX's default precision: on a TPU bfloat16 too, on a GPU
-        TF32.
+      memory: bytes available to a program.
+      flops: peak FLOP/s of dense bfloat16 matmuls.
+      flops_float32: peak FLOP/s of float32 matmuls at JAX's default precision, which is bfloat16 on
+        a TPU and TF32 on a GPU.
       bandwidth: bytes/s of the main memory.
-      link: bytes/s that a device can send to others of the slice, or of the host, over all links.
-      network: bytes/s a device can send to other hosts; 0 where the links reach them.
-      devices_per_host: of a slice that has several hosts.
-      host_cores: virtual CPUs of a host.
-      host_memory: bytes.
-      clock: Hz of a TPU's core, by its peak rate; 0 where the compiler's cycles are not known.
+      link: bytes/s that a device can send over all links, within the slice (TPU) or the host (GPU).
+      network: bytes/s that a device can send to other hosts; 0 if its links reach them.
+      devices_per_host: devices per host in a slice with several hosts.
+      host_cores: virtual CPUs per host.
+      host_memory: bytes of memory per host.
+      clock: Hz of a TPU core, derived from its peak rate; 0 if the compiler reports no cycles.
     """
 
     memory: float
@@ -52,10 +52,10 @@ TPUS = {
     "v5p": Chip(95.74 * GIB, 459e12, 459e12, 2765e9, 600e9, 0, 4, 208, 448e9, 1.75e9),
     "v6e": Chip(31.25 * GIB, 918e12, 918e12, 1638e9, 400e9, 0, 4, 180, 720e9),
 }
-# Slices in two dimensions; the others have three [vendor's documentation, recalled].
+# Generations with two-dimensional slices; the others have three [vendor documentation, recalled].
 FLAT = ("v3", "v5e", "v6e")
 FLAT_SHAPES = [[2, 2], [2, 4], [4, 4], [4, 8], [8, 8], [8, 16], [16, 16], [16, 32], [32, 32]]
-# JAX takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# JAX uses 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 JAX_SHARE = 0.75
 GPUS = {
     "A100": Chip(79.2 * GIB * JAX_SHARE, 312e12, 156e12, 2039e9, 300e9, 25e9, 8, 96, 1360e9),
@@ -69,11 +69,11 @@ class Topology:
     """The devices of a plan.
 
     Attributes:
-      name: on the command line.
+      name: name on the command line.
       generation: a key of TPUS or GPUS.
-      chip: what each device has.
-      is_gpu: whether they are GPUs.
-      num_devices: how many.
+      chip: specification of each device.
+      is_gpu: whether the devices are GPUs.
+      num_devices: number of devices.
     """
 
     name: str
@@ -84,21 +84,21 @@ class Topology:
 
     @property
     def num_hosts(self) -> int:
-        """Machines that the devices are in."""
+        """The number of hosts."""
         return math.ceil(self.num_devices / self.chip.devices_per_host)
 
     @property
     def what(self) -> str:
-        """Such as "128 cores" or "8 GPUs"."""
+        """A description such as "128 cores" or "8 GPUs"."""
         kind = "GPU" if self.is_gpu else "core" if self.generation == "v3" else "chip"
         return f"{self.num_devices:,} {kind}{'s' * (self.num_devices > 1)}"
 
 
 def find(name: str) -> Topology:
-    """The topology of a name: GENERATION:SHAPE in chips, as "v5e:16x16", or "gpu:8xH100".
+    """Returns the topology with a name: GENERATION:SHAPE in chips, as "v5e:16x16", or "gpu:8xH100".
 
     Raises:
-      UserError: the name stands for no topology.
+      UserError: the name is not a topology.
     """
     kind, _, shape = name.partition(":")
     if kind == "gpu":
@@ -111,8 +111,8 @@ def find(name: str) -> Topology:
         count = int(match[1])
         if count > chip.devices_per_host and count % chip.devices_per_host:
             raise UserError(
-                f"--topology={name}: more than {chip.devices_per_host} GPUs come in hosts of "
-                f"{chip.devices_per_host}; {count} is no multiple of it"
+                f"--topology={name}: {count} GPUs; expected at most {chip.devices_per_host} or a "
+                f"multiple of {chip.devices_per_host}, the number of GPUs per host"
             )
         return Topology(name, match[2], chip, True, count)
     check_choice("kind of --topology", kind, (*TPUS, "gpu"), hint="as in v5e:16x16 or gpu:8xH100")
@@ -129,25 +129,25 @@ def find(name: str) -> Topology:
 
 
 def tpu_devices(topology: Topology) -> list:
-    """The devices of a TPU topology, to compile for; no TPU is needed.
+    """Returns the devices of a TPU topology, to compile for; needs no TPU.
 
     Raises:
-      UserError: the TPU compiler is not installed, or has no such shape.
+      UserError: the TPU compiler is not installed or does not support the shape.
     """
     try:
         import libtpu  # noqa: F401  (the compiler; JAX finds it)
     except ImportError:
         raise UserError(
-            f"--topology={topology.name} needs the TPU's compiler, libtpu, on this machine too; in "
-            "the project's directory: pip install -e '.[plan]'"
+            f"--topology={topology.name} requires the TPU compiler, libtpu; run pip install -e "
+            "'.[plan]' in the project's directory"
         ) from None
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
-    # Two cores of a v4 chip work as one device, as they do on such a machine.
+    # Combine the two cores of a v4 chip into one device, as on a real v4 machine.
     options = {"chip_config_name": "megacore"} if topology.generation == "v4" else {}
     try:
-        described = topologies.get_topology_desc(topology.name, "tpu", **options)
+        description = topologies.get_topology_desc(topology.name, "tpu", **options)
     except JaxRuntimeError as error:
         raise UserError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from None
-    return described.devices
+    return description.devices

@@ -1,7 +1,7 @@
-"""Counts what a compiled program computes, moves and sends, in XLA's text of the program.
+"""Counts FLOPs, memory traffic and communication of a compiled program from its HLO text.
 
-XLA's own `cost_analysis` counts the body of a loop once and ignores communication. Here a loop's
-body counts as often as it runs. The numbers are for one device, as the program is.
+XLA's own `cost_analysis` counts the body of a loop once and ignores communication.
+This module multiplies the body of a loop by its trip count. The counts are for one device.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-# Instructions that move nothing themselves; the computations they call are counted.
+# Instructions that move no data themselves; the computations that they call are counted.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "custom-call", "partition-id", "replica-id", "domain"),
@@ -33,10 +33,10 @@ class Traffic:
     """Communication of one kind.
 
     Attributes:
-      count: how many operations run.
+      count: number of operations.
       payload: bytes of the arrays that are reduced, gathered or sent.
-      sent: bytes that a device sends at least: (n - 1) / n of a payload among n devices, twice that
-        for all-reduce (the ring algorithm, which is optimal).
+      sent: minimum bytes that a device sends: (n - 1) / n of a payload among n devices, and twice
+        that for all-reduce (the ring algorithm, which is optimal).
     """
 
     count: int = 0
@@ -49,11 +49,11 @@ class Counts:
     """The counts of one run of a program on one device.
 
     Attributes:
-      flops: of matmuls and convolutions, two for a multiplication and an addition; multiplications
-        with padding do not count.
-      bytes: read from and written to the device's main memory, each array once for each kernel.
-      collectives: by kind.
-      cycles: the TPU compiler's estimate; 0 where it gives none.
+      flops: FLOPs of matmuls and convolutions, two per multiply-add; multiplications with padding
+        are not counted.
+      bytes: bytes read from and written to the device's main memory, once per array and kernel.
+      collectives: traffic by kind.
+      cycles: the TPU compiler's estimate; 0 if there is none.
       unknown_loops: loops whose trip count depends on the data; their bodies count once.
     """
 
@@ -65,20 +65,21 @@ class Counts:
 
 
 def count(text: str) -> Counts:
-    """Counts a program, of its HLO text.
+    """Counts a program from its HLO text.
 
     Args:
-      text: optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
+      text: HLO text, optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
     """
     computations, entry = _parse(text)
 
     @functools.cache
     def counts_of(name: str) -> Counts:
-        """The counts of a computation outside fusions."""
-        own = computations[name]
+        """Counts a computation that is not part of a fusion."""
+        computation = computations[name]
         parts, in_fusions = [], {}
-        for instruction in own.values():
-            parts.append((1, _of_one(instruction, own, computations, fused=False)))
+        for instruction in computation.values():
+            counts = _count_instruction(instruction, computation, computations, fused=False)
+            parts.append((1, counts))
             if instruction.op == "while":
                 times = _trip_count(instruction, computations)
                 parts.append((times or 1, counts_of(instruction.attribute("body"))))
@@ -91,10 +92,10 @@ def count(text: str) -> Counts:
             elif instruction.op == "async-start":
                 parts.append((1, counts_of(instruction.attribute("calls"))))
             elif instruction.op == "fusion":
-                # A TPU's collective that overlaps with matmuls appears in several fusions, its
-                # start, its overlap and its end, under one channel.
+                # On TPUs a collective that overlaps with matmuls appears in several fusions (its
+                # start, its overlap and its end) with the same channel.
                 for inner, counts in _fused(instruction.attribute("calls"), computations):
-                    channel = re.search(r"channel_id=(\d+)", inner.rest)
+                    channel = re.search(r"channel_id=(\d+)", inner.attributes)
                     if counts.collectives and channel:
                         in_fusions[channel[1]] = counts
                     else:
@@ -108,7 +109,7 @@ def count(text: str) -> Counts:
 class _Array:
     dtype: str
     dims: tuple[int, ...]
-    in_memory: bool  # False: in the core's own fast memory
+    in_memory: bool  # False: the array is in the core's fast memory
 
     @property
     def bytes(self) -> int:
@@ -118,20 +119,20 @@ class _Array:
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
-    arrays: tuple[_Array, ...]  # the result, several for a tuple
+    arrays: tuple[_Array, ...]  # the arrays of the result, several for a tuple
     op: str
     operands: tuple[str, ...]
-    rest: str  # attributes
+    attributes: str
     is_root: bool
 
     def attribute(self, key: str) -> str:
-        return re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)[1]
+        return re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)[1]
 
     def branches(self) -> list[str]:
-        listed = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         if listed:
             return [name.strip().lstrip("%") for name in listed[1].split(",")]
-        return [self.attribute(f"{which}_computation") for which in ("true", "false")]
+        return [self.attribute(f"{value}_computation") for value in ("true", "false")]
 
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
@@ -140,7 +141,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """All computations by name, and the name of the entry."""
+    """Parses HLO text; returns all computations by name, and the name of the entry."""
     computations: dict[str, dict[str, _Instruction]] = {}
     current, entry = {}, ""
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -165,7 +166,7 @@ def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
         arrays=_arrays(text[:end]),
         op=text[end:start].strip(),
         operands=tuple(operands),
-        rest=text[close + 1 :],
+        attributes=text[close + 1 :],
         is_root=is_root,
     )
 
@@ -182,35 +183,35 @@ def _arrays(text: str) -> tuple[_Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that closes the one at `start`."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if not depth:
-            return place
-    raise ValueError(f"unbalanced: {text[:200]}")
+            return index
+    raise ValueError(f"unbalanced parentheses: {text[:200]}")
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas outside brackets."""
+    """Splits text at commas outside brackets."""
     parts, depth, start = [], 0, 0
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth:
-            parts.append(text[start:place])
-            start = place + 1
+            parts.append(text[start:index])
+            start = index + 1
     return [part.strip() for part in (*parts, text[start:]) if part.strip()]
 
 
 def _trip_count(loop: _Instruction, computations: dict) -> int | None:
-    """How often a loop runs; None where that depends on the data."""
-    constant = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+    """Returns the trip count of a loop; None if it depends on the data."""
+    constant = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if constant:
         return int(constant[1])
-    # A counter from 0 to a constant, as in lax.scan and lax.map.
+    # lax.scan and lax.map count from 0 to a constant.
     condition = computations[loop.attribute("condition")]
     root = next(i for i in condition.values() if i.is_root)
-    if root.op != "compare" or "direction=LT" not in root.rest:
+    if root.op != "compare" or "direction=LT" not in root.attributes:
         return None
     limit = condition[root.operands[1]]
     if limit.op != "constant" or limit.arrays[0].dtype != "s32":
@@ -221,9 +222,9 @@ def _trip_count(loop: _Instruction, computations: dict) -> int | None:
 def _fused(name: str, computations: dict):
     """Yields (instruction, counts) of a fusion's computation and of the fusions in it."""
     for inner in computations[name].values():
-        counts = _of_one(inner, computations[name], computations, fused=True)
+        counts = _count_instruction(inner, computations[name], computations, fused=True)
         if inner.op == "all-reduce" and name.startswith("all-reduce-scatter"):
-            # A TPU's reduce-scatter: all-reduce and the slice of it that the device keeps.
+            # On TPUs, reduce-scatter is an all-reduce and the slice that the device keeps.
             traffic = _traffic("reduce-scatter", inner, computations[name])
             counts = dataclasses.replace(counts, collectives=(("reduce-scatter", traffic),))
         yield inner, counts
@@ -231,42 +232,42 @@ def _fused(name: str, computations: dict):
             yield from _fused(inner.attribute("calls"), computations)
 
 
-def _of_one(
-    instruction: _Instruction, own: dict[str, _Instruction], computations: dict, fused: bool
+def _count_instruction(
+    instruction: _Instruction, computation: dict[str, _Instruction], computations: dict, fused: bool
 ) -> Counts:
-    """The counts of an instruction without the computations it calls."""
+    """Counts an instruction without the computations that it calls."""
     kind = instruction.op.removesuffix("-start")
     collectives, flops = (), 0.0
     if kind in COLLECTIVES:
-        collectives = ((kind, _traffic(kind, instruction, own)),)
+        collectives = ((kind, _traffic(kind, instruction, computation)),)
     elif _is_gemm(instruction):
-        flops = _gemm_flops(instruction, own[instruction.operands[0]].arrays[0].dims)
+        flops = _gemm_flops(instruction, computation[instruction.operands[0]].arrays[0].dims)
     elif instruction.op in ("dot", "convolution"):
-        left, right = (own[name].arrays[0].dims for name in instruction.operands[:2])
-        of_kind = _dot_flops if instruction.op == "dot" else _convolution_flops
-        flops = of_kind(instruction, left, right)
-    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+        left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
+        count_flops = _dot_flops if instruction.op == "dot" else _convolution_flops
+        flops = count_flops(instruction, left, right)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
     return Counts(
         flops=flops,
-        bytes=0.0 if fused else _bytes(instruction, own, computations),
+        bytes=0.0 if fused else _bytes(instruction, computation, computations),
         collectives=collectives,
         cycles=float(cycles[1]) if cycles and not fused else 0.0,
     )
 
 
 def _is_gemm(instruction: _Instruction) -> bool:
-    """Whether a GPU's library computes the instruction: a matmul, perhaps with a bias and more."""
-    return instruction.op == "custom-call" and '"gemm_backend_config"' in instruction.rest
+    """Whether the instruction is a matmul in a GPU library, possibly with a bias and more."""
+    return instruction.op == "custom-call" and '"gemm_backend_config"' in instruction.attributes
 
 
 def _gemm_flops(gemm: _Instruction, left: tuple[int, ...]) -> float:
-    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', gemm.rest)[1]
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', gemm.attributes)[1]
     sizes = [left[int(dim)] for dim in re.findall(r"\d+", contracted)]
     return 2.0 * math.prod(gemm.arrays[0].dims) * math.prod(sizes)
 
 
 def _dot_flops(dot: _Instruction, left: tuple[int, ...], _: tuple[int, ...]) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)[1]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)[1]
     sizes = [left[int(dim)] for dim in contracted.split(",") if dim]
     return 2.0 * math.prod(dot.arrays[0].dims) * math.prod(sizes)
 
@@ -274,10 +275,10 @@ def _dot_flops(dot: _Instruction, left: tuple[int, ...], _: tuple[int, ...]) -> 
 def _convolution_flops(
     convolution: _Instruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> float:
-    """2 * (batch * output features * input features * positions where both have a value)."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest)
+    """Returns 2 * batch * output features * input features * positions outside the padding."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     of_left, of_right, of_out = labels.groups()
-    window = re.search(r"window=\{([^}]*)\}", convolution.rest)
+    window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
     window = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
     spatial = sorted(label for label in of_left if label.isdigit())
 
@@ -296,17 +297,17 @@ def _convolution_flops(
         size = left[of_left.index(label)]
         out = np.arange(convolution.arrays[0].dims[of_out.index(label)])[:, None]
         tap = np.arange(right[of_right.index(label)])[None]
-        place = out * int(stride) + tap * int(right_step) - int(pad.split("_")[0])
-        inside = (place >= 0) & (place <= (size - 1) * int(left_step))
-        positions *= int(np.sum(inside & (place % int(left_step) == 0)))
-    groups = re.search(r"batch_group_count=(\d+)", convolution.rest)
+        position = out * int(stride) + tap * int(right_step) - int(pad.split("_")[0])
+        is_inside = (position >= 0) & (position <= (size - 1) * int(left_step))
+        positions *= int(np.sum(is_inside & (position % int(left_step) == 0)))
+    groups = re.search(r"batch_group_count=(\d+)", convolution.attributes)
     batch = left[of_left.index("b")] // (int(groups[1]) if groups else 1)
     return 2.0 * batch * right[of_right.index("i")] * right[of_right.index("o")] * positions
 
 
-def _traffic(kind: str, instruction: _Instruction, own: dict[str, _Instruction]) -> Traffic:
-    size = sum(array.bytes for name in instruction.operands for array in own[name].arrays)
-    devices = _group_size(instruction.rest)
+def _traffic(kind: str, instruction: _Instruction, computation: dict[str, _Instruction]) -> Traffic:
+    size = sum(array.bytes for name in instruction.operands for array in computation[name].arrays)
+    devices = _group_size(instruction.attributes)
     if kind == "all-gather":
         size *= devices
     share = {"all-reduce": 2.0, "collective-permute": None, "collective-broadcast": None}
@@ -315,42 +316,45 @@ def _traffic(kind: str, instruction: _Instruction, own: dict[str, _Instruction])
     return Traffic(1, size, sent)
 
 
-def _group_size(rest: str) -> int:
-    """The number of devices in each group of a collective."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
+def _group_size(attributes: str) -> int:
+    """Returns the number of devices in each group of a collective."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
     if named:
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
-    strided = re.search(r"replica_groups=\[([\d,]+)\]<=", rest)
+    strided = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
     if strided:
         return int(strided[1].split(",")[-1])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     return len(listed[1].split(",")) if listed else 1
 
 
-def _bytes(instruction: _Instruction, own: dict[str, _Instruction], computations: dict) -> float:
-    """Bytes of main memory that an instruction outside fusions reads and writes."""
+def _bytes(
+    instruction: _Instruction, computation: dict[str, _Instruction], computations: dict
+) -> float:
+    """Returns the bytes of main memory that an instruction outside fusions reads and writes."""
     op = instruction.op
     if _is_gemm(instruction):
-        # The last array of the result is the library's scratch memory.
-        operands = (own[name].arrays for name in instruction.operands if name in own)
-        arrays = [*instruction.arrays[:-1], *(array for each in operands for array in each)]
+        # Exclude the last array of the result, which is the library's scratch memory.
+        inputs = [computation[name].arrays for name in instruction.operands if name in computation]
+        arrays = [*instruction.arrays[:-1], *(array for group in inputs for array in group)]
         return float(sum(array.bytes for array in arrays))
     if op in _FREE or op.endswith(("-done", "-update")) or op.removesuffix("-start") in COLLECTIVES:
         return 0.0
     out = sum(array.bytes for array in instruction.arrays if array.in_memory)
-    operands = [own[name] for name in instruction.operands if name in own]
+    operands = [computation[name] for name in instruction.operands if name in computation]
     if op in ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"):
-        # A start's result is (operand, slice, a flag).
+        # The result of a "-start" instruction is (operand, slice, flag).
         part = instruction.arrays[1 if op.endswith("-start") else 0]
         return part.bytes * (operands[0].arrays[0].in_memory + part.in_memory)
     if op == "dynamic-update-slice":
         return 2.0 * operands[1].arrays[0].bytes
-    if op == "copy-start":  # (destination, source, a flag)
+    if op == "copy-start":  # the result is (destination, source, flag)
         return sum(array.bytes for array in instruction.arrays[:2] if array.in_memory)
     if op != "fusion":
-        return out + sum(a.bytes for each in operands for a in each.arrays if a.in_memory)
+        arrays = [array for operand in operands for array in operand.arrays]
+        return out + sum(array.bytes for array in arrays if array.in_memory)
     inner = computations[instruction.attribute("calls")]
     read = 0.0
     for number, operand in enumerate(operands):
@@ -363,12 +367,12 @@ def _bytes(instruction: _Instruction, own: dict[str, _Instruction], computations
 def _read_inside(
     inner: dict[str, _Instruction], number: int, size: int, computations: dict
 ) -> float:
-    """Bytes of an operand that a fusion reads; of an operand that it slices, only the slices."""
+    """Returns the bytes of an operand that a fusion reads: only the slices, if it slices it."""
     names = {i.name for i in inner.values() if i.op == "parameter" and i.operands == (str(number),)}
-    read, grown = 0.0, True
-    while grown:  # bitcasts are the operand in another shape
-        more = {i.name for i in inner.values() if i.op == "bitcast" and i.operands[0] in names}
-        grown, names = not more <= names, names | more
+    read, has_grown = 0.0, True
+    while has_grown:  # follow bitcasts, which are the operand in another shape
+        casts = {i.name for i in inner.values() if i.op == "bitcast" and i.operands[0] in names}
+        has_grown, names = not casts <= names, names | casts
     for user in inner.values():
         if user.op == "bitcast" or not names.intersection(user.operands):
             continue
@@ -376,40 +380,40 @@ def _read_inside(
             read += user.arrays[0].bytes
         elif user.op == "fusion":
             nested = computations[user.attribute("calls")]
-            for place, name in enumerate(user.operands):
+            for index, name in enumerate(user.operands):
                 if name in names:
-                    read += _read_inside(nested, place, size, computations)
+                    read += _read_inside(nested, index, size, computations)
         elif user.op != "dynamic-update-slice" or user.operands[0] not in names:
             return size
     return min(read, size)
 
 
 def _written_inside(inner: dict[str, _Instruction], size: float) -> float:
-    """Bytes that a fusion writes; of an array that it updates in place, only the update."""
+    """Returns the bytes that a fusion writes: only the update, if it updates an array in place."""
     root = next(i for i in inner.values() if i.is_root)
     ends = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
     for end in ends:
-        whole = end
+        result = end
         while end.op == "bitcast":
             end = inner[end.operands[0]]
-        if end.op == "dynamic-update-slice" and whole.arrays[0].in_memory:
-            size -= whole.arrays[0].bytes - inner[end.operands[1]].arrays[0].bytes
+        if end.op == "dynamic-update-slice" and result.arrays[0].in_memory:
+            size -= result.arrays[0].bytes - inner[end.operands[1]].arrays[0].bytes
     return max(size, 0.0)
 
 
 def _sum(parts: Iterable[tuple[int, Counts]]) -> Counts:
-    """The sum of (times, counts)."""
+    """Sums pairs of (multiplier, counts)."""
     numbers = dict.fromkeys(("flops", "bytes", "cycles", "unknown_loops"), 0)
     traffic: dict[str, Traffic] = {}
     for times, counts in parts:
         for name in numbers:
             numbers[name] += times * getattr(counts, name)
-        for kind, more in counts.collectives:
+        for kind, added in counts.collectives:
             total = traffic.get(kind, Traffic())
             traffic[kind] = Traffic(
-                total.count + times * more.count,
-                total.payload + times * more.payload,
-                total.sent + times * more.sent,
+                total.count + times * added.count,
+                total.payload + times * added.payload,
+                total.sent + times * added.sent,
             )
     ordered = tuple((kind, traffic[kind]) for kind in COLLECTIVES if kind in traffic)
     return Counts(**numbers, collectives=ordered)

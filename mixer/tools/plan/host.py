@@ -1,4 +1,4 @@
-"""Whether a host's cores and memory suffice for its devices."""
+"""Checks whether a host's cores and memory suffice for its devices."""
 
 import math
 from typing import Any
@@ -7,19 +7,19 @@ from mixer.data.placement import Placement, Sizes, place, room
 from mixer.data.preprocessing.spec import Kind, Specification, parse
 from mixer.tools.plan.subject import Subject
 
-# Images a second that a core of this project's machine prepares (docs/performance.md), with
-# RandAugment or AutoAugment on the host and without.
+# Images per second per core on this project's machine (docs/performance.md), with (True) and
+# without RandAugment or AutoAugment on the host.
 CORE_RATE = {True: 530, False: 840}
-PROCESS_BYTES = 4e9  # assumed: what Python, JAX, TensorFlow and its threads hold
+PROCESS_BYTES = 4e9  # assumed memory of Python, JAX, TensorFlow and its threads
 
 
 def host_figures(subject: Subject, needed: float, checkpoint_bytes: int) -> dict[str, Any]:
-    """What a host reads, sends and holds, as JSON has it.
+    """Returns a host's read rate, send rate, memory and input figures as JSON.
 
     Args:
-      subject: what is planned.
-      needed: images/s that the host's devices take.
-      checkpoint_bytes: of one checkpoint, a copy of which is written in the background.
+      subject: the subject of the plan.
+      needed: images/s that the host's devices need.
+      checkpoint_bytes: size of a checkpoint, a copy of which is written in the background.
     """
     dataset, topology = subject.config.dataset, subject.topology
     pixels = 3 * subject.config.image_size**2
@@ -45,18 +45,19 @@ def host_figures(subject: Subject, needed: float, checkpoint_bytes: int) -> dict
 
 
 def _input(subject: Subject, needed: float) -> dict[str, Any]:
-    """Whether a host's cores prepare as many images a second as its devices take.
+    """Checks whether a host's cores prepare as many images per second as its devices need.
 
     Args:
-      subject: what is planned.
-      needed: images/s that the host's devices take.
+      subject: the subject of the plan.
+      needed: images/s that the host's devices need.
 
     Returns:
-      "steps": the host's part of the preprocessing. "core_rate": images/s of a core.
-      "cores_needed", "cores_there": of the host. "images_per_second": that the host can prepare.
-      "feeds_devices": for how many devices that suffices. "suffices": whether for all.
-      "wait_share": share of the time that the devices wait. "stays_on_device": whether the run
-      reads its images once instead, so that none of this matters.
+      "steps": the host's part of the preprocessing. "core_rate": images/s per core.
+      "cores_needed", "cores_there": number of cores needed and present. "images_per_second": rate
+      that the host can prepare. "feeds_devices": number of devices that this rate can feed.
+      "suffices": whether it can feed all devices. "wait_share": share of the time that the devices
+      wait. "stays_on_device": whether the run keeps its images on the devices; if so, the other
+      figures do not matter.
     """
     topology, placement = subject.topology, _place_images(subject)
     core_rate = CORE_RATE[bool(placement.host.of_kind(Kind.POLICY))]
@@ -78,13 +79,13 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
 
 
 def preprocess(subject: Subject) -> Specification:
-    """The ops of training."""
+    """Returns the training preprocessing."""
     text = subject.config.dataset.train_preprocess
     return parse(text) if text else Specification()
 
 
 def _place_images(subject: Subject) -> Placement:
-    """Where the run has its training images, as far as a plan can know."""
+    """Decides whether the training images stay on the device, as far as a plan can know."""
     config, topology, spec = subject.config, subject.topology, preprocess(subject)
     mode = config.dataset.on_device
 

@@ -1,4 +1,4 @@
-"""A plan's figures: for JSON, and as lines for people."""
+"""Formats the figures of a plan as JSON and as lines of text."""
 
 import dataclasses
 from typing import Any
@@ -14,21 +14,21 @@ from mixer.tools.plan.search import advice
 from mixer.tools.plan.subject import Subject, peak, train_flops
 from mixer.tools.plan.update import Step
 
-WRITE_RATE = 200e6  # bytes/s, assumed, of one host to a bucket
+WRITE_RATE = 200e6  # assumed bytes/s from one host to a bucket
 
-Row = tuple[str, str]  # what, how much
+Row = tuple[str, str]  # label, text
 
 
 def summary(subject: Subject, step: Step) -> dict[str, Any]:
-    """Every figure of a plan, as JSON has it: seconds, bytes, FLOPs and images.
+    """Returns all figures of a plan as JSON: seconds, bytes, FLOPs and images.
 
-    "step" has the fields of `Step`, "topology" those of `chips.Topology`.
+    "step" has the fields of `Step`, and "topology" has the fields of `chips.Topology`.
     """
     config, topology = subject.config, subject.topology
     batch, devices = config.global_batch_size, topology.num_devices
     per_image = train_flops(subject)
     forward = forward_flops(subject.model, subject.image_size)
-    model_flops = per_image * batch / devices  # of a device and step
+    model_flops = per_image * batch / devices  # per device and step
     rate = batch / step.seconds
     evaluation = subject.eval_examples * forward / (devices * peak(subject) * subject.utilization)
     hours = (config.total_steps * step.seconds + evaluation) / 3600
@@ -69,7 +69,7 @@ def summary(subject: Subject, step: Step) -> dict[str, Any]:
 
 
 def report(subject: Subject, step: Step) -> list[Row]:
-    """A plan's figures, for people."""
+    """Returns the figures of a plan as rows of text."""
     plan = summary(subject, step)
     return [
         *_subject_rows(subject, step, plan["run"]),
@@ -87,7 +87,7 @@ def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row
         length += f", {run['epochs']:,.1f} epochs of {run['examples']:,}"
     figures = "ESTIMATED by arithmetic: nothing was compiled"
     if step.compiled:
-        figures = f"of the compiled update ({step.compile_seconds:.0f} s to compile)"
+        figures = f"measured on the compiled update ({step.compile_seconds:.0f} s to compile)"
     sizes = f"{subject.config.image_size} px, {model.num_classes:,} classes, {model.dtype}"
     return [
         ("topology", f"{topology.name}: {topology.what} in {topology.num_hosts:,} host(s)"),
@@ -99,51 +99,51 @@ def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row
 
 
 def _memory_rows(subject: Subject, step: Step) -> list[Row]:
-    """Whether the step fits, and what to change where it does not."""
+    """Returns rows on whether the step fits into memory, and on what to change if it does not."""
     gib, memory = chips.GIB, subject.topology.chip.memory
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in step.memory_parts.items())
-    verdict = f"{step.memory / gib:.2f} of {memory / gib:.2f} GiB a device"
+    verdict = f"{step.memory / gib:.2f} of {memory / gib:.2f} GiB per device"
     if step.fits:
         return [("fits", f"yes: {verdict} ({parts})")]
-    over = (step.memory - memory) / gib
+    excess = (step.memory - memory) / gib
     return [
-        ("fits", f"NO: {verdict}, {over:.2f} too many ({parts})"),
+        ("fits", f"NO: {verdict}, {excess:.2f} too many ({parts})"),
         ("to change", advice(subject, step)),
-        ("", "what follows is an estimate, and would hold if it fitted"),
+        ("", "the figures below are estimates that ignore the memory limit"),
     ]
 
 
 def _step_rows(subject: Subject, step: Step, plan: dict[str, Any]) -> list[Row]:
-    """What a step computes, moves and sends, and how long it takes."""
+    """Returns rows on the FLOPs, the traffic and the duration of a step."""
     rows = []
     if step.unknown_loops:
         rows.append(("", f"{step.unknown_loops} loop(s) of unknown length are counted once"))
     train, forward = (
-        short(plan["per_image"][f"{which}_flops"], "FLOP") for which in ("train", "forward")
+        short(plan["per_image"][f"{name}_flops"], "FLOP") for name in ("train", "forward")
     )
     extra = step.flops / plan["step"]["model_flops"] - 1
-    executed = f"{short(step.flops, 'FLOP')} a step ({extra:+.1%})"
-    closed_form = f"{train} an image by the closed form (forward {forward})"
+    executed = f"{short(step.flops, 'FLOP')} per step ({extra:+.1%})"
+    closed_form = f"{train} per image by the closed form (forward {forward})"
     rows.append(("FLOPs", f"{closed_form}; a device executes {executed}"))
-    rows.append(("memory traffic", f"{short(step.bytes, 'B')} a device and step"))
+    rows.append(("memory traffic", f"{short(step.bytes, 'B')} per device and step"))
     for kind, traffic in step.collectives.items():
         count = f"{traffic.count:,} x, " if traffic.count else ""
         payload, sent = short(traffic.payload, "B"), short(traffic.sent, "B")
-        rows.append((kind, f"{count}{payload} of arrays, a device sends {sent}"))
+        rows.append((kind, f"{count}{payload} of arrays; each device sends {sent}"))
     floors = ", ".join(f"{name} {short(time, 's')}" for name, time in step.floors.items())
-    rows.append(("floors of a step", f"{floors}, each at its peak"))
+    rows.append(("minimum times per step", f"{floors}, each at its peak"))
     if step.schedule:
-        schedule = f"{short(step.schedule, 's')} a step, communication left out"
+        schedule = f"{short(step.schedule, 's')} per step, without communication"
         rows.append(("compiler's schedule", schedule))
-    seconds = f"{short(step.seconds, 's')} a step with matmuls at {subject.utilization:.0%} of"
+    seconds = f"{short(step.seconds, 's')} per step with matmuls at {subject.utilization:.0%} of"
     rate, per_device = plan["images_per_second"], plan["images_per_second_per_device"]
-    rates = f"{rate:,.0f} images/s, {per_device:,.0f} a device"
+    rates = f"{rate:,.0f} images/s, {per_device:,.0f} per device"
     rows.append(("expected", f"{seconds} their peak, limited by {step.limit}: {rates}"))
     return rows
 
 
 def _run_rows(plan: dict[str, Any]) -> list[Row]:
-    """What the whole run takes, and its checkpoints."""
+    """Returns rows on the duration of the run and on its checkpoints."""
     saved = plan["checkpoint"]
     hours = f"{plan['hours']:,.3g} hours, {plan['device_hours']:,.4g} device-hours"
     evaluation = duration(plan["evaluation_seconds"])
@@ -152,7 +152,7 @@ def _run_rows(plan: dict[str, Any]) -> list[Row]:
         (
             "checkpoint",
             f"{short(saved['bytes'], 'B')}, every {duration(saved['every_seconds'])}; "
-            f"{saved['write_seconds']:,.0f} s to write beside the training at "
+            f"{saved['write_seconds']:,.0f} s to write during training at "
             f"{short(WRITE_RATE, 'B/s')} (assumed); {short(saved['kept_bytes'], 'B')} are kept",
         ),
     ]
@@ -175,12 +175,12 @@ def _host_rows(subject: Subject, host: dict[str, Any]) -> list[Row]:
 
 
 def _input_rows(subject: Subject, prepared: dict[str, Any]) -> list[Row]:
-    """Whether the input suffices, and what to change where it does not."""
+    """Returns rows on whether the input suffices, and on what to change if it does not."""
     if prepared["stays_on_device"]:
         return [("input suffices", "yes: the images are read once and stay on the devices")]
     figures = (
         f"about {prepared['cores_needed']:,.1f} of a host's {prepared['cores_there']} cores "
-        f"prepare them at {prepared['core_rate']:,} images/s a core; it could feed "
+        f"prepare them at {prepared['core_rate']:,} images/s per core; it could feed "
         f"{prepared['feeds_devices']:,.3g} devices and has {prepared['devices']}"
     )
     if prepared["suffices"]:
@@ -196,5 +196,5 @@ def _input_rows(subject: Subject, prepared: dict[str, Any]) -> list[Row]:
             change = f"--config.dataset.augment_on=device ({spec.parts.device} on the devices)"
             rows.append(("to change", change))
     if prepared["steps"] != subject.config.dataset.train_preprocess:
-        rows.append(("", f"the host's steps are {prepared['steps']}, the others the devices'"))
+        rows.append(("", f"the host runs {prepared['steps']}; the devices run the other steps"))
     return rows

@@ -1,4 +1,4 @@
-"""Other settings of the same run: which fit, and how fast they are."""
+"""Searches settings of a run that fit into memory, and ranks them by speed."""
 
 import dataclasses
 import itertools
@@ -11,20 +11,20 @@ from mixer.tools.plan import chips, update
 from mixer.tools.plan.subject import Subject
 from mixer.tools.plan.update import Step
 
-COMPILES = 4  # of a search
+COMPILES = 4  # maximum number of compilations per search
 TABLE_ROWS = 12
 
 
 def candidates(subject: Subject) -> list[Step]:
-    """Estimates of all settings worth considering, the fastest that should fit first.
+    """Estimates all settings worth considering; returns the fastest that should fit first.
 
-    Meshes of powers of two that divide batch and widths, with "tensor" at most 8; every policy of
-    rematerialisation; up to 16 parts of a batch where nothing else fits.
+    The candidates are meshes of powers of two that divide batch and widths, with "tensor" at most
+    8; every rematerialisation policy; and, if nothing else fits, up to 16 parts of a batch.
 
     Raises:
       UserError: no mesh of the topology divides the batch.
     """
-    own, count = update.own_settings(subject), subject.topology.num_devices
+    config_settings, count = update.own_settings(subject), subject.topology.num_devices
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
     steps = []
     for parts in (2**n for n in range(5)):
@@ -33,7 +33,7 @@ def candidates(subject: Subject) -> list[Step]:
                 continue
             for remat in REMAT:
                 settings = dataclasses.replace(
-                    own,
+                    config_settings,
                     data=count // (tensor * fsdp),
                     fsdp=fsdp,
                     tensor=tensor,
@@ -42,20 +42,20 @@ def candidates(subject: Subject) -> list[Step]:
                 )
                 try:
                     steps.append(update.estimate_step(subject, settings))
-                except UserError:  # an axis does not divide
+                except UserError:  # an axis does not divide the batch or a width
                     break
         if any(step.fits for step in steps):
             break
     if not steps:
         raise UserError(
-            f"global_batch_size={subject.config.global_batch_size}: no mesh of {count} devices "
-            "divides it; take another number of devices, or another batch"
+            f"global_batch_size={subject.config.global_batch_size} is not divisible by any mesh of "
+            f"{count} devices; choose another number of devices or another batch size"
         )
     return sorted(steps, key=_rank)
 
 
 def _rank(step: Step) -> tuple:
-    """Fitting first, then by time; of equals the simplest mesh."""
+    """Returns the sort key: steps that fit first, then by time, then by simplicity of the mesh."""
     settings = step.settings
     return (
         not step.fits,
@@ -67,66 +67,68 @@ def _rank(step: Step) -> tuple:
 
 
 def search(subject: Subject, say: Callable[[str], None]) -> list[Step]:
-    """Ranks settings: those that fit first, the fastest at the top.
+    """Ranks settings: those that fit first, and the fastest at the top.
 
-    For TPUs the most promising are compiled, at most `COMPILES`: the best estimate of each policy
-    of rematerialisation, then the next best. Each compiled program corrects the estimated memory.
+    For TPUs, at most `COMPILES` of the most promising settings are compiled: the best estimate of
+    each rematerialisation policy, then the next best. Each compiled program corrects the estimate
+    of the memory.
 
     Args:
-      subject: what is planned.
-      say: shows a line on each compilation, with the time left.
+      subject: the subject of the plan.
+      say: prints a line about each compilation, with the time left.
     """
     estimated = candidates(subject)
     if subject.topology.is_gpu:
         return estimated
     say(f"{len(estimated)} settings estimated; at most {COMPILES} are compiled")
-    done: list[Step] = []
-    ratio = 1.0  # compiled memory by estimated
+    compiled: list[Step] = []
+    ratio = 1.0  # compiled memory divided by estimated memory
     limit = subject.topology.chip.memory
     started = time.perf_counter()
     waiting = list(estimated)
-    while waiting and len(done) < COMPILES:
+    while waiting and len(compiled) < COMPILES:
         fitting = [s for s in waiting if s.memory * ratio <= limit] or waiting[:1]
-        tried = {step.settings.remat for step in done}
+        tried = {step.settings.remat for step in compiled}
         best = next((s for s in fitting if s.settings.remat not in tried), fitting[0])
         waiting.remove(best)
         step = update.compile_step(subject, best.settings)
         ratio = step.memory / best.memory
-        done.append(step)
-        mean_secs = (time.perf_counter() - started) / len(done)
+        compiled.append(step)
+        mean_secs = (time.perf_counter() - started) / len(compiled)
         verdict = f"{step.seconds * 1e3:.1f} ms" if step.fits else "does not fit"
         say(
-            f"compiled {len(done)} of {COMPILES}: {step.settings}: {step.memory / chips.GIB:.1f} "
-            f"GiB, {verdict}; {mean_secs:.0f} s each, "
-            f"{mean_secs * (COMPILES - len(done)):.0f} s left"
+            f"compiled {len(compiled)} of {COMPILES}: {step.settings}: "
+            f"{step.memory / chips.GIB:.1f} GiB, {verdict}; {mean_secs:.0f} s each, "
+            f"{mean_secs * (COMPILES - len(compiled)):.0f} s left"
         )
-    return [*sorted(done, key=_rank), *waiting]
+    return [*sorted(compiled, key=_rank), *waiting]
 
 
 def advice(subject: Subject, step: Step) -> str:
-    """What to change where a step does not fit: by estimate, the fastest settings that fit."""
+    """Returns advice for a step that does not fit: the fastest settings estimated to fit."""
     ratio = step.memory / update.estimate_step(subject, step.settings).memory
-    own = (step.settings.data, step.settings.fsdp, step.settings.tensor)
+    mesh = (step.settings.data, step.settings.fsdp, step.settings.tensor)
     narrower = ""
     if subject.topology.is_gpu and subject.model.dtype == "float32":
         narrower = "--config.model.dtype=bfloat16 halves activations and time; or "
-    # The mesh that was asked for, with less in memory, before another one.
-    for other in sorted(
+    # Prefer settings with the requested mesh over settings with another mesh.
+    for candidate in sorted(
         candidates(subject),
-        key=lambda s: (s.settings.data, s.settings.fsdp, s.settings.tensor) != own,
+        key=lambda s: (s.settings.data, s.settings.fsdp, s.settings.tensor) != mesh,
     ):
-        if other.memory * ratio <= subject.topology.chip.memory and other.settings != step.settings:
+        memory = candidate.memory * ratio
+        if memory <= subject.topology.chip.memory and candidate.settings != step.settings:
             return (
-                f"{narrower}should fit, at {other.memory * ratio / chips.GIB:.1f} GiB (estimated): "
-                f"{other.settings.overrides}"
+                f"{narrower}should fit, at {memory / chips.GIB:.1f} GiB (estimated): "
+                f"{candidate.settings.overrides}"
             )
-    return "no mesh, rematerialisation or accumulation should make it fit: take more devices"
+    return "no mesh, rematerialisation or accumulation should make it fit: use more devices"
 
 
 def ranking(subject: Subject, steps: list[Step]) -> list[tuple[str, ...]]:
-    """Rows of a search's table, its head first, at most `TABLE_ROWS` of them."""
+    """Returns the rows of the search's table: the header, then at most `TABLE_ROWS` rows."""
     return [
-        ("settings", "figures", "GiB", "fits", "ms a step", "images/s", "limit"),
+        ("settings", "figures", "GiB", "fits", "ms per step", "images/s", "limit"),
         *(
             (
                 str(step.settings),

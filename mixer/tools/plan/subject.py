@@ -1,4 +1,4 @@
-"""What is planned: a config resolved without its data, its model, length and devices."""
+"""The subject of a plan: a config resolved without its data, its model, length and devices."""
 
 import dataclasses
 import re
@@ -24,10 +24,10 @@ class Set:
     """A public data set.
 
     Attributes:
-      splits: examples by split.
-      num_classes: of the labels.
-      image_bytes: mean size of an image's file.
-      side: of all images, in pixels; None where their sizes differ.
+      splits: number of examples by split.
+      num_classes: number of classes.
+      image_bytes: mean file size of an image.
+      side: side of all images in pixels; None if their sizes differ.
     """
 
     splits: dict[str, int]
@@ -36,8 +36,8 @@ class Set:
     side: int | None = None
 
 
-# Counts as TFDS gives them [recalled], sizes from its downloads; ImageNet-21k is the fall 2011
-# release. A length in epochs needs the counts, and the data is not at hand.
+# Counts from TFDS [recalled], sizes from its downloads; ImageNet-21k is the fall 2011 release. A
+# length in epochs needs the counts, and a plan does not read the data.
 SETS = {
     "imagenet2012": Set({"train": 1_281_167, "validation": 50_000}, 1000, 110e3),
     "imagenet21k": Set({"train": 14_197_122}, 21843, 92e3),
@@ -48,12 +48,12 @@ SETS = {
     "digits": Set({"train": 1257, "validation": 180, "test": 360}, 10, 200.0, 8),
     "synthetic": Set(synthetic.SPLITS, 10, 0.0),
 }
-IMAGE_BYTES = 110e3  # of an unknown set: ImageNet's mean
+IMAGE_BYTES = 110e3  # assumed for unknown data sets: ImageNet's mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is planned: a resolved config, its model and its length."""
+    """The subject of a plan: a resolved config, its model and its length."""
 
     config: ConfigDict
     model: nn.Module
@@ -62,9 +62,9 @@ class Subject:
     num_examples: int | None
     eval_examples: int
     image_bytes: float
-    stored_side: int | None  # of all images, in pixels
-    state: train_state.TrainState  # shapes
-    devices: list  # of a TPU topology; empty for GPUs
+    stored_side: int | None  # side of all stored images in pixels, if they have the same
+    state: train_state.TrainState  # the shapes of the state
+    devices: list  # devices of a TPU topology; empty for GPUs
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -73,7 +73,7 @@ class Subject:
 
     @property
     def num_params(self) -> int:
-        """How many parameters the model has."""
+        """The number of parameters of the model."""
         return sharding.num_values(self.state.params)
 
 
@@ -88,41 +88,43 @@ def open_subject(
     """Resolves a config as training does, without its data.
 
     Args:
-      config: of the run.
-      topology_name: as for `chips.find`.
-      utilization: share of their peak that matmuls are expected to reach.
-      num_examples: of the training split; None: from `SETS`.
-      num_classes: where the config has none; None: from `SETS`.
+      config: config of the run.
+      topology_name: name of the topology, as in `chips.find`.
+      utilization: expected utilization of the peak matmul rate.
+      num_examples: number of training examples; None: from `SETS`.
+      num_classes: number of classes, if the config has none; None: from `SETS`.
 
     Raises:
-      UserError: a wrong value, or a missing one that only the data has.
+      UserError: a value is invalid, or a value that only the data has is missing.
     """
     run.check_config(config)
     topology = chips.find(topology_name)
     if not 0 < utilization <= 1:
-        raise UserError(f"--utilization={utilization}; it must be above 0 and at most 1")
+        raise UserError(f"--utilization={utilization}; expected a number above 0 and at most 1")
     config = run.resolve(config, initial=run.find_initial(config))
-    known = SETS.get(config.dataset.name.removesuffix("/fall11"))
-    num_classes = config.model.num_classes or num_classes or (known and known.num_classes)
+    data_set = SETS.get(config.dataset.name.removesuffix("/fall11"))
+    num_classes = config.model.num_classes or num_classes or (data_set and data_set.num_classes)
     if num_classes is None:
         raise UserError(
-            f"how many classes {config.dataset.name!r} has is not known: give --num_classes"
+            f"dataset.name={config.dataset.name!r}: the number of classes is unknown; pass "
+            "--num_classes"
         )
-    if num_examples is None and known:
-        num_examples = split_size(config.dataset.train_split, known.splits)
+    if num_examples is None and data_set:
+        num_examples = split_size(config.dataset.train_split, data_set.splits)
     if num_examples is None and run.needs_epochs(config):
         raise UserError(
-            f"how many examples {config.dataset.name!r} {config.dataset.train_split} has is not "
-            "known, and the run's length is in epochs: give --num_examples"
+            f"dataset.name={config.dataset.name!r}: the number of examples of "
+            f"{config.dataset.train_split} is unknown, and the run's length is in epochs; pass "
+            "--num_examples"
         )
     run.resolve_data(config, num_classes, num_examples)
     train_program = program.make_program(config, abstract_mesh(1, 1, 1))
     eval_examples = 0
-    if known and config.dataset.val_split:
+    if data_set and config.dataset.val_split:
         evaluations = config.total_steps // (config.eval_every_steps or config.total_steps)
-        eval_examples = evaluations * (split_size(config.dataset.val_split, known.splits) or 0)
-    if known and config.dataset.test_split:
-        eval_examples += split_size(config.dataset.test_split, known.splits) or 0
+        eval_examples = evaluations * (split_size(config.dataset.val_split, data_set.splits) or 0)
+    if data_set and config.dataset.test_split:
+        eval_examples += split_size(config.dataset.test_split, data_set.splits) or 0
     eval_examples *= 2 if config.optimizer.ema_decay else 1  # the average is evaluated too
     return Subject(
         config=config,
@@ -131,22 +133,22 @@ def open_subject(
         utilization=utilization,
         num_examples=num_examples,
         eval_examples=eval_examples,
-        image_bytes=known.image_bytes if known else IMAGE_BYTES,
-        stored_side=known.side if known else None,
+        image_bytes=data_set.image_bytes if data_set else IMAGE_BYTES,
+        stored_side=data_set.side if data_set else None,
         state=train_program.state,
         devices=[] if topology.is_gpu else chips.tpu_devices(topology),
     )
 
 
 def abstract_mesh(*sizes: int) -> AbstractMesh:
-    """A mesh with such axes, without devices."""
+    """Makes a mesh with axes of these sizes, without devices."""
     return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def split_size(spec: str, splits: dict[str, int]) -> int | None:
-    """Examples of "train[:99%]+validation" and the like; None where a name is not in `splits`.
+    """Counts the examples of a spec such as "train[:99%]+validation"; None for unknown splits.
 
-    Percentages are rounded to the nearest example, as TFDS does.
+    Percentages are rounded to the nearest example, as in TFDS.
     """
     total = 0
     for part in spec.split("+"):
@@ -155,38 +157,38 @@ def split_size(spec: str, splits: dict[str, int]) -> int | None:
             return None
         size = splits[match[1]]
 
-        def place(text: str | None, default: int, size: int = size) -> int:
+        def index(text: str | None, default: int, size: int = size) -> int:
             if not text:
                 return default
-            share = text.endswith("%")
-            number = round(int(text[:-1]) / 100 * size) if share else int(text)
+            is_percentage = text.endswith("%")
+            number = round(int(text[:-1]) / 100 * size) if is_percentage else int(text)
             return min(max(number + size * (number < 0), 0), size)
 
-        total += max(place(match[3], size) - place(match[2], 0), 0)
+        total += max(index(match[3], size) - index(match[2], 0), 0)
     return total
 
 
 def train_flops(subject: Subject) -> float:
-    """FLOPs of the matmuls that one image takes in an update, without recomputation.
+    """Returns the matmul FLOPs per image in an update, without recomputation.
 
-    Forward, and again as many for the gradient of each trained kernel and for that of each layer's
-    input, where something below it is trained: three times the forward, less the gradient by the
-    pixels, which nobody needs. SAM takes two gradients.
+    The forward pass counts once, and once more for the gradient of each trained kernel and for the
+    gradient of each layer's input if an earlier layer is trained: three times the forward pass,
+    less the unused gradient with respect to the pixels. SAM computes two gradients.
     """
     params = subject.state.params
     factors = jax.tree.leaves(multipliers(params, subject.config.optimizer.lr_multipliers))
     trained = {
         name for name, factor in zip(sharding.by_name(params), factors, strict=True) if factor
     }
-    total, below = 0.0, False
+    total, has_trained_input = 0.0, False
     for layer, flops in layers(subject.model, subject.image_size):
-        own = {name for name in trained if name.rpartition("/")[0] == layer}
-        total += flops * (1 + below + (f"{layer}/kernel" in own))
-        below = below or bool(own)
+        trained_here = {name for name in trained if name.rpartition("/")[0] == layer}
+        total += flops * (1 + has_trained_input + (f"{layer}/kernel" in trained_here))
+        has_trained_input = has_trained_input or bool(trained_here)
     return total * (2 if subject.config.optimizer.sam_rho else 1)
 
 
 def peak(subject: Subject) -> float:
-    """FLOP/s that matmuls of the model's dtype reach at most on a device."""
+    """Returns the peak FLOP/s of a device for matmuls of the model's dtype."""
     chip = subject.topology.chip
     return chip.flops_float32 if subject.model.dtype == "float32" else chip.flops

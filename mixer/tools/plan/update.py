@@ -1,7 +1,7 @@
 """One update on one device: compiled for a TPU topology, or estimated by arithmetic.
 
-For TPUs the run's own update is compiled and what it computes, moves and sends is counted
-(`mixer.tools.plan.hlo`); for GPUs all of it is estimated. docs/plan.md explains it.
+For TPUs the run's own update is compiled, and its FLOPs, memory traffic and communication are
+counted (`mixer.tools.plan.hlo`); for GPUs they are estimated. docs/plan.md has the details.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from mixer.tools.plan import hlo
 from mixer.tools.plan.subject import Subject, abstract_mesh, peak, train_flops
 from mixer.training import program
 
-# What a block keeps of an image for the backward pass, in copies of S x C and of the hidden
-# C x D_S + S x D_C: by kind of program and policy. "working" comes once more, for the block in
-# progress. Fitted to compiled programs (docs/scaling.md); of "gpu" only "none" is.
-KEPT = {
+# Activations that a block saves per image for the backward pass, in copies of S x C and of the
+# hidden C x D_S + S x D_C, by kind of program and policy. "working" is added once, for the block in
+# progress. Fitted to compiled programs (docs/scaling.md); for "gpu" only "none" is fitted.
+SAVED_COPIES = {
     "tpu": {"none": (1, 1), "dots": (1, 1), "full": (1, 0), "working": (4, 1.5)},
     "tpu scan": {"none": (3, 6), "dots": (1, 1), "full": (1, 0), "working": (4, 5)},
     "gpu": {"none": (4, 3), "dots": (3, 1), "full": (1, 0), "working": (4, 4)},
 }
-# Traffic between a block and the main memory, in the same copies; of "gpu" [estimated].
-PASSED = {
+# Traffic between a block and the main memory, in the same copies; "gpu" is [estimated].
+MOVED_COPIES = {
     "tpu": {"none": (5, 8), "dots": (5, 8), "full": (5, 9.5)},
     "tpu scan": {"none": (8, 15), "dots": (6, 10), "full": (6, 10)},
     "gpu": {"none": (10, 14), "dots": (10, 15), "full": (10, 17)},
@@ -42,7 +42,7 @@ PASSED = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a search may change of a config, none of which changes the numbers of training."""
+    """The settings that a search can change; none of them affects the results of training."""
 
     data: int
     fsdp: int
@@ -53,7 +53,7 @@ class Settings:
 
     @property
     def overrides(self) -> str:
-        """As the command line of train.py takes them."""
+        """The settings as flags of train.py."""
         return (
             f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} "
             f"--config.mesh.tensor={self.tensor} --config.model.remat={self.remat} "
@@ -62,7 +62,7 @@ class Settings:
         )
 
     def __str__(self) -> str:
-        """In a few words."""
+        """Returns a short description."""
         return (
             f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}"
             f"{', scan' * self.scan_blocks}"
@@ -75,23 +75,24 @@ class Step:
     """An update on one device.
 
     Attributes:
-      settings: how it is laid out.
-      compiled: whether the figures are of the compiled program; else they are estimated.
-      fits: whether the program fits the device's memory.
-      memory: bytes that it needs; the parts of it are in `memory_parts`.
-      memory_parts: state (parameters, moments, average), batch and outputs, and temporary.
-      flops: that are executed, recomputation included.
-      bytes: from and to the main memory; 0 where it does not fit.
-      collectives: by kind, as in `hlo.Counts`.
+      settings: mesh, rematerialisation and accumulation.
+      compiled: whether the figures are from the compiled program; if not, they are estimates.
+      fits: whether the program fits into the device's memory.
+      memory: bytes that the program needs, the sum of `memory_parts`.
+      memory_parts: bytes by part: state (parameters, moments, average), batch and results,
+        temporary arrays and program.
+      flops: executed FLOPs, including recomputation.
+      bytes: bytes read from and written to the main memory.
+      collectives: traffic by kind, as in `hlo.Counts`.
       sent: bytes that the device sends.
-      floors: seconds that the matmuls, the memory and the links need at least, at their peaks.
-      seconds: expected: at the stated share of the matmuls' peak, and not below another floor nor
-        below `schedule`.
-      limit: which of these decides.
-      schedule: seconds that the TPU's compiler expects of the kernels one after the other, without
-        communication; 0 where it does not say.
-      compile_seconds: 0 where it is not compiled.
-      unknown_loops: how many loops of the program are counted as if they ran once.
+      floors: minimum seconds for matmuls, memory and links, each at its peak rate.
+      seconds: expected duration, the maximum of the matmuls at the expected utilization, the other
+        floors and `schedule`.
+      limit: the one of these that determines `seconds`.
+      schedule: the TPU compiler's estimate for the kernels in sequence, in seconds, without
+        communication; 0 if unknown.
+      compile_seconds: compile time; 0 if the figures are estimated.
+      unknown_loops: number of loops with an unknown trip count, which count as one iteration.
     """
 
     settings: Settings
@@ -140,18 +141,21 @@ def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
 
 
 def _check(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError where the batch does not divide into the parts or over the mesh."""
+    """Raises UserError if the parts or the mesh do not divide the batch."""
     parts = config.optimizer.accumulate_steps
     if config.global_batch_size % parts:
-        raise UserError(f"{parts} parts do not divide global_batch_size")
+        raise UserError(
+            f"optimizer.accumulate_steps={parts} does not divide "
+            f"global_batch_size={config.global_batch_size}"
+        )
     run.check_batch_size(config, mesh)
 
 
 def compile_step(subject: Subject, settings: Settings) -> Step:
-    """Compiles the update for a TPU topology and counts what is in it.
+    """Compiles the update for a TPU topology and counts its FLOPs and traffic.
 
     Raises:
-      UserError: settings that do not divide the batch or a width.
+      UserError: the settings do not divide the batch or a width.
     """
     config = _with(subject, settings)
     mesh = sharding.make_mesh(config.mesh, subject.devices)
@@ -179,11 +183,11 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
     seconds = time.perf_counter() - started
     used = compiled.memory_analysis()
     state = sharding.bytes_per_device(abstract)
-    # Arguments stay throughout; results count where they do not take an argument's place.
-    around = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    # Arguments stay allocated; results count unless they reuse the memory of an argument.
+    persistent = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     memory = {
         "state": float(state),
-        "batch and results": float(around - state),
+        "batch and results": float(persistent - state),
         "temporary": float(used.temp_size_in_bytes),
         "program": float(used.generated_code_size_in_bytes),
     }
@@ -198,7 +202,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
         collectives=dict(counts.collectives),
         schedule=counts.cycles / clock if clock else 0.0,
     )
-    # It fits: the compiler has placed everything.
+    # A program that compiles fits into memory.
     return dataclasses.replace(
         step,
         compiled=True,
@@ -209,7 +213,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
 
 
 def memory_of_error(text: str) -> float | None:
-    """Bytes that a program needs, from the compiler's error; None where it does not say."""
+    """Returns the bytes that a program needs, from the compiler's error; None if not in it."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", text)
     if not match:
         return None
@@ -218,12 +222,13 @@ def memory_of_error(text: str) -> float | None:
 
 
 def estimate_step(subject: Subject, settings: Settings) -> Step:
-    """Estimates the update by arithmetic: for GPUs, and to choose what is worth compiling.
+    """Estimates the update by arithmetic, for GPUs and to choose settings worth compiling.
 
-    The state is exact, activations are `KEPT`, communication is what the mesh needs at least.
+    The state is exact, activations come from `SAVED_COPIES`, and communication is the minimum for
+    the mesh.
 
     Raises:
-      UserError: settings that do not divide the batch or a width.
+      UserError: the settings do not divide the batch or a width.
     """
     config, model = _with(subject, settings), subject.model
     mesh = abstract_mesh(settings.data, settings.fsdp, settings.tensor)
@@ -231,8 +236,8 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     state = _bytes_per_device(subject.state, mesh)
     params = _bytes_per_device(subject.state.params, mesh)
     width = 2 if model.dtype == "bfloat16" else 4
-    images = config.global_batch_size / (settings.data * settings.fsdp)  # of a device
-    at_once = images / settings.accumulate_steps
+    images = config.global_batch_size / (settings.data * settings.fsdp)  # per device
+    microbatch = images / settings.accumulate_steps
 
     tokens = math.prod(subject.image_size) // model.patch_size**2
     stream = tokens * model.hidden_dim * width
@@ -242,19 +247,19 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     kind = "gpu" if subject.topology.is_gpu else "tpu" + " scan" * settings.scan_blocks
     stored, passed = (
         {policy: copies[0] * stream + copies[1] * hidden for policy, copies in table[kind].items()}
-        for table in (KEPT, PASSED)
+        for table in (SAVED_COPIES, MOVED_COPIES)
     )
     activations = model.num_blocks * stored[settings.remat] + stored["working"]
     pixels = 3 * math.prod(subject.image_size)
     gathered = params * settings.fsdp / model.num_blocks * (settings.fsdp > 1)  # a block's weights
-    temporary = at_once * activations + 4 * images * pixels + params + gathered
+    temporary = microbatch * activations + 4 * images * pixels + params + gathered
     memory = {
         "state": state,
         "batch and results": images * pixels,
         "temporary": temporary,
     }
 
-    # The state is read and written once, whole weights with each part of a batch.
+    # The state is read and written once; the gathered weights with each part of a batch.
     moved = images * model.num_blocks * passed[settings.remat] + 2 * state
     moved += 2 * params * settings.fsdp * settings.accumulate_steps
     image_flops = train_flops(subject) + _recomputed_flops(subject, settings)
@@ -269,7 +274,7 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
 
 
 def _recomputed_flops(subject: Subject, settings: Settings) -> float:
-    """FLOPs of an image that remat "full" repeats: all layers of a block but the last."""
+    """Returns the FLOPs per image that remat "full" repeats: all layers of a block but the last."""
     if settings.remat != "full":
         return 0.0
     return sum(
@@ -282,26 +287,27 @@ def _recomputed_flops(subject: Subject, settings: Settings) -> float:
 def _collectives(
     subject: Subject, settings: Settings, params: float, stream: float
 ) -> dict[str, hlo.Traffic]:
-    """What the mesh needs at least.
+    """Returns the minimum communication of the mesh.
 
     Args:
-      subject: what is planned.
-      settings: how it is laid out.
+      subject: the subject of the plan.
+      settings: the settings of the update.
       params: bytes of a device's share of the parameters.
       stream: bytes of the residual stream of a device's images.
     """
-    whole = params * settings.fsdp
+    gathered = params * settings.fsdp
     collectives = {}
     if settings.fsdp > 1:
-        # Each part of a batch gathers the weights forward and backward, as matmuls take them.
+        # Each part of a batch gathers the weights in the forward and the backward pass, in the
+        # dtype of the matmuls.
         share = (settings.fsdp - 1) / settings.fsdp * settings.accumulate_steps
         is_float32 = subject.topology.is_gpu and subject.model.dtype == "float32"
-        taken = whole if is_float32 else whole / 2
+        matmul_bytes = gathered if is_float32 else gathered / 2
         collectives["all-gather"] = hlo.Traffic(
-            0, 2 * taken * settings.accumulate_steps, 2 * taken * share
+            0, 2 * matmul_bytes * settings.accumulate_steps, 2 * matmul_bytes * share
         )
         collectives["reduce-scatter"] = hlo.Traffic(
-            0, whole * settings.accumulate_steps, whole * share
+            0, gathered * settings.accumulate_steps, gathered * share
         )
     reduced = sent = 0.0
     if settings.data > 1:
@@ -329,7 +335,7 @@ def _timed(
     sent = sum(traffic.sent for traffic in collectives.values())
     links = sent / chip.link
     if chip.network and topology.num_hosts > 1:
-        # Summed within a host first, each of its devices then sends a share of the sum.
+        # Devices first reduce within their host; then each of them sends a share of the sum.
         links += sent / chip.devices_per_host / chip.network
     floors = {
         "matmuls": flops / peak(subject),
@@ -360,7 +366,7 @@ def _timed(
 
 
 def make_step(subject: Subject, settings: Settings) -> Step:
-    """The update compiled where there is a compiler, else estimated."""
+    """Compiles the update for TPUs, and estimates it for GPUs."""
     if subject.topology.is_gpu:
         return estimate_step(subject, settings)
     return compile_step(subject, settings)

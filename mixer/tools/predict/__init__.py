@@ -1,1 +1,1 @@
-"""Classifies images with given weights."""
+"""Classifies images with a trained model."""

@@ -1,12 +1,12 @@
-"""Says what is in pictures.
+"""Classifies images with a trained model.
 
   python -m mixer.tools.predict cat.jpg photos/ --weights=runs/pets
   python -m mixer.tools.predict @list.txt --weights=Mixer-B_16.npz --json > predictions.jsonl
   python -m mixer.tools.predict photos/ --weights=runs/pets --features=features.npz
 
-Images are files, folders (all images below, sorted) or @list.txt with a path a line; of most
-formats that Pillow reads. They are preprocessed as in the evaluation of the weights. An image that
-cannot be read is named on stderr and passed over; the exit code is 1 then.
+Images are files, folders (searched recursively and sorted) or @list.txt with one path per line, in
+most formats that Pillow reads. They are preprocessed as in the evaluation of the weights. Images
+that cannot be read are reported on stderr and skipped; the exit code is then 1.
 """
 
 import dataclasses
@@ -22,30 +22,32 @@ from mixer.errors import UserError
 WEIGHTS = flags.DEFINE_string(
     "weights", "", "A run, a step of it, a file of weights, or a short name such as B/16-i21k."
 )
-MOST = 2**31 - 1  # of images and classes: indices on devices are int32
-TOP = flags.DEFINE_integer("top", 5, "Number of classes to tell of each image.", 1, MOST)
-JSON = flags.DEFINE_bool("json", False, "Print a JSON object a line in place of a table.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images computed at once.", 1, MOST)
-FEATURES = flags.DEFINE_string("features", "", "npz file to write the values of --layer to.")
+MAX_INT32 = 2**31 - 1  # indices on devices are int32
+TOP = flags.DEFINE_integer("top", 5, "Number of classes to print per image.", 1, MAX_INT32)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line instead of a table.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per batch.", 1, MAX_INT32)
+FEATURES = flags.DEFINE_string("features", "", "npz file for the values of --layer.")
 LAYER = flags.DEFINE_string(
     "layer", "pre_logits", "For --features: stem, block_0, block_1, ..., pre_logits or logits."
 )
 PREPROCESS = flags.DEFINE_string(
-    "preprocess", "", "Steps such as 'decode|resize(224)' in place of the weights' own."
+    "preprocess", "", "Preprocessing such as 'decode|resize(224)', instead of the weights' own."
 )
 IMAGE_SIZE = flags.DEFINE_list(
     "image_size",
     None,
-    "For images of another size: a side in pixels, or HEIGHT,WIDTH; the weights are grown to it.",
+    "Resize the weights to images of this side in pixels, or HEIGHT,WIDTH.",
 )
 
 
 def main(argv: list[str]) -> None:
-    """Predicts the images that the arguments name."""
+    """Predicts the classes of the images in the arguments."""
     if not WEIGHTS.value:
-        raise UserError("--weights is missing; give a run or a file, as in --weights=runs/digits")
+        raise UserError(
+            "--weights is missing; expected a run or a file, as in --weights=runs/digits"
+        )
     if flags.FLAGS["layer"].present and not FEATURES.value:
-        raise UserError(f"--layer={LAYER.value} is of the features; give --features=OUT.npz too")
+        raise UserError(f"--layer={LAYER.value} needs --features=OUT.npz")
 
     import numpy as np
 
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> None:
     if FEATURES.value:
         files.check_output("--features", FEATURES.value)
 
-    console, output = Console(stderr=True), Console()  # stdout has the results alone
+    console, output = Console(stderr=True), Console()  # only results go to stdout
 
     def say(text: str) -> None:
         console.say(folder.displayed(text))
@@ -75,15 +77,15 @@ def main(argv: list[str]) -> None:
     )
     names = prediction.names_of(loaded.card)
     if names is None and loaded.card.num_classes:
-        say("the names of the classes are not known: they are told by their numbers, from 0")
-    # A bar would be drawn between the lines of JSON if both go to a terminal.
+        say("the class names are unknown; classes are printed as numbers, from 0")
+    # Hide the bar if JSON goes to the terminal, so that it does not appear between the lines.
     bar_options = dict(
         total=len(images),
         redirect_stdout=False,
         is_shown=len(images) > BATCH_SIZE.value and not (JSON.value and output.is_terminal),
     )
-    shown: list[prediction.Prediction] = []
-    read: list[str] = []
+    predictions: list[prediction.Prediction] = []
+    readable: list[str] = []
     features = None
     with ProgressBar(console, "predicting", **bar_options) as bar:
         for result in results:
@@ -92,24 +94,26 @@ def main(argv: list[str]) -> None:
                 say(f"{result.image}: {result.reason}")
                 continue
             if result.features is not None:
-                if features is None:  # rows not yet written take no memory
+                if features is None:  # the operating system allocates rows when they are written
                     features = np.empty((len(images), *result.features.shape), np.float32)
-                features[len(read)] = result.features
-            read.append(result.image)
+                features[len(readable)] = result.features
+            readable.append(result.image)
             if not loaded.card.num_classes:
-                continue  # features alone
+                continue  # without a head there are only features
             if JSON.value:
                 output.out(json.dumps(prediction.as_json(result, names)), highlight=False)
             else:
-                shown.append(dataclasses.replace(result, features=None))
-    if shown:
-        output.print(prediction.as_table(shown, names))
+                predictions.append(dataclasses.replace(result, features=None))
+    if predictions:
+        output.print(prediction.as_table(predictions, names))
     if features is not None:
-        features = features[: len(read)]
-        prediction.write_features(FEATURES.value, features, read)
-        say(f"{FEATURES.value}: {LAYER.value} of {len(read):,} images, {features.shape} float32")
-    if len(read) < len(images):
-        say(f"{len(images) - len(read):,} of {len(images):,} images could not be read")
+        features = features[: len(readable)]
+        prediction.write_features(FEATURES.value, features, readable)
+        say(
+            f"{FEATURES.value}: {LAYER.value} of {len(readable):,} images, {features.shape} float32"
+        )
+    if len(readable) < len(images):
+        say(f"{len(images) - len(readable):,} of {len(images):,} images could not be read")
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Classes and features of pictures: the logic of `python -m mixer.tools.predict`."""
+"""Predicts classes and features of images, for `python -m mixer.tools.predict`."""
 
 import collections
 import contextlib
@@ -34,13 +34,13 @@ from mixer.weights.load import Loaded
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of an image.
+    """The prediction for one image.
 
     Attributes:
-      image: path.
+      image: path of the image.
       classes: (k,) labels, the most probable first.
-      probabilities: (k,) float32, theirs.
-      features: float32, the layer that was asked for; None: none was.
+      probabilities: (k,) float32 probabilities of `classes`.
+      features: float32 values of the requested layer; None if no layer was requested.
     """
 
     image: str
@@ -51,21 +51,21 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """An image that cannot be read, and why."""
+    """An image that cannot be read, and the reason."""
 
     image: str
     reason: str
 
 
 def list_images(arguments: Iterable[str]) -> list[str]:
-    """Paths of the images that the arguments name, in their order.
+    """Lists the paths of the images in the arguments, in the order of the arguments.
 
     Args:
-      arguments: files, folders (the images below as `folder.walk` finds them, known by their
-        endings, sorted) and "@FILE", which holds a path of either kind a line.
+      arguments: files, folders (searched recursively by `folder.walk` for names with an image
+        extension, sorted) and "@FILE", a list with one file or folder per line.
 
     Raises:
-      UserError: nothing is given or there, or a folder holds no image.
+      UserError: there are no arguments, a path does not exist, or a folder contains no image.
     """
     images: list[str] = []
     for argument in arguments:
@@ -83,15 +83,15 @@ def list_images(arguments: Iterable[str]) -> list[str]:
             if line.strip():
                 images += _images_at(line.strip(), f"{argument} line {number}: ")
     if not images:
-        raise UserError("no images: give files, folders, or @list.txt with a path a line")
+        raise UserError("no images; expected files, folders or @list.txt with one path per line")
     return images
 
 
-def _images_at(name: str, place: str) -> list[str]:
+def _images_at(name: str, prefix: str) -> list[str]:
     path = os.path.expanduser(name)
     if not os.path.isdir(path):
         if not os.path.exists(path):
-            raise UserError(f"{place}{folder.displayed(name)[:200]}: no such file or folder")
+            raise UserError(f"{prefix}{folder.displayed(name)[:200]}: no such file or folder")
         return [path]
     images = [
         os.path.join(path, os.fsdecode(file))
@@ -99,12 +99,12 @@ def _images_at(name: str, place: str) -> list[str]:
         if folder.ending(file) in folder.LISTED.union(folder.RARE)
     ]
     if not images:
-        raise UserError(f"{place}{folder.displayed(name)}: the folder holds no images")
+        raise UserError(f"{prefix}{folder.displayed(name)}: the folder contains no images")
     return sorted(images)
 
 
 def names_of(card: Card) -> tuple[str, ...] | None:
-    """The class names of a card in label order; None: they are not known."""
+    """Returns the class names of a card in label order; None if they are unknown."""
     if isinstance(card.class_names, str):
         return imagenet_names.class_names(card.class_names)
     return card.class_names
@@ -119,26 +119,27 @@ def predict(
     batch_size: int,
     layer: str | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Predicts images from files, several being read while others are computed.
+    """Predicts images from files; reads the next images while the model computes.
 
-    A probability is the softmax of the logits. Its order is that of the logits, so with weights
-    that were trained by a sigmoid loss it is their order too; how sure these are of a class by
-    itself is the sigmoid of its logit.
+    Probabilities are the softmax of the logits. They have the order of the logits, also for weights
+    that were trained with a sigmoid loss; the probability of a single class under such weights is
+    the sigmoid of its logit.
 
     Args:
-      loaded: what computes.
-      images: paths.
-      preprocess: steps of mixer/data/preprocessing/host.py. Their uint8 pixels are mapped to
-        [-1, 1]; their floats (after `value_range`) are the model's input as they are.
-      top: number of classes to tell of each; all of them if the model has fewer.
-      batch_size: images computed at once; the last batch is padded, so that one program serves all.
-      layer: a name of the model's `out`, to get its values too.
+      loaded: the model and its parameters.
+      images: paths of the images.
+      preprocess: preprocessing (mixer/data/preprocessing/host.py). uint8 pixels are mapped to
+        [-1, 1]; floats (after `value_range`) are passed to the model unchanged.
+      top: number of classes per image; all classes if the model has fewer.
+      batch_size: images per batch; the last batch is padded, so that all batches run one program.
+      layer: key of the model's `out`, to return its values too.
 
     Returns:
-      For each image in turn a `Prediction`, or what is wrong with it.
+      A `Prediction` or an `Unreadable` for each image, in order.
 
     Raises:
-      UserError: no steps are known, they do not give the weights' image size, or an unknown layer.
+      UserError: the preprocessing is unknown or gives another image size than that of the weights,
+        or the layer is unknown.
     """
     card = loaded.card
     _check_request(card, preprocess, layer)
@@ -150,23 +151,23 @@ def predict(
 
 
 def _check_request(card: Card, preprocess: str | None, layer: str | None) -> None:
-    """Raises UserError for unknown steps or layers, and for classes of weights without a head."""
+    """Raises UserError if preprocessing or layer are unknown, or classes need a missing head."""
     height, width = card.image_size
     if not preprocess:
         example = f"decode|resize(({height}, {width}))"
         if height == width:
             example = f"decode|resize_small({height * 8 // 7})|central_crop({height})"
         raise UserError(
-            f"{card.source}: how images are to be made {height} x {width} is not known; say it, as "
-            f"in --preprocess='{example}'"
+            f"{card.source}: the preprocessing to {height} x {width} is unknown; pass it, as in "
+            f"--preprocess='{example}'"
         )
     if layer is not None:
         blocks = [f"block_{i}" for i in range(card.num_blocks)]
         check_choice("--layer", layer, ("stem", *blocks, "pre_logits", "logits"))
     if not card.num_classes and layer in (None, "logits"):
         raise UserError(
-            f"{card.source} has no head, which tells classes; --features=OUT.npz gets features, "
-            "of --layer=pre_logits or another"
+            f"{card.source} has no head to predict classes; pass --features=OUT.npz to write the "
+            "features of --layer=pre_logits or another layer"
         )
 
 
@@ -176,14 +177,14 @@ def _make_compute(model: nn.Module, top: int, layer: str | None) -> Callable:
 
     @functools.partial(jax.jit, compiler_options=options)
     def compute(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:
-        def of_part(pixels: jax.Array) -> tuple[jax.Array, ...]:
+        def predict_images(pixels: jax.Array) -> tuple[jax.Array, ...]:
             logits, out = model.apply({"params": params}, normalize(pixels))
-            # Ordered by the logits: small probabilities may all be 0.
+            # Sort by the logits, because several small probabilities can round to 0.
             best, classes = jax.lax.top_k(logits, top)
             probabilities = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
             return classes, probabilities, *([out[layer].astype(jnp.float32)] if layer else [])
 
-        return microbatches.map_images(model, of_part, pixels)
+        return microbatches.map_images(model, predict_images, pixels)
 
     return compute
 
@@ -191,7 +192,7 @@ def _make_compute(model: nn.Module, top: int, layer: str | None) -> Callable:
 def _predictions(
     compute: Callable, results: Iterable[tuple[str, np.ndarray] | Unreadable], batch_size: int
 ) -> Iterator[Prediction | Unreadable]:
-    """The predictions in the order of the images, computed in batches of one size."""
+    """Yields the predictions in the order of the images, computed in batches of one size."""
     batch = []
     for result in results:
         if isinstance(result, Unreadable):
@@ -208,7 +209,7 @@ def _predictions(
 def _predict_batch(
     compute: Callable, batch: Sequence[tuple[str, np.ndarray]], batch_size: int
 ) -> Iterator[Prediction]:
-    """The predictions of a batch, which is padded to `batch_size`."""
+    """Yields the predictions of a batch, which is padded to `batch_size`."""
     pixels = np.zeros((batch_size, *batch[0][1].shape), batch[0][1].dtype)
     pixels[: len(batch)] = [image_pixels for _, image_pixels in batch]
     classes, probabilities, *features = jax.device_get(compute(pixels))
@@ -218,14 +219,14 @@ def _predict_batch(
 
 
 def _ahead(read: Callable, images: Iterable[str], count: int) -> Iterator:
-    """`read` of each image in turn, `count` of them being begun before they are asked for."""
+    """Yields `read(image)` for each image in order, reading up to `count` images ahead."""
     pool = ThreadPoolExecutor(thread_name_prefix="read")
     try:
-        rest = iter(images)
-        begun = collections.deque(pool.submit(read, i) for i in itertools.islice(rest, count))
-        while begun:
-            result = begun.popleft().result()
-            begun.extend(pool.submit(read, image) for image in itertools.islice(rest, 1))
+        queue = iter(images)
+        futures = collections.deque(pool.submit(read, i) for i in itertools.islice(queue, count))
+        while futures:
+            result = futures.popleft().result()
+            futures.extend(pool.submit(read, image) for image in itertools.islice(queue, 1))
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
@@ -234,20 +235,20 @@ def _ahead(read: Callable, images: Iterable[str], count: int) -> Iterator:
 def make_reader(
     preprocess: str, image_size: tuple[int, int]
 ) -> Callable[[str], tuple[str, np.ndarray] | Unreadable]:
-    """Returns `path -> (path, pixels (H, W, 3))`, uint8 or float32, or what is wrong with it.
+    """Returns a thread-safe function `path -> (path, pixels (H, W, 3)) | Unreadable`.
 
-    What `preprocessing.decoding.decode` takes goes through the steps as it is; anything else
-    is handed to them as the BMP of what Pillow reads. It may be called in several threads.
+    Pixels are uint8 or float32. Files that `preprocessing.decoding.decode` accepts are preprocessed
+    as they are; Pillow reads all others, and their pixels are preprocessed as a BMP file.
     """
     import tensorflow as tf
 
     from mixer.data.preprocessing.host import make_preprocess
 
-    tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
+    tf.config.set_visible_devices([], "GPU")  # only JAX uses the accelerator
     steps = make_preprocess(preprocess, image_size)
 
     def pixels(data):
-        example = {"image": data, "label": tf.constant(0)}  # a label for `one_hot`
+        example = {"image": data, "label": tf.constant(0)}  # `one_hot` needs a label
         return steps(example, tf.zeros([2], tf.int64))["image"]
 
     traced = tf.function(pixels).get_concrete_function(tf.TensorSpec([], tf.string))
@@ -259,37 +260,37 @@ def make_reader(
             data = Path(path).read_bytes()
         except OSError as error:
             return Unreadable(path, error.strerror)
-        with contextlib.suppress(tf.errors.OpError):  # then Pillow may read it, or says why not
+        with contextlib.suppress(tf.errors.OpError):  # on failure try Pillow, which has a reason
             return path, traced(tf.constant(data)).numpy()
         try:
             picture = tf.constant(as_bmp(data))
         except UnidentifiedImageError:
-            return Unreadable(path, "no image, or of a format that Pillow does not read")
-        except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
+            return Unreadable(path, "not an image, or a format that Pillow does not read")
+        except Exception as error:  # on damaged files Pillow raises exceptions of any type
             return Unreadable(path, first_line(error))
         with contextlib.suppress(tf.errors.OpError):
             return path, traced(picture).numpy()
-        try:  # again, step by step: the message of a graph does not say what was wrong
+        try:  # repeat eagerly, because the error message of a graph has no reason
             return path, pixels(picture).numpy()
         except tf.errors.OpError as error:
-            made = re.search(r"tensor input \[(\d+),(\d+),3\] is not compatible", str(error))
-            if not made:
+            size = re.search(r"tensor input \[(\d+),(\d+),3\] is not compatible", str(error))
+            if not size:
                 return Unreadable(path, first_line(error))
             height, width = image_size
             return Unreadable(
                 path,
-                f"the steps {preprocess!r} make {made[1]} x {made[2]} of it, and the weights are "
-                f"for {height} x {width}; give --preprocess='decode|resize(({height}, {width}))'",
+                f"its size after {preprocess!r} is {size[1]} x {size[2]}; expected {height} x "
+                f"{width} (pass --preprocess='decode|resize(({height}, {width}))')",
             )
 
     return read
 
 
 def as_bmp(data: bytes) -> bytes:
-    """Any image that Pillow reads here as the BMP of its upright RGB pixels, which loses nothing.
+    """Converts an image that Pillow reads to a BMP file of its upright RGB pixels, losslessly.
 
     Raises:
-      Exception: as `mixer.data.preprocessing.images.pixels`.
+      Exception: any exception of `mixer.data.preprocessing.images.pixels`.
     """
     file = io.BytesIO()
     Image.fromarray(image_files.pixels(data, image_files.READ)).save(file, "BMP")
@@ -297,14 +298,14 @@ def as_bmp(data: bytes) -> bytes:
 
 
 def as_json(prediction: Prediction, names: Sequence[str] | None) -> dict[str, Any]:
-    """What a line of --json holds; a name is None where the names are not known."""
+    """Returns the content of a line of --json; names are None if class names are unknown."""
     return {
         "image": prediction.image,
         "top": [
             {
                 "class": int(label),
                 "name": names and names[label],
-                # The shortest that is the same float32.
+                # The shortest decimal that rounds to the same float32.
                 "probability": float(str(probability)),
             }
             for label, probability in zip(prediction.classes, prediction.probabilities, strict=True)
@@ -313,7 +314,7 @@ def as_json(prediction: Prediction, names: Sequence[str] | None) -> dict[str, An
 
 
 def as_table(predictions: Iterable[Prediction], names: Sequence[str] | None) -> Table:
-    """A rich table: a line for each of an image's classes, a column of names if they are known."""
+    """Makes a table with a row per image and class, and a column of class names if known."""
     table = Table()
     table.add_column("image", overflow="fold")
     table.add_column("probability", justify="right")
@@ -332,12 +333,12 @@ def as_table(predictions: Iterable[Prediction], names: Sequence[str] | None) -> 
 
 
 def write_features(path: str, features: np.ndarray, images: Sequence[str]) -> None:
-    """Writes an npz file, whole or not at all; a file of that name is replaced.
+    """Writes an npz file atomically; replaces an existing file.
 
     Args:
-      path: of the file.
+      path: path of the file.
       features: (n, ...) float32, saved as "features".
-      images: n paths, saved as "images", an array of strings that loads without unpickling.
+      images: n paths, saved as "images", an array of strings of fixed-width Unicode.
     """
-    with files.whole(path) as new, new.open("wb") as file:
+    with files.whole(path) as new_path, new_path.open("wb") as file:
         np.savez(file, features=features, images=np.array(images, np.str_))
