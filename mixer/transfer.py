@@ -255,7 +255,7 @@ def _check_same_config(task: Task) -> None:
         return
     if checkpoint.last_step(task.workdir) is None and results.read(task.workdir, "last") is None:
         return  # a run that never saved a step binds nothing
-    config = run.resolve(task.config, initial=None, begun=old)
+    config = run.resolve(task.config, initial=None, saved_config=old)
     run.resolve_data(config, len(data["class_names"]), data["splits"]["train"]["num_examples"])
     if changed := run.changes(old, config.to_dict()):
         raise UserError(
@@ -321,7 +321,7 @@ def _check(task: Task, found: load.StoredWeights | None, train_examples: int | N
     """
     last_step = checkpoint.last_step(task.workdir)
     old = None if last_step is None else run_files.read_config(task.workdir)
-    config = run.resolve(task.config, initial=found, begun=old)
+    config = run.resolve(task.config, initial=found, saved_config=old)
     splits = run.open_splits(config, None)
     if splits.test is None:
         raise UserError("dataset.test_split is empty; the table is of test splits")
