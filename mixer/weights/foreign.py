@@ -56,7 +56,7 @@ def advice(path: epath.PathLike) -> str:
 
 
 def is_pickled(name: str) -> bool:
-    """Returns whether a file's name is that of a PyTorch checkpoint or another pickle file."""
+    """Returns whether a file's name is that of a PyTorch checkpoint or another pickled file."""
     return name.lower().endswith(PICKLED)
 
 
