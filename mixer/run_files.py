@@ -449,8 +449,8 @@ def read_metrics(
         elif number <= len(lines):
             damaged.append(number)
     if damaged and warn is not None:
-        others = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
-        warn(f"{path}: line {damaged[0]} is damaged{others}; left out")
+        suffix = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
+        warn(f"{path}: line {damaged[0]} is damaged{suffix}; left out")
     return rows
 
 
