@@ -1,4 +1,4 @@
-"""What a person sees: lines of text, and a progress bar at a terminal."""
+"""Console output: lines of text, and a progress bar on a terminal."""
 
 import os
 import sys
@@ -10,11 +10,11 @@ import rich.progress
 
 from mixer import formatting
 
-FILE_WIDTH = 1000  # characters of a line that goes to a file or a pipe, where no table is folded
+FILE_WIDTH = 1000  # characters per line in a file or a pipe, so that no table is wrapped
 
 
 class Console(rich.console.Console):
-    """The terminal, or the file or pipe in its place. Text is printed as it is, without markup."""
+    """A terminal, file or pipe; prints text literally, without markup."""
 
     def __init__(self, *, stderr: bool = False):
         super().__init__(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
@@ -27,9 +27,10 @@ class Console(rich.console.Console):
 
 
 class ProgressBar(rich.progress.Progress):
-    """The progress of one task, at a terminal only.
+    """The progress bar of one task, which is shown only on a terminal.
 
-    It is shown within a `with` block, or between `start` and `stop`; `transient` removes it then.
+    The bar is shown inside a `with` block, or between `start` and `stop`; a `transient` bar is
+    removed at the end.
     """
 
     def __init__(
@@ -59,19 +60,19 @@ class ProgressBar(rich.progress.Progress):
         self._task = self.add_task(description, total=total, completed=completed, status="")
 
     def show(self, completed: int, status: str | None = None) -> None:
-        """Moves the bar and, unless it is None, replaces the status after the bar."""
+        """Moves the bar, and replaces the status after it unless `status` is None."""
         fields = {} if status is None else {"status": status}
         self.update(self._task, completed=completed, **fields)
 
     def count(self, items: int, unit: str) -> None:
-        """Moves the bar by `items`, and shows how many of them a second are done."""
+        """Moves the bar by `items`, and shows the rate in `unit` per second."""
         (task,) = self.tasks
         rate = f"{task.speed:,.0f} {unit}/s" if task.speed else ""
         self.show(min(task.completed + items, task.total), rate)
 
 
 class _RunConsole(Console):
-    """A console whose reader may go away, as `tee` does at Ctrl-C, before the run is saved."""
+    """A console that survives a closed pipe, such as `tee` after Ctrl-C, until the run is saved."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -101,7 +102,7 @@ class Terminal:
         self._bar.show(step)
 
     def log(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """Shows the metrics of a log step: beside the bar, or as a line without a terminal."""
+        """Shows the metrics of a log step after the bar, or as a line if there is no terminal."""
         status = (
             f"loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.1%}  "
             f"{metrics['perf/images_per_second']:,.0f} images/s  "
@@ -121,7 +122,7 @@ class Terminal:
 
 
 def memory() -> str:
-    """Peak memory of the first device if it reports one, else the memory of this process."""
+    """Returns the peak memory of the first device if it reports one, else this process's memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return f"device memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB"

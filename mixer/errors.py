@@ -1,4 +1,4 @@
-"""A user's mistake or a failure of the machine: one clear line, and no traceback."""
+"""Errors of the user or the machine, which programs report in one line without a traceback."""
 
 import difflib
 import errno
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """What was wrong, the value, and what would be accepted, in one line.
+    """A mistake of the user; the message has the problem, the value and what is expected.
 
-    The entry points print it without a traceback; every other exception is the program's own fault
-    and keeps its traceback.
+    Entry points print the message without a traceback. Other exceptions are bugs of the program and
+    keep their traceback.
     """
 
 
-# A disk that is full or broken, rights, names and limits of the system.
+# Error numbers for full or broken disks, permissions, names and limits of the operating system.
 _OF_SYSTEM = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -25,9 +25,9 @@ _OF_SYSTEM = (
 
 
 def line_of(error: BaseException) -> str | None:
-    """The line for an error that is a user's mistake or a failure of the machine.
+    """Returns the line for an error of the user or the machine.
 
-    None for every other error: a fault of the program, which keeps its traceback.
+    Returns None for every other error, which is a bug of the program and keeps its traceback.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -35,14 +35,14 @@ def line_of(error: BaseException) -> str | None:
         return f"{error.strerror}: {error.filename or 'while reading or writing'}"
     if isinstance(error, MemoryError):
         return f"the host's memory is full: {first_line(error)}"
-    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED: " in str(error):  # of XLA
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED: " in str(error):  # from XLA
         reason = first_line(error).partition("RESOURCE_EXHAUSTED: ")[2] or first_line(error)
         return f"the device's memory is full: {reason} (docs/scaling.md says what takes less)"
     return None
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a program that ends with `error`."""
+    """Returns the exit code of a program that ends with `error`."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     if isinstance(error, SystemExit) and isinstance(error.code, int):
@@ -50,11 +50,11 @@ def exit_code(error: BaseException) -> int:
     return 1 if line_of(error) is None else 2
 
 
-def check_choice(what: str, value: Any, choices: Iterable[str], hint: str = "") -> None:
+def check_choice(name: str, value: Any, choices: Iterable[str], hint: str = "") -> None:
     """Raises UserError unless `value` is one of `choices`.
 
     Args:
-      what: what has the value: a config key, a flag or a noun.
+      name: name of the value in the message: a config key, a flag or a noun.
       value: the value.
       choices: the accepted values, which the message lists.
       hint: an explanation of the choices, which the message puts in parentheses.
@@ -63,54 +63,54 @@ def check_choice(what: str, value: Any, choices: Iterable[str], hint: str = "") 
     if value not in choices:
         explanation = f" ({hint})" if hint else ""
         raise UserError(
-            f"{what}={value!r}; expected one of {', '.join(choices)}{explanation}."
+            f"{name}={value!r}; expected one of {', '.join(choices)}{explanation}."
             f"{nearest(value, choices)}"
         )
 
 
 def check_number(
-    what: str, value: float, *, least: float = 0, below: float = math.inf, whole: bool = False
+    name: str, value: float, *, minimum: float = 0, limit: float = math.inf, integer: bool = False
 ) -> None:
-    """Raises UserError unless `value` is a number of at least `least` and below `below`.
+    """Raises UserError unless `minimum <= value < limit`.
 
     Args:
-      what: what has the value: a config key, a flag or a noun.
+      name: name of the value in the message: a config key, a flag or a noun.
       value: the value; NaN is outside of every range.
-      least: the least accepted value.
-      below: the first value that is too large.
-      whole: whether only an int is accepted.
+      minimum: the smallest accepted value.
+      limit: the exclusive upper limit.
+      integer: whether only an int is accepted.
     """
-    if (whole and not isinstance(value, int)) or not least <= value < below:
-        kind = "whole" if whole else "finite"
-        limit = "" if below == math.inf else f" and below {below}"
-        raise UserError(f"{what}={value!r}; expected a {kind} number of at least {least}{limit}")
+    if (integer and not isinstance(value, int)) or not minimum <= value < limit:
+        kind = "whole" if integer else "finite"
+        suffix = "" if limit == math.inf else f" and below {limit}"
+        raise UserError(f"{name}={value!r}; expected a {kind} number of at least {minimum}{suffix}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the closest of `choices`, or "" where none is close."""
+    """Returns " Did you mean 'x'?" for the closest of `choices`, or "" if none is close."""
     lowered = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
     return f" Did you mean {lowered[close[0]]!r}?" if close else ""
 
 
 def printable(text: str) -> str:
-    """The text with line breaks, control characters and bytes that are no UTF-8 written out."""
+    """Returns the text with line breaks, control characters and non-UTF-8 bytes escaped."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
 def first_line(error: Exception) -> str:
-    """TensorFlow's message without its op names and node traces."""
+    """Returns the first line of an error, without TensorFlow's op names and node traces."""
     text = getattr(error, "message", None) or str(error)
     text = text.replace("{{function_node __wrapped__", "").strip()
-    if "Summarized data: " in text:  # an assertion outside of a graph: one value a line
+    if "Summarized data: " in text:  # an eager assertion, with one value per line
         values = text.split("Summarized data: ")[1].splitlines()
         return " ".join(value.removeprefix("b'").removesuffix("'") for value in values)[:300]
-    if text.startswith("Graph execution error:"):  # what a traced function adds comes first
+    if text.startswith("Graph execution error:"):  # the reason comes last
         text = text.rsplit("\n\n", 1)[-1]
     line = text.splitlines()[0] if text else type(error).__name__
     line = line.split("}}")[-1].split(" [Op:")[0].strip()
-    if line.startswith("assertion failed: "):  # each value in brackets
+    if line.startswith("assertion failed: "):  # a graph assertion, with each value in brackets
         line = line.removeprefix("assertion failed: [").removesuffix("]").replace("] [", " ")
     return line[:300]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Checks paths, and reads and writes files and directories atomically."""
 
 import contextlib
 import os
@@ -12,31 +12,31 @@ from mixer.errors import UserError, first_line, printable
 STORES = ("gs", "s3", "az")  # schemes of cloud storage that etils.epath reads
 
 
-def parse_path(what: str, path: epath.PathLike) -> epath.Path:
-    """The path or address that a user gave, expanded.
+def parse_path(option: str, path: epath.PathLike) -> epath.Path:
+    """Checks and expands a path or address that a user passed.
 
     Args:
-      what: that names it, such as "--output"; "" where the path is an argument by itself.
-      path: as it was given.
+      option: the option with the path, such as "--output"; "" for a positional argument.
+      path: the path that the user passed.
 
     Raises:
-      UserError: it can be none.
+      UserError: the text is not a valid path or address.
     """
     text = os.fspath(path)
-    name = f"{what}={printable(text)}" if what else printable(text)
-    scheme, separator, rest = text.partition("://")
+    name = f"{option}={printable(text)}" if option else printable(text)
+    scheme, separator, remainder = text.partition("://")
     if separator and scheme not in STORES:
         hint = ""
         if scheme == "file":
-            hint = f"; write {what}={rest}" if what else f"; write {rest}"
+            hint = f"; use {option}={remainder}" if option else f"; use {remainder}"
         raise UserError(
-            f"{name}: {scheme}:// is not read or written; expected a path, or an address in "
+            f"{name}: {scheme}:// is not supported; expected a path, or an address in "
             f"{', '.join(f'{store}://' for store in STORES)}{hint}"
         )
-    if separator and not rest.strip("/"):
+    if separator and not remainder.strip("/"):
         raise UserError(f"{name}: expected a bucket, as in {scheme}://BUCKET/PATH")
     if "\0" in text:
-        raise UserError(f"{name}: expected a path, without a null character")
+        raise UserError(f"{name}: expected a path without a null character")
     return epath.Path(path).expanduser()
 
 
@@ -46,7 +46,7 @@ def _beside(path: epath.Path) -> epath.Path:
 
 @contextlib.contextmanager
 def whole(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a path to write to, which becomes `path` where nothing goes wrong."""
+    """Yields a temporary path to write to, which is renamed to `path` on success."""
     path = epath.Path(path).expanduser()
     new = _beside(path)
     try:
@@ -57,14 +57,14 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes UTF-8; lone surrogates, which it has no bytes for, as JSON writes them."""
+    """Writes text as UTF-8; escapes lone surrogates as JSON does."""
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def remove_unfinished(directory: epath.Path) -> None:
-    """Removes what processes that were killed in `whole` have left in a local directory."""
+    """Removes temporary files that processes killed inside `whole` left in a local directory."""
     if "://" in os.fspath(directory):
-        return  # a writer to a store leaves nothing behind
+        return  # unfinished writes to an object store leave no files
     for path in directory.iterdir():
         name = re.fullmatch(r"\..+\.([0-9]{1,9})\.new", path.name)
         if name and not _is_another_alive(int(name[1])) and path.is_file():
@@ -77,13 +77,13 @@ def _is_another_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # sends nothing
     except OSError as error:
-        return isinstance(error, PermissionError)  # it lives, and is another user's
+        return isinstance(error, PermissionError)  # the process of another user is alive
     return True
 
 
 @contextlib.contextmanager
 def whole_directory(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a directory to fill, which becomes `path` where nothing goes wrong."""
+    """Yields a temporary directory to fill, which is renamed to `path` on success."""
     path = epath.Path(path).expanduser()
     new = _beside(path)
     try:
@@ -95,22 +95,22 @@ def whole_directory(path: epath.PathLike) -> Iterator[epath.Path]:
             new.rmtree()
 
 
-def check_output(what: str, path: epath.PathLike) -> epath.Path:
-    """The path of a file to be written, expanded; before the long work and not after it.
+def check_output(option: str, path: epath.PathLike) -> epath.Path:
+    """Checks, before a long computation, that a file can be written; returns its expanded path.
 
     Args:
-      what: that names it, such as "--output"; "" where the path is an argument by itself.
-      path: as it was given.
+      option: the option with the path, such as "--output"; "" for a positional argument.
+      path: the path that the user passed.
 
     Raises:
-      UserError: neither `whole` nor `whole_directory` could write there.
+      UserError: `whole` and `whole_directory` could not write there.
     """
-    target = parse_path(what, path)
-    name = f"{what}={path}" if what else str(path)
+    target = parse_path(option, path)
+    name = f"{option}={path}" if option else str(path)
     if "://" in os.fspath(target):
-        return target  # a store has no folders
+        return target  # an object store has no folders
     if not target.parent.is_dir():
-        raise UserError(f"{name}: there is no folder {target.parent}")
+        raise UserError(f"{name}: the folder {target.parent} does not exist")
     try:
         if os.path.exists(target) and not os.path.isfile(target):
             raise OSError(None, "it is a folder" if target.is_dir() else "it is a device")
@@ -118,20 +118,20 @@ def check_output(what: str, path: epath.PathLike) -> epath.Path:
         _beside(target).unlink()
     except OSError as error:
         raise UserError(
-            f"{name} cannot be written: {error.strerror}; give a file in a folder of yours"
+            f"{name} cannot be written: {error.strerror}; expected a file in a writable folder"
         ) from None
     return target
 
 
 def make_directory(path: epath.PathLike, flag: str = "") -> epath.Path:
-    """Makes a directory that can be written to, before the long work; returns its expanded path.
+    """Creates a writable directory before a long computation; returns its expanded path.
 
     Args:
-      path: as the user gave it.
-      flag: the flag that gave it, such as "--output"; "" if no flag did.
+      path: the path that the user passed.
+      flag: the flag with the path, such as "--output"; "" without a flag.
 
     Raises:
-      UserError: the directory cannot be made, or not be written to.
+      UserError: the directory cannot be created or written to.
     """
     target = parse_path(flag, path)
     is_address = "://" in os.fspath(target)
@@ -142,17 +142,17 @@ def make_directory(path: epath.PathLike, flag: str = "") -> epath.Path:
             _beside(target / "x").unlink()
     except Exception as error:
         if not isinstance(error, OSError) and not is_address:
-            raise  # the client of an object store has exceptions of its own
+            raise  # only object stores raise exceptions other than OSError
         name = f"{flag}={path}" if flag else str(path)
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"{name} cannot be made, or written to: {reason}; give a folder of yours"
+            f"{name} cannot be created or written to: {reason}; expected a writable folder"
         ) from None
     return target
 
 
 def identity(path: epath.PathLike) -> tuple[int, int] | None:
-    """What tells a local file or directory from one made later under its name; None: no such."""
+    """Returns the identity of a local file or directory, which a replaced one lacks; else None."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -161,21 +161,21 @@ def identity(path: epath.PathLike) -> tuple[int, int] | None:
 
 
 def open_up(path: epath.PathLike, mode: int) -> None:
-    """Gives a local file or directory that a library made for its maker alone the usual rights.
+    """Gives default permissions to a file or directory that a library created as private.
 
     Args:
-      path: which.
-      mode: 0o666 for a file, 0o777 for a directory; the process's umask is taken off.
+      path: a local file or directory.
+      mode: 0o666 for a file, 0o777 for a directory; the umask of the process is applied.
     """
     os.umask(umask := os.umask(0))
     os.chmod(path, mode & ~umask)
 
 
 def read_regular(path: epath.PathLike) -> bytes | None:
-    """The bytes of a file, None where there is none.
+    """Returns the bytes of a file; None if it does not exist.
 
     Raises:
-      UserError: it is a directory, a device or a pipe, or cannot be read; a store does not answer.
+      UserError: the path is a directory, a device or a pipe, or the file cannot be read.
     """
     path = epath.Path(path)
     try:
@@ -183,11 +183,11 @@ def read_regular(path: epath.PathLike) -> bytes | None:
             return None
         is_local = "://" not in os.fspath(path)
         if path.is_dir() or (is_local and not os.path.isfile(path)):
-            kind = "a directory" if path.is_dir() else "no regular file"
+            kind = "a directory" if path.is_dir() else "not a regular file"
             raise UserError(f"{path} is {kind}; expected a file")
         return path.read_bytes()
     except Exception as error:
         if not isinstance(error, OSError) and "://" not in os.fspath(path):
-            raise  # a store's client has exceptions of its own
+            raise  # only object stores raise exceptions other than OSError
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be read: {reason}") from error

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers and text for people."""
 
 import re
 
@@ -6,14 +6,14 @@ from mixer.errors import printable
 
 
 def duration(seconds: float) -> str:
-    """Such as 1:02:03 or 0:07."""
+    """Formats a duration, such as 1:02:03 or 0:07."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def short(value: float, unit: str) -> str:
-    """Three figures and a prefix: 75.4 GFLOP, 293 kB, 13.1 ms."""
+    """Formats a value with three digits and a prefix: 75.4 GFLOP, 293 kB, 13.1 ms."""
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {prefix}{unit}"
@@ -21,9 +21,9 @@ def short(value: float, unit: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """The text as Markdown shows it: what would be markup, or HTML, is written as entities.
+    """Escapes Markdown and HTML markup in the text as HTML entities.
 
-    `html.unescape` gives back what a terminal shows.
+    `html.unescape` restores the text that a terminal shows.
     """
     return re.sub(r"[&<>|*\[\]`~\\]|\b_|_\b|^#", _entity, printable(text))
 

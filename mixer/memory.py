@@ -1,4 +1,4 @@
-"""Memory of CPU hosts: freed blocks are kept, and what cannot fit is refused."""
+"""Manages host memory: keeps freed blocks for reuse, and checks that allocations fit."""
 
 import ctypes
 import glob
@@ -14,16 +14,16 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/k
 
 
 class NoRoomError(UserError):
-    """Something takes more of the host's memory than is free."""
+    """An allocation needs more memory than is free on the host."""
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed, under Linux and where there is no accelerator.
+    """Makes glibc keep freed memory, on Linux without an accelerator.
 
-    XLA there takes its buffers anew from malloc every step. By default glibc hands large freed
-    blocks back to the system, which clears them page by page at the next step: a fifth to a half of
-    a training step's time (docs/performance.md). Whoever sets one of glibc's own variables has
-    decided for himself, and nothing is done here.
+    On a CPU, XLA allocates its buffers with malloc in every step. By default glibc returns large
+    freed blocks to the kernel, which zeroes their pages in the next step; this takes a fifth to a
+    half of a training step (docs/performance.md). If the user has set a variable of glibc's malloc,
+    this function does nothing.
     """
     if not keeps():
         return
@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Has glibc hand back at once what it was told to keep; others need it now."""
+    """Makes glibc return kept memory to the system, for use by other processes."""
     if not keeps():
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -44,10 +44,10 @@ def give_back_freed_memory() -> None:
 
 
 def compute_in_the_calling_thread() -> None:
-    """Has JAX's CPU client compute in the thread that calls it; before its first computation.
+    """Makes JAX's CPU client compute in the calling thread; call it before the first computation.
 
-    glibc keeps blocks above 64 MiB of the thread alone that the program started with; for others
-    it hands them back to the system whatever is set. A CPU gains nothing from being asked ahead.
+    glibc keeps blocks above 64 MiB only for the main thread, and returns those of other threads to
+    the system in any case. Asynchronous dispatch gains nothing on a CPU.
     """
     if keeps():
         import jax
@@ -56,31 +56,32 @@ def compute_in_the_calling_thread() -> None:
 
 
 def keeps() -> bool:
-    """Whether freed memory is kept here."""
-    decided = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    return sys.platform == "linux" and not decided and not any(map(glob.glob, _ACCELERATORS))
+    """Returns whether this process keeps freed memory."""
+    is_set = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    return sys.platform == "linux" and not is_set and not any(map(glob.glob, _ACCELERATORS))
 
 
 def threads_for_simulated_devices() -> None:
-    """Has XLA start enough threads where XLA_FLAGS makes several devices of one CPU.
+    """Makes XLA start enough threads if XLA_FLAGS simulates several devices on one CPU.
 
-    Each device's program waits in a thread for those of the others. XLA starts as many threads as
-    there are devices, so that one more task at a wrong moment would make all wait for ever.
+    Each device's program blocks a thread while it waits for the other devices. XLA starts only as
+    many threads as there are devices, so one additional task could cause a deadlock.
     """
     flag = r"--xla_force_host_platform_device_count=(\d+)"
     if devices := re.search(flag, os.environ.get("XLA_FLAGS", "")):
         os.environ.setdefault("NPROC", str(2 * int(devices[1]) + (os.cpu_count() or 1)))
 
 
-def check_room(num_bytes: int, what: str, *, on_host: bool = False) -> None:
-    """Raises NoRoomError where `what` takes more memory than is free, and it is the host's.
+def check_room(num_bytes: int, subject: str, *, on_host: bool = False) -> None:
+    """Raises NoRoomError if `num_bytes` of host memory are not free.
 
-    An accelerator's own allocator says so itself; a host would be killed without a word.
+    An accelerator's allocator reports a lack of memory, but the kernel would kill the process on
+    the host without a message.
 
     Args:
-      num_bytes: that it takes.
-      what: it is, for the message.
-      on_host: whether the host takes them even if there is an accelerator.
+      num_bytes: bytes that are needed.
+      subject: what needs them, for the message.
+      on_host: whether the bytes are on the host even if there is an accelerator.
     """
     import jax
     import psutil
@@ -88,29 +89,31 @@ def check_room(num_bytes: int, what: str, *, on_host: bool = False) -> None:
     free = psutil.virtual_memory().available
     if num_bytes > free and (on_host or jax.default_backend() == "cpu"):
         raise NoRoomError(
-            f"{what} takes {num_bytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
+            f"{subject} needs {num_bytes / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free"
         )
 
 
 def check_batch(
     key: str, batch_size: int, *, side: int, num_classes: int, prefetch_batches: int
 ) -> None:
-    """Raises NoRoomError where batches take more of the host's memory than is free.
+    """Raises NoRoomError if batches need more host memory than is free.
 
-    Activations, which depend on the compiled program, come on top.
+    Activations, which depend on the compiled program, are not included.
 
     Args:
-      key: of the config, for the message.
-      batch_size: images of a batch, over all processes.
-      side: of the images in pixels.
-      num_classes: that their labels are over.
-      prefetch_batches: on their way besides the one that is computed.
+      key: config key of the batch size, for the message.
+      batch_size: number of images in a batch, over all processes.
+      side: side of the images in pixels.
+      num_classes: number of classes of the labels.
+      prefetch_batches: number of prefetched batches besides the current one.
     """
     import jax
 
     values = 3 * side**2
     num_bytes = values * (prefetch_batches + 1)
-    if jax.default_backend() == "cpu":  # what the model takes: float32, and dense labels
+    if jax.default_backend() == "cpu":  # the model's inputs: float32 images and dense labels
         num_bytes += 4 * (values + num_classes)
-    what = f"{key}={batch_size}: a batch of images of {side} x {side}, {prefetch_batches} ahead,"
-    check_room(num_bytes * batch_size // jax.process_count(), what, on_host=True)
+    subject = (
+        f"{key}={batch_size}: a batch of {side} x {side} images with {prefetch_batches} prefetched"
+    )
+    check_room(num_bytes * batch_size // jax.process_count(), subject, on_host=True)

@@ -1,8 +1,8 @@
 """Reads, checks and writes the JSON files of a run.
 
-Every program reads a run's `config.json`, `data.json`, `results.json` and `metrics.jsonl` here. A
-file that is not as this code writes it is refused in one line that names file, key and value; what
-is returned has every key that a reader asks for, in a type that it can use.
+Every program reads a run's `config.json`, `data.json`, `results.json` and `metrics.jsonl` with this
+module. A file that does not match the schema raises a one-line error with the file, the key and the
+value. A returned object has every required key with a value of the right type.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from etils import epath
 from mixer import files
 from mixer.errors import UserError
 
-MOST_LEVELS = 20  # of lists and objects inside each other
+MAX_LEVELS = 20  # of nested lists and objects
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A value that is no object: what a message calls it, and whether a value is one."""
+    """A type of values other than objects: its name in messages, and a predicate."""
 
     name: str
     fits: Callable[[Any], bool]
@@ -38,14 +38,14 @@ class ListOf:
 
 @dataclasses.dataclass(frozen=True)
 class DictOf:
-    """An object with any keys and values of one schema."""
+    """An object with arbitrary keys, and values of one schema."""
 
     item: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """A key that files of older code lack, with the value that says what that code did."""
+    """A key that files of older code lack, with a value that matches the older behaviour."""
 
     schema: Any
     value: Any = None
@@ -106,7 +106,7 @@ CLASS_NAMES = Kind(
 )
 
 
-# The keys of configs/common.py, which has their meaning.
+# The config keys, which configs/common.py explains.
 CONFIG = {
     "seed": NATURAL,
     "total_steps": COUNT,
@@ -128,7 +128,7 @@ CONFIG = {
         "num_blocks": _optional(COUNT),
         "tokens_mlp_dim": _optional(COUNT),
         "channels_mlp_dim": _optional(COUNT),
-        "num_classes": _optional(COUNT),  # null in the first runs: as many as data.json has
+        "num_classes": _optional(COUNT),  # null in the first runs; data.json has the number
         "gelu": _optional(_one_of("tanh", "erf")),
         "stoch_depth": SHARE,
         "stoch_depth_rescale": BOOL,
@@ -210,7 +210,7 @@ CONFIG = {
     "stall_secs": Added(NUMBER, 120),
     "compile_cache_dir": Added(TEXT, "auto"),
 }
-# What mixer.tools.convert writes in place of a training's config.
+# The config that mixer.tools.convert writes for converted weights.
 CONVERTED = {
     "source": Added(_optional(TEXT)),
     "image_size": SIDE,
@@ -379,47 +379,47 @@ INFO = {
 
 
 def is_trained(config: dict[str, Any]) -> bool:
-    """Whether a config.json is a training's, and not of converted weights."""
+    """Returns whether a config.json is from a training run, not from converted weights."""
     return "total_steps" in config or "optimizer" in config
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """The config of a training run or of converted weights, as it stands; None: there is none."""
+    """Reads the config of a training run or of converted weights; None if the file is missing."""
     path = epath.Path(workdir) / "config.json"
     return _read(path, lambda config: CONFIG if is_trained(config) else CONVERTED)
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A training's config with the keys that its code did not have, at what that code did."""
+    """Returns a training config completed with newer keys, set to the older behaviour."""
     return _completed(config, CONFIG)
 
 
 def read_data(workdir: epath.PathLike, *, is_trained: bool = True) -> dict[str, Any] | None:
-    """What data.json of a training run or of converted weights says; None: there is none."""
+    """Reads data.json of a training run or of converted weights; None if the file is missing."""
     return _read(
         epath.Path(workdir) / "data.json", lambda _: DATA if is_trained else CONVERTED_DATA
     )
 
 
 def results_path(directory: epath.PathLike, name: str) -> epath.Path:
-    """Of the results of the last checkpoint, or of the one called `name`."""
+    """Returns the path of the results of the last checkpoint, or of the checkpoint `name`."""
     return epath.Path(directory) / ("results.json" if name == "last" else f"results_{name}.json")
 
 
 def read_results(directory: epath.PathLike, name: str) -> dict[str, Any] | None:
-    """The results of the checkpoint called `name`; None: there are none.
+    """Reads the results of the checkpoint `name`; None if there are none.
 
-    They can be made again, unlike all else in a run.
+    Unlike other files of a run, a damaged results file can be written again.
     """
-    hint = "; remove the file, evaluate.py makes it anew"
+    hint = "; remove the file, and evaluate.py writes it again"
     return _read(results_path(directory, name), lambda _: RESULTS, hint=hint)
 
 
 def read_info(directory: epath.PathLike) -> dict[str, Any]:
-    """What stands beside the state in a checkpoint's directory: checksums and versions.
+    """Reads the checksums and versions that are saved with a checkpoint's state.
 
     Raises:
-      UserError: it is not there, or is none.
+      UserError: the file is missing or damaged.
     """
     path = epath.Path(directory) / "info" / "metadata"
     info = _read(path, lambda _: INFO)
@@ -431,16 +431,16 @@ def read_info(directory: epath.PathLike) -> dict[str, Any]:
 def read_metrics(
     workdir: epath.PathLike, warn: Callable[[str], None] | None = None
 ) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`: {"step": k, "train/loss": ...}, in order.
+    """Returns the lines of a run's `metrics.jsonl` in order: {"step": k, "train/loss": ...}.
 
-    A damaged line is left out, with a line to `warn`; a last one that a crash has cut off without a
-    word.
+    Damaged lines are skipped, and `warn` is called with a line. A last line that a crash truncated
+    is skipped without a warning.
     """
     path = epath.Path(workdir) / "metrics.jsonl"
     content = files.read_regular(path) or b""
-    *lines, rest = content.split(b"\n")
+    *lines, last_line = content.split(b"\n")
     rows, damaged = [], []
-    for number, line in enumerate([*lines, rest], 1):
+    for number, line in enumerate([*lines, last_line], 1):
         if not line.strip():
             continue
         row = _row(line)
@@ -449,8 +449,8 @@ def read_metrics(
         elif number <= len(lines):
             damaged.append(number)
     if damaged and warn is not None:
-        several = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
-        warn(f"{path}: line {damaged[0]} is damaged{several}; left out")
+        suffix = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
+        warn(f"{path}: line {damaged[0]} is damaged{suffix}; left out")
     return rows
 
 
@@ -467,7 +467,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all, a list of numbers in one line."""
+    """Writes a JSON file atomically, with each list of numbers on one line."""
     text = json.dumps(value, indent=2)
     text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     with files.whole(path) as new:
@@ -475,7 +475,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def _read(path: epath.Path, schema_of: Callable[[dict[str, Any]], Any], hint: str = "") -> Any:
-    """The object in a file, of the schema that `schema_of` has for it; None: there is no file."""
+    """Reads a JSON file and checks it against `schema_of(value)`; None if the file is missing."""
     content = files.read_regular(path)
     if content is None:
         return None
@@ -493,7 +493,7 @@ def _read(path: epath.Path, schema_of: Callable[[dict[str, Any]], Any], hint: st
 
 
 class _Mismatch(Exception):
-    """Key, value and what was expected."""
+    """A value that does not match its schema; the message has key, value and expected type."""
 
 
 def _check(value: Any, schema: Any, keys: tuple[str, ...]) -> None:
@@ -526,17 +526,17 @@ def _check(value: Any, schema: Any, keys: tuple[str, ...]) -> None:
 
 
 def _check_levels(value: Any) -> None:
-    """Raises _Mismatch where lists and objects lie deeper than any reader goes."""
+    """Raises _Mismatch if lists and objects are nested too deeply."""
     level = [value]
-    for _ in range(MOST_LEVELS):
+    for _ in range(MAX_LEVELS):
         level = [
-            item
-            for each in level
-            if isinstance(each, list | dict)
-            for item in (each.values() if isinstance(each, dict) else each)
+            child
+            for node in level
+            if isinstance(node, list | dict)
+            for child in (node.values() if isinstance(node, dict) else node)
         ]
-    if any(isinstance(each, list | dict) for each in level):
-        raise _Mismatch(f"lists and objects lie more than {MOST_LEVELS} levels deep")
+    if any(isinstance(node, list | dict) for node in level):
+        raise _Mismatch(f"lists and objects are nested more than {MAX_LEVELS} levels deep")
 
 
 def _completed(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

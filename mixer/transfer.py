@@ -257,7 +257,7 @@ def _check_same_config(task: Task) -> None:
         return
     if checkpoint.last_step(task.workdir) is None and results.read(task.workdir, "last") is None:
         return  # a run without a checkpoint can be restarted with any config
-    config = run.resolve(task.config, initial=None, begun=old)
+    config = run.resolve(task.config, initial=None, saved_config=old)
     run.resolve_data(config, len(data["class_names"]), data["splits"]["train"]["num_examples"])
     if changed := run.changes(old, config.to_dict()):
         raise UserError(
@@ -323,7 +323,7 @@ def _check(task: Task, initial: load.StoredWeights | None, train_examples: int |
     """
     last_step = checkpoint.last_step(task.workdir)
     old = None if last_step is None else run_files.read_config(task.workdir)
-    config = run.resolve(task.config, initial=initial, begun=old)
+    config = run.resolve(task.config, initial=initial, saved_config=old)
     splits = run.open_splits(config, None)
     if splits.test is None:
         raise UserError("dataset.test_split is empty; expected a test split")

@@ -22,10 +22,10 @@ def test_wrong_choice_names_the_value_the_choices_and_the_nearest():
     [
         (-0.1, {}, "finite number of at least 0"),
         (math.inf, {}, "finite number of at least 0"),
-        (math.nan, dict(below=1), "finite number of at least 0 and below 1"),
-        (1, dict(below=1), "finite number of at least 0 and below 1"),
-        (1.0, dict(least=1, below=9, whole=True), "whole number of at least 1 and below 9"),
-        (0, dict(least=1, whole=True), "whole number of at least 1"),
+        (math.nan, dict(limit=1), "finite number of at least 0 and below 1"),
+        (1, dict(limit=1), "finite number of at least 0 and below 1"),
+        (1.0, dict(minimum=1, limit=9, integer=True), "whole number of at least 1 and below 9"),
+        (0, dict(minimum=1, integer=True), "whole number of at least 1"),
     ],
 )
 def test_wrong_number_names_the_value_and_the_range(value, limits, expected):
@@ -36,5 +36,5 @@ def test_wrong_number_names_the_value_and_the_range(value, limits, expected):
 
 def test_numbers_of_a_range_pass():
     check_number("key", 0)
-    check_number("key", 0.99, below=1)
-    check_number("key", 8, least=1, below=9, whole=True)
+    check_number("key", 0.99, limit=1)
+    check_number("key", 8, minimum=1, limit=9, integer=True)

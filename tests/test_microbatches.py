@@ -60,7 +60,7 @@ def test_parts_are_of_a_devices_share_and_for_cpus_alone():
 def many_parts(monkeypatch):
     """Parts of the tiny model's batches too: 4 images of 16 tokens each."""
     monkeypatch.setattr(microbatches, "FEW_VALUES", 0)
-    for name in ("LEAST_ROWS", "MOST_ROWS"):
+    for name in ("MIN_ROWS", "MAX_ROWS"):
         monkeypatch.setattr(microbatches, name, 4 * 16)
 
 

@@ -357,7 +357,7 @@ def test_no_network_and_other_kinds_of_files(server):
     with pytest.raises(UserError, match="Connection refused"):
         remote.fetch(closed, log=print)
     for name in ("pytorch_model.bin", "mixer.pth", ""):
-        with pytest.raises(UserError, match=r"\.npz and \.safetensors"):
+        with pytest.raises(UserError, match=r"\.npz or \.safetensors"):
             remote.fetch(server.url(name), log=print)
     assert not server.asked
 

@@ -15,7 +15,7 @@ from mixer.errors import UserError
 from mixer.parallel import sharding
 from mixer.runs import resume
 from mixer.runs.directory import open_run
-from mixer.runs.resume import Begun
+from mixer.runs.resume import SavedRun
 
 
 def _run(path, steps=()):
@@ -36,21 +36,21 @@ def _prepare(config, workdir, **options):
 
 
 def test_directory_without_a_checkpoint_binds_nothing(copied_run):
-    assert resume.read_begun(_run(copied_run), allow_config_change=False) == Begun(None, None)
+    assert resume.read_saved(_run(copied_run), allow_config_change=False) == SavedRun(None, None)
 
 
 def test_saved_config_and_data_bind_a_run_with_checkpoints(copied_run):
-    begun = resume.read_begun(_run(copied_run, [12]), allow_config_change=False)
-    assert begun.config["total_steps"] == 12 and begun.data["num_readers"] == 1
+    saved_run = resume.read_saved(_run(copied_run, [12]), allow_config_change=False)
+    assert saved_run.config["total_steps"] == 12 and saved_run.data["num_readers"] == 1
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
 def test_missing_file_of_a_run_is_refused_unless_changes_are_allowed(copied_run, name):
     (copied_run / name).unlink()
     with pytest.raises(UserError, match=name):
-        resume.read_begun(_run(copied_run, [12]), allow_config_change=False)
-    begun = resume.read_begun(_run(copied_run, [12]), allow_config_change=True)
-    assert [begun.config, begun.data].count(None) == 1
+        resume.read_saved(_run(copied_run, [12]), allow_config_change=False)
+    saved_run = resume.read_saved(_run(copied_run, [12]), allow_config_change=True)
+    assert [saved_run.config, saved_run.data].count(None) == 1
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_missing_file_of_a_run_is_refused_unless_changes_are_allowed(copied_run,
     [(13, [4, 8, 12], True), (12, [12], False), (13, [4, 8], False), (11, [12], False)],
 )
 def test_run_is_extended_if_it_had_finished_and_gets_more_steps(total_steps, saved, expected):
-    begun = Begun({"total_steps": 12}, {})
-    assert resume.extends(begun, tiny_config(total_steps=total_steps), saved) == expected
-    assert not resume.extends(Begun(None, None), tiny_config(), saved)
+    saved_run = SavedRun({"total_steps": 12}, {})
+    assert resume.extends(saved_run, tiny_config(total_steps=total_steps), saved) == expected
+    assert not resume.extends(SavedRun(None, None), tiny_config(), saved)
 
 
 def test_changed_config_is_refused_by_key_and_values(tmp_path):

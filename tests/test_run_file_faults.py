@@ -235,7 +235,7 @@ def test_programs_tell_damage_of_a_run_in_one_line(copy):
         assert {key: after[key] for key in before} == before
         (copy / name).write_text(whole)
     done = run_program("evaluate.py", f"--workdir={copy}/none")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no run" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a run" in done.stderr
 
 
 def test_class_names_and_model_of_a_run_agree(copy):
@@ -516,7 +516,7 @@ def test_a_disk_that_is_full_at_any_moment_of_a_save_ends_it_with_its_reason(sav
         if place == 100:
             break
         assert "No space left on device" in reason
-        assert f"the last whole one is {path}/checkpoints/" in reason
+        assert f"last complete checkpoint: {path}/checkpoints/" in reason
         assert checkpoint.last_step(path) in (2, 3)
     assert reason is None and checkpoint.last_step(path) == 3
     assert not [each for each in threading.enumerate() if type(each).__module__[:5] == "orbax"]
@@ -580,10 +580,10 @@ def test_a_run_without_its_config_or_data_is_refused(copy, name):
     before = _files(copy)
     with pytest.raises(UserError, match=rf"{name} is missing.*--allow_config_change"):
         trainer.train(_config(seed=7), copy)
-    with pytest.raises(UserError, match=f"no run: it holds no {name}"):
+    with pytest.raises(UserError, match=f"not a run: it has no {name}"):
         run.read_run(copy)
     assert _files(copy) == before
-    config, data = run.read_begun(copy, allow_config_change=True)
+    config, data = run.read_saved(copy, allow_config_change=True)
     assert (config is None) == (name == "config.json") and (data is None) == (name == "data.json")
 
 
@@ -757,7 +757,7 @@ def test_where_results_go_is_looked_at_before_anything_is_computed(copy, monkeyp
 
     monkeypatch.setattr(report.classification, "evaluate", fail)
     (copy / "evaluation").write_text("a file in place of the folder")
-    with pytest.raises(UserError, match=r"run/evaluation is no directory"):
+    with pytest.raises(UserError, match=r"run/evaluation is not a directory"):
         _evaluate(copy)
     (copy / "evaluation").unlink()
     before = _files(copy)

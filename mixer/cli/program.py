@@ -76,7 +76,9 @@ def numbers(
             values.append(kind(text))
         except ValueError:
             raise UserError(f"--{flag}={text}; expected {what}, joined by commas") from None
-        check_number(f"--{flag}", values[-1], least=least, below=2**31 if kind is int else math.inf)
+        check_number(
+            f"--{flag}", values[-1], minimum=least, limit=2**31 if kind is int else math.inf
+        )
     return values
 
 

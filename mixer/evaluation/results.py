@@ -146,7 +146,7 @@ class ReportCard:
         content = {}
         if processes.is_main():
             content = run_files.read_results(self._subject.output, self._checkpoint_name) or {}
-            if not run.is_of(content, self._identity):
+            if not run.has_weights(content, self._identity):
                 content = {}
         return processes.broadcast(content.get(section, {}))
 

@@ -110,7 +110,7 @@ def measure(
     """
     check_image_size(image_size, model.patch_size)
     for batch_size in batch_sizes:
-        check_number("batch_size", batch_size, least=1, whole=True)
+        check_number("batch_size", batch_size, minimum=1, integer=True)
     predict = jax.jit(
         make_predict(model, mesh),
         out_shardings=sharding.batch_sharding(mesh),

@@ -1,4 +1,4 @@
-"""Multiplications and additions of a model's matmuls, by the closed form."""
+"""Counts the multiplications and additions of a model's matmuls in closed form."""
 
 from collections.abc import Iterator
 
@@ -18,9 +18,9 @@ def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
 
 
 def train_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
-    """Returns the FLOPs of the matmuls of one image in an update of all parameters.
+    """Returns the matmul FLOPs per image in an update of all parameters.
 
-    That is the forward pass, and as many again for the gradient of each kernel and for that of each
-    layer's input, except the pixels', which nobody needs: 75.4e9 for B/16 at 224 px.
+    The gradients of the kernels take as many FLOPs as the forward pass, and so do the gradients of
+    the layers' inputs, except for the pixels, which need no gradient: 75.4e9 for B/16 at 224 px.
     """
     return 3 * forward_flops(model, image_size) - next(layers(model, image_size))[1]

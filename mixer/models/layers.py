@@ -1,20 +1,20 @@
-"""The model's layers as functions of their parameters, with derivatives written out.
+"""The model's layers as functions of their parameters, with custom derivatives.
 
-Autodiff of the plain formulation (Dense, GELU, and a transpose before and after token mixing)
-does more work than necessary. Here:
+Automatic differentiation of the plain formulation (Dense, GELU, and a transpose before and after
+token mixing) does more work than necessary. In this module:
 
-- token mixing is a matmul over the token axis that leaves the channels in place, so that nothing is
-  transposed: one matmul per image, or on a CPU one for all images side by side; on an NVIDIA GPU
-  the matmul includes bias and GELU;
-- of a LayerNorm and the matmul after it, the backward pass keeps the normalized input alone, if the
+- token mixing is a matmul over the token axis that leaves the channels in place, so nothing is
+  transposed. It is one matmul per image, or on a CPU one matmul for all images side by side; on an
+  NVIDIA GPU the matmul includes bias and GELU;
+- the backward pass of a LayerNorm and the matmul after it stores only the normalized input, if the
   batch is larger than the kernel;
-- the gradient of GELU is computed from its input, the only array that the forward pass keeps;
-- on a CPU, the products for gradients of weights transpose the smaller operand, where XLA would
-  transpose the left one;
-- gradients of weights and biases are summed in float32, whatever the dtype of the computation.
+- the gradient of GELU is computed from its input, the only array that the forward pass stores;
+- on a CPU, the matmuls for weight gradients transpose the smaller operand; XLA would transpose the
+  left operand;
+- gradients of weights and biases are summed in float32 for every compute dtype.
 
 In float32 each function equals the plain formulation up to rounding (tests/test_layers.py).
-docs/performance.md has the gains. Only reverse-mode differentiation is defined.
+docs/performance.md lists the speed-ups. Only reverse-mode differentiation is defined.
 """
 
 import functools
@@ -26,18 +26,18 @@ from jax import lax
 
 from mixer.parallel.sharding import sum_over_shards
 
-# GELU by tanh: x / 2 * (1 + tanh(SCALE * (x + CUBIC * x^3))) (Hendrycks and Gimpel, 2016).
+# The tanh form of GELU: x / 2 * (1 + tanh(SCALE * (x + CUBIC * x^3))) (Hendrycks and Gimpel, 2016).
 _SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-# From this number of tokens on, a product over all images and channels is large enough for a CPU's
-# cores to share.
+# With at least this many tokens, a matmul over all images and channels is large enough to use all
+# cores of a CPU.
 MANY_TOKENS = 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(x: jax.Array, kind: str) -> jax.Array:
-    """GELU of any shape; `kind` is "tanh" or "erf"."""
+    """Applies GELU elementwise; `kind` is "tanh" or "erf"."""
     return jax.nn.gelu(x, approximate=kind == "tanh")
 
 
@@ -63,7 +63,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Affine map of the last axis, in the dtype of `x`.
+    """Applies an affine map to the last axis, in the dtype of `x`.
 
     Args:
       x: (..., I).
@@ -95,20 +95,20 @@ dense.defvjp(_dense_forward, _dense_backward)
 def norm_dense(
     x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> jax.Array:
-    """LayerNorm over the last axis (epsilon 1e-6) and an affine map of it, in the dtype of `x`.
+    """Applies LayerNorm (epsilon 1e-6) and an affine map to the last axis, in the dtype of `x`.
 
     Args:
       x: (..., I).
-      scale: (I,) float32, LayerNorm's.
-      shift: (I,) float32, LayerNorm's bias.
+      scale: (I,) float32, scale of LayerNorm.
+      shift: (I,) float32, bias of LayerNorm.
       kernel: (I, O) float32.
       bias: (O,) float32.
 
     Returns:
       (..., O).
     """
-    # For a small batch, scaling the kernel costs more than it saves. (A program exported for any
-    # batch size has a symbolic size; it computes no gradients.)
+    # For a small batch, scaling the kernel costs more than it saves. (The size is symbolic in a
+    # program exported for any batch size, which computes no gradients.)
     if isinstance(x.size, int) and x.size < 2 * kernel.size:
         return _dense_of_norm(x, scale, shift, kernel, bias)
     return _joined_norm_dense(x, scale, shift, kernel, bias)
@@ -119,13 +119,13 @@ def _dense_of_norm(x, scale, shift, kernel, bias) -> jax.Array:
     return dense((normal * scale + shift).astype(x.dtype), kernel, bias)
 
 
-# Under differentiation, scale and shift become part of the affine map: the backward pass then needs
-# the normalized `x` alone, and their gradients follow from those of kernel and bias.
+# Under differentiation, scale and shift are merged into the affine map. The backward pass then
+# needs only the normalized `x`, and computes their gradients from those of kernel and bias.
 _joined_norm_dense = jax.custom_vjp(_dense_of_norm)
 
 
 def _standardize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` (..., I) with mean 0 and variance 1, and 1 over its deviation (..., 1); float32."""
+    """Returns `x` (..., I) with mean 0 and variance 1, and 1 / deviation (..., 1), in float32."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, -1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.mean(x * x, -1, keepdims=True) - mean * mean)
@@ -143,8 +143,8 @@ def _norm_dense_forward(x, scale, shift, kernel, bias) -> tuple[jax.Array, tuple
 def _norm_dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, ...]:
     normal, inverse, scale, shift, kernel = residuals
 
-    def of_shard(normal: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
-        """Gradients of the four parameters."""
+    def shard_grads(normal: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the gradients of the four parameters."""
         scaled_grad, bias_grad = _dense_sums(normal, grad)
         return (
             jnp.sum(kernel * scaled_grad, 1),
@@ -156,19 +156,19 @@ def _norm_dense_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, 
     scaled = scale[:, None] * kernel
     x_grad = _dense_x_grad(scaled, grad).astype(jnp.float32)
     x = normal.astype(jnp.float32)
-    along = jnp.mean(x_grad * x, -1, keepdims=True)
-    x_grad = inverse * (x_grad - jnp.mean(x_grad, -1, keepdims=True) - along * x)
-    return x_grad.astype(normal.dtype), *sum_over_shards(of_shard, normal, grad)
+    projection = jnp.mean(x_grad * x, -1, keepdims=True)
+    x_grad = inverse * (x_grad - jnp.mean(x_grad, -1, keepdims=True) - projection * x)
+    return x_grad.astype(normal.dtype), *sum_over_shards(shard_grads, normal, grad)
 
 
 _joined_norm_dense.defvjp(_norm_dense_forward, _norm_dense_backward)
 
 
 def _dense_sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gradients of kernel and bias, (I, O) and (O,) float32: sums over all but the last axis.
+    """Returns the gradients of kernel (I, O) and bias (O,), summed in float32 over leading axes.
 
-    A product transposes its left operand; on a CPU this costs up to half as much as the product
-    itself if that operand is the wide one.
+    XLA transposes the left operand of the matmul. On a CPU, transposing the wider operand would
+    cost up to half as much as the matmul itself.
     """
     rows = tuple(range(x.ndim - 1))
 
@@ -176,20 +176,20 @@ def _dense_sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
         dimensions = ((rows, rows), ((), ()))
         return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
-    def exchanged(x: jax.Array, grad: jax.Array) -> jax.Array:
+    def swapped_product(x: jax.Array, grad: jax.Array) -> jax.Array:
         # Without the barrier XLA swaps the operands back to save the small transpose.
         return lax.optimization_barrier(product(grad, x)).T
 
     if x.shape[-1] <= grad.shape[-1]:
         kernel_grad = product(x, grad)
     else:
-        kernel_grad = lax.platform_dependent(x, grad, cpu=exchanged, default=product)
+        kernel_grad = lax.platform_dependent(x, grad, cpu=swapped_product, default=product)
     return kernel_grad, jnp.sum(grad.astype(jnp.float32), rows)
 
 
 @jax.custom_vjp
 def token_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Affine map of the token axis, the same for each channel, in the dtype of `x`.
+    """Applies an affine map to the token axis, the same for all channels, in the dtype of `x`.
 
     Args:
       x: (N, I, C).
@@ -207,49 +207,51 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _affine_in_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """As `_affine`, with the bias inside the product if the padding has room for it.
+    """Computes `_affine` with the bias folded into the matmul if the padding has room for it.
 
-    XLA can then fuse GELU into the product too: cuBLASLt adds biases along the other axis only.
+    XLA can then fuse GELU into the matmul too, because cuBLASLt adds biases only along the other
+    axis.
     """
-    if not (room := _room(x)):
+    if not (num_pad := _num_pad_tokens(x)):
         return _affine(x, kernel, bias)
-    extended = jnp.pad(jnp.concatenate([kernel, bias[None]]), ((0, room - 1), (0, 0)))
+    extended = jnp.pad(jnp.concatenate([kernel, bias[None]]), ((0, num_pad - 1), (0, 0)))
     return _image_by_image(extended.T.astype(x.dtype), _extended(x))
 
 
-def _room(x: jax.Array) -> int:
-    """Number of empty tokens by which XLA pads `x` (N, I, C) to a multiple of 8 for a GPU."""
+def _num_pad_tokens(x: jax.Array) -> int:
+    """Returns by how many tokens XLA pads `x` (N, I, C) to a multiple of 8 on a GPU."""
     return -x.shape[1] % 8 if x.dtype == jnp.bfloat16 else 0
 
 
 def _extended(x: jax.Array) -> jax.Array:
-    """`x` with these tokens; the first holds ones and multiplies the bias."""
-    ones = jnp.zeros((x.shape[0], _room(x), x.shape[2]), x.dtype).at[:, 0].set(1)
+    """Returns `x` with its padding tokens; the first one is all ones and multiplies the bias."""
+    ones = jnp.zeros((x.shape[0], _num_pad_tokens(x), x.shape[2]), x.dtype).at[:, 0].set(1)
     return jnp.concatenate([x, ones], 1)
 
 
 def _token_product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """`matrix` (O, I) times each image's (I, C): (N, O, C)."""
+    """Multiplies `matrix` (O, I) with each image (I, C): (N, O, C)."""
     matrix = matrix.astype(x.dtype)
     return lax.platform_dependent(matrix, x, cpu=_side_by_side, default=_image_by_image)
 
 
 def _image_by_image(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    # Broadcast explicitly: for a single matrix XLA would transpose `x`.
+    # Without the explicit broadcast XLA would transpose `x`.
     matrix = jnp.broadcast_to(matrix, (x.shape[0], *matrix.shape))
     return lax.dot_general(matrix, x, (((2,), (1,)), ((0,), (0,))))
 
 
 def _side_by_side(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    # The images of small models are too small for one matmul each. Whole rows of channels move. The
-    # barrier keeps XLA from transposing the matrix inside the product, which is slower.
+    # In small models one image is too small for an efficient matmul, so join all images, moving
+    # contiguous rows of channels. The barrier keeps XLA from transposing the matrix inside the
+    # matmul, which is slower.
     matrix = lax.optimization_barrier(matrix)
     product = matrix @ _joined(x)
     return product.reshape(matrix.shape[0], x.shape[0], x.shape[2]).swapaxes(0, 1)
 
 
 def _joined(x: jax.Array) -> jax.Array:
-    """Joins each token's channels of all images: (N, S, C) to (S, N * C)."""
+    """Concatenates each token's channels over all images: (N, S, C) to (S, N * C)."""
     return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
 
 
@@ -267,20 +269,20 @@ def _token_dense_backward(
 
 
 def _sums(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gradients of kernel and bias."""
+    """Returns the gradients of kernel and bias."""
     return _token_products(x, grad), jnp.sum(grad.astype(jnp.float32), (0, 2))
 
 
 def _sums_in_one(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `_sums`, for `_affine_in_one`."""
-    if not _room(x):
+    """Computes `_sums` in one matmul if the padding has room for the bias (`_affine_in_one`)."""
+    if not _num_pad_tokens(x):
         return _sums(x, grad)
     products = _token_products(_extended(x), grad)
     return products[: x.shape[1]], products[x.shape[1]]
 
 
 def _token_products(x: jax.Array, grad: jax.Array) -> jax.Array:
-    """Sum over images and channels of the outer products of tokens: (I, O) float32."""
+    """Sums the outer products of tokens over images and channels: (I, O) float32."""
 
     def image_by_image(x: jax.Array, grad: jax.Array) -> jax.Array:
         dimensions = (((2,), (2,)), ((0,), (0,)))
@@ -303,11 +305,11 @@ token_dense.defvjp(_token_dense_forward, _token_dense_backward)
 def compiler_options(platform: str) -> dict[str, bool | int]:
     """Returns XLA's options for a platform, for `jax.jit(..., compiler_options=...)`.
 
-    On CPUs, vectors have the machine's full width; by default XLA uses half of AVX-512's.
+    On CPUs, XLA uses vectors of the full width; by default it uses half the width of AVX-512.
 
-    On GPUs, matmuls are cuBLASLt's, whose epilogues include bias and GELU, and values rounded to
-    bfloat16 stay rounded. XLA would otherwise keep the float32 original of GELU's gradient for the
-    sum that follows, and store it.
+    On GPUs, XLA uses cuBLASLt for matmuls, whose epilogues include bias and GELU, and keeps values
+    rounded to bfloat16. By default XLA would store the float32 gradient of GELU for the sum that
+    follows.
     """
     if platform == "cpu":
         return {"xla_cpu_prefer_vector_width": 512}
@@ -317,8 +319,8 @@ def compiler_options(platform: str) -> dict[str, bool | int]:
 
 
 def patches(images: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts images (N, H, W, 3) into rows of pixels: (N, H / P, W / P, P * P * 3)."""
+    """Cuts images (N, H, W, 3) into flattened patches: (N, H / P, W / P, P * P * 3)."""
     n, height, width, channels = images.shape
     rows, columns = height // patch_size, width // patch_size
-    cut = images.reshape(n, rows, patch_size, columns, patch_size, channels)
-    return cut.swapaxes(2, 3).reshape(n, rows, columns, patch_size**2 * channels)
+    tiles = images.reshape(n, rows, patch_size, columns, patch_size, channels)
+    return tiles.swapaxes(2, 3).reshape(n, rows, columns, patch_size**2 * channels)

@@ -1,8 +1,8 @@
-"""Computes a batch in parts, one after the other.
+"""Computes a batch in consecutive microbatches.
 
-An accelerator computes a batch at once if the batch fits into its memory. A CPU is up to a third
-faster on parts whose activations stay in its cache from one layer to the next; the constants below
-were measured (docs/performance.md).
+An accelerator computes a whole batch at once if the batch fits into its memory. A CPU is up to a
+third faster on microbatches whose activations stay in its cache from one layer to the next. The
+constants below were measured (docs/performance.md).
 """
 
 from collections.abc import Callable
@@ -15,57 +15,58 @@ import jax.numpy as jnp
 from mixer.models.registry import architecture_of
 from mixer.parallel.sharding import BATCH, batch_shards, constrain
 
-# The widest activations of a batch stay in the cache up to this number of values.
+# Up to this number of values, the widest activations of a batch stay in the cache.
 FEW_VALUES = 1_250_000
-# Rows (tokens) of a CPU's matmul: each of fewer rows takes longer; more rows, or more values in the
-# widest activations, do not stay in the cache.
-LEAST_ROWS, MOST_ROWS, MOST_VALUES = 768, 2048, 2_500_000
+# Rows (tokens) of a CPU's matmul. With fewer rows, each row takes longer. More rows, or more values
+# in the widest activations, do not stay in the cache.
+MIN_ROWS, MAX_ROWS, MAX_VALUES = 768, 2048, 2_500_000
 
 
 def best_count(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Returns the number of parts in which a batch of images is computed fastest.
+    """Returns the fastest number of microbatches for a batch of images.
 
-    It is that of the mesh of `sharding.on_mesh`, else that of JAX's default device.
+    The result depends on the devices of the mesh of `sharding.on_mesh`, or without a mesh on JAX's
+    default device.
 
     Args:
-      model: for its widths.
-      shape: of the images, (N, H, W, 3).
+      model: the model, whose widths determine the result.
+      shape: shape of the images, (N, H, W, 3).
 
     Returns:
-      A divisor of N such that the mesh divides each part as it divides N; 1 except on CPUs.
+      A divisor of N such that the mesh divides each microbatch as it divides N; 1 except on CPUs.
     """
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    if platform != "cpu" or not isinstance(shape[0], int):  # exported for any batch size
+    if platform != "cpu" or not isinstance(shape[0], int):  # symbolic batch size of an export
         return 1
     size = shape[0] if mesh.empty else shape[0] // batch_shards(mesh)
     tokens = shape[1] * shape[2] // model.patch_size**2
     widest = getattr(model, architecture_of(model).widest_dim)
     if size * tokens * widest <= FEW_VALUES:
         return 1
-    rows = min(max(MOST_VALUES // widest, LEAST_ROWS), MOST_ROWS)
+    rows = min(max(MAX_VALUES // widest, MIN_ROWS), MAX_ROWS)
     images = max(1, rows // tokens)
     part = next(part for part in range(min(images, size), 0, -1) if size % part == 0)
-    # If no divisor of the size is near, the parts would be too small.
+    # Without a divisor near the ideal size, the microbatches would be too small.
     return size // part if 2 * part >= images else 1
 
 
 def cut(x: jax.Array, count: int) -> jax.Array:
     """Cuts the batch axis: (N, ...) to (count, N / count, ...).
 
-    Every count-th example belongs to a part: each device's share of a part lies in its own share of
-    the batch, so that nothing moves between devices.
+    A microbatch takes every count-th example, so that each device's shard of a microbatch is part
+    of its shard of the batch, and no data moves between devices.
     """
     parts = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
     return constrain(parts, None, BATCH, *(None,) * (x.ndim - 1))
 
 
 def map_images(model: nn.Module, function: Callable[[jax.Array], Any], images: jax.Array) -> Any:
-    """Computes `function(images)` in the fastest number of parts.
+    """Computes `function(images)` in the fastest number of microbatches.
 
     Args:
-      model: the main computation of `function`.
-      function: from images to a tree of arrays (N, ...); row i depends on image i alone.
+      model: the model that `function` applies.
+      function: maps images to a tree of arrays (N, ...); row i depends only on image i.
       images: (N, H, W, 3).
     """
     count = best_count(model, images.shape)

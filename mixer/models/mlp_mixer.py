@@ -1,11 +1,11 @@
 """MLP-Mixer (Tolstikhin et al., 2021, arXiv 2105.01601), section 2 and figure 1.
 
 Dimensions in the docstrings: N images, S tokens, C channels (`hidden_dim`), D_S (`tokens_mlp_dim`),
-D_C (`channels_mlp_dim`), P (`patch_size`). Parameters bear the names of the released checkpoints.
+D_C (`channels_mlp_dim`), P (`patch_size`). Parameter names match the released checkpoints.
 
-The network comes first, then what follows from its shape: FLOPs, dimensions read off the arrays,
-names in other programs' files, weights at another image size. `mixer/models/registry.py` names each
-of these for the rest of the package.
+The network comes first. Functions that depend on its shape follow: FLOPs, reading dimensions from
+arrays, names in other programs' files, and resizing weights for another image size.
+`mixer/models/registry.py` lists these functions for the rest of the package.
 """
 
 import math
@@ -35,10 +35,10 @@ VARIANTS = {
     for name in ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
 }
 
-# For `mixer.models.placement`: the mesh axes that split each dimension of a parameter.
+# The mesh axes that split each dimension of a parameter, for `mixer.models.placement`.
 PLACEMENT = (
     (r"stem/kernel", (None, None, None, "fsdp")),  # (P, P, 3, C)
-    # (S, D_S) and (D_S, S): S is 196 at 224 px, which hardly any number of devices divides.
+    # (S, D_S) and (D_S, S): few numbers of devices divide S, which is 196 at 224 px.
     (r"MixerBlock_\d+/token_mixing/Dense_0/kernel", (None, ("tensor", "fsdp"))),
     (r"MixerBlock_\d+/token_mixing/Dense_1/kernel", (("tensor", "fsdp"), None)),
     (r"MixerBlock_\d+/channel_mixing/Dense_0/kernel", ("fsdp", "tensor")),  # (C, D_C)
@@ -48,27 +48,27 @@ PLACEMENT = (
 
 
 class MlpMixer(nn.Module):
-    """The whole network.
+    """The MLP-Mixer network.
 
     Attributes:
-      num_classes: width of the head; 0: there is none, and the pre-logits stand for the logits, as
-        in the authors' code.
+      num_classes: width of the head; 0: no head, and the logits are the pre-logits, as in the
+        authors' code.
       patch_size: P, the side of a square patch in pixels.
       hidden_dim: C. num_blocks: L. tokens_mlp_dim: D_S. channels_mlp_dim: D_C.
       gelu: "tanh" (the authors' code) or "erf" (timm).
       stoch_depth: drop rate r of the last block; block i of L drops each of its two branches, per
         example, with probability i / max(L - 1, 1) * r.
-      stoch_depth_rescale: False is the authors' code: a kept branch is left as it is, and
-        evaluation scales nothing. True divides a kept branch by its probability, as timm does,
-        whose Mixers drop with one rate in all blocks; here the rate grows either way.
+      stoch_depth_rescale: False, as in the authors' code, does not scale kept branches, and
+        evaluation does not scale either. True divides a kept branch by its probability, as timm
+        does. (timm's Mixers use the same drop rate in all blocks; here the rate always grows.)
       dropout: rate after each of the two layers of every MLP; kept values are rescaled.
-      head_bias_init: first value of the head's bias (the authors' code starts the sigmoid loss at
-        -6.9 with 1,000 classes and at -10 with 21,843). The head's kernel starts at zero.
-      dtype: "float32" or "bfloat16" for the computation; parameters and logits are float32.
-      remat: "none", "dots" or "full": what of a block the backward pass computes again, to save
-        memory (Chen et al., 2016, arXiv 1604.06174). The numbers stay.
-      scan_blocks: whether the blocks are one loop, compiled once, over their stacked parameters
-        instead of so many copies. Names, parameters and numbers stay.
+      head_bias_init: initial value of the head's bias (for the sigmoid loss, the authors' code uses
+        -6.9 with 1,000 classes and -10 with 21,843). The head's kernel is initialised to zero.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
+      remat: "none", "dots" or "full": which activations the backward pass recomputes to save memory
+        (Chen et al., 2016, arXiv 1604.06174). The results do not change.
+      scan_blocks: whether the blocks run as one loop over stacked parameters, which is compiled
+        once, instead of one copy per block. Names, parameters and results do not change.
     """
 
     num_classes: int
@@ -90,21 +90,21 @@ class MlpMixer(nn.Module):
     def __call__(
         self, images: jax.Array, *, train: bool = False, example_index: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the logits and everything on the way to them.
+        """Returns the logits and the intermediate outputs.
 
         Args:
           images: (N, H, W, 3) float in [-1, 1]; H and W are multiples of P.
-          train: whether to draw stochastic depth and dropout; then `apply` needs
+          train: whether to apply stochastic depth and dropout; `apply` then needs
             `rngs={"dropout": key}`.
-          example_index: (N,) place of each image in the global batch, which its masks are drawn
-            from; 0..N-1 where it is not given.
+          example_index: (N,) position of each image in the global batch, which determines its
+            masks; None: 0..N-1.
 
         Returns:
           `(logits, out)`: logits (N, num_classes) float32; out holds "stem" (N, H/P, W/P, C),
           "block_0" ... (N, S, C), "pre_logits" (N, C) and "logits".
 
         Raises:
-          UserError: images of another form or of whole numbers, or the patch does not divide them.
+          UserError: the images have another shape or an integer dtype, or P does not divide H or W.
         """
         modules.check_images(images, self.patch_size)
         dtype = jnp.dtype(self.dtype)
@@ -120,7 +120,7 @@ class MlpMixer(nn.Module):
         n, rows, columns, _ = x.shape  # n may be 0
         x = constrain(x.reshape(n, rows * columns, self.hidden_dim), BATCH, None, None)
 
-        # Mixer layers, L of them.
+        # L mixer layers.
         fields = dict(
             tokens_mlp_dim=self.tokens_mlp_dim,
             channels_mlp_dim=self.channels_mlp_dim,
@@ -147,7 +147,7 @@ class MlpMixer(nn.Module):
         return x, out
 
 
-BLOCK = "MixerBlock_{}"  # the name of a mixer layer's parameters
+BLOCK = "MixerBlock_{}"  # prefix of the names of a block's parameters
 
 
 class MixerBlock(nn.Module):
@@ -168,16 +168,16 @@ class MixerBlock(nn.Module):
 
         Args:
           x: (N, S, C).
-          keys: (N,), from which all masks are drawn; None: no masks (evaluation).
-          keep_prob: probability that a branch of an example is kept; None: 1.
+          keys: (N,) random keys for all masks; None: no masks (evaluation).
+          keep_prob: probability that an example's branch is kept; None: 1.
         """
-        # LayerNorm, transpose, MLP 1, transpose: `layers.token_dense` needs no transposed array.
+        # LayerNorm, transpose, MLP 1, transpose. `layers.token_dense` needs no transposed array.
         y = nn.LayerNorm(dtype=self.dtype)(x)
         mlp = MlpBlock(1, self.tokens_mlp_dim, self.gelu, self.dropout, name="token_mixing")
         y = mlp(y, self._dropout_keys(keys, 0))
         x = constrain(x + self._drop_path(y, keys, 0, keep_prob), BATCH, None, None)
 
-        # LayerNorm, MLP 2: `layers.norm_dense` computes the norm and the first matmul together.
+        # LayerNorm, MLP 2. `layers.norm_dense` computes the norm and the first matmul together.
         norm = modules.Norm(x.shape[-1], name="LayerNorm_1")()
         mlp = MlpBlock(2, self.channels_mlp_dim, self.gelu, self.dropout, name="channel_mixing")
         y = mlp(x, self._dropout_keys(keys, 1), norm)
@@ -214,8 +214,8 @@ class MlpBlock(nn.Module):
 
         Args:
           x: (N, S, C).
-          keys: (N,), from which the dropout masks are drawn; None leaves dropout out.
-          norm: parameters of a LayerNorm of the same axis that comes before it.
+          keys: (N,) random keys for the dropout masks; None: no dropout.
+          norm: scale and bias of a preceding LayerNorm over the same axis; None: no LayerNorm.
         """
         dim = x.shape[self.axis]
         apply = layers.token_dense if self.axis == 1 else layers.dense
@@ -233,7 +233,7 @@ class MlpBlock(nn.Module):
         return x
 
 
-# What follows from the shape of the network.
+# Functions of the network's shape.
 
 
 def layer_flops(model: MlpMixer, image_size: tuple[int, int]) -> Iterator[tuple[str, float]]:
@@ -258,18 +258,18 @@ def layer_flops(model: MlpMixer, image_size: tuple[int, int]) -> Iterator[tuple[
 
 
 def hidden_values(model: MlpMixer, image_size: tuple[int, int]) -> int:
-    """Number of values of one image in the hidden layers of a block: C D_S + S D_C."""
+    """Returns the number of hidden values per image in a block's two MLPs: C D_S + S D_C."""
     tokens = math.prod(image_size) // model.patch_size**2
     return model.hidden_dim * model.tokens_mlp_dim + tokens * model.channels_mlp_dim
 
 
 def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[str, int]:
-    """Reads the dimensions, by the model's field names, from the shapes of its parameters.
+    """Infers the dimensions, by the model's field names, from the shapes of its parameters.
 
-    "num_tokens" is S; "num_classes" is 0 where there is no head.
+    "num_tokens" is S; "num_classes" is 0 if there is no head.
 
     Raises:
-      UserError: the arrays that determine the dimensions are missing, or have other axes.
+      UserError: an array that determines dimensions is missing, is empty, or has other axes.
     """
     axes = {
         "stem/kernel": 4,
@@ -279,11 +279,11 @@ def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[
     faults = [f"{name}: missing" for name in axes if name not in shapes]
     for name, ndim in (axes | {"head/kernel": 2}).items():
         if name in shapes and len(shapes[name]) != ndim:
-            faults.append(f"{name}: {shapes[name]} has not {ndim} axes")
+            faults.append(f"{name}: {shapes[name]} does not have {ndim} axes")
         elif 0 in shapes.get(name, ()):
-            faults.append(f"{name}: {shapes[name]} holds nothing")
+            faults.append(f"{name}: {shapes[name]} is empty")
     if faults:
-        raise UserError(f"{source} is no whole MLP-Mixer: {'; '.join(faults)}")
+        raise UserError(f"{source} is not a complete MLP-Mixer: {'; '.join(faults)}")
     patch_size, _, _, hidden_dim = shapes["stem/kernel"]
     num_tokens, tokens_mlp_dim = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
     _, channels_mlp_dim = shapes["MixerBlock_0/channel_mixing/Dense_0/kernel"]
@@ -298,15 +298,15 @@ def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[
     }
 
 
-# Names and axes in the files of other programs: "legacy" is the code before Linen, whose files
-# big_vision converts, "timm" is timm's MlpMixer.
+# Names and axes in the files of other programs. "legacy" is the code before Flax Linen, whose files
+# big_vision converts; "timm" is timm's MlpMixer.
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], source: Any) -> str | None:
-    """Returns the layout of a file with arrays of these names; None where it holds no MLP-Mixer.
+    """Returns the layout of a file from its array names; None if it holds no MLP-Mixer.
 
     Raises:
-      UserError: the names of a similar model.
+      UserError: the names are those of a similar model.
     """
     if "stem/kernel" in shapes:
         return "published"
@@ -315,15 +315,17 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: Any) -> str | None:
     if not any(name.startswith(("stem.", "blocks.")) for name in shapes):
         return None
     wide, narrow = (shapes.get(f"blocks.0.mlp_tokens.fc{n}.weight") for n in (1, 2))
-    other = None
+    other_model = None
     if any(name.startswith("blocks.0.linear_tokens.") for name in shapes):
-        other = "a ResMLP"
+        other_model = "a ResMLP"
     elif any(".gate." in name for name in shapes):
-        other = "a gMLP"
+        other_model = "a gMLP"
     elif wide and narrow and wide[0] == 2 * narrow[-1]:
-        other = "a gMixer, with gated MLPs"
-    if other:
-        raise UserError(f"{source} is {other}: another model; timm's MLP-Mixers are its mixer_*")
+        other_model = "a gMixer, with gated MLPs"
+    if other_model:
+        raise UserError(
+            f"{source} is {other_model}, not an MLP-Mixer; expected a timm model named mixer_*"
+        )
     return "timm"
 
 
@@ -340,7 +342,7 @@ def leaf_names(num_blocks: int) -> Iterator[str]:
 
 
 def stored_name(name: str, layout: str) -> str:
-    """Returns the name in a file of `layout` of the array that is published as `name`."""
+    """Returns the name that the array with published name `name` has in a file of `layout`."""
     if layout == "legacy":
         name = re.sub("^stem/", "embedding/", name)
         name = re.sub("^pre_head_layer_norm/", "Mixer/encoder_norm/", name)
@@ -365,10 +367,10 @@ def stored_name(name: str, layout: str) -> str:
 
 
 def from_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
-    """Turns an array from its axes in a file of `layout` to the published ones."""
+    """Converts an array from its axes in a file of `layout` to the published axes."""
     if layout == "timm" and name.endswith("kernel"):
         return array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
-    if "_mixing/Dense_" in name:  # the legacy layout has a unit axis before the others
+    if "_mixing/Dense_" in name:  # the legacy layout has leading axes of size 1
         shape = list(array.shape)
         while 1 in shape and len(shape) > (2 if name.endswith("kernel") else 1):
             shape.remove(1)
@@ -377,19 +379,19 @@ def from_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
 
 
 def to_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
-    """The inverse of `from_layout`."""
+    """Converts an array from the published axes to those of `layout`; inverts `from_layout`."""
     if layout == "timm" and name.endswith("kernel"):
         return np.ascontiguousarray(array.transpose((3, 2, 0, 1) if array.ndim == 4 else None))
     return array[None] if layout == "legacy" and "_mixing/Dense_" in name else array
 
 
 def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Returns the arguments of timm.models.mlp_mixer.MlpMixer that make `model`.
+    """Returns the arguments of timm.models.mlp_mixer.MlpMixer for a model equal to `model`.
 
-    `act_layer` is a name for timm.layers.get_act_layer.
+    `act_layer` is a name that timm.layers.get_act_layer accepts.
     """
 
-    def ratio(width: int) -> float:  # timm rounds ratio * embed_dim down
+    def ratio(width: int) -> float:  # timm truncates ratio * embed_dim
         value = width / model.hidden_dim
         while int(value * model.hidden_dim) < width:
             value = math.nextafter(value, math.inf)
@@ -406,12 +408,12 @@ def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, An
     }
 
 
-# Weights at another image size, leaf by leaf. Of a Mixer only token mixing depends on the size: S
-# and D_S are its widths. Grids are (H / P, W / P) in tokens; tokens are row-major, S = H W / P^2.
+# Resizing weights for another image size, leaf by leaf. In a Mixer only the token-mixing widths S
+# and D_S depend on the size. Grids are (H / P, W / P) in tokens, in row-major order: S = H W / P^2.
 
 
 def _token_mixing_leaf(name: str) -> str | None:
-    """Such as "Dense_0/kernel" for a leaf of token mixing, None for any other."""
+    """Returns a name such as "Dense_0/kernel" for a leaf of token mixing, else None."""
     match = re.fullmatch(r"MixerBlock_\d+/token_mixing/(.*)", name)
     return match and match[1]
 
@@ -421,15 +423,15 @@ def grow(
 ) -> np.ndarray:
     """Grows one leaf for images that are K_h and K_w times as large (paper, supplement).
 
-    Kernels become block-diagonal with K_h K_w copies of the old one, biases are repeated, and axes
-    over tokens go from the order of the tiles to row-major order. dtype and bits stay; only the
-    result takes memory.
+    Kernels become block-diagonal with K_h K_w copies of the old kernel, biases are repeated, and
+    token axes are permuted from tile order to row-major order. The dtype and the values are kept;
+    no memory is allocated except for the result.
 
     Args:
-      name: as published, "MixerBlock_0/token_mixing/Dense_0/kernel".
-      array: the leaf. One that is not token mixing's is returned as it is.
+      name: published name, such as "MixerBlock_0/token_mixing/Dense_0/kernel".
+      array: the leaf. A leaf that does not belong to token mixing is returned unchanged.
       grid: (H / P, W / P) of the weights.
-      new_grid: that of the images to come, (K_h H / P, K_w W / P).
+      new_grid: (K_h H / P, K_w W / P), the grid of the new images.
     """
     leaf = _token_mixing_leaf(name)
     if leaf is None or grid == new_grid:
@@ -441,8 +443,8 @@ def grow(
     if leaf == "Dense_1/bias":  # S
         return np.tile(array.reshape(h, w), (k_h, k_w)).reshape(-1)
     grown = np.zeros([side * k_h * k_w for side in array.shape], array.dtype)
-    # A large image's token is (tile's row, row in it, tile's column, column in it); a hidden unit
-    # is (tile, the old unit).
+    # Index a token of the large image by (row of its tile, row in the tile, column of its tile,
+    # column in the tile), and a hidden unit by (tile, old unit).
     if leaf == "Dense_0/kernel":  # S, D_S
         blocks = grown.reshape(k_h, h, k_w, w, k_h * k_w, -1).transpose(0, 2, 4, 1, 3, 5)
         block = array.reshape(h, w, -1)
@@ -458,19 +460,19 @@ def grow(
 def interpolate(
     name: str, array: np.ndarray, *, grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> np.ndarray:
-    """Resamples one leaf for images of another size, D_S unchanged. Not the paper's.
+    """Resamples one leaf for images of another size, with D_S unchanged. Not from the paper.
 
-    With R the bilinear resampling of one grid to another (`resize.resampling`), W2' = R(old to new)
-    W2 and b2 likewise, and W1' = R(new to old)^T W1: the hidden units are those of the old weights
-    on the resampled tokens. The transpose is the bilinear enlargement of W1 times S / S', but exact
-    at the borders: tokens that are all alike give the same hidden units as before, and outputs that
-    were alike stay so.
+    Let R be the bilinear resampling of one grid to another (`resize.resampling`). Then W2' = R(old
+    to new) W2, b2' = R(old to new) b2 and W1' = R(new to old)^T W1, so that the hidden units equal
+    those of the old weights on resampled tokens. The transpose equals the bilinear enlargement of
+    W1 times S / S', but is exact at the borders: constant tokens give the same hidden units as
+    before, and constant outputs stay constant.
 
     Args:
-      name: as published.
-      array: the leaf. One that does not depend on the number of tokens is returned as it is.
+      name: published name.
+      array: the leaf. A leaf that does not depend on the number of tokens is returned unchanged.
       grid: (H / P, W / P) of the weights.
-      new_grid: that of the images to come.
+      new_grid: the grid of the new images.
     """
     leaf = _token_mixing_leaf(name)
     if leaf is None or leaf == "Dense_0/bias" or grid == new_grid:

@@ -1,4 +1,4 @@
-"""What architectures share: their first layer, parameters of layers, masks, the chain of blocks."""
+"""Modules that architectures share: patch embedding, layer parameters, masks, chain of blocks."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,20 +13,20 @@ from mixer.models import layers
 
 GELUS = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
-# What the backward pass finds in memory beside the blocks' inputs; it computes the rest again.
+# Activations that are stored for the backward pass, besides the blocks' inputs.
 REMAT = {
-    "none": None,  # everything that it needs
+    "none": None,  # all of them
     "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # the outputs of matmuls
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-MOST_BLOCKS = 1000  # each is traced and compiled; the deepest of the variants has 32
-MOST_SIDE = 1 << 15  # pixels
+MAX_BLOCKS = 1000  # each block is traced and compiled; the deepest variant has 32
+MAX_SIDE = 1 << 15  # pixels
 
 
 def check_image_size(size: tuple[int, int], patch_size: int) -> None:
-    """Raises UserError where `patch_size` does not divide both sides of `size` (H, W)."""
-    if max(size) > MOST_SIDE:
-        raise UserError(f"image {size[0]} x {size[1]}: sides are expected up to {MOST_SIDE} pixels")
+    """Raises UserError unless `patch_size` divides both sides of `size` (H, W)."""
+    if max(size) > MAX_SIDE:
+        raise UserError(f"image {size[0]} x {size[1]}; expected sides of at most {MAX_SIDE} pixels")
     for side in size:
         if side % patch_size or side < 1:
             low = side // patch_size * patch_size
@@ -40,7 +40,7 @@ def check_image_size(size: tuple[int, int], patch_size: int) -> None:
 def check_images(images: jax.Array, patch_size: int) -> None:
     """Raises UserError unless `images` are floats (N, H, W, 3) that the patch size divides.
 
-    (The authors' code pads images that it does not divide, without a word.)
+    The authors' code silently pads images that the patch size does not divide.
     """
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(f"images have the shape {images.shape}; expected (N, H, W, 3), RGB last")
@@ -52,8 +52,8 @@ def check_images(images: jax.Array, patch_size: int) -> None:
 def count_blocks(names: Iterable[str]) -> int:
     """Returns the largest number of a block in names of any layout, plus 1.
 
-    A file has more arrays than blocks, so that numbers beyond the number of its names do not count:
-    the size of a file bounds what is made of a number in it.
+    A file has more arrays than blocks, so larger block numbers than the number of names are
+    ignored. A damaged name therefore cannot cause a huge allocation.
     """
     names = list(names)
     numbers = re.findall(r"(?:[bB]lock_|blocks\.)([0-9]{1,9})(?![0-9])", " ".join(names))
@@ -61,7 +61,7 @@ def count_blocks(names: Iterable[str]) -> int:
 
 
 class Dense(nn.Module):
-    """The parameters of an affine map from `shape[:-1]` to `shape[-1]`, as `nn.Dense` has them."""
+    """The parameters of an affine map from `shape[:-1]` to `shape[-1]`, as in `nn.Dense`."""
 
     shape: tuple[int, ...]
 
@@ -73,7 +73,7 @@ class Dense(nn.Module):
 
 
 class Norm(nn.Module):
-    """The parameters of a LayerNorm over `width`, as `nn.LayerNorm` has them."""
+    """The parameters of a LayerNorm over `width`, as in `nn.LayerNorm`."""
 
     width: int
 
@@ -87,7 +87,7 @@ class Norm(nn.Module):
 def patch_embedding(
     images: jax.Array, patch_size: int, hidden_dim: int, dtype: jnp.dtype, *, name: str
 ) -> jax.Array:
-    """The per-patch fully-connected layer: images (N, H, W, 3) to tokens (N, H/P, W/P, C)."""
+    """Applies the per-patch fully-connected layer: images (N, H, W, 3) to (N, H/P, W/P, C)."""
     kernel, bias = Dense((patch_size, patch_size, 3, hidden_dim), name=name)()
     pixels = layers.patches(images.astype(dtype), patch_size)
     return layers.dense(pixels, kernel.reshape(-1, hidden_dim), bias)
@@ -126,21 +126,21 @@ def apply_blocks(
     key: jax.Array | None,
     example_index: jax.Array,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Applies a model's blocks, one after the other.
+    """Applies a model's blocks in sequence.
 
-    Each block is called as `block(x, keys, keep_prob)` with one key per example (N,), from which it
-    draws its masks, or None; and the probability that it keeps a branch, or None where that is 1.
-    An example's keys follow from its place in the global batch: a mask depends neither on the mesh
-    nor on how the batch is cut for gradient accumulation.
+    Each block is called as `block(x, keys, keep_prob)`. `keys` (N,) are random keys for the masks
+    of each example, or None. `keep_prob` is the probability that a branch is kept, or None if it is
+    1. An example's keys depend only on its position in the global batch, not on the mesh or on the
+    microbatches of gradient accumulation.
 
     Args:
-      model: whose blocks they are; its fields num_blocks, stoch_depth, remat and scan_blocks apply.
-      block_class: of each block.
-      fields: of each block.
+      model: the model, with the fields num_blocks, stoch_depth, remat and scan_blocks.
+      block_class: class of the blocks.
+      fields: fields of each block.
       x: (N, S, C).
-      name: of a block's parameters, such as "MixerBlock_{}".
-      key: of all masks; None: no masks (evaluation).
-      example_index: (N,), place of each example in the global batch.
+      name: pattern of the name of a block's parameters, such as "MixerBlock_{}".
+      key: random key for all masks; None: no masks (evaluation).
+      example_index: (N,), position of each example in the global batch.
 
     Returns:
       The output of the last block, and the list of every block's output.
@@ -175,7 +175,7 @@ def _scan_blocks(
     keep_probs: Sequence[float],
     example_keys: Callable[[jax.Array], jax.Array | None],
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """As `apply_blocks`, in one loop that is compiled once, over stacked parameters."""
+    """Applies the blocks in one loop over stacked parameters, which is compiled once."""
 
     def apply_block(x: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         params, i, keep_prob = inputs
@@ -184,7 +184,7 @@ def _scan_blocks(
         return x, x
 
     if model.remat != "none":
-        # The loop keeps the compiler from undoing remat.
+        # Inside a loop the compiler cannot undo remat, so `prevent_cse` is unnecessary.
         apply_block = jax.checkpoint(apply_block, policy=REMAT[model.remat], prevent_cse=False)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     numbers = jnp.arange(model.num_blocks)

@@ -1,8 +1,8 @@
-"""The architectures, and everything that follows from the shape of a network.
+"""The registry of architectures, and functions that depend on a network's shape.
 
-An architecture is one file of this package and one entry of `ARCHITECTURES`. Whoever needs a
-model's dimensions, the names and shapes of its parameters, its FLOPs, its weights at another image
-size or in another program's file asks here.
+An architecture is one file of this package and one entry of `ARCHITECTURES`. This module provides a
+model's dimensions, the names and shapes of its parameters, its FLOPs, and the conversion of its
+weights to another image size or another program's layout.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from mixer.errors import UserError, check_choice, check_number
 from mixer.models import mlp_mixer, resize
-from mixer.models.modules import DTYPES, GELUS, MOST_BLOCKS, REMAT
+from mixer.models.modules import DTYPES, GELUS, MAX_BLOCKS, REMAT
 from mixer.parallel import sharding
 
 HEAD = ("head/kernel", "head/bias")  # the head's parameters, in every architecture
@@ -25,17 +25,17 @@ HEAD = ("head/kernel", "head/bias")  # the head's parameters, in every architect
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the rest of the package knows of an architecture.
+    """The interface of an architecture to the rest of the package.
 
     Attributes:
-      title: its name in messages.
+      title: name of the architecture in messages.
       module: the Flax module; its fields are the keys of `config.model`.
-      variants: the dimensions, by the module's field names, of each named size.
-      block: name of a block's parameters.
-      grown_dim: the dimension that growth to a larger image multiplies.
-      widest_dim: the width of the widest layer that each token passes.
-      signature: small parameters, without the head's, by which weights are told from others of the
-        same shapes.
+      variants: for each named size, the dimensions by the module's field names.
+      block: pattern of the name of a block's parameters.
+      grown_dim: the dimension that is multiplied when weights grow to a larger image.
+      widest_dim: the width of the widest layer that is applied to each token.
+      signature: small parameters outside the head whose checksum tells apart weights of the same
+        shapes.
       placement: (pattern, mesh axes) of each parameter that is split over the mesh.
       cast_leaves: pattern of the parameters that a model in bfloat16 rounds to bfloat16.
       layer_flops: (model, image_size) -> (name, FLOPs of one image's forward pass) of each layer.
@@ -48,8 +48,8 @@ class Architecture:
       from_layout: (published name, array, layout) -> the array with the published axes.
       to_layout: the inverse of `from_layout`.
       timm_arguments: (model, image_size) -> arguments of timm's class for the same model.
-      resize: by the name of a way, such as "interpolate": (published name, array, grid=, new_grid=)
-        -> the array for images of another size.
+      resize: for the name of each method, such as "interpolate": (published name, array, grid=,
+        new_grid=) -> the array for images of another size.
     """
 
     title: str
@@ -74,7 +74,7 @@ class Architecture:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The fields of the module that a variant determines."""
+        """Names of the module's fields that a variant determines."""
         return tuple(next(iter(self.variants.values())))
 
 
@@ -101,7 +101,7 @@ ARCHITECTURES = {
         resize={"grow": mlp_mixer.grow, "interpolate": mlp_mixer.interpolate},
     ),
 }
-DEFAULT = "mixer"  # the architecture of a config that names none
+DEFAULT = "mixer"  # the architecture if the config sets no name
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -114,27 +114,27 @@ def make_model(
 ) -> nn.Module:
     """Builds a model from a variant's name, from explicit dimensions, or from both.
 
-    `mixer.make_model("B/16", num_classes=10)` is the module alone:
-    `model.init(key, images)["params"]` draws its parameters, `mixer.load` reads some.
+    `mixer.make_model("B/16", num_classes=10)` returns only the module. Initialise its parameters
+    with `model.init(key, images)["params"]`, or read them with `mixer.load`.
 
     Args:
-      variant: such as "B/16"; None where every dimension is given.
+      variant: such as "B/16"; None if `fields` sets every dimension.
       name: the architecture, a key of `ARCHITECTURES`.
       num_classes: width of the head.
-      **fields: fields of the architecture's module, such as `hidden_dim` or `dtype`; those that are
-        not None replace the variant's.
+      **fields: fields of the architecture's module, such as `hidden_dim` or `dtype`; fields that
+        are not None override the variant.
 
     Returns:
       A Flax module; `logits, out = model.apply({"params": params}, images)`.
 
     Raises:
-      UserError: an unknown architecture, variant or field, a missing dimension or a value out of
-        range.
+      UserError: the architecture, the variant or a field is unknown, a dimension is missing, or a
+        value is out of range.
     """
     check_choice("model.name", name, ARCHITECTURES)
     architecture = ARCHITECTURES[name]
     keys = [field.name for field in dataclasses.fields(architecture.module)]
-    keys = [key for key in keys if key not in ("parent", "name")]  # those are Flax's own
+    keys = [key for key in keys if key not in ("parent", "name")]  # fields that Flax adds
     for key in fields:
         check_choice("field of the model", key, keys)
     if variant is not None:
@@ -148,12 +148,14 @@ def make_model(
 def _check_fields(architecture: Architecture, fields: Mapping[str, Any]) -> None:
     if missing := [key for key in architecture.dimensions if key not in fields]:
         variants = ", ".join(architecture.variants)
-        raise UserError(f"the model needs a variant ({variants}) or {missing}")
+        raise UserError(
+            f"the model has no {', '.join(missing)}; set them, or a variant ({variants})"
+        )
     for key in ("num_classes", *architecture.dimensions):
-        below = MOST_BLOCKS + 1 if key == "num_blocks" else 2**31
-        check_number(f"model.{key}", fields[key], least=1, below=below, whole=True)
+        limit = MAX_BLOCKS + 1 if key == "num_blocks" else 2**31
+        check_number(f"model.{key}", fields[key], minimum=1, limit=limit, integer=True)
     for key in ("stoch_depth", "dropout"):
-        check_number(f"model.{key}", fields.get(key, 0), below=1)
+        check_number(f"model.{key}", fields.get(key, 0), limit=1)
     if not math.isfinite(fields.get("head_bias_init", 0)):
         raise UserError(
             f"model.head_bias_init={fields['head_bias_init']}; expected a finite number"
@@ -169,7 +171,7 @@ def dimensions(model: nn.Module) -> dict[str, int]:
 
 
 def find_variant(architecture: Architecture, dims: Mapping[str, int]) -> str | None:
-    """Returns the variant of these dimensions; growth may have multiplied one of them."""
+    """Returns the variant with these dimensions, of which `grown_dim` may have been multiplied."""
     for name, variant in architecture.variants.items():
         fits = {
             key: dims[key] % value == 0 if key == architecture.grown_dim else dims[key] == value
@@ -186,10 +188,10 @@ def grown_dimensions(
     old: tuple[int, int],
     new: tuple[int, int],
 ) -> dict[str, int]:
-    """Returns the dimensions of a model for images of size `old` once it is grown to `new`.
+    """Returns the dimensions of a model that is grown from images of size `old` to size `new`.
 
     Raises:
-      UserError: no whole factors lead from one size to the other.
+      UserError: the new size is not an integer multiple of the old size.
     """
     factor = math.prod(resize.growth_factors(old, new, dims["patch_size"]))
     return {**dims, architecture.grown_dim: dims[architecture.grown_dim] * factor}
@@ -199,10 +201,10 @@ def param_shapes(model: nn.Module, image_size: tuple[int, int]) -> dict[str, jax
     """Returns the shape and dtype of each parameter by its name, joined by "/".
 
     Args:
-      model: whose parameters they are; nothing is allocated.
+      model: the model; no parameters are allocated.
       image_size: (H, W) in pixels.
     """
-    # All blocks have the same shapes, and one is traced sooner than many.
+    # All blocks have the same shapes, so tracing one of them is enough.
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     tree = jax.eval_shape(model.clone(num_blocks=1).init, key, images)["params"]
@@ -216,5 +218,5 @@ def param_shapes(model: nn.Module, image_size: tuple[int, int]) -> dict[str, jax
 
 
 def num_params(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """Returns the number of a model's parameters for images of (H, W) pixels."""
+    """Returns the number of parameters of a model for images of (H, W) pixels."""
     return sharding.num_values(param_shapes(model, image_size))

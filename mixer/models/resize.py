@@ -1,15 +1,15 @@
-"""What architectures share where weights are resized for another image size.
+"""Shared code of the architectures for resizing weights to another image size.
 
-`grow` is the paper's (supplement, fine-tuning at higher resolution): for sides K_h and K_w times as
-large the image is cut into K_h x K_w tiles of the old size, and each tile is mixed by itself with
-the old weights. Until training changes that, the mean of the grown model's pre-logits over a large
-image is the mean of the old model's over its tiles.
+`grow` is the method of the paper (supplement, fine-tuning at higher resolution): an image whose
+sides are K_h and K_w times as large is cut into K_h x K_w tiles of the old size, and each tile is
+mixed separately with the old weights. Before training, the grown model's pre-logits for a large
+image are the mean of the old model's pre-logits for its tiles.
 
-`interpolate` is not the paper's. It takes any size, larger or smaller: the token MLP sees the new
-tokens resampled to the old grid, and its output is resampled to the new one.
+`interpolate` is not from the paper. It accepts any size, larger or smaller: the token MLP receives
+the new tokens resampled to the old grid, and its output is resampled to the new grid.
 
-What either does to a leaf is the architecture's (`mixer/models/registry.py`). Sizes are (H, W) in
-pixels, grids are (H / P, W / P) in tokens.
+Each architecture defines how a leaf is resized (`mixer/models/registry.py`). Sizes are (H, W) in
+pixels; grids are (H / P, W / P) in tokens.
 """
 
 import math
@@ -22,24 +22,25 @@ from mixer.errors import UserError
 
 
 def growth_factors(old: tuple[int, int], new: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Returns how many tiles of size `old` an image of size `new` is cut into: (K_h, K_w).
+    """Returns into how many tiles of size `old` an image of size `new` is cut: (K_h, K_w).
 
     Raises:
-      UserError: a side of `new` is no multiple of the old one, or of the patch; the message has the
-        nearest sides that are.
+      UserError: a side of `new` is not a multiple of the old side, or of the patch size; the
+        message lists the nearest valid sides.
     """
     if all(n % o == 0 and n >= o and n % patch_size == 0 for o, n in zip(old, new, strict=True)):
         return new[0] // old[0], new[1] // old[1]
     near = " x ".join(_near(o, n) for o, n in zip(old, new, strict=True))
     raise UserError(
         f"weights for {old[0]} x {old[1]} images cannot be grown to {new[0]} x {new[1]}: each side "
-        f"has to be a whole multiple of theirs, and the nearest are {near}; interpolation, which "
-        f"is not the paper's, takes every multiple of the patch size {patch_size} (docs/weights.md)"
+        f"must be an integer multiple of the old side; the nearest are {near}; interpolation, "
+        f"which is not from the paper, accepts every multiple of the patch size {patch_size} "
+        "(docs/weights.md)"
     )
 
 
 def _near(old: int, new: int) -> str:
-    """The multiples of `old` next to `new`, such as "448 or 672"."""
+    """Returns the multiples of `old` nearest to `new`, such as "448 or 672"."""
     low = new // old * old
     if low == new:
         return str(new)
@@ -49,8 +50,8 @@ def _near(old: int, new: int) -> str:
 def resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> list[np.ndarray]:
     """Returns the matrices (new side, old side) that resample rows and columns of a grid.
 
-    The resampling is bilinear with half-pixel centres, antialiased where it shrinks, as images are
-    resized; every row of a matrix sums to one.
+    The resampling is bilinear with half-pixel centres, and antialiased when it shrinks, like the
+    resizing of images. Every row of a matrix sums to one.
     """
     return [
         np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (new, old), "bilinear"))
@@ -61,7 +62,7 @@ def resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> list[np.ndar
 def resample(
     array: np.ndarray, matrices: Sequence[np.ndarray], *, grid: tuple[int, int], axis: int
 ) -> np.ndarray:
-    """Applies matrices for rows and columns to the tokens of `grid`, which lie along `axis`."""
+    """Applies the matrices for rows and columns to the tokens of `grid`, which are on `axis`."""
     rows, columns = matrices
     tokens_first = np.moveaxis(array, axis, 0).astype(np.float32)
     field = tokens_first.reshape(*grid, -1)

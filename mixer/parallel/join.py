@@ -139,7 +139,7 @@ def check_place(address: str, num_processes: int, process_id: int) -> None:
     """Raises UserError where the three flags cannot be those of a process."""
     if not re.fullmatch(r".+:[0-9]+", address) or not 0 < int(address.rpartition(":")[2]) < 65536:
         raise UserError(f"--coordinator_address={address}; expected HOST:PORT")
-    check_number("--num_processes", num_processes, least=1, whole=True)
+    check_number("--num_processes", num_processes, minimum=1, integer=True)
     if not 0 <= process_id < num_processes:
         raise UserError(
             f"--process_id={process_id} with --num_processes={num_processes}; expected a number "

@@ -8,10 +8,10 @@ from mixer.weights import checkpoint
 
 
 class Best:
-    """Keeps the state with the highest accuracy; the accuracy is saved with the checkpoint.
+    """Keeps the checkpoint with the highest accuracy, and saves the accuracy in it.
 
     Attributes:
-      key: of the metric, "val/top1", or "val_ema/top1" if the run averages its parameters.
+      key: key of the metric: "val/top1", or "val_ema/top1" if the run averages its parameters.
     """
 
     def __init__(self, checkpoints: checkpoint.Checkpoints, key: str, highest: float):
@@ -22,20 +22,20 @@ class Best:
         """Saves `state`, the state after `step`, if its accuracy is the highest so far."""
         if accuracy <= self._highest:
             return
-        # Checkpoints of this step and beyond belong to an earlier run in this directory.
+        # Checkpoints of this and later steps belong to an earlier run in this directory.
         self._checkpoints.delete_after(step - 1)
         self._checkpoints.save(state, value={self.key: accuracy})
-        self._checkpoints.wait()  # the log line of the evaluation implies that it is on disk
+        self._checkpoints.wait()  # the evaluation's log line implies that the state is on disk
         self._highest = accuracy
 
 
 def best_so_far(
     checkpoints: checkpoint.Checkpoints, key: str, rows: Sequence[Mapping[str, float]]
 ) -> float:
-    """The accuracy of the best checkpoint; -1 if there is no checkpoint.
+    """Returns the accuracy of the best checkpoint; -1 if there is no checkpoint.
 
-    Older code did not save it with the checkpoint. It is then the value of the checkpoint's step
-    in `rows`, the run's record, or else the highest value there.
+    Older code did not save the accuracy in the checkpoint. The result is then the value in the row
+    of the checkpoint's step (`rows` are those of metrics.jsonl), or else the highest value.
     """
     if not checkpoints.steps:
         return -1.0
@@ -43,10 +43,10 @@ def best_so_far(
     try:
         value = checkpoints.read_info(step).get("value", {})
     except checkpoint.DamagedError as error:
-        warn(f"{error}; the next evaluation takes its place")
+        warn(f"{error}; the next evaluation replaces it")
         return -1.0
     if key in value:
         return value[key]
-    evaluated = [row for row in rows if key in row]
-    of_step = [row for row in evaluated if row["step"] == step]
-    return max((row[key] for row in of_step or evaluated), default=-1.0)
+    all_rows = [row for row in rows if key in row]
+    step_rows = [row for row in all_rows if row["step"] == step]
+    return max((row[key] for row in step_rows or all_rows), default=-1.0)

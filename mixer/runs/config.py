@@ -1,6 +1,7 @@
-"""A run directory: the config and the data a run was started with, and what is built from them.
+"""Reads, checks and resolves the config of a run, and opens its data.
 
-`config.json` is the resolved config, `data.json` the class names and fingerprints of the data.
+In a run directory, `config.json` holds the resolved config, and `data.json` the class names and
+fingerprints of the data.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from mixer.parallel import sharding
 from mixer.weights import load as loading
 from mixer.weights import published
 
-# What may change when a run is continued: it alters neither the parameters nor the data order.
+# Keys that may change when a run is resumed: they affect neither the parameters nor the data order.
 FREE_KEYS = (
     "log_every_steps",
     "eval_every_steps",
@@ -46,16 +47,16 @@ FREE_KEYS = (
     "model.remat",
     "model.scan_blocks",
     "dataset.data_dir",
-    "dataset.label_file",  # the data's fingerprint is of what it says
+    "dataset.label_file",  # the fingerprint of the data covers the file's content
     "dataset.prefetch_batches",
-    # Order and keys are the same, and so are the pixels on a CPU; another device may round a few
-    # of an affine map otherwise (docs/preprocessing.md).
+    # The order and random keys are the same, and on a CPU the pixels too. Another device may round
+    # a few pixels of an affine transform differently (docs/preprocessing.md).
     "dataset.on_device",
     "dataset.augment_on",
 )
 
 UNITS = ("steps", "epochs", "examples")
-MOST = 2**31 - 1  # of anything that is counted: steps are int32, as are indices on devices
+MAX_COUNT = 2**31 - 1  # steps and indices on devices are int32
 # Whole numbers of at least 1; the optional ones may be None.
 OPTIONAL_COUNTS = ("eval_batch_size", "checkpoint.keep_every_steps", "init_image_size")
 COUNTS = (
@@ -65,20 +66,20 @@ COUNTS = (
     *("optimizer.accumulate_steps", "schedule.rsqrt_timescale"),
     *OPTIONAL_COUNTS,
 )
-# What is given in one of the units.
+# Stems of keys that end in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
-# What a run directory holds; nothing else may have these names.
+# Directories and files of a run directory; nothing else may have these names.
 DIRECTORIES = ("checkpoints", "best", "damaged", "tensorboard", "profile", "evaluation")
 FILES = ("config.json", "data.json", "metrics.jsonl", "results.json", "results.md", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The splits a config names; `val` and `test` are None where it names none.
+    """The splits that a config names; `val` and `test` are None if it names none.
 
     Attributes:
       train, val, test: the splits.
-      remarks: lines for the user on the data.
+      remarks: lines about the data for the user.
       subfolders: whether images in folders of a class folder are read (`folder.scan`).
     """
 
@@ -90,16 +91,16 @@ class Splits:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError for values that no later check would name as clearly."""
+    """Raises UserError for invalid values that later checks would report less clearly."""
     values = dict(_flatten(config.to_dict()))
     for key in COUNTS:
         if values[key] is not None or key not in OPTIONAL_COUNTS:
-            check_number(key, values[key], least=1, below=MOST + 1, whole=True)
+            check_number(key, values[key], minimum=1, limit=MAX_COUNT + 1, integer=True)
     for name in ("peak_lr", "weight_decay", "grad_clip_norm", "sam_rho"):
         check_number(f"optimizer.{name}", config.optimizer[name])
-    check_number("seed", config.seed, below=1 << 32)  # JAX's keys take no more bits of it
-    check_number("label_smoothing", config.label_smoothing, below=1)
-    check_number("optimizer.ema_decay", config.optimizer.ema_decay, below=1)
+    check_number("seed", config.seed, limit=1 << 32)  # JAX's keys use 32 bits of the seed
+    check_number("label_smoothing", config.label_smoothing, limit=1)
+    check_number("optimizer.ema_decay", config.optimizer.ema_decay, limit=1)
     if config.global_batch_size % config.optimizer.accumulate_steps:
         raise UserError(
             f"optimizer.accumulate_steps={config.optimizer.accumulate_steps} does not divide "
@@ -108,22 +109,24 @@ def check_config(config: ConfigDict) -> None:
     check_choice("init_head", config.init_head, loading.HEADS)
     check_choice("init_resize", config.init_resize, loading.RESIZES)
     for stem in LENGTHS:
-        given = lengths_given(config, stem)
-        if len(given) > 1:
-            both = " and ".join(f"{key}={value}" for key, value in given.items())
-            raise UserError(f"{both} are set; give one of them")
-        for key, value in given.items():
+        lengths = get_lengths(config, stem)
+        if len(lengths) > 1:
+            pairs = " and ".join(f"{key}={value}" for key, value in lengths.items())
+            raise UserError(f"{pairs} are set; expected one of them")
+        for key, value in lengths.items():
             may_be_0 = stem.startswith("schedule.")
             if not 0 <= value < math.inf or (value == 0 and not may_be_0):
                 raise UserError(f"{key} is {value}; it must be {'0 or ' * may_be_0}more than 0")
-    if not lengths_given(config, "total_"):
-        raise UserError("no length of the run: give total_steps, total_epochs or total_examples")
+    if not get_lengths(config, "total_"):
+        raise UserError(
+            "the run has no length; expected total_steps, total_epochs or total_examples"
+        )
     if config.dataset.permutation:
         check_choice("dataset.permutation", config.dataset.permutation, permutation.KINDS)
     if config.dataset.permutation and config.dataset.name == "synthetic":
         raise UserError(
-            f"dataset.permutation={config.dataset.permutation!r} is a step of the preprocessing, "
-            "and synthetic data takes none"
+            f"dataset.permutation={config.dataset.permutation!r} cannot be used with synthetic "
+            "data, which is not preprocessed"
         )
     check_choice("dataset.on_device", config.dataset.on_device, placement.ON_DEVICE)
     check_choice("dataset.augment_on", config.dataset.augment_on, placement.AUGMENT_ON)
@@ -131,11 +134,11 @@ def check_config(config: ConfigDict) -> None:
     check_number("max_skipped_steps", config.max_skipped_steps)
     check_number("stall_secs", config.stall_secs)
     steps = config.profile_steps
-    whole = all(isinstance(step, int) for step in steps)
-    if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-        raise UserError(f"profile_steps={tuple(steps)}; give (first, last), such as (100, 104)")
+    are_integers = all(isinstance(step, int) for step in steps)
+    if steps and not (are_integers and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(f"profile_steps={tuple(steps)}; expected (first, last), such as (100, 104)")
     if not config.dataset.name:
-        raise UserError("dataset.name is empty; give a TFDS name, 'folder' or 'synthetic'")
+        raise UserError("dataset.name is empty; expected a TFDS name, 'folder' or 'synthetic'")
     variant, patch_size = config.model.variant, config.model.patch_size
     if variant is not None:
         variants = ARCHITECTURES[DEFAULT].variants
@@ -145,104 +148,103 @@ def check_config(config: ConfigDict) -> None:
         check_image_size((config.image_size, config.image_size), patch_size)
 
 
-def lengths_given(config: ConfigDict, stem: str) -> dict[str, float]:
-    """The keys `stem` + steps, epochs or examples that are set, with their values."""
+def get_lengths(config: ConfigDict, stem: str) -> dict[str, float]:
+    """Returns the set keys among `stem` + "steps", "epochs" and "examples", with their values."""
     keys = [f"{stem}{unit}" for unit in UNITS]
     flat = dict(_flatten(config.to_dict()))
     return {key: flat[key] for key in keys if flat[key] is not None}
 
 
 def needs_epochs(config: ConfigDict) -> bool:
-    """Whether a length of the config is in epochs, which only the data can turn into steps."""
-    return any(key.endswith("epochs") for stem in LENGTHS for key in lengths_given(config, stem))
+    """Returns whether a length is in epochs; only the data's size converts epochs to steps."""
+    return any(key.endswith("epochs") for stem in LENGTHS for key in get_lengths(config, stem))
 
 
 def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
-    """Sets every `..._steps` that the config gives in epochs or examples.
+    """Sets every `..._steps` key that the config gives in epochs or examples.
 
-    Rounded to the nearest step, at least 1. `num_examples` is the size of the training split, and
-    may be None where `needs_epochs` is false.
+    A length is rounded to the nearest step, but is at least 1. `num_examples` is the size of the
+    training split; it may be None if `needs_epochs` is false.
     """
     for stem in LENGTHS:
-        given = lengths_given(config, stem)
         steps = None if stem == "eval_every_" else 0
-        for key, value in given.items():
+        for key, value in get_lengths(config, stem).items():
             batch_size = 1 if key.endswith("steps") else config.global_batch_size
             examples = value * num_examples if key.endswith("epochs") else value
-            if examples > MOST * batch_size:
-                raise UserError(f"{key} is {value}; it must give at most {MOST} updates")
+            if examples > MAX_COUNT * batch_size:
+                raise UserError(f"{key} is {value}; expected at most {MAX_COUNT} updates")
             steps = max(round(examples / batch_size), 1) if value else 0
         config.update_from_flattened_dict({f"{stem}steps": steps})
 
 
 def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError where the mesh does not divide the batch, or a part of it."""
-    size, parts = config.global_batch_size, config.optimizer.accumulate_steps
+    """Raises UserError if the mesh does not divide the batch or a microbatch."""
+    size, num_microbatches = config.global_batch_size, config.optimizer.accumulate_steps
     sharding.check_batch_size("global_batch_size", size, mesh)
-    if parts > 1:
+    if num_microbatches > 1:
         name = "global_batch_size / optimizer.accumulate_steps"
-        sharding.check_batch_size(name, size // parts, mesh)
+        sharding.check_batch_size(name, size // num_microbatches, mesh)
 
 
 def check_eval_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError if the mesh does not divide the batch of evaluations."""
+    """Raises UserError if the mesh does not divide the evaluation batch."""
     size = config.eval_batch_size or config.global_batch_size
     sharding.check_batch_size("eval_batch_size", size, mesh)
 
 
 def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
-    """The weights that a new run starts from, not read yet; None where it starts from none.
+    """Returns the unread weights that a new run starts from; None if `init_from` is not set.
 
     Raises:
-      UserError: none there, or not for square images, which are all that training takes.
+      UserError: there are no weights, or they are not for square images, which training needs.
     """
     if not config.init_from:
         return None
-    found = loading.find(config.init_from, image_size=config.init_image_size, log=print)
-    height, width = found.card.image_size
+    weights = loading.find(config.init_from, image_size=config.init_image_size, log=print)
+    height, width = weights.card.image_size
     if height != width:
         raise UserError(
-            f"init_from={found.path} is for images of {height} x {width}; training takes "
-            "square ones"
+            f"init_from={weights.path} is for images of {height} x {width}; training needs "
+            "square images"
         )
     if config.init_image_size not in (None, height):
         raise UserError(
-            f"init_image_size={config.init_image_size}, and init_from={found.path} is for "
+            f"init_image_size={config.init_image_size}, but init_from={weights.path} is for "
             f"images of {height} x {width}"
         )
-    return found
+    return weights
 
 
 def resolve(
     config: ConfigDict,
     *,
     initial: loading.StoredWeights | None,
-    begun: dict[str, Any] | None = None,
+    saved_config: dict[str, Any] | None = None,
 ) -> ConfigDict:
-    """A copy of `config` in which everything is set that does not depend on the data.
+    """Returns a copy of `config` in which every value is set that does not depend on the data.
 
-    These are what the first weights decide of the model, and the op that `dataset.permutation`
-    means. `resolve_data` sets the rest.
+    These are the model fields that the initial weights determine, and the preprocessing op of
+    `dataset.permutation`. `resolve_data` sets the remaining values.
 
     Args:
-      config: as its own command line says.
-      initial: the run's first weights (`find_initial`).
-      begun: saved config of the run that is continued, whose first weights may be gone.
+      config: the config from the command line.
+      initial: the run's initial weights (`find_initial`).
+      saved_config: saved config of a run that is resumed; its initial weights may no longer exist.
     """
     config = config.copy_and_resolve_references()
-    config.init_from = published.shown(config.init_from)  # it is saved: without secrets
-    resolve_model(config, initial, begun)
+    config.init_from = published.shown(config.init_from)  # saved configs must not hold secrets
+    resolve_model(config, initial, saved_config)
     resolve_permutation(config)
     return config
 
 
 def resolve_data(config: ConfigDict, num_classes: int | None, num_examples: int | None) -> None:
-    """Sets the number of classes and every length in steps.
+    """Sets the number of classes, and every length in steps.
 
     Args:
-      config: of `resolve`.
-      num_classes: of the data; it may be None if the config says it.
-      num_examples: of the training split; it may be None unless `needs_epochs`.
+      config: a config that `resolve` returned.
+      num_classes: number of classes in the data; may be None if the config sets it.
+      num_examples: number of training examples; may be None unless `needs_epochs`.
     """
     if config.model.num_classes is None:
         config.model.num_classes = num_classes
@@ -250,22 +252,26 @@ def resolve_data(config: ConfigDict, num_classes: int | None, num_examples: int 
 
 
 def resolve_model(
-    config: ConfigDict, found: loading.StoredWeights | None, old: dict[str, Any] | None
+    config: ConfigDict,
+    initial: loading.StoredWeights | None,
+    saved_values: dict[str, Any] | None,
 ) -> None:
-    """Sets what of the model the first weights decide.
+    """Sets the fields of the model that the initial weights determine.
 
-    That is their GELU and, where the config has no variant and no dimensions, all of these; and the
-    grown D_S at a larger image.
+    These are the GELU form, all dimensions if the config sets neither a variant nor a dimension,
+    and the grown D_S for a larger image size.
 
     Args:
-      config: of the run; as its own command line has it.
-      found: its first weights.
-      old: config of the run that is continued, whose first weights need not be there any more.
+      config: the config from the command line; it is modified.
+      initial: the initial weights.
+      saved_values: config of the run that is resumed; its initial weights may no longer exist.
     """
-    if old:
-        gelu, size = old["model"]["gelu"], old.get("init_image_size")
+    if saved_values:
+        gelu, size = saved_values["model"]["gelu"], saved_values.get("init_image_size")
+    elif initial:
+        gelu, size = initial.card.gelu, initial.card.image_size[0]
     else:
-        gelu, size = (found.card.gelu, found.card.image_size[0]) if found else ("tanh", None)
+        gelu, size = "tanh", None
     if config.model.gelu is None:
         config.model.gelu = gelu
     if config.init_image_size is None:
@@ -274,72 +280,72 @@ def resolve_model(
     architecture = ARCHITECTURES[DEFAULT]
     keys = architecture.dimensions
     if config.init_from and all(model[key] is None for key in ("variant", *keys)):
-        if old:
-            model.update({key: old["model"][key] for key in keys})
-            return  # grown already, where it was
-        model.update(found.card.dimensions)
+        if saved_values:
+            model.update({key: saved_values["model"][key] for key in keys})
+            return  # the saved dimensions are already grown
+        model.update(initial.card.dimensions)
     if config.init_image_size in (None, config.image_size) or config.init_resize != "grow":
         return
-    # The grown MLP is K^2 times as wide, whatever width the weights have.
-    given = {key: model[key] for key in keys if model[key]}
-    dims = {**architecture.variants.get(model.variant, {}), **given}
+    # For an image K times larger, the token-mixing MLP becomes K^2 times as wide.
+    set_dims = {key: model[key] for key in keys if model[key]}
+    dims = {**architecture.variants.get(model.variant, {}), **set_dims}
     if len(dims) == len(keys):
-        old, new = ((side, side) for side in (config.init_image_size, config.image_size))
-        grown = grown_dimensions(architecture, dims, old, new)
+        old_size, new_size = ((side, side) for side in (config.init_image_size, config.image_size))
+        grown = grown_dimensions(architecture, dims, old_size, new_size)
         model.update({key: grown[key] for key in keys if grown[key] != dims[key]})
 
 
 def resolve_permutation(config: ConfigDict) -> None:
-    """Writes the step that `dataset.permutation` means into both preprocessings.
+    """Adds the op of `dataset.permutation` to the training and evaluation preprocessing.
 
-    Whoever reads the run's config then sees what the images went through. The seed is 0 and not
-    the run's, so that runs of any seed, and what is fine-tuned from them, see the same images.
+    The saved config then lists every op that the images went through. The op's seed is always 0, so
+    that runs of every seed, and models fine-tuned from them, see the same images.
     """
     dataset, size = config.dataset, config.image_size
     if not dataset.permutation:
         return
-    step = f"permute_pixels({size}, seed=0)"
+    op = f"permute_pixels({size}, seed=0)"
     if dataset.permutation == "patches":
-        # As the model has it, which may be a variant's; its classes may not be known yet.
+        # The patch size may come from a variant. The number of classes may not be known yet.
         patch_size = make_model(**config.model.to_dict() | dict(num_classes=1)).patch_size
         check_image_size((size, size), patch_size)
-        step = f"permute_patches({size}, {patch_size}, seed=0)"
+        op = f"permute_patches({size}, {patch_size}, seed=0)"
     for key in ("train_preprocess", "eval_preprocess"):
-        dataset[key] = str(parse(dataset[key]).with_image_op(step))
+        dataset[key] = str(parse(dataset[key]).with_image_op(op))
 
 
 def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
-    """Raises UserError where the model's classes are not as many as the data's."""
+    """Raises UserError if the model and the data have different numbers of classes."""
     if config.model.num_classes != len(class_names):
         raise UserError(
             f"model.num_classes={config.model.num_classes}, but the data has {len(class_names)} "
-            "classes; leave it out to take the data's"
+            "classes; omit it to use the number in the data"
         )
 
 
 def open_split(
     config: ConfigDict,
-    which: str,
+    split_name: str,
     class_names: tuple[str, ...] | None,
     *,
     augment: bool = False,
     subfolders: bool = True,
 ) -> pipeline.Split | None:
-    """Opens the split "train", "val" or "test" of the config, None where the config has none.
+    """Opens the split "train", "val" or "test" of the config; returns None if it is not set.
 
-    `augment` takes the preprocessing of training instead of that of evaluation; `subfolders` is as
-    of `folder.scan`.
+    `augment` selects the training preprocessing instead of the evaluation preprocessing;
+    `subfolders` is the argument of `folder.scan`.
     """
-    spec = config.dataset[f"{which}_split"]
+    spec = config.dataset[f"{split_name}_split"]
     if not spec:
-        if which == "train":
-            raise UserError("dataset.train_split is empty; give a split such as train[:90%]")
+        if split_name == "train":
+            raise UserError("dataset.train_split is empty; expected a split such as train[:90%]")
         return None
-    steps = config.dataset.train_preprocess if augment else config.dataset.eval_preprocess
+    preprocess = config.dataset.train_preprocess if augment else config.dataset.eval_preprocess
     split = pipeline.open_split(
         config.dataset,
         spec,
-        steps,
+        preprocess,
         image_size=(config.image_size, config.image_size),
         num_classes=config.model.num_classes,
         class_names=class_names,
@@ -347,31 +353,31 @@ def open_split(
     )
     if split.multi_label and config.loss == "softmax":
         raise UserError(
-            f"{split.name} has several labels an image, or none; softmax needs one: set "
-            "loss=sigmoid"
+            f"{split.name} has images with several labels or none; loss=softmax needs one label "
+            "per image (set loss=sigmoid)"
         )
     return split
 
 
 def open_own_split(
     config: ConfigDict,
-    which: str,
+    split_name: str,
     class_names: tuple[str, ...] | None,
     record: dict[str, Any] | None,
 ) -> pipeline.Split | None:
-    """As `open_split`, of a run's config, with the images that the run has read.
+    """Opens a split of a run's config with the same images that the run has read.
 
-    A run of older code has read none in folders of a class folder. `record` is what the run's
-    data.json says of its splits; None: the data is not a run's own.
+    Runs of older code did not read images in subfolders of a class folder. `record` is the entry
+    "splits" of the run's data.json; None if the data is not the run's own.
     """
-    split = open_split(config, which, class_names)
-    before = (record or {}).get(which)
-    if split is None or not before or not data_change(before, split):
+    split = open_split(config, split_name, class_names)
+    saved_split = (record or {}).get(split_name)
+    if split is None or not saved_split or not data_change(saved_split, split):
         return split
     if not pipeline.has_subfolders(config.dataset):
         return split
-    older = open_split(config, which, class_names, subfolders=False)
-    return split if data_change(before, older) else older
+    flat_split = open_split(config, split_name, class_names, subfolders=False)
+    return split if data_change(saved_split, flat_split) else flat_split
 
 
 def open_splits(
@@ -379,14 +385,14 @@ def open_splits(
     class_names: tuple[str, ...] | None,
     record: dict[str, Any] | None = None,
 ) -> Splits:
-    """Opens all splits of the config, with the run's class names where it has some already.
+    """Opens all splits of the config, with the run's class names if it has saved some.
 
-    `record` is what the run has saved of its data. Runs begun by older code read no images in
-    folders of a class folder, and go on without.
+    `record` is the content of the run's data.json. Runs that older code started do not read images
+    in subfolders of a class folder, and continue without them.
     """
-    if config.dataset.name != "synthetic":  # which takes no steps
+    if config.dataset.name != "synthetic":  # synthetic data is not preprocessed
         for key in ("train_preprocess", "eval_preprocess"):
-            if config.dataset[key]:  # both, before any data is read
+            if config.dataset[key]:  # check both specs before any data is read
                 parse(config.dataset[key], (config.image_size, config.image_size))
     pipeline.forget_listings()
     subfolders = True if record is None else record.get("subfolders")
@@ -402,108 +408,108 @@ def _open_splits(
 ) -> Splits:
     train = open_split(config, "train", class_names, augment=True, subfolders=subfolders)
     val, test = (
-        open_split(config, which, train.class_names, subfolders=subfolders)
-        for which in ("val", "test")
+        open_split(config, split_name, train.class_names, subfolders=subfolders)
+        for split_name in ("val", "test")
     )
     remarks = pipeline.remarks(config.dataset, train, subfolders=subfolders)
     return Splits(train, val, test, remarks, subfolders)
 
 
 def check_same_config(workdir: epath.Path, old: dict[str, Any], new: ConfigDict) -> None:
-    """Raises UserError that names every key by which `new` would change a run begun with `old`."""
+    """Raises UserError with every key that would change if a run with config `old` used `new`."""
     changed = changes(old, new.to_dict())
     if changed:
         raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}. Give another "
-            "--workdir, or --allow_config_change to continue it with the new values"
+            f"{workdir} holds a run with another config: {'; '.join(changed)}. Pass another "
+            "--workdir, or --allow_config_change to resume the run with the new values"
         )
 
 
-def check_same_everywhere(mine: dict[str, Any], what: str) -> None:
-    """Raises UserError where a process has other values than process 0, which it names.
+def check_same_everywhere(tree: dict[str, Any], noun: str) -> None:
+    """Raises UserError if values on this process differ from process 0; lists the differences.
 
-    Where the data lies may differ from host to host; the data may not.
+    Hosts may have the same data at different paths.
     """
-    theirs = distributed.broadcast(mine)
-    theirs, mine = (dict(_flatten(each)) for each in (theirs, mine))
-    other = [
-        f"{key}: {theirs.get(key)!r} -> {mine.get(key)!r}"
-        for key in sorted(theirs.keys() | mine.keys())
-        if theirs.get(key) != mine.get(key)
+    main_values, local_values = (dict(_flatten(t)) for t in (distributed.broadcast(tree), tree))
+    differences = [
+        f"{key}: {main_values.get(key)!r} -> {local_values.get(key)!r}"
+        for key in sorted(main_values.keys() | local_values.keys())
+        if main_values.get(key) != local_values.get(key)
         and key not in ("dataset.data_dir", "dataset.label_file")
     ]
-    if other:
+    if differences:
         raise UserError(
-            f"{distributed.process_name()} has other {what} than process 0: {'; '.join(other)}"
+            f"{distributed.process_name()} has other {noun} than process 0: "
+            f"{'; '.join(differences)}"
         )
 
 
 def check_same_data(workdir: epath.Path, record: dict[str, Any], split: pipeline.Split) -> None:
-    """Raises UserError where `split`, of training, is not the one of the run's record."""
+    """Raises UserError if the training split differs from the split in the run's data.json."""
     change = data_change(record["splits"]["train"], split)
     if change:
         raise UserError(
             f"the training data has changed since {workdir} was started: {change}. "
-            "Bring it back, give another --workdir, or --allow_config_change"
+            "Restore the data, or pass another --workdir or --allow_config_change"
         )
 
 
 def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
-    """How a split differs from what a run has saved of it; "" where it does not.
+    """Describes how a split differs from the saved record of it; "" if it does not.
 
-    Sizes of files are compared where both are known: older code saved none.
+    File sizes are compared if both records have them; older code saved none.
     """
-    before, stored = old.get("files"), split.stored()
-    now = stored.record() if before and stored else None
-    resized = now is not None and before["sizes"] != now["sizes"]
-    if old["fingerprint"] == split.fingerprint and not resized:
+    old_files, stored = old.get("files"), split.stored()
+    new_files = stored.record() if old_files and stored else None
+    has_new_sizes = new_files is not None and old_files["sizes"] != new_files["sizes"]
+    if old["fingerprint"] == split.fingerprint and not has_new_sizes:
         return ""
     change = (
         f"{old['name']} with {old['num_examples']:,} examples, now {split.name} with "
         f"{split.num_examples:,}"
     )
-    if not resized:
+    if not has_new_sizes:
         return change
-    change += f" ({before['num_bytes']:,} bytes, now {now['num_bytes']:,})"
+    change += f" ({old_files['num_bytes']:,} bytes, now {new_files['num_bytes']:,})"
     rows = [
-        list(zip(each.get("class_files") or (), each.get("class_bytes") or (), strict=False))
-        for each in (before, now)
+        list(zip(files.get("class_files") or (), files.get("class_bytes") or (), strict=False))
+        for files in (old_files, new_files)
     ]
     pairs = zip(*rows, strict=False)
     label = next((label for label, (one, two) in enumerate(pairs) if one != two), None)
-    if label is None and before["num_bytes"] == now["num_bytes"]:
-        return f"{change}: single files have other names, or other sizes"
+    if label is None and old_files["num_bytes"] == new_files["num_bytes"]:
+        return f"{change}: some files have other names or other sizes"
     if label is not None:
-        (files, num_bytes), (files_now, num_bytes_now) = (row[label] for row in rows)
+        (old_count, old_bytes), (new_count, new_bytes) = (row[label] for row in rows)
         change += (
-            f"; class {split.class_names[label]!r} had {files:,} images of {num_bytes:,} bytes and "
-            f"has {files_now:,} of {num_bytes_now:,}"
+            f"; class {split.class_names[label]!r} had {old_count:,} images of {old_bytes:,} bytes "
+            f"and now has {new_count:,} of {new_bytes:,}"
         )
-    newest = stored.newest(label) if now["num_files"] >= before["num_files"] else ""
-    return change + (newest and f", changed last is {folder.displayed(newest)}")
+    newest = stored.newest(label) if new_files["num_files"] >= old_files["num_files"] else ""
+    return change + (newest and f"; the last changed file is {folder.displayed(newest)}")
 
 
 def data_name(config: ConfigDict) -> str:
-    """What a config's data is called: its data set, or of a folder the folder's name."""
+    """Returns the name of a config's data: its data set, or the name of its folder."""
     dataset = config.dataset
     return (dataset.name == "folder" and epath.Path(dataset.data_dir).name) or dataset.name
 
 
 def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
-    """What `data.json` holds; `num_readers` is how many processes began to read the data."""
-    opened = {which: getattr(splits, which) for which in ("train", "val", "test")}
+    """Returns the content of `data.json`; `num_readers` processes started to read the data."""
+    opened = {key: getattr(splits, key) for key in ("train", "val", "test")}
     return {
         "class_names": list(splits.train.class_names),
         "num_readers": num_readers,
         "subfolders": splits.subfolders,
         "splits": {
-            which: {
+            key: {
                 "name": split.name,
                 "num_examples": split.num_examples,
                 "fingerprint": split.fingerprint,
                 **_files_record(split),
             }
-            for which, split in opened.items()
+            for key, split in opened.items()
             if split is not None
         },
     }
@@ -516,7 +522,7 @@ def _files_record(split: pipeline.Split) -> dict[str, Any]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all, on process 0 alone."""
+    """Writes a JSON file atomically, on process 0 only."""
     if distributed.is_main():
         run_files.write_json(path, value)
 
@@ -525,46 +531,47 @@ def record_result(
     directory: epath.PathLike,
     name: str,
     weights: Mapping[str, Any],
-    which: str,
+    entry: str,
     result: dict[str, Any],
     *,
     section: str = "splits",
 ) -> epath.Path:
-    """Enters a result in `results.json`, or `results_<name>.json` if not "last".
+    """Adds a result to `results.json`, or to `results_<name>.json` if `name` is not "last".
 
-    Other results stay, where they are of the same weights. Process 0 alone writes.
+    Other results of the same weights are kept, and results of other weights are deleted. Only
+    process 0 writes.
 
     Args:
-      directory: a run, or where results go.
-      name: "last", "best" or a step's number.
-      weights: what they are, such as {"step": 2000}; it stands in the file.
-      which: what is entered, such as "val".
-      result: what JSON can hold.
-      section: of the file: "splits", or what else an evaluation finds.
+      directory: a run, or another directory for results.
+      name: "last", "best" or the number of a step.
+      weights: identity of the weights, such as {"step": 2000}, which is saved in the file.
+      entry: key of the result, such as "val".
+      result: values that JSON can represent.
+      section: section of the file: "splits", or the section of another evaluation.
     """
     path = run_files.results_path(directory, name)
     if not distributed.is_main():
         return path
     weights = json.loads(json.dumps(weights))
     old = run_files.read_results(directory, name) or {}
-    if not is_of(old, weights):
+    if not has_weights(old, weights):
         old = weights
-        path.with_suffix(".md").unlink(missing_ok=True)  # a card of those
-    run_files.write_json(path, {**old, section: {**old.get(section, {}), which: result}})
+        path.with_suffix(".md").unlink(missing_ok=True)  # it describes the old results
+    run_files.write_json(path, {**old, section: {**old.get(section, {}), entry: result}})
     return path
 
 
-def is_of(results: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
-    """Whether the content of a results.json is of `weights`, as of `record_result`."""
+def has_weights(results: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
+    """Returns whether a results.json is of `weights`, as passed to `record_result`."""
     weights = {"weights": None, **json.loads(json.dumps(weights))}
     return {key: results.get(key) for key in weights} == weights
 
 
 def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
-    """The config, with every key of today's code, and the class names of a run.
+    """Returns a run's config, completed with every key of the current code, and its class names.
 
     Raises:
-      UserError: the directory is no run, or a file of it is damaged.
+      UserError: the directory is not a run, or one of its files is damaged.
     """
     config = run_files.read_config(workdir)
     if config is not None:
@@ -572,27 +579,29 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     data = run_files.read_data(workdir)
     files = {"config.json": config, "data.json": data}
     if missing := [name for name, value in files.items() if value is None]:
-        raise UserError(f"{workdir} is no run: it holds no {' and no '.join(missing)}")
+        raise UserError(f"{workdir} is not a run: it has no {' and no '.join(missing)}")
     class_names = tuple(data["class_names"])
     config = ConfigDict(run_files.completed(config))
     if config.model.num_classes is None:
         config.model.num_classes = len(class_names)
     if config.model.num_classes != len(class_names):
         raise UserError(
-            f"{workdir}: config.json has model.num_classes={config.model.num_classes}, and "
-            f"data.json {len(class_names)} class_names"
+            f"{workdir}: config.json has model.num_classes={config.model.num_classes}, but "
+            f"data.json has {len(class_names)} class_names"
         )
     return config, class_names
 
 
-def read_begun(
+def read_saved(
     workdir: epath.PathLike, *, allow_config_change: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Config and data that bind a run with checkpoints; None where one is missing and may be.
+    """Returns the saved config and data of a run with checkpoints, which a resumed run must match.
+
+    A missing file gives None if `allow_config_change` is set.
 
     Raises:
-      UserError: a file is damaged, or missing without `allow_config_change`; or the weights are
-        converted ones.
+      UserError: a file is damaged, or missing without `allow_config_change`; or the directory holds
+        converted weights instead of a run.
     """
     config = run_files.read_config(workdir)
     if config is not None:
@@ -601,47 +610,50 @@ def read_begun(
     for name, value in (("config.json", config), ("data.json", data)):
         if value is None and not allow_config_change:
             raise UserError(
-                f"{epath.Path(workdir) / name} is missing, and {workdir} has checkpoints: what the "
-                "run was begun with is not known. Bring the file back, give another --workdir, or "
-                "--allow_config_change to continue with what the command says"
+                f"{epath.Path(workdir) / name} is missing, but {workdir} has checkpoints, so the "
+                "run's settings are not known. Restore the file, or pass another --workdir, or "
+                "--allow_config_change to continue with the settings of this command"
             )
     return config, data
 
 
 def check_place(workdir: epath.Path) -> None:
-    """Raises UserError where a name of a run's is that of something else."""
+    """Raises UserError if a path that a run writes exists with the wrong type."""
     if "://" in os.fspath(workdir):
         return
-    for names, is_right, what in (
+    for names, has_type, noun in (
         (DIRECTORIES, os.path.isdir, "directory"),
         (FILES, os.path.isfile, "regular file"),
     ):
         for path in (workdir / name for name in names):
-            if os.path.lexists(path) and not is_right(path):
-                raise UserError(f"{path} is no {what}, which a run has there; move it away")
+            if os.path.lexists(path) and not has_type(path):
+                raise UserError(f"{path} is not a {noun}, as a run needs; move it away")
 
 
 def check_trained(workdir: epath.PathLike, config: dict[str, Any]) -> None:
-    """Raises UserError where `workdir` holds weights that mixer.tools.convert has put there."""
+    """Raises UserError if `workdir` holds weights that mixer.tools.convert wrote."""
     if "total_steps" not in config:
         raise UserError(
-            f"{workdir} holds converted weights and no training run; they can be the first weights "
-            f"of one: --config.init_from={workdir} with another --workdir"
+            f"{workdir} holds converted weights, not a training run; start a run from them with "
+            f"--config.init_from={workdir} with another --workdir"
         )
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines such as "schedule.decay: 'cosine' -> 'linear'" for each key that binds a run."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
-    for values in (before, after):  # older code saved addresses with their query
+    """Returns lines such as "schedule.decay: 'cosine' -> 'linear'" for changed keys.
+
+    Keys in FREE_KEYS may change when a run is resumed, and are left out.
+    """
+    old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
+    for values in (old_values, new_values):  # older code saved addresses with their query
         if values.get("init_from"):
             values["init_from"] = published.shown(values["init_from"])
     for key in [f"{stem}{unit}" for stem in LENGTHS for unit in UNITS[1:]]:
-        before.pop(key, None)  # the steps that came of them bind the run
+        old_values.pop(key, None)  # the resolved steps are compared instead
     return [
-        f"{key}: {before[key]!r} -> {after.get(key)!r}"
-        for key in sorted(before)  # a key that later code has added says nothing of the run
-        if before[key] != after.get(key)
+        f"{key}: {old_values[key]!r} -> {new_values.get(key)!r}"
+        for key in sorted(old_values)  # without keys that newer code added
+        if old_values[key] != new_values.get(key)
         and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in FREE_KEYS)
     ]
 
@@ -651,4 +663,4 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, json.loads(json.dumps(value))  # JSON knows no tuples
+            yield prefix + key, json.loads(json.dumps(value))  # turns tuples into lists, as in JSON

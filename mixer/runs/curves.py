@@ -1,7 +1,7 @@
-"""Training curves of a run, or of several, as a PNG; and the helpers of every picture.
+"""Draws the training curves of one or more runs as a PNG; provides helpers for all figures.
 
-Figures are matplotlib's objects, without pyplot and its global state. Names come from data: they
-are drawn literally, never as formulas, and long names are shortened.
+Figures are matplotlib objects without pyplot and its global state. Names come from user data, so
+they are drawn literally, never as formulas, and long names are shortened.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from etils import epath
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Title of a panel, its keys in metrics.jsonl, whether its vertical axis begins at 0.
+# Title of a panel, its keys in metrics.jsonl, and whether its vertical axis starts at 0.
 PANELS = (
     ("loss", ("train/loss", "val/loss", "val_ema/loss"), False),
     ("accuracy", ("train/accuracy", "val/top1", "val_ema/top1"), False),
@@ -25,7 +25,7 @@ PANELS = (
     ("share of time waiting for data", ("perf/data_wait_share",), True),
     ("expected calibration error", ("val/ece", "val_ema/ece"), True),
 )
-# Prefix of a key: label and colour of the curve.
+# For each prefix of a key, the label and the colour of the curve.
 KINDS = {
     "train": ("training", "C0"),
     "val": ("validation", "C1"),
@@ -33,14 +33,14 @@ KINDS = {
     "perf": ("", "C0"),
 }
 DPI = 110
-LINES = ("-", "--", ":", "-.")  # the colours repeat after ten runs, in another line style
+LINES = ("-", "--", ":", "-.")  # after ten runs, colours repeat with the next line style
 EXACT = ("train/learning_rate", "train/param_norm")  # curves without noise
-MARKED = 60  # the most points of a curve that each bear a marker
-SMOOTHED_FROM = 200  # a curve of more points is smoothed
+MAX_MARKED = 60  # curves with at most this many points have markers
+SMOOTHED_FROM = 200  # curves with more points than this are smoothed
 
 
 def draw_curves(rows: Rows, path: epath.PathLike, title: str) -> None:
-    """Draws the curves in the rows of `metrics.jsonl` as a PNG at `path`.
+    """Draws the curves in rows of `metrics.jsonl` as a PNG at `path`.
 
     A curve of more than SMOOTHED_FROM points is drawn faintly under its running mean.
     """
@@ -58,9 +58,9 @@ def draw_curves(rows: Rows, path: epath.PathLike, title: str) -> None:
 
 
 def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
-    """Draws the curves of several runs over each other, the training curves faintly.
+    """Draws the curves of several runs in the same panels, with faint training curves.
 
-    A run that keeps an average of its parameters shows the validation of the average.
+    If a run averages its parameters, its validation curve is that of the average.
     """
     from matplotlib.lines import Line2D
 
@@ -70,19 +70,19 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
         if any(_points(rows, key) for rows in runs.values() for key in panel[1])
     ]
     with drawing():
-        figure, grid = make_panels(len(panels), "", below=0.22 * len(runs) + 0.3)
+        figure, grid = make_panels(len(panels), "", legend_inches=0.22 * len(runs) + 0.3)
         for axes, (name, keys, from_zero) in zip(grid, panels, strict=False):
-            judged = [key for key in keys if key.startswith("val")]
+            val_keys = [key for key in keys if key.startswith("val")]
             for number, rows in enumerate(runs.values()):
                 style = {"color": f"C{number % 10}", "linestyle": LINES[number // 10 % len(LINES)]}
-                best = [key for key in judged if _points(rows, key)][-1:]
-                for key in [key for key in keys if key not in judged] + best:
+                best = [key for key in val_keys if _points(rows, key)][-1:]
+                for key in [key for key in keys if key not in val_keys] + best:
                     if points := _points(rows, key):
-                        faint = 0.35 if best and key not in best else 1
-                        width = 1 if faint < 1 else 1.4
-                        _line(axes, points, key, alpha=faint, lw=width, **style)
-            both = judged and any(key not in judged for key in keys)
-            finish_panel(axes, name + " (training faint)" * bool(both), from_zero)
+                        alpha = 0.35 if best and key not in best else 1
+                        width = 1 if alpha < 1 else 1.4
+                        _line(axes, points, key, alpha=alpha, lw=width, **style)
+            has_both = val_keys and any(key not in val_keys for key in keys)
+            finish_panel(axes, name + " (training faint)" * bool(has_both), from_zero)
         figure.legend(
             [
                 Line2D([], [], color=f"C{i % 10}", linestyle=LINES[i // 10 % len(LINES)])
@@ -96,7 +96,7 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """The running mean of a curve, over a window of 1/50 of its points, shorter at both ends."""
+    """Returns a curve's running mean over 1/50 of its points; the window is shorter at the ends."""
     count, half = len(values), len(values) // 100
     start = np.maximum(np.arange(count) - half, 0)
     stop = np.minimum(np.arange(count) + half + 1, count)
@@ -108,7 +108,7 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def _points(rows: Rows, key: str) -> tuple[list[int], list[float]] | None:
-    """Steps and values of the curve `key`; None if no row has the key."""
+    """Returns the steps and values of the curve `key`; None if no row has the key."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     return tuple(map(list, zip(*points, strict=True))) if points else None
 
@@ -123,7 +123,7 @@ def _curve(axes: Any, points: tuple[list[int], list[float]], key: str) -> None:
 def _line(axes: Any, points: tuple[list[int], list[float]], key: str, **style: Any) -> None:
     steps, values = points
     values = smooth(values) if _is_smoothed(points, key) else values
-    marker = "o" if len(steps) <= MARKED else None
+    marker = "o" if len(steps) <= MAX_MARKED else None
     axes.plot(steps, values, marker=marker, ms=3, **style)
 
 
@@ -131,7 +131,7 @@ def _is_smoothed(points: tuple[list[int], list[float]], key: str) -> bool:
     return len(points[0]) > SMOOTHED_FROM and key not in EXACT
 
 
-# Figures, for every picture of the package.
+# Helpers for all figures of the package.
 
 
 @contextlib.contextmanager
@@ -145,16 +145,16 @@ def drawing() -> Iterator[None]:
 
 
 def make_figure(width: float, height: float, layout: str | None = "constrained") -> Any:
-    """A figure of this size in inches at DPI; `layout` is matplotlib's layout engine."""
+    """Returns a figure with this size in inches at DPI; `layout` is matplotlib's layout engine."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout=layout)
 
 
-def make_panels(count: int, title: str, below: float = 0.0) -> tuple[Any, list[Any]]:
-    """A figure of `count` panels, two in a row, with `below` inches for a legend."""
+def make_panels(count: int, title: str, legend_inches: float = 0.0) -> tuple[Any, list[Any]]:
+    """Returns a figure of `count` panels, two per row, with `legend_inches` below for a legend."""
     rows = max(-(-count // 2), 1)
-    figure = make_figure(9.5, 2.5 * rows + below + 0.3)
+    figure = make_figure(9.5, 2.5 * rows + legend_inches + 0.3)
     if title:
         figure.suptitle(title, fontsize=11)
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
@@ -164,7 +164,7 @@ def make_panels(count: int, title: str, below: float = 0.0) -> tuple[Any, list[A
 
 
 def save_figure(figure: Any, path: epath.PathLike, colors: int | None = 256) -> None:
-    """Writes the figure as a PNG with a palette of `colors`, which halves the file; None: none."""
+    """Writes the figure as a PNG, quantized to `colors` to halve the file, or in full colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -175,22 +175,22 @@ def save_figure(figure: Any, path: epath.PathLike, colors: int | None = 256) -> 
         (image.quantize(colors) if colors else image).save(file, "PNG")
 
 
-def finish_panel(axes: Any, name: str, from_zero: bool, along: str = "step") -> None:
-    """Sets title, limits and ticks of a panel after its curves are drawn.
+def finish_panel(axes: Any, name: str, from_zero: bool, x_label: str = "step") -> None:
+    """Sets the title, limits and ticks of a panel after its curves are drawn.
 
     Args:
-      axes: the panel.
-      name: its title.
-      from_zero: whether the vertical axis begins at 0.
-      along: label of the horizontal axis.
+      axes: axes of the panel.
+      name: title of the panel.
+      from_zero: whether the vertical axis starts at 0.
+      x_label: label of the horizontal axis.
     """
     from matplotlib import ticker
 
     axes.set_title(name, fontsize=10)
-    axes.set_xlabel(along, fontsize=8)
+    axes.set_xlabel(x_label, fontsize=8)
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-    if along == "step":
+    if x_label == "step":
         steps = [step for line in axes.lines for step in line.get_xdata()]
         axes.set_xlim(0, max(steps, default=1) * 1.03 or 1)
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -211,20 +211,20 @@ def finish_panel(axes: Any, name: str, from_zero: bool, along: str = "step") -> 
 
 
 def format_percent(value: float, _: Any) -> str:
-    """The tick of an axis whose values are shares."""
+    """Formats a tick of an axis whose values are fractions."""
     return f"{100 * value:.4g}%"
 
 
 def legend_label(name: str) -> str:
-    """A name for a legend; matplotlib omits names that begin with an underscore."""
+    """Returns a name for a legend; matplotlib would omit a name that starts with an underscore."""
     name = shorten(name, 90)
     return f" {name}" if name.startswith("_") else name
 
 
-def shorten(name: str, most: int) -> str:
-    """The name in one line; of more than `most` characters, the middle is left out."""
+def shorten(name: str, max_length: int) -> str:
+    """Returns the name in one line; cuts out the middle of more than `max_length` characters."""
     name = " ".join("".join(c if c.isprintable() else " " for c in name).split())
-    if len(name) <= most:
+    if len(name) <= max_length:
         return name
-    end = most // 3
-    return f"{name[: most - end - 1]}…{name[-end:]}"
+    end = max_length // 3
+    return f"{name[: max_length - end - 1]}…{name[-end:]}"

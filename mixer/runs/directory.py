@@ -18,14 +18,14 @@ from mixer.weights import checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun:
-    """A run directory that this program holds the lock of.
+    """A run directory that this process has locked.
 
     Attributes:
-      path: the directory, which every process sees.
-      checkpoints: of the run.
+      path: the directory, which every process can see.
+      checkpoints: the run's checkpoints.
       best: the checkpoint with the best validation accuracy.
-      signals: SIGTERM and Ctrl-C, which ask the run to save and leave.
-      watch: notes what this process does, so that a stall can be explained.
+      signals: handlers of SIGTERM and Ctrl-C, which make the run save and stop.
+      watch: records what this process is doing, so that a stall can be explained.
     """
 
     path: epath.Path
@@ -35,7 +35,7 @@ class OpenRun:
     watch: watchdog.Watch
 
     def leave_if_asked(self, say: Callable[[str], None]) -> None:
-        """Raises signals.Stopped if a signal has arrived, once the last checkpoint is on disk."""
+        """Raises signals.Stopped after a signal, when the last checkpoint is on disk."""
         if not self.signals.poll():
             return
         self.checkpoints.wait()
@@ -43,7 +43,7 @@ class OpenRun:
             last = self.checkpoints.describe_last()
             say(f"saved {last}; the same command continues from it")
         else:
-            say(f"{self.signals.name}: nothing is to be saved before the first step")
+            say(f"{self.signals.name}: no checkpoint saved, as the run has not finished a step")
         raise signals.Stopped(self.signals.received)
 
 
@@ -52,7 +52,7 @@ def open_run(config: ConfigDict, workdir: str) -> Iterator[OpenRun]:
     """Opens a run directory for training, on every process of the run.
 
     Raises:
-      UserError: a wrong config, or a directory that cannot be used.
+      UserError: the config is invalid, or the directory cannot be used.
     """
     with watchdog.watch(stall_secs=config.stall_secs, tell=warn) as watch:
         backend.check_settings()
@@ -76,7 +76,7 @@ def open_run(config: ConfigDict, workdir: str) -> Iterator[OpenRun]:
 
 @contextlib.contextmanager
 def _directory(workdir: str) -> Iterator[epath.Path]:
-    """Makes the run's directory, checks that every process sees it, and holds its lock."""
+    """Creates and locks the run's directory, and checks that every process can see it."""
     path = files.parse_path("--workdir", workdir)
     checkpoint.check_name(path, writes=True)
     with contextlib.ExitStack() as stack:
@@ -85,9 +85,9 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
                 path.mkdir(parents=True, exist_ok=True)
             except Exception as error:
                 if not isinstance(error, OSError) and "://" not in os.fspath(workdir):
-                    raise  # an object store's client has exceptions of its own
+                    raise  # only object stores raise exceptions other than OSError
                 reason = getattr(error, "strerror", None) or first_line(error)
-                raise UserError(f"--workdir={workdir} cannot be made: {reason}") from None
+                raise UserError(f"--workdir={workdir} cannot be created: {reason}") from None
             stack.enter_context(checkpoint.locked(path))
             run_config.check_place(path)
             files.remove_unfinished(path)

@@ -1,4 +1,4 @@
-"""What a training run prints and records: the terminal, metrics.jsonl and the rates in both."""
+"""Logs a training run to the terminal and to metrics.jsonl, and measures its rates."""
 
 import math
 import time
@@ -22,14 +22,14 @@ from mixer.training import optimizer
 
 
 class TrainLog:
-    """Terminal, record and rates of one start of a run.
+    """Terminal output, metrics and rates of one start of a run.
 
     Attributes:
-      writer: of metrics.jsonl; `writer.rows` is the record so far.
+      writer: writer of metrics.jsonl; `writer.rows` holds all rows so far.
     """
 
     def __init__(self, config: ConfigDict, run: OpenRun, *, start_step: int, train: Split):
-        """Opens the record of a run that continues after `start_step`; `train` is its split."""
+        """Opens the log of a run that continues after `start_step` on the split `train`."""
         self._config, self._run, self._start_step = config, run, start_step
         self._epoch_size = train.num_examples
         self.writer = MetricWriter(
@@ -43,13 +43,13 @@ class TrainLog:
 
     def start(self) -> None:
         """Shows the progress bar and starts the clock of the rates."""
-        self._started = time.perf_counter()
+        self._start_secs = time.perf_counter()
         self._meter.start(self._start_step)
         if self._start_step < self._config.total_steps:
             self._terminal.start()
 
     def finish_step(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:
-        """Notes that the updates `first` to `last` are dispatched, with the metrics of the last.
+        """Logs that the updates `first` to `last` are dispatched; `metrics` are those of `last`.
 
         The metrics of a log step are written one call late, when the device has finished them.
         """
@@ -61,20 +61,20 @@ class TrainLog:
         if first == self._start_step + 1:
             jax.block_until_ready(metrics)
             age = time.time() - psutil.Process().create_time()
-            self.say(f"first step done {age:.1f} s after the program's start")
+            self.say(f"first step finished {age:.1f} s after the program started")
             if not is_log_step:
-                self._meter.start(last)  # the first step includes the first batch's way
+                self._meter.start(last)  # the first step includes loading the first batch
         self.write_pending()
         if is_log_step:
             self._pending = last, metrics
-            if metrics["loss"].is_ready():  # on a CPU; waiting would add the next call's time
+            if metrics["loss"].is_ready():  # true on a CPU; waiting would add the next call's time
                 self.write_pending()
 
     def write_pending(self) -> None:
-        """Writes the metrics of the last log step if they are not written yet.
+        """Writes the metrics of the last log step unless they have been written.
 
         Raises:
-          UserError: the loss, or the number of skipped updates, ends the run.
+          UserError: the loss is not finite, or too many updates were skipped.
         """
         if self._pending is None:
             return
@@ -89,16 +89,16 @@ class TrainLog:
         self._run.checkpoints.check()
 
     def finish(self) -> None:
-        """Ends the progress bar, once the last update is done."""
+        """Ends the progress bar after the last update."""
         self._terminal.close()
         if self._start_step == self._config.total_steps:
-            self.say(f"finished already: {self._run.path} is at step {self._start_step}")
+            self.say(f"already finished: {self._run.path} is at step {self._start_step}")
         else:
-            seconds = formatting.duration(time.perf_counter() - self._started)
+            seconds = formatting.duration(time.perf_counter() - self._start_secs)
             self.say(f"trained to step {self._config.total_steps} in {seconds}")
 
     def close(self) -> None:
-        """Ends the progress bar and closes the record."""
+        """Ends the progress bar and closes metrics.jsonl."""
         self._terminal.close()
         self.writer.close()
 
@@ -116,13 +116,13 @@ class TrainLog:
                 f"and skipped, more than max_skipped_steps={config.max_skipped_steps}"
             )
         raise UserError(
-            f"{problem}; the last good checkpoint is {self._run.checkpoints.describe_last()}. Try "
-            "a lower optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
+            f"{problem}; last good checkpoint: {self._run.checkpoints.describe_last()}. Try a "
+            "lower optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
         )
 
 
 def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> None:
-    """Prints what is trained: the run, its model, data and devices, and where it continues."""
+    """Prints the run, its model, data and devices, and the step at which it resumes."""
     program, train = start.program, start.splits.train
     model, mesh, params = program.model, program.mesh, program.state.params
     log.say(f"run {run.path}: {config.total_steps} steps of {config.global_batch_size} images")
@@ -149,15 +149,15 @@ def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> 
         _, num_processes = sharding.data_processes(mesh)
         if train.order_depends_on_readers and start.num_readers != num_processes:
             log.say(
-                f"the data order is that of {start.num_readers} process(es), which started the "
-                f"run; {num_processes} read it now"
+                f"the data order is that of the {start.num_readers} process(es) that started the "
+                f"run; {num_processes} read the data now"
             )
     if start.is_extended:
-        log.say("the finished run is extended: its schedule is now that of the new length")
+        log.say("the finished run is extended: its schedule now has the new length")
 
 
 def write_curves(workdir: epath.Path, log: TrainLog) -> None:
-    """Draws the run's curves and says where everything is."""
+    """Draws the run's curves and prints the paths of its files."""
     if distributed.is_main():
         curves.draw_curves(log.writer.rows, workdir / "curves.png", workdir.name)
     last_step = log.writer.rows[-1]["step"] if log.writer.rows else 0

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl` is the record, TensorBoard a copy of it."""
+"""Writes a run's metrics to `metrics.jsonl` and copies them to TensorBoard's files."""
 
 import collections
 import contextlib
@@ -22,7 +22,7 @@ from mixer.run_files import read_metrics
 class MetricWriter:
     """Appends metrics to `metrics.jsonl` and, through clu, to TensorBoard's files.
 
-    Process 0 alone writes; the others hold the same `rows`, from which the run takes decisions.
+    Only process 0 writes. All processes hold the same `rows`, on which the run's decisions depend.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class MetricWriter:
         tensorboard: bool,
         warn: Callable[[str], None] = print,
     ):
-        """Opens the record of a run that goes on after `last_step`.
+        """Opens the `metrics.jsonl` of a run that continues after `last_step`.
 
-        Lines of later steps, which that run will write again, are cut. With several processes, all
-        call this. `warn` gets a line on what is left out.
+        Lines of later steps are removed, because the run writes them again. Every process must call
+        this. `warn` is called with a line on anything that is left out.
         """
         self._workdir = epath.Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
@@ -45,23 +45,23 @@ class MetricWriter:
         self._wants_tensorboard = tensorboard and self._writes
         rows = read_metrics(workdir, warn) if self._writes else []
         self.rows = distributed.broadcast([row for row in rows if row["step"] <= last_step])
-        # An object store has whole objects only: there each write replaces the record.
+        # An object store cannot append to an object, so each write replaces `metrics.jsonl`.
         self._in_store = "://" in os.fspath(self._path)
         if not self._writes:
             return
         if self._in_store:
             self._replace(self._path)
         else:
-            new = self._path.with_name("metrics.jsonl.new")
-            self._replace(new)
-            new.replace(self._path)
+            new_path = self._path.with_name("metrics.jsonl.new")
+            self._replace(new_path)
+            new_path.replace(self._path)
             self._file = self._path.open("a")
             self._identity = files.identity(self._path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; `metrics` are scalars such as {"train/loss": 0.3}."""
         numbers = {name: float(value) for name, value in metrics.items()}
-        # JSON has no NaN; of a step that was left out the others are of use.
+        # JSON has no NaN. The finite metrics of a skipped update are still useful.
         row = {"step": step, **{k: v for k, v in numbers.items() if math.isfinite(v)}}
         self.rows.append(row)
         self.check()
@@ -78,30 +78,30 @@ class MetricWriter:
                 self._tensorboard.write_scalars(step, {k: v for k, v in row.items() if k != "step"})
 
     def check(self) -> None:
-        """Raises UserError where the record on disk is not the file that is written to."""
-        if self._file is None or (now := files.identity(self._path)) == self._identity:
+        """Raises UserError if `metrics.jsonl` on disk is no longer the file that is open."""
+        if self._file is None or (identity := files.identity(self._path)) == self._identity:
             return
-        what = "is gone" if now is None else "is another file than it was"
+        fault = "is gone" if identity is None else "is a different file now"
         raise UserError(
-            f"{self._path} {what}: it was removed or replaced while the run was writing to it; "
-            "the run cannot go on there"
+            f"{self._path} {fault}: it was removed or replaced while the run was writing to it; "
+            "the run cannot continue there"
         )
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        """Gives up TensorBoard's files, with a line, where they cannot be written.
+        """Stops writing TensorBoard's files, with a warning, if they cannot be written.
 
-        They are a copy; the record is not.
+        The run continues, because `metrics.jsonl` holds the same metrics.
         """
         try:
             yield
-        except Exception as error:  # TensorFlow has exceptions of its own for each kind
+        except Exception as error:  # TensorFlow raises exceptions of its own classes
             if not isinstance(error, OSError) and not type(error).__module__.startswith("tensor"):
                 raise
             reason = getattr(error, "strerror", None) or first_line(error)
             self._warn(
-                f"{self._workdir / 'tensorboard'} cannot be written: {reason}; the run goes on "
-                "without it, metrics.jsonl has everything"
+                f"{self._workdir / 'tensorboard'} cannot be written: {reason}; the run continues "
+                "without it, and metrics.jsonl has all metrics"
             )
             self._tensorboard, self._wants_tensorboard = None, False
 
@@ -109,16 +109,16 @@ class MetricWriter:
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _open_tensorboard(self) -> None:
-        """Starts TensorBoard's files from the record, so that they hold nothing that was cut.
+        """Rewrites TensorBoard's files from `rows`, so that they lack the removed steps.
 
-        Done at the first write: clu imports TensorFlow, which the first step need not wait for.
+        Runs at the first write, because clu imports TensorFlow, which would delay the first step.
         """
-        # TensorBoard's package wants Keras, which program.py has kept out of the start.
+        # TensorBoard's package needs Keras, which program.py disabled for a faster start.
         os.environ.pop("TF_USE_LEGACY_KERAS", None)
         try:
             from clu import metric_writers
         except ImportError:
-            self._wants_tensorboard = False  # no TensorFlow here: metrics.jsonl has it all
+            self._wants_tensorboard = False  # without TensorFlow, metrics.jsonl is enough
             return
         directory = self._workdir / "tensorboard"
         if directory.exists():
@@ -137,19 +137,19 @@ class MetricWriter:
                 self._tensorboard.close()
 
 
-OUTLIER = 5  # times the median: a step that took so long, and a second more than it, is told
-STEPS_BEFORE = 20  # of which the median is taken at least
+OUTLIER = 5  # a step is reported if it takes 5 times the median, and 1 s more than the median
+MIN_LAPS = 20  # number of timed laps from which the median is used
 
 
 class Meter:
-    """Rates since the last log step, without the time of evaluations and checkpoints."""
+    """Measures rates since the last log step, excluding evaluations and checkpoints."""
 
     def __init__(self, global_batch_size: int, start_step: int):
         self._batch_size = global_batch_size
         self.seconds_per_step = 0.0
         self._laps: collections.deque[float] = collections.deque(maxlen=100)
-        self._lap: tuple[float, float] | None = None  # at its start: the time, and time waited
-        self._waited = 0.0  # for data, ever
+        self._lap: tuple[float, float] | None = None  # time and total data wait at its start
+        self._waited = 0.0  # total seconds spent waiting for data
         self.start(start_step)
 
     def start(self, step: int) -> None:
@@ -159,39 +159,39 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts as waiting for data."""
+        """Counts the time in the block as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not count."""
+        """Excludes the time in the block from the rates."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
-        self._lap = None  # the step in which it lies is not timed
+        self._lap = None  # do not time the step that contains the pause
 
     def outlier(self, steps: int = 1) -> str | None:
-        """What the steps that end now took, where that is far more than those before them did."""
-        now, started = time.perf_counter(), self._lap
-        self._lap = now, self._waited
-        if started is None:
+        """Describes the time of the last `steps` steps if it is far above the median; else None."""
+        end, lap = time.perf_counter(), self._lap
+        self._lap = end, self._waited
+        if lap is None:
             return None
-        seconds, waited = now - started[0], self._waited - started[1]
-        usual = math.inf
-        if len(self._laps) >= STEPS_BEFORE:
-            usual = steps * statistics.median(self._laps)
+        seconds, waited = end - lap[0], self._waited - lap[1]
+        expected = math.inf
+        if len(self._laps) >= MIN_LAPS:
+            expected = steps * statistics.median(self._laps)
         self._laps.append(seconds / steps)
-        if seconds < max(OUTLIER * usual, usual + 1):
+        if seconds < max(OUTLIER * expected, expected + 1):
             return None
         return (
-            f"{seconds:.1f} s, where {usual:.2f} s are usual; {waited:.1f} s of it it waited for "
-            "data"
+            f"{seconds:.1f} s instead of the usual {expected:.2f} s; {waited:.1f} s of it was "
+            "spent waiting for data"
         )
 
     def read(self, step: int) -> dict[str, float]:
-        """Rates from the last reading to now, `step` being done; starts counting anew."""
+        """Returns the rates since the last reading, up to the finished `step`; resets the meter."""
         seconds = max(time.perf_counter() - self._time - self._paused, 1e-9)
         self.seconds_per_step = seconds / max(step - self._step, 1)
         rate = max(step - self._step, 1) * self._batch_size / seconds

@@ -1,8 +1,8 @@
-"""Where a run starts or continues: everything that an earlier start of the run has determined.
+"""Starts or resumes a run, with the settings that an earlier start of the run has fixed.
 
-A run directory with a checkpoint binds what continues it: the config, the data and its order, and
-the device that applies the augmentation. `prepare` compares, decides and restores, in the order of
-docs/training.md, and refuses what would change the run.
+A run directory with a checkpoint fixes the config, the data and its order, and the device that
+applies the augmentation. `prepare` compares these with the command's settings, in the order of
+docs/training.md, restores the state, and raises an error for settings that would change the run.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ from mixer.weights import load as loading
 
 
 @dataclasses.dataclass(frozen=True)
-class Begun:
-    """What an earlier start saved; both None for a new run, or for one that never saved a step.
+class SavedRun:
+    """The saved config and data of a run; both are None if the run has no checkpoint.
 
     Attributes:
-      config: of config.json.
-      data: of data.json.
+      config: content of config.json.
+      data: content of data.json.
     """
 
     config: dict[str, Any] | None
@@ -48,19 +48,19 @@ class Begun:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts, and how.
+    """The state and the settings with which a run starts or resumes.
 
     Attributes:
-      config: resolved; it is saved as config.json.
+      config: the resolved config, which is saved as config.json.
       program: the update, its model and the shapes of its state.
-      state: restored, or of step 0.
-      step: of `state`.
+      state: the restored state, or the state of step 0.
+      step: the step of `state`.
       splits: the run's data.
-      examples: the training examples, to be put on the device; a string that says why training
+      examples: the training examples to place on the device; a string with the reason why training
         streams them; or None if no update is left.
-      num_readers: how many processes the order of the data assumes: those that began the run.
-      is_extended: whether the run had finished and is given more steps.
-      record: what data.json holds.
+      num_readers: the number of processes that the data order assumes, as at the run's first start.
+      is_extended: whether a finished run gets more steps.
+      record: content of data.json.
     """
 
     config: ConfigDict
@@ -75,33 +75,36 @@ class Start:
 
 
 def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change: bool) -> Start:
-    """Opens the data, restores or initializes the state, and decides how the run goes on.
+    """Opens the data, restores or initializes the state, and determines how the run continues.
 
     Args:
-      config: as the user gave it, checked.
-      run: the open directory.
-      mesh: of the devices.
-      allow_config_change: whether to continue a run whose saved config or data differ.
+      config: the user's config, which must have been checked.
+      run: the open run directory.
+      mesh: mesh of the devices.
+      allow_config_change: whether to resume a run whose saved config or data differ.
 
     Raises:
       UserError: the config, the data or the directory cannot start or continue the run.
       signals.Stopped: a signal arrived while the data was opened.
     """
-    begun = read_begun(run, allow_config_change=allow_config_change)
+    saved_run = read_saved(run, allow_config_change=allow_config_change)
     run_config.check_batch_size(config, mesh)
     run_config.check_eval_batch_size(config, mesh)
-    initial = None if begun.config else run_config.find_initial(config)
-    config = run_config.resolve(config, initial=initial, begun=begun.config)
+    initial = None if saved_run.config else run_config.find_initial(config)
+    config = run_config.resolve(config, initial=initial, saved_config=saved_run.config)
     run_config.check_same_everywhere(
         config.to_dict() | checkpoint.versions(), "settings and versions"
     )
 
-    # A thread opens the data: importing TensorFlow takes seconds, in which the model is traced if
-    # the config says how many classes there are.
+    # Open the data in a thread: importing TensorFlow takes seconds. Meanwhile this thread traces
+    # the model, if the config sets the number of classes.
     with ThreadPoolExecutor(1, "data") as thread:
-        class_names = tuple(begun.data["class_names"]) if begun.data else None
+        class_names = tuple(saved_run.data["class_names"]) if saved_run.data else None
         opening = thread.submit(
-            run_config.open_splits, config.copy_and_resolve_references(), class_names, begun.data
+            run_config.open_splits,
+            config.copy_and_resolve_references(),
+            class_names,
+            saved_run.data,
         )
         if config.model.num_classes is None or run_config.needs_epochs(config):
             train = opening.result().train
@@ -110,9 +113,9 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
             run_config.resolve_data(config, None, None)
         program = make_program(config, mesh)
         check_room(config, program)
-        is_extended = extends(begun, config, run.checkpoints.steps)
-        if begun.config and not allow_config_change:
-            check_same_config(run, begun.config, config, is_extended=is_extended)
+        is_extended = extends(saved_run, config, run.checkpoints.steps)
+        if saved_run.config and not allow_config_change:
+            check_same_config(run, saved_run.config, config, is_extended=is_extended)
 
         restored = run.checkpoints.restore_latest(program.state, warn=warn)
         step = int(restored[0].step) if restored else 0
@@ -122,8 +125,8 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
                 read_examples,
                 config,
                 opening.result,
-                begun.data,
-                check=lambda split: check_data(run, begun, split, allow_config_change),
+                saved_run.data,
+                check=lambda split: check_data(run, saved_run, split, allow_config_change),
                 should_stop=lambda: run.signals.received is not None,
             )
         if restored:
@@ -137,11 +140,11 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
     if config.dataset.on_device != "off":
         splits = remember(splits)
     run_config.check_classes(config, splits.train.class_names)
-    num_readers = choose_readers(config, begun.data, sharding.data_processes(mesh)[1])
+    num_readers = choose_readers(config, saved_run.data, sharding.data_processes(mesh)[1])
     examples = reading.result() if reading else None
-    record = make_record(splits, num_readers, begun.data, examples)
-    check_data(run, begun, splits.train, allow_config_change)
-    warn_of_changed_results(begun.data, splits)
+    record = make_record(splits, num_readers, saved_run.data, examples)
+    check_data(run, saved_run, splits.train, allow_config_change)
+    warn_of_changed_results(saved_run.data, splits)
     if step > config.total_steps:
         raise UserError(
             f"{run.path} has reached step {step}, beyond total_steps={config.total_steps}"
@@ -151,7 +154,7 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
 
 
 def write(start: Start, run: OpenRun) -> None:
-    """Saves the config and the data's record, from which the run can be continued."""
+    """Saves the config and the record of the data, which resuming the run requires."""
     distributed.barrier("reading of the run")
     run_config.write_json(run.path / "config.json", start.config.to_dict())
     run_config.write_json(run.path / "data.json", start.record)
@@ -161,12 +164,12 @@ def compile_updates(start: Start, tell: Callable[[str], None]) -> Updates:
     """Compiles the updates after `start.step`, if the run has any left.
 
     Args:
-      start: of the run.
-      tell: gets lines on where the images are, the memory, and the time of compiling.
+      start: the start of the run.
+      tell: called with lines on the location of the images, the memory and the compile time.
     """
     if start.examples is None:
         return Updates(None)
-    started = time.perf_counter()
+    start_secs = time.perf_counter()
     updates, line = make_updates(
         start.config,
         start.examples,
@@ -177,28 +180,28 @@ def compile_updates(start: Start, tell: Callable[[str], None]) -> Updates:
     )
     tell(line)
     memory_line = describe_memory(start.program, updates.compiled)
-    tell(f"{memory_line}; compiled in {time.perf_counter() - started:.1f} s")
+    tell(f"{memory_line}; compiled in {time.perf_counter() - start_secs:.1f} s")
     return updates
 
 
-def read_begun(run: OpenRun, *, allow_config_change: bool) -> Begun:
-    """What binds the run: nothing if it never saved a checkpoint."""
-    run_files.read_results(run.path, "last")  # added to at the end; damage is reported now
+def read_saved(run: OpenRun, *, allow_config_change: bool) -> SavedRun:
+    """Returns the config and data that the run must keep; both None without a checkpoint."""
+    run_files.read_results(run.path, "last")  # reports a damaged file now, not after training
     if not run.checkpoints.steps:
-        return Begun(None, None)
-    return Begun(*run_config.read_begun(run.path, allow_config_change=allow_config_change))
+        return SavedRun(None, None)
+    return SavedRun(*run_config.read_saved(run.path, allow_config_change=allow_config_change))
 
 
-def extends(begun: Begun, config: ConfigDict, saved_steps: list[int]) -> bool:
-    """Whether a finished run is given more steps."""
-    old = begun.config
+def extends(saved_run: SavedRun, config: ConfigDict, saved_steps: list[int]) -> bool:
+    """Returns whether `config` gives more steps to a finished run."""
+    old = saved_run.config
     return old is not None and config.total_steps > old["total_steps"] in saved_steps
 
 
 def check_same_config(
     run: OpenRun, old: dict[str, Any], config: ConfigDict, *, is_extended: bool
 ) -> None:
-    """Raises UserError if `config` changes what binds the run; an extension changes its length."""
+    """Raises UserError if `config` changes a fixed key; an extended run may change its lengths."""
     if is_extended:
         lengths = {key: config.schedule[key] for key in ("warmup_steps", "cooldown_steps")}
         old = old | {
@@ -208,21 +211,21 @@ def check_same_config(
     run_config.check_same_config(run.path, old, config)
 
 
-def check_data(run: OpenRun, begun: Begun, split: Split, allow_config_change: bool) -> None:
+def check_data(run: OpenRun, saved_run: SavedRun, split: Split, allow_config_change: bool) -> None:
     """Raises UserError if the training data is not the data that the run was started with."""
-    if begun.data and not allow_config_change:
-        run_config.check_same_data(run.path, begun.data, split)
+    if saved_run.data and not allow_config_change:
+        run_config.check_same_data(run.path, saved_run.data, split)
 
 
 def check_room(config: ConfigDict, program: TrainProgram) -> None:
     """Raises NoRoomError if the state, or a batch, does not fit into memory."""
-    # Parameters, optimizer state and gradients of this host's devices; activations come on top.
+    # Parameters, optimizer state and gradients on this host's devices, without activations.
     num_bytes = sharding.bytes_per_device((program.state, program.state.params))
     num_bytes *= jax.local_device_count()
-    what = f"training {program.num_params:,} parameters for {config.image_size} px"
+    subject = f"training {program.num_params:,} parameters for {config.image_size} px"
     if config.init_image_size not in (None, config.image_size):
-        what += f", from weights for {config.init_image_size} px,"
-    memory.check_room(num_bytes, what)
+        subject += f", from weights for {config.init_image_size} px,"
+    memory.check_room(num_bytes, subject)
     for key in ("global_batch_size", "eval_batch_size"):
         memory.check_batch(
             key,
@@ -236,19 +239,19 @@ def check_room(config: ConfigDict, program: TrainProgram) -> None:
 def read_examples(
     config: ConfigDict,
     splits: Callable[[], Splits],
-    begun_data: Mapping[str, Any] | None,
+    saved_data: Mapping[str, Any] | None,
     *,
     check: Callable[[Split], None],
     should_stop: Callable[[], bool],
 ) -> resident.Examples | str:
-    """Reads the training examples for the device, or says why training streams them.
+    """Reads the training examples for the device, or returns the reason why training streams them.
 
-    A run that streamed keeps streaming: host and device run the same ops, but not every device
-    rounds like the host.
+    A run that has streamed keeps streaming, because some devices round the same ops differently
+    from the host.
     """
     split = splits().train
     check(split)
-    has_streamed = begun_data is not None and not begun_data.get("on_device", True)
+    has_streamed = saved_data is not None and not saved_data.get("on_device", True)
     if has_streamed and config.dataset.on_device == "auto":
         return "this run was started that way"
     return resident.read(
@@ -266,11 +269,11 @@ def initial_state(
     initial: loading.StoredWeights | None,
     class_names: tuple[str, ...],
 ) -> TrainState:
-    """The state at step 0: random, or with the weights that `init_from` names."""
+    """Returns the state of step 0: random, or with the weights of `init_from`."""
     state = program.init_state()
     if initial is None:
         return state
-    params, how = loading.initial_params(
+    params, summary = loading.initial_params(
         initial,
         state.params,
         image_size=program.image_size,
@@ -278,80 +281,83 @@ def initial_state(
         head=config.init_head,
         resize=config.init_resize,
     )
-    say(f"first weights: {config.init_from}: {initial.about}; {how}")
+    say(f"first weights: {config.init_from}: {initial.about}; {summary}")
     card = initial.card
     if program.model.gelu != card.gelu:
-        warn(f"those weights are for GELU {card.gelu}; model.gelu={program.model.gelu}")
+        warn(f"the weights are for GELU {card.gelu}; model.gelu={program.model.gelu}")
     pixels = pixel_range(config.dataset.train_preprocess)
     if pixels != card.value_range:
         warn(
-            f"those weights are for pixels in {list(card.value_range)}, and "
-            f"dataset.train_preprocess gives them in {list(pixels)}"
+            f"the weights are for pixels in {list(card.value_range)}, but "
+            f"dataset.train_preprocess outputs {list(pixels)}"
         )
     ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, ema_params=ema_params)
 
 
 def remember(splits: Splits) -> Splits:
-    """The splits, whose evaluation images are decoded once and stay in memory if they are small."""
+    """Returns the splits, with small evaluation splits decoded once and kept in memory."""
     val, test = resident.remember(splits.val), resident.remember(splits.test)
     return dataclasses.replace(splits, val=val, test=test)
 
 
 def choose_readers(
-    config: ConfigDict, begun_data: dict[str, Any] | None, num_processes: int
+    config: ConfigDict, saved_data: dict[str, Any] | None, num_processes: int
 ) -> int:
-    """How many processes the order of the data assumes.
+    """Returns the number of processes that the data order assumes.
 
-    The order of a set that is read file by file depends on how many processes began the run.
+    The order of data that is read file by file depends on the number of processes that started the
+    run.
     """
-    num_readers = begun_data.get("num_readers", 1) if begun_data else num_processes
+    num_readers = saved_data.get("num_readers", 1) if saved_data else num_processes
     if config.global_batch_size % num_readers == 0:
         return num_readers
-    warn("the batch size has changed: the data order is new, this epoch may repeat examples")
+    warn("the batch size has changed: the data order changes, and this epoch may repeat examples")
     return num_processes
 
 
 def make_record(
     splits: Splits,
     num_readers: int,
-    begun_data: Mapping[str, Any] | None,
+    saved_data: Mapping[str, Any] | None,
     examples: resident.Examples | str | None,
 ) -> dict[str, Any]:
-    """What data.json holds; a finished run keeps what it says of the device."""
+    """Returns the content of data.json; a finished run keeps its entry "on_device"."""
     record = run_config.data_record(splits, num_readers)
     if examples is not None:
         record["on_device"] = not isinstance(examples, str)
-    elif begun_data and "on_device" in begun_data:  # the run may be extended later
-        record["on_device"] = begun_data["on_device"]
+    elif saved_data and "on_device" in saved_data:  # the run may be extended later
+        record["on_device"] = saved_data["on_device"]
     return record
 
 
-def warn_of_changed_results(begun_data: Mapping[str, Any] | None, splits: Splits) -> None:
+def warn_of_changed_results(saved_data: Mapping[str, Any] | None, splits: Splits) -> None:
     """Warns if evaluation data differs from the data of the run's results so far."""
-    for which, split in (("val", splits.val), ("test", splits.test)):
-        old = begun_data and split and begun_data["splits"].get(which)
+    for name, split in (("val", splits.val), ("test", splits.test)):
+        old = saved_data and split and saved_data["splits"].get(name)
         if old and (change := run_config.data_change(old, split)):
-            warn(f"dataset.{which}_split has other data than this run's results so far: {change}")
+            warn(f"dataset.{name}_split differs from the data of this run's results: {change}")
 
 
 def warn_of_versions(saved: Mapping[str, str]) -> None:
-    """Warns if other versions wrote the checkpoint."""
-    now = checkpoint.versions()
+    """Warns if other versions of the code or the libraries wrote the checkpoint."""
+    current = checkpoint.versions()
     changed = [
-        f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)
+        f"{key} {saved[key]} -> {current.get(key)}"
+        for key in saved
+        if saved[key] != current.get(key)
     ]
     if changed:
         warn(
-            f"the checkpoint was written by other versions ({', '.join(changed)}): the run goes "
-            "on, but perhaps not bit for bit"
+            f"the checkpoint was written by other versions ({', '.join(changed)}): the run "
+            "continues, but may not be bit-identical"
         )
 
 
 def check_same_data_everywhere(record: Mapping[str, Any]) -> None:
     """Raises UserError if a process reads other data than process 0."""
     fingerprints = {
-        which: {"fingerprint": split["fingerprint"], "sizes": split.get("files", {}).get("sizes")}
-        for which, split in record["splits"].items()
+        name: {"fingerprint": split["fingerprint"], "sizes": split.get("files", {}).get("sizes")}
+        for name, split in record["splits"].items()
     }
     run_config.check_same_everywhere(fingerprints, "data")

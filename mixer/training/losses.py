@@ -21,24 +21,24 @@ def sigmoid(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def dense_labels(batch: dict[str, jax.Array], num_classes: int) -> jax.Array:
-    """The labels of a batch as (N, K) float32.
+    """Returns the labels of a batch as (N, K) float32.
 
-    "label" is (N,) int32; or (N, M) int32, several an image, -1 where an image has fewer, with
-    their weights in "label_weight" (N, M) float32; or (N, K) floats, which stay as they are.
+    "label" is (N,) int32; or (N, M) int32 with up to M labels per image, padded with -1, and their
+    weights in "label_weight" (N, M) float32; or (N, K) floats, which are returned unchanged.
     """
     label = batch["label"]
     if jnp.issubdtype(label.dtype, jnp.floating):
         return label
-    labels = jax.nn.one_hot(label, num_classes)  # a row of zeros for -1
+    labels = jax.nn.one_hot(label, num_classes)  # the label -1 gives zeros
     if label.ndim == 1:
         return labels
-    return jnp.max(labels * batch["label_weight"][..., None], axis=1)  # (N, M, K) is never stored
+    return jnp.max(labels * batch["label_weight"][..., None], axis=1)  # XLA never stores (N, M, K)
 
 
 LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
 
 
 def make_loss(name: str):
-    """Returns the loss called `name`: a function (logits, labels) -> (N,)."""
+    """Returns the loss function of that name: (logits, labels) -> (N,)."""
     check_choice("loss", name, LOSSES)
     return LOSSES[name]

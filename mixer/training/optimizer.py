@@ -34,18 +34,18 @@ def make_schedule(
     rsqrt_timescale: int,
     cooldown_steps: int,
 ) -> Schedule:
-    """Returns the learning rate of update number `step` (from 0).
+    """Returns the function from update number `step` (from 0) to its learning rate.
 
-    The product of `peak_lr` and of
+    The learning rate is the product of `peak_lr` and
     - a linear warm-up from 0 to 1 over `warmup_steps`;
     - a decay: linear or cosine, from 1 at the end of the warm-up to `final_multiplier` at
-      `total_steps`; constant; or rsqrt, sqrt(timescale / (timescale + step - warmup_steps)) from
-      the end of the warm-up on (Zhai et al., 2022, "Scaling vision transformers");
+      `total_steps`; constant; or rsqrt, sqrt(timescale / (timescale + step - warmup_steps)) after
+      the warm-up (Zhai et al., 2022, "Scaling vision transformers");
     - a linear cool-down from 1 to 0 over the last `cooldown_steps`.
-    Warm-up and decay multiply as in big_vision.
+    Warm-up and decay are multiplied as in big_vision.
 
     Raises:
-      UserError: an unknown decay, or parts that do not fit the run.
+      UserError: the decay is unknown, or warm-up and cool-down do not fit the run.
     """
     check_choice("schedule.decay", decay, DECAYS)
     if not 0 <= warmup_steps < total_steps:
@@ -58,7 +58,7 @@ def make_schedule(
             f"schedule.cooldown_steps={cooldown_steps} does not fit total_steps={total_steps} "
             f"after {warmup_steps} steps of warm-up; it must be in 0..{total_steps - warmup_steps}"
         )
-    check_number("schedule.rsqrt_timescale", rsqrt_timescale, least=1)
+    check_number("schedule.rsqrt_timescale", rsqrt_timescale, minimum=1)
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -67,8 +67,8 @@ def make_schedule(
         if decay in FALLS:
             multiplier = final_multiplier + (1 - final_multiplier) * FALLS[decay](progress)
         elif decay == "rsqrt":
-            beyond = jnp.maximum(step - warmup_steps, 0.0)
-            multiplier = jnp.sqrt(rsqrt_timescale / (rsqrt_timescale + beyond))
+            decay_steps = jnp.maximum(step - warmup_steps, 0.0)
+            multiplier = jnp.sqrt(rsqrt_timescale / (rsqrt_timescale + decay_steps))
         if warmup_steps:
             multiplier *= jnp.minimum(1.0, step / warmup_steps)
         if cooldown_steps:
@@ -79,20 +79,20 @@ def make_schedule(
 
 
 def kernels(params: Any) -> Any:
-    """True for each leaf called "kernel": what weight decay applies to."""
+    """Returns True for each leaf named "kernel"; weight decay applies only to kernels."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def multipliers(params: Any, rules: Rules) -> Any:
-    """The learning-rate multiplier of each leaf.
+    """Returns the learning-rate multiplier of each leaf.
 
     Args:
       params: parameters, or their shapes.
-      rules: (regex, multiplier): the first regex that matches the leaf's whole name, such as
-        "MixerBlock_0/token_mixing/Dense_0/kernel", decides; 1 where none does.
+      rules: pairs (regex, multiplier). The first regex that matches the leaf's full name, such as
+        "MixerBlock_0/token_mixing/Dense_0/kernel", gives the multiplier; without a match it is 1.
 
     Raises:
-      UserError: a rule that is no rule, or that no parameter's name matches.
+      UserError: a rule is not a pair (regex, multiplier), or applies to no parameter.
     """
     compiled = []
     for rule in rules:
@@ -101,7 +101,7 @@ def multipliers(params: Any, rules: Rules) -> Any:
             compiled.append((re.compile(pattern), float(multiplier)))
         except (TypeError, ValueError, re.error) as error:
             raise UserError(
-                f"optimizer.lr_multipliers: {rule!r} is no (regex, multiplier): {error}"
+                f"optimizer.lr_multipliers: {rule!r} is not a pair (regex, multiplier): {error}"
             ) from None
         check_number(f"optimizer.lr_multipliers: multiplier of {pattern!r}", compiled[-1][1])
     matched = set()
@@ -114,24 +114,24 @@ def multipliers(params: Any, rules: Rules) -> Any:
                 return multiplier
         return 1.0
 
-    found = jax.tree.map_with_path(find, params)
+    tree = jax.tree.map_with_path(find, params)
     for number, rule in enumerate(rules):
         if number not in matched:
             names = list(sharding.by_name(params))
             raise UserError(
-                f"optimizer.lr_multipliers: {rule[0]!r} decides for no parameter; names are like "
-                f"{names[0]}, {names[-1]} and are matched whole, earlier rules first"
+                f"optimizer.lr_multipliers: {rule[0]!r} applies to no parameter; expected a regex "
+                f"of a full name, such as {names[0]} or {names[-1]}, without an earlier match"
             )
-    if not any(jax.tree.leaves(found)):
+    if not any(jax.tree.leaves(tree)):
         raise UserError("optimizer.lr_multipliers freezes every parameter")
-    return found
+    return tree
 
 
 def describe_multipliers(params: Any, rules: Rules) -> list[str]:
-    """A line for each multiplier other than 1: how many parameters have it."""
+    """Returns a line for each multiplier other than 1, with its number of parameters."""
     sizes: dict[float, int] = {}
-    found = jax.tree.leaves(multipliers(params, rules))
-    for leaf, multiplier in zip(jax.tree.leaves(params), found, strict=True):
+    values = jax.tree.leaves(multipliers(params, rules))
+    for leaf, multiplier in zip(jax.tree.leaves(params), values, strict=True):
         sizes[multiplier] = sizes.get(multiplier, 0) + leaf.size
     return [
         f"learning rate x {multiplier:g}{'' if multiplier else ' (frozen)'}: {size:,} parameters"
@@ -141,24 +141,24 @@ def describe_multipliers(params: Any, rules: Rules) -> list[str]:
 
 
 def describe_average(ema_decay: float, total_steps: int) -> str | None:
-    """A line where the average of the parameters ends with more of the first ones than not."""
+    """Returns a warning if the final EMA weights the initial parameters by more than half."""
     share = ema_decay**total_steps
     if share <= 0.5:
         return None
     return (
         f"optimizer.ema_decay={ema_decay}: at step {total_steps} the average still holds "
-        f"{share:.0%} of the initial parameters; a smaller decay holds less"
+        f"{share:.0%} of the initial parameters; use a smaller decay to reduce this"
     )
 
 
 def _scale_by_adam(
     b1: float, b2: float, eps: float, momentum_dtype: str, variance_dtype: str
 ) -> optax.GradientTransformation:
-    """Adam's direction, its second moment kept in `variance_dtype`.
+    """Returns Adam's update direction, with the second moment stored in `variance_dtype`.
 
-    With b2 = 0.999 an update moves the second moment by a thousandth and less, where neighbours in
-    bfloat16 are 1/128 apart: rounded to the nearest it would stand still. It is rounded up or down
-    by chance instead, so that its mean is right; the draw is a function of the update's number.
+    With b2 = 0.999 an update changes the second moment by at most a thousandth, but adjacent
+    bfloat16 values differ by 1/128, so rounding to nearest would never change it. Stochastic
+    rounding keeps its expected value correct. The random bits depend only on the update's number.
     """
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=momentum_dtype)
     if variance_dtype == "float32":
@@ -167,7 +167,7 @@ def _scale_by_adam(
     def narrow(variance: Any, count: jax.Array) -> Any:
         leaves, structure = jax.tree.flatten(variance)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
-        return jax.tree.unflatten(structure, map(_round_by_chance, keys, leaves))
+        return jax.tree.unflatten(structure, map(_round_stochastically, keys, leaves))
 
     def init(params: Any) -> optax.ScaleByAdamState:
         state = adam.init(params)
@@ -181,11 +181,11 @@ def _scale_by_adam(
     return optax.GradientTransformation(init, update)
 
 
-def _round_by_chance(key: jax.Array, x: jax.Array) -> jax.Array:
-    """float32 to one of the two bfloat16 around it, the nearer one the more often."""
+def _round_stochastically(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Rounds float32 to bfloat16 stochastically, with the expected value of the input."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    # What is left is representable, so that the cast rounds nothing.
+    # The remaining bits are exact in bfloat16, so the cast does not round.
     bits &= jnp.uint32(0xFFFF0000)
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
@@ -205,19 +205,19 @@ def make_optimizer(
     grad_clip_norm: float,
     lr_multipliers: Rules,
 ) -> optax.GradientTransformation:
-    """Builds: clip by global norm, adamw or sgd with momentum, weight decay, learning rate.
+    """Builds the chain: clip by global norm, adamw or momentum sgd, weight decay, learning rate.
 
-    What a kernel loses to weight decay in an update, by `weight_decay_form`:
-    - "lr": lr * weight_decay * kernel, lr being the schedule's value (AdamW; torch's AdamW);
-    - "schedule": lr / peak_lr * weight_decay * kernel, the authors' code. Its published 1e-4 beside
-      a peak of 1e-3 is `weight_decay=0.1` in the form "lr";
+    `weight_decay_form` determines what an update subtracts from a kernel as weight decay:
+    - "lr": lr * weight_decay * kernel, where lr is the schedule's value (AdamW; torch's AdamW);
+    - "schedule": lr / peak_lr * weight_decay * kernel, as in the authors' code. Their 1e-4 with a
+      peak of 1e-3 equals `weight_decay=0.1` in the form "lr";
     - "l2": weight_decay * kernel is added to the clipped gradient, before momentum and Adam.
 
     A multiplier scales the whole update of a parameter, decay included. A parameter with
     multiplier 0 never changes and has no optimizer state.
 
     Raises:
-      UserError: an unknown optimizer, form or dtype.
+      UserError: the optimizer, form or dtype is unknown, or a value is out of range.
     """
     directions = {
         "adamw": lambda: _scale_by_adam(b1, b2, eps, momentum_dtype, variance_dtype),
@@ -231,11 +231,13 @@ def make_optimizer(
     ):
         check_choice(f"optimizer.{key}", value, choices)
     if name == "sgd" and variance_dtype != "float32":
-        raise UserError(f"optimizer.variance_dtype={variance_dtype!r} is for adamw; sgd has none")
-    check_number("optimizer.b1", b1, below=1)
-    check_number("optimizer.b2", b2, below=1)
+        raise UserError(
+            f"optimizer.variance_dtype={variance_dtype!r} is only for adamw; sgd has no variance"
+        )
+    check_number("optimizer.b1", b1, limit=1)
+    check_number("optimizer.b2", b2, limit=1)
     if not 0 < eps < math.inf:
-        raise UserError(f"optimizer.eps is {eps}; it must be more than 0")
+        raise UserError(f"optimizer.eps is {eps}; expected a finite number above 0")
     if weight_decay_form == "schedule":
         weight_decay = weight_decay / peak_lr if peak_lr else 0.0
     decay = optax.add_decayed_weights(weight_decay, kernels) if weight_decay else optax.identity()

@@ -1,4 +1,4 @@
-"""A run's training program: the update and the state it works on, for one mesh."""
+"""A run's training program: the update and the abstract state, for one mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from mixer.training.step import TrainStep, make_train_loop
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """The update of a run and its state on a mesh; nothing is compiled or allocated yet.
+    """A run's update and its abstract state on a mesh; nothing has been compiled or allocated.
 
     Attributes:
       step: the update, with its model, optimizer and schedule.
       state: shapes, dtypes and shardings of the state.
-      image_size: (H, W).
+      image_size: (H, W) in pixels.
     """
 
     step: TrainStep
@@ -52,7 +52,7 @@ class TrainProgram:
         return self.state.step.sharding.mesh
 
     def init_state(self) -> TrainState:
-        """The state at step 0, each leaf created on its own devices."""
+        """Returns the state of step 0, with each leaf created directly in its sharding."""
         return state.init_state(
             self.step.model,
             self.step.tx,
@@ -64,7 +64,7 @@ class TrainProgram:
         )
 
     def jit_step(self) -> Any:
-        """The update, ready to be lowered; it donates the state."""
+        """Returns the jitted update, which donates the state, ready to be lowered."""
 
         def train_step(state: TrainState, batch: dict[str, jax.Array]) -> Any:
             return self.step(state, batch)
@@ -72,7 +72,7 @@ class TrainProgram:
         return self._jit(train_step)
 
     def jit_loop(self, augment: Callable | None) -> Any:
-        """Many updates in one program (`step.make_train_loop`), ready to be lowered."""
+        """Returns the jitted loop of updates (`step.make_train_loop`), ready to be lowered."""
         return self._jit(make_train_loop(self.step, seed=self.step.seed, augment=augment))
 
     def _jit(self, update: Callable) -> Any:
@@ -86,7 +86,7 @@ class TrainProgram:
 
 
 def make_program(config: ConfigDict, mesh: Mesh | AbstractMesh) -> TrainProgram:
-    """The training program of a resolved config, on `mesh`."""
+    """Builds the training program of a resolved config on `mesh`."""
     model = build_model(config)
     schedule, tx = build_optimizer(config)
     image_size = (config.image_size, config.image_size)
@@ -115,21 +115,21 @@ def make_program(config: ConfigDict, mesh: Mesh | AbstractMesh) -> TrainProgram:
 
 
 def build_model(config: ConfigDict) -> nn.Module:
-    """The network of a config whose number of classes is known."""
+    """Builds the model of a config whose number of classes is set."""
     model = make_model(**config.model.to_dict())
     check_image_size((config.image_size, config.image_size), model.patch_size)
     return model
 
 
 def build_optimizer(config: ConfigDict) -> tuple[Schedule, optax.GradientTransformation]:
-    """Schedule and optimizer of a config whose lengths are resolved to steps."""
+    """Builds the schedule and optimizer of a config whose lengths are resolved to steps."""
     keys = ("decay", "warmup_steps", "final_multiplier", "rsqrt_timescale", "cooldown_steps")
     schedule = make_schedule(
         peak_lr=config.optimizer.peak_lr,
         total_steps=config.total_steps,
         **{key: config.schedule[key] for key in keys},
     )
-    # The step applies these around the optimizer's chain.
-    around_chain = ("sam_rho", "ema_decay", "accumulate_steps")
-    chain = {key: value for key, value in config.optimizer.items() if key not in around_chain}
+    # The train step applies these options outside the optimizer's chain.
+    step_keys = ("sam_rho", "ema_decay", "accumulate_steps")
+    chain = {key: value for key, value in config.optimizer.items() if key not in step_keys}
     return schedule, make_optimizer(schedule, **chain)

@@ -1,4 +1,4 @@
-"""What a run carries from update to update, born on the mesh."""
+"""The state that a run carries from update to update, created directly on the mesh."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ class TrainState:
       step: int32 scalar, the number of finished updates; data order, augmentation and masks of the
         next update are functions of (seed, step).
       params: parameters by their published names.
-      opt_state: of the optimizer.
-      ema_params: moving average of the parameters; None where the run keeps none.
-      skipped: int32 scalar, how many updates were not finite and left out; None where the run
-        leaves none out.
+      opt_state: state of the optimizer.
+      ema_params: moving average of the parameters; None if the run keeps none.
+      skipped: int32 scalar, the number of updates skipped because they were not finite; None if the
+        run does not skip updates.
     """
 
     step: jax.Array
@@ -43,7 +43,7 @@ def abstract_state(
     ema: bool = False,
     skips: bool = False,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    """Returns the shapes, dtypes and shardings of the state without allocating it."""
     shapes = jax.eval_shape(_make_init(model, tx, image_size, ema, skips), jax.random.key(0))
     return sharding.abstract(shapes, placement.state_shardings(mesh, shapes))
 
@@ -58,7 +58,7 @@ def init_state(
     ema: bool = False,
     skips: bool = False,
 ) -> TrainState:
-    """Makes the state of step 0, each leaf directly where it belongs on the mesh."""
+    """Makes the state of step 0, with each leaf created directly in its sharding."""
     abstract = abstract_state(model, tx, image_size, mesh, ema=ema, skips=skips)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     init = jax.jit(_make_init(model, tx, image_size, ema, skips), out_shardings=shardings)
@@ -82,17 +82,17 @@ def _make_init(
 
 
 def abstract_params(model: nn.Module, image_size: tuple[int, int], mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of the parameters alone."""
+    """Returns the shapes, dtypes and shardings of only the parameters."""
     return abstract_state(model, optax.identity(), image_size, mesh).params
 
 
 @jax.jit
 def fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A checksum of an array's bits, and whether all of it is finite.
+    """Returns a checksum of an array's bits, and whether all values are finite.
 
-    Each element's bits are mixed with its position and summed modulo 2^32: integer arithmetic, so
-    that neither the mesh nor the order of summation changes the result. One program per shape, of
-    which a Mixer has few.
+    Each element's bits are mixed with its position and summed modulo 2^32. Integer sums do not
+    depend on the mesh or on the order of summation. JAX compiles one program per shape, and a Mixer
+    has few shapes.
 
     Returns:
       (uint32 (2,), bool scalar).
@@ -100,16 +100,17 @@ def fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     finite = jnp.bool_(True)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         finite = jnp.all(jnp.isfinite(leaf))
-        # Of 64 bits two numbers.
+        # 64-bit floats become pairs of uint32.
         unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
         leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
     bits = leaf.astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position = position * jnp.uint32(size) + iota
     sums = []
     for salt in (0x9E3779B9, 0x85EBCA6B):
-        mixed = (bits ^ (place * jnp.uint32(salt) + jnp.uint32(salt))) * jnp.uint32(0xC2B2AE35)
+        mixed = (bits ^ (position * jnp.uint32(salt) + jnp.uint32(salt))) * jnp.uint32(0xC2B2AE35)
         mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x27D4EB2F)
         sums.append(jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32))
     return jnp.stack(sums), finite

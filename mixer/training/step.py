@@ -1,4 +1,4 @@
-"""One update of the parameters, and one prediction: the two compiled programs of a run."""
+"""The two compiled programs of a run: one update of the parameters, and one prediction."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels (N, H, W, 3) to float32 in [-1, 1], the published models' input; floats stay."""
+    """Maps uint8 pixels (N, H, W, 3) to float32 in [-1, 1]; returns floats unchanged."""
     return images if images.dtype != jnp.uint8 else images.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -34,30 +34,30 @@ def normalize(images: jax.Array) -> jax.Array:
 class TrainStep:
     """The update `(state, batch) -> (state, metrics)`, not yet compiled.
 
-    The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and labels as `dense_labels`
-    takes them. Metrics are scalars: loss and top-1 accuracy of the (mixed) batch before the update,
-    norms of the gradient (before clipping) and of the parameters, and the learning rate; the number
-    of skipped updates if the state counts them.
+    The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and labels in a form that
+    `dense_labels` accepts. Metrics are scalars: loss and top-1 accuracy of the (mixed) batch before
+    the update, norms of the gradient (before clipping) and of the parameters, the learning rate,
+    and the number of skipped updates if the state counts them.
 
-    A state with `skipped` skips an update whose loss or gradient is not finite: parameters, moments
-    and average keep their values, and the step (hence the schedule) advances.
+    If the state has `skipped`, an update whose loss or gradient is not finite is skipped:
+    parameters, moments and average keep their values, and the step (and the schedule) advances.
 
     Attributes:
       model: the network.
       tx: the optimizer.
-      schedule: for the metric; the optimizer has its own.
+      schedule: the schedule, for the metric; the optimizer contains its own copy.
       loss_fn: (logits, labels) -> one value per example.
-      seed: of the run; masks and mixing are functions of (seed, step).
+      seed: the run's seed; masks and mixing depend only on (seed, step).
       mix: mixup and CutMix of the whole batch.
       label_smoothing: s; labels become (1 - s) * labels + s / K.
-      lr_multipliers: as `make_optimizer` takes them; parameters with multiplier 0 get no gradient.
+      lr_multipliers: rules as in `make_optimizer`; parameters with multiplier 0 get no gradient.
       sam_rho: radius of SAM's ascent step (Foret et al., 2021): the gradient is taken at
         params + rho * g / |g|, where g is the gradient of the same batch with the same masks and
         mixing, over the global batch. 0: no SAM.
       ema_decay: d of the moving average, ema <- d * ema + (1 - d) * params after every update.
-      accumulate_steps: the gradient is the mean over at least this many parts of the batch, one
-        after the other; over more parts if that is faster (`microbatches.best_count`). Mixing and
-        masks are drawn for the whole batch, so the number of parts does not change the update.
+      accumulate_steps: minimum number of microbatches over which the gradient is averaged; more are
+        used if that is faster (`microbatches.best_count`). Mixing and masks are drawn for the whole
+        batch, so the number of microbatches does not change the update.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class TrainStep:
     accumulate_steps: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """The state after the update, and the metrics of the batch before it."""
+        """Returns the state after the update, and the metrics of the batch before it."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         mask_key, mix_key = jax.random.split(key)
         labels = dense_labels(batch, self.model.num_classes)
@@ -115,15 +115,15 @@ class TrainStep:
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped), metrics
 
     def _gradient(self, params: Any, examples: tuple[jax.Array, ...], mask_key: jax.Array) -> Any:
-        """((loss, accuracy), gradient) of the batch, in as many parts as the step takes."""
-        of_part = jax.value_and_grad(self._loss, has_aux=True)
+        """Returns ((loss, accuracy), gradient) of the batch, averaged over microbatches."""
+        loss_and_grad = jax.value_and_grad(self._loss, has_aux=True)
         count = microbatches.best_count(self.model, examples[0].shape)
         count = max(self.accumulate_steps, count)
         if count == 1:
-            return _place_gradient(of_part(params, examples, mask_key))
+            return _place_gradient(loss_and_grad(params, examples, mask_key))
 
         def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
-            total = jax.tree.map(jnp.add, total, of_part(params, part, mask_key))
+            total = jax.tree.map(jnp.add, total, loss_and_grad(params, part, mask_key))
             return _place_gradient(total), None
 
         parts = jax.tree.map(lambda x: microbatches.cut(x, count), examples)
@@ -157,7 +157,7 @@ class TrainStep:
 
 
 def _place_gradient(result: Any) -> Any:
-    """Shards the gradient, once it is summed over the batch, as the parameters are sharded."""
+    """Shards the gradient like the parameters, after it has been summed over the batch."""
     return result[0], constrain_params(result[1])
 
 
@@ -167,23 +167,23 @@ def make_train_loop(
     seed: int,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None,
 ) -> Callable:
-    """Returns many updates in one program, `(state, examples, order, count) -> (state, metrics)`.
+    """Returns one program of many updates, `(state, examples, order, count) -> (state, metrics)`.
 
     Batches are drawn from examples that stay on the device. The number of updates per call is an
-    argument of the program, so it can vary without another compilation and without other results.
+    argument of the program, so it can vary without recompilation and without changing results.
 
     Args:
       train_step: the update of one batch.
-      seed: of the run; it, an example's epoch and its number make the example's key.
-      augment: applied first to the drawn images, (images, keys (N, 4) uint32) -> images.
+      seed: the run's seed; the seed, an example's epoch and its number determine its random key.
+      augment: function (images, keys (N, 4) uint32) -> images that is applied to the drawn images.
 
     Returns:
-      A function of the state; of `examples`, by name (n, ...) as in batches, with "number" (n,)
-      uint32 if the images are augmented; of `order`, "epoch" and "place" (M, B) int32, the examples
-      of each batch; and of `count`, how many of the M updates to make, at least 1. The metrics are
-      those of the last update.
+      A function of four arguments: the state; `examples`, arrays (n, ...) by the names in a batch,
+      with "number" (n,) uint32 if the images are augmented; `order`, "epoch" and "place" (M, B)
+      int32, the examples of each batch; and `count`, how many of the M updates to make, at least 1.
+      The metrics are those of the last update.
     """
-    # `inline` keeps the lowered program the same; jit saves tracing both functions several times.
+    # jit traces each function only once; `inline` keeps the lowered program the same.
     train_step = jax.jit(train_step, inline=True)
 
     @functools.partial(jax.jit, inline=True)
@@ -203,7 +203,7 @@ def make_train_loop(
             # The barriers keep XLA from fusing the update with anything outside it.
             state, batch = jax.lax.optimization_barrier((carry[0], batch))
             state, metrics = train_step(state, batch)
-            del metrics["param_norm"]  # many small kernels; only the last update's is used
+            del metrics["param_norm"]  # needs many small kernels, and only the last norm is used
             return jax.lax.optimization_barrier((state, metrics))
 
         shapes = jax.eval_shape(lambda: update(jnp.int32(0), (state, None))[1])
@@ -214,13 +214,14 @@ def make_train_loop(
 
 
 def _isolate(make: Callable, true: jax.Array, *args: Any) -> Any:
-    """`make(*args)`, which XLA does not fuse with its consumers; `true` is true at run time.
+    """Returns `make(*args)`, and keeps XLA from fusing it with its consumers.
 
-    Fusion changes rounding: isolated, the numbers equal those of a batch that comes from the host.
+    Fusion would change rounding; without it the values equal those of a batch from the host. `true`
+    is an array that is true at run time but not constant for the compiler.
     """
 
     def branch(*args: Any) -> Any:
-        # XLA:CPU drops barriers before it fuses, but compiles each branch by itself.
+        # XLA:CPU removes barriers before fusion, but compiles each branch separately.
         return jax.lax.cond(true, make, lambda *_: _zeros(shapes), *args)
 
     def barrier(*args: Any) -> Any:
@@ -235,25 +236,25 @@ def _zeros(shapes: Any) -> Any:
 
 
 def _counts_steps(node: Any) -> bool:
-    """Whether `node` counts steps for the schedule; a skipped update advances the count too."""
+    """Returns whether `node` is the schedule's step count, which skipped updates also advance."""
     return isinstance(node, optax.ScaleByScheduleState)
 
 
 def _new_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
-    """The new value, or the old one if the update is not finite."""
+    """Returns the new value, or the old value if the update is not finite."""
     return new if _counts_steps(new) else jnp.where(finite, new, old)
 
 
 def make_predict(model: nn.Module, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not yet compiled.
+    """Returns the function `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not compiled.
 
-    The images are sharded as `sharding.batch_sharding` says.
+    The images must have the sharding `sharding.batch_sharding`.
     """
 
     def predict(params: Any, images: jax.Array) -> jax.Array:
-        def of_part(images: jax.Array) -> jax.Array:
+        def apply(images: jax.Array) -> jax.Array:
             return model.apply({"params": params}, normalize(images))[0]
 
-        return microbatches.map_images(model, of_part, images)
+        return microbatches.map_images(model, apply, images)
 
     return on_mesh(predict, mesh)

@@ -1,7 +1,7 @@
-"""What makes a run's updates: one program a batch that streams in, or one program for many updates.
+"""Makes a run's updates, with one program call per streamed batch or per many resident batches.
 
-The loop asks either for its next updates and calls what it gets. A source says how many they are:
-one of a stream; of examples that stay on the device as many as take about half a second.
+The training loop asks for the next call and runs it. A call makes one update if the batches are
+streamed. If the examples are resident on the device, a call makes about half a second of updates.
 """
 
 import collections
@@ -26,13 +26,13 @@ from mixer.parallel import sharding
 from mixer.training.program import TrainProgram
 from mixer.training.state import TrainState
 
-# From a call to the end of it, which is seen when two more are made: so that a signal, the bar and
-# the record need not wait longer.
+# Target seconds from a call until its end is observed, which happens when two more calls are in
+# flight. Longer calls would delay signals, the progress bar and metrics.jsonl.
 CALL_SECS = 0.5
-MOST_DRAWN = 1 << 17  # examples a call: a megabyte of places and epochs
-MOST_STEPS = 512
+MAX_DRAWN = 1 << 17  # examples per call; their positions and epochs take 1 MB
+MAX_STEPS = 512
 
-MOST_IN_FLIGHT = 2  # calls
+MAX_IN_FLIGHT = 2  # calls in flight
 
 Call = tuple[int, Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]]
 
@@ -46,29 +46,29 @@ class Updates:
 
     def __init__(self, lowered: Any | None):
         self.compiled = lowered and lowered.compile()
-        # Of each call in flight: its loss, its number of updates, and when it was made.
+        # For each call in flight: its loss, its number of updates and its start time.
         self._in_flight: collections.deque[tuple[jax.Array, int, float]] = collections.deque()
 
-    def next(self, step: int, most: int) -> Call:
-        """The call after `step`: its number of updates, `most` or fewer, and the function to call.
+    def next(self, step: int, max_count: int) -> Call:
+        """Returns the call after `step`: its update count, at most `max_count`, and its function.
 
         Waits for data.
         """
         raise NotImplementedError
 
-    def sent(self, loss: jax.Array, count: int, called: float) -> None:
-        """Notes a dispatched call of `count` updates; waits for the call before the previous one.
+    def sent(self, loss: jax.Array, count: int, start_secs: float) -> None:
+        """Records a dispatched call of `count` updates; waits for the call before the previous one.
 
-        A host further ahead would hold more batches, and wait for data that the device does not
-        need yet.
+        A host that ran further ahead would hold more batches, and wait for data that the device
+        does not need yet.
 
         Args:
-          loss: of the call.
-          count: its number of updates.
-          called: time.perf_counter() when it was made.
+          loss: loss of the call.
+          count: number of updates of the call.
+          start_secs: time.perf_counter() at the call.
         """
-        self._in_flight.append((loss, count, called))
-        if len(self._in_flight) > MOST_IN_FLIGHT:
+        self._in_flight.append((loss, count, start_secs))
+        if len(self._in_flight) > MAX_IN_FLIGHT:
             self._wait()
 
     def drain(self) -> None:
@@ -77,28 +77,28 @@ class Updates:
             self._wait()
 
     def close(self) -> None:
-        """Lets go of the data."""
+        """Releases the data."""
 
     def _wait(self) -> None:
         """Waits for the oldest call in flight."""
-        loss, count, called = self._in_flight.popleft()
+        loss, count, start_secs = self._in_flight.popleft()
         jax.block_until_ready(loss)
-        self.took(count, time.perf_counter() - called)
+        self.took(count, time.perf_counter() - start_secs)
 
     def took(self, count: int, seconds: float) -> None:
-        """Notes the time from a call of `count` updates until its end was seen."""
+        """Records the seconds from a call of `count` updates until its end was observed."""
 
 
 class Streamed(Updates):
-    """One update per call, of the next batch of a stream."""
+    """Makes one update per call, with the next batch of a stream."""
 
     def __init__(self, lowered: Any, batches: Any, augment: Callable | None):
         super().__init__(lowered)
         self._batches, self._augment = batches, augment
 
-    def next(self, step: int, most: int) -> Call:
-        """As `Updates.next`, always one update."""
-        # The batch is a function of (seed, step), and was on its way before it is asked for.
+    def next(self, step: int, max_count: int) -> Call:
+        """Returns the next call, as `Updates.next` does; it makes one update."""
+        # The batch depends only on (seed, step), so it was prefetched.
         batch = next(self._batches)
 
         def update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -114,26 +114,26 @@ class Streamed(Updates):
 
 
 class Resident(Updates):
-    """Many updates per call, of examples that stay on the device."""
+    """Makes many updates per call, with examples that stay on the device."""
 
     def __init__(
-        self, lowered: Any, examples: dict[str, jax.Array], put_order: Callable, most: int
+        self, lowered: Any, examples: dict[str, jax.Array], put_order: Callable, max_count: int
     ):
         super().__init__(lowered)
-        self._examples, self._put_order, self._most = examples, put_order, most
+        self._examples, self._put_order, self._max_count = examples, put_order, max_count
         self._length, self._grows = 1, True
 
-    def next(self, step: int, most: int) -> Call:
-        """As `Updates.next`; the number of updates grows until a call takes CALL_SECS."""
-        count = min(self._length, self._most, most)
+    def next(self, step: int, max_count: int) -> Call:
+        """Returns the next call; its number of updates doubles until a call takes CALL_SECS."""
+        count = min(self._length, self._max_count, max_count)
         order = self._put_order(step, count)
         return count, lambda state: self.compiled(state, self._examples, order, np.int32(count))
 
     def took(self, count: int, seconds: float) -> None:
-        """As `Updates.took`; decides whether the next call makes more updates."""
+        """Records the seconds of a call, and decides whether the next call makes more updates."""
         if not self._grows or count < self._length:
             return
-        # Process 0 decides: all processes must run the same program equally long.
+        # Process 0 decides, because all processes must make the same number of updates.
         self._grows = distributed.broadcast(seconds < CALL_SECS)
         if self._grows:
             self._length *= 2
@@ -148,24 +148,24 @@ def make_updates(
     start_step: int,
     num_readers: int,
 ) -> tuple[Updates, str]:
-    """Compiles what makes the updates after `start_step`.
+    """Compiles the program for the updates after `start_step`.
 
     Args:
-      config: of the run, resolved.
-      examples: all training examples, or why training streams them.
-      split: of training.
-      program: the run's update.
-      start_step: the step that the run is at.
-      num_readers: how many processes the order of the data assumes.
+      config: the run's resolved config.
+      examples: all training examples, or the reason why training streams them.
+      split: the training split.
+      program: the run's training program.
+      start_step: the current step of the run.
+      num_readers: the number of processes that the data order assumes.
 
     Returns:
-      The updates, and a line that says where the images are.
+      The updates, and a line for the user on where the images are.
 
     Raises:
-      UserError: the config puts on the device what it cannot compute.
+      UserError: the config requires ops on the device that the device cannot compute.
       NoRoomError: the compiled update needs more memory than is free.
     """
-    # Each process has read the set, and has memory of its own.
+    # Each process has its own memory, so one of them may have to stream.
     reasons = distributed.gather(examples if isinstance(examples, str) else "")
     reason = next(filter(None, reasons), None)
     if reason is None:
@@ -182,13 +182,13 @@ def make_updates(
         line = f"training images are streamed: {reason}"
         augment = None
         if placement.device:
-            line += f"; on the device they take {placement.device}"
+            line += f"; the device applies {placement.device}"
             augment = make_augment(split.preprocess, placement.host.image_size)
             split = split.with_preprocess(placement.host, image_size=(None, None), keys=True)
         updates = _make_streamed(config, split, augment, program, start_step, num_readers)
     if (analysis := updates.compiled.memory_analysis()) is not None:
-        what = f"global_batch_size={config.global_batch_size}: what a step computes with"
-        memory.check_room(analysis.temp_size_in_bytes, what)
+        subject = f"the gradients and activations of global_batch_size={config.global_batch_size}"
+        memory.check_room(analysis.temp_size_in_bytes, subject)
     return updates, line
 
 
@@ -197,11 +197,11 @@ def make_resident(
     examples: resident.Examples,
     program: TrainProgram,
 ) -> "Resident":
-    """As `make_updates`, of examples that stay on the device."""
+    """Compiles the updates with examples that stay on the device."""
     mesh = program.mesh
     size = config.global_batch_size
-    most = min(max(MOST_DRAWN // size, 1), MOST_STEPS)
-    order = resident.order_spec(most, size, mesh)
+    max_count = min(max(MAX_DRAWN // size, 1), MAX_STEPS)
+    order = resident.order_spec(max_count, size, mesh)
     arrays = resident.put(examples, mesh)
     lowered = program.jit_loop(examples.augment).lower(
         program.state, sharding.abstract(arrays), order, jax.ShapeDtypeStruct((), np.int32)
@@ -209,7 +209,7 @@ def make_resident(
     put_order = functools.partial(
         resident.put_order, seed=config.seed, num_examples=examples.num_examples, spec=order
     )
-    return Resident(lowered, arrays, put_order, most)
+    return Resident(lowered, arrays, put_order, max_count)
 
 
 def _make_streamed(config, split, augment, program, start_step, num_readers) -> "Streamed":
@@ -230,7 +230,7 @@ def _make_streamed(config, split, augment, program, start_step, num_readers) -> 
     batch = sharding.abstract_batch(split.example_spec, config.global_batch_size, mesh)
     compiled = None
     if augment is not None:
-        # A program of its own: the update is the one that takes whole images from the host.
+        # A separate program for augmentation keeps the update the same as with host augmentation.
         images, keys = batch["image"], batch.pop("augment_key")
         augmented = jax.jit(augment, out_shardings=images.sharding).lower(images, keys)
         compiled = augmented.compile()
@@ -240,10 +240,10 @@ def _make_streamed(config, split, augment, program, start_step, num_readers) -> 
 
 
 def describe_memory(program: TrainProgram, compiled: Any) -> str:
-    """A line: how much of each device's memory the state and the compiled update take."""
+    """Returns a line on the memory per device of the state and the compiled update."""
     params = sharding.bytes_per_device((program.state.params, program.state.ema_params))
     moments = sharding.bytes_per_device(program.state.opt_state)
-    line = f"memory a device: parameters {short(params, 'B')}, optimizer {short(moments, 'B')}"
+    line = f"memory per device: parameters {short(params, 'B')}, optimizer {short(moments, 'B')}"
     analysis = compiled.memory_analysis()
     if analysis is None:  # not every backend reports it
         return line

@@ -1,6 +1,6 @@
-"""Arrays in npz and safetensors files, by name. Nothing is unpickled.
+"""Reads and writes named arrays in npz and safetensors files, without unpickling anything.
 
-The headers are read when a file is opened, an array when it is asked for.
+Opening a file reads its headers only; each array is read on request.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 DTYPES = ("float32", "float16", "bfloat16")  # exact in float32
 MAX_AXES = 32
-# Compressed arrays of trained weights take about 0.9 of their size, and pruned ones a tenth.
+# Trained weights compress to about 0.9 of their size, and pruned weights to about a tenth.
 MAX_COMPRESSION = 100
-MAX_HEADER_BYTES = 1 << 16  # of an array in an npz file; NumPy reads 10,000
+MAX_HEADER_BYTES = 1 << 16  # header of an array in an npz file; NumPy accepts 10,000
 
 
 class DamagedError(UserError):
-    """A file is not what its name says, or damaged.
+    """A file is damaged, or is not of the type that its name claims.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
     """
 
     def __init__(self, path: epath.PathLike, text: str):
@@ -55,23 +55,24 @@ class StoredArray:
 
 
 def check_regular(path: epath.Path) -> None:
-    """Raises UserError for a device, a pipe or the like, which might never end."""
+    """Raises UserError for a special file such as a device or a pipe, which might never end."""
     try:
-        mode = os.stat(path).st_mode  # epath takes a pipe for a file
+        mode = os.stat(path).st_mode  # epath treats a pipe as a file
     except (OSError, ValueError):
-        return  # the message of whoever opens it says why not
+        return  # opening the file reports the reason
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is no regular file")
+        raise UserError(f"{path} is not a regular file")
 
 
 def open_npz(path: epath.Path) -> dict[str, StoredArray]:
     """Returns the arrays of an npz file by name.
 
-    What the headers claim is compared with the length of the file, so that reading an array takes
-    no more memory than the file accounts for.
+    The sizes in the headers are checked against the file's length, so that a false header cannot
+    make a read allocate too much memory.
 
     Raises:
-      UserError: the file cannot be read; DamagedError: it holds something else.
+      UserError: the file cannot be read.
+      DamagedError: the file is damaged, or is not an npz file of arrays.
     """
     with _reading(path, "npz"):
         archive = zipfile.ZipFile(path)
@@ -80,19 +81,19 @@ def open_npz(path: epath.Path) -> dict[str, StoredArray]:
             raise ValueError("its members overlap")
         size = sum(member.file_size for member in members)
         if size > MAX_COMPRESSION * length + 1_000_000:
-            raise ValueError(f"it has {length:,} bytes and would become {size:,}")
+            raise ValueError(f"its {length:,} bytes would decompress to {size:,}")
         arrays = {}
         for member in members:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(
-                    f"{member.filename} is compressed in a way that NumPy does not use"
+                    f"{member.filename} uses a compression method that NumPy does not use"
                 )
             shape, dtype = _npy_header(archive, member)
             dtype = _real_dtype(dtype)
             read = functools.partial(_read_npy, path, archive, member, dtype)
             name = member.filename.removesuffix(".npy")
             if name in arrays:
-                raise ValueError(f"it has {name} twice")
+                raise ValueError(f"it contains {name} twice")
             arrays[name] = StoredArray(shape, dtype.name, read)
         return arrays
 
@@ -100,7 +101,7 @@ def open_npz(path: epath.Path) -> dict[str, StoredArray]:
 def _npy_header(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo
 ) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an array, which together are as long as the member is."""
+    """Returns an array's shape and dtype, after checking them against the length of the member."""
     with archive.open(member) as file:
         start = io.BytesIO(file.read(MAX_HEADER_BYTES))
     version = np.lib.format.read_magic(start)
@@ -109,11 +110,11 @@ def _npy_header(
         (2, 0): np.lib.format.read_array_header_2_0,
     }[version]
     try:
-        with warnings.catch_warnings(action="ignore"):  # of the syntax of broken ones
+        with warnings.catch_warnings(action="ignore"):  # syntax warnings for damaged headers
             shape, _, dtype = read_header(start)
     except (SyntaxError, RecursionError, MemoryError, OverflowError, tokenize.TokenError) as error:
         # NumPy reads the header as a Python literal.
-        raise ValueError(f"the header of {member.filename}: {first_line(error)}") from None
+        raise ValueError(f"bad header in {member.filename}: {first_line(error)}") from None
     if dtype.hasobject:
         raise ValueError(
             f"{member.filename} holds Python objects, which would have to be unpickled"
@@ -122,14 +123,14 @@ def _npy_header(
         raise ValueError(f"{member.filename} has the shape {str(shape)[:80]}")
     if math.prod(shape) * dtype.itemsize != member.file_size - start.tell():
         raise ValueError(
-            f"{member.filename} has the shape {str(shape)[:80]} of {dtype}, and "
-            f"{member.file_size - start.tell():,} bytes of values"
+            f"{member.filename} has {member.file_size - start.tell():,} bytes of values, which do "
+            f"not match its shape {str(shape)[:80]} and dtype {dtype}"
         )
     return shape, dtype
 
 
 def _real_dtype(dtype: np.dtype) -> np.dtype:
-    """In this machine's byte order; NumPy writes bfloat16 as two bytes without a type."""
+    """Returns `dtype` in native byte order; NumPy stores bfloat16 as two untyped bytes (V2)."""
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype.newbyteorder("=")
 
 
@@ -145,7 +146,8 @@ def open_safetensors(path: epath.Path) -> tuple[dict[str, StoredArray], dict[str
     """Returns the arrays of a safetensors file by name, and the metadata in its header.
 
     Raises:
-      UserError: the file cannot be read; DamagedError: it holds something else.
+      UserError: the file cannot be read.
+      DamagedError: the file is damaged, or is not a safetensors file.
     """
     import safetensors
 
@@ -156,7 +158,7 @@ def open_safetensors(path: epath.Path) -> tuple[dict[str, StoredArray], dict[str
             return file.get_tensor(name)
 
     with _reading(path, "safetensors"):
-        path.stat()  # its message is clearer than the library's
+        path.stat()  # gives a clearer error than the library
         file = safetensors.safe_open(path, framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         arrays = {
@@ -172,7 +174,7 @@ def open_safetensors(path: epath.Path) -> tuple[dict[str, StoredArray], dict[str
 
 @contextlib.contextmanager
 def _reading(path: epath.Path, kind: str) -> Iterator[None]:
-    """Turns what the libraries raise on a file of another kind into a UserError."""
+    """Turns the errors that the libraries raise for damaged or other files into a UserError."""
     import safetensors
 
     damage = (ValueError, TypeError, AttributeError, KeyError, EOFError, NotImplementedError)
@@ -186,16 +188,14 @@ def _reading(path: epath.Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except damage as error:
         reason = first_line(error)
-        raise DamagedError(
-            path, f"{path} is no {kind} file of arrays, or damaged: {reason}"
-        ) from None
+        raise DamagedError(path, f"{path} is not a valid {kind} file of arrays: {reason}") from None
 
 
 def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an npz file whose bytes are a function of the arrays alone."""
+    """Writes an npz file whose bytes depend only on the arrays."""
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
-            # With a ZipInfo of its own: savez would write the time of day.
+            # A default ZipInfo has a fixed time stamp; `savez` would write the current time.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
@@ -203,10 +203,10 @@ def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
 def write_safetensors(
     path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file with the usual rights.
+    """Writes a safetensors file with default permissions.
 
     Raises:
-      OSError: the file system refuses it.
+      OSError: the file cannot be written.
     """
     import safetensors.numpy
 
@@ -218,9 +218,9 @@ def write_safetensors(
 
 
 def check_dtypes(arrays: Mapping[str, StoredArray], source: epath.PathLike) -> None:
-    """Raises UserError that lists every array of a dtype that is not exact in float32."""
+    """Raises UserError with a list of all arrays with an unsupported dtype or too many axes."""
     faults = [
-        f"{name}: its dtype is {array.dtype}; {', '.join(DTYPES)} are read"
+        f"{name}: its dtype is {array.dtype}; expected one of {', '.join(DTYPES)}"
         for name, array in arrays.items()
         if array.dtype not in DTYPES
     ]
@@ -233,38 +233,38 @@ def check_dtypes(arrays: Mapping[str, StoredArray], source: epath.PathLike) -> N
         raise UserError(f"{source}: {listed(faults)}")
 
 
-def misfits(saved: Shapes, wanted: Shapes, *, resized: Shapes | None = None) -> list[str]:
-    """Returns a line for each array that is missing, superfluous or of another shape than wanted.
+def misfits(saved: Shapes, expected: Shapes, *, resized: Shapes | None = None) -> list[str]:
+    """Returns a line for each array that is missing, not expected or of the wrong shape.
 
     Args:
       saved: shapes of the saved arrays by name.
-      wanted: shapes of the model's parameters by name.
-      resized: shapes that the saved arrays get before they are compared; None: their own.
+      expected: shapes of the model's parameters by name.
+      resized: shapes of the saved arrays after resizing; None if they are not resized.
     """
-    faults = [f"{name}: missing" for name in wanted.keys() - saved.keys()]
-    faults += [f"{name}: not in the model" for name in saved.keys() - wanted.keys()]
-    for name in wanted.keys() & saved.keys():
+    faults = [f"{name}: missing" for name in expected.keys() - saved.keys()]
+    faults += [f"{name}: not in the model" for name in saved.keys() - expected.keys()]
+    for name in expected.keys() & saved.keys():
         shape = saved[name] if resized is None else resized[name]
-        if tuple(shape) != tuple(wanted[name]):
+        if tuple(shape) != tuple(expected[name]):
             note = "" if shape == saved[name] else f", resized {shape}"
-            faults.append(f"{name}: saved {saved[name]}{note}, wanted {wanted[name]}")
+            faults.append(f"{name}: saved {saved[name]}{note}, expected {expected[name]}")
     return sorted(faults)
 
 
 def not_finite(array: np.ndarray) -> str:
-    """Says how much of `array` is NaN or infinite; "" where all of it is finite."""
+    """Returns how many values of `array` are NaN or infinite, in words; "" if all are finite."""
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-    return f"holds NaN or infinity in {bad:,} of {array.size:,} places" if bad else ""
+    return f"holds NaN or infinity in {bad:,} of {array.size:,} values" if bad else ""
 
 
-def listed(faults: Iterable[str], most: int = 40) -> str:
-    """Joins faults to one line, in order; of very many the first, of very long ones the start."""
+def listed(faults: Iterable[str], max_count: int = 40) -> str:
+    """Joins faults into one line in sorted order; shortens a long list and long faults."""
     faults = sorted(short_name(fault) for fault in faults)
-    rest = f"; and {len(faults) - most} more" if len(faults) > most else ""
-    return "; ".join(faults[:most]) + rest
+    ending = f"; and {len(faults) - max_count} more" if len(faults) > max_count else ""
+    return "; ".join(faults[:max_count]) + ending
 
 
 def short_name(text: str) -> str:
-    """Returns a text with names out of a file in one line, not longer than such names are."""
+    """Returns text from a file as one printable line of at most 300 characters."""
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:400])
     return text[:300]

@@ -1,4 +1,4 @@
-"""The card of weights: what they are, for the JSON beside a file."""
+"""The card of weights: a description of their model and data, saved in a file's JSON sidecar."""
 
 import dataclasses
 import json
@@ -19,27 +19,28 @@ from mixer.models.modules import GELUS
 from mixer.models.registry import ARCHITECTURES, make_model
 from mixer.weights.arrays import DamagedError, Shapes
 
-FORMAT = "mlp-mixer weights, 1"  # what the JSON beside a file says of itself
+FORMAT = "mlp-mixer weights, 1"  # the "format" entry of a JSON sidecar
 MAX_JSON_BYTES = 64_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What weights are: recognised from their shapes, a run's config, or the JSON beside a file.
+    """Describes weights; recognised from array shapes, a run's config or a file's JSON sidecar.
 
     Attributes:
-      architecture: key of `mixer.models.registry.ARCHITECTURES`; never saved, as the names of the
-        arrays show it.
-      variant: such as "B/16"; None: other dimensions. Grown to a larger image, a Mixer has a
-        multiple of its variant's tokens_mlp_dim.
-      dimensions: by the fields of the model, such as patch_size.
-      num_classes: width of the head; 0: they have none.
+      architecture: key of `mixer.models.registry.ARCHITECTURES`; not saved, because the names of
+        the arrays identify it.
+      variant: such as "B/16"; None if no variant has these dimensions. A Mixer grown to a larger
+        image has a multiple of its variant's tokens_mlp_dim.
+      dimensions: dimensions by the names of the model's fields, such as patch_size.
+      num_classes: width of the head; 0 if there is no head.
       image_size: (H, W) in pixels.
       gelu: "tanh" or "erf".
-      preprocess: the steps of evaluation, of mixer/data/preprocessing/host.py; None: unknown.
-      class_names: in label order, or the name of a list of mixer/data/imagenet/names.py; None:
+      preprocess: evaluation preprocessing, a spec for mixer/data/preprocessing/host.py; None if
         unknown.
-      source: where the weights come from.
+      class_names: names in label order, or the name of a list in mixer/data/imagenet/names.py; None
+        if unknown.
+      source: path or address that the weights came from.
     """
 
     architecture: str
@@ -69,39 +70,39 @@ class Card:
 
     @property
     def value_range(self) -> tuple[float, float]:
-        """What the values 0 and 255 of a pixel become for the model."""
+        """The model's input values for the pixel values 0 and 255."""
         return pixel_range(self.preprocess)
 
     def model(self, **fields: Any) -> nn.Module:
-        """Builds the model of these weights; `fields` replace its own."""
-        own = {**self.dimensions, "num_classes": self.num_classes, "gelu": self.gelu}
-        fields = own | fields
-        if fields["num_classes"] == 0:  # `make_model` is for training too, which needs a head
+        """Builds the model of these weights; `fields` override fields of the model."""
+        defaults = {**self.dimensions, "num_classes": self.num_classes, "gelu": self.gelu}
+        fields = defaults | fields
+        if fields["num_classes"] == 0:  # `make_model` also serves training, which needs a head
             fields["num_classes"] = 1
             return make_model(name=self.architecture, **fields).clone(num_classes=0)
         return make_model(name=self.architecture, **fields)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the values that are saved; each dimension is a key."""
+        """Returns the JSON values of the card, with one key per dimension."""
         values = dataclasses.asdict(self)
         del values["architecture"]
         return {"variant": values.pop("variant"), **values.pop("dimensions"), **values}
 
 
 def card_path(path: epath.PathLike) -> epath.Path:
-    """Returns the path of the JSON beside a file of weights: the file's name and ".json"."""
+    """Returns the path of a weight file's JSON sidecar: the file's name plus ".json"."""
     path = epath.Path(path)
     return path.with_name(path.name + ".json")
 
 
 def read_card(path: epath.PathLike) -> dict[str, Any] | None:
-    """Returns the values of the JSON beside a file of weights; None where there is none of ours.
+    """Returns the values of a weight file's JSON sidecar; None if it has none in our format.
 
-    They are those of `Card.as_json`, and a "checksum" of the arrays. Only the dimensions, which
-    differ by architecture, are not checked.
+    The values are those of `Card.as_json` and a "checksum" of the arrays. All values are checked,
+    except the dimensions, which differ between architectures.
 
     Raises:
-      UserError: it is damaged, of a later version, or has a value that no card has.
+      UserError: the JSON is damaged, has a later format, or has an invalid value.
     """
     path = card_path(path)
     values = read_json(path)
@@ -124,7 +125,7 @@ def read_card(path: epath.PathLike) -> dict[str, Any] | None:
     ):
         if not is_valid:
             text = str(values[name])[:80]
-            raise DamagedError(path, f"{path} says {name}={text}, which no card has")
+            raise DamagedError(path, f"{path}: invalid value {name}={text}")
     return values | {
         "image_size": tuple(size),
         "class_names": tuple(names) if isinstance(names, list) else names,
@@ -153,10 +154,11 @@ def _are_steps(preprocess: Any) -> bool:
 
 
 def read_json(path: epath.Path) -> Any:
-    """Returns the value in a JSON file, None where there is no such file.
+    """Returns the value in a JSON file; None if the file does not exist.
 
     Raises:
-      UserError: it is no regular file, cannot be read, is too large or damaged.
+      UserError: the path is not a regular file, or the file cannot be read, is too large or is
+        damaged.
     """
     try:
         if path.exists() and path.stat().length > MAX_JSON_BYTES:
@@ -172,7 +174,7 @@ def read_json(path: epath.Path) -> Any:
 
 
 def checksum(read: Callable[[str], np.ndarray], shapes: Shapes) -> int:
-    """Returns a sum over a few small arrays: other weights of the same shapes have another."""
+    """Returns a CRC-32 of a few small arrays, to tell apart weights of the same shapes."""
     names = [name for entry in ARCHITECTURES.values() for name in entry.signature]
     data = [read(name).astype("<f4").tobytes() for name in (*names, "head/bias") if name in shapes]
     return zlib.crc32(b"".join(data))

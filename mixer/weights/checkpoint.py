@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written asynchronously, verified when read, damaged ones moved aside.
+"""Writes a run's checkpoints asynchronously, verifies them on restore and moves damaged ones aside.
 
-Layout: `RUN/checkpoints/<step>/{state,info}` and `RUN/best/<step>/...`; `state` is the train state,
-`info` a JSON with its checksums, the versions of the libraries and the commit. All reading and
-writing of train states goes through this module.
+Layout: `RUN/checkpoints/<step>/{state,info}` and `RUN/best/<step>/...`. `state` is the train state;
+`info` is a JSON file with its checksums, the library versions and the commit. All code that reads
+or writes train states uses this module.
 """
 
 import contextlib
@@ -41,16 +41,16 @@ from mixer.weights.arrays import misfits
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
-TIMES = "_CHECKPOINT_METADATA"  # Orbax's file of a checkpoint's times
+TIMES = "_CHECKPOINT_METADATA"  # Orbax's file with the time stamps of a checkpoint
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's directory
 
 
 class CheckpointError(UserError):
-    """A checkpoint could not be written or used."""
+    """A checkpoint could not be written or restored."""
 
 
 class DamagedError(CheckpointError):
-    """What a checkpoint's files hold is not what was saved."""
+    """The files of a checkpoint differ from what was saved."""
 
 
 class Checkpoints:
@@ -66,7 +66,7 @@ class Checkpoints:
         self.directory = epath.Path(directory)
         if str(directory).startswith("gs://"):
             try:
-                from google.cloud import storage  # noqa: F401 (Orbax asks it for the bucket's kind)
+                from google.cloud import storage  # noqa: F401 (Orbax uses it to get the bucket's type)
             except ImportError:
                 raise UserError(
                     f"{directory}: runs on gs:// need `pip install -e .[gcs]` "
@@ -75,16 +75,16 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
-            # Otherwise threads wait five minutes, even at exit, for a directory that could not be
-            # made.
+            # With asynchronous creation, a directory that cannot be created makes threads wait for
+            # five minutes, even at exit.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = self._open()
         self._identity = self._identify()
-        versions()  # now: the files may change during a long run
+        versions()  # cached now, because the source files may change during a long run
 
     def _open(self) -> ocp.CheckpointManager:
-        handlers = {"state": _telling_handler(), "info": ocp.JsonCheckpointHandler()}
+        handlers = {"state": _reporting_handler(), "info": ocp.JsonCheckpointHandler()}
         with _quiet():
             make = functools.partial(
                 ocp.CheckpointManager,
@@ -96,8 +96,7 @@ class Checkpoints:
                 try:
                     return make()
                 except DAMAGE:
-                    # Orbax fails where the file of the times of writing, which nobody needs, is
-                    # damaged.
+                    # Orbax raises if its file of time stamps is damaged. Nothing needs that file.
                     for step in saved_steps(self.directory):
                         (self.directory / str(step) / TIMES).unlink(missing_ok=True)
                     return make()
@@ -107,7 +106,7 @@ class Checkpoints:
 
     def _identify(self) -> tuple[int, int] | None:
         if "://" in str(self.directory):
-            return None  # a store has no directories
+            return None  # an object store has no directories
         return files.identity(self.directory)
 
     def __enter__(self) -> "Checkpoints":
@@ -116,9 +115,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """Waits for writes and ends the manager's threads."""
-        # An exception in flight is the one to report. With several processes nothing may wait
-        # here: the others wait for this process.
+        """Waits for pending writes and stops the manager's threads."""
+        # If an exception is being raised, it is the one to report. With several processes, do not
+        # wait here, because the other processes wait for this one.
         try:
             if kind and jax.process_count() > 1:
                 return
@@ -131,23 +130,23 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """The steps with a complete checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, *, value: dict[str, float] | None = None) -> None:
-        """Starts writing `state` under its step; returns once the device's memory is copied.
+        """Starts to write `state` under its step; returns once device memory has been copied.
 
         Args:
-          state: what is saved.
-          value: the figure for which the checkpoint is kept, by name; saved in its `info`.
+          state: train state to save.
+          value: the metric that selected this checkpoint, by name; saved in its `info`.
 
         Raises:
-          CheckpointError: the state is not finite, or an earlier write has failed.
+          CheckpointError: the state holds NaN or infinity, or an earlier write has failed.
         """
         step = int(state.step)
         self.check()
         if step in self._manager.all_steps():
-            return  # the same bits: they are a function of the seed and the step
+            return  # the seed and the step determine the state, so it is already saved
         sums, finite = checksums(state)
         if not finite:
             raise CheckpointError(
@@ -169,40 +168,39 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {self.directory / str(step)} was not written")
 
     def describe_last(self) -> str:
-        """Path of the newest whole checkpoint, or "none"."""
-        steps = saved_steps(self.directory)  # Orbax forgets some when a write has failed
+        """Returns the path of the newest complete checkpoint, or "none"."""
+        steps = saved_steps(self.directory)  # after a failed write Orbax omits some steps
         return str(self.directory / str(steps[-1])) if steps else "none"
 
     def read_info(self, step: int) -> dict[str, Any]:
-        """Returns the JSON beside the state of a step; DamagedError where it is damaged."""
+        """Returns the `info` JSON of a step; raises DamagedError if it is damaged."""
         return read_info(self.directory / str(step))
 
     def delete_after(self, step: int) -> None:
-        """Deletes checkpoints of steps beyond `step`."""
-        for later in self.steps:
-            if later > step:
-                self._manager.delete(later)
+        """Deletes the checkpoints of all steps after `step`."""
+        for later_step in self.steps:
+            if later_step > step:
+                self._manager.delete(later_step)
 
     def check(self) -> None:
-        """Raises CheckpointError if a write in the background has failed, or the place is gone."""
-        if self._identity not in (None, now := self._identify()):
-            what = "is gone" if now is None else "is another directory than it was"
+        """Raises CheckpointError if a background write failed, or the directory was removed."""
+        if self._identity not in (None, identity := self._identify()):
+            fault = "is gone" if identity is None else "is a different directory now"
             raise CheckpointError(
-                f"{self.directory} {what}: it was removed or replaced while the run was writing to "
-                "it; the run cannot go on there"
+                f"{self.directory} {fault}: it was removed or replaced while the run was writing "
+                "to it; the run cannot continue there"
             )
         with self._reporting(None):
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns once all writes are whole and in their place, or raises CheckpointError."""
+        """Waits until all writes are complete; raises CheckpointError if a write failed."""
         with self._reporting(None):
             self._manager.wait_until_finished()
         self.check()
         if self.steps and not (self.directory / str(self.steps[-1])).exists():
             raise CheckpointError(
-                f"{self.directory / str(self.steps[-1])} is gone: it was removed while the run was "
-                "under way"
+                f"{self.directory / str(self.steps[-1])} is gone: it was removed during the run"
             )
 
     @contextlib.contextmanager
@@ -212,30 +210,30 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, UserError):
                 raise
-            what = "" if step is None else f" at step {step}"
+            place = "" if step is None else f" at step {step}"
             raise CheckpointError(
-                f"a checkpoint could not be written to {self.directory}{what}: {_reason(error)}; "
-                f"the last whole one is {self.describe_last()}"
+                f"a checkpoint could not be written to {self.directory}{place}: {_reason(error)}; "
+                f"last complete checkpoint: {self.describe_last()}"
             ) from error
 
     def restore_latest(
         self, abstract: TrainState, warn: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """Restores the newest checkpoint that is whole.
+        """Restores the newest undamaged checkpoint.
 
-        A damaged one (missing or truncated files, changed bytes) is moved to `RUN/damaged/`, with a
-        warning, and the one before is tried. Other failures of reading move nothing.
+        A damaged checkpoint (missing or truncated files, changed bytes) is moved to `RUN/damaged/`
+        with a warning, and the previous checkpoint is tried. Other read errors move nothing.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
           warn: called with a line for each checkpoint that is moved aside.
 
         Returns:
-          (state, info), or None where there is no checkpoint.
+          (state, info), or None if there is no checkpoint.
 
         Raises:
-          CheckpointError: a whole checkpoint holds a state of other names or shapes, or all were
-            damaged.
+          CheckpointError: an undamaged checkpoint holds other names or shapes, or all checkpoints
+            are damaged.
         """
         if not self.steps:
             return None
@@ -248,18 +246,18 @@ class Checkpoints:
                 restored = self._restore(step, abstract)
             except DamagedError as error:
                 reason = str(error)
-            # Each process reads its own part of the arrays; all go back, or none.
+            # Each process reads its own shards, so all processes have to agree on the step.
             if distributed.agree(restored is not None):
                 return restored
             aside = self._move_aside(step)
-            warn(f"{reason}; moved to {aside}, going back to the one before")
+            warn(f"{reason}; moved to {aside}; trying the previous checkpoint")
         raise CheckpointError(
-            f"none of the checkpoints in {self.directory} can be read; they are in {aside.parent}. "
-            "The same command now starts from step 0; weights in best/ can be a new run's init_from"
+            f"no checkpoint in {self.directory} could be read; all are now in {aside.parent}. "
+            "The same command starts from step 0; a new run can set init_from to weights in best/"
         )
 
     def _move_aside(self, step: int) -> epath.Path:
-        """Renames a damaged step, so that the run can save that step again."""
+        """Moves a damaged checkpoint away, so that the run can save that step again."""
         self._manager.close()
         names = (f"{step}-{number}" for number in itertools.count(1))
         aside = next(
@@ -285,44 +283,47 @@ class Checkpoints:
         directory = self.directory / str(step)
         with _reading(directory):
             saved = saved_leaves(directory)
-        # A run that starts to skip updates counts from here on; one that stops drops the count.
-        begins = abstract.skipped is not None and "skipped" not in saved
-        wanted = abstract.replace(skipped=None) if begins else abstract
-        if wanted.skipped is None:
+        # The count of skipped updates starts at zero if the checkpoint has none, and is dropped if
+        # the run no longer counts.
+        adds_count = abstract.skipped is not None and "skipped" not in saved
+        expected = abstract.replace(skipped=None) if adds_count else abstract
+        if expected.skipped is None:
             saved.pop("skipped", None)
-        check_tree(wanted, {name: leaf.shape for name, leaf in saved.items()}, directory)
-        # Read in the saved dtypes, for which the checksums hold, and converted afterwards.
-        as_saved = jax.tree.unflatten(
-            jax.tree.structure(wanted),
+        check_tree(expected, {name: leaf.shape for name, leaf in saved.items()}, directory)
+        # Read the saved dtypes, which the checksums refer to, and convert afterwards.
+        saved_state = jax.tree.unflatten(
+            jax.tree.structure(expected),
             [
                 jax.ShapeDtypeStruct(leaf.shape, saved[name].dtype, sharding=leaf.sharding)
-                for name, leaf in sharding.by_name(wanted).items()
+                for name, leaf in sharding.by_name(expected).items()
             ],
         )
-        item = {name: value for name, value in vars(as_saved).items() if value is not None}
+        item = {name: value for name, value in vars(saved_state).items() if value is not None}
         with _reading(directory), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(
                 _absolute(directory) / "state",
                 ocp.args.PyTreeRestore(
                     item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                    partial_restore=True,  # checkpoints with and without the empty parts
+                    partial_restore=True,  # older checkpoints may lack or add empty subtrees
                 ),
             )
-        state, info = wanted.replace(**tree), read_info(directory)
+        state, info = expected.replace(**tree), read_info(directory)
         _verify(state, info, directory)
         if int(state.step) != step:
-            raise DamagedError(f"checkpoint {directory} is damaged: its state is of another step")
-        state = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), state, wanted)
-        if begins:
+            raise DamagedError(
+                f"checkpoint {directory} is damaged: its state has step {int(state.step)}"
+            )
+        state = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), state, expected)
+        if adds_count:
             state = state.replace(skipped=jnp.zeros_like(state.step))
         return state, info
 
 
-def _telling_handler() -> ocp.StandardCheckpointHandler:
-    """Returns a handler of states; a write that fails in the background ends all processes.
+def _reporting_handler() -> ocp.StandardCheckpointHandler:
+    """Returns a checkpoint handler that ends all processes when a background write fails.
 
-    In Orbax the others would wait for minutes, and the reason would be lost.
+    With Orbax's handler the other processes would wait for minutes, and the reason would be lost.
     """
     handler = ocp.StandardCheckpointHandler()
     save = handler.async_save
@@ -335,15 +336,15 @@ def _telling_handler() -> ocp.StandardCheckpointHandler:
 
 
 class _Write:
-    """One of Orbax's futures; it reports an error to all processes before it raises it."""
+    """Wraps a future of Orbax; reports an error to all processes before raising it."""
 
-    def __init__(self, written: Any):
-        self._written = written
+    def __init__(self, future: Any):
+        self._future = future
 
     def result(self, timeout: float | None = None) -> Any:
-        """Waits for the write."""
+        """Waits until the write is complete."""
         try:
-            return self._written.result(timeout)
+            return self._future.result(timeout)
         except Exception as error:
             fault = f"a checkpoint could not be written: {_reason(error)}"
             watchdog.abort(CheckpointError(fault))
@@ -351,24 +352,24 @@ class _Write:
 
 
 def _join_writers(timeout_secs: float = 20) -> None:
-    """Waits for Orbax's threads, which continue after a failed save.
+    """Waits for Orbax's threads, which keep running after a failed save.
 
-    Otherwise they would write into a directory that is being removed, and report failures of their
-    own afterwards.
+    Without the wait, the threads would write into a directory that is being removed and report
+    errors of their own.
     """
     deadline = time.monotonic() + timeout_secs
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            with contextlib.suppress(Exception):  # its own failure, which is reported already
+            with contextlib.suppress(Exception):  # the thread has already reported its error
                 thread.join(max(deadline - time.monotonic(), 0))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what Orbax's threads print about a failure besides raising it.
+    """Suppresses the tracebacks that Orbax's threads print for errors that are raised as well.
 
-    One bad file, or a full disk, makes every pending array fail with a traceback of its own. An
-    error of the main thread leaves this context first, and is shown.
+    One damaged file or a full disk makes every pending array print its own traceback. An exception
+    of the main thread leaves this context before it is printed.
     """
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     level, asyncio_logger = logging.get_verbosity(), python_logging.getLogger("asyncio")
@@ -381,36 +382,36 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            gc.collect()  # failed tasks, and those never started, report when they are collected
+            gc.collect()  # failed tasks and unstarted coroutines warn when they are collected
             asyncio_logger.disabled = was_disabled
             sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
             logging.set_verbosity(level)
 
 
 def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
-    """Checksum of each leaf by its path, and whether every float is finite."""
+    """Returns the checksum of each leaf by its path, and whether all floats are finite."""
     results = jax.device_get({name: fingerprint(x) for name, x in sharding.by_name(tree).items()})
     sums = {name: sums.tolist() for name, (sums, _) in results.items()}
     return sums, all(finite for _, finite in results.values())
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax takes no relative paths."""
+    """Returns an absolute path, which Orbax requires."""
     return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def check_name(path: epath.PathLike, *, writes: bool) -> None:
-    """Raises UserError for a path at which Orbax and TensorStore read or write other files.
+    """Raises CheckpointError for a path that Orbax and TensorStore would misread.
 
-    They give backslashes a meaning of their own, refuse bytes that are not UTF-8, and treat a path
-    that they write to as a pattern, in which `run[1]` means another name.
+    Both libraries treat backslashes specially, reject bytes that are not UTF-8, and expand a path
+    that they write to as a glob pattern, so that `run[1]` refers to another directory.
     """
     path = str(_absolute(path))
     shown = printable(path)
     if wrong := re.search(r"[\\\ud800-\udfff]", path):
-        what = "a backslash" if wrong[0] == "\\" else "bytes that are no UTF-8"
+        fault = "a backslash" if wrong[0] == "\\" else "bytes that are not UTF-8"
         raise CheckpointError(
-            f"{shown}: checkpoints cannot be in a directory whose name has {what}; rename it"
+            f"{shown}: checkpoints cannot be in a directory whose name has {fault}; rename it"
         )
     if writes and (wrong := re.search(r"[*?\[\x00-\x1f\x7f]", path)):
         raise CheckpointError(
@@ -424,31 +425,31 @@ def _verify(tree: Any, info: dict[str, Any], directory: epath.Path, prefix: str 
     wrong = [path for path, value in sums.items() if info["checksums"].get(prefix + path) != value]
     if wrong:
         raise DamagedError(
-            f"checkpoint {directory} is damaged: {len(wrong)} array(s) differ from their "
-            f"checksums, {wrong[0]} first"
+            f"checkpoint {directory} is damaged: {len(wrong)} array(s) do not match their "
+            f"checksums; the first is {wrong[0]}"
         )
 
 
 def saved_leaves(directory: epath.Path) -> dict[str, Any]:
-    """Shape and dtype of every saved leaf by its path, read without reading the leaves."""
-    # Orbax's checkpointer would hide why a list cannot be read.
+    """Returns the shape and dtype of every saved leaf by its path, without reading the values."""
+    # The handler, unlike Orbax's checkpointer, keeps the reason why the metadata cannot be read.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         tree = handler.metadata(_absolute(directory) / "state").tree
     return sharding.by_name(tree)
 
 
-def check_tree(wanted: Any, saved: dict[str, tuple[int, ...]], source: epath.PathLike) -> None:
-    """Raises CheckpointError that lists every missing, extra and mis-shaped leaf."""
-    shapes = {name: tuple(leaf.shape) for name, leaf in sharding.by_name(wanted).items()}
+def check_tree(expected: Any, saved: dict[str, tuple[int, ...]], source: epath.PathLike) -> None:
+    """Raises CheckpointError with a list of every missing, extra and mis-shaped leaf."""
+    shapes = {name: tuple(leaf.shape) for name, leaf in sharding.by_name(expected).items()}
     if faults := misfits(saved, shapes):
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(faults)}")
 
 
 def find_named(workdir: epath.PathLike, name: str) -> epath.Path:
-    """Directory of a run's "last" or "best" checkpoint, or of the step whose number is `name`.
+    """Returns the directory of a run's "last" or "best" checkpoint, or of step number `name`.
 
     Raises:
-      UserError: the run has none such.
+      UserError: the run has no such checkpoint.
     """
     workdir = epath.Path(workdir)
     if name in ("last", "best"):
@@ -456,14 +457,17 @@ def find_named(workdir: epath.PathLike, name: str) -> epath.Path:
     for directory in (workdir / "checkpoints" / name, workdir / "best" / name):
         if STEP.fullmatch(name) and directory.is_dir():
             return directory
-    raise UserError(f"--checkpoint={name}: {workdir} has no such step; last, best or a number")
+    raise UserError(
+        f"--checkpoint={name}: no such checkpoint in {workdir}; expected 'last', 'best' or the "
+        "number of a saved step"
+    )
 
 
 def find_step(path: epath.PathLike) -> epath.Path:
-    """Returns the checkpoint that `path` means: a step's directory, or the newest step of a run.
+    """Returns a checkpoint's directory: `path` itself, or the newest checkpoint of the run `path`.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is no checkpoint.
     """
     path = epath.Path(path).expanduser()
     if (path / "state").is_dir() and not (path / "checkpoints").is_dir():
@@ -473,46 +477,46 @@ def find_step(path: epath.PathLike) -> epath.Path:
             return directory / str(steps[-1])
     raise CheckpointError(
         foreign.advice(path)
-        or f"no checkpoint in {path}; give a run (RUN), or a step of it (RUN/checkpoints/STEP, "
-        "RUN/best/STEP)"
+        or f"no checkpoint in {path}; expected a run (RUN) or one of its checkpoints "
+        "(RUN/checkpoints/STEP, RUN/best/STEP)"
     )
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
-    """The steps of the whole checkpoints in a directory, ascending."""
+    """Returns the steps of the complete checkpoints in a directory, in ascending order."""
     if not directory.is_dir():
         return []
     return sorted(
         int(path.name)
         for path in directory.iterdir()
-        # In an object store an unfinished step has its name already.
+        # In an object store an unfinished checkpoint already has its final name.
         if STEP.fullmatch(path.name) and path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
     )
 
 
 def last_step(workdir: epath.PathLike) -> int | None:
-    """The step of a run's newest checkpoint, None where it has none."""
+    """Returns the step of a run's newest checkpoint; None if the run has no checkpoint."""
     return max(saved_steps(epath.Path(workdir) / "checkpoints"), default=None)
 
 
 def restore_params(
-    path: epath.PathLike, abstract_params: Any, *, item: str = "params", without: str = ""
+    path: epath.PathLike, abstract_params: Any, *, item: str = "params", skip: str = ""
 ) -> Any:
-    """Restores the parameters alone, placed as `abstract_params` says.
+    """Restores only the parameters, with the placement of `abstract_params`.
 
     Args:
-      path: what `find_step` takes.
-      abstract_params: shapes, dtypes and shardings.
+      path: a run or a checkpoint, as in `find_step`.
+      abstract_params: shapes, dtypes and shardings of the parameters.
       item: "params", or "ema_params" for their moving average.
-      without: a part that is not read, such as "head"; `abstract_params` lacks it.
+      skip: a subtree that is not read, such as "head"; `abstract_params` must not contain it.
 
     Raises:
-      CheckpointError: no checkpoint there, one of another model, or a damaged one.
+      CheckpointError: there is no checkpoint, it is of another model, or it is damaged.
     """
     directory = find_step(path)
     saved = saved_params(directory, item)
-    if without:
-        saved = {k: v for k, v in saved.items() if not k.startswith(f"{without}/")}
+    if skip:
+        saved = {k: v for k, v in saved.items() if not k.startswith(f"{skip}/")}
     check_tree(abstract_params, saved, directory)
     with _reading(directory), _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(
@@ -528,7 +532,7 @@ def restore_params(
 
 
 def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple[int, ...]]:
-    """Shape of every saved parameter by its name; CheckpointError where it is damaged."""
+    """Returns the shape of every saved parameter by name; raises CheckpointError if damaged."""
     prefix = f"{item}/"
     with _reading(directory), _quiet():
         saved = saved_leaves(directory)
@@ -541,10 +545,10 @@ def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple
 
 @contextlib.contextmanager
 def _reading(directory: epath.Path) -> Iterator[None]:
-    """Classifies the failures of all readers.
+    """Classifies the errors of everything that reads checkpoints.
 
-    Orbax's errors on damaged files become a DamagedError; a fault of the path, the machine or its
-    devices becomes a CheckpointError in one line. A fault of the program stays as it is.
+    Orbax's errors on damaged files become a DamagedError. Errors caused by the path, the machine or
+    its devices become a one-line CheckpointError. A programming error passes through unchanged.
     """
     check_name(directory, writes=False)
     backend.start()
@@ -553,8 +557,8 @@ def _reading(directory: epath.Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        cause = _cause(error)  # Orbax wraps TensorStore's in a plain Exception
-        if _is_of_the_machine(cause):
+        cause = _cause(error)  # Orbax wraps TensorStore's errors in a plain Exception
+        if _is_machine_error(cause):
             raise CheckpointError(
                 f"checkpoint {directory} could not be read: {_reason(error)}"
             ) from error
@@ -564,25 +568,25 @@ def _reading(directory: epath.Path) -> Iterator[None]:
 
 
 def read_info(directory: epath.Path) -> dict[str, Any]:
-    """The JSON saved beside the state in a step's directory; DamagedError where it is damaged."""
+    """Returns the `info` JSON of a checkpoint; raises DamagedError if it is damaged."""
     try:
         return run_files.read_info(directory)
     except UserError as error:
-        if error.__cause__ is not None and _is_of_the_machine(error.__cause__):
+        if error.__cause__ is not None and _is_machine_error(error.__cause__):
             raise
         raise DamagedError(f"checkpoint {directory} is damaged: {error}") from None
 
 
-# TensorStore's and XLA's words for a lack of memory, files or rights, and for networks.
+# Status codes of TensorStore and XLA for problems with memory, files, permissions or networks.
 MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
-OS_ERROR = r"os_error_code='(\d+)'"  # TensorStore's, in its text
+OS_ERROR = r"os_error_code='(\d+)'"  # in the text of TensorStore's errors
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# Orbax's errors on files that differ from what it wrote.
+# Exceptions that Orbax raises for files that differ from what it wrote.
 DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RecursionError)
 
 
-def _is_of_the_machine(error: BaseException) -> bool:
-    """Whether a failed read is due to memory, rights, disks or networks, not to damaged files."""
+def _is_machine_error(error: BaseException) -> bool:
+    """Returns whether memory, permissions, disks or networks caused a read error, not damage."""
     if isinstance(error, OSError):
         return not isinstance(error, NOT_THERE)
     text = str(error)
@@ -599,17 +603,17 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line; a long one without its middle."""
+    """Returns the innermost cause in one line; the middle of a long text is cut out."""
     error = _cause(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    if number := re.search(OS_ERROR, text):  # the cause comes first: the text may be cut
+    if number := re.search(OS_ERROR, text):  # put it first, as the text may be cut
         text = f"{os.strerror(int(number[1]))}: {text}"
     return text if len(text) < 300 else f"{text[:120]} ... {text[-170:]}"
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Returns the versions of Python, the libraries and this code at the time of the first call."""
+    """Returns the versions of Python, the libraries and this code, as of the first call."""
     numbers = {"python": sys.version.split()[0], "commit": commit()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -618,7 +622,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Returns the commit of this code, "+changes" where the working tree differs, or "unknown"."""
+    """Returns this code's commit, with "+changes" if the working tree is modified, or "unknown"."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -634,23 +638,23 @@ def commit() -> str:
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Locks the run directory for this process; the system releases it however the process ends.
+    """Locks the run directory for this process; the OS releases the lock when the process ends.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds the lock.
     """
     if "://" in str(workdir):  # an object store has no locks
         yield
         return
     path = workdir / ".lock"
     try:
-        # O_NONBLOCK: opening a pipe would wait for its other end.
+        # O_NONBLOCK, because opening a pipe would otherwise wait for a reader.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is no regular file; remove it")
+            raise UserError(f"{path} is not a regular file; remove it")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
@@ -658,7 +662,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         except BlockingIOError:
             owner = os.read(descriptor, 64).decode(errors="replace") or "unknown"
             raise UserError(
-                f"{workdir} is in use by another process (pid {owner}); wait for it, or give "
+                f"{workdir} is in use by another process (pid {owner}); wait for it, or pass "
                 "another --workdir"
             ) from None
         except OSError as error:

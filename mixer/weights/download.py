@@ -1,4 +1,4 @@
-"""Downloads by http, within a time and within the room on the disk."""
+"""Downloads files over HTTP, with limits on time and disk space."""
 
 import contextlib
 import errno
@@ -21,27 +21,27 @@ from rich.console import Console
 from mixer.errors import UserError, first_line
 from mixer.weights import published
 
-TIMEOUT_SECS = 20  # for a connection, and for the next byte of it
-# A download that is slower than this over SLOW_SECS is given up, and any after MAX_SECS.
+TIMEOUT_SECS = 20  # to open a connection, and to receive the next byte
+# A download fails if it is slower than this over SLOW_SECS, or takes longer than MAX_SECS.
 MIN_BYTES_PER_SEC = 10_000
 SLOW_SECS = 60
 MAX_SECS = 6 * 3600
 CHUNK_BYTES = 1 << 18
-RETRIES = 3  # connections opened again for one file, each going on where the last one broke off
-NOT_THERE = (403, 404, 410)  # a bucket that lists nothing answers 403 for what it does not have
+RETRIES = 3  # new connections per file; each one resumes where the last one broke
+NOT_THERE = (403, 404, 410)  # a bucket without list permission answers 403 for missing files
 
 
 class NotThereError(Exception):
-    """There is no such file, or a web page in its place."""
+    """The address has no file, or has a web page instead."""
 
 
 def parse_address(address: str) -> str:
-    """Returns a web address in ASCII, without fragment.
+    """Returns a web address in ASCII, without its fragment.
 
     Raises:
-      UserError: it is no web address, or has a user or a password in it.
+      UserError: the text is not a web address, or contains a user or a password.
     """
-    where = published.shown(address)
+    label = published.shown(address)
     try:
         parts = urllib.parse.urlsplit(address)
         port, host = parts.port, parts.hostname or ""
@@ -49,14 +49,14 @@ def parse_address(address: str) -> str:
     except ValueError:
         host = ""  # the error may quote a password, so its text is dropped
     if not host or not address.isprintable() or parts.scheme not in ("http", "https"):
-        raise UserError(f"{where} is no web address; expected https://HOST/PATH/FILE.npz")
+        raise UserError(f"{label} is not a web address; expected https://HOST/PATH/FILE.npz")
     if "@" in parts.netloc:
-        raise UserError(f"{where}: an address with a user or a password in it is not read")
-    place = f"[{host}]" if ":" in host else host
+        raise UserError(f"{label}: expected an address without a user or a password")
+    netloc = f"[{host}]" if ":" in host else host
     return urllib.parse.urlunsplit(
         (
             parts.scheme,
-            place if port is None else f"{place}:{port}",
+            netloc if port is None else f"{netloc}:{port}",
             urllib.parse.quote(parts.path or "/", safe="%/:@!$&'()*+,;=~"),
             urllib.parse.quote(parts.query, safe="%/:@!$&'()*+,;=~?[]"),
             "",
@@ -66,23 +66,23 @@ def parse_address(address: str) -> str:
 
 def run_in_time(
     work: Callable[[], Any],
-    where: str,
+    label: str,
     count_bytes: Callable[[], int] | None = None,
     max_secs: float | None = None,
 ) -> Any:
-    """Returns `work()`, and abandons it where it takes too long or receives too little.
+    """Returns `work()`, and abandons the call if it takes too long or receives too little.
 
-    The work runs in a thread: looking up names, the retries of libraries and servers that send
-    single bytes have no time limit of their own.
+    The work runs in a thread, because name look-ups, retries inside libraries and servers that send
+    single bytes have no overall time limit.
 
     Args:
-      work: what to do; once it is abandoned, nobody waits for it.
-      where: the address, for the message.
-      count_bytes: returns the bytes received so far; None: they are not known.
-      max_secs: limit; None: MAX_SECS.
+      work: function to call; nothing waits for it once it is abandoned.
+      label: the address, for messages.
+      count_bytes: returns the number of bytes received so far; None if it is unknown.
+      max_secs: time limit; None: MAX_SECS.
 
     Raises:
-      UserError: it took too long, or received too little.
+      UserError: the work took too long, or received too little.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
 
@@ -95,20 +95,20 @@ def run_in_time(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     max_secs = MAX_SECS if max_secs is None else max_secs
-    begin = last = time.monotonic()
+    start_secs = window_secs = time.monotonic()
     count = 0
     while thread.is_alive():
         thread.join(min(1, SLOW_SECS / 2))
-        now = time.monotonic()
+        now_secs = time.monotonic()
         if count_bytes is not None and count_bytes() - count >= MIN_BYTES_PER_SEC * SLOW_SECS:
-            last, count = now, count_bytes()
-        if thread.is_alive() and count_bytes is not None and now - last > SLOW_SECS:
+            window_secs, count = now_secs, count_bytes()
+        if thread.is_alive() and count_bytes is not None and now_secs - window_secs > SLOW_SECS:
             raise UserError(
-                f"{where}: {count_bytes() - count:,} bytes came in the last {SLOW_SECS} s; "
-                f"expected at least {MIN_BYTES_PER_SEC:,} a second"
+                f"{label}: received {count_bytes() - count:,} bytes in the last {SLOW_SECS} s; "
+                f"expected at least {MIN_BYTES_PER_SEC:,} per second"
             )
-        if thread.is_alive() and now - begin > max_secs:
-            raise UserError(f"{where}: no end after {max_secs:,} s")
+        if thread.is_alive() and now_secs - start_secs > max_secs:
+            raise UserError(f"{label}: not finished after {max_secs:,} s")
     value, error = outcome[0]
     if error is not None:
         raise error
@@ -116,25 +116,26 @@ def run_in_time(
 
 
 def check_room(length: int, folder: epath.PathLike) -> None:
-    """Raises OSError where the disk of `folder` has less than `length` bytes left."""
+    """Raises OSError if the disk of `folder` has less than `length` bytes free."""
     free = shutil.disk_usage(folder).free
     if length > free:
         raise OSError(
-            errno.ENOSPC, f"it has {length / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free"
+            errno.ENOSPC,
+            f"the file needs {length / 1e6:,.1f} MB; {free / 1e6:,.1f} MB are free",
         )
 
 
 def download(address: str, target: Path, max_bytes: int | None = None) -> None:
-    """Downloads a file by http.
+    """Downloads a file over HTTP.
 
     Args:
-      address: as `parse_address` returns it.
-      target: the file that is written.
-      max_bytes: the largest accepted size; None: any.
+      address: an address that `parse_address` returned.
+      target: path of the file to write.
+      max_bytes: largest accepted size; None: no limit.
 
     Raises:
-      NotThereError: the server has no such file, or a web page in its place.
-      UserError: the download failed otherwise.
+      NotThereError: the server has no such file, or sends a web page instead.
+      UserError: the download failed for another reason.
       OSError: the file cannot be written, or would fill the disk.
     """
     with open(target, "wb") as file, _progress(target.stem) as show:
@@ -143,7 +144,7 @@ def download(address: str, target: Path, max_bytes: int | None = None) -> None:
 
 
 class _Download:
-    """The transfer of one file; after a broken connection it continues where it stopped."""
+    """The transfer of one file, which resumes after a broken connection."""
 
     def __init__(
         self,
@@ -152,16 +153,16 @@ class _Download:
         max_bytes: int | None,
         show: Callable[[int, int | None], None],
     ):
-        self._address, self._where = address, published.shown(address)
+        self._address, self._label = address, published.shown(address)
         self._file, self._max_bytes, self._show = file, max_bytes, show
-        self._length: int | None = None  # of the whole
-        # What the server calls this version of the file: a header's name and its value.
+        self._length: int | None = None  # bytes of the complete file
+        # Name and value of the header that identifies this version of the file.
         self._version: tuple[str, str] | None = None
-        self._stalls = 0  # connections that stood still
-        self.received = 0  # bytes, by all connections
+        self._stalls = 0  # connections that timed out
+        self.received = 0  # bytes over all connections
 
     def run(self) -> None:
-        """Receives the file, by several connections where one breaks off."""
+        """Receives the file; opens new connections if one breaks."""
         attempts = 0
         while attempts <= RETRIES and self._stalls < 2:
             if self._receive():
@@ -169,41 +170,41 @@ class _Download:
             attempts += 1
         length = "an unknown number of" if self._length is None else f"{self._length:,}"
         raise UserError(
-            f"{self._where}: {self._file.tell():,} of {length} bytes came, and then no more in "
+            f"{self._label}: received {self._file.tell():,} of {length} bytes, then no more in "
             f"{attempts} attempts; try again"
         )
 
     def _receive(self) -> bool:
-        """Receives the rest of the file by one connection; returns whether the file is complete.
+        """Receives the rest of the file over one connection; returns whether the file is complete.
 
-        A part is added only to the same version of the file. A server that does not name its
-        versions sends all of it again.
+        A part is appended only to the same version of the file. If the server does not identify
+        versions, the download starts again from the first byte.
         """
-        done = self._file.tell() if self._version else 0
+        offset = self._file.tell() if self._version else 0
         headers = {"User-Agent": "mlp-mixer-jax"}
-        if done:
-            headers |= {"Range": f"bytes={done}-", "If-Range": self._version[1]}
+        if offset:
+            headers |= {"Range": f"bytes={offset}-", "If-Range": self._version[1]}
         with _open(urllib.request.Request(self._address, headers=headers)) as answer:
-            if done and answer.status in (206, 416):  # 416: the file has become shorter
-                if not self._continues(answer, done):
+            if offset and answer.status in (206, 416):  # 416: the file has become shorter
+                if not self._continues(answer, offset):
                     self._version = None
                     return False
             else:
                 self._start(answer)
             return self._read(answer)
 
-    def _continues(self, answer: http.client.HTTPResponse, done: int) -> bool:
-        """Whether the answer is the part after `done` bytes of the same version."""
-        part = f"bytes {done}-{self._length - 1}/{self._length}"
+    def _continues(self, answer: http.client.HTTPResponse, offset: int) -> bool:
+        """Returns whether the answer is the part from byte `offset` of the same version."""
+        part = f"bytes {offset}-{self._length - 1}/{self._length}"
         name, value = self._version
         return answer.headers.get("Content-Range") == part and answer.headers.get(name) == value
 
     def _start(self, answer: http.client.HTTPResponse) -> None:
-        """Starts with the first byte, and remembers the length and the version of the file."""
+        """Starts again from the first byte, and stores the length and the version of the file."""
         if answer.status != 200:
-            raise UserError(f"{self._where}: the server answers {answer.status}, which is no file")
+            raise UserError(f"{self._label}: the server answered {answer.status}; expected 200")
         if answer.headers.get_content_type() == "text/html":
-            raise NotThereError(f"{self._where} is a web page; give the address of the file itself")
+            raise NotThereError(f"{self._label} is a web page; pass the address of the file itself")
         self._file.seek(0)
         self._file.truncate()
         self._length, self._version = answer.length, None
@@ -220,14 +221,14 @@ class _Download:
 
     def _check_size(self, size: int) -> None:
         if self._max_bytes is not None and size > self._max_bytes:
-            raise UserError(f"{self._where}: {size:,} bytes; expected at most {self._max_bytes:,}")
+            raise UserError(f"{self._label}: {size:,} bytes; expected at most {self._max_bytes:,}")
 
     def _read(self, answer: http.client.HTTPResponse) -> bool:
-        """Appends what the server sends; returns whether the file is complete."""
+        """Appends received bytes to the file; returns whether the file is complete."""
         while self._length is None or self._file.tell() < self._length:
-            rest = CHUNK_BYTES if self._length is None else self._length - self._file.tell()
+            num_left = CHUNK_BYTES if self._length is None else self._length - self._file.tell()
             try:
-                chunk = answer.read1(min(rest, CHUNK_BYTES))
+                chunk = answer.read1(min(num_left, CHUNK_BYTES))
             except (OSError, ValueError, http.client.HTTPException) as error:
                 self._stalls += isinstance(error, TimeoutError)
                 return False
@@ -239,14 +240,15 @@ class _Download:
                 self._check_size(self._file.tell())
                 if self._file.tell() > self._room:
                     raise OSError(
-                        errno.ENOSPC, "it does not say its length, and would fill half of the disk"
+                        errno.ENOSPC,
+                        "the server sent no length, and half of the disk space is used",
                     )
             self._show(self._file.tell(), self._length)
         return True
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to web addresses; others end in one line, without their secrets."""
+    """Follows redirects to web addresses; raises a UserError without secrets for others."""
 
     def http_error_302(self, req, fp, code, msg, headers):
         target = headers.get("Location") or headers.get("URI")
@@ -254,9 +256,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             try:
                 parse_address(urllib.parse.urljoin(req.full_url, target))
             except ValueError:  # a UserError too
-                place, target = published.shown(req.full_url), published.shown(target)
+                origin, target = published.shown(req.full_url), published.shown(target)
                 raise UserError(
-                    f"{place} redirects to {target[:200]!r}, which is no web address"
+                    f"{origin} redirects to {target[:200]!r}, which is not a web address"
                 ) from None
         return super().http_error_302(req, fp, code, msg, headers)
 
@@ -264,8 +266,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
-    """Opens an address; the answer to a part that lies beyond the end of the file has code 416."""
-    where = published.shown(request.full_url)
+    """Opens an address; a 416 answer to a range request is returned instead of raised."""
+    label = published.shown(request.full_url)
     try:
         return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_SECS)
     except urllib.error.HTTPError as error:
@@ -275,24 +277,24 @@ def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
         reason = f"{error.code} {first_line(Exception(error.reason))}"
         if error.code in NOT_THERE:
             raise NotThereError(
-                f"{where}: no such file, or none that may be read ({reason})"
+                f"{label}: no such file, or no permission to read it ({reason})"
             ) from None
-        raise UserError(f"{where} was refused: {reason}") from None
+        raise UserError(f"{label}: the server refused the request: {reason}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         reason = getattr(reason, "strerror", None) or first_line(Exception(reason))
         raise UserError(
-            f"{where} cannot be reached: {reason}; a file that was fetched elsewhere can be "
-            "given by its path"
+            f"{label} cannot be reached: {reason}; download the file on another machine and pass "
+            "its path"
         ) from None
 
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yields what shows how far a download is: a bar where stderr is a terminal, else nothing."""
+    """Yields a function that shows progress: a bar if stderr is a terminal, else nothing."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield lambda received, total: None
         return
     columns = (
         progress.TextColumn("{task.description}"),
@@ -303,4 +305,4 @@ def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
     )
     with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda received, total: bar.update(task, completed=received, total=total)

@@ -1,11 +1,11 @@
-"""Weights from elsewhere: fetched once into a cache, whole or not at all.
+"""Fetches remote weights once into a cache; a file appears there only when it is complete.
 
-`https://`, `http://`, `gs://`, `hf://owner/name[/file]` and the short names of
-`mixer.weights.published.CHECKPOINTS`. The cache is `$XDG_CACHE_HOME/mixer` or `~/.cache/mixer`,
-with a folder for each address, in which the file keeps its name; deleting one fetches it anew.
-Files of hf:// stay where huggingface_hub keeps them.
+Sources are `https://`, `http://`, `gs://`, `hf://owner/name[/file]` and the short names of
+`mixer.weights.published.CHECKPOINTS`. The cache is `$XDG_CACHE_HOME/mixer` or `~/.cache/mixer`. It
+has one folder per address, in which the file keeps its name; delete the folder to fetch the file
+again. Files of hf:// stay in the cache of huggingface_hub.
 
-An address may hold secrets: messages, and all that is saved, have it as `published.shown` gives it.
+An address may hold secrets, so messages and saved files contain only `published.shown(address)`.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from mixer.files import STORES
 from mixer.weights import download, foreign, published
 from mixer.weights.foreign import ENDINGS
 
-MAX_CARD_BYTES = 16_000_000  # of a JSON beside weights; 21,843 names of classes take one
-# Parameters of a query that sign an address and say nothing of what lies there.
+MAX_CARD_BYTES = 16_000_000  # size of a JSON sidecar; 21,843 class names take about 1 MB
+# Query parameters that sign an address and do not identify the file.
 _SIGNATURES = re.compile(
     r"x-(amz|goog|ms|oss)-.*|(.*[-_])?(signature|token|secret|password|credential)|sig|auth"
     r"|expires|policy|key-pair-id|api_?key|(aws|oss)accesskeyid|googleaccessid",
@@ -42,124 +42,125 @@ _SIGNATURES = re.compile(
 
 
 def is_remote_file(path: epath.PathLike) -> bool:
-    """Whether `fetch` has something to fetch: an address of a file, or a published short name.
+    """Returns whether `fetch` would fetch `path`: an address of a file, or a published short name.
 
-    A `gs://` or `s3://` address without the ending of a weights file is a run, which is read in
+    A `gs://` or `s3://` address without the suffix of a weight file is a run, which is read in
     place.
 
     Raises:
-      UserError: what looks like a short name is none, or an address that cannot be one.
+      UserError: the short name is unknown, or the address is invalid.
     """
-    scheme, rest = _split(path)
+    scheme, remainder = _split(path)
     if not scheme and not str(path).startswith("://"):
         return published.by_short_name(path) is not None
     if scheme in STORES:
-        if not rest.partition("/")[0]:
-            raise UserError(f"{path} names no bucket; expected {scheme}://BUCKET/PATH")
-        return rest.endswith(ENDINGS)
+        if not remainder.partition("/")[0]:
+            raise UserError(f"{path}: no bucket; expected {scheme}://BUCKET/PATH")
+        return remainder.endswith(ENDINGS)
     if scheme not in ("http", "https", "hf"):
         raise UserError(
-            f"{published.shown(path)}: {scheme}:// is not read; expected a path of this machine, "
+            f"{published.shown(path)}: {scheme}:// is not supported; expected a local path, "
             f"https://, hf:// or {', '.join(f'{store}://' for store in STORES)}"
         )
     return True
 
 
 def is_directory(path: epath.PathLike) -> bool:
-    """Whether there is a directory at `path`, here or in cloud storage; False for a file's address.
+    """Returns whether `path` is a local or cloud directory; False for the address of a file.
 
     Raises:
-      UserError: an address that cannot be one, or storage that does not answer.
+      UserError: the address is invalid, or the cloud storage does not answer.
     """
-    return not is_remote_file(path) and _ask(path, lambda place: place.is_dir())
+    return not is_remote_file(path) and _query(path, lambda path: path.is_dir())
 
 
 def exists(path: epath.PathLike) -> bool:
-    """Whether there is anything at a path of this machine or of cloud storage."""
-    return _ask(path, lambda place: place.exists())
+    """Returns whether a local or cloud path exists."""
+    return _query(path, lambda path: path.exists())
 
 
-def _ask(path: epath.PathLike, question: Callable[[epath.Path], bool]) -> bool:
+def _query(path: epath.PathLike, predicate: Callable[[epath.Path], bool]) -> bool:
     with _reading(path):
-        place = epath.Path(path).expanduser()
+        full_path = epath.Path(path).expanduser()
         if not _split(path)[0]:
-            return question(place)
-        return download.run_in_time(lambda: question(place), str(path), None, download.SLOW_SECS)
+            return predicate(full_path)
+        return download.run_in_time(
+            lambda: predicate(full_path), str(path), None, download.SLOW_SECS
+        )
 
 
 def _split(path: epath.PathLike) -> tuple[str, str]:
-    """The scheme in lower case, "" for a path of this machine, and the rest."""
-    scheme, separator, rest = str(path).partition("://")  # as etils.epath sees it
-    return (scheme.lower(), rest) if separator else ("", scheme)
+    """Returns the scheme in lower case ("" for a local path) and the remainder of the path."""
+    scheme, separator, remainder = str(path).partition("://")  # as in etils.epath
+    return (scheme.lower(), remainder) if separator else ("", scheme)
 
 
 def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
-    """Returns a local file with what is at `path`; fetches it where it is not cached.
+    """Returns the path of a local copy of `path`; downloads the file if it is not cached.
 
-    The JSON beside it (its name and .json; for safetensors config.json too) comes too where there
-    is one.
+    A JSON sidecar (the file's name plus .json, and config.json for safetensors) is fetched with it
+    if the source has one.
 
     Args:
-      path: a local path, which is returned as it is, an address or a short name.
-      log: gets a line on what was fetched, and from where.
+      path: a local path, which is returned unchanged, an address, or a short name.
+      log: called with a line on what was fetched and its address.
 
     Raises:
-      UserError: no such file, no network, no access, a file cut short, a server that sends too
-        slowly, a web page in its place, a full disk, another kind of file, or a package that is
-        missing.
+      UserError: the file does not exist, cannot be reached or read, is incomplete, is a web page or
+        another type of file; the server is too slow, the disk is full, or a package is missing.
     """
     if not is_remote_file(path):
         return epath.Path(path).expanduser()
     short = published.by_short_name(path)
     address = short.url if short else published.https_address(str(path))
-    scheme, rest = _split(address)
+    scheme, remainder = _split(address)
     if scheme == "hf":
-        return _fetch_from_hub(rest, log)
+        return _fetch_from_hub(remainder, log)
     if scheme in ("http", "https"):
         address = download.parse_address(address)
         name = urllib.parse.unquote(urllib.parse.urlsplit(address).path)
     else:
-        address = name = f"{scheme}://{rest}"
+        address = name = f"{scheme}://{remainder}"
     name = name.rpartition("/")[2]
-    where = published.shown(address)
-    _check_ending(name, where)
+    label = published.shown(address)
+    _check_ending(name, label)
     if not name.isprintable() or len(name.encode()) > 200:
-        raise UserError(f"{where}: the file's name has characters, or a length, that no file has")
+        raise UserError(f"{label}: the file's name is too long or has unprintable characters")
     target = cache_dir() / hashlib.sha256(_unsigned(address).encode()).hexdigest()[:16] / name
     with _disk_errors(target):
         if target.is_file():
-            log(f"{where}: cached as {target}")
+            log(f"{label}: cached as {target}")
             return epath.Path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes may want the same file: the second waits, and finds it there. The lock
-        # goes with the process that holds it, and leaves no stale file behind.
+        # If two processes fetch the same file, the second waits for the first. The OS releases the
+        # lock when a process ends, so a killed process cannot leave a stale lock.
         with open(target.parent / ".lock", "w") as lock:
-            _lock(lock, where, log)
+            _lock(lock, label, log)
             if not target.is_file():
-                for stale in target.parent.glob(".*.new"):  # of a process that was killed
+                for stale in target.parent.glob(".*.new"):  # left by a killed process
                     stale.unlink(missing_ok=True)
                 _fetch_into(target, address)
-                log(f"{where}: fetched {target.stat().st_size / 1e6:,.1f} MB to {target}")
+                log(f"{label}: fetched {target.stat().st_size / 1e6:,.1f} MB to {target}")
     return epath.Path(target)
 
 
 def fetch_anew(path: epath.Path) -> str:
-    """How a damaged file is fetched again, as the end of a message.
+    """Returns the end of a message that tells how to fetch a damaged file again.
 
     Args:
-      path: the weights that `fetch` returned, or a JSON beside them.
+      path: the weight file that `fetch` returned, or its JSON sidecar.
     """
     if cache_dir() in path.parents:
-        # Once the weights are gone, what is beside them is fetched too.
+        # Without the weight file, `fetch` downloads the sidecar again too.
         weights = (file for file in path.parent.iterdir() if file.name.endswith(ENDINGS))
         path = next(weights, path)
     else:
-        path = os.path.realpath(path)  # huggingface_hub has links to what it fetched
-    return f"; delete {path} to fetch it anew"
+        path = os.path.realpath(path)  # huggingface_hub links to its downloads
+    return f"; delete {path} to fetch it again"
 
 
-def _lock(file: BinaryIO, where: str, log: Callable[[str], None]) -> None:
-    """Takes the lock of a cached file, or waits for the process that has it."""
+def _lock(file: BinaryIO, label: str, log: Callable[[str], None]) -> None:
+    """Acquires the lock of a cached file; waits while another process holds it."""
     deadline = None
     while True:
         try:
@@ -167,17 +168,17 @@ def _lock(file: BinaryIO, where: str, log: Callable[[str], None]) -> None:
         except BlockingIOError:
             pass
         if deadline is None:
-            log(f"{where}: waiting for another process, which fetches it")
+            log(f"{label}: waiting for another process to fetch it")
             deadline = time.monotonic() + download.MAX_SECS
         if time.monotonic() > deadline:
             raise UserError(
-                f"{where}: another process has been fetching it for {download.MAX_SECS:,} s"
+                f"{label}: another process has been fetching it for {download.MAX_SECS:,} s"
             )
         time.sleep(0.2)
 
 
 def _fetch_into(target: Path, address: str) -> None:
-    """Fetches a file and the JSON beside it; the file gets its name once all of it is there."""
+    """Fetches a file and its JSON sidecar; the file gets its final name once it is complete."""
     get = download.download if address.startswith(("http://", "https://")) else _copy
     try:
         with files.whole(target) as new:
@@ -188,50 +189,49 @@ def _fetch_into(target: Path, address: str) -> None:
                     with files.whole(json_path) as new_json:
                         get(_sibling(address, name), new_json, max_bytes=MAX_CARD_BYTES)
                 except download.NotThereError:
-                    json_path.unlink(missing_ok=True)  # that of earlier weights
+                    json_path.unlink(missing_ok=True)  # left by earlier weights
     except download.NotThereError as error:
         raise UserError(str(error)) from None
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/mixer`, or `~/.cache/mixer`.
+    """Returns the cache directory, `$XDG_CACHE_HOME/mixer` or `~/.cache/mixer`.
 
     Raises:
-      UserError: the home directory is not known.
+      UserError: the home directory is unknown.
     """
     base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if base.startswith("~"):
         raise UserError(
-            "this user has no home directory, and so no cache for weights; XDG_CACHE_HOME=DIR "
-            "says where it is"
+            "no cache for weights: this user has no home directory; set XDG_CACHE_HOME=DIR"
         )
     return Path(base) / "mixer"
 
 
-def _check_ending(name: str, where: str) -> None:
+def _check_ending(name: str, label: str) -> None:
     if name.endswith(ENDINGS):
         return
-    read = f"{where}: weights are read from {' and '.join(ENDINGS)} files"
+    problem = f"{label}: expected an address that ends in {' or '.join(ENDINGS)}"
     if foreign.is_pickled(name):
-        raise UserError(f"{read}, and {name} {foreign.pickle_advice(name)}")
-    raise UserError(f"{read}; the address has to end in the name of one")
+        raise UserError(f"{problem}; {name} {foreign.pickle_advice(name)}")
+    raise UserError(problem)
 
 
 def _json_names(name: str) -> list[str]:
-    """Names of the JSON files that may describe the weights `name`."""
+    """Returns the names of the JSON files that may describe the weight file `name`."""
     config = ["config.json"] if name.endswith(".safetensors") else []
     return [f"{name}.json", *config]
 
 
 def _sibling(address: str, name: str) -> str:
-    """The address of another file in the same folder; a query string stays."""
+    """Returns the address of another file in the same folder, with the same query string."""
     parts = urllib.parse.urlsplit(address)
     path = parts.path.rpartition("/")[0] + "/" + urllib.parse.quote(name)
     return urllib.parse.urlunsplit(parts._replace(path=path))
 
 
 def _unsigned(address: str) -> str:
-    """The address without the parameters of its query that only sign it."""
+    """Returns the address without the query parameters that only sign it."""
     path, _, query = address.partition("?")
     names = [word for word in query.split("&") if not _SIGNATURES.fullmatch(word.split("=")[0])]
     return "?".join(filter(None, (path, "&".join(names))))
@@ -239,22 +239,23 @@ def _unsigned(address: str) -> str:
 
 @contextlib.contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Turns an error of writing into the cache into one line."""
+    """Turns an OSError while writing to the cache into a one-line UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{target} cannot be written: {error.strerror or error}; XDG_CACHE_HOME moves the cache"
+            f"{target} cannot be written: {error.strerror or error}; set XDG_CACHE_HOME to move "
+            "the cache"
         ) from None
 
 
 @contextlib.contextmanager
 def _reading(path: epath.PathLike) -> Iterator[None]:
-    """Turns what fails in a file system or in cloud storage into one line.
+    """Turns errors of a file system or of cloud storage into a one-line UserError.
 
-    Storage fails by errors of TensorFlow's, gcsfs's or s3fs's own.
+    For cloud storage, TensorFlow, gcsfs and s3fs raise exceptions of their own classes.
     """
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # gcsfs also logs what it raises
     try:
         yield
     except UserError:
@@ -271,7 +272,7 @@ def _reading(path: epath.PathLike) -> Iterator[None]:
 
 
 def _copy(address: str, target: Path, max_bytes: int | None = None) -> None:
-    """Copies a file from cloud storage, with the credentials that its library finds."""
+    """Copies a file from cloud storage, with the credentials that the storage library finds."""
 
     def count_bytes() -> int:
         return os.path.getsize(target) if os.path.exists(target) else 0
@@ -292,30 +293,33 @@ def _copy(address: str, target: Path, max_bytes: int | None = None) -> None:
             lambda: epath.Path(address).copy(target, overwrite=True), address, count_bytes
         )
     if target.stat().length != length:
-        raise UserError(f"{address}: {target.stat().length:,} of {length:,} bytes came; try again")
+        raise UserError(
+            f"{address}: received {target.stat().length:,} of {length:,} bytes; try again"
+        )
 
 
-def _fetch_from_hub(rest: str, log: Callable[[str], None]) -> epath.Path:
-    """Fetches hf://owner/name, that is its model.safetensors, or hf://owner/name/file."""
-    parts = rest.split("/", 2)
-    odd = {"", ".", ".."}.intersection(rest.split("/"))
-    if len(parts) < 2 or odd or not rest.isprintable():
-        raise UserError(f"hf://{rest}: expected hf://owner/name or hf://owner/name/file.npz")
+def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
+    """Fetches hf://owner/name/file; for hf://owner/name, the file model.safetensors."""
+    address = f"hf://{remainder}"
+    parts = remainder.split("/", 2)
+    has_bad_part = {"", ".", ".."}.intersection(remainder.split("/"))
+    if len(parts) < 2 or has_bad_part or not remainder.isprintable():
+        raise UserError(f"{address}: expected hf://owner/name or hf://owner/name/file.npz")
     repository, name = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "model.safetensors"
-    _check_ending(name, f"hf://{rest}")
+    _check_ending(name, address)
     try:
         from huggingface_hub import errors, hf_hub_download, utils
     except ImportError:
-        raise UserError(f"hf://{rest} needs huggingface_hub: pip install -e .[hub]") from None
+        raise UserError(f"{address} needs huggingface_hub: pip install -e .[hub]") from None
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
     published.refuse_other_models(repository)
 
-    cache_dir()  # its cache is beside ours, and needs a home directory as well
+    cache_dir()  # raises without a home directory, which huggingface_hub's cache needs as well
 
     def get(file: str) -> epath.Path:
         call = functools.partial(hf_hub_download, repository, file)
-        return epath.Path(download.run_in_time(call, f"hf://{rest}"))
+        return epath.Path(download.run_in_time(call, address))
 
     try:
         path = get(name)
@@ -328,20 +332,20 @@ def _fetch_from_hub(rest: str, log: Callable[[str], None]) -> epath.Path:
                 unreachable.append(json_name)
             except errors.EntryNotFoundError:
                 pass
-    except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
-        raise UserError(f"hf://{rest} cannot be reached, and is not in the cache") from None
+    except errors.LocalEntryNotFoundError:  # a subclass of EntryNotFoundError
+        raise UserError(f"{address} cannot be reached, and is not in the cache") from None
     except errors.EntryNotFoundError:
         raise UserError(
-            f"hf://{repository} has no {name}; name a file that it has: hf://{repository}/FILE.npz"
+            f"hf://{repository} has no {name}; expected one of its files: hf://{repository}/FILE.npz"
         ) from None
     except errors.GatedRepoError:
         raise UserError(
-            f"hf://{repository} asks for its terms to be accepted, and a login"
+            f"hf://{repository} is gated: accept its terms on the Hub and log in"
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"hf://{repository}: no such repository, or a private one") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"hf://{rest} cannot be read: {first_line(error)}") from None
-    about = f"; whether it has {' and '.join(unreachable)} cannot be asked" if unreachable else ""
-    log(f"hf://{rest}: {path}{about}")
+        raise UserError(f"{address} cannot be read: {first_line(error)}") from None
+    note = f"; could not check for {' and '.join(unreachable)}" if unreachable else ""
+    log(f"{address}: {path}{note}")
     return path

@@ -1,6 +1,6 @@
-"""Weights of other programs in forms that are not read here, and how to convert them.
+"""Recognises weights in formats of other programs that are not supported, and tells how to convert.
 
-They are recognised by the names of files and folders; none is opened.
+Only the names of files and folders are examined; no file is opened.
 """
 
 import itertools
@@ -11,16 +11,16 @@ import shlex
 
 from etils import epath
 
-ENDINGS = (".npz", ".safetensors")  # of the files that are read
+ENDINGS = (".npz", ".safetensors")  # supported formats
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".th")
-_MOST_NAMES = 10_000  # of a folder that are looked at
+_MAX_NAMES = 10_000  # names that are examined in a folder
 
 _BIG_VISION = re.compile(r"checkpoint\.bv(-LAST|-\d+(-tmp)?)?")
 _FLAX = re.compile(r"checkpoint_\d+")
 
 
 def advice(path: epath.PathLike) -> str:
-    """Returns a line on another program's weights at `path`, with a conversion; "" if none."""
+    """Returns a line on another program's weights at `path` and how to convert them, or ""."""
     path = epath.Path(path)
     if is_pickled(path.name):
         return f"{path} {pickle_advice(path.name)}"
@@ -33,15 +33,15 @@ def advice(path: epath.PathLike) -> str:
             place = path / steps[-1]
         elif path.name == "checkpoint.bv-LAST":
             place = path.with_name("checkpoint.bv")
-        return f"{path} is a checkpoint of big_vision; in its environment " + _command(
-            # Its load_params wants a path with a slash.
+        return f"{path} is a big_vision checkpoint; in big_vision's environment, " + _command(
+            # big_vision's load_params needs a path with a slash.
             f"import numpy, big_vision.utils as u; numpy.savez({_quoted(place.name)}, **dict("
             f"u.tree_flatten_with_names(u.load_params({_quoted(_absolute(place))}))[0]))",
             f"{place.name}.npz",
         )
     if any(map(_FLAX.fullmatch, names)):
         name = max(filter(_FLAX.fullmatch, names), key=lambda name: (len(name), name))
-        return f"{path} is a checkpoint of flax, as vision_transformer writes it; " + _command(
+        return f"{path} is a Flax checkpoint, as vision_transformer writes it; " + _command(
             "import flax, numpy; from flax.training.checkpoints import restore_checkpoint; "
             f"numpy.savez({_quoted(name)}, **flax.traverse_util.flatten_dict("
             f'restore_checkpoint({_quoted(_absolute(path))}, None)["0"], sep="/"))',
@@ -49,25 +49,25 @@ def advice(path: epath.PathLike) -> str:
         )
     files = [name for name in names[1:] if name.endswith(ENDINGS)]
     if files:
-        return f"no checkpoint in {path}, but files; give the file itself: {path / min(files)}"
+        return f"no checkpoint in {path}; pass a file in it instead: {path / min(files)}"
     if pickled := [name for name in names[1:] if is_pickled(name)]:
         return f"{path / min(pickled)} {pickle_advice(min(pickled))}"
     return ""
 
 
 def is_pickled(name: str) -> bool:
-    """Whether a file's name is that of a PyTorch file or of another pickled one."""
+    """Returns whether a file's name is that of a PyTorch checkpoint or another pickled file."""
     return name.lower().endswith(PICKLED)
 
 
 def pickle_advice(name: str) -> str:
-    """Returns the line that says what a pickled file is, and makes a file of its tensors."""
+    """Returns why a pickled file is not opened, and a command that converts it to safetensors."""
     out = re.sub(f"({'|'.join(map(re.escape, PICKLED))})+$", "", name, flags=re.IGNORECASE)
-    # load_state_dict takes the weights out of a training program's checkpoint, an average first.
-    # Tensors that share memory cannot be saved as they are.
+    # timm's load_state_dict extracts the weights from a training checkpoint, and prefers an EMA.
+    # Tensors that share memory must be cloned before they can be saved.
     return (
-        "is a pickled file, which can run code, and is not opened; if its origin is trusted, "
-        "with PyTorch and timm "
+        "is a pickled file, which is not opened because it can run code; if you trust its source, "
+        "with PyTorch and timm installed, "
     ) + _command(
         "import safetensors.torch, timm.models, torch; "
         f"weights = timm.models.load_state_dict({_quoted(name)}); "
@@ -79,7 +79,7 @@ def pickle_advice(name: str) -> str:
 
 
 def _command(code: str, out: str) -> str:
-    return f"`python -c {shlex.quote(code)}` makes {out} of it"
+    return f"`python -c {shlex.quote(code)}` converts it to {out}"
 
 
 def _quoted(text: str) -> str:
@@ -93,4 +93,4 @@ def _absolute(path: epath.Path) -> str:
 def _names_in(path: epath.Path) -> list[str]:
     if not path.is_dir():
         return []
-    return [child.name for child in itertools.islice(path.iterdir(), _MOST_NAMES)]
+    return [child.name for child in itertools.islice(path.iterdir(), _MAX_NAMES)]

@@ -1,6 +1,6 @@
-"""Files of weights: the published npz layout, the legacy one, and timm's names in safetensors.
+"""Weight files: npz in the published or the legacy layout, and safetensors with timm's names.
 
-Whatever the layout, arrays are known by the names of the released checkpoints, joined by "/", such
+In every layout an array is identified by its name in the released checkpoints, joined by "/", such
 as "MixerBlock_0/token_mixing/Dense_0/kernel".
 """
 
@@ -33,23 +33,23 @@ from mixer.weights.arrays import (
 )
 from mixer.weights.card import FORMAT, Card, card_path, checksum
 
-# By layout: the ending of its files, and the GELU of the code whose layout it is.
+# For each layout, the suffix of its files and the GELU form of the code base that defines it.
 ENDINGS = {"published": ".npz", "legacy": ".npz", "timm": ".safetensors"}
 GELU_OF = {"published": "tanh", "legacy": "tanh", "timm": "erf"}
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """An opened file: names and shapes; an array is read when it is asked for.
+    """An opened weight file; holds names and shapes, and reads each array on request.
 
     Attributes:
-      path: where it is.
+      path: path of the file.
       architecture: key of `mixer.models.registry.ARCHITECTURES`.
       layout: key of ENDINGS.
-      shapes: by published name; an array that the layout does not have goes by its own.
-      read: an array by that name, with the published axes, in the file's dtype.
-      gelu: that of the file's own header; None: the header has none.
-      notes: what was passed over or taken off, for the log.
+      shapes: shapes by published name; an array that the layout does not define keeps its own name.
+      read: returns the array of such a name, with the published axes, in the file's dtype.
+      gelu: GELU form in the file's header; None if the header has none.
+      notes: lines for the log on wrappers and arrays that were ignored.
     """
 
     path: epath.Path
@@ -62,10 +62,11 @@ class File:
 
 
 def open_file(path: epath.PathLike) -> File:
-    """Opens a file of weights and recognises its layout from its names.
+    """Opens a weight file and recognises its layout from the names of its arrays.
 
     Raises:
-      UserError: no such file, one of another kind, another model, or an array of another dtype.
+      UserError: the file does not exist, is not a weight file, holds another model, or has an
+        array with an unsupported dtype.
     """
     path, gelu = epath.Path(path).expanduser(), None
     check_regular(path)
@@ -80,45 +81,45 @@ def open_file(path: epath.PathLike) -> File:
                 raise DamagedError(path, f"header of {path}: gelu={gelu!r}; expected {expected}")
         case _:
             advice = foreign.advice(path)
-            raise UserError(
-                advice or f"{path} is no file of weights; .npz and .safetensors are read"
-            )
+            raise UserError(advice or f"{path} is not a weight file; expected .npz or .safetensors")
     arrays, notes = _unwrapped(arrays)
     name, layout = recognise({name: array.shape for name, array in arrays.items()}, path)
     check_dtypes(arrays, path)
 
     architecture = ARCHITECTURES[name]
-    places = {}  # published name -> the file's
+    stored_names = {}  # published name -> name in the file
     for leaf in architecture.leaf_names(count_blocks(arrays)):
         if (stored := architecture.stored_name(leaf, layout)) in arrays:
-            places[leaf] = stored
-    places |= {name: name for name in arrays.keys() - set(places.values())}
+            stored_names[leaf] = stored
+    stored_names |= {name: name for name in arrays.keys() - set(stored_names.values())}
 
     def shape(leaf: str) -> tuple[int, ...]:
-        placeholder = np.broadcast_to(np.float32(0), arrays[places[leaf]].shape)  # no memory
+        # broadcast_to allocates no memory for the array.
+        placeholder = np.broadcast_to(np.float32(0), arrays[stored_names[leaf]].shape)
         return architecture.from_layout(leaf, placeholder, layout).shape
 
     def read(leaf: str) -> np.ndarray:
-        return architecture.from_layout(leaf, arrays[places[leaf]].read(), layout)
+        return architecture.from_layout(leaf, arrays[stored_names[leaf]].read(), layout)
 
-    return File(path, name, layout, {leaf: shape(leaf) for leaf in places}, read, gelu, notes)
+    shapes = {leaf: shape(leaf) for leaf in stored_names}
+    return File(path, name, layout, shapes, read, gelu, notes)
 
 
-# What training programs put around weights: of several the first, an average before the rest.
+# Keys under which training programs nest weights, in order of preference: averages come first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "_orig_mod")
 _WRAPPERS += ("params", "opt/target", "target")
 
 
 def _first_parts(architecture: Architecture) -> set[str]:
-    """How names of the first layer and of blocks begin in files, such as "stem" and "blocks"."""
-    stem, *rest = architecture.leaf_names(1)
-    block = next(name for name in rest if name.startswith(architecture.block.format(0)))
+    """Returns the first parts of the stem's and blocks' names, such as "stem" and "blocks"."""
+    stem, *other_names = architecture.leaf_names(1)
+    block = next(name for name in other_names if name.startswith(architecture.block.format(0)))
     stored = (architecture.stored_name(name, lay) for name in (stem, block) for lay in ENDINGS)
     return {re.split("[/.]", name)[0] for name in stored}
 
 
 def _unwrapped(arrays: dict[str, StoredArray]) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
-    """Takes the weights out of a training program's state: (arrays, what was done)."""
+    """Extracts the weights from a training program's state; returns (arrays, notes for the log)."""
     first_parts = set().union(*map(_first_parts, ARCHITECTURES.values()))
     notes = []
     while not any(re.split("[/.]", name)[0] in first_parts for name in arrays):
@@ -131,22 +132,23 @@ def _unwrapped(arrays: dict[str, StoredArray]) -> tuple[dict[str, StoredArray], 
             if any(first_parts.intersection(re.split("[/.]", name)) for name in content):
                 break
         else:
-            break  # of no architecture here
-        rest = len(arrays) - len(content)
-        notes.append(f"taken out of {wrapper!r}" + f", {rest} arrays beside it left" * bool(rest))
+            break  # no known architecture; `recognise` reports it
+        num_ignored = len(arrays) - len(content)
+        ignored = f", {num_ignored} other arrays ignored" * bool(num_ignored)
+        notes.append(f"taken from {wrapper!r}{ignored}")
         arrays = content
     return arrays, tuple(notes)
 
 
 def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
-    """Returns architecture and layout of a file's arrays.
+    """Returns the architecture and the layout of a file's arrays.
 
     Args:
-      shapes: of the arrays, by their names in the file.
-      source: for messages.
+      shapes: shapes of the arrays by their names in the file.
+      source: path or address for messages.
 
     Raises:
-      UserError: another model, which is named where it is known.
+      UserError: the arrays are of another model; the message names the model if it is known.
     """
     for name, architecture in ARCHITECTURES.items():
         if layout := architecture.recognise(shapes, source):
@@ -155,30 +157,33 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
     for architecture in ARCHITECTURES.values():
         first = next(iter(architecture.leaf_names(0)))
         names = (f"{architecture.stored_name(first, lay)} ({lay} layout)" for lay in ENDINGS)
-        expected.append(f"no {architecture.title}, which has {', '.join(names)}")
-    names = ", ".join(map(short_name, sorted(shapes)[:4])) or "nothing"
-    more = " ..." if len(shapes) > 4 else ""
-    raise UserError(f"{source} holds {'; '.join(expected)}: it has {names}{more}")
+        expected.append(f"an {architecture.title} has {' or '.join(names)}")
+    names = ", ".join(map(short_name, sorted(shapes)[:4])) or "no arrays"
+    ending = " ..." if len(shapes) > 4 else ""
+    raise UserError(
+        f"{source} does not hold weights of a known model: {names}{ending}; {'; '.join(expected)}"
+    )
 
 
 def write_file(
     path: epath.PathLike, arrays: Mapping[str, Any], card: Card, *, layout: str
 ) -> epath.Path:
-    """Writes a file of weights and its JSON, each whole or not at all.
+    """Writes a weight file and its JSON sidecar atomically.
 
-    The bytes are a function of the arrays alone.
+    The bytes depend only on the arrays.
 
     Args:
-      path: ends as ENDINGS says for the layout.
-      arrays: by published name, float32.
-      card: for the JSON, which has the arguments of timm's class for the same model too.
+      path: path with the suffix that ENDINGS gives for the layout.
+      arrays: float32 arrays by published name.
+      card: the card that is saved in the JSON, which also contains the arguments of timm's class
+        for the same model.
       layout: "published", "legacy" or "timm".
 
     Returns:
       The path of the JSON.
 
     Raises:
-      UserError: a value is NaN or infinite, or the ending is another layout's.
+      UserError: a value is NaN or infinite, or the suffix belongs to another layout.
     """
     path = epath.Path(path)
     if path.suffix != ENDINGS[layout]:
@@ -194,7 +199,7 @@ def write_file(
     values = {"format": FORMAT, "layout": layout} | card.as_json()
     values["checksum"] = checksum(lambda name: np.asarray(arrays[name]), arrays)
     values["timm"] = architecture.timm_arguments(card.model(), card.image_size)
-    # The JSON gets its name first: arrays without it could be taken for something else.
+    # The JSON gets its final name first, because arrays without it could be misidentified.
     with files.whole(path) as new, files.whole(card_path(path)) as new_card:
         files.write_text(new_card, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if layout == "timm":

@@ -1,8 +1,8 @@
-"""`mixer.load`: weights from anywhere, as a model and its parameters.
+"""`mixer.load`: reads weights from any source and returns a model with its parameters.
 
-A run, a step of it, or a file is found and recognised (mixer/weights/recognise.py); every array's
-name, shape and dtype is checked before the first is read; then each goes where it belongs on the
-mesh. (The module is not called load: the function `mixer.load` has that name.)
+mixer/weights/recognise.py finds a run, a checkpoint or a file and recognises its architecture. This
+module checks every array's name, shape and dtype before it reads the first array, and places each
+array on the mesh.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ RESIZES = ("grow", "interpolate")
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model, its parameters by published names, and what they are."""
+    """A model, its parameters under their published names, and the card that describes them."""
 
     model: nn.Module
     params: Any
@@ -57,30 +57,35 @@ def load(
     """Loads weights: `model, params = mixer.load("RUN_OR_FILE")`.
 
     `logits, out = model.apply({"params": params}, images)` then takes images (N, H, W, 3) in
-    [-1, 1], or the range that the line of the log says.
+    [-1, 1], or in the pixel range that the log line gives.
 
     Args:
-      path: a run, a step of it (RUN/best, RUN/checkpoints/1000), an npz file in the published or
-        the legacy layout, a safetensors file with timm's names, each local or at gs://; a file at
-        https://; hf://owner/name; or a published checkpoint's short name, such as "B/16-i21k". Of a
-        run that keeps a moving average of its parameters, the average.
-      num_classes: width of the head; None: that of the weights, which may have none; 0: no head.
-        Without a head the model's logits are the pre-logits.
-      image_size: side in pixels of square images, or (H, W); None: that of the weights.
-      dtype: of the computation, "float32" or "bfloat16"; None: the run's own, float32 for a file.
-      gelu: "tanh" or "erf"; None: the run's own; of a file, what the JSON beside it says, else
-        that of the code whose layout it is.
-      head: "keep": the saved head has to fit; "reset": zeros; "auto": zeros if it does not fit.
-      resize: for another image size: "grow": by whole factors, as the paper does; "interpolate":
-        to any size that the patch divides (mixer/models/resize.py).
-      mesh: where to; each device gets its part as it is read. None: the default device.
-      log: gets one line: what was recognised, what was assumed, what became of the head.
+      path: a run, one of its checkpoints (RUN/best, RUN/checkpoints/1000), an npz file in the
+        published or the legacy layout, or a safetensors file with timm's names, each local or at
+        gs://; a file at https://; hf://owner/name; or a published checkpoint's short name, such as
+        "B/16-i21k". If a run keeps a moving average of its parameters, the average is loaded.
+      num_classes: width of the head. None keeps the width of the stored head, if there is one; 0
+        builds a model without a head, whose logits are the pre-logits.
+      image_size: side in pixels of square images, or (H, W); None: the size stored with the
+        weights.
+      dtype: compute dtype, "float32" or "bfloat16"; None: the dtype of the run, or float32 for a
+        file.
+      gelu: "tanh" or "erf"; None: the form in the run's config; for a file, the form in its JSON
+        sidecar or else the default of the code base that defines the layout.
+      head: "keep": the saved head must fit; "reset": zeros; "auto": zeros if it does not fit.
+      resize: how to change the image size. "grow": by integer factors, as in the paper;
+        "interpolate": to any size that the patch size divides (mixer/models/resize.py).
+      mesh: devices to place the parameters on; each device receives only its own shard. None: the
+        default device.
+      log: called with one line that lists what was recognised, what was assumed, and whether the
+        head was kept.
 
     Returns:
       The Flax module, and its parameters as nested dicts of float32 arrays.
 
     Raises:
-      UserError: nothing there, another model, or weights that do not fit; every misfit is listed.
+      UserError: `path` does not exist, holds another model, or holds weights that do not fit; the
+        message lists every mismatch.
     """
     options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype, gelu=gelu)
     options |= dict(head=head, resize=resize, mesh=mesh, log=log)
@@ -100,7 +105,7 @@ def read(
     mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
 ) -> Loaded:
-    """As `load`, and says what the weights are."""
+    """Reads weights as `load` does, and returns their card too."""
     check_choice("head", head, HEADS)
     check_choice("resize", resize, RESIZES)
     stored = find(path, image_size=image_size, gelu=gelu, log=log)
@@ -119,12 +124,12 @@ def read_stored(
     mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
 ) -> Loaded:
-    """As `read`, of weights that `find` has recognised."""
+    """Reads weights that `find` has recognised, with the options of `read`."""
     size = stored.card.image_size if image_size is None else parse_size(image_size)
     check_image_size(size, stored.card.patch_size)
     card = resize_card(stored, size, resize)
     classes = stored.card.num_classes if num_classes is None else num_classes
-    # The model is made before the arrays are checked: it says what they should be.
+    # The arrays are checked against the model's parameters, so build the model first.
     try:
         dtype = stored.dtype if dtype is None else jnp.dtype(dtype).name
     except TypeError:
@@ -132,15 +137,15 @@ def read_stored(
     model = card.model(num_classes=classes, dtype=dtype)
     shapes = registry.param_shapes(model, size)
     sizes = [math.prod(leaf.shape) for leaf in shapes.values()]
-    what = f"{stored.path} for images of {size[0]} x {size[1]}"
-    memory.check_room(4 * sum(sizes), what)
-    # One array at a time is on the host, whatever the backend.
-    memory.check_room(4 * max(sizes), what, on_host=True)
+    subject = f"{stored.path} for images of {size[0]} x {size[1]}"
+    memory.check_room(4 * sum(sizes), subject)
+    # On every backend the host holds one array at a time.
+    memory.check_room(4 * max(sizes), subject, on_host=True)
     shapes = traverse_util.unflatten_dict(shapes, sep="/")
-    where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
+    shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     if mesh is not None:
-        where = placement.state_shardings(mesh, shapes)
-    abstract = sharding.abstract(shapes, where)
+        shardings = placement.state_shardings(mesh, shapes)
+    abstract = sharding.abstract(shapes, shardings)
     params, summary = fit(stored, abstract, image_size=size, head=head, resize=resize)
     if "head" not in params:
         card = dataclasses.replace(card, class_names=None)
@@ -163,59 +168,61 @@ def initial_params(
     head: str,
     resize: str,
 ) -> tuple[Any, str]:
-    """Replaces a new model's parameters by stored weights.
+    """Replaces a new model's parameters with stored weights.
 
     Args:
-      stored: by `find`.
-      params: freshly initialised, where they belong on the mesh; a head that is not kept stays.
-      image_size: (H, W) that `params` are for.
-      class_names: of the new model's data. With head="auto" the head of other classes is not kept,
-        however many they are; a head of as many whose classes are not known is kept, and said so.
-      head: as for `load`, as is `resize`.
-      resize: as for `load`.
+      stored: the weights, as `find` returns them.
+      params: freshly initialised parameters, already placed on the mesh. Their head stays if the
+        stored head is not kept.
+      image_size: (H, W) of the images that `params` take.
+      class_names: class names of the new model's data. With head="auto" the stored head is reset if
+        its class names differ, even if the count is the same. A head of the same width with unknown
+        class names is kept, and the summary says so.
+      head: as in `load`.
+      resize: as in `load`.
 
     Returns:
-      The parameters, and what was done with size and head.
+      The parameters, and a summary of what was done with the image size and the head.
 
     Raises:
-      UserError: weights that do not fit; every misfit is listed.
+      UserError: the weights do not fit; the message lists every mismatch.
     """
-    other = _other_classes(stored.card, class_names)
-    if head == "auto" and other:
+    other_classes = _other_classes(stored.card, class_names)
+    if head == "auto" and other_classes:
         head = "reset"
     restored, summary = fit(stored, params, image_size=image_size, head=head, resize=resize)
-    if other:
-        summary += f", its classes were others ({other})"
+    if other_classes:
+        summary += f", it was trained on other classes ({other_classes})"
     elif "head" in restored and stored.card.class_names is None and class_names:
-        summary += ", its classes are not known and taken for these; init_head=reset drops it"
+        summary += ", its class names are unknown and assumed to match; init_head=reset drops it"
     return {**params, **restored}, summary
 
 
 def _other_classes(card: Card, class_names: Sequence[str]) -> str:
-    """Some of the names of a head's classes where they are not `class_names`; "" if unknown."""
+    """Returns a head's first class names if they differ from `class_names`; "" if unknown."""
     if card.class_names is None or not class_names:
         return ""
     if isinstance(card.class_names, str):
-        # TFDS has the ids of ImageNet's classes for names.
+        # TFDS names ImageNet's classes by their synset ids.
         lists = imagenet_names.class_names, imagenet_names.synsets
-        own = [names(card.class_names) for names in lists]
+        stored_names = [names(card.class_names) for names in lists]
     else:
-        own = [card.class_names]
-    if tuple(class_names) in own:
+        stored_names = [card.class_names]
+    if tuple(class_names) in stored_names:
         return ""
-    return ", ".join(own[0][:3]) + ", ..." * (len(own[0]) > 3)
+    return ", ".join(stored_names[0][:3]) + ", ..." * (len(stored_names[0]) > 3)
 
 
 def fit(
     stored: StoredWeights, like: Any, *, image_size: tuple[int, int], head: str, resize: str
 ) -> tuple[dict[str, Any], str]:
-    """Reads weights for the model whose parameters are `like`, and places them as these are.
+    """Reads weights for the model whose parameters are `like`, with the placement of `like`.
 
     Returns:
-      The parameters, without the head where that is not kept; and what was done.
+      The parameters, without the head if it is not kept; and a summary of the changes.
 
     Raises:
-      UserError: weights that do not fit; every misfit is listed.
+      UserError: the weights do not fit; the message lists every mismatch.
     """
     card, wanted = stored.card, traverse_util.flatten_dict(like, sep="/")
     width = wanted["head/bias"].shape[0] if "head/bias" in wanted else 0
@@ -234,8 +241,8 @@ def fit(
     arrays = stored.restore(wanted, _resizing(card, image_size, resize))
     actions = []
     if image_size != card.image_size:
-        to = f"{image_size[0]} x {image_size[1]}"
-        actions.append(f"interpolated to {to}" if resize == "interpolate" else f"grown to {to}")
+        size = f"{image_size[0]} x {image_size[1]}"
+        actions.append(f"interpolated to {size}" if resize == "interpolate" else f"grown to {size}")
     if width:
         actions.append(
             "head kept" if not reset else f"head reset ({card.num_classes:,} -> {width:,})"
@@ -246,13 +253,15 @@ def fit(
 
 
 def _resized_shapes(card: Card, shapes: Shapes, new_card: Card) -> dict[str, tuple[int, ...]]:
-    """The shapes of a card's arrays once they are resized; of those that it lacks, the same."""
+    """Returns the arrays' shapes after resizing; arrays that the model lacks keep their shapes."""
     if new_card.image_size == card.image_size:
         return dict(shapes)
-    before = registry.param_shapes(card.model(), card.image_size)
-    after = registry.param_shapes(new_card.model(), new_card.image_size)
+    old_shapes = registry.param_shapes(card.model(), card.image_size)
+    new_shapes = registry.param_shapes(new_card.model(), new_card.image_size)
     return {
-        name: after[name].shape if name in before and before[name].shape == shape else shape
+        name: new_shapes[name].shape
+        if name in old_shapes and old_shapes[name].shape == shape
+        else shape
         for name, shape in shapes.items()
     }
 
@@ -260,7 +269,7 @@ def _resized_shapes(card: Card, shapes: Shapes, new_card: Card) -> dict[str, tup
 def _resizing(
     card: Card, image_size: tuple[int, int], resize: str
 ) -> Callable[[str, np.ndarray], np.ndarray] | None:
-    """The function of a leaf's name and values that resizes it; None: the size stays."""
+    """Returns a function (name, array) -> array that resizes a leaf; None for the same size."""
     if image_size == card.image_size:
         return None
     resize_leaf = registry.ARCHITECTURES[card.architecture].resize[resize]
@@ -269,10 +278,10 @@ def _resizing(
 
 
 def resize_card(stored: StoredWeights, image_size: tuple[int, int], resize: str) -> Card:
-    """Returns the card of weights once they are for images of (H, W) `image_size`.
+    """Returns the card that `stored` gets once it is resized to images of (H, W) `image_size`.
 
     Raises:
-      UserError: weights cannot be grown to that size.
+      UserError: the weights cannot be grown to that size.
     """
     card = stored.card
     if image_size == card.image_size:

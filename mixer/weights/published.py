@@ -1,4 +1,4 @@
-"""Published weights: their addresses and sizes, and what a source's name says about them.
+"""Published weights: their addresses and sizes, and the facts that the name of a source reveals.
 
 `mixer.weights.fetch` downloads them, `mixer.weights.load` reads the arrays.
 """
@@ -17,8 +17,8 @@ from mixer.files import STORES
 from mixer.models.registry import make_model, num_params
 
 BUCKET = "https://storage.googleapis.com/mixer_models/"
-IMAGE_SIZE = 224  # of all of them
-# What an npz or safetensors file holds beside the values: names, headers, the index.
+IMAGE_SIZE = 224  # of all published weights
+# Bytes of names, headers and index in an npz or safetensors file, in addition to the values.
 MAX_OVERHEAD = 1_000_000
 
 
@@ -27,10 +27,10 @@ class Published:
     """A file that the authors released.
 
     Attributes:
-      url: its https address.
+      url: https address of the file.
       variant: such as "B/16"; the weights are for 224 x 224 pixels.
       num_classes: width of the head.
-      class_names: the list its labels follow, "imagenet1k" or "imagenet21k".
+      class_names: the list of class names, "imagenet1k" or "imagenet21k".
     """
 
     url: str
@@ -40,20 +40,20 @@ class Published:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, with the head."""
+        """Number of parameters, including the head."""
         model = make_model(self.variant, num_classes=self.num_classes)
         return num_params(model, (IMAGE_SIZE, IMAGE_SIZE))
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the name of a source, or timm's config.json beside it, says about weights.
+    """Facts about weights that the name of the source, or timm's config.json, reveals.
 
     Attributes:
-      class_names: name of a list, names in label order, or None where not known.
-      preprocess: from the image size (H, W) to evaluation steps of `mixer.data.preprocessing.host`,
-        or None where they are unknown or cannot express that size.
-      note: a line for the log; "" for none.
+      class_names: name of a list, or names in label order; None if unknown.
+      preprocess: function (H, W) -> evaluation preprocessing of `mixer.data.preprocessing.host`, or
+        None if it is unknown or cannot express that image size.
+      note: a line for the log, or "".
     """
 
     class_names: str | tuple[str, ...] | None
@@ -62,7 +62,7 @@ class Facts:
 
 
 def _released(folder: str, variants: str, class_names: str) -> dict[str, Published]:
-    """Entries such as "B/16-i1k" for the files of one folder of the bucket."""
+    """Returns entries such as "B/16-i1k" for the files in one folder of the bucket."""
     label = {"imagenet1k": "i1k", "imagenet21k": "i21k"}.get(folder, folder)
     return {
         f"{variant}-{label}": Published(
@@ -82,7 +82,7 @@ CHECKPOINTS: dict[str, Published] = {
     **_released("sam", "B/16 B/32", "imagenet1k"),
     **_released("gsam", "S/8 S/16 S/32 B/16 B/32", "imagenet1k"),
 }
-# Top-1 on the sets of mixer/evaluation/suites.py that others found, and where that stands.
+# Published top-1 accuracy on the data sets of mixer/evaluation/suites.py, with its source.
 _PAPER, _TIMM = "paper, recalled", "timm's results, erf GELU"
 _SAM = "Chen et al., 2021, arXiv 2106.01548, recalled"
 EXPECTED: dict[str, dict[str, tuple[float, str]]] = {
@@ -90,7 +90,7 @@ EXPECTED: dict[str, dict[str, tuple[float, str]]] = {
     "L/16-i1k": {"imagenet_val": (0.7176, _PAPER)},
     "B/16-sam": {"imagenet_val": (0.774, _SAM)},
     "B/32-sam": {"imagenet_val": (0.724, _SAM)},
-    # The authors' ImageNet-1k weights, whatever the tag says (timm pull request 651).
+    # Despite the tag, these are the authors' ImageNet-1k weights (timm pull request 651).
     "mixer_b16_224.goog_in21k_ft_in1k": {
         "imagenet_val": (0.76602, _TIMM),
         "imagenet_real": (0.81976, _TIMM),
@@ -103,7 +103,7 @@ EXPECTED: dict[str, dict[str, tuple[float, str]]] = {
     },
     "mixer_b16_224.miil_in21k_ft_in1k": {"imagenet_val": (0.82306, _TIMM)},
 }
-# big_vision's names for the four files it knows.
+# big_vision's names for the four files that it supports.
 ALIASES = {
     f"{size}-{label}/16": f"{size}/16-{label}" for size in ("B", "L") for label in ("i1k", "i21k")
 }
@@ -111,26 +111,26 @@ _SHORT_NAME = re.compile(r"[A-Za-z](-\w+)?/\d+(-\w+)?")
 
 
 def by_short_name(path: epath.PathLike) -> Published | None:
-    """The checkpoint that a short name such as "B/16-i21k" or "B-i21k/16" stands for.
+    """Returns the published checkpoint with a short name such as "B/16-i21k" or "B-i21k/16".
 
-    None for anything that does not look like one, and where a file or folder has that name.
+    Returns None if `path` does not look like a short name, or if a file or folder has that name.
 
     Raises:
-      UserError: it looks like one, and there is none.
+      UserError: `path` looks like a short name, but no checkpoint has it.
     """
     name = str(path)
     if not _SHORT_NAME.fullmatch(name) or epath.Path(name).exists():
         return None
     if name not in CHECKPOINTS and name not in ALIASES:
         raise UserError(
-            f"{name!r} is no file or run, and no published checkpoint; those are "
+            f"{name!r} is not a file, a run or a published checkpoint; expected one of "
             f"{', '.join(CHECKPOINTS)}.{nearest(name, [*CHECKPOINTS, *ALIASES])}"
         )
     return CHECKPOINTS[ALIASES.get(name, name)]
 
 
 def find(source: epath.PathLike) -> Published | None:
-    """The published checkpoint that a short name or an address (https:// or gs://) stands for."""
+    """Returns the published checkpoint with a short name or https:// or gs:// address, or None."""
     url = https_address(shown(source))
     for published in CHECKPOINTS.values():
         if published.url == url:
@@ -141,25 +141,26 @@ def find(source: epath.PathLike) -> Published | None:
 def expected(
     source: epath.PathLike, *, variant: str | None, num_classes: int
 ) -> tuple[str, dict[str, tuple[float, str]]] | None:
-    """Returns published accuracies of published weights: (name, {set: (top-1, source)}).
+    """Returns published accuracies of published weights: (name, {data set: (top-1, source)}).
 
     Args:
-      source: the path as it was given. A copy of one of the authors' files is known by its own name
-        and, as the names of three folders are the same, the name of its folder; without that it is
-        taken for imagenet1k's.
-      variant: of the weights.
+      source: the path that the user passed. A copy of an authors' file is identified by its own
+        name and the name of its folder, because files in three folders of the bucket have the same
+        names. Without such a folder, the file is assumed to be from the folder imagenet1k.
+      variant: variant of the weights.
       num_classes: width of their head.
 
     Returns:
-      None where they are none of the published ones, or no figure is known.
+      The name and the accuracies, or None if the weights are not published or have no known
+      accuracy.
     """
     text = shown(source)
     published = find(source)
     if published is None:
         names = [name for name in EXPECTED if name.startswith("mixer_") and name in text]
-        old = re.search(r"jx_(mixer_[bl]16_224)-", text)
-        if old and num_classes == 1000:
-            names = [f"{old[1]}.goog_in21k_ft_in1k"]
+        old_name = re.search(r"jx_(mixer_[bl]16_224)-", text)
+        if old_name and num_classes == 1000:
+            names = [f"{old_name[1]}.goog_in21k_ft_in1k"]
         if not names and re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", text):
             folder = text.rpartition("/")[0].rpartition("/")[2]
             label = folder if folder in ("sam", "gsam") else "i1k"
@@ -171,10 +172,10 @@ def expected(
 
 
 def shown(source: epath.PathLike) -> str:
-    """Returns the source as it may be printed and saved.
+    """Returns the source without secrets, for messages and saved files.
 
-    That is without the query of a web address and without the user before its host: both can hold
-    secrets.
+    The result lacks the query string of a web address and the user before its host, because both
+    can hold secrets.
     """
     match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", text := str(source))
     if match is None or match[1].lower() in (*STORES, "hf"):
@@ -185,59 +186,59 @@ def shown(source: epath.PathLike) -> str:
 
 
 def https_address(path: str) -> str:
-    """Returns the https address of a file in the authors' bucket; it needs no credentials."""
+    """Returns the https address of a file in the authors' bucket, which needs no credentials."""
     name = path.removeprefix("gs://mixer_models/")
     return path if name == path else BUCKET + name
 
 
 def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:
-    """Checks a file against what was released under its address.
+    """Checks the size of a file against the checkpoint that was published at its address.
 
     Args:
-      published: what it should be.
+      published: the published checkpoint.
       shapes: shape of each array in the file, by name.
       num_bytes: size of the file.
 
     Raises:
-      UserError: another number of parameters, or of bytes.
+      UserError: the number of parameters or of bytes differs.
     """
     expected = published.num_params
     saved = sum(math.prod(shape) for shape in shapes.values())
     if saved != expected:
         raise UserError(
-            f"{published.url} should hold {expected:,} parameters ({published.variant}, "
-            f"{published.num_classes:,} classes), and the file has {saved:,}"
+            f"{published.url}: the file has {saved:,} parameters; expected {expected:,} "
+            f"({published.variant}, {published.num_classes:,} classes)"
         )
     low = 4 * expected
     if not low <= num_bytes <= low + MAX_OVERHEAD:
         raise UserError(
-            f"{published.url} should have {low:,} to {low + MAX_OVERHEAD:,} bytes (4 a parameter), "
-            f"and the file has {num_bytes:,}"
+            f"{published.url}: the file has {num_bytes:,} bytes; expected {low:,} to "
+            f"{low + MAX_OVERHEAD:,} (4 per parameter)"
         )
 
 
-# Names of timm's models; of several in a path the last is the file's or the nearest folder's.
+# Names of timm's models. The last match in a path is the name of the file or the nearest folder.
 _TIMM_MODEL = re.compile(
     r"(?<![a-z])(?:jx_)?(?P<kind>mixer|gmixer|resmlp|gmlp)_(?:big_)?[a-z]*\d+_[a-z0-9_]+(?:\.\w+)?"
 )
 _OTHER_MODELS = {"gmixer": "GLU-Mixer", "resmlp": "ResMLP", "gmlp": "gMLP"}
 _NOT_21K = (
-    "timm's goog_in21k_ft_in1k are in truth the authors' ImageNet-1k weights, not ImageNet-21k "
-    "weights fine-tuned (timm pull request 651)"
+    "timm's goog_in21k_ft_in1k weights are the authors' ImageNet-1k weights, not fine-tuned "
+    "ImageNet-21k weights (timm pull request 651)"
 )
-_TANH = "the authors trained these with the tanh form of GELU, and timm computes the erf form"
+_TANH = "the authors trained these weights with the tanh form of GELU, but timm uses the erf form"
 
 
 def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
-    """Returns what the name of a source says about its weights; None for what it does not say.
+    """Returns the facts that the name of a source reveals; unknown facts are None.
 
     Args:
-      source: the path as it was given: a file, an address, hf://owner/name or a short name.
-      layout: "timm", or that of an npz file, "published" or "legacy".
-      num_classes: width of the head that the file has.
+      source: the path that the user passed: a file, an address, hf://owner/name or a short name.
+      layout: "timm", or the layout of an npz file, "published" or "legacy".
+      num_classes: width of the head in the file.
 
     Raises:
-      UserError: timm's name of a model that is no MLP-Mixer.
+      UserError: `source` is timm's name of a model that is not an MLP-Mixer.
     """
     refuse_other_models(source)
     lists = {size: name for name, size in LISTS.items()}
@@ -250,65 +251,65 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
             steps = _timm_steps("bilinear", 0.875, (0.0, 1.0))
         return Facts(lists[num_classes], steps, _timm_note(origin, num_classes))
     published = find(source)
-    is_named_so = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", shown(source))
-    if (published or is_named_so) and num_classes in (1000, 21843):
-        note = "" if published else f"taken for the authors' {lists[num_classes]} by its name"
+    has_authors_name = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", shown(source))
+    if (published or has_authors_name) and num_classes in (1000, 21843):
+        note = "" if published else f"its name suggests the authors' {lists[num_classes]} weights"
         return Facts(lists[num_classes], _authors_steps, note)
     return Facts(_only_21k(num_classes), _unknown)
 
 
 def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes: int) -> Facts:
-    """Returns what timm's config.json (Hugging Face's layout) says about the weights beside it.
+    """Returns the facts in timm's config.json (the Hugging Face layout) about its weights.
 
     Args:
-      fields: the JSON object.
+      fields: the JSON object in config.json.
       source: the file or repository, for messages.
-      num_classes: width of the head that the weights have.
+      num_classes: width of the head in the weights.
 
     Raises:
-      UserError: the config of another model, or a damaged one.
+      UserError: the config is invalid, or is of another model.
     """
-    inner = fields.get("pretrained_cfg", fields)  # early exports have one level only
+    inner = fields.get("pretrained_cfg", fields)  # early exports have only one level
     try:
         name = f"{fields.get('architecture', '')}.{inner.get('tag', '')}"
         mean, std = ({float(x) for x in inner[key]} for key in ("mean", "std"))
         crop_pct, interpolation = float(inner["crop_pct"]), inner["interpolation"]
         crop_mode = inner.get("crop_mode", "center")
-        # Far wider than any that timm has; what lies outside leads to infinite or huge sizes.
+        # The bounds are far wider than any of timm's values, and prevent infinite or huge sizes.
         bounded = all(abs(x) <= 1e3 for x in mean) and all(1e-3 <= x <= 1e3 for x in std)
         if not mean or not std or not bounded or not 0.01 <= crop_pct <= 1:
             raise ValueError(f"mean {mean}, std {std}, crop_pct {crop_pct}")
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = repr(error)[:200]
-        raise UserError(f"config.json of {source} is not as timm writes it: {reason}") from None
+        raise UserError(f"config.json of {source} is not a valid timm config: {reason}") from None
     refuse_other_models(name)
 
     note = _timm_note(_timm_origin(name), num_classes)
     if len(mean) > 1 or len(std) > 1:
-        reason = f"a mean and std for each channel ({sorted(mean)}, {sorted(std)})"
+        reason = f"a separate mean and std for each channel ({sorted(mean)}, {sorted(std)})"
     elif interpolation not in ("bilinear", "bicubic") or crop_mode != "center":
         reason = f"{interpolation} interpolation with crop mode {crop_mode}"
     else:
         steps = _timm_steps(interpolation, crop_pct, (mean.pop(), std.pop()))
         return Facts(_timm_class_names(fields, inner, num_classes), steps, note)
-    refused = f"config.json of {source} asks for {reason}, which has no preprocessing step here"
+    refused = f"config.json of {source} needs {reason}, which no preprocessing op supports"
     names = _timm_class_names(fields, inner, num_classes)
     return Facts(names, _unknown, "; ".join(filter(None, (note, refused))))
 
 
 def refuse_other_models(source: epath.PathLike) -> None:
-    """Raises UserError where a path or address names a model of timm that is no MLP-Mixer."""
+    """Raises UserError if a path or address names a model of timm that is not an MLP-Mixer."""
     names = list(_TIMM_MODEL.finditer(str(source)))
     if names and names[-1]["kind"] in _OTHER_MODELS:
         name = names[-1][0].removesuffix(".safetensors").removesuffix(".")
         raise UserError(
-            f"{name} is {_OTHER_MODELS[names[-1]['kind']]}, another model than MLP-Mixer; timm's "
-            "MLP-Mixers are named mixer_*"
+            f"{name} is a {_OTHER_MODELS[names[-1]['kind']]}, not an MLP-Mixer; expected a timm "
+            "model named mixer_*"
         )
 
 
 def _timm_origin(source: str) -> str | None:
-    """Who trained timm's weights of this name: "goog", "miil", or None for anybody else.
+    """Returns who trained the timm weights with this name: "goog", "miil", or None for others.
 
     The tags in timm 1.0: goog_in21k, goog_in21k_ft_in1k (B/16, L/16), miil_in21k,
     miil_in21k_ft_in1k (B/16). Before tags the authors' files were jx_mixer_*.
@@ -316,7 +317,7 @@ def _timm_origin(source: str) -> str | None:
     names = [match[0] for match in _TIMM_MODEL.finditer(source)]
     if not names:
         return None
-    # Whatever goes on after the tag is somebody's own.
+    # A name that continues after the tag was made by someone else.
     tag = re.search(r"[._](goog|miil)(_in21k(_ft_in1k)?)?$", names[-1].removesuffix(".safetensors"))
     return "goog" if names[-1].startswith("jx_") else tag and tag[1]
 
@@ -330,10 +331,10 @@ def _timm_note(origin: str | None, num_classes: int) -> str:
 def _timm_class_names(
     fields: Mapping[str, Any], inner: Mapping[str, Any], num_classes: int
 ) -> str | tuple[str, ...] | None:
-    """Names that timm's config.json gives, or the list that its tag names."""
+    """Returns the class names in timm's config.json, or the list that its tag implies."""
     names = fields.get("label_names") or inner.get("label_names")
-    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if whole and len(names) == num_classes:
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if is_list and len(names) == num_classes:
         return tuple(names)
     if num_classes == 1000 and str(inner.get("tag", "")).endswith("in1k"):
         return "imagenet1k"
@@ -341,7 +342,7 @@ def _timm_class_names(
 
 
 def _only_21k(num_classes: int) -> str | None:
-    """The list that a count alone tells: 1,000 classes may be any."""
+    """Returns the list of classes that the count identifies; 1,000 classes could be any list."""
     return {21843: "imagenet21k", 11221: "imagenet21k_miil"}.get(num_classes)
 
 
@@ -350,7 +351,7 @@ def _unknown(image_size: tuple[int, int]) -> None:
 
 
 def _authors_steps(image_size: tuple[int, int]) -> str | None:
-    """Short side at 8/7 of the model's by area averaging, then the middle [read: BV]."""
+    """Resizes the short side to 8/7 of the image size (area), then crops the centre [read: BV]."""
     height, width = image_size
     if height != width:
         return None
@@ -360,7 +361,7 @@ def _authors_steps(image_size: tuple[int, int]) -> str | None:
 def _timm_steps(
     interpolation: str, crop_pct: float, mean_std: tuple[float, float]
 ) -> Callable[[tuple[int, int]], str | None]:
-    """As timm evaluates: read and resized as by Pillow, short side at size / crop_pct, cropped."""
+    """Returns timm's evaluation: decode and resize as in Pillow, to size / crop_pct, then crop."""
     mean, std = mean_std
     low, high = (int(x) if x == int(x) else x for x in (-mean / std, (1 - mean) / std))
     ending = "" if (low, high) == (-1, 1) else f"|value_range({low}, {high})"

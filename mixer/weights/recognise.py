@@ -1,4 +1,4 @@
-"""Finds weights anywhere and recognises what they are; no array is read."""
+"""Finds weights at any source and recognises their architecture without reading an array."""
 
 import contextlib
 import dataclasses
@@ -25,17 +25,18 @@ from mixer.weights.card import Card, card_path, checksum, read_card, read_json
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeights:
-    """Weights that are recognised and not read yet.
+    """Weights that have been recognised but not read.
 
     Attributes:
-      path: as it was given.
-      card: what they are.
-      shapes: of the arrays, by published name.
-      dtype: of the computation that they were trained or saved with.
-      preprocess_at: the steps of evaluation for images of another size (H, W), None if not known.
-      restore: (abstract arrays by name, function of a name and an array or None) -> arrays; the
-        function turns each array into what is placed as the abstract one.
-      about: what was recognised and what assumed, for the log.
+      path: the path that the caller passed.
+      card: the model and data that the weights are for.
+      shapes: shapes of the arrays by published name.
+      dtype: compute dtype that the weights were trained or saved with.
+      preprocess_at: function (H, W) -> evaluation preprocessing for images of that size, or None if
+        it is unknown.
+      restore: function (abstract arrays by name, transform or None) -> arrays. `transform(name,
+        array)` converts each array to the shape of its abstract array before it is placed.
+      about: a line for the log on what was recognised and what was assumed.
     """
 
     path: str
@@ -57,14 +58,14 @@ def find(
     """Finds and recognises the weights at `path`.
 
     Args:
-      path: as for `mixer.load`.
-      image_size: where no JSON beside a file says its own: the size that the weights are for, if it
-        has as many patches as they have tokens.
-      gelu: as for `mixer.load`.
-      log: gets a line on what is fetched.
+      path: as in `mixer.load`.
+      image_size: the image size of a file without a JSON sidecar. It is used only if its number of
+        patches equals the number of tokens of the weights.
+      gelu: as in `mixer.load`.
+      log: called with a line on what is fetched.
 
     Raises:
-      UserError: nothing there, or another model.
+      UserError: `path` does not exist, or holds another model.
     """
     backend.start()
     source = published.shown(path)
@@ -76,10 +77,10 @@ def find(
     if fetch.is_directory(path):
         return _find_run(source, local, gelu)
     if not fetch.exists(path) and local.suffix.lower() not in foreign.ENDINGS:
-        newest = local.with_name(f"{local.name}-LAST")  # of a series of big_vision's
+        newest = local.with_name(f"{local.name}-LAST")  # big_vision names a series so
         raise UserError(
             (fetch.exists(newest) and foreign.advice(local))
-            or f"{path}: no such run or file; expected a run, a step of it, an .npz or "
+            or f"{path}: no such run or file; expected a run, one of its checkpoints, an .npz or "
             f".safetensors file, or one of {', '.join(published.CHECKPOINTS)}"
         )
     return _find_file(source, local, image_size, gelu, fetched=False)
@@ -87,14 +88,14 @@ def find(
 
 @contextlib.contextmanager
 def _fetched() -> Iterator[None]:
-    """Says of a damaged file that was fetched how to get rid of it."""
+    """Adds to the message of a damaged download how to fetch the file again."""
     try:
         yield
     except DamagedError as error:
         raise UserError(f"{error}{fetch.fetch_anew(error.path)}") from None
 
 
-# A file.
+# Weight files.
 
 
 def _find_file(
@@ -115,7 +116,7 @@ def _find_file(
     dims = architecture.read_dimensions(file.shapes, source)
     saved = _read_card(path, file, dims)
     num_tokens, num_classes = dims.pop("num_tokens"), dims.pop("num_classes")
-    # A local file's own name may say what it is; that of its folder is its owner's affair.
+    # A local file's name may identify the weights; the name of its folder is the user's choice.
     name = source if fetched else path.name
     facts = published.facts(name, layout=file.layout, num_classes=num_classes)
     if file.layout == "timm" and (config := _timm_config(path)):
@@ -127,13 +128,13 @@ def _find_file(
     else:
         size, assumed = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
         about.append(assumed)
-    kind, why = formats.GELU_OF[file.layout], f"the {file.layout} layout's"
+    kind, origin = formats.GELU_OF[file.layout], f"the {file.layout} layout's"
     for value, reason in (
         (file.gelu, "its header"),
         (saved.get("gelu"), "its JSON"),
         (gelu, "as asked"),
     ):
-        kind, why = (value, reason) if value else (kind, why)
+        kind, origin = (value, reason) if value else (kind, origin)
     card = Card(
         architecture=file.architecture,
         variant=registry.find_variant(architecture, dims),
@@ -145,7 +146,7 @@ def _find_file(
         class_names=saved["class_names"] if saved else facts.class_names,
         source=published.shown(saved.get("source", source)),
     )
-    about.append(_described(card, f"{kind} ({why})"))
+    about.append(_described(card, f"{kind} ({origin})"))
     if facts.note and not saved:
         about.append(facts.note)
     return StoredWeights(
@@ -153,7 +154,7 @@ def _find_file(
         card=card,
         shapes=file.shapes,
         dtype="float32",
-        # The steps in a JSON name sizes of their own, which nobody else can change.
+        # The preprocessing in a JSON sidecar contains fixed sizes, so it fits no other image size.
         preprocess_at=(lambda size: None) if saved else facts.preprocess,
         restore=functools.partial(_restore_file, file, source, fetched),
         about="; ".join(about),
@@ -161,7 +162,7 @@ def _find_file(
 
 
 def _read_card(path: epath.Path, file: formats.File, dims: Mapping[str, int]) -> dict[str, Any]:
-    """The JSON beside a file, which has to agree with the arrays; {} where there is none."""
+    """Reads the JSON sidecar of a file and checks it against the arrays; {} if there is none."""
     saved, json_path = read_card(path), card_path(path)
     if saved is None:
         return {}
@@ -169,40 +170,43 @@ def _read_card(path: epath.Path, file: formats.File, dims: Mapping[str, int]) ->
         if name != "num_tokens" and saved.get(name) != value:
             text = str(saved.get(name))[:80]
             raise UserError(
-                f"{json_path} says {name}={text}, and the arrays of {path.name} have {value}"
+                f"{json_path}: {name}={text}; expected {value}, as in the arrays of {path.name}"
             )
     if math.prod(saved["image_size"]) != dims["num_tokens"] * dims["patch_size"] ** 2:
         raise UserError(
-            f"{json_path} says image_size={saved['image_size']}, and the arrays of {path.name} are "
-            f"for {dims['num_tokens']} patches of {dims['patch_size']} pixels"
+            f"{json_path}: image_size={saved['image_size']}; the arrays of {path.name} are for "
+            f"{dims['num_tokens']} patches of {dims['patch_size']} pixels"
         )
     if saved["checksum"] != checksum(file.read, file.shapes):
         raise DamagedError(
             json_path,
-            f"{json_path} was written for other weights than {path.name} has now; remove it, or "
-            "bring it up to date",
+            f"{json_path}: its checksum does not match the weights in {path.name}; remove the JSON "
+            "file, or write it again",
         )
     return saved
 
 
 def _timm_config(path: epath.Path) -> dict[str, Any] | None:
-    """The config.json of timm beside a file, as on the Hugging Face Hub."""
+    """Reads timm's config.json in the folder of a file, as on the Hugging Face Hub."""
     config = read_json(path.with_name("config.json"))
     return config if isinstance(config, dict) and "architecture" in config else None
 
 
 def _assumed_size(
-    source: str, num_tokens: int, patch_size: int, asked: int | tuple[int, int] | None
+    source: str, num_tokens: int, patch_size: int, image_size: int | tuple[int, int] | None
 ) -> tuple[tuple[int, int], str]:
-    """The image size of weights for so many patches, which is all that arrays tell, and why."""
-    asked = asked if asked is None else parse_size(asked)
-    if asked and math.prod(asked) == num_tokens * patch_size**2:
-        return asked, "image size as asked"  # no other weights could be grown to it
+    """Returns an image size with `num_tokens` patches, and the reason for the choice.
+
+    The arrays give only the number of patches, not the height and width.
+    """
+    size = image_size if image_size is None else parse_size(image_size)
+    if size and math.prod(size) == num_tokens * patch_size**2:
+        return size, "image size as asked"  # no other weights could be grown to it
     if side := _square_side(num_tokens, patch_size):
         return (side, side), "a square image assumed"
     raise UserError(
-        f"{source} is for images of {num_tokens} patches, which make no square; image_size=(H, W) "
-        "says which they are"
+        f"{source}: the weights are for {num_tokens} patches, which do not form a square image; "
+        "pass image_size=(H, W)"
     )
 
 
@@ -211,22 +215,22 @@ def _restore_file(
     source: str,
     fetched: bool,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
-    turn: Callable[[str, np.ndarray], np.ndarray] | None,
+    transform: Callable[[str, np.ndarray], np.ndarray] | None,
 ) -> dict[str, jax.Array]:
     placed, faults = {}, []
-    for name, leaf in wanted.items():  # one at a time: the host never holds two copies
+    for name, leaf in wanted.items():  # one at a time, so that the host never holds two copies
         with _fetched() if fetched else contextlib.nullcontext():
             array = file.read(name)
         if fault := not_finite(array):
             faults.append(f"{name} {fault}")
         array = array.astype(leaf.dtype, copy=False)
-        placed[name] = _place(array if turn is None else turn(name, array), leaf)
+        placed[name] = _place(array if transform is None else transform(name, array), leaf)
     if faults:
         raise UserError(f"{source}: {listed(faults)}")
     return placed
 
 
-# A run.
+# Runs.
 
 
 def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
@@ -247,7 +251,7 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
     if config is None:
         side = _square_side(num_tokens, dims["patch_size"])
         if side is None:
-            raise UserError(f"{path}: no config.json in the run says which images it is for")
+            raise UserError(f"{path}: the image size is unknown, as the run has no config.json")
         config = {"image_size": side, "model": {}, "dataset": {}}
         about.append("no config.json: the authors' GELU and a square image assumed")
     fields = config["model"]
@@ -266,8 +270,8 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
     )
     if math.prod(card.grid) != num_tokens:
         raise UserError(
-            f"{step}: its weights are for {num_tokens} patches, and its config.json says images "
-            f"of {card.image_size[0]} x {card.image_size[1]}"
+            f"{step}: the weights are for {num_tokens} patches, but config.json gives images of "
+            f"{card.image_size[0]} x {card.image_size[1]}"
         )
     about.append(_described(card, f"{kind} ({'as asked' if gelu else 'its config'})"))
     return StoredWeights(
@@ -275,7 +279,7 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
         card=card,
         shapes=shapes,
         dtype=fields.get("dtype", "float32"),
-        preprocess_at=lambda size: None,  # as for a JSON
+        preprocess_at=lambda size: None,  # the run's preprocessing contains fixed sizes
         restore=functools.partial(_restore_run, step, shapes, item),
         about="; ".join(about),
     )
@@ -286,37 +290,37 @@ def _restore_run(
     shapes: Shapes,
     item: str,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
-    turn: Callable[[str, np.ndarray], np.ndarray] | None,
+    transform: Callable[[str, np.ndarray], np.ndarray] | None,
 ) -> dict[str, jax.Array]:
-    without = "head" if "head/kernel" in shapes and "head/kernel" not in wanted else ""
+    skip = "head" if "head/kernel" in shapes and "head/kernel" not in wanted else ""
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     as_saved = {
         name: leaf
-        if turn is None
+        if transform is None
         else jax.ShapeDtypeStruct(shapes[name], leaf.dtype, sharding=one_device)
         for name, leaf in wanted.items()
     }
     abstract = sharding.abstract(traverse_util.unflatten_dict(as_saved, sep="/"))
-    tree = checkpoint.restore_params(step, abstract, item=item, without=without)
+    tree = checkpoint.restore_params(step, abstract, item=item, skip=skip)
     arrays = traverse_util.flatten_dict(tree, sep="/")
     del tree
-    if turn is None:
+    if transform is None:
         return arrays
-    # Taken out one by one, so that the old ones go as the new ones come.
+    # pop() frees each saved array as soon as its resized copy exists.
     return {
-        name: _place(turn(name, np.asarray(arrays.pop(name))), leaf)
+        name: _place(transform(name, np.asarray(arrays.pop(name))), leaf)
         for name, leaf in wanted.items()
     }
 
 
-# Both.
+# Shared by files and runs.
 
 
 def parse_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Returns (H, W) of a side in pixels or of both.
+    """Returns (H, W) for a side in pixels or a pair of sides.
 
     Raises:
-      UserError: it is neither.
+      UserError: `image_size` is neither of them, or too large.
     """
     try:
         sides = tuple(map(operator.index, np.broadcast_to(image_size, (2,))))
@@ -325,25 +329,25 @@ def parse_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     if min(sides) < 1:
         raise UserError(f"image_size={image_size!r}; expected a side in pixels, or (height, width)")
     if max(sides) >= 1 << 31:
-        raise UserError("image_size: a side of 2,147,483,648 pixels or more is in no image")
+        raise UserError(f"image_size={image_size!r}; expected sides below 2,147,483,648 pixels")
     return sides
 
 
 def _square_side(num_tokens: int, patch_size: int) -> int | None:
-    """Side in pixels of the square image of `num_tokens` patches; None where there is none."""
+    """Returns the side in pixels of a square image of `num_tokens` patches, or None."""
     side = math.isqrt(num_tokens)
     return side * patch_size if side * side == num_tokens else None
 
 
 def _described(card: Card, gelu: str) -> str:
     architecture = registry.ARCHITECTURES[card.architecture]
-    what = card.variant or ", ".join(f"{name}={dim}" for name, dim in card.dimensions.items())
+    model = card.variant or ", ".join(f"{name}={dim}" for name, dim in card.dimensions.items())
     grown = architecture.grown_dim
     if card.variant and card.dimensions[grown] != architecture.variants[card.variant][grown]:
-        what += f" with {grown}={card.dimensions[grown]}"
+        model += f" with {grown}={card.dimensions[grown]}"
     low, high = card.value_range
     return (
-        f"{what}, {card.image_size[0]} x {card.image_size[1]}, "
+        f"{model}, {card.image_size[0]} x {card.image_size[1]}, "
         + f"{card.num_classes:,} classes, " * bool(card.num_classes)
         + f"GELU {gelu}"
         + f", pixels in [{low:g}, {high:g}]" * ((low, high) != (-1, 1))
@@ -351,6 +355,6 @@ def _described(card: Card, gelu: str) -> str:
 
 
 def _place(array: np.ndarray, leaf: Any) -> jax.Array:
-    """`array` in the dtype and on the devices of `leaf`; each device gets its own part alone."""
+    """Places `array` with the dtype and sharding of `leaf`; each device receives only its shard."""
     array = array.astype(leaf.dtype, copy=False)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])

@@ -44,7 +44,7 @@ class Loop:
         first_step, start = self._step, time.perf_counter()
         while self._step == first_step or time.perf_counter() - start < seconds:
             call_time = time.perf_counter()
-            count, update = self._source.next(self._step, stepping.MOST_STEPS)
+            count, update = self._source.next(self._step, stepping.MAX_STEPS)
             self._state, metrics = update(self._state)
             self._step += count
             self._source.sent(metrics["loss"], count, call_time)
