@@ -536,7 +536,7 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
         if any(part.startswith("all[") for part in parts):
             raise ValueError("`all` means all complete splits; write train[:90%]+test[:90%]")
         if "all" in parts and "all" in sizes:
-            raise ValueError("`all` is all splits together; rename the split called 'all'")
+            raise ValueError("`all` means all complete splits; rename the split called 'all'")
         instructions = tfds.core.ReadInstruction.from_spec("+".join(parts)).to_absolute(
             {alias: _SplitSize(sizes[name]) for alias, name in names.items()}
         )
