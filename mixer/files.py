@@ -110,7 +110,7 @@ def check_output(option: str, path: epath.PathLike) -> epath.Path:
     if "://" in os.fspath(target):
         return target  # an object store has no folders
     if not target.parent.is_dir():
-        raise UserError(f"{name}: the folder {target.parent} does not exist")
+        raise UserError(f"{name}: there is no folder {target.parent}")
     try:
         if os.path.exists(target) and not os.path.isfile(target):
             raise OSError(None, "it is a folder" if target.is_dir() else "it is a device")

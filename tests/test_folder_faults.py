@@ -178,7 +178,7 @@ def test_runs_of_older_code_go_on_with_the_images_they_had(data):
     run.check_same_data("run", older(before), splits.train)
     assert splits.train.num_examples == 12
     assert (
-        "1 images in folders of a class folder, such as train/bee/more/9.png, are left out"
+        "1 images in subfolders of a class folder, such as train/bee/more/9.png, are left out"
         in (splits.remarks[0])
     )
     upgraded = record_of(splits)  # with sizes, and still without the nested image
@@ -234,7 +234,7 @@ def test_replaced_images_are_named(stored, data):
     file.write_bytes(bytes(sizes[1] + 3))
     other.write_bytes(bytes(sizes[0] - 3))
     change = run.data_change(record["splits"]["train"], run.open_splits(stored, None, record).train)
-    assert "other sizes" in change and "changed last" not in change
+    assert "other sizes" in change and "last changed file" not in change
 
 
 def test_sizes_are_those_of_the_examples_that_are_read(stored, data, tmp_path):
@@ -253,11 +253,13 @@ def test_replaced_records_of_a_tfds_set_are_named(tfds_dir, tmp_path):
     run.check_same_data("run", record, run.open_splits(config, None, record).train)
     file = next(copied.rglob("digits-train.tfrecord*"))
     file.write_bytes(file.read_bytes() + file.read_bytes())
-    with pytest.raises(UserError, match=r"bytes, now .* changed last is .*/digits-train.tfrecord"):
+    with pytest.raises(
+        UserError, match=r"bytes, now .* the last changed file is .*/digits-train.tfrecord"
+    ):
         run.check_same_data("run", record, run.open_splits(config, None, record).train)
 
 
-# H8: what is no regular file is never opened.
+# H8: what is not a regular file is never opened.
 
 
 @pytest.fixture
@@ -529,7 +531,7 @@ def test_specs_that_name_no_split_get_one_line(data, spec):
 def test_a_split_called_all_is_not_all_splits(data):
     (data / "test").rename(data / "all")
     for spec in ("all", "train+all", "all[:1]"):
-        with pytest.raises(UserError, match=r"`all` is all splits") as caught:
+        with pytest.raises(UserError, match=r"`all` means all complete splits") as caught:
             run.open_split(config_of(data, train_split=spec), "train", None)
         one_line(caught)
     assert run.open_split(config_of(data), "train", None).num_examples == 12
@@ -569,11 +571,11 @@ def test_imagenet_folder_is_walked_the_same_way(data, tmp_path):
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
-        ("file:///data/pets", "write data_dir=/data/pets|write dataset.data_dir=/data/pets"),
-        ("http://host/pets", "http:// is not read"),
+        ("file:///data/pets", "use data_dir=/data/pets|use dataset.data_dir=/data/pets"),
+        ("http://host/pets", "http:// is not supported"),
         ("gs://", "expected a bucket"),
         ("a\0b", "null character"),
-        ("x" * 5000, "File name too long|is no folder"),
+        ("x" * 5000, "File name too long|is not a folder"),
     ],
 )
 def test_addresses_that_are_not_read_get_one_line(path, hint, tfds_dir):
@@ -666,7 +668,7 @@ def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
     trainer.train(config, str(workdir))
     said = capsys.readouterr().out
     assert "continuing from step 2" in said
-    assert "warning: 4 images in folders of a class folder, such as train/bee/more/0.png" in said
+    assert "warning: 4 images in subfolders of a class folder, such as train/bee/more/0.png" in said
     again = json.loads((workdir / "data.json").read_text())
     assert again == record | {"subfolders": False}
     opened = [lambda: open_subject(str(workdir), checkpoint_name="last")]

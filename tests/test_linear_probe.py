@@ -356,7 +356,7 @@ def test_what_is_missing_or_wrong_in_a_realm_is_one_line(tmp_path):
             _open_realms(tmp_path)
         assert "\n" not in str(caught.value)
     file.write_text("\n")
-    with pytest.raises(UserError, match=r"bird/val\.txt names no image"):
+    with pytest.raises(UserError, match=r"bird/val\.txt lists no image"):
         _open_realms(tmp_path)
     file.unlink()
     (tmp_path / "car" / "test.txt").unlink()

@@ -537,7 +537,7 @@ def test_a_record_or_checkpoints_that_went_away_are_an_error(tmp_path, then):
             aside = (tmp_path / name).rename(tmp_path / f"{name}.aside")
             if then == "replaced":
                 (shutil.copytree if aside.is_dir() else shutil.copy)(aside, tmp_path / name)
-        what = "is gone" if then == "removed" else "is another"
+        what = "is gone" if then == "removed" else "is a different"
         for act, name in (
             (lambda: writer.write(2, {"train/loss": 1.0}), "metrics.jsonl"),
             (writer.check, "metrics.jsonl"),

@@ -1,9 +1,9 @@
-"""Labels computed from TFDS's features: some of VTAB's, and ImageNet-ReaL.
+"""Labels computed from TFDS features: some labels of VTAB, and ImageNet-ReaL.
 
-Each is a pure function of one example, read by `dataset.label_key`. VTAB's definitions are those of
-the benchmark (Zhai et al., 2019, arXiv 1910.04867), its numbers as in its public code
-(google-research/task_adaptation, `data/{clevr,dsprites,kitti}.py`) [read]. The benchmark's other
-sets have a stored label, such as `label_key="label"`.
+Each label is a pure function of one example, selected by `dataset.label_key`. The VTAB labels are
+defined by the benchmark (Zhai et al., 2019, arXiv 1910.04867), with constants from its public code
+(google-research/task_adaptation, `data/{clevr,dsprites,kitti}.py`) [read]. The other data sets of
+the benchmark have a stored label, such as `label_key="label"`.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import tensorflow as tf
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet import real as imagenet_real_labels
 
-# Distances of the closest object, in CLEVR's units of depth: class i is (THRESHOLD[i],
-# THRESHOLD[i + 1]].
+# Distances of the closest object, in units of depth of CLEVR: class i is the interval
+# (CLEVR_DISTANCES[i], CLEVR_DISTANCES[i + 1]].
 CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 CLEVR_FEWEST_OBJECTS, CLEVR_MOST_OBJECTS = 3, 10
 # Metres to the closest vehicle along the camera's axis; the last class is "no vehicle".
@@ -28,15 +28,15 @@ DSPRITES_BINS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """A label that is computed.
+    """A label that is computed from other features.
 
     Attributes:
-      dataset: TFDS name of the set that has it.
-      features: of an example, that it is computed from.
-      class_names: in order.
-      compute: graph function from {feature: value} to a () int32. It gives a number that is no
-        class where the example has no such label, as in CLEVR's test split without annotations.
-      several: whether it gives (n,) int32 classes, any number an image.
+      dataset: TFDS name of the data set.
+      features: features of an example from which the label is computed.
+      class_names: class names in label order.
+      compute: graph function from {feature: value} to a () int32. For an example without the label,
+        as in CLEVR's unannotated test split, it returns a number outside the classes.
+      several: whether `compute` returns (n,) int32, any number of classes per image.
     """
 
     dataset: str
@@ -47,49 +47,49 @@ class Derived:
 
 
 def clevr_count(example):
-    """Number of objects in the scene, 3 to 10: 8 classes."""
+    """Returns the number of objects in the scene, 3 to 10, as 8 classes."""
     return tf.size(example["objects"]["size"]) - CLEVR_FEWEST_OBJECTS
 
 
 def clevr_distance(example):
-    """Depth of the closest object, in 6 intervals."""
+    """Returns the depth of the closest object, as 6 intervals."""
     return _interval(tf.reduce_min(example["objects"]["pixel_coords"][:, 2]), CLEVR_DISTANCES)
 
 
 def kitti_distance(example):
-    """Distance of the closest car, van or truck in 3 intervals, or none: 4 classes."""
+    """Returns the distance of the closest car, van or truck, as 3 intervals and "none"."""
     is_vehicle = example["objects"]["type"] < KITTI_VEHICLE_TYPES
     depths = tf.boolean_mask(example["objects"]["location"][:, 2], is_vehicle)
     return _interval(tf.reduce_min(tf.concat([depths, [KITTI_NO_VEHICLE]], 0)), KITTI_DISTANCES)
 
 
 def dsprites_position(example):
-    """Horizontal place of the sprite: 32 steps in 16 classes."""
+    """Returns the horizontal position of the sprite: 32 steps in 16 classes."""
     return _bin(example["label_x_position"], 32)
 
 
 def dsprites_orientation(example):
-    """Angle of the sprite: 40 steps in 16 classes, of 3, 2, 3, 2, ... steps."""
+    """Returns the angle of the sprite: 40 steps in 16 classes of 3, 2, 3, 2, ... steps."""
     return _bin(example["label_orientation"], 40)
 
 
 def smallnorb_azimuth(example):
-    """Azimuth of the camera: 18 classes, 20 degrees apart."""
+    """Returns the azimuth of the camera: 18 classes, 20 degrees apart."""
     return tf.cast(example["label_azimuth"], tf.int32)
 
 
 def smallnorb_elevation(example):
-    """Elevation of the camera: 9 classes, 5 degrees apart."""
+    """Returns the elevation of the camera: 9 classes, 5 degrees apart."""
     return tf.cast(example["label_elevation"], tf.int32)
 
 
 def imagenet_real(example):
-    """ReaL's classes of an image of ImageNet's validation set, found by its file's name."""
+    """Returns the ReaL classes of an ImageNet validation image, looked up by its file name."""
     values, starts = imagenet_real_labels.labels()
     number = tf.strings.regex_replace(example["file_name"], r".*ILSVRC2012_val_(\d{8})\..*", r"\1")
     assertion = tf.debugging.Assert(
         tf.strings.regex_full_match(number, r"\d{8}"),
-        ["file", example["file_name"], "is none of ImageNet's validation set"],
+        ["file", example["file_name"], "is not in ImageNet's validation set"],
     )
     with tf.control_dependencies([assertion]):
         image = tf.strings.to_number(number, tf.int32) - 1
@@ -98,7 +98,7 @@ def imagenet_real(example):
 
 
 def _interval(value, thresholds) -> tf.Tensor:
-    """Number i of the interval (thresholds[i], thresholds[i + 1]] that a () float32 lies in."""
+    """Returns i such that the () float32 is in (thresholds[i], thresholds[i + 1]]."""
     number = tf.searchsorted(tf.constant(thresholds), value[None], side="left")
     return number[0] - 1
 

@@ -1,22 +1,23 @@
-"""The order in which training reads a set: a function of (seed, step) that can be entered anywhere.
+"""The order in which training reads a data set: a function of (seed, step) with random access.
 
-Example number g of a run (g = step * batch size + place in the batch) is example `g mod n` of epoch
-`g div n`, where n is the size of the set: batches run across the ends of epochs and nothing is
-dropped. Every epoch is a permutation of its own. With several processes each takes its own
-contiguous rows of every batch, so an epoch still holds each example once.
+Example number g of a run (g = step * batch size + index in the batch) is example `g mod n` of epoch
+`g div n`, where n is the size of the data set: batches span the ends of epochs, and no example is
+dropped. Every epoch has its own permutation. Each process takes its own contiguous rows of every
+batch, so an epoch contains each example once for any number of processes.
 
-Two ways to find the permutation, by what the storage can do:
+The storage determines one of two kinds of permutation:
 
-- `batch_examples`: any example can be read by its number (image folders, small sets held in
+- `batch_examples`: any example can be read by its number (image folders, small data sets in
   memory). The permutation is global, and the same for any number of processes.
-- `groups`: records lie one behind the other in large files. Readers, each of which supplies its own
-  rows of every batch, share the files: per epoch these are permuted and each reader takes a
-  contiguous run of them; a run of whole files is cut into groups, and a group is read and shuffled
-  whole. Files before the one wanted are never opened. This order depends on the number of readers,
-  which is that of the processes a run begins with. It stays when the run goes on with another
-  number of processes: a process reads what supplies its rows (`reader_rows`).
+- `groups`: records are stored sequentially in large files. Readers share the files, and each reader
+  supplies its own rows of every batch. In each epoch the files are permuted, and each reader takes
+  a contiguous sequence of them, which is cut into groups. A group is read and shuffled as a unit.
+  Files before the first required file are never opened. This order depends on the number of
+  readers, which is the number of processes at the first start of the run. It does not change when
+  the run resumes with another number of processes: a process reads what supplies its rows
+  (`reader_rows`).
 
-TensorFlow-free, so that every backend of the data can use it.
+This module does not use TensorFlow, so that every data backend can use it.
 """
 
 import dataclasses
@@ -37,12 +38,12 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Records that are read together and shuffled whole.
+    """Records that are read together and shuffled as a unit.
 
     Attributes:
-      epoch: the epoch the group belongs to.
-      pieces: what to read, in this order.
-      order: places in the records so read, in the order of training; excluded ones do not appear.
+      epoch: the epoch that the group belongs to.
+      pieces: the pieces to read, in this order.
+      order: indices into the records of the pieces, in training order, without excluded records.
     """
 
     epoch: int
@@ -58,7 +59,7 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 def batch_examples(
     step: int, *, seed: int, num_examples: int, global_batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (epoch, example number) of each place in batch `step`: two (B,) int64 arrays."""
+    """Returns the epoch and the number of each example in batch `step`: two (B,) int64 arrays."""
     start = step * global_batch_size
     epoch, place = np.divmod(np.arange(start, start + global_batch_size), num_examples)
     example = np.empty_like(place)
@@ -69,7 +70,7 @@ def batch_examples(
 
 
 def process_slice(global_batch_size: int, process_index: int, process_count: int) -> slice:
-    """The part of every global batch that one process reads."""
+    """Returns the rows of every global batch that one process reads."""
     size = global_batch_size // process_count
     return slice(process_index * size, (process_index + 1) * size)
 
@@ -77,9 +78,9 @@ def process_slice(global_batch_size: int, process_index: int, process_count: int
 def reader_rows(
     global_batch_size: int, process_index: int, process_count: int, num_readers: int
 ) -> list[tuple[int, slice]]:
-    """The parts of every batch that one process reads: (reader, rows of its part), in order.
+    """Returns the parts of every batch that a process reads, in order: (reader, rows of its part).
 
-    With as many processes as readers, a process reads all of its own reader's part. Both numbers
+    With as many processes as readers, each process reads the part of one reader. Both numbers must
     divide the batch size.
     """
     rows = process_slice(global_batch_size, process_index, process_count)
@@ -104,26 +105,26 @@ def groups(
     rows: slice,
     group_size: int,
 ) -> Iterator[Group]:
-    """Yields, without end, the groups of one reader from batch `start_step` on.
+    """Yields the groups of one reader from batch `start_step` on, without end.
 
     Args:
-      start_step: first batch wanted; the first group starts with that batch's first example.
-      seed: of the run.
+      start_step: the first batch; the first group starts with that batch's first example.
+      seed: the run's seed.
       file_sizes: number of records in each file.
-      excluded: by file number, the places of records that are left out.
+      excluded: for each file number, the indices of excluded records.
       global_batch_size: B; a reader supplies B / num_readers examples of each batch.
-      reader: which one.
-      num_readers: of how many.
-      rows: those of the reader's examples of each batch that are wanted; groups without one are
-        left out.
-      group_size: a group is closed by the file with which it reaches this many examples.
+      reader: number of the reader.
+      num_readers: number of readers.
+      rows: the required rows among the reader's examples of each batch; groups without a required
+        row are skipped.
+      group_size: a group ends with the file at which it reaches this many examples.
     """
     files = _Files(file_sizes, excluded)
     total = int(files.kept_counts.sum())
     size = global_batch_size // num_readers
 
     def supplied(count: int, reader: int) -> int:
-        """How many of the run's first `count` examples come from `reader`."""
+        """Returns how many of the run's first `count` examples come from `reader`."""
         batches, remainder = divmod(count, global_batch_size)
         return batches * size + min(max(remainder - reader * size, 0), size)
 
@@ -173,7 +174,7 @@ class _Files:
     ) -> Iterator[list[tuple[int, int, int]]]:
         """Cuts kept records low to high of the permuted files into groups.
 
-        Each is a list of (file, start, stop), places among the file's kept records.
+        A group is a list of (file, start, stop), indices among the file's kept records.
         """
         ends = np.cumsum(self.kept_counts[permuted])
         first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left")
@@ -191,21 +192,21 @@ class _Files:
                 runs, count = [], 0
 
     def pieces(self, runs: list[tuple[int, int, int]]) -> tuple[Piece, ...]:
-        """Pieces to read for runs of kept records, each from its first to its last record."""
+        """Returns the pieces to read for runs of kept records, from their first to last record."""
         return tuple(
             Piece(file, self._record(file, start), self._record(file, stop - 1) + 1)
             for file, start, stop in runs
         )
 
-    def _record(self, file: int, place: int) -> int:
-        """Turns a place among a file's kept records into one among all of its records."""
+    def _record(self, file: int, index: int) -> int:
+        """Converts an index among a file's kept records to one among all of its records."""
         if file not in self._excluded:
-            return place
+            return index
         records = np.setdiff1d(np.arange(self._sizes[file]), self._excluded[file])
-        return int(records[place])
+        return int(records[index])
 
     def permutation(self, pieces: tuple[Piece, ...], seed: list[int]) -> np.ndarray:
-        """A permutation of the kept records among those of `pieces`."""
+        """Returns a permutation of the kept records in `pieces`."""
         is_kept = [
             ~np.isin(
                 np.arange(piece.start, piece.stop),

@@ -1,9 +1,9 @@
-"""Small data sets stay in memory: they are decoded once and never read again.
+"""Keeps small data sets in memory, so that images are decoded only once.
 
 The host computes the ops that are the same in every epoch and sends the training images to the
-devices. These draw the images in the order of a stream (`order.batch_examples`) and compute the
-other ops (mixer/data/preprocessing/device.py) with the keys of a stream. Images for evaluation stay
-on the host.
+devices. The devices draw the images in the same order as a stream (`order.batch_examples`) and
+compute the other ops (mixer/data/preprocessing/device.py) with the same random keys as a stream.
+Images for evaluation stay on the host.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ class Examples:
     """All training examples, on the host.
 
     Attributes:
-      arrays: what batches are made from: "image" (n, H, W, 3), "label" and the like; where the
-        device computes ops, "number" (n,) uint32, which the examples' keys are made with.
-      augment: the device's ops, (images, keys (N, 4) uint32) -> images; None where it has none.
+      arrays: the arrays of all examples: "image" (n, H, W, 3), "label" and others; and "number"
+        (n,) uint32, which determines an example's random key, if the device computes ops.
+      augment: the device's ops, (images, keys (N, 4) uint32) -> images; None if it has none.
       about: a line for the user.
     """
 
@@ -45,7 +45,7 @@ class Examples:
 
     @property
     def num_examples(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return len(self.arrays["label"])
 
 
@@ -57,20 +57,20 @@ def read(
     augment_on: str = "auto",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Examples | str:
-    """Reads all images of `split`, with the host's ops, where they are to stay on the device.
+    """Reads all images of `split` and applies the host's ops, if the images fit on the device.
 
     Args:
-      split: of training.
+      split: the training split.
       mode: the config's dataset.on_device.
-      num_drawn: how many images the whole run draws.
+      num_drawn: number of images that the whole run draws.
       augment_on: the config's dataset.augment_on.
-      should_stop: asked after each batch whether to stop reading.
+      should_stop: called after each batch; reading stops if it returns True.
 
     Returns:
-      The examples, or the reason why they are streamed.
+      The examples, or the reason why training streams them.
 
     Raises:
-      UserError: the images cannot stay on the device, with mode "on".
+      UserError: mode is "on", and the images cannot stay on the device.
     """
     host = functools.cache(lambda: _host_split(split))
     try:
@@ -95,9 +95,10 @@ def read(
 
 
 def _host_split(split: Split) -> Split:
-    """The split with the host's part of the ops, which gives images of one size.
+    """Returns the split with only the host's ops, for images of one size.
 
-    The first image says the size where the ops do not; `_in_order` refuses images of another one.
+    If the ops do not determine the size, the first image does; `_in_order` raises an error for
+    images of another size.
     """
     host = split.with_preprocess(split.preprocess.parts.host, image_size=(None, None))
     if None not in host.example_spec["image"][0]:
@@ -107,11 +108,11 @@ def _host_split(split: Split) -> Split:
 
 
 def _measure(host: Split, mode: str) -> Sizes:
-    """What the images take of this machine's memory."""
+    """Returns the sizes of the images and of this machine's memory."""
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
     memory = psutil.virtual_memory().available
-    # The host has a copy. On a CPU the devices' copies are the host's memory too.
+    # The host keeps a copy. On a CPU the devices' copies use host memory too.
     if "bytes_limit" in stats:
         memory = min(memory, stats["bytes_limit"])
     else:
@@ -127,7 +128,7 @@ def _measure(host: Split, mode: str) -> Sizes:
 def _read(
     host: Split, split: Split, placement: Placement, should_stop: Callable[[], bool]
 ) -> Examples | str:
-    """Reads all examples in their order; says so where it was stopped."""
+    """Reads all examples in order; returns a reason if it was stopped."""
     arrays = {
         name: np.empty((host.num_examples, *shape), dtype)
         for name, (shape, dtype) in host.example_spec.items()
@@ -146,11 +147,11 @@ def _read(
         return Examples(arrays, None, about)
     arrays["number"] = split.numbers.astype(np.uint32)
     augment = make_augment(split.preprocess, (height, width))
-    return Examples(arrays, augment, f"{about}; there they take {placement.device}")
+    return Examples(arrays, augment, f"{about}; the device applies {placement.device}")
 
 
 def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
-    """Yields all examples once; raises UserError where images differ in size."""
+    """Yields all examples once; raises UserError if images differ in size."""
     try:
         yield from split.sequential_batches(
             start=0, stop=split.num_examples, batch_size=READ_AT_ONCE
@@ -167,7 +168,7 @@ def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
 
 
 def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts the whole arrays on every device; each process serves its own devices."""
+    """Replicates the arrays on all devices; each process serves its own devices."""
     replicated = sharding.replicated(mesh)
     return {
         name: jax.make_array_from_callback(values.shape, replicated, values.__getitem__)
@@ -176,7 +177,7 @@ def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def order_spec(length: int, global_batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of what `put_order` returns."""
+    """Returns the shapes, dtypes and shardings of the arrays that `put_order` returns."""
     by_batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     shape = (length, global_batch_size)
     return {
@@ -188,10 +189,10 @@ def order_spec(length: int, global_batch_size: int, mesh: Mesh) -> dict[str, jax
 def put_order(
     step: int, count: int, *, seed: int, num_examples: int, spec: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Which examples the batches `step` to `step + count` draw, as the streaming path does.
+    """Returns the examples of the batches `step` to `step + count`, the same as in a stream.
 
     Returns:
-      "epoch" and "place" (length, B) as `spec` has them; the rows beyond `count` are 0.
+      "epoch" and "place" (length, B), with the shapes of `spec`; rows from `count` on are 0.
     """
     rows = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}
     for row in range(count):
@@ -208,9 +209,9 @@ def put_order(
 
 
 def remember(split: Split | None) -> Split | None:
-    """The same split with a cache of what it reads, where that fits into memory.
+    """Returns the split with a cache of its batches, if they fit into memory.
 
-    The first evaluation decodes the images; the later ones need no TensorFlow.
+    The first evaluation decodes the images; later evaluations need no TensorFlow.
     """
     available = psutil.virtual_memory().available
     if split is None or _num_bytes(split) > room("auto", available):
@@ -219,7 +220,7 @@ def remember(split: Split | None) -> Split | None:
 
 
 def _num_bytes(split: Split) -> int:
-    """Bytes of all examples of a split, as arrays."""
+    """Returns the bytes of all examples of a split as arrays."""
     return split.num_examples * sum(
         math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in split.example_spec.values()
     )

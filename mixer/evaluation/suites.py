@@ -265,7 +265,7 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
     images = [name for name, _ in top.files]
     for synset, _ in top.folders:
         if re.fullmatch(rb"n\d{8}", synset):
-            images += [file for file, _ in folder.walk(root, synset, above=(b"",))]
+            images += [file for file, _ in folder.walk(root, synset, skipped_folders=(b"",))]
     images = [file for file in images if folder.ending(file) in folder.LISTED]
     paths = [file.decode("utf-8", "surrogateescape") for file in images]
     paths.sort(key=lambda path: path.rpartition("/")[2])

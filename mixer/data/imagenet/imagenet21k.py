@@ -1,15 +1,15 @@
 """ImageNet-21k as a TFDS data set, prepared from the official tar files.
 
-14 million images and 1.3 TB do not fit into memory, and a preparation takes hours, so it has two
-stages, each of which goes on where it was stopped. *Reading* goes through the source once, decodes
-every image in a pool of threads to see that it can be used, and appends its record to one of up to
-256 bucket files by a hash of its name. *Writing* sorts one bucket after the other by that hash,
-cuts the sequence into shards and deletes the buckets that are used up. The order of the records is
-the order of the hashes: it depends neither on the number of threads nor on interruptions, and every
-part of a split is a fair sample of it.
+14 million images (1.3 TB) do not fit into memory, and a preparation takes hours. It therefore has
+two stages, and each can resume after an interruption. *Reading* reads the source once, decodes
+every image in a thread pool to check it, and appends its record to one of up to 256 bucket files,
+selected by a hash of its name. *Writing* sorts the buckets by that hash one by one, cuts the
+sequence into shards and deletes the finished buckets. Records are in the order of their hashes,
+which depends neither on the number of threads nor on interruptions, so every part of a split is a
+random sample.
 
-What is finished stands in `state.json`, which is replaced as a whole. The other files hold at least
-what it says; what a killed run has written beyond that is cut off when the next one starts.
+`state.json`, which is replaced atomically, records the finished work. The other files hold at least
+that work; the next start truncates anything that a killed process wrote after it.
 """
 
 import collections
@@ -39,19 +39,19 @@ from mixer.data.preprocessing.decoding import decode
 from mixer.errors import UserError, first_line
 
 SHARD_BYTES = 200 * 10**6
-BUCKET_BYTES = 4 << 30  # sorted by an index, so memory need not hold one; the page cache should
+BUCKET_BYTES = 4 << 30  # sorted through an index; should fit into the page cache
 MAX_BUCKETS = 256
-BUFFER_BYTES = 256 << 20  # records held back, so that each bucket is written in large pieces
+BUFFER_BYTES = 256 << 20  # buffered records, so that buckets are written in large pieces
 SKIPPED = "skipped.jsonl"
-COMMIT_SECS = 10.0  # a killed run loses at most this much reading, and the synset it was at
+COMMIT_SECS = 10.0  # a killed process loses at most this much reading and the current synset
 _HEADER = struct.Struct(">16sQ")  # in a bucket, before each record: hash, length
 
 
 class Imagenet21k(tfds.core.GeneratorBasedBuilder):
     """Builder of the data sets "imagenet21k/fall11", "/winter21" and "/winter21_p".
 
-    All have the 21,843 classes, so that a head means the same whichever release it was trained on.
-    It reads what `prepare` has written; `download_and_prepare` has no way to get at the images.
+    All have the same 21,843 classes, so that heads trained on different releases are compatible.
+    The builder reads what `prepare` wrote; `download_and_prepare` cannot access the images.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -91,7 +91,7 @@ class Imagenet21k(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a preparation is; bytes and images are those of the stage, as in "reading"."""
+    """The progress of a preparation; bytes and images are those of the current stage."""
 
     stage: str
     done_bytes: int
@@ -102,13 +102,13 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a preparation has found.
+    """The result of a preparation.
 
     Attributes:
       synsets: number of training synsets in the source.
-      skipped: number of lines of `skipped_path`: images left out, damaged synsets.
-      damaged: number of those lines that stand for a synset or for the source, not for an image.
-      skipped_path: list of them, jsonl.
+      skipped: number of lines of `skipped_path`: skipped images and damaged synsets.
+      damaged: number of those lines that describe a synset or the source instead of an image.
+      skipped_path: path of the jsonl file that lists them.
     """
 
     synsets: int
@@ -120,10 +120,10 @@ class Summary:
 def _encode(
     features: tfds.features.FeaturesDict, event: Member | Fault | End
 ) -> tuple[Member | Fault | End, bytes | None]:
-    """A member's record, where its image can be decoded; else the fault, or the event itself.
+    """Returns a member with its record if its image can be decoded, else a fault; or the event.
 
-    The bytes are kept as they are, PNG under a JPEG's name, grey and CMYK included: they are
-    decoded to RGB here as they are in training.
+    The bytes are stored unmodified, including PNG files named as JPEG, grey and CMYK images. They
+    are decoded to RGB here, as in training.
     """
     if not isinstance(event, Member):
         return event, None
@@ -149,7 +149,7 @@ def _hash(split: str, synset: str, name: str) -> bytes:
 def _ordered_map(
     pool: ThreadPoolExecutor, function: Callable, items: Iterable, in_flight: int
 ) -> Iterator:
-    """`map` in the pool's threads, in order, `in_flight` items at a time."""
+    """Maps `function` over items in the pool, in order, with `in_flight` items at a time."""
     pending = collections.deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -160,10 +160,10 @@ def _ordered_map(
 
 
 class _Appended:
-    """Files that only grow, and that are cut back to their committed sizes when opened.
+    """Append-only files, which are truncated to their committed sizes when opened.
 
     Attributes:
-      sizes: by name, [bytes, records] appended so far.
+      sizes: for each name, [bytes, records] appended so far.
     """
 
     def __init__(self, folder: Path, committed: dict[str, list[int]]):
@@ -184,7 +184,7 @@ class _Appended:
             os.truncate(folder / name, self.sizes.get(name, [0])[0])
 
     def append(self, name: str, data: bytes) -> None:
-        """Adds one record."""
+        """Appends one record."""
         size = self.sizes.setdefault(name, [0, 0])
         size[0] += len(data)
         size[1] += 1
@@ -202,7 +202,7 @@ class _Appended:
         self._buffered = 0
 
     def sync(self) -> None:
-        """Brings everything to the disk."""
+        """Flushes all files to the disk."""
         self._flush()
         for name in self._unsynced:
             _sync(self._folder / name)
@@ -225,7 +225,7 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 
 
 def builder(release: str, data_dir: str) -> Imagenet21k:
-    """The builder of a release in `data_dir`; empty is TFDS's own default."""
+    """Returns the builder of a release in `data_dir`; "" is TFDS's default."""
     return Imagenet21k(config=release, data_dir=os.path.expanduser(data_dir) or None)
 
 
@@ -237,21 +237,21 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary | None:
-    """Prepares the data set, or goes on where an earlier call was stopped or killed.
+    """Prepares the data set; continues an earlier call that was stopped or killed.
 
     Args:
       source: from `find_source`.
-      data_dir: as TFDS takes it; empty is TFDS's own default.
-      workers: threads that decode and write; as many as there are cores if None.
-      shard_bytes: size of a shard at most.
+      data_dir: TFDS's data directory; "" is TFDS's default.
+      workers: number of threads that decode and write; None: the number of cores.
+      shard_bytes: maximum size of a shard.
       report: called after every image and every shard.
 
     Returns:
-      What was found; None where the data set is prepared already.
+      The result; None if the data set is already prepared.
 
     Raises:
-      UserError: the disk is too small, another process is at work, an unfinished preparation was
-        begun from another source, or no image can be used.
+      UserError: the disk is too small, another process is preparing the data set, an unfinished
+        preparation has another source, or no image can be used.
     """
     place = data_dir or os.environ.get("TFDS_DATA_DIR", "")
     if "://" in place:
@@ -286,7 +286,7 @@ def prepare(
 
 
 def _begin(source: Source, work: Path, shard_bytes: int) -> dict[str, Any]:
-    """The state of a preparation that was begun, or that of a new one."""
+    """Returns the saved state of a preparation, or a new state."""
     path = work / "state.json"
     if path.exists():
         state = json.loads(path.read_text())
@@ -306,11 +306,11 @@ def _begin(source: Source, work: Path, shard_bytes: int) -> dict[str, Any]:
             units=[],  # those read so far, while it has not
             source_bytes=0,  # what they take of the source
             synsets=0,  # training synsets in the source
-            files={},  # [bytes, records] of each bucket and of the list of what was skipped
+            files={},  # [bytes, records] of each bucket and of the list of skipped images
             damaged=0,  # lines of that list that stand for no single image
             written={},  # by split, [examples, bytes, faults] of each finished shard
         )
-    # The records, and while a bucket is written out as shards that bucket again.
+    # The records, and a second copy of a bucket while it is written as shards.
     needed = int(source.num_bytes * (1.05 + 1 / buckets))
     present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     free = shutil.disk_usage(work).free
@@ -335,7 +335,7 @@ def _read(
     workers: int,
     report: Callable[[Progress], None],
 ) -> None:
-    """First stage: from the source to the buckets, committed at ends of units."""
+    """Runs the first stage: from the source to the buckets, with commits at ends of units."""
     files = _Appended(work / "files", state["files"])
     state["files"] = files.sizes
     (work / "files" / SKIPPED).touch()
@@ -373,7 +373,7 @@ def _line(fault: Fault) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a record lies; `repeated` if the one before has the same hash, so the same name."""
+    """The location of a record; `repeated` if the record before has the same hash and name."""
 
     path: Path
     offset: int
@@ -382,9 +382,9 @@ class _Place:
 
 
 def _places(buckets: list[tuple[Path, list[int]]], start: int) -> Iterator[_Place]:
-    """The records of a split in the order of their hashes, from number `start` on."""
+    """Yields the records of a split in the order of their hashes, from number `start` on."""
     for path, (size, records) in buckets:
-        if start >= records:  # written out, and deleted
+        if start >= records:  # already written and deleted
             start -= records
             continue
         records = []
@@ -393,7 +393,7 @@ def _places(buckets: list[tuple[Path, list[int]]], start: int) -> Iterator[_Plac
                 key, length = _HEADER.unpack(file.read(_HEADER.size))
                 records.append((key, offset + _HEADER.size, length))
                 file.seek(length, os.SEEK_CUR)
-        records.sort()  # of those with the same hash, the first read is the first
+        records.sort()  # records with the same hash stay in reading order
         last_key = records[start - 1][0] if start else b""
         for key, offset, length in records[start:]:
             yield _Place(path, offset, length, key == last_key)
@@ -402,7 +402,7 @@ def _places(buckets: list[tuple[Path, list[int]]], start: int) -> Iterator[_Plac
 
 
 def _write_shard(path: Path, split: str, places: list[_Place]) -> list:
-    """Writes a shard under a temporary name and renames it; [examples, bytes, faults]."""
+    """Writes a shard under a temporary name and renames it; returns [examples, bytes, faults]."""
     written = [0, 0, []]
     new = path.with_name(f"{path.name}.new")
     with contextlib.ExitStack() as stack:
@@ -446,7 +446,7 @@ def _write(
     workers: int,
     report: Callable[[Progress], None],
 ) -> tfds.core.SplitInfo:
-    """Second stage: from a split's buckets to its shards, committed shard by shard."""
+    """Runs the second stage: from a split's buckets to its shards, with a commit per shard."""
     buckets = sorted(
         (work / "files" / name, size)
         for name, size in state["files"].items()
@@ -495,7 +495,7 @@ def _write(
 def _finish(
     splits: list[tfds.core.SplitInfo], target: Imagenet21k, work: Path, state: dict[str, Any]
 ) -> Summary:
-    """Writes TFDS's own description and the list of what was skipped beside the shards."""
+    """Writes TFDS's description and the list of skipped images into the folder of the shards."""
     ready = work / "ready"
     shutil.copyfile(work / "files" / SKIPPED, ready / SKIPPED)
     repeated = [

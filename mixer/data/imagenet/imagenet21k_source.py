@@ -1,4 +1,4 @@
-"""The official files of ImageNet-21k: tars of synsets, a tar of those, or folders of images."""
+"""Reads ImageNet-21k's official files: tars of synsets, a tar of tars, or folders of images."""
 
 import collections
 import contextlib
@@ -16,11 +16,11 @@ from mixer.data.imagenet import names as imagenet_names
 from mixer.data.sources.folder import fault_of
 from mixer.errors import UserError
 
-# Synsets of each release: those of image-net.org's list of fall 2011, those left in winter 2021
-# without most of the person subtree, and those of them with 500 images or more (Ridnik et al.,
-# 2021, "ImageNet-21K Pretraining for the Masses").
+# Number of synsets of each release: image-net.org's list of fall 2011; winter 2021, without most of
+# the person subtree; and the synsets of winter 2021 with at least 500 images (Ridnik et al., 2021,
+# "ImageNet-21K Pretraining for the Masses").
 RELEASES = {"fall11": 21_841, "winter21": 19_167, "winter21_p": 10_450}
-# Folders that stand for a split; images outside of them are training images.
+# Folders that contain a split; images outside these folders are training images.
 SPLIT_FOLDERS = {
     "imagenet21k_train": "train",
     "imagenet21k_val": "validation",
@@ -40,9 +40,9 @@ _EXPECTED = (
 
 
 def synsets() -> tuple[str, ...]:
-    """The 21,843 WordNet ids in the class order of the published checkpoints, all ids sorted.
+    """Returns the 21,843 WordNet ids, sorted, which is the class order of published checkpoints.
 
-    They are the 21,841 of fall11 and two that have no images, n03931044 and n09859684.
+    They are the 21,841 ids of fall11 and two without images, n03931044 and n09859684.
     """
     return imagenet_names.synsets("imagenet21k")
 
@@ -57,19 +57,19 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Such as "train/n01440764"."""
+        """Split and synset, such as "train/n01440764"."""
         return f"{self.split}/{self.synset}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the images are.
+    """The location of the images.
 
     Attributes:
       path: folder or tar file.
       release: a key of RELEASES.
       num_bytes: size on disk.
-      units: what a folder holds; None for a tar file, which tells only as it is read.
+      units: the units in a folder; None for a tar file, whose units are known only after reading.
     """
 
     path: Path
@@ -79,15 +79,15 @@ class Source:
 
 
 def find_source(source: str, release: str = "") -> Source:
-    """Looks what is at `source`.
+    """Finds the images at `source` and detects their layout and release.
 
     Args:
       source: path of a folder or a tar file.
-      release: a key of RELEASES; found by looking if empty.
+      release: a key of RELEASES; detected if empty.
 
     Raises:
-      UserError: nothing of ImageNet-21k is there, a synset is unknown or there twice, or the
-        release can not be told.
+      UserError: there is no ImageNet-21k data, a synset is unknown or occurs twice, or the release
+        cannot be detected.
     """
     path = Path(source).expanduser()
     if not source or not path.exists():
@@ -104,13 +104,13 @@ def find_source(source: str, release: str = "") -> Source:
         _refuse_unknown(path, {unit.synset for unit in units})
         twice = [name for name, n in collections.Counter(u.name for u in units).items() if n > 1]
         if twice:
-            raise UserError(f"{path} holds {twice[0]} as a tar file and as a folder; take one away")
+            raise UserError(f"{path} holds {twice[0]} as a tar file and as a folder; remove one")
         num_bytes = sum(_size(unit.path) for unit in units)
     return Source(path, release or _find_release(path, units), num_bytes, units)
 
 
 def _look_into(path: Path) -> tuple[Path, tuple[Unit, ...] | None]:
-    """The folder that holds synsets and what it holds, or the one tar file to read."""
+    """Returns the folder that holds synsets and its units, or the single tar file to read."""
     while True:
         children = sorted(c for c in path.iterdir() if not c.name.startswith("."))
         folders = [child for child in children if child.is_dir()]
@@ -125,7 +125,7 @@ def _look_into(path: Path) -> tuple[Path, tuple[Unit, ...] | None]:
             return tars[0], None
         if len(folders) != 1 or tars:
             raise UserError(f"--source={path}: no synset in it; {_EXPECTED}")
-        path = folders[0]  # an archive's own top folder
+        path = folders[0]  # the top folder of an archive
 
 
 def _units_in(children: Iterable[Path], split: str) -> list[Unit]:
@@ -151,7 +151,7 @@ def _refuse_unknown(path: Path, names: Iterable[str]) -> None:
     if unknown:
         raise UserError(
             f"{path} holds {', '.join(unknown[:5])}: none of the {len(synsets()):,} synsets of "
-            "ImageNet-21k; take it away"
+            "ImageNet-21k; remove it"
         )
 
 
@@ -172,15 +172,15 @@ def _find_release(path: Path, units: tuple[Unit, ...] | None) -> str:
         if any(release in name for name in names):
             return release
     raise UserError(
-        f"--source={path}: cannot tell the release by its names; give --release="
+        f"--source={path}: the names do not identify the release; pass --release="
         f"{' or --release='.join(RELEASES)}"
     )
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A member's header; one that is damaged or missing ends the file with an error.
+    """A member's header; raises an error if the header is damaged or missing.
 
-    tarfile takes both for the proper end, which is a block of zeros.
+    tarfile treats both as the regular end of the file, which is a block of zeros.
     """
 
     @classmethod
@@ -195,38 +195,38 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def _open_tar(path: Path) -> tarfile.TarFile:
-    """Opens a tar file: by seeking where it is plain, else as a stream."""
+    """Opens a tar file: with random access if it is uncompressed, else as a stream."""
     options = dict(tarinfo=_TarInfo, bufsize=1 << 20)
     try:
         with open(path, "rb") as file:
             packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"))
         return tarfile.open(path, "r|*" if packed else "r:", **options)
     except _DAMAGE as error:
-        raise UserError(f"--source={path} is no tar file: {error}; {_EXPECTED}") from None
+        raise UserError(f"--source={path} is not a tar file: {error}; {_EXPECTED}") from None
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar; read each before the next is asked for."""
+    """Yields the regular files of a tar; read each file before requesting the next."""
     while (info := tar.next()) is not None:
-        tar.members.clear()  # tarfile keeps them all: gigabytes in a tar of 14 million
+        tar.members.clear()  # tarfile would keep gigabytes of headers for 14 million files
         if info.isfile() and not PurePosixPath(info.name).name.startswith("."):
             yield info
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """An image as it is in the source; `data` is None where it is too large to be one."""
+    """An unmodified image of the source; `data` is None if the file is too large."""
 
     split: str
     synset: str
     name: str
     data: bytes | None
-    size: int  # what it takes of the source
+    size: int  # bytes in the source
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What was left out: an image, or with member "" the rest of a synset or of the source."""
+    """A skipped image, or with member "" the skipped rest of a synset or of the source."""
 
     split: str
     synset: str
@@ -236,7 +236,7 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """The end of the synset's images."""
+    """The end of a synset's images."""
 
     unit: str
 
@@ -245,7 +245,7 @@ _Opened = tuple[str, str, str, Iterator[Member]]  # unit, split, synset, its ima
 
 
 def events(source: Source, done: Container[str]) -> Iterator[Member | Fault | End]:
-    """All images of the units that are not done, their faults, and the end of each unit."""
+    """Yields the images and faults of all units that are not done, and the end of each unit."""
     units = _archive_units(source.path) if source.units is None else _folder_units(source.units)
     unit = "it"
     try:
@@ -266,8 +266,8 @@ def events(source: Source, done: Container[str]) -> Iterator[Member | Fault | En
         yield Fault("", "", "", f"{source.path} is damaged after {unit}: {error}")
     except OSError as error:
         raise UserError(
-            f"{source.path}: reading failed after {unit}: {error.strerror}; the same command goes "
-            "on from there"
+            f"{source.path}: reading failed after {unit}: {error.strerror}; the same command "
+            "continues from there"
         ) from error
 
 
@@ -294,7 +294,7 @@ def _tar_members(unit: Unit) -> Iterator[Member]:
 
 
 def _archive_units(path: Path) -> Iterator[_Opened]:
-    """Synsets of a tar of tars, `[.../]nXXXXXXXX.tar`, or of folders, `[.../]nXXXXXXXX/image`."""
+    """Yields the synsets of a tar of `[.../]nXXXXXXXX.tar` or of `[.../]nXXXXXXXX/image`."""
     runs = collections.Counter()
     with _open_tar(path) as tar:
         for (split, synset, nested), infos in itertools.groupby(_files(tar), _place):
@@ -302,7 +302,7 @@ def _archive_units(path: Path) -> Iterator[_Opened]:
                 continue
             _refuse_unknown(path, [synset])
             runs[split, synset] += 1
-            run = runs[split, synset]  # a synset's images may lie in several places
+            run = runs[split, synset]  # a synset's images may be in several parts of the tar
             unit = f"{split}/{synset}" + (f"/{run}" if run > 1 else "")
             if nested:
                 yield unit, split, synset, _nested_members(tar, next(infos), split, synset)
@@ -313,7 +313,7 @@ def _archive_units(path: Path) -> Iterator[_Opened]:
 
 
 def _place(info: tarfile.TarInfo) -> tuple[str, str, str]:
-    """Split, synset ("" where it belongs to none) and, for a synset's tar, its name."""
+    """Returns the split, the synset ("" if there is none) and, for a synset's tar, its name."""
     *folders, name = PurePosixPath(info.name).parts
     split = next((SPLIT_FOLDERS[f] for f in folders if f in SPLIT_FOLDERS), "train")
     if tar := _SYNSET_TAR.fullmatch(name):
@@ -338,5 +338,5 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, split: str, synset: str
 
 
 def _text(name: str) -> str:
-    """The name with bytes that are no UTF-8 written out."""
+    """Returns the name with non-UTF-8 bytes escaped."""
     return name.encode("utf-8", "backslashreplace").decode()

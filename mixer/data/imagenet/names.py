@@ -1,4 +1,4 @@
-"""Classes of the ImageNet label lists: WordNet ids and names, in the order of published weights.
+"""Class lists of ImageNet: WordNet ids and names, in the label order of published weights.
 
 Ids and names are those of the public package timm (Apache-2.0), files `imagenet_synsets.txt`,
 `imagenet21k_goog_synsets.txt`, `imagenet21k_miil_synsets.txt` and `imagenet_synset_to_lemma.txt`;
@@ -21,7 +21,7 @@ LISTS = {"imagenet1k": 1_000, "imagenet21k": 21_843, "imagenet21k_miil": 11_221}
 
 @functools.cache
 def _classes(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Ids and names of a list."""
+    """Returns the ids and names of a list."""
     check_choice("list of classes", name, LISTS)
     text = lzma.decompress(Path(__file__).with_name("imagenet_classes.xz").read_bytes()).decode()
     steps, lists, names = zip(*(line.split("\t") for line in text.splitlines()), strict=True)
@@ -34,9 +34,9 @@ def _classes(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def synsets(name: str) -> tuple[str, ...]:
-    """WordNet ids of a list, such as "n01440764", in label order; each is there once.
+    """Returns the unique WordNet ids of a list, such as "n01440764", in label order.
 
-    All of "imagenet21k_miil" and 999 of "imagenet1k" are in "imagenet21k": it lacks n04399382.
+    "imagenet21k" contains all ids of "imagenet21k_miil" and 999 of "imagenet1k", without n04399382.
 
     Args:
       name: a key of LISTS.
@@ -48,11 +48,10 @@ def synsets(name: str) -> tuple[str, ...]:
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """Names of a list's classes, such as "tench, Tinca tinca", in label order.
+    """Returns the class names of a list, such as "tench, Tinca tinca", in label order.
 
-    They are not unique: ImageNet-1k has "crane" twice, the bird and the machine, and of
-    ImageNet-21k's names 525 stand for two classes or more. Where classes have to be told apart take
-    the label or `synsets`.
+    Names are not unique: ImageNet-1k has "crane" twice, the bird and the machine, and 525 names of
+    ImageNet-21k belong to two or more classes. Use labels or `synsets` to distinguish classes.
 
     Args:
       name: a key of LISTS.

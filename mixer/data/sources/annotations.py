@@ -1,7 +1,7 @@
-"""Annotation files of text, a line per image: `relative/path.jpg CLASS_NUMBER`.
+"""Reads text files of annotations with a line per image: `relative/path.jpg CLASS_NUMBER`.
 
-OmniBenchmark's realms have them (Zhang et al., 2022, arXiv 2207.07106). A path may stand in several
-lines, as some paths do there.
+OmniBenchmark's realms use this format (Zhang et al., 2022, arXiv 2207.07106). A path may occur in
+several lines, as some paths in OmniBenchmark do.
 """
 
 import array
@@ -19,15 +19,15 @@ LINE = "train/images/1.jpg 17"
 
 
 def read_annotations(file: epath.PathLike, root: epath.PathLike) -> folder.LabelFile:
-    """Reads an annotation file, all of whose images are of one split, "images".
+    """Reads an annotation file; all its images form one split, "images".
 
     Args:
       file: the annotation file.
-      root: the folder that the paths start from.
+      root: the folder that the paths are relative to.
 
     Raises:
-      UserError: a file that is missing or names no image, a line of another form, an image that is
-        missing; the last two by the number of their line.
+      UserError: the file is missing or lists no image, a line is invalid, or an image is missing;
+        the message for the last two has the line number.
     """
     file, root = epath.Path(file), epath.Path(root)
     content = read_regular(file)
@@ -45,7 +45,7 @@ def read_annotations(file: epath.PathLike, root: epath.PathLike) -> folder.Label
         lines.append(number)
         hashes.append(int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big"))
     if not lines:
-        raise UserError(f"{file} names no image; expected lines such as {LINE}")
+        raise UserError(f"{file} lists no image; expected lines such as {LINE}")
     listing = folder.LabelFile(
         file=file,
         root=root,
@@ -65,7 +65,7 @@ def read_annotations(file: epath.PathLike, root: epath.PathLike) -> folder.Label
 
 
 def _parse_line(file: epath.Path, number: int, row: bytes) -> tuple[bytes, int]:
-    """The path and the class number of a line."""
+    """Returns the path and the class number of a line."""
     parts = row.rsplit(maxsplit=1)
     path, label = parts if len(parts) == 2 else (b"", b"")
     path = path.strip()
@@ -83,11 +83,11 @@ def _parse_line(file: epath.Path, number: int, row: bytes) -> tuple[bytes, int]:
 
 
 def _check_images(listing: folder.LabelFile) -> None:
-    """Raises UserError for the first image that is missing or no regular file."""
+    """Raises UserError for the first image that is missing or not a regular file."""
     images = folder.LabelledPaths(listing, np.arange(len(listing.lines)))
     sizes = folder.file_sizes(listing.root, images)
     if sizes is None:
-        return  # a store, which would have to be asked once per file; reading names the image
+        return  # an object store needs a request per file; reading an image reports a missing one
     for image in np.flatnonzero(sizes < 0)[:1].tolist():
         path = os.path.join(os.fsencode(listing.root), images[image])
         raise UserError(

@@ -1,7 +1,7 @@
-"""Folders of images as lists of examples: `<split>/<class>/<image>`, or a file of labels.
+"""Lists the examples in a folder of images: `<split>/<class>/<image>`, or a label file.
 
-Of folders, the class list is derived over all splits, sorted by name, so that a class that one
-split lacks shifts no label. A label file is jsonl, an image a line, with one label or several:
+The class list of folders is the sorted union over all splits, so a class that is missing in one
+split does not shift labels. A label file is jsonl with one image per line and one or more labels:
 {"path": "a/b.jpg", "labels": ["cat", "pet"], "weights": [0.9, 0.2], "split": "train"}.
 """
 
@@ -27,9 +27,9 @@ from mixer.errors import UserError, check_choice, first_line
 from mixer.files import parse_path
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".jxl")
-# Images that TensorFlow cannot decode: training refuses them, so that none is left out unseen.
+# Images that TensorFlow cannot decode. Training raises an error for them instead of skipping them.
 UNDECODABLE = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2")
-# Images that `predict` may read by Pillow; training leaves them out with a line.
+# Images that `predict` may read with Pillow; training skips them with a message.
 RARE = (
     *(".apng", ".avifs", ".bw", ".dib", ".icb", ".icns", ".ico", ".j2c", ".j2k", ".jpc", ".jpf"),
     *(".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".pnm", ".ppm", ".psd", ".rgb"),
@@ -37,14 +37,14 @@ RARE = (
 )
 LISTED = frozenset(ENDINGS + UNDECODABLE)
 ACCEPTED = ", ".join(ENDINGS)
-# What systems and programs leave behind between a user's folders; hidden folders are such too.
-LEFT_BEHIND = frozenset(
+# Folders that systems and programs create among a user's folders. Hidden folders are skipped too.
+IGNORED_NAMES = frozenset(
     ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
 )
-# Labels that are numbers make as many classes as the largest says; beyond this they are other ids.
+# Largest number of classes that numeric labels may imply; larger labels are probably other ids.
 MOST_CLASSES = 1 << 20
 LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 0.5]}'
-# In place of a file's size.
+# Values in place of a file's size.
 MISSING, IRREGULAR = -1, -2
 KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -53,21 +53,21 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-EXAMPLES = 5  # that a message lists
+EXAMPLES = 5  # names that a message lists
 
 
 def encode(name: str) -> bytes:
-    """The bytes of a name that Python may have read from a disk."""
+    """Returns the bytes of a file name, including undecodable bytes."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def decode(name: bytes) -> str:
-    """A name's text, in which bytes that are not UTF-8 are written out in four characters."""
+    """Returns the text of a file name, with non-UTF-8 bytes escaped as four characters."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def displayed(text: str) -> str:
-    """`text` in one line that every terminal takes: what it cannot show is written out."""
+    """Returns `text` as one line for a terminal, with control characters escaped."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(
         ascii(character)[1:-1]
@@ -78,14 +78,14 @@ def displayed(text: str) -> str:
 
 
 def irregular(mode: int) -> str:
-    """Why a file of this `st_mode` is not opened; "" for a regular one."""
+    """Returns why a file with this `st_mode` is not opened; "" for a regular file."""
     if stat.S_ISREG(mode):
         return ""
     return f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
 
 
 def fault_of(path: bytes | str) -> str:
-    """Why a local file is not opened; "" for a regular one."""
+    """Returns why a local file is not opened; "" for a regular file."""
     try:
         return irregular(os.stat(path).st_mode)
     except OSError as error:
@@ -94,11 +94,11 @@ def fault_of(path: bytes | str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What lies in one folder, by name, sorted; what is hidden is passed over.
+    """The entries of one folder, sorted by name, without hidden entries.
 
     Attributes:
-      folders: names, and whether each is a symbolic link.
-      files: names, and "" or why the file is not to be opened.
+      folders: pairs of a name and whether it is a symbolic link.
+      files: pairs of a name and the reason why the file must not be opened, or "".
     """
 
     folders: list[tuple[bytes, bool]]
@@ -106,16 +106,16 @@ class Listing:
 
 
 def _is_left_out(name: bytes) -> bool:
-    return name.startswith(b".") or decode(name).lower() in LEFT_BEHIND
+    return name.startswith(b".") or decode(name).lower() in IGNORED_NAMES
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether it is an address in a store such as gs://."""
+    """Returns whether `path` is an address in an object store such as gs://."""
     return "://" in os.fspath(path)
 
 
 def find_file(key: str, path: str) -> epath.Path:
-    """The file that a user gave as `key`; UserError where it is another thing, or not there."""
+    """Returns the file that the user passed as `key`; UserError if it is not a readable file."""
     file = parse_path(key, path)
     if not is_remote(file):
         try:
@@ -129,7 +129,7 @@ def find_file(key: str, path: str) -> epath.Path:
 
 @contextlib.contextmanager
 def _naming(path: bytes) -> Iterator[None]:
-    """Names a folder that cannot be read."""
+    """Turns an OSError into a UserError with the path of the folder."""
     try:
         yield
     except OSError as error:
@@ -137,7 +137,7 @@ def _naming(path: bytes) -> Iterator[None]:
 
 
 def _identity(root: epath.Path, inside: bytes) -> Any:
-    """What all paths of the folder `inside` of `root` share."""
+    """Returns an identity of the folder `inside` of `root` that is the same for all its paths."""
     if is_remote(root):
         return inside
     path = _join(os.fsencode(root), inside)
@@ -147,7 +147,7 @@ def _identity(root: epath.Path, inside: bytes) -> Any:
 
 
 def list_folder(root: epath.Path, inside: bytes) -> Listing:
-    """Lists the folder `inside` of `root`; UserError where it cannot be read."""
+    """Lists the folder `inside` of `root`; raises UserError if it cannot be read."""
     if is_remote(root):
         return _list_in_store(root / inside.decode())
     path = _join(os.fsencode(root), inside)
@@ -173,7 +173,7 @@ def _list_in_store(folder: epath.Path) -> Listing:
         name = child.name.encode()
         if _is_left_out(name):
             continue
-        # Each question is a request to the store: what has an ending is a file.
+        # `is_dir` is a request to the store, so a name with a suffix is assumed to be a file.
         if b"." not in name and child.is_dir():
             folders.append((name, False))
         else:
@@ -182,23 +182,23 @@ def _list_in_store(folder: epath.Path) -> Listing:
 
 
 def walk(
-    root: epath.PathLike, inside: bytes = b"", *, above: Iterable[bytes] = ()
+    root: epath.PathLike, inside: bytes = b"", *, skipped_folders: Iterable[bytes] = ()
 ) -> Iterator[tuple[bytes, str]]:
-    """Yields the files below a folder, with "" or why the file is not to be opened.
+    """Yields the files below a folder, each with "" or the reason why it must not be opened.
 
-    Symbolic links are followed. A folder that is reached by several ways is read once, and by its
-    own way rather than by a link; so links that lead back end nowhere.
+    Symbolic links are followed. A folder that several paths reach is read once, and by its real
+    path rather than by a link, so cyclic links do not loop.
 
     Args:
-      root: where the paths start.
-      inside: the folder in it to read.
-      above: folders that are not to be read, as paths from the root.
+      root: folder that the paths are relative to.
+      inside: the folder to read, relative to the root.
+      skipped_folders: folders that are not read, relative to the root.
 
     Raises:
       UserError: a folder cannot be read.
     """
     root = epath.Path(root)
-    identities = {_identity(root, folder) for folder in above}
+    identities = {_identity(root, folder) for folder in skipped_folders}
     waiting = collections.deque([inside])
     while waiting:
         folder = waiting.popleft()
@@ -220,32 +220,32 @@ def _join(folder: bytes, name: bytes) -> bytes:
 
 
 def ending(name: bytes) -> str:
-    """The ending of a file's name in small letters, such as ".jpg"."""
+    """Returns the suffix of a file name in lower case, such as ".jpg"."""
     return "." + decode(name.rpartition(b".")[2].lower())
 
 
 def file_sizes(root: epath.PathLike, paths: Sequence[bytes]) -> np.ndarray | None:
-    """Sizes in bytes of local files, (n,) int64; MISSING or IRREGULAR where there is none.
+    """Returns the sizes in bytes of local files, (n,) int64; MISSING or IRREGULAR for bad files.
 
-    None for a store such as gs://, which would have to be asked once a file.
+    Returns None for an object store such as gs://, which would need a request per file.
     """
     if is_remote(root):
         return None
     root = os.fsencode(root)
 
     def sizes(part: Sequence[bytes]) -> list[int]:
-        sizes_of_part = []
+        part_sizes = []
         for path in part:
             try:
                 status = os.stat(os.path.join(root, path))
-                sizes_of_part.append(IRREGULAR if irregular(status.st_mode) else status.st_size)
+                part_sizes.append(IRREGULAR if irregular(status.st_mode) else status.st_size)
             except OSError:
-                sizes_of_part.append(MISSING)
-        return sizes_of_part
+                part_sizes.append(MISSING)
+        return part_sizes
 
     remaining_paths = iter(paths)
     parts = iter(lambda: list(itertools.islice(remaining_paths, 1024)), [])
-    # Threads: of a network's disk each answer takes a while.
+    # Threads hide the latency of network disks.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return np.array(list(itertools.chain.from_iterable(pool.map(sizes, parts))), np.int64)
 
@@ -255,11 +255,11 @@ class StoredFiles:
     """The files that hold the examples of a split.
 
     Attributes:
-      root: the folder that the paths start from.
-      paths: of each file.
-      class_numbers: the class of each, (n,); None where a file holds several.
-      num_classes: how many classes there are.
-      known_sizes: their sizes as of `file_sizes`, where they are known already.
+      root: the folder that the paths are relative to.
+      paths: paths of the files.
+      class_numbers: class of each file, (n,); None if a file holds several examples.
+      num_classes: number of classes.
+      known_sizes: sizes from `file_sizes`, if they have been computed.
     """
 
     root: epath.Path
@@ -270,13 +270,13 @@ class StoredFiles:
 
     @functools.cached_property
     def sizes(self) -> np.ndarray | None:
-        """As `file_sizes`."""
+        """The sizes of the files, as `file_sizes` returns them."""
         if self.known_sizes is not None:
             return self.known_sizes
         return file_sizes(self.root, self.paths)
 
     def record(self) -> dict[str, Any] | None:
-        """What a run saves, to know the files again; None where their sizes are not known."""
+        """Returns the record by which a run recognises its files; None if sizes are unknown."""
         if self.sizes is None:
             return None
         sizes = np.maximum(self.sizes, 0)
@@ -293,32 +293,32 @@ class StoredFiles:
         return record
 
     def newest(self, class_number: int | None) -> str:
-        """Path of the file that was changed last, of one class or of all; "" if there is none."""
-        chosen = range(len(self.paths))
+        """Returns the path of the last changed file of one class or of all; "" if none exists."""
+        indices = range(len(self.paths))
         if class_number is not None:
-            chosen = np.flatnonzero(self.class_numbers == class_number).tolist()
+            indices = np.flatnonzero(self.class_numbers == class_number).tolist()
 
-        def changed(place: int) -> float:
+        def modification_secs(index: int) -> float:
             try:
-                return os.stat(os.path.join(os.fsencode(self.root), self.paths[place])).st_mtime
+                return os.stat(os.path.join(os.fsencode(self.root), self.paths[index])).st_mtime
             except OSError:
                 return -1.0
 
-        return decode(self.paths[max(chosen, key=changed)]) if len(chosen) else ""
+        return decode(self.paths[max(indices, key=modification_secs)]) if len(indices) else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """What a folder holds.
+    """The content of a folder of images.
 
     Attributes:
       root: the folder.
       class_names: sorted names of the classes of all splits.
-      files: by split, paths relative to the root, in an order that mixes the classes and is the
-        same on every machine, so that `train[:90%]` is a fair sample.
-      faults: why some of them cannot be used, by path.
-      remarks: lines for the user on what may not be as it was meant.
-      nested: how many images lie in folders of a class folder.
+      files: for each split, paths relative to the root. Their order mixes the classes and is the
+        same on every machine, so that `train[:90%]` is a random sample.
+      faults: for the path of an unusable image, the reason.
+      remarks: lines for the user on possible mistakes in the layout.
+      nested: number of images in subfolders of a class folder.
     """
 
     root: epath.Path
@@ -329,10 +329,10 @@ class ImageFolder:
     nested: int
 
     def labels(self, files: Sequence[bytes], class_names: Sequence[str]) -> np.ndarray:
-        """Class numbers of `files` in the list `class_names`, (n,) int32."""
-        places = {name: place for place, name in enumerate(class_names)}
+        """Returns the class numbers (n,) int32 of `files` in the list `class_names`."""
+        indices = {name: index for index, name in enumerate(class_names)}
         names = {_class_of(file) for file in files}
-        numbers = {name: places[decode(name)] for name in names if decode(name) in places}
+        numbers = {name: indices[decode(name)] for name in names if decode(name) in indices}
         if unknown := sorted(map(decode, names - set(numbers))):
             raise UserError(
                 f"{displayed(str(self.root))} holds classes that the run was not trained on: "
@@ -347,22 +347,22 @@ def _class_of(file: bytes) -> bytes:
 
 
 def listed(names: Iterable[str], show: Callable[[str], str] = displayed) -> str:
-    """The first few of the names, for a message."""
+    """Returns the first few names for a message."""
     names = list(names)
     ending = ", ..." if len(names) > EXAMPLES else ""
     return ", ".join(displayed(show(name)) for name in names[:EXAMPLES]) + ending
 
 
 class _Scan:
-    """Goes through the folders of a data set.
+    """Scans the folders of a data set.
 
     Attributes:
-      images: by split, the images of all classes.
-      class_folders: by class, its folders in the splits that hold images.
-      faults: as of `ImageFolder`.
-      nested, beside, rare: images in folders of a class folder, images outside of class folders,
-        and images of formats that training leaves out.
-      copies: folders that are no class but a split of another data set.
+      images: for each split, the images of all classes.
+      class_folders: for each class, its folders in the splits that hold images.
+      faults: as in `ImageFolder`.
+      nested, beside, rare: images in subfolders of a class folder, images outside class folders,
+        and images in formats that training skips.
+      copies: folders that are not a class, but a split of another data set.
     """
 
     def __init__(self, root: epath.Path, subfolders: bool):
@@ -388,7 +388,7 @@ class _Scan:
 
     def _read_class(self, split: bytes, name: bytes) -> list[bytes]:
         images, nested = [], []
-        for file, fault in walk(self.root, _join(split, name), above=(b"", split)):
+        for file, fault in walk(self.root, _join(split, name), skipped_folders=(b"", split)):
             if ending(file) in RARE:
                 self.rare.append(file)
             if ending(file) not in LISTED:
@@ -404,14 +404,14 @@ class _Scan:
         return images + nested if self.subfolders else images
 
     def remarks(self) -> tuple[str, ...]:
-        """Lines for the user on what may not be as it was meant."""
+        """Returns lines for the user on possible mistakes in the layout."""
         nested = "read as images of the class"
         if not self.subfolders:
-            nested = "left out, as they were when this run was begun"
+            nested = "left out, as when this run was started"
         return tuple(
             f"{len(images):,} {description}, such as {displayed(decode(images[0]))}, are {fate}"
             for images, description, fate in (
-                (self.nested, "images in folders of a class folder", nested),
+                (self.nested, "images in subfolders of a class folder", nested),
                 (self.beside, "images outside of class folders", "left out"),
                 (self.rare, "images of other formats", f"left out; expected {ACCEPTED}"),
             )
@@ -423,12 +423,12 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     """Lists the images under `root`.
 
     Args:
-      root: the folder, laid out as `<split>/<class>/<image>`.
-      subfolders: whether images in folders of a class folder are read. Runs begun by older code
-        did not.
+      root: the folder, with the layout `<split>/<class>/<image>`.
+      subfolders: whether to read images in subfolders of a class folder. Runs that older code
+        started do not.
 
     Raises:
-      UserError: the folder does not exist or is laid out otherwise, or a class has no image.
+      UserError: the folder does not exist or has another layout, or a class has no image.
     """
     layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
     tree = _Scan(find_root(root, layout), subfolders)
@@ -436,7 +436,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     if tree.copies:
         raise UserError(
             f"{shown}: {listed(map(decode, tree.copies))}: the name of a split in the place of a "
-            f"class; {layout} (a second data set in this one has to be moved out)"
+            f"class; {layout} (move a second data set out of this folder)"
         )
     if not tree.images:
         other_images = tree.beside + tree.rare
@@ -449,7 +449,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
             f"{shown}: {len(empty)} of {len(tree.class_folders)} classes have no image in any "
             f"split: {listed(folders)}; put images ({ACCEPTED}) into these folders, or remove them"
         )
-    # Sorted by a hash of the name: an image that is added or taken away moves no other.
+    # Sort by a hash of the name, so that adding or removing an image does not reorder the others.
     files = {
         decode(split): sorted(
             images, key=lambda file: hashlib.blake2b(file, digest_size=16).digest()
@@ -467,43 +467,45 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
 
 
 def find_root(path: str, layout: str) -> epath.Path:
-    """The folder `dataset.data_dir`; UserError where there is none."""
+    """Returns the folder `dataset.data_dir`; raises UserError if it does not exist."""
     if not path:
         raise UserError(
-            f"dataset.data_dir is empty; give --config.dataset.data_dir=FOLDER; {layout}"
+            f"dataset.data_dir is empty; expected --config.dataset.data_dir=FOLDER; {layout}"
         )
     root = parse_path("dataset.data_dir", path)
     try:
         is_folder = root.is_dir()
     except Exception as error:
         if not isinstance(error, OSError) and not is_remote(root):
-            raise  # a store's client has exceptions of its own
+            raise  # only object stores raise exceptions other than OSError
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"dataset.data_dir={displayed(path)} cannot be read: {reason}") from None
     if not is_folder:
         raise UserError(
-            f"dataset.data_dir={displayed(str(root))} is no folder; {layout}; where data has "
-            "moved, --data_dir (of evaluate.py and inspect) says where to"
+            f"dataset.data_dir={displayed(str(root))} is not a folder; {layout}; if the data has "
+            "moved, pass --data_dir (evaluate.py and inspect)"
         )
     return root
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelFile:
-    """What a label file says of n images with m labels in all.
+    """The content of a label file with n images and m labels in total.
 
-    Flat arrays, for tens of millions of images: the path, 36 bytes, and 8 bytes for each label.
+    Flat arrays allow tens of millions of images. An image takes its path and 36 bytes, and 8 bytes
+    per label.
 
     Attributes:
-      file: the label file. root: the folder that the paths start from.
-      class_names: sorted names of the labels of the whole file; None where they are numbers.
+      file: the label file.
+      root: the folder that the paths are relative to.
+      class_names: sorted names of all labels of the file; None if labels are numbers.
       several: whether images may have several labels or weights; if not, each has exactly one.
-      paths: all paths, joined.
+      paths: all paths, concatenated.
       path_starts: (n + 1,) int64; image i's path is paths[path_starts[i] : path_starts[i + 1]].
       label_starts: (n + 1,) int64, the same for `labels` and `weights`.
-      labels: (m,) int32, class numbers; -1 nowhere.
+      labels: (m,) int32, class numbers; never -1.
       weights: (m,) float32 in [0, 1].
-      lines: (n,) int32, the line that each image stands in.
+      lines: (n,) int32, line number of each image.
       path_hashes: (n,) uint64.
       splits: image numbers of each split, sorted by the hash of their paths.
     """
@@ -522,17 +524,17 @@ class LabelFile:
     splits: dict[str, np.ndarray]
 
     def path(self, image: int) -> str:
-        """The path of an image as text."""
+        """Returns the path of an image as text."""
         return decode(self.encoded_path(image))
 
     def encoded_path(self, image: int) -> bytes:
-        """The path of an image."""
+        """Returns the path of an image as bytes."""
         return self.paths[self.path_starts[image] : self.path_starts[image + 1]]
 
     def names(self, num_classes: int | None) -> tuple[str, ...]:
-        """The class names: the file's; of labels that are numbers, 0 to num_classes - 1.
+        """Returns the class names: those of the file, or 0 to num_classes - 1 for numeric labels.
 
-        Where `num_classes` is None the largest label says how many there are.
+        If `num_classes` is None, the largest label determines the number of classes.
         """
         if self.class_names is not None:
             return self.class_names
@@ -540,21 +542,21 @@ class LabelFile:
         if count > MOST_CLASSES:
             raise self._fault(
                 int(self.labels.argmax()),
-                f"label {count - 1:,} would make {count:,} classes; number them from 0, or write "
-                "names",
+                f"label {count - 1:,} would imply {count:,} classes; number the classes from 0, or "
+                "use names",
             )
         return tuple(str(number) for number in range(count))
 
     def numbers(self, class_names: Sequence[str], entries: np.ndarray) -> np.ndarray:
-        """`labels` as numbers of the list `class_names`, (m,) int32.
+        """Returns `labels` as numbers in the list `class_names`, (m,) int32.
 
         Raises:
-          UserError: one of `entries` (places in `labels`) has a label that is not in the list.
+          UserError: one of `entries` (indices into `labels`) has a label that is not in the list.
         """
         numbers = self.labels
         if self.class_names is not None and self.class_names != tuple(class_names):
-            places = {name: place for place, name in enumerate(class_names)}
-            table = [places.get(name, len(class_names)) for name in self.class_names]
+            indices = {name: index for index, name in enumerate(class_names)}
+            table = [indices.get(name, len(class_names)) for name in self.class_names]
             numbers = np.array(table, np.int32)[numbers]
         unknown = entries[numbers[entries] >= len(class_names)]
         if len(unknown):
@@ -568,18 +570,18 @@ class LabelFile:
         return numbers
 
     def _fault(self, label: int, reason: str) -> UserError:
-        """The line that says what is wrong with entry `label` of `labels`."""
+        """Returns the error for entry `label` of `labels`."""
         image = int(np.searchsorted(self.label_starts, label, "right")) - 1
         return _line_fault(self.file, int(self.lines[image]), reason)
 
 
 def read_label_file(file: str, root: str) -> LabelFile:
-    """Reads a label file; `root` is the folder that its paths start from.
+    """Reads a label file; its paths are relative to the folder `root`.
 
-    Whether the images exist is found only when they are read.
+    A missing image is reported only when it is read.
 
     Raises:
-      UserError: no such file or folder, or a line that is not as it must be, by its number.
+      UserError: the file or folder does not exist, or a line (named by its number) is invalid.
     """
     root = find_root(root, f"dataset.label_file={file} has paths relative to it")
     file = find_file("dataset.label_file", file)
@@ -618,12 +620,12 @@ def read_label_file(file: str, root: str) -> LabelFile:
         ) from None
     if not labels:
         raise UserError(
-            f"dataset.label_file={file} holds {len(lines):,} images and no label; a line is like "
-            f"{LABEL_LINE}"
+            f"dataset.label_file={file} holds {len(lines):,} images and no label; expected lines "
+            f"such as {LABEL_LINE}"
         )
     labels, hashes, split_of = (np.array(values) for values in (labels, hashes, split_of))
     names = None
-    if kind is not int:  # numbered as they came; now by their sorted names
+    if kind is not int:  # renumber from order of appearance to sorted names
         names = tuple(sorted(places))
         table = np.empty(len(names), np.int32)
         table[[places[name] for name in names]] = np.arange(len(names))
@@ -643,20 +645,21 @@ def read_label_file(file: str, root: str) -> LabelFile:
         path_hashes=hashes,
         splits={name: order[split_of[order] == code] for name, code in splits.items()},
     )
-    for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
-        one, two = sorted(order[place : place + 2].tolist())
-        if listing.path(one) == listing.path(two):
-            reason = f"{listing.path(two)!r} stands in line {lines[one]} already"
-            raise _line_fault(file, lines[two], reason)
+    for index in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
+        first, second = sorted(order[index : index + 2].tolist())
+        if listing.path(first) == listing.path(second):
+            reason = f"{listing.path(second)!r} is already in line {lines[first]}"
+            raise _line_fault(file, lines[second], reason)
     return listing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledPaths(Sequence):
-    """Paths of some images of a label file, made as they are asked for: they may be millions.
+    """Paths of some images of a label file, created on access because there may be millions.
 
     Attributes:
-      listing: the label file. images: (n,) numbers of its images.
+      listing: the label file.
+      images: (n,) numbers of the images.
     """
 
     listing: LabelFile
@@ -665,8 +668,8 @@ class LabelledPaths(Sequence):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: int) -> bytes:
-        return self.listing.encoded_path(self.images[place])
+    def __getitem__(self, index: int) -> bytes:
+        return self.listing.encoded_path(self.images[index])
 
 
 def _line_fault(file: epath.Path, number: int, reason: str) -> UserError:
@@ -683,19 +686,19 @@ class _LabelledImage:
 
 
 def _parse_line(row: bytes) -> _LabelledImage:
-    """Reads a line of a label file; ValueError says what is wrong with it."""
+    """Parses a line of a label file; raises ValueError with the reason if it is invalid."""
     try:
         line = json.loads(row)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON ({error}); a line is like {LABEL_LINE}") from None
+        raise ValueError(f"not JSON ({error}); expected a line such as {LABEL_LINE}") from None
     if not isinstance(line, dict):
-        raise ValueError(f"no object in braces; a line is like {LABEL_LINE}")
+        raise ValueError(f"not an object in braces; expected a line such as {LABEL_LINE}")
     keys = ("path", "labels", "weights", "split")
     for key in line:
         check_choice("key", key, keys)
     for key in keys[:2]:
         if key not in line:
-            raise ValueError(f"{key!r} is missing; a line is like {LABEL_LINE}")
+            raise ValueError(f"{key!r} is missing; expected a line such as {LABEL_LINE}")
     path, split = line["path"], line.get("split", "train")
     if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
         raise ValueError(f"path {path!r} must be text, relative to dataset.data_dir")
@@ -710,7 +713,7 @@ def _parse_line(row: bytes) -> _LabelledImage:
     if kinds == {int} and not all(0 <= label < 1 << 31 for label in labels):
         raise ValueError(f"labels {labels} must be numbers from 0")
     if len(set(labels)) != len(labels):
-        raise ValueError(f"labels {labels} have one twice")
+        raise ValueError(f"labels {labels} contain a duplicate")
     if weights is None:
         return _LabelledImage(path, labels, [1.0] * len(labels), split, several)
     weights = weights if isinstance(weights, list) else [weights]

@@ -1,4 +1,4 @@
-"""Where examples are stored: TFDS records and folders of images, loaded with TensorFlow."""
+"""Loads stored examples with TensorFlow: TFDS records and folders of images."""
 
 import contextlib
 import dataclasses
@@ -20,21 +20,21 @@ from mixer.data.sources import folder as folder_lib
 from mixer.errors import UserError, first_line, nearest
 from mixer.files import parse_path
 
-# A TFDS split of up to this size is held in memory, encoded as it is on disk, and shuffled whole.
+# A TFDS split of up to this size is kept in memory, still encoded, and shuffled globally.
 IN_MEMORY_BYTES = 2 << 30
-# Labels an image may have in a larger split; finding the true maximum would read all of it.
+# Maximum labels per image in a larger split; finding the true maximum would read the whole split.
 MOST_LABELS = 128
-# What TFDS's pixels are multiplied by; dSprites' are 0 and 1.
+# Factors for TFDS's pixel values; those of dSprites are 0 and 1.
 PIXEL_SCALE = {"dsprites": 255}
-# Time limits of a download: for a connection, and for the next bytes.
+# Limits of a download: seconds to connect, seconds until the next bytes, and retries.
 CONNECT_SECS, READ_SECS, RETRIES = 10.0, 60.0, 3
-# No network, a file that has moved or changed or must be fetched by hand, a full disk, a missing
-# package.
+# Exceptions for no network, a file that has moved or changed or needs a manual download, a full
+# disk, or a missing package.
 DOWNLOAD_ERRORS = (
     *(OSError, ImportError, AssertionError, tf.errors.OpError, tfds.download.DownloadError),
     *(extractor.ExtractError, download_manager.NonMatchingChecksumError),
 )
-# What TFDS's grammar of splits raises for an invalid one.
+# Exceptions that TFDS's split grammar raises for an invalid spec.
 SPEC_ERRORS = (
     *(ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError),
     RecursionError,
@@ -48,22 +48,22 @@ class Source:
 
     Attributes:
       name: data set and split, for messages.
-      class_names: of the labels, in order.
+      class_names: class names in label order.
       kept: (n,) numbers of the examples that are not excluded, ascending.
-      fingerprint: changes when the examples or their labels do.
-      example_id: from a number to the name that messages and exclusion lists use.
-      load: graph function to an example: from its number or, where there are `files`, from its
-        record. It is {"image": encoded bytes, "label": () int32} or, with `max_labels`,
+      fingerprint: a hash that changes when the examples or their labels change.
+      example_id: maps a number to the name that messages and exclusion lists use.
+      load: graph function from an example's number, or from its record if there are `files`, to the
+        example: {"image": encoded bytes, "label": () int32} or, with `max_labels`,
         {"image", "label": (M,) int32 padded with -1, "label_weight": (M,) float32}.
-      files: (path, first record, number of records) of each stored file, where records can only be
-        read one after the other; empty where any example can be loaded by its number.
-      max_labels: M, where an image has any number of labels; None where each has one.
-      labels: (N,) int32 of all N numbers, excluded ones too; None where they are many an image, or
-        stored with the images.
-      faults: why the files of some numbers must not be opened.
-      count_classes: from numbers to how many of them have each class, (C,) int64; None where the
-        labels are stored with the images.
-      stored: from numbers to the files that hold them.
+      files: (path, first record, number of records) of each stored file, if records can only be
+        read sequentially; empty if any example can be loaded by its number.
+      max_labels: M, if an image may have any number of labels; None if each has one.
+      labels: (N,) int32 for all N numbers, including excluded ones; None if images have several
+        labels, or if labels are stored with the images.
+      faults: for some numbers, the reason why the file must not be opened.
+      count_classes: maps numbers to how many of them have each class, (C,) int64; None if labels
+        are stored with the images.
+      stored: maps numbers to the files that hold them.
     """
 
     name: str
@@ -81,14 +81,14 @@ class Source:
 
     @property
     def example_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """What `load` gives: name -> (shape, dtype)."""
+        """The arrays that `load` returns: name -> (shape, dtype)."""
         if self.max_labels is None:
             return {"image": ((), "string"), "label": ((), "int32")}
-        several = (self.max_labels,)
+        shape = (self.max_labels,)
         return {
             "image": ((), "string"),
-            "label": (several, "int32"),
-            "label_weight": (several, "float32"),
+            "label": (shape, "int32"),
+            "label_weight": (shape, "float32"),
         }
 
     @property
@@ -103,7 +103,7 @@ def folder_source(
     class_names: Sequence[str],
     excluded: Collection[str],
 ) -> Source:
-    """The images of a split such as "train[:90%]" of a folder."""
+    """Returns the images of a split such as "train[:90%]" of a folder."""
     instructions = absolute(spec, {split: len(files) for split, files in folder.files.items()})
     files = [
         file for part in instructions for file in folder.files[part.splitname][part.from_ : part.to]
@@ -142,7 +142,7 @@ def label_file_source(
     class_names: Sequence[str],
     excluded: Collection[str],
 ) -> Source:
-    """The images of a split such as "train[:90%]" of a label file."""
+    """Returns the images of a split such as "train[:90%]" of a label file."""
     instructions = absolute(spec, {split: len(rows) for split, rows in listing.splits.items()})
     images = np.concatenate(
         [listing.splits[part.splitname][part.from_ : part.to] for part in instructions]
@@ -150,7 +150,7 @@ def label_file_source(
     )
     counts = np.diff(listing.label_starts)[images]
     firsts = listing.label_starts[images] - (np.cumsum(counts) - counts)
-    entries = np.repeat(firsts, counts) + np.arange(counts.sum())  # of the split's images
+    entries = np.repeat(firsts, counts) + np.arange(counts.sum())  # indices of the split's labels
     numbers = listing.numbers(class_names, entries)
     digest = hashlib.blake2b(digest_size=16)
     for values in (listing.path_hashes[images], counts, numbers[entries], listing.weights[entries]):
@@ -173,24 +173,25 @@ def label_file_source(
     is_read = np.ones(len(images), bool)
     if excluded:
         is_read = np.array([listing.path(image) not in excluded for image in images], bool)
-    labels_alone = numbers[entries] if max_labels is None else None
+    single_labels = numbers[entries] if max_labels is None else None
     all_paths = folder_lib.LabelledPaths(listing, images)
     sizes = folder_lib.file_sizes(listing.root, all_paths)
     irregular = [] if sizes is None else np.flatnonzero(sizes == folder_lib.IRREGULAR).tolist()
     faults = {
-        place: folder_lib.fault_of(os.path.join(root, all_paths[place])) for place in irregular
+        index: folder_lib.fault_of(os.path.join(root, all_paths[index])) for index in irregular
     }
 
-    def count_classes(kept):
-        chosen = np.zeros(len(images), bool)
-        chosen[kept] = True
-        return np.bincount(numbers[entries][np.repeat(chosen, counts)], minlength=len(class_names))
+    def count_classes(indices):
+        is_counted = np.zeros(len(images), bool)
+        is_counted[indices] = True
+        labels = numbers[entries][np.repeat(is_counted, counts)]
+        return np.bincount(labels, minlength=len(class_names))
 
-    def stored(kept):
-        paths = folder_lib.LabelledPaths(listing, images[kept])
-        alone = None if labels_alone is None else labels_alone[kept]
-        kept_sizes = None if sizes is None else sizes[kept]
-        return folder_lib.StoredFiles(listing.root, paths, alone, len(class_names), kept_sizes)
+    def stored(indices):
+        paths = folder_lib.LabelledPaths(listing, images[indices])
+        classes = None if single_labels is None else single_labels[indices]
+        known_sizes = None if sizes is None else sizes[indices]
+        return folder_lib.StoredFiles(listing.root, paths, classes, len(class_names), known_sizes)
 
     return Source(
         name=f"{listing.root} {spec} with {listing.file.name}",
@@ -200,14 +201,14 @@ def label_file_source(
         example_id=lambda number: listing.path(images[number]),
         load=load,
         max_labels=max_labels,
-        labels=labels_alone,
+        labels=single_labels,
         faults=faults,
         count_classes=count_classes,
         stored=stored,
     )
 
 
-@functools.lru_cache(maxsize=1)  # its splits share them
+@functools.lru_cache(maxsize=1)  # all splits of a label file share the tensors
 def _tensors(listing: folder_lib.LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     return tuple(
         tf.constant(values) for values in (listing.paths, listing.path_starts, listing.label_starts)
@@ -215,27 +216,27 @@ def _tensors(listing: folder_lib.LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Te
 
 
 def _padded(label, weight, length: int) -> dict[str, tf.Tensor]:
-    """The labels (n,) of an image and their weights, filled up to (length,)."""
+    """Pads the labels (n,) of an image and their weights to (length,)."""
     count = tf.size(label)
-    fits = tf.debugging.Assert(count <= length, [count, f"labels, where at most {length} are read"])
+    fits = tf.debugging.Assert(count <= length, [count, f"labels; expected at most {length}"])
     with tf.control_dependencies([fits]):
-        room = [[0, tf.maximum(length - count, 0)]]
+        padding = [[0, tf.maximum(length - count, 0)]]
     return {
-        "label": tf.ensure_shape(tf.pad(label, room, constant_values=-1), [length]),
-        "label_weight": tf.ensure_shape(tf.pad(weight, room), [length]),
+        "label": tf.ensure_shape(tf.pad(label, padding, constant_values=-1), [length]),
+        "label_weight": tf.ensure_shape(tf.pad(weight, padding), [length]),
     }
 
 
 def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.core.DatasetBuilder:
-    """Finds a TFDS data set; the digits, which need no download, are prepared here.
+    """Finds a TFDS data set; prepares the digits, which need no download.
 
     Args:
-      name: as TFDS knows it.
-      data_dir: where TFDS keeps its data; empty is TFDS's own default.
-      prepared: whether it has to be prepared already.
+      name: TFDS name of the data set.
+      data_dir: TFDS's data directory; "" is TFDS's default.
+      prepared: whether the data set must already be prepared.
 
     Raises:
-      UserError: no data set has the name, or it is not prepared.
+      UserError: no data set has this name, or it is not prepared.
     """
     if name == "digits":
         from mixer.data.sources import digits  # noqa: F401 (registers the builder)
@@ -246,10 +247,10 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
         builder = tfds.builder(name, data_dir=directory)
     except tfds.core.registered.DatasetNotFoundError:
         raise UserError(
-            f"dataset.name={name!r}: neither 'synthetic' nor 'folder' nor known to "
+            f"dataset.name={name!r}; expected 'synthetic', 'folder' or a name known to "
             f"tensorflow-datasets.{nearest(name, ['synthetic', 'folder', *tfds.list_builders()])}"
         ) from None
-    except (ValueError, KeyError, *DOWNLOAD_ERRORS) as error:  # a version or a config it has not
+    except (ValueError, KeyError, *DOWNLOAD_ERRORS) as error:  # an unknown version or config
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"dataset.name={name!r}: {reason}") from None
     if prepared and not builder.is_prepared():
@@ -259,14 +260,14 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
                 arguments = "imagenet21k --source=TAR_OR_FOLDER"
             flag = f" --data_dir={data_dir}" if data_dir else ""
             raise UserError(
-                f"dataset {name!r} is not prepared: looked in {builder.data_dir}; prepare it with "
+                f"dataset {name!r} is not prepared in {builder.data_dir}; prepare it with "
                 f"`python -m mixer.tools.prepare {arguments}{flag}`"
             )
         tfds.disable_progress_bar()
         try:
             builder.download_and_prepare()
         except OSError:
-            # Another process of the run was faster, and has prepared the same data.
+            # Another process of the run may have prepared the same data first.
             builder = tfds.builder(name, data_dir=directory)
             if not builder.is_prepared():
                 raise
@@ -275,7 +276,7 @@ def tfds_builder(name: str, data_dir: str, *, prepared: bool = True) -> tfds.cor
 
 @contextlib.contextmanager
 def bounded_downloads() -> Iterator[None]:
-    """Gives TFDS's downloads time limits; without them they hang, or retry for minutes."""
+    """Sets time limits for TFDS's downloads, which would otherwise hang or retry for minutes."""
     import requests
 
     adapter, retries = requests.adapters.HTTPAdapter, downloader.MAX_RETRIES
@@ -286,7 +287,7 @@ def bounded_downloads() -> Iterator[None]:
             return super().send(request, *args, timeout=timeout, **options)
 
     waiting = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(READ_SECS)  # of ftp://
+    socket.setdefaulttimeout(READ_SECS)  # for ftp://
     requests.adapters.HTTPAdapter, downloader.MAX_RETRIES = Bounded, RETRIES
     try:
         yield
@@ -297,13 +298,13 @@ def bounded_downloads() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Parser:
-    """Parses the records of a TFDS data set: only the features that are needed.
+    """Parses only the required features from the records of a TFDS data set.
 
     Attributes:
-      features: these, as TFDS deserializes them; images stay encoded.
+      features: the required features, as TFDS deserializes them; images stay encoded.
       image_key, label_key: names of the image and the label.
-      derived: how the label is computed; None: it is stored.
-      scale: what the pixels are multiplied by; None: they stay as they are.
+      derived: the computed label; None if the label is stored.
+      scale: factor for the pixel values; None: unchanged.
     """
 
     features: tfds.features.FeaturesDict
@@ -314,21 +315,21 @@ class _Parser:
 
     @property
     def has_several(self) -> bool:
-        """Whether an image may have several labels, or none."""
+        """Whether an image may have several labels or none."""
         if self.derived:
             return self.derived.several
         return isinstance(self.features[self.label_key], tfds.features.Sequence)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the labels, in order."""
+        """Class names in label order."""
         if self.derived:
             return tuple(self.derived.class_names)
         feature = self.features[self.label_key]
         return tuple((feature.feature if self.has_several else feature).names)
 
     def parse(self, record: tf.Tensor) -> Example:
-        """The image's encoded bytes, and its label () or its labels (n,), int32."""
+        """Returns the image's encoded bytes, and its label () or labels (n,), int32."""
         decoders = {self.image_key: tfds.decode.SkipDecoding()}
         example = self.features.deserialize_example(record, decoders=decoders)
         label = self.derived.compute(example) if self.derived else example[self.label_key]
@@ -338,18 +339,18 @@ class _Parser:
         return {"image": image, "label": tf.cast(label, tf.int32)}
 
     def load(self, record: tf.Tensor) -> Example:
-        """An example with one label; fails in the graph where that is no class."""
+        """Returns an example with one label; fails in the graph if the label is not a class."""
         example = self.parse(record)
         return {**example, "label": _checked(example["label"], len(self.class_names))}
 
     def load_several(self, record: tf.Tensor, length: int) -> Example:
-        """An example with up to `length` labels of weight 1."""
+        """Returns an example with up to `length` labels of weight 1."""
         example = self.load(record)
         weight = tf.ones_like(example["label"], tf.float32)
         return {"image": example["image"], **_padded(example["label"], weight, length)}
 
     def count_labels(self, record: tf.Tensor) -> tf.Tensor:
-        """How many labels an example has."""
+        """Returns the number of labels of an example."""
         return tf.size(self.parse(record)["label"])
 
 
@@ -364,17 +365,18 @@ def _make_parser(builder: tfds.core.DatasetBuilder, image_key: str, label_key: s
 def tfds_source(
     builder: tfds.core.DatasetBuilder, spec: str, excluded: Collection[str], label_key: str = ""
 ) -> Source:
-    """A split such as "train[:98%]" of a prepared TFDS data set stored as TFRecords.
+    """Returns a split such as "train[:98%]" of a prepared TFDS data set stored as TFRecords.
 
     Args:
-      builder: of the data set.
+      builder: builder of the data set.
       spec: the split.
       excluded: names of examples to leave out.
-      label_key: a feature with one class or a sequence of classes, or a name of labels.DERIVED;
-        empty is the set's own label.
+      label_key: a feature with one class or a sequence of classes, or a name in labels.DERIVED; ""
+        is the default label of the data set.
 
     Raises:
-      UserError: no such label or split, another format, files that cannot be read.
+      UserError: the label or split does not exist, the format is not TFRecord, or a file cannot be
+        read.
     """
     info = builder.info
     image_key, own_label = info.supervised_keys or ("image", "label")
@@ -383,7 +385,7 @@ def tfds_source(
     if info.file_format != tfds.core.file_adapters.FileFormat.TFRECORD:
         raise UserError(
             f"dataset {builder.name!r} in {builder.data_dir} is stored as "
-            f"{info.file_format.value}; only tfrecord is read: prepare it again in that format"
+            f"{info.file_format.value}; expected tfrecord: prepare it again in that format"
         )
     absolute(spec, {split: info.splits[split].num_examples for split in info.splits})
     files = tuple(
@@ -431,7 +433,7 @@ def tfds_source(
 
 
 def _held_in_memory(source: Source, parser: _Parser) -> Source:
-    """The source with its encoded records in memory, so that any can be loaded by its number."""
+    """Returns the source with its encoded records in memory, to load examples by number."""
     try:
         pieces = [read_piece(*file) for file in source.files]
     except tf.errors.OpError as error:
@@ -454,7 +456,7 @@ def _held_in_memory(source: Source, parser: _Parser) -> Source:
 
 
 def unmatched(builder: tfds.core.DatasetBuilder, names: Iterable[str]) -> list[str]:
-    """The names that match no example of a TFDS data set, in any split."""
+    """Returns the names that match no example in any split of a TFDS data set."""
     files = [
         (str(part.filename), part.skip, part.take)
         for split in builder.info.splits.values()
@@ -464,7 +466,7 @@ def unmatched(builder: tfds.core.DatasetBuilder, names: Iterable[str]) -> list[s
 
 
 def _numbers(names: Collection[str], files: Sequence[tuple[str, int, int]]) -> np.ndarray:
-    """Numbers of the examples that have these names, such as "digits-00000-of-00001:17"."""
+    """Returns the numbers of the examples with names such as "digits-00000-of-00001:17"."""
     parts: dict[str, list[tuple[int, int, int]]] = {}  # a split may take several parts of a file
     first = 0
     for path, skip, count in files:
@@ -472,15 +474,15 @@ def _numbers(names: Collection[str], files: Sequence[tuple[str, int, int]]) -> n
         first += count
     numbers = []
     for name in names:
-        file, _, place = name.rpartition(":")
+        file, _, index = name.rpartition(":")
         for first, skip, count in parts.get(file, ()):
-            if place.isdecimal() and skip <= int(place) < skip + count:
-                numbers.append(first + int(place) - skip)
+            if index.isdecimal() and skip <= int(index) < skip + count:
+                numbers.append(first + int(index) - skip)
     return np.array(numbers, np.int64)
 
 
 def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: str) -> None:
-    """Raises UserError where a data set has no such image or label."""
+    """Raises UserError if a data set lacks the image or the label."""
     features = dict(builder.info.features)
     choices = [key for key, feature in features.items() if _is_label(feature)]
     choices += [
@@ -489,8 +491,8 @@ def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: st
     is_image = isinstance(features.get(image_key), tfds.features.Image)
     if not is_image or label_key not in choices:
         raise UserError(
-            f"dataset {builder.name!r} has no image {image_key!r} with label {label_key!r}; for "
-            f"dataset.label_key it has: {', '.join(choices) or 'none'}."
+            f"dataset {builder.name!r} has no image {image_key!r} with label {label_key!r}; "
+            f"dataset.label_key must be one of: {', '.join(choices) or 'none'}."
             f"{nearest(label_key, choices)}"
         )
 
@@ -502,7 +504,7 @@ def _is_label(feature) -> bool:
 
 
 def _checked(label, num_classes: int) -> tf.Tensor:
-    """Returns `label`, of any shape; fails in the graph where a value is no class."""
+    """Returns `label`, of any shape; fails in the graph if a value is not a class."""
     assertion = tf.debugging.Assert(
         tf.reduce_all((label >= 0) & (label < num_classes)),
         ["label", label, f"where the classes are 0 to {num_classes - 1}"],
@@ -514,12 +516,12 @@ def _checked(label, num_classes: int) -> tf.Tensor:
 def absolute(spec: str, sizes: dict[str, int]) -> list:
     """Parses a split spec with TFDS's own grammar.
 
-    A split may have any name without "+" and "[" except "all", which is more than TFDS allows.
+    A split may have any name without "+" and "[" except "all". TFDS allows fewer names.
 
     Raises:
-      UserError: the spec names no split.
+      UserError: the spec is not a valid split.
     """
-    # Aliases, longer than any name, replace names that the grammar does not accept.
+    # Replace names that the grammar rejects with aliases that are longer than every name.
     longest = max(map(len, sizes), default=0)
     names = {
         name if re.fullmatch(r"[\w-]+", name) else "x" * (longest + i): name
@@ -532,9 +534,9 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
         parts.append(aliases.get(name, name) + bracket + range_text)
     try:
         if any(part.startswith("all[") for part in parts):
-            raise ValueError("`all` is all splits whole; write train[:90%]+test[:90%]")
+            raise ValueError("`all` means all complete splits; write train[:90%]+test[:90%]")
         if "all" in parts and "all" in sizes:
-            raise ValueError("`all` is all splits together; rename the split called 'all'")
+            raise ValueError("`all` means all complete splits; rename the split called 'all'")
         instructions = tfds.core.ReadInstruction.from_spec("+".join(parts)).to_absolute(
             {alias: _SplitSize(sizes[name]) for alias, name in names.items()}
         )
@@ -544,7 +546,7 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
         for alias, name in names.items():
             reason = reason.replace(alias, name) if alias != name else reason
         odd = [name for name in sizes if "+" in name or "[" in name]
-        hint = f"; rename {odd[0]!r}: + and [ have a meaning here" if odd else ""
+        hint = f"; rename {odd[0]!r}: + and [ are part of the split syntax" if odd else ""
         raise UserError(
             f"split {spec!r}: {reason}; the splits are {choices}, and parts such as train[:90%] "
             f"(an empty val_split or test_split means none){hint}"
@@ -560,7 +562,7 @@ class _SplitSize:
 
 
 def read_piece(path, start, count) -> tf.Tensor:
-    """Records start to start + count of a TFRecord file, (count,) strings."""
+    """Reads the records start to start + count of a TFRecord file, (count,) strings."""
     records = tf.data.TFRecordDataset(path, buffer_size=8 << 20).skip(start).take(count)
     batch = records.batch(tf.maximum(tf.cast(count, tf.int64), 1))
     return batch.get_single_element()

@@ -1,7 +1,7 @@
 """Synthetic images: a learnable task that needs neither files nor TensorFlow.
 
-Example i is its class's pattern (a coarse random picture) under noise, so that a loss that does not
-fall is the fault of the training and not of the data.
+Example i is the pattern of its class (a coarse random image) plus noise, so that a loss that does
+not decrease indicates a fault in training, not in the data.
 """
 
 import numpy as np
@@ -26,12 +26,12 @@ def make_images(ids: np.ndarray, labels: np.ndarray, image_size: tuple[int, int]
 
 
 def split_ids(split: str) -> np.ndarray:
-    """The numbers of a split's examples; no two splits share one."""
+    """Returns the numbers of a split's examples; splits are disjoint."""
     names = list(SPLITS)
     start = sum(SPLITS[name] for name in names[: names.index(split)])
     return np.arange(start, start + SPLITS[split])
 
 
 def labels(ids: np.ndarray, num_classes: int) -> np.ndarray:
-    """The classes (n,) int32 of examples `ids` (n,)."""
+    """Returns the classes (n,) int32 of examples `ids` (n,)."""
     return (ids % num_classes).astype(np.int32)
