@@ -116,7 +116,7 @@ def test_step_shuffles_what_the_other_steps_give(step, rest, order):
         ),
         (
             dict(dataset__permutation="patches", model__patch_size=None),
-            r"model.*variant.*patch_size",
+            r"missing: patch_size.*model\.variant",
         ),
     ],
 )

@@ -255,11 +255,11 @@ def _find_run(path: epath.PathLike) -> epath.Path | None:
 
 
 def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
-    """A copy of the config with the dimensions of the weights, and its permutation resolved."""
+    """The resolved config, with the dimensions of the weights."""
     config = config.copy_and_resolve_references()
     run.check_config(config)
     config.model.update(card.dimensions)
-    run.resolve_permutation(config)
+    config = run.resolve(config, initial=None)
     return config
 
 

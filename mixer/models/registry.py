@@ -149,7 +149,8 @@ def _check_fields(architecture: Architecture, fields: Mapping[str, Any]) -> None
     if missing := [key for key in architecture.dimensions if key not in fields]:
         variants = ", ".join(architecture.variants)
         raise UserError(
-            f"the model has no {', '.join(missing)}; set them, or a variant ({variants})"
+            f"model dimensions missing: {', '.join(missing)}; expected all of them, or "
+            f"model.variant, one of {variants}"
         )
     for key in ("num_classes", *architecture.dimensions):
         limit = MAX_BLOCKS + 1 if key == "num_blocks" else 2**31
