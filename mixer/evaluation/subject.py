@@ -259,8 +259,7 @@ def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
     config = config.copy_and_resolve_references()
     run.check_config(config)
     config.model.update(card.dimensions)
-    config = run.resolve(config, initial=None)
-    return config
+    return run.resolve(config, initial=None)
 
 
 def _output_directory(output: str | None, name: str, workdir: epath.Path | None) -> epath.Path:
