@@ -176,7 +176,7 @@ def test_classes_taken_for_each_other_are_neighbours():
         members = place[5 * group : 5 * group + 5]
         confusion[np.ix_(members, members)] = rng.integers(1, 5, (5, 5))
     confusion[np.arange(60), np.arange(60)] += 20
-    order = inspection.clustered(confusion).tolist()
+    order = inspection.cluster_order(confusion).tolist()
     assert sorted(order) == list(range(63))
     where = {k: order.index(k) for k in range(63)}
     for group in range(12):
@@ -193,8 +193,8 @@ def test_frequent_confusions_and_surest_images():
     ]
     assert inspection.frequent_confusions(np.eye(3, dtype=int), 5) == []
     result = _result([0, 1, 1, -1, 0], [0, 1, 0, 0, 0], 2, [0.6, 0.9, 0.7, 0.99, 0.9])
-    assert inspection.surest(result.predictions, True, 2).tolist() == [1, 4]
-    assert inspection.surest(result.predictions, False, 2).tolist() == [2]
+    assert inspection.most_confident(result.predictions, True, 2).tolist() == [1, 4]
+    assert inspection.most_confident(result.predictions, False, 2).tolist() == [2]
 
 
 def test_pixels_of_images_on_any_scale():

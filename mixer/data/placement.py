@@ -143,11 +143,11 @@ def can_augment(spec: Specification) -> bool:
 
 
 def check_augment_on(spec: Specification, augment_on: str) -> None:
-    """Raises UserError where dataset.augment_on wants ops of a stream on the device in vain."""
+    """Raises UserError if dataset.augment_on=device but the device cannot compute the ops."""
     if augment_on == "device" and spec.parts.device and not can_augment(spec):
         raise UserError(
             f"dataset.augment_on=device: the host's ops {str(spec.parts.host)!r} give images of "
-            "any size; end them with resize or a crop, as in decode|resize(64)"
+            "varying sizes; expected one size (add resize or a crop, as in decode|resize(64))"
         )
 
 

@@ -1,6 +1,6 @@
 """Few-shot linear probe: closed-form ridge regression on the features of a few images per class.
 
-The protocol is that of the authors' code (big_vision, `evaluators/fewshot_lsr`) [read]: NumPy's
+The protocol follows the authors' code (big_vision, `evaluators/fewshot_lsr`): NumPy's
 generator draws the shots from the seed, features are standardised by the mean and standard
 deviation of the shots, a constant feature replaces the bias, and targets are -1 and 1. Only the
 drawn images are decoded.
@@ -34,7 +34,7 @@ ROWS = 1024  # images classified at once: (ROWS, K) float64 scores
 
 @dataclasses.dataclass(frozen=True)
 class Shots:
-    """The result with one number of shots. Accuracies are in 0..1.
+    """The result for one number of shots. Accuracies are in 0..1.
 
     Attributes:
       shots: images per class.
@@ -116,7 +116,7 @@ class FewShotEvaluator:
     name, key = "fewshot", "fewshot/10shot"
 
     def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
-        """Takes a training split with evaluation preprocessing; results are named `dataset`."""
+        """Takes a training split with evaluation preprocessing; `dataset` names the results."""
         check(train, test)
         self._dataset, self._train, self._test, self._setup = dataset, train, test, setup
 
@@ -208,9 +208,9 @@ def evaluate(
     num_classes = len(train.class_names)
     draws = [draw(train_labels, num_classes, max(shots), seed) for seed in range(seeds)]
     # Read the images of all draws together, each image once.
-    drawn = np.unique(np.concatenate([np.concatenate(by_class) for by_class in draws]))
+    drawn_indices = np.unique(np.concatenate([np.concatenate(arrays) for arrays in draws]))
     features = []
-    for split in (train.select(drawn), test):
+    for split in (train.select(drawn_indices), test):
         split_features = features_lib.collect(
             model,
             params,
@@ -228,9 +228,9 @@ def evaluate(
     results = []
     for number in shots:
         hits = []
-        for by_class in draws:
-            indices = np.concatenate([class_indices[:number] for class_indices in by_class])
-            shot_rows = shot_features[np.searchsorted(drawn, indices)]
+        for indices_by_class in draws:
+            indices = np.concatenate([one_class[:number] for one_class in indices_by_class])
+            shot_rows = shot_features[np.searchsorted(drawn_indices, indices)]
             probe = fit(shot_rows, train_labels[indices], l2, num_classes)
             hits.append(probe.classify(test_features) == test_labels)
             if should_stop():
@@ -277,8 +277,8 @@ def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
     empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(empty):
         raise UserError(
-            f"few-shot: {train.name} has no image of {len(empty):,} of {len(names):,} classes, "
-            f"the first of them {names[empty[0]]}; expected one or more per class"
+            f"few-shot: {train.name} has no images of {len(empty):,} of its {len(names):,} "
+            f"classes, for example {names[empty[0]]}; expected at least one per class"
         )
     return labels, test.labels()
 
@@ -286,15 +286,15 @@ def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
 def draw(labels: np.ndarray, num_classes: int, shots: int, seed: int) -> list[np.ndarray]:
     """Draws `shots` random images of each class and returns their indices as K arrays.
 
-    A class with fewer images gives all. The first n of each array are a draw of n shots, so one
-    draw serves every number of shots.
+    A class with fewer images contributes all of them. The first n of each array are a draw of n
+    shots, so one draw serves every number of shots.
     """
     rng = np.random.default_rng(seed)
-    by_class = np.split(
+    indices_by_class = np.split(
         np.argsort(labels, kind="stable"),
         np.cumsum(np.bincount(labels, minlength=num_classes))[:-1],
     )
-    return [rng.permutation(indices)[:shots] for indices in by_class]
+    return [rng.permutation(indices)[:shots] for indices in indices_by_class]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,10 +347,11 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -
 def interval(hits: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % confidence interval of the mean of `hits` (draws, images).
 
-    Both the shots and the test images are random samples, so the squares of their half-widths add
-    up. The draws are few, so their half-width uses a quantile of Student's t distribution; with a
-    single draw the interval covers the test images only. The half-width of the images adds two hits
-    and two misses, as in `scores.mean_interval`.
+    Both the shots and the test images are random samples, so the squared half-widths of their two
+    confidence intervals are added. The draws are few, so their half-width uses a quantile of
+    Student's t distribution; with a single draw the interval covers the test images only. The
+    half-width for the test images is computed with two extra hits and two extra misses, as in
+    `scores.mean_interval`.
     """
     draws = len(hits)
     image_means = np.append(hits.mean(axis=0), [0, 0, 1, 1])

@@ -24,7 +24,7 @@ from mixer.runs import config as run_config
 
 Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
 
-LAMBDAS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1, 1.0)  # OmniBenchmark's [read]
+LAMBDAS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1, 1.0)  # the values in OmniBenchmark's code
 HELD_OUT_SHARE = 0.1  # share of training images held out if there is no validation split
 
 
@@ -225,13 +225,13 @@ class LinearProbe:
 
     Attributes:
       name: "linear_probe".
-      key: of the accuracy in metrics.jsonl.
+      key: of the top-1 accuracy in metrics.jsonl.
     """
 
     name, key = "linear_probe", "linear_probe/top1"
 
     def __init__(self, dataset: str, splits: Splits, setup: Setup):
-        """Takes the splits that `assign` returns; results are named `dataset`."""
+        """Takes the splits that `assign` returns; results are named after `dataset`."""
         self._dataset, self._splits, self._setup = dataset, splits, setup
 
     def is_due(self, step: int) -> bool:
@@ -306,7 +306,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     """Returns remarks on what limits the result of a probe."""
     texts = []
     if summary["on_edge"]:
-        texts.append("lam is at an end of its list")
+        texts.append("lam is the smallest or largest value tried")
     if failures := [f"{point['lam']:g}" for point in summary["path"] if not point["converged"]]:
         texts.append(f"not converged with lam {', '.join(failures)}")
     if count := summary["untrained_classes"]:

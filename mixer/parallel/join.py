@@ -381,7 +381,8 @@ def _report(address: tuple[str, int], num_processes: int, process_id: int) -> No
             problem = json.loads(line)["problem"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{where}: process 0 left before the run began, or another program answers there"
+                f"{where}: process 0 exited before the run started, or another program "
+                "listens at this address"
             ) from None
     if problem:
         raise UserError(problem)

@@ -68,7 +68,7 @@ class Activations:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """The number of images of class `label` with first guess `guess`, and their share."""
+    """The number and share of the images of class `label` that the model classifies as `guess`."""
 
     label: int
     guess: int
@@ -108,9 +108,9 @@ def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
     tiles = units.reshape(-1, *grid)
     largest = np.abs(tiles).max(axis=(1, 2), keepdims=True)
     tiles = tiles / np.maximum(largest, np.finfo(np.float32).tiny)
-    first = np.argsort(frequencies(tiles)[pairs].mean(axis=1), kind="stable")
+    order = np.argsort(frequencies(tiles)[pairs].mean(axis=1), kind="stable")
     return Units(
-        weights=tiles[pairs[first]],
+        weights=tiles[pairs[order]],
         cosine=float(np.median(cosine)) if len(cosine) else 0.0,
         chance=float(np.median(chance)) if len(chance) else 0.0,
         num_units=len(units),
@@ -193,7 +193,7 @@ def activations(
 
 
 def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-    """Returns the compiled `(params, images) -> sums` over the tokens of a batch.
+    """Returns a compiled function `(params, images) -> sums` over the tokens of a batch.
 
     "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the stream x and of x^T x at each
     depth; "token", "middle" and "channel" (L,) are sums of squares of the token-mixing update, of
@@ -230,7 +230,7 @@ def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Arra
     return step
 
 
-def clustered(confusion: np.ndarray) -> np.ndarray:
+def cluster_order(confusion: np.ndarray) -> np.ndarray:
     """Returns an order (K,) of the classes in which confused classes are adjacent.
 
     The order comes from hierarchical clustering with average linkage. The distance of two classes
@@ -259,8 +259,10 @@ def frequent_confusions(confusion: np.ndarray, max_count: int) -> list[Confusion
     ]
 
 
-def surest(predictions: classification.Predictions, hit: bool, max_count: int) -> np.ndarray:
-    """Returns indices of labelled images with right (or wrong) guesses, most probable first."""
+def most_confident(
+    predictions: classification.Predictions, hit: bool, max_count: int
+) -> np.ndarray:
+    """Returns indices of images classified correctly (or incorrectly), most confident first."""
     indices = np.flatnonzero(predictions.labelled & (predictions.hit == hit))
     order = np.argsort(-predictions.probability[indices], kind="stable")
     return indices[order[:max_count]]

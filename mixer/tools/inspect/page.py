@@ -327,7 +327,7 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
         (True, "right.png", "correct guesses with the highest probability"),
         (False, "wrong.png", "wrong guesses with the highest probability"),
     ):
-        indices = inspection.surest(predictions, hit, MAX_SHOWN_IMAGES)
+        indices = inspection.most_confident(predictions, hit, MAX_SHOWN_IMAGES)
         if not len(indices):
             parts.append(page.missing(title, "there are none"))
             continue

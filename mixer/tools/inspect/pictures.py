@@ -13,7 +13,7 @@ from mixer.tools.inspect.activations import (
     QUANTILES,
     Activations,
     Units,
-    clustered,
+    cluster_order,
 )
 
 GREY = 205  # background between units, in which zero is white
@@ -130,8 +130,8 @@ def draw_confusion(
 ) -> None:
     """Draws the confusion matrix, with rows normalized by class, and the per-class accuracies.
 
-    With more than NAMED_CLASSES classes, the classes are clustered and unnamed, and the accuracies
-    are sorted.
+    With more than NAMED_CLASSES classes, the classes are clustered and unnamed, and the
+    accuracies are sorted.
     """
     counts = result.confusion.sum(axis=1)
     with np.errstate(invalid="ignore"):
@@ -143,7 +143,7 @@ def draw_confusion(
         if len(class_names) <= NAMED_CLASSES:
             _draw_named(shares, result.per_class, intervals, class_names, path)
         else:
-            order = clustered(result.confusion)
+            order = cluster_order(result.confusion)
             _draw_many(shares[order][:, order], result.per_class, intervals, path)
 
 

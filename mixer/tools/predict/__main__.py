@@ -5,7 +5,7 @@
   python -m mixer.tools.predict photos/ --weights=runs/pets --features=features.npz
 
 Images are files, folders (searched recursively and sorted) or @list.txt with one path per line, in
-most formats that Pillow reads. They are preprocessed as in the evaluation of the weights. Images
+most formats that Pillow reads. They are preprocessed as for the evaluation of the model. Images
 that cannot be read are reported on stderr and skipped; the exit code is then 1.
 """
 
@@ -20,7 +20,9 @@ from mixer.cli import config as cli
 from mixer.errors import UserError
 
 WEIGHTS = flags.DEFINE_string(
-    "weights", "", "A run, a step of it, a file of weights, or a short name such as B/16-i21k."
+    "weights",
+    "",
+    "A run, a checkpoint of a run, a weight file, or a published name such as B/16-i21k.",
 )
 MAX_INT32 = 2**31 - 1  # indices on devices are int32
 TOP = flags.DEFINE_integer("top", 5, "Number of classes to print per image.", 1, MAX_INT32)
@@ -31,12 +33,14 @@ LAYER = flags.DEFINE_string(
     "layer", "pre_logits", "For --features: stem, block_0, block_1, ..., pre_logits or logits."
 )
 PREPROCESS = flags.DEFINE_string(
-    "preprocess", "", "Preprocessing such as 'decode|resize(224)', instead of the weights' own."
+    "preprocess",
+    "",
+    "Preprocessing such as 'decode|resize(224)', which replaces the one stored with the weights.",
 )
 IMAGE_SIZE = flags.DEFINE_list(
     "image_size",
     None,
-    "Resize the weights to images of this side in pixels, or HEIGHT,WIDTH.",
+    "Resize the weights for images of this size in pixels: SIDE or HEIGHT,WIDTH.",
 )
 
 
