@@ -380,17 +380,17 @@ def test_images_on_the_device_give_the_streams_bits(streamed, tfds_dir, tmp_path
 def test_run_is_that_of_the_stream_bit_for_bit(streamed, tfds_dir, tmp_path, monkeypatch):
     """Stopped and continued, its calls ending elsewhere: to log, to evaluate, around a profile."""
     calls, stopped = [], []
-    taken = stepping.Resident.take
+    next_call = stepping.Resident.next
 
-    def take(self, step, most):
-        count, update = taken(self, step, most)
+    def record_call(self, step, max_count):
+        count, update = next_call(self, step, max_count)
         calls.append((step, count))
         if step >= 7 and not stopped:
             os.kill(os.getpid(), signal.SIGTERM)
             stopped.append(step + count)
         return count, update
 
-    monkeypatch.setattr(stepping.Resident, "take", take)
+    monkeypatch.setattr(stepping.Resident, "next", record_call)
     monkeypatch.setattr(stepping, "CALL_SECS", 600.0)  # grows, however slow this machine is
     with pytest.raises(Stopped):
         trainer.train(_config(tfds_dir, tmp_path, log_every_steps=10), tmp_path / "run")

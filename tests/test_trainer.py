@@ -443,10 +443,10 @@ def test_what_is_under_way_counts_as_training(tmp_path, monkeypatch, due):
     """An evaluation or a checkpoint between two log steps begins when the updates are done."""
     times = dict(total_steps=6, log_every_steps=6, eval_every_steps=6, checkpoint__every_steps=6)
     config = _small(image_size=64, global_batch_size=256, **(times | {due: 3}))
-    take, seen = stepping.Streamed.take, []
+    next_call, seen = stepping.Streamed.next, []
 
-    def noted(self, step, most):
-        count, update = take(self, step, most)
+    def noted(self, step, max_count):
+        count, update = next_call(self, step, max_count)
 
         def called(state):
             state, metrics = update(state)
@@ -462,7 +462,7 @@ def test_what_is_under_way_counts_as_training(tmp_path, monkeypatch, due):
         yield
 
     pauses = []
-    monkeypatch.setattr(stepping.Streamed, "take", noted)
+    monkeypatch.setattr(stepping.Streamed, "next", noted)
     monkeypatch.setattr(metrics.Meter, "paused", paused)
     trainer.train(config, tmp_path)
     assert pauses[0] < pauses[-1]
