@@ -282,7 +282,7 @@ def test_mistakes_get_one_line(tmp_path):
             dataclasses.replace(test, class_names=tuple("abcdefghij")),
         ),
         "test": (train, dataclasses.replace(test, multi_label=True)),
-        "9 of 10.*0": (
+        "9 of its 10.*0": (
             train.select(np.flatnonzero(train.labels() == 4)),
             test,
         ),
