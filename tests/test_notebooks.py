@@ -9,7 +9,8 @@ import pytest
 from helpers import ROOT, run_python
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# Runs a notebook's code cells as Jupyter would, without Jupyter, then one line more.
+# Runs a notebook's code cells as Jupyter would, without Jupyter, then one more line. It skips the
+# lines that start with % or !, which install the package and train the run.
 RUN = """
 import json, sys
 sys.modules["tensorflow"] = None
@@ -17,7 +18,8 @@ cells = json.load(open(sys.argv[1]))["cells"]
 space = {"__name__": "__main__"}
 for cell in cells:
     if cell["cell_type"] == "code":
-        exec(compile("".join(cell["source"]), cell["id"], "exec"), space)
+        lines = [line for line in cell["source"] if not line.startswith(("%", "!"))]
+        exec(compile("".join(lines), cell["id"], "exec"), space)
 exec(sys.argv[2], space)
 """
 
@@ -113,6 +115,14 @@ def test_notebook_is_shipped_with_its_outputs(path):
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
 
 
-def test_fine_tuning_takes_ten_cells():
+def test_fine_tuning_takes_ten_cells_after_the_installation():
     cells = json.loads((ROOT / "notebooks" / "fine_tune.ipynb").read_text())["cells"]
-    assert sum(cell["cell_type"] == "code" for cell in cells) == 10
+    ids = [cell["id"] for cell in cells if cell["cell_type"] == "code"]
+    assert ids[:2] == ["install", "digits-run"] and len(ids) == 2 + 10
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_installs_the_package_and_trains_its_own_run(path):
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]}
+    assert cells["install"].startswith("%pip install -q -c ../requirements.txt -e ..")
+    assert "train.py --config=configs/digits.py" in cells["digits-run"]
