@@ -15,6 +15,7 @@ from PIL import Image
 
 from helpers import assert_same_bits, tiny_config
 from mixer.data import labels
+from mixer.data.order import Reading
 from mixer.data.sources import folder
 from mixer.data.sources import stored as sources
 from mixer.data.stored_split import make_split
@@ -90,9 +91,7 @@ def test_labels_and_weights_reach_the_batches(tmp_path):
             split.example_spec
         )
         assert _labels_by_image(batch) == {i: WANTED[i] for i in images}
-    stream = splits.train.train_batches(
-        start_step=0, seed=0, global_batch_size=4, process_index=0, process_count=1
-    )
+    stream = splits.train.train_batches(0, Reading(seed=0, global_batch_size=4))
     for batch in itertools.islice(stream, 3):
         assert _labels_by_image(batch) == {i: WANTED[i] for i in (0, 1, 2, 4)}
 

@@ -10,6 +10,7 @@ from PIL import Image
 from configs import digits
 from helpers import tiny_config
 from mixer import trainer
+from mixer.data.order import Reading
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.host import make_preprocess
 from mixer.data.preprocessing.spec import parse
@@ -248,8 +249,8 @@ def test_patch_order_leaves_the_curve_as_it_is(tfds_dir, name, lr):
         permuted.dataset.permutation = kind
         run.resolve_permutation(permuted)
         split = run.open_split(permuted, "train", None, augment=True)
-        how = dict(start_step=0, seed=0, global_batch_size=32, process_index=0, process_count=1)
-        batches, values = split.train_batches(**how), []
+        batches = split.train_batches(0, Reading(seed=0, global_batch_size=32))
+        values = []
         for _ in range(10):
             state, metrics = step(state, next(batches))
             values.append(float(metrics["loss"]))

@@ -16,6 +16,7 @@ from PIL import Image
 from helpers import assert_same_bits, final_state, run_python, tiny_config
 from mixer import trainer
 from mixer.data import placement, resident
+from mixer.data.order import Reading
 from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.parallel import sharding
@@ -137,9 +138,7 @@ def test_places_and_epochs_are_the_streams_order():
     mesh = sharding.make_mesh({})
     spec = resident.order_spec(5, 700, mesh)
     order = resident.put_order(2, 3, seed=4, num_examples=2048, spec=spec)
-    stream = split.train_batches(
-        start_step=2, seed=4, global_batch_size=700, process_index=0, process_count=1
-    )
+    stream = split.train_batches(2, Reading(seed=4, global_batch_size=700))
     labels = split.labels()
     for row, batch in enumerate(itertools.islice(stream, 3)):
         np.testing.assert_array_equal(labels[np.asarray(order["place"][row])], batch["label"])

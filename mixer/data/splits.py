@@ -86,26 +86,12 @@ class Split(abc.ABC):
         return len(self.numbers)
 
     @abc.abstractmethod
-    def train_batches(
-        self,
-        *,
-        start_step: int,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int | None = None,
-    ) -> Batches:
+    def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
         """Yields, without end, this process's examples from batch `start_step` on.
 
         Args:
           start_step: the first batch.
-          seed: of the run.
-          global_batch_size: examples of a batch, of all processes.
-          process_index: which process this is.
-          process_count: of how many; it divides the batch.
-          num_readers: the number of processes that the run began with, which divides the batch too;
-            None: `process_count`.
+          reading: the order of the run, and the process's part of each batch.
 
         Returns:
           Arrays (n, *shape) of what `example_spec` names.
@@ -217,27 +203,16 @@ class SyntheticSplit(Split):
     spec: str
     image_size: tuple[int, int]
 
-    def train_batches(
-        self,
-        *,
-        start_step: int,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int | None = None,
-    ) -> Batches:
+    def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
         """As `Split.train_batches`; the order is one permutation, whoever reads it."""
-        del num_readers
-        rows = order.process_slice(global_batch_size, process_index, process_count)
         for step in itertools.count(start_step):
             _, places = order.batch_examples(
                 step,
-                seed=seed,
+                seed=reading.seed,
                 num_examples=self.num_examples,
-                global_batch_size=global_batch_size,
+                global_batch_size=reading.global_batch_size,
             )
-            yield self._batch(places[rows])
+            yield self._batch(places[reading.rows])
 
     def read(self, *, start: int, stop: int, batch_size: int) -> Batches:
         """As `Split.read`."""

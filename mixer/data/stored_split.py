@@ -40,29 +40,12 @@ class StoredSplit(Split):
     group_size: int
     with_keys: bool = False
 
-    def train_batches(
-        self,
-        *,
-        start_step: int,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int | None = None,
-    ) -> Batches:
+    def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
         """As `Split.train_batches`."""
-        ordered = functools.partial(
-            self._ordered,
-            seed=seed,
-            global_batch_size=global_batch_size,
-            process_index=process_index,
-            process_count=process_count,
-            num_readers=num_readers or process_count,
-        )
         return self._batches(
-            lambda batches: ordered(start_step + batches),
-            seed=seed,
-            batch_size=global_batch_size // process_count,
+            lambda batches: self._ordered(start_step + batches, reading),
+            seed=reading.seed,
+            batch_size=reading.global_batch_size // reading.process_count,
             with_keys=self.with_keys,
         )
 
@@ -151,66 +134,49 @@ class StoredSplit(Split):
 
     # Which examples, as tf.data.Datasets of (epoch, number, what `source.load` takes).
 
-    def _ordered(
-        self,
-        start_step: int,
-        *,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int,
-    ) -> tf.data.Dataset:
+    def _ordered(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
         """This process's examples of training from `start_step` on."""
-        batch = dict(seed=seed, global_batch_size=global_batch_size)
         if not self.source.files:
-            rows = order.process_slice(global_batch_size, process_index, process_count)
-            return self._by_number(start_step, rows, **batch)
+            return self._by_number(start_step, reading)
 
         def read(reader: int, rows: slice) -> tf.data.Dataset:
             groups = functools.partial(
                 order.groups,
                 start_step,
-                file_sizes=[count for _, _, count in self.source.files],
-                excluded=self._excluded,
-                group_size=self.group_size,
+                reading,
                 reader=reader,
-                num_readers=num_readers,
                 rows=rows,
-                **batch,
+                file_starts=self.source.first_numbers,
+                numbers=self.numbers,
+                group_size=self.group_size,
             )
             return self._grouped(groups)
 
-        parts = order.reader_rows(global_batch_size, process_index, process_count, num_readers)
-        if len(parts) == 1:
-            return read(*parts[0])
+        if len(reading.parts) == 1:
+            return read(*reading.parts[0])
         # Each batch takes the rows of one reader, then those of the next.
-        readers = tuple(read(reader, rows).batch(rows.stop - rows.start) for reader, rows in parts)
+        readers = tuple(
+            read(reader, rows).batch(rows.stop - rows.start) for reader, rows in reading.parts
+        )
         joined = tf.data.Dataset.zip(readers).map(
             lambda *pieces: tuple(tf.concat(column, 0) for column in zip(*pieces, strict=True))
         )
         return joined.unbatch()
 
-    def _by_number(self, start_step: int, rows: slice, **batch: int) -> tf.data.Dataset:
+    def _by_number(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
         def batches():
             for step in itertools.count(start_step):
-                epoch, place = order.batch_examples(step, num_examples=self.num_examples, **batch)
-                yield epoch[rows], self.numbers[place[rows]]
+                epoch, place = order.batch_examples(
+                    step,
+                    seed=reading.seed,
+                    num_examples=self.num_examples,
+                    global_batch_size=reading.global_batch_size,
+                )
+                yield epoch[reading.rows], self.numbers[place[reading.rows]]
 
         signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
         numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
         return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
-
-    @functools.cached_property
-    def _excluded(self) -> dict[int, np.ndarray]:
-        """By the number of its file, the places of the records that the split leaves out."""
-        first = self.source.first_numbers
-        excluded = np.ones(first[-1], bool)
-        excluded[self.numbers] = False
-        files = np.unique(np.searchsorted(first, np.flatnonzero(excluded), "right") - 1)
-        return {
-            file: np.flatnonzero(excluded[first[file] : first[file + 1]]) for file in files.tolist()
-        }
 
     def _grouped(self, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
         """The examples of `groups()`."""
