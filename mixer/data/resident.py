@@ -18,7 +18,7 @@ import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixer.data import order
-from mixer.data.placement import Placement, Sizes, place, room
+from mixer.data.host_or_device import Placement, Sizes, place, room
 from mixer.data.preprocessing.device import make_augment
 from mixer.data.splits import Cache, Split
 from mixer.errors import UserError

@@ -21,9 +21,13 @@ from mixer.data import order
 from mixer.data.preprocessing.spec import Specification
 from mixer.data.sources import folder as folder_lib
 from mixer.data.sources import synthetic
+from mixer.data.sources.label_file import LabelFile, read_label_file
 from mixer.errors import UserError, check_choice
 
 Batches = Iterator[dict[str, np.ndarray]]
+# All splits of a folder or label file share one listing, until `forget_listings` is called.
+_scan = functools.lru_cache(maxsize=1)(folder_lib.scan)
+_read_label_file = functools.lru_cache(maxsize=1)(read_label_file)
 
 
 class Cache:
@@ -351,13 +355,13 @@ def open_source(
         listing = _read_label_file(dataset.label_file, dataset.data_dir)
         names = listing.names(num_classes) if class_names is None else class_names
         return sources.label_file_source(listing, spec, names, excluded)
-    folder = scan(dataset.data_dir, subfolders)
+    folder = _scan(dataset.data_dir, subfolders=subfolders)
     names = folder.class_names if class_names is None else class_names
     return sources.folder_source(folder, spec, names, excluded)
 
 
 def open_listing(
-    listing: folder_lib.LabelFile,
+    listing: LabelFile,
     preprocess: str,
     *,
     image_size: tuple[int, int],
@@ -380,20 +384,9 @@ def open_listing(
     return _open_stored(source, dataset, preprocess, image_size)
 
 
-@functools.lru_cache(maxsize=1)
-def scan(root: str, subfolders: bool) -> folder_lib.ImageFolder:
-    """As `folder.scan`, once for all splits."""
-    return folder_lib.scan(root, subfolders=subfolders)
-
-
-@functools.lru_cache(maxsize=1)
-def _read_label_file(file: str, root: str) -> folder_lib.LabelFile:
-    return folder_lib.read_label_file(file, root)
-
-
 def forget_listings() -> None:
     """Makes the next call read folders and label files again: they may have changed."""
-    scan.cache_clear()
+    _scan.cache_clear()
     _read_label_file.cache_clear()
 
 
@@ -401,7 +394,7 @@ def has_subfolders(dataset) -> bool:
     """Whether a folder of images holds images in subfolders of a class folder."""
     if dataset.name != "folder" or dataset.label_file:
         return False
-    return scan(dataset.data_dir, True).nested > 0
+    return _scan(dataset.data_dir, subfolders=True).nested > 0
 
 
 def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
@@ -415,7 +408,7 @@ def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
     show = folder_lib.listed
     lines = []
     if dataset.name == "folder" and not dataset.label_file:
-        lines += scan(dataset.data_dir, subfolders).remarks
+        lines += _scan(dataset.data_dir, subfolders=subfolders).remarks
     names = train.class_names
     counts = train.class_counts()
     if counts is not None and (missing := np.flatnonzero(counts == 0).tolist()):
@@ -456,7 +449,7 @@ def _unmatched(dataset, subfolders: bool) -> list[str]:
     if dataset.label_file:
         listing = _read_label_file(dataset.label_file, dataset.data_dir)
         return sorted(excluded.difference(map(listing.path, range(len(listing.lines)))))
-    files = itertools.chain(*scan(dataset.data_dir, subfolders).files.values())
+    files = itertools.chain(*_scan(dataset.data_dir, subfolders=subfolders).files.values())
     return sorted(excluded.difference(map(folder_lib.decode, files)))
 
 

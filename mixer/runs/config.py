@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer import run_files
-from mixer.data import placement
+from mixer.data import host_or_device
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
@@ -128,8 +128,8 @@ def check_config(config: ConfigDict) -> None:
             f"dataset.permutation={config.dataset.permutation!r} cannot be used with synthetic "
             "data, which is not preprocessed"
         )
-    check_choice("dataset.on_device", config.dataset.on_device, placement.ON_DEVICE)
-    check_choice("dataset.augment_on", config.dataset.augment_on, placement.AUGMENT_ON)
+    check_choice("dataset.on_device", config.dataset.on_device, host_or_device.ON_DEVICE)
+    check_choice("dataset.augment_on", config.dataset.augment_on, host_or_device.AUGMENT_ON)
     check_choice("nan_policy", config.nan_policy, ("stop", "skip"))
     check_number("max_skipped_steps", config.max_skipped_steps)
     check_number("stall_secs", config.stall_secs)

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from mixer import memory
 from mixer.data import resident
 from mixer.data import splits as pipeline
+from mixer.data.host_or_device import check_augment_on, stream
 from mixer.data.order import Reading
-from mixer.data.placement import check_augment_on, stream
 from mixer.data.prefetch import prefetch
 from mixer.data.preprocessing.device import make_augment
 from mixer.formatting import short

@@ -1,11 +1,9 @@
-"""Lists the examples in a folder of images: `<split>/<class>/<image>`, or a label file.
+"""Lists the examples in a folder of images, laid out as `<split>/<class>/<image>`.
 
-The class list of folders is the sorted union over all splits, so a class that is missing in one
-split does not shift labels. A label file is jsonl with one image per line and one or more labels:
-{"path": "a/b.jpg", "labels": ["cat", "pet"], "weights": [0.9, 0.2], "split": "train"}.
+The class list is the sorted union over all splits, so a class that is missing in one split does not
+shift labels.
 """
 
-import array
 import collections
 import concurrent.futures
 import contextlib
@@ -13,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 import stat
 import unicodedata
@@ -23,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mixer.errors import UserError, check_choice, first_line
+from mixer.errors import UserError, first_line
 from mixer.files import parse_path
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".jxl")
@@ -41,9 +38,6 @@ ACCEPTED = ", ".join(ENDINGS)
 IGNORED_NAMES = frozenset(
     ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
 )
-# Largest number of classes that numeric labels may imply; larger labels are probably other ids.
-MOST_CLASSES = 1 << 20
-LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 0.5]}'
 # Values in place of a file's size.
 MISSING, IRREGULAR = -1, -2
 KINDS = {
@@ -486,239 +480,3 @@ def find_root(path: str, layout: str) -> epath.Path:
             "moved, pass --data_dir (evaluate.py and inspect)"
         )
     return root
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelFile:
-    """The content of a label file with n images and m labels in total.
-
-    Flat arrays allow tens of millions of images. An image takes its path and 36 bytes, and 8 bytes
-    per label.
-
-    Attributes:
-      file: the label file.
-      root: the folder that the paths are relative to.
-      class_names: sorted names of all labels of the file; None if labels are numbers.
-      several: whether images may have several labels or weights; if not, each has exactly one.
-      paths: all paths, concatenated.
-      path_starts: (n + 1,) int64; image i's path is paths[path_starts[i] : path_starts[i + 1]].
-      label_starts: (n + 1,) int64, the same for `labels` and `weights`.
-      labels: (m,) int32, class numbers; never -1.
-      weights: (m,) float32 in [0, 1].
-      lines: (n,) int32, line number of each image.
-      path_hashes: (n,) uint64.
-      splits: image numbers of each split, sorted by the hash of their paths.
-    """
-
-    file: epath.Path
-    root: epath.Path
-    class_names: tuple[str, ...] | None
-    several: bool
-    paths: bytes
-    path_starts: np.ndarray
-    label_starts: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    lines: np.ndarray
-    path_hashes: np.ndarray
-    splits: dict[str, np.ndarray]
-
-    def path(self, image: int) -> str:
-        """Returns the path of an image as text."""
-        return decode(self.encoded_path(image))
-
-    def encoded_path(self, image: int) -> bytes:
-        """Returns the path of an image as bytes."""
-        return self.paths[self.path_starts[image] : self.path_starts[image + 1]]
-
-    def names(self, num_classes: int | None) -> tuple[str, ...]:
-        """Returns the class names: those of the file, or 0 to num_classes - 1 for numeric labels.
-
-        If `num_classes` is None, the largest label determines the number of classes.
-        """
-        if self.class_names is not None:
-            return self.class_names
-        count = num_classes or 1 + int(self.labels.max())
-        if count > MOST_CLASSES:
-            raise self._fault(
-                int(self.labels.argmax()),
-                f"label {count - 1:,} would imply {count:,} classes; number the classes from 0, or "
-                "use names",
-            )
-        return tuple(str(number) for number in range(count))
-
-    def numbers(self, class_names: Sequence[str], entries: np.ndarray) -> np.ndarray:
-        """Returns `labels` as numbers in the list `class_names`, (m,) int32.
-
-        Raises:
-          UserError: one of `entries` (indices into `labels`) has a label that is not in the list.
-        """
-        numbers = self.labels
-        if self.class_names is not None and self.class_names != tuple(class_names):
-            indices = {name: index for index, name in enumerate(class_names)}
-            table = [indices.get(name, len(class_names)) for name in self.class_names]
-            numbers = np.array(table, np.int32)[numbers]
-        unknown = entries[numbers[entries] >= len(class_names)]
-        if len(unknown):
-            first = int(unknown.min())
-            label = int(self.labels[first])
-            raise self._fault(
-                first,
-                f"label {label if self.class_names is None else repr(self.class_names[label])} is "
-                f"none of the {len(class_names)} classes {', '.join(list(class_names)[:3])}, ...",
-            )
-        return numbers
-
-    def _fault(self, label: int, reason: str) -> UserError:
-        """Returns the error for entry `label` of `labels`."""
-        image = int(np.searchsorted(self.label_starts, label, "right")) - 1
-        return _line_fault(self.file, int(self.lines[image]), reason)
-
-
-def read_label_file(file: str, root: str) -> LabelFile:
-    """Reads a label file; its paths are relative to the folder `root`.
-
-    A missing image is reported only when it is read.
-
-    Raises:
-      UserError: the file or folder does not exist, or a line (named by its number) is invalid.
-    """
-    root = find_root(root, f"dataset.label_file={file} has paths relative to it")
-    file = find_file("dataset.label_file", file)
-    path_starts, label_starts = array.array("q", [0]), array.array("q", [0])
-    labels, weights = array.array("i"), array.array("f")
-    lines, hashes, split_of = array.array("i"), array.array("Q"), array.array("i")
-    paths, splits, places = bytearray(), {}, {}
-    kind, several = None, False
-    try:
-        with file.open("rb") as rows:
-            for number, row in enumerate(rows, 1):
-                if not row.strip():
-                    continue
-                try:
-                    image = _parse_line(row)
-                    encoded = encode(image.path)
-                    label_type = type(image.labels[0]) if image.labels else kind
-                    if kind not in (None, label_type):
-                        raise ValueError("labels are names in some lines and numbers in others")
-                except ValueError as error:
-                    raise _line_fault(file, number, str(error)) from None
-                kind, several = label_type, several or image.several
-                paths += encoded
-                path_starts.append(len(paths))
-                for label in image.labels:
-                    labels.append(label if kind is int else places.setdefault(label, len(places)))
-                weights.extend(image.weights)
-                label_starts.append(len(labels))
-                lines.append(number)
-                digest = hashlib.blake2b(encoded, digest_size=8).digest()
-                hashes.append(int.from_bytes(digest, "big"))
-                split_of.append(splits.setdefault(image.split, len(splits)))
-    except OSError as error:
-        raise UserError(
-            f"dataset.label_file={file} cannot be read: {error.strerror or error}"
-        ) from None
-    if not labels:
-        raise UserError(
-            f"dataset.label_file={file} holds {len(lines):,} images and no label; expected lines "
-            f"such as {LABEL_LINE}"
-        )
-    labels, hashes, split_of = (np.array(values) for values in (labels, hashes, split_of))
-    names = None
-    if kind is not int:  # renumber from order of appearance to sorted names
-        names = tuple(sorted(places))
-        table = np.empty(len(names), np.int32)
-        table[[places[name] for name in names]] = np.arange(len(names))
-        labels = table[labels]
-    order = np.argsort(hashes, kind="stable")
-    listing = LabelFile(
-        file=file,
-        root=root,
-        class_names=names,
-        several=several,
-        paths=bytes(paths),
-        path_starts=np.array(path_starts),
-        label_starts=np.array(label_starts),
-        labels=labels,
-        weights=np.array(weights),
-        lines=np.array(lines),
-        path_hashes=hashes,
-        splits={name: order[split_of[order] == code] for name, code in splits.items()},
-    )
-    for index in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
-        first, second = sorted(order[index : index + 2].tolist())
-        if listing.path(first) == listing.path(second):
-            reason = f"{listing.path(second)!r} is already in line {lines[first]}"
-            raise _line_fault(file, lines[second], reason)
-    return listing
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelledPaths(Sequence):
-    """Paths of some images of a label file, created on access because there may be millions.
-
-    Attributes:
-      listing: the label file.
-      images: (n,) numbers of the images.
-    """
-
-    listing: LabelFile
-    images: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.listing.encoded_path(self.images[index])
-
-
-def _line_fault(file: epath.Path, number: int, reason: str) -> UserError:
-    return UserError(f"dataset.label_file={file}, line {number}: {reason}")
-
-
-@dataclasses.dataclass(slots=True)
-class _LabelledImage:
-    path: str
-    labels: list[Any]
-    weights: list[float]
-    split: str
-    several: bool
-
-
-def _parse_line(row: bytes) -> _LabelledImage:
-    """Parses a line of a label file; raises ValueError with the reason if it is invalid."""
-    try:
-        line = json.loads(row)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); expected a line such as {LABEL_LINE}") from None
-    if not isinstance(line, dict):
-        raise ValueError(f"not an object in braces; expected a line such as {LABEL_LINE}")
-    keys = ("path", "labels", "weights", "split")
-    for key in line:
-        check_choice("key", key, keys)
-    for key in keys[:2]:
-        if key not in line:
-            raise ValueError(f"{key!r} is missing; expected a line such as {LABEL_LINE}")
-    path, split = line["path"], line.get("split", "train")
-    if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
-        raise ValueError(f"path {path!r} must be text, relative to dataset.data_dir")
-    if not isinstance(split, str) or not split.isidentifier():
-        raise ValueError(f"split {split!r} must be a name such as 'train'")
-    labels, weights = line["labels"], line.get("weights")
-    labels = labels if isinstance(labels, list) else [labels]
-    several = weights is not None or len(labels) != 1
-    kinds = {type(label) for label in labels}
-    if not (kinds <= {str} or kinds <= {int}):
-        raise ValueError(f"labels {line['labels']!r} must be names, or numbers from 0")
-    if kinds == {int} and not all(0 <= label < 1 << 31 for label in labels):
-        raise ValueError(f"labels {labels} must be numbers from 0")
-    if len(set(labels)) != len(labels):
-        raise ValueError(f"labels {labels} contain a duplicate")
-    if weights is None:
-        return _LabelledImage(path, labels, [1.0] * len(labels), split, several)
-    weights = weights if isinstance(weights, list) else [weights]
-    if len(weights) != len(labels):
-        raise ValueError(f"{len(weights)} weights for {len(labels)} labels")
-    if not all(type(weight) in (int, float) and 0 <= weight <= 1 for weight in weights):
-        raise ValueError(f"weights {weights} must be numbers from 0 to 1")
-    return _LabelledImage(path, labels, weights, split, several)

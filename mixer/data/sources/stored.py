@@ -17,6 +17,7 @@ from tensorflow_datasets.core.download import download_manager, downloader, extr
 
 from mixer.data import labels as labels_lib
 from mixer.data.sources import folder as folder_lib
+from mixer.data.sources.label_file import LabelFile, LabelledPaths
 from mixer.errors import UserError, first_line, nearest
 from mixer.files import parse_path
 
@@ -137,7 +138,7 @@ def folder_source(
 
 
 def label_file_source(
-    listing: folder_lib.LabelFile,
+    listing: LabelFile,
     spec: str,
     class_names: Sequence[str],
     excluded: Collection[str],
@@ -174,7 +175,7 @@ def label_file_source(
     if excluded:
         is_read = np.array([listing.path(image) not in excluded for image in images], bool)
     single_labels = numbers[entries] if max_labels is None else None
-    all_paths = folder_lib.LabelledPaths(listing, images)
+    all_paths = LabelledPaths(listing, images)
     sizes = folder_lib.file_sizes(listing.root, all_paths)
     irregular = [] if sizes is None else np.flatnonzero(sizes == folder_lib.IRREGULAR).tolist()
     faults = {
@@ -188,7 +189,7 @@ def label_file_source(
         return np.bincount(labels, minlength=len(class_names))
 
     def stored(indices):
-        paths = folder_lib.LabelledPaths(listing, images[indices])
+        paths = LabelledPaths(listing, images[indices])
         classes = None if single_labels is None else single_labels[indices]
         known_sizes = None if sizes is None else sizes[indices]
         return folder_lib.StoredFiles(listing.root, paths, classes, len(class_names), known_sizes)
@@ -209,7 +210,7 @@ def label_file_source(
 
 
 @functools.lru_cache(maxsize=1)  # all splits of a label file share the tensors
-def _tensors(listing: folder_lib.LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def _tensors(listing: LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     return tuple(
         tf.constant(values) for values in (listing.paths, listing.path_starts, listing.label_starts)
     )

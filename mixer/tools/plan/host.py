@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mixer.data.placement import Placement, Sizes, place, room
+from mixer.data.host_or_device import Placement, Sizes, place, room
 from mixer.data.preprocessing.spec import Kind, Specification, parse
 from mixer.tools.plan.subject import Subject
 
