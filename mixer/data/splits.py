@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from mixer.data import order
 from mixer.data.preprocessing.spec import Specification
@@ -134,6 +133,7 @@ class Split(abc.ABC):
         """About how many bytes have to be decoded to read all images once."""
         return 0
 
+    @property
     def stored(self) -> folder_lib.StoredFiles | None:
         """The files that hold the examples; None: there are none."""
         return None
@@ -280,19 +280,19 @@ def open_split(
         split = _open_synthetic(spec, image_size, num_classes or 10)
     else:
         source = open_source(dataset, spec, class_names, num_classes, subfolders=subfolders)
-        split = _open_stored(source, dataset, preprocess, image_size)
+        split = _open_stored(source, preprocess, image_size, dataset.shuffle_group_size)
+        if dataset.exclude:
+            fingerprint = f"{split.fingerprint} {_kept(source.kept)}"
+            split = dataclasses.replace(split, fingerprint=fingerprint)
     if not split.num_examples:
         raise UserError(f"{split.name} is empty: no examples are left in this split")
     if class_names is not None and split.class_names != tuple(class_names):
         raise UserError(
-            f"{split.name} has other classes than the run: {_brief(split.class_names)} and not "
-            f"{_brief(class_names)}"
+            f"{split.name} has other classes than the run: {len(split.class_names)} "
+            f"({folder_lib.listed(split.class_names)}) and not {len(class_names)} "
+            f"({folder_lib.listed(class_names)})"
         )
     return split
-
-
-def _brief(names) -> str:
-    return f"{len(names)} ({', '.join(itertools.islice(names, 3))}, ...)"
 
 
 def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) -> Split:
@@ -308,16 +308,16 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
     )
 
 
-def _open_stored(source, dataset, preprocess: str, image_size: tuple[int, int]) -> Split:
+def _open_stored(
+    source, preprocess: str, image_size: tuple[int, int], group_size: int = 1
+) -> Split:
     """A split of what a source holds, with its preprocessing."""
     import tensorflow as tf
 
     from mixer.data.stored_split import make_split
 
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
-    split = make_split(
-        source, preprocess, image_size=image_size, group_size=dataset.shuffle_group_size
-    )
+    split = make_split(source, preprocess, image_size=image_size, group_size=group_size)
     if faults := sorted(source.faults.keys() & set(source.kept.tolist())):
         raise Unusable(
             f"{source.name} holds {len(faults):,} images that cannot be used, such as "
@@ -331,9 +331,7 @@ def _open_stored(source, dataset, preprocess: str, image_size: tuple[int, int]) 
             f"preprocessing {preprocess!r}: one_hot gives {shape[0]} classes, but {source.name} "
             f"has {len(source.class_names)}"
         )
-    if not dataset.exclude:
-        return split
-    return dataclasses.replace(split, fingerprint=f"{split.fingerprint} {_kept(source.kept)}")
+    return split
 
 
 def open_source(
@@ -380,8 +378,7 @@ def open_listing(
     (spec,) = listing.splits
     source = sources.label_file_source(listing, spec, class_names, frozenset())
     source = dataclasses.replace(source, name=str(listing.file))
-    dataset = ConfigDict({"exclude": "", "shuffle_group_size": 1})
-    return _open_stored(source, dataset, preprocess, image_size)
+    return _open_stored(source, preprocess, image_size)
 
 
 def forget_listings() -> None:

@@ -97,12 +97,9 @@ class StoredSplit(Split):
                 raise self._unreadable(number, fault) from None
         return int(np.mean(sizes) * self.num_examples)
 
-    def stored(self) -> folder.StoredFiles | None:
-        """As `Split.stored`."""
-        return self._stored
-
     @functools.cached_property
-    def _stored(self) -> folder.StoredFiles | None:
+    def stored(self) -> folder.StoredFiles:
+        """As `Split.stored`."""
         return self.source.stored(self.numbers)
 
     def class_counts(self) -> np.ndarray | None:

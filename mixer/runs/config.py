@@ -459,7 +459,7 @@ def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
 
     File sizes are compared if both records have them; older code saved none.
     """
-    old_files, stored = old.get("files"), split.stored()
+    old_files, stored = old.get("files"), split.stored
     new_files = stored.record() if old_files and stored else None
     has_new_sizes = new_files is not None and old_files["sizes"] != new_files["sizes"]
     if old["fingerprint"] == split.fingerprint and not has_new_sizes:
@@ -516,7 +516,7 @@ def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
 
 
 def _files_record(split: pipeline.Split) -> dict[str, Any]:
-    stored = split.stored()
+    stored = split.stored
     record = stored and stored.record()
     return {"files": record} if record else {}
 

@@ -127,23 +127,19 @@ def _encode(
     """
     if not isinstance(event, Member):
         return event, None
+    fault = functools.partial(Fault, event.unit.split, event.unit.synset, event.name)
     if event.data is None:
-        reason = f"{event.size:,} bytes are too many for an image"
-        return Fault(event.split, event.synset, event.name, reason), None
+        return fault(f"{event.size:,} bytes are too many for an image"), None
     try:
         decode(tf.constant(event.data))
     except tf.errors.OpError as error:
-        return Fault(event.split, event.synset, event.name, first_line(error)), None
+        return fault(first_line(error)), None
     example = features.encode_example(
-        {"image": io.BytesIO(event.data), "label": event.synset, "file_name": event.name}
+        {"image": io.BytesIO(event.data), "label": event.unit.synset, "file_name": event.name}
     )
     record = tfds.core.ExampleSerializer(features.get_serialized_info()).get_tf_example(example)
     # Else the order of the features within a record changes from process to process.
     return dataclasses.replace(event, data=None), record.SerializeToString(deterministic=True)
-
-
-def _hash(split: str, synset: str, name: str) -> bytes:
-    return hashlib.blake2b(f"{split}/{synset}/{name}".encode(), digest_size=16).digest()
 
 
 def _ordered_map(
@@ -346,9 +342,11 @@ def _read(
     events = imagenet21k_source.events(source, frozenset(state["units"]))
     for event, record in _ordered_map(pool, encode, events, 4 * workers):
         if isinstance(event, Member):
-            key = _hash(event.split, event.synset, event.name)
+            name = f"{event.unit.split}/{event.unit.synset}/{event.name}"
+            key = hashlib.blake2b(name.encode(), digest_size=16).digest()
             bucket = int.from_bytes(key[:8], "big") * state["buckets"] >> 64
-            files.append(f"{event.split}-{bucket:03}", _HEADER.pack(key, len(record)) + record)
+            data = _HEADER.pack(key, len(record)) + record
+            files.append(f"{event.unit.split}-{bucket:03}", data)
             state["source_bytes"] += event.size
             images += 1
         elif isinstance(event, Fault):

@@ -62,18 +62,9 @@ def _rotate(degrees, image_size) -> Strength:
     return Strength("rotate", y=(sin, cos, shift_y), x=(cos, -sin, shift_x))
 
 
-def _shear(name, amount) -> Strength:
-    if name == "shear_x":
-        return Strength(name, x=(1.0, amount, 0.0))
-    return Strength(name, y=(amount, 1.0, 0.0))
-
-
-def _translate(name, share, image_size) -> Strength:
-    """By a share (float32) of the side, rounded to whole pixels."""
-    pixels = np.floor(share * np.float32(image_size[name == "translate_x"]) + np.float32(0.5))
-    if name == "translate_x":
-        return Strength(name, x=(1.0, 0.0, pixels))
-    return Strength(name, y=(0.0, 1.0, pixels))
+def _whole_pixels(share, side) -> np.float32:
+    """Converts a share of a side into a whole number of pixels."""
+    return np.floor(np.float32(share) * np.float32(side) + np.float32(0.5))
 
 
 def autoaugment_cifar(images, keys):
@@ -126,10 +117,14 @@ def _strength(name, amount, image_size) -> Strength:
             return Strength(name)
         case "rotate":
             return _rotate(np.float32(amount), image_size)
-        case "shear_x" | "shear_y":
-            return _shear(name, np.float32(amount))
-        case "translate_x" | "translate_y":
-            return _translate(name, np.float32(amount), image_size)
+        case "shear_x":
+            return Strength(name, x=(1.0, np.float32(amount), 0.0))
+        case "shear_y":
+            return Strength(name, y=(np.float32(amount), 1.0, 0.0))
+        case "translate_x":
+            return Strength(name, x=(1.0, 0.0, _whole_pixels(amount, image_size[1])))
+        case "translate_y":
+            return Strength(name, y=(0.0, 1.0, _whole_pixels(amount, image_size[0])))
         case "posterize":
             return Strength(name, number=_mask(amount))
         case "solarize":

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import tensorflow as tf
@@ -394,15 +395,15 @@ def tfds_source(
         for i in info.splits[spec].file_instructions
     )
     parser = _make_parser(builder, image_key, label_key)
-    ends = np.cumsum([count for _, _, count in files])
-    total = int(ends[-1]) if len(ends) else 0
+    first_numbers = np.cumsum([0, *(count for _, _, count in files)])
+    total = int(first_numbers[-1])
     is_read = np.ones(total, bool)
     is_read[_numbers(excluded, files)] = False
 
     def example_id(number: int) -> str:
-        file = int(np.searchsorted(ends, number, "right"))
-        path, skip, count = files[file]
-        return f"{epath.Path(path).name}:{skip + number - (ends[file] - count)}"
+        file = int(np.searchsorted(first_numbers, number, "right")) - 1
+        path, skip, _ = files[file]
+        return f"{epath.Path(path).name}:{skip + number - first_numbers[file]}"
 
     digest = hashlib.blake2b(f"{info.full_name} {spec} ".encode(), digest_size=16)
     if label_key != own_label:
@@ -539,7 +540,7 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
         if "all" in parts and "all" in sizes:
             raise ValueError("`all` means all complete splits; rename the split called 'all'")
         instructions = tfds.core.ReadInstruction.from_spec("+".join(parts)).to_absolute(
-            {alias: _SplitSize(sizes[name]) for alias, name in names.items()}
+            {alias: SimpleNamespace(num_examples=sizes[name]) for alias, name in names.items()}
         )
     except SPEC_ERRORS as error:
         choices = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
@@ -553,13 +554,6 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
             f"(an empty val_split or test_split means none){hint}"
         ) from None
     return [dataclasses.replace(part, splitname=names[part.splitname]) for part in instructions]
-
-
-@dataclasses.dataclass(frozen=True)
-class _SplitSize:
-    """The part of a split's description that TFDS's grammar needs."""
-
-    num_examples: int
 
 
 def read_piece(path, start, count) -> tf.Tensor:
