@@ -67,7 +67,7 @@ def test_patches_move_whole_and_their_pixels_alike():
     between = permutation.shuffled(6, seed=5)
     within = permutation.shuffled(16, seed=5, stream=1)
     for inside, expected in ((False, old[between]), (True, old[between][:, within])):
-        order = permutation.patch_order((8, 12), 4, seed=5, within=inside)
+        order = permutation.patch_order((8, 12), 4, seed=5, shuffle_within=inside)
         new = image.reshape(96, 3)[order].reshape(8, 12, 3)
         assert np.array_equal(_patches(new, 4), expected)
     assert not np.array_equal(between, np.arange(6))

@@ -1,4 +1,4 @@
-"""Splits whose examples are stored: they are read, preprocessed and batched with TensorFlow."""
+"""Reads, preprocesses and batches the stored examples of a split with TensorFlow."""
 
 import dataclasses
 import functools
@@ -18,7 +18,8 @@ from mixer.data.sources.stored import Example, Source, read_piece
 from mixer.data.splits import Batches, Split
 from mixer.errors import UserError, first_line
 
-# What reading and decoding raise; where a path is no UTF-8, TensorFlow fails to say so.
+# Exceptions of reading and decoding. TensorFlow raises UnicodeDecodeError while it reports an error
+# about a path that is not UTF-8.
 READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 LABELS_AT_ONCE = 4096
 AUTOTUNE = tf.data.AUTOTUNE
@@ -29,9 +30,9 @@ class StoredSplit(Split):
     """A split of a `Source`.
 
     Attributes:
-      source: of the examples.
-      function: the preprocessing, (example, key) -> example.
-      group_size: as of `order.groups`.
+      source: the source of the examples.
+      function: the preprocessing function, (example, key) -> example.
+      group_size: as in `order.groups`.
       with_keys: whether training batches have "augment_key".
     """
 
@@ -79,15 +80,17 @@ class StoredSplit(Split):
         return self.source.example_id(int(self.numbers[place]))
 
     def labels(self) -> np.ndarray:
-        """As `Split.labels`; records that can only be read one after the other are all read."""
+        """As `Split.labels`; reads all records if labels are stored with the images."""
         if self.source.labels is not None:
             return self.source.labels[self.numbers]
-        alone = dataclasses.replace(self, function=lambda example, key: {"label": example["label"]})
-        batches = alone.read(start=0, stop=self.num_examples, batch_size=LABELS_AT_ONCE)
+        only_labels = dataclasses.replace(
+            self, function=lambda example, key: {"label": example["label"]}
+        )
+        batches = only_labels.read(start=0, stop=self.num_examples, batch_size=LABELS_AT_ONCE)
         return np.concatenate([batch["label"] for batch in batches])
 
     def stored_bytes(self) -> int:
-        """As `Split.stored_bytes`, judged by some images; any can be loaded by its number."""
+        """As `Split.stored_bytes`, from 64 images; requires that examples are loaded by number."""
         places = np.linspace(0, self.num_examples - 1, 64).astype(int)
         sizes = []
         for number in self.numbers[places].tolist():
@@ -107,7 +110,7 @@ class StoredSplit(Split):
         return self.source.count_classes and self.source.count_classes(self.numbers)
 
     def check(self) -> Iterator[tuple[int, str | None]]:
-        """Preprocesses every example, several at a time; yields (number, fault or None)."""
+        """Preprocesses every example in threads; yields (number, fault or None)."""
         key = tf.constant([0, 0], tf.int64)
         faults = self.source.faults
 
@@ -117,7 +120,7 @@ class StoredSplit(Split):
                 return int(number), faults[int(number)]
             try:
                 example = self.source.load(item)
-                # All of it, where a crop would decode its window only.
+                # Decode the complete image; a crop would decode only its window.
                 decode(example["image"])
                 self.function(example, key)
             except READ_ERRORS as error:
@@ -129,10 +132,10 @@ class StoredSplit(Split):
             while chunk := list(itertools.islice(elements, 1024)):
                 yield from pool.map(fault, chunk)
 
-    # Which examples, as tf.data.Datasets of (epoch, number, what `source.load` takes).
+    # The following methods return data sets of (epoch, number, argument of `source.load`).
 
     def _ordered(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
-        """This process's examples of training from `start_step` on."""
+        """Returns this process's training examples from batch `start_step` on."""
         if not self.source.files:
             return self._by_number(start_step, reading)
 
@@ -176,7 +179,7 @@ class StoredSplit(Split):
         return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
 
     def _grouped(self, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
-        """The examples of `groups()`."""
+        """Returns the examples of the groups that `groups()` yields."""
         first, files = self.source.first_numbers, self.source.files
 
         def described():
@@ -206,12 +209,12 @@ class StoredSplit(Split):
         return (
             tf.data.Dataset.from_generator(described, output_signature=signature)
             .map(read_group)
-            .prefetch(1)  # the next group is read while this one is trained on
+            .prefetch(1)  # read the next group while training uses this one
             .unbatch()
         )
 
     def _sequential(self, start: int, stop: int) -> tf.data.Dataset:
-        """The examples at places start to stop, in order, of epoch 0."""
+        """Returns the examples at places start to stop, in order, as epoch 0."""
         source, numbers = self.source, self.numbers[start:stop]
         if not source.files:
             return tf.data.Dataset.from_tensor_slices((np.zeros_like(numbers), numbers, numbers))
@@ -247,14 +250,14 @@ class StoredSplit(Split):
         batch_size: int,
         with_keys: bool = False,
     ) -> Batches:
-        """Preprocesses and batches `examples(0)`; `examples(k)` starts k batches later."""
+        """Preprocesses and batches `examples(0)`; `examples(k)` must start k batches later."""
 
         def finish(epoch, number, item):
-            # The key of an example depends on (seed, epoch, number) and on nothing else.
+            # The key of an example depends only on (seed, epoch, number).
             key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
             key = tf.random.experimental.stateless_fold_in(key, number)
             example = self.function(self.source.load(item), key)
-            if with_keys:  # for the ops of the device; the low word of each half comes first
+            if with_keys:  # for the device's ops; the low word of each half comes first
                 example["augment_key"] = tf.reshape(tf.bitcast(key, tf.uint32), [4])
             return example
 
@@ -270,7 +273,7 @@ class StoredSplit(Split):
                 yield batch
                 count += 1
         except READ_ERRORS as error:
-            # TensorFlow does not say which image it was: take the batch's examples one by one.
+            # TensorFlow does not report which image failed: process the batch's examples singly.
             cause = error
             try:
                 for epoch, number, item in examples(count).take(batch_size):
@@ -283,12 +286,12 @@ class StoredSplit(Split):
             raise UserError(f"{self.source.name}: reading failed: {_reason(cause)}") from cause
 
     def _unreadable(self, number: int, fault: Exception) -> UserError:
-        """The line that names an example that cannot be read or preprocessed."""
+        """Returns the error for an example that cannot be read or preprocessed."""
         return UserError(
             f"{self.source.name}: cannot use "
             f"{folder.displayed(self.source.example_id(number))}: {_reason(fault)}; "
-            "`python -m mixer.tools.prepare check` finds all such images and writes a list to "
-            "leave them out"
+            "`python -m mixer.tools.prepare check` finds all such images and writes a list that "
+            "excludes them"
         )
 
 
@@ -299,16 +302,16 @@ def make_split(
     image_size: tuple[int | None, int | None],
     group_size: int = 1,
 ) -> StoredSplit:
-    """A split of all examples of a source that are not excluded.
+    """Makes a split of all examples of a source that are not excluded.
 
     Args:
-      source: of the examples.
-      preprocess: the ops that each image goes through.
-      image_size: (H, W) that the images must have in the end; None: any.
-      group_size: as of `order.groups`.
+      source: the source of the examples.
+      preprocess: the ops that are applied to each image.
+      image_size: required (H, W) of the preprocessed images; None: any.
+      group_size: as in `order.groups`.
 
     Raises:
-      UserError: as `spec.parse`.
+      UserError: as in `spec.parse`.
     """
     spec = parse(preprocess, image_size)
     function = make_preprocess(spec, image_size)
@@ -328,6 +331,6 @@ def make_split(
 
 
 def _reason(fault: Exception) -> str:
-    if isinstance(fault, UnicodeDecodeError):  # of TensorFlow's message
+    if isinstance(fault, UnicodeDecodeError):  # from TensorFlow's own message
         fault = ValueError(folder.decode(fault.object))
     return first_line(fault)

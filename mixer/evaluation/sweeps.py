@@ -249,7 +249,9 @@ def _shuffled_results(
             order = orders.pixel_order(size, seed=seed, share=share)
         else:
             patch_size = loaded.card.patch_size
-            order = orders.patch_order(size, patch_size, seed=seed, share=share, within=False)
+            order = orders.patch_order(
+                size, patch_size, seed=seed, share=share, shuffle_within=False
+            )
         return classification.evaluate(
             step,
             (loaded.params, order),

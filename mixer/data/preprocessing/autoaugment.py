@@ -1,4 +1,4 @@
-"""AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019, arXiv 1805.09501)."""
+"""AutoAugment for CIFAR-10 on the host (Cubuk et al., 2019, arXiv 1805.09501)."""
 
 import functools
 
@@ -9,18 +9,18 @@ from mixer.data.preprocessing.policies import CIFAR_POLICY, amount_of_level
 
 
 def apply_level(image, name, level, sign):
-    """One operation at a level, on an (H, W, 3) uint8 image; the rest as `amount_of_level`."""
+    """Applies an operation at a level to an (H, W, 3) uint8 image; see `amount_of_level`."""
     return ops.apply_operation(image, name, amount_of_level(name, level, sign))
 
 
 def autoaugment_cifar(image, key):
-    """One of the 25 sub-policies: two operations, each with its own probability and sign.
+    """Applies one of the 25 sub-policies: two operations, each with its own probability and sign.
 
-    What a geometric operation uncovers is grey (128). Levels and ranges are those of the code that
-    the CIFAR-10 record used (github.com/DeepVoltaire/AutoAugment); pixels are the nearest ones.
+    Levels and ranges are those of github.com/DeepVoltaire/AutoAugment, which the reference recipe
+    for CIFAR-10 used. Geometric operations sample the nearest pixel and fill with grey (128).
     """
     kinds = sorted({(name, level or 0) for pair in CIFAR_POLICY for name, _, level in pair})
-    number = {kind: place for place, kind in enumerate(kinds, start=1)}  # 0 leaves the image as is
+    number = {kind: place for place, kind in enumerate(kinds, start=1)}  # 0: unchanged
     numbers = tf.constant([[number[n, level or 0] for n, _, level in p] for p in CIFAR_POLICY])
     chances = tf.constant([[chance for _, chance, _ in pair] for pair in CIFAR_POLICY])
     levels = {(name, level or 0): level for pair in CIFAR_POLICY for name, _, level in pair}
