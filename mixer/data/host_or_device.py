@@ -7,7 +7,8 @@ This module reads and measures nothing itself.
 import dataclasses
 from collections.abc import Callable
 
-from mixer.data.preprocessing.spec import Kind, Specification
+from mixer.data.preprocessing.ops import Kind
+from mixer.data.preprocessing.spec import Specification
 from mixer.errors import UserError
 from mixer.formatting import short
 

@@ -76,6 +76,16 @@ class Reading:
         size = self.global_batch_size // self.process_count
         return slice(self.process_index * size, (self.process_index + 1) * size)
 
+    def examples(self, step: int, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the epochs and numbers of the process's examples, as from `batch_examples`."""
+        epoch, example = batch_examples(
+            step,
+            seed=self.seed,
+            num_examples=num_examples,
+            global_batch_size=self.global_batch_size,
+        )
+        return epoch[self.rows], example[self.rows]
+
     @property
     def reader_size(self) -> int:
         """Number of examples of every batch that one reader supplies."""

@@ -213,13 +213,8 @@ class SyntheticSplit(Split):
     def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
         """As `Split.train_batches`; the order does not depend on the readers."""
         for step in itertools.count(start_step):
-            _, places = order.batch_examples(
-                step,
-                seed=reading.seed,
-                num_examples=self.num_examples,
-                global_batch_size=reading.global_batch_size,
-            )
-            yield self._batch(places[reading.rows])
+            _, places = reading.examples(step, self.num_examples)
+            yield self._batch(places)
 
     def read(self, *, start: int, stop: int, batch_size: int) -> Batches:
         """As `Split.read`."""
@@ -285,7 +280,7 @@ def open_split(
         source = open_source(dataset, spec, class_names, num_classes, subfolders=subfolders)
         split = _open_stored(source, preprocess, image_size, dataset.shuffle_group_size)
         if dataset.exclude:
-            fingerprint = f"{split.fingerprint} {_fingerprint_suffix(source.kept)}"
+            fingerprint = f"{split.fingerprint} {_fingerprint_suffix(source.kept_numbers)}"
             split = dataclasses.replace(split, fingerprint=fingerprint)
     if not split.num_examples:
         raise UserError(f"{split.name} is empty: no examples are left in this split")
@@ -321,7 +316,7 @@ def _open_stored(
 
     tf.config.set_visible_devices([], "GPU")  # only JAX uses the accelerator
     split = make_split(source, preprocess, image_size=image_size, group_size=group_size)
-    if faults := sorted(source.faults.keys() & set(source.kept.tolist())):
+    if faults := sorted(source.faults.keys() & set(source.kept_numbers.tolist())):
         raise Unusable(
             f"{source.name} contains {len(faults):,} images that cannot be used, such as "
             f"{folder_lib.displayed(source.example_id(faults[0]))}: {source.faults[faults[0]]}; "

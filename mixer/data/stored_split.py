@@ -166,13 +166,8 @@ class StoredSplit(Split):
     def _by_number(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
         def batches():
             for step in itertools.count(start_step):
-                epoch, place = order.batch_examples(
-                    step,
-                    seed=reading.seed,
-                    num_examples=self.num_examples,
-                    global_batch_size=reading.global_batch_size,
-                )
-                yield epoch[reading.rows], self.numbers[place[reading.rows]]
+                epoch, places = reading.examples(step, self.num_examples)
+                yield epoch, self.numbers[places]
 
         signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
         numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
@@ -319,7 +314,7 @@ def make_split(
         name=source.name,
         class_names=source.class_names,
         fingerprint=source.fingerprint,
-        numbers=source.kept,
+        numbers=source.kept_numbers,
         example_spec=output_spec(function, source.example_spec),
         preprocess=spec,
         multi_label=source.max_labels is not None,

@@ -15,7 +15,8 @@ from scipy import special
 
 from mixer import files
 from mixer.data.preprocessing import permutation as orders
-from mixer.data.preprocessing.spec import Kind, Specification, parse
+from mixer.data.preprocessing.ops import Kind
+from mixer.data.preprocessing.spec import Specification, parse
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores, suites

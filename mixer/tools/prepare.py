@@ -190,7 +190,7 @@ def check(config, output: str) -> None:
         steps = config.dataset["train_preprocess" if name == "train" else "eval_preprocess"]
         source = pipeline.open_source(config.dataset, spec, None, config.model.num_classes)
         results = make_split(source, steps, image_size=size).check()
-        with ProgressBar(console, f"checking {spec}", total=len(source.kept)) as bar:
+        with ProgressBar(console, f"checking {spec}", total=len(source.kept_numbers)) as bar:
             for number, fault in results:
                 bar.count(1, "images")
                 num_images += 1

@@ -1,6 +1,6 @@
 """Preprocessing on the host: functions that apply ops to one example with TensorFlow.
 
-A config names the ops, as in "inception_crop(224)|flip_lr"; mixer/data/preprocessing/spec.py
+A config names the ops, as in "inception_crop(224)|flip_lr"; mixer/data/preprocessing/ops.py
 declares them. An op is a pure function of the image (`one_hot`: of the example), its arguments and,
 if it is random, a stateless key: the same image and key give the same pixels. Images stay uint8
 unless `value_range` is the last op; otherwise the device converts them to floats.
@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.decoding import DCT, decode, orientation_of
-from mixer.data.preprocessing.spec import Kind, Specification, parse
+from mixer.data.preprocessing.ops import Kind
+from mixer.data.preprocessing.spec import Specification, parse
 
 # `resize_small` produces more than MOST_RESIZED pixels only if the aspect is at most MOST_ASPECT.
 MOST_RESIZED, MOST_ASPECT = 1 << 21, 8

@@ -34,11 +34,10 @@ def solarize(image, threshold):
     return tf.bitwise.bitwise_xor(image, _mask(image >= tf.constant(threshold, tf.uint8)))
 
 
-def solarize_add(image, addition, threshold=128):
-    """Adds `addition` to values below `threshold`; sums are limited to 255."""
+def solarize_add(image, addition):
+    """Adds `addition` to values below 128; sums are limited to 255."""
     room = tf.minimum(255 - image, tf.constant(min(addition, 255), tf.uint8))
-    is_below = _mask(image < tf.constant(threshold, tf.uint8))
-    return image + tf.bitwise.bitwise_and(room, is_below)
+    return image + tf.bitwise.bitwise_and(room, _mask(image < tf.constant(128, tf.uint8)))
 
 
 def _mask(condition):

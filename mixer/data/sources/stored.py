@@ -51,7 +51,7 @@ class Source:
     Attributes:
       name: data set and split, for messages.
       class_names: class names in label order.
-      kept: (n,) numbers of the examples that are not excluded, ascending.
+      kept_numbers: (n,) numbers of the examples that are not excluded, ascending.
       fingerprint: a hash that changes when the examples or their labels change.
       example_id: maps a number to the name that messages and exclusion lists use.
       load: graph function from an example's number, or from its record if there are `files`, to the
@@ -70,7 +70,7 @@ class Source:
 
     name: str
     class_names: tuple[str, ...]
-    kept: np.ndarray
+    kept_numbers: np.ndarray
     fingerprint: str
     example_id: Callable[[int], str]
     load: Callable[[tf.Tensor], Example]
@@ -125,15 +125,15 @@ def folder_source(
     return Source(
         name=f"{folder.root} {spec}",
         class_names=tuple(class_names),
-        kept=np.flatnonzero(keep),
+        kept_numbers=np.flatnonzero(keep),
         fingerprint=digest.hexdigest(),
         example_id=lambda number: folder_lib.decode(files[number]),
         load=load,
         labels=labels,
         faults={i: folder.faults[file] for i, file in enumerate(files) if file in folder.faults},
-        count_classes=lambda kept: np.bincount(labels[kept], minlength=len(class_names)),
-        stored=lambda kept: folder_lib.StoredFiles(
-            folder.root, [files[number] for number in kept], labels[kept], len(class_names)
+        count_classes=lambda indices: np.bincount(labels[indices], minlength=len(class_names)),
+        stored=lambda indices: folder_lib.StoredFiles(
+            folder.root, [files[index] for index in indices], labels[indices], len(class_names)
         ),
     )
 
@@ -198,7 +198,7 @@ def label_file_source(
     return Source(
         name=f"{listing.root} {spec} with {listing.file.name}",
         class_names=tuple(class_names),
-        kept=np.flatnonzero(is_read),
+        kept_numbers=np.flatnonzero(is_read),
         fingerprint=digest.hexdigest(),
         example_id=lambda number: listing.path(images[number]),
         load=load,
@@ -415,13 +415,13 @@ def tfds_source(
     source = Source(
         name=f"{info.full_name} {spec}",
         class_names=parser.class_names,
-        kept=np.flatnonzero(is_read),
+        kept_numbers=np.flatnonzero(is_read),
         fingerprint=digest.hexdigest(),
         example_id=example_id,
         load=load_several if parser.has_several else parser.load,
         files=files,
         max_labels=MOST_LABELS if parser.has_several else None,
-        stored=lambda kept: folder_lib.StoredFiles(
+        stored=lambda indices: folder_lib.StoredFiles(
             epath.Path(builder.data_dir), shards, None, len(parser.class_names)
         ),
     )
