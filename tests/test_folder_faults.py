@@ -16,7 +16,7 @@ from mixer.data import splits as pipeline
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.sources import folder
 from mixer.data.sources import stored as sources
-from mixer.errors import UserError
+from mixer.errors import UserError, printable
 from mixer.evaluation import suites
 from mixer.runs import config as run
 from mixer.tools import prepare
@@ -381,7 +381,7 @@ def test_a_message_is_one_line_whatever_the_name(data):
     with pytest.raises(UserError, match=r"a\\n\\x1b\[31m\.tif: TensorFlow cannot decode") as caught:
         run.open_split(config_of(data), "train", None)
     one_line(caught)
-    assert folder.displayed("a\udce9\u2028é\t") == r"a\udce9\u2028é\t"
+    assert printable("a\udce9\u2028é\t") == r"a\udce9\u2028é\t"
 
 
 # F4: what lies beside the splits.

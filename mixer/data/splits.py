@@ -21,7 +21,7 @@ from mixer.data.preprocessing.spec import Specification
 from mixer.data.sources import folder as folder_lib
 from mixer.data.sources import synthetic
 from mixer.data.sources.label_file import LabelFile, read_label_file
-from mixer.errors import UserError, check_choice
+from mixer.errors import UserError, check_choice, printable
 
 Batches = Iterator[dict[str, np.ndarray]]
 # All splits of a folder or label file share one listing, until `forget_listings` is called.
@@ -319,7 +319,7 @@ def _open_stored(
     if faults := sorted(source.faults.keys() & set(source.kept_numbers.tolist())):
         raise Unusable(
             f"{source.name} contains {len(faults):,} images that cannot be used, such as "
-            f"{folder_lib.displayed(source.example_id(faults[0]))}: {source.faults[faults[0]]}; "
+            f"{printable(source.example_id(faults[0]))}: {source.faults[faults[0]]}; "
             f"expected regular files in the formats {folder_lib.ACCEPTED} (exclude the others with "
             "the list that `python -m mixer.tools.prepare check` writes)"
         )

@@ -16,7 +16,7 @@ from mixer.data.preprocessing.spec import Specification, parse
 from mixer.data.sources import folder
 from mixer.data.sources.stored import Example, Source, read_piece
 from mixer.data.splits import Batches, Split
-from mixer.errors import UserError, first_line
+from mixer.errors import UserError, first_line, printable
 
 # Exceptions of reading and decoding. TensorFlow raises UnicodeDecodeError while it reports an error
 # about a path that is not UTF-8.
@@ -284,7 +284,7 @@ class StoredSplit(Split):
         """Returns the error for an example that cannot be read or preprocessed."""
         return UserError(
             f"{self.source.name}: cannot use "
-            f"{folder.displayed(self.source.example_id(number))}: {_reason(fault)}; "
+            f"{printable(self.source.example_id(number))}: {_reason(fault)}; "
             "`python -m mixer.tools.prepare check` finds all such images and writes a list that "
             "excludes them"
         )

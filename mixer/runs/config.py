@@ -20,8 +20,7 @@ from mixer.data import host_or_device
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
-from mixer.data.sources import folder
-from mixer.errors import UserError, check_choice, check_number
+from mixer.errors import UserError, check_choice, check_number, printable
 from mixer.models.modules import check_image_size
 from mixer.models.registry import ARCHITECTURES, DEFAULT, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
@@ -486,7 +485,7 @@ def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
             f"and now has {new_count:,} of {new_bytes:,}"
         )
     newest = stored.newest(label) if new_files["num_files"] >= old_files["num_files"] else ""
-    return change + (newest and f"; the last changed file is {folder.displayed(newest)}")
+    return change + (newest and f"; the last changed file is {printable(newest)}")
 
 
 def data_name(config: ConfigDict) -> str:

@@ -19,7 +19,7 @@ from mixer.data.sources.label_file import (
     LabelledPaths,
     collect,
 )
-from mixer.errors import UserError
+from mixer.errors import UserError, printable
 from mixer.files import read_regular
 
 LINE = "train/images/1.jpg 17"
@@ -58,7 +58,7 @@ def _parse(file: epath.Path, content: bytes) -> Iterator[LabelledImage]:
         path = path.strip()
         if not path or path.startswith(b"/") or b"\0" in path or not label.isdigit():
             raise UserError(
-                f"{file}, line {number}: {folder.displayed(folder.decode(row))!r}; expected a "
+                f"{file}, line {number}: {printable(folder.decode(row))!r}; expected a "
                 f"relative path and a class number, as in {LINE}"
             )
         if len(label) > 9 or int(label) >= MOST_CLASSES:
@@ -79,5 +79,5 @@ def _check_images(listing: LabelFile) -> None:
         path = os.path.join(os.fsencode(listing.root), images[image])
         raise UserError(
             f"{listing.file}, line {listing.lines[image]}: "
-            f"{folder.displayed(folder.decode(path))} cannot be read: {folder.fault_of(path)}"
+            f"{printable(folder.decode(path))} cannot be read: {folder.fault_of(path)}"
         )

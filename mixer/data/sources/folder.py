@@ -13,14 +13,13 @@ import hashlib
 import itertools
 import os
 import stat
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mixer.errors import UserError, first_line
+from mixer.errors import UserError, first_line, printable
 from mixer.files import parse_path
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".jxl")
@@ -60,17 +59,6 @@ def decode(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def displayed(text: str) -> str:
-    """Returns `text` as one line for a terminal, with control characters escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(
-        ascii(character)[1:-1]
-        if unicodedata.category(character) in ("Cc", "Zl", "Zp")
-        else character
-        for character in text
-    )
-
-
 def irregular(mode: int) -> str:
     """Returns why a file with this `st_mode` is not opened; "" for a regular file."""
     if stat.S_ISREG(mode):
@@ -104,20 +92,15 @@ def _is_left_out(name: bytes) -> bool:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Returns whether `path` is an address in an object store such as gs://."""
+    """Returns whether `path` is a URL of an object store, such as gs://bucket/folder."""
     return "://" in os.fspath(path)
 
 
 def find_file(key: str, path: str) -> epath.Path:
     """Returns the file that the user passed as `key`; UserError if it is not a readable file."""
     file = parse_path(key, path)
-    if not is_remote(file):
-        try:
-            fault = irregular(os.stat(file).st_mode)
-        except OSError as error:
-            fault = error.strerror
-        if fault:
-            raise UserError(f"{key}={displayed(path)} cannot be read: {fault}")
+    if not is_remote(file) and (fault := fault_of(os.fspath(file))):
+        raise UserError(f"{key}={printable(path)} cannot be read: {fault}")
     return file
 
 
@@ -127,7 +110,7 @@ def _naming(path: bytes) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{displayed(decode(path))} cannot be read: {error.strerror}") from None
+        raise UserError(f"{printable(decode(path))} cannot be read: {error.strerror}") from None
 
 
 def _identity(root: epath.Path, inside: bytes) -> Any:
@@ -329,7 +312,7 @@ class ImageFolder:
         numbers = {name: indices[decode(name)] for name in names if decode(name) in indices}
         if unknown := sorted(map(decode, names - set(numbers))):
             raise UserError(
-                f"{displayed(str(self.root))} holds classes that the run was not trained on: "
+                f"{printable(str(self.root))} holds classes that the run was not trained on: "
                 f"{unknown[:EXAMPLES]}; the run's {len(class_names)} classes are "
                 f"{listed(class_names)}"
             )
@@ -340,11 +323,11 @@ def _class_of(file: bytes) -> bytes:
     return file.split(b"/", 2)[1]
 
 
-def listed(names: Iterable[str], show: Callable[[str], str] = displayed) -> str:
+def listed(names: Iterable[str]) -> str:
     """Returns the first few names for a message."""
     names = list(names)
     ending = ", ..." if len(names) > EXAMPLES else ""
-    return ", ".join(displayed(show(name)) for name in names[:EXAMPLES]) + ending
+    return ", ".join(map(printable, names[:EXAMPLES])) + ending
 
 
 class _Scan:
@@ -403,7 +386,7 @@ class _Scan:
         if not self.subfolders:
             nested = "left out, as when this run was started"
         return tuple(
-            f"{len(images):,} {description}, such as {displayed(decode(images[0]))}, are {fate}"
+            f"{len(images):,} {description}, such as {printable(decode(images[0]))}, are {fate}"
             for images, description, fate in (
                 (self.nested, "images in subfolders of a class folder", nested),
                 (self.beside, "images outside of class folders", "left out"),
@@ -426,7 +409,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     """
     layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
     tree = _Scan(find_root(root, layout), subfolders)
-    shown = displayed(str(tree.root))
+    shown = printable(str(tree.root))
     if tree.copies:
         raise UserError(
             f"{shown}: {listed(map(decode, tree.copies))}: the name of a split in the place of a "
@@ -434,7 +417,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
         )
     if not tree.images:
         other_images = tree.beside + tree.rare
-        hint = f" (not as {displayed(decode(other_images[0]))})" if other_images else ""
+        hint = f" (not as {printable(decode(other_images[0]))})" if other_images else ""
         raise UserError(f"{shown} holds no images ({ACCEPTED}) of a class; {layout}{hint}")
     names = {decode(_class_of(image)) for images in tree.images.values() for image in images}
     if empty := sorted(set(tree.class_folders) - names):
@@ -473,10 +456,10 @@ def find_root(path: str, layout: str) -> epath.Path:
         if not isinstance(error, OSError) and not is_remote(root):
             raise  # only object stores raise exceptions other than OSError
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"dataset.data_dir={displayed(path)} cannot be read: {reason}") from None
+        raise UserError(f"dataset.data_dir={printable(path)} cannot be read: {reason}") from None
     if not is_folder:
         raise UserError(
-            f"dataset.data_dir={displayed(str(root))} is not a folder; {layout}; if the data has "
+            f"dataset.data_dir={printable(str(root))} is not a folder; {layout}; if the data has "
             "moved, pass --data_dir (evaluate.py and inspect)"
         )
     return root
