@@ -414,7 +414,7 @@ def test_folders_beside_the_splits(data):
 def test_images_without_a_class_are_named(tmp_path):
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "1.png").touch()
-    with pytest.raises(UserError, match=r"holds no images .*<split>/<class>.*cats/1\.png"):
+    with pytest.raises(UserError, match=r"no images .*<split>/<class>.*cats/1\.png"):
         folder.scan(str(tmp_path))
 
 

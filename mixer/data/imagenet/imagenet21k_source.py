@@ -112,13 +112,13 @@ def find_source(source: str, release: str = "") -> Source:
         _refuse_unknown(path, {unit.synset for unit in units})
         twice = [name for name, n in collections.Counter(u.name for u in units).items() if n > 1]
         if twice:
-            raise UserError(f"{path} holds {twice[0]} as a tar file and as a folder; remove one")
+            raise UserError(f"{path} contains {twice[0]} as a tar file and a folder; remove one")
         num_bytes = sum(_size(unit.path) for unit in units)
     return Source(path, release or _find_release(path, units), num_bytes, units)
 
 
 def _look_into(path: Path) -> tuple[Path, tuple[Unit, ...] | None]:
-    """Returns the folder that holds synsets and its units, or the single tar file to read."""
+    """Returns the folder that contains synsets and its units, or the single tar file to read."""
     while True:
         children = sorted(c for c in path.iterdir() if not c.name.startswith("."))
         folders = [child for child in children if child.is_dir()]
@@ -158,8 +158,8 @@ def _refuse_unknown(path: Path, names: Iterable[str]) -> None:
     unknown = sorted(set(names).difference(synsets()))
     if unknown:
         raise UserError(
-            f"{path} holds {', '.join(unknown[:5])}: none of the {len(synsets()):,} synsets of "
-            "ImageNet-21k; remove it"
+            f"{path} contains unknown synsets: {', '.join(unknown[:5])}; expected the "
+            f"{len(synsets()):,} synsets of ImageNet-21k (remove the others)"
         )
 
 
@@ -198,7 +198,7 @@ class _TarInfo(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise
-            reason = "the end is missing" if not buf else f"a damaged header ({error})"
+            reason = "the end is missing" if not buf else f"a header is damaged ({error})"
             raise tarfile.ReadError(reason) from None
 
 
@@ -263,7 +263,7 @@ def events(source: Source, done: Container[str]) -> Iterator[Member | Fault | En
                     yield member
                     count += 1
                 if not count:
-                    yield Fault(unit.split, unit.synset, "", "holds no images")
+                    yield Fault(unit.split, unit.synset, "", "contains no images")
             except _DAMAGE as error:
                 reason = f"damaged after {count} images: {error}"
                 yield Fault(unit.split, unit.synset, "", reason)

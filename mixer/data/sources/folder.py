@@ -312,8 +312,8 @@ class ImageFolder:
         numbers = {name: indices[decode(name)] for name in names if decode(name) in indices}
         if unknown := sorted(map(decode, names - set(numbers))):
             raise UserError(
-                f"{printable(str(self.root))} holds classes that the run was not trained on: "
-                f"{unknown[:EXAMPLES]}; the run's {len(class_names)} classes are "
+                f"{printable(str(self.root))} contains classes that the run was not trained on: "
+                f"{unknown[:EXAMPLES]}; expected the run's {len(class_names)} classes, "
                 f"{listed(class_names)}"
             )
         return np.array([numbers[_class_of(file)] for file in files], np.int32)
@@ -418,7 +418,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     if not tree.images:
         other_images = tree.beside + tree.rare
         hint = f" (not as {printable(decode(other_images[0]))})" if other_images else ""
-        raise UserError(f"{shown} holds no images ({ACCEPTED}) of a class; {layout}{hint}")
+        raise UserError(f"{shown} contains no images ({ACCEPTED}) of a class; {layout}{hint}")
     names = {decode(_class_of(image)) for images in tree.images.values() for image in images}
     if empty := sorted(set(tree.class_folders) - names):
         folders = [decode(folder) for name in empty for folder in tree.class_folders[name]]

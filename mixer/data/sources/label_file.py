@@ -98,7 +98,7 @@ class LabelFile:
             raise self._fault(
                 first,
                 f"label {label if self.class_names is None else repr(self.class_names[label])} is "
-                f"none of the {len(class_names)} classes {', '.join(list(class_names)[:3])}, ...",
+                f"not one of the {len(class_names)} classes {folder.listed(class_names)}",
             )
         return numbers
 
@@ -215,8 +215,8 @@ def read_label_file(file: str, root: str) -> LabelFile:
         ) from None
     if not len(listing.labels):
         raise UserError(
-            f"dataset.label_file={file} holds {len(listing.lines):,} images and no label; expected "
-            f"lines such as {LABEL_LINE}"
+            f"dataset.label_file={file} contains {len(listing.lines):,} images but no label; "
+            f"expected lines such as {LABEL_LINE}"
         )
     order = np.argsort(listing.path_hashes, kind="stable")
     hashes = listing.path_hashes[order]
