@@ -142,14 +142,14 @@ def _philox(counter: list[jax.Array], key: list[jax.Array]) -> list[jax.Array]:
     first, second = map(np.uint32, MULTIPLIERS)
     for _ in range(ROUNDS):
         # The high and low halves of two 64-bit products.
-        high0, low0 = _high(first, counter[0]), first * counter[0]
-        high1, low1 = _high(second, counter[2]), second * counter[2]
+        high0, low0 = _high_word(first, counter[0]), first * counter[0]
+        high1, low1 = _high_word(second, counter[2]), second * counter[2]
         counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
         key = [word + np.uint32(step) for word, step in zip(key, KEY_STEPS, strict=True)]
     return counter
 
 
-def _high(factor: np.uint32, words: jax.Array) -> jax.Array:
+def _high_word(factor: np.uint32, words: jax.Array) -> jax.Array:
     """Returns the high 32 bits of 64-bit products, without `jax.lax.mulhi`.
 
     XLA does not partition `jax.lax.mulhi` over devices.

@@ -412,11 +412,11 @@ def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
             f"{show(names[label] for label in missing)}"
         )
     if dataset.name == "folder":
-        alike = collections.defaultdict(list)
+        variants = collections.defaultdict(list)
         for name in names:
-            alike["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+            variants["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
         if groups := [
-            " and ".join(map(ascii, group)) for group in alike.values() if len(group) > 1
+            " and ".join(map(ascii, group)) for group in variants.values() if len(group) > 1
         ]:
             lines.append(
                 f"classes that differ only by case, blanks or Unicode form: {show(groups)}"

@@ -44,7 +44,7 @@ class StoredSplit(Split):
     def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
         """As `Split.train_batches`."""
         return self._batches(
-            lambda batches: self._ordered(start_step + batches, reading),
+            lambda batches: self._read_in_train_order(start_step + batches, reading),
             seed=reading.seed,
             batch_size=reading.global_batch_size // reading.process_count,
             with_keys=self.with_keys,
@@ -54,7 +54,7 @@ class StoredSplit(Split):
         """As `Split.read`."""
 
         def examples(batches: int) -> tf.data.Dataset:
-            return self._sequential(min(start + batches * batch_size, stop), stop)
+            return self._read_sequentially(min(start + batches * batch_size, stop), stop)
 
         return self._batches(examples, seed=0, batch_size=batch_size)
 
@@ -127,17 +127,17 @@ class StoredSplit(Split):
                 return int(number), _reason(error)
             return int(number), None
 
-        elements = iter(self._sequential(0, self.num_examples))
+        elements = iter(self._read_sequentially(0, self.num_examples))
         with ThreadPoolExecutor() as pool:
             while chunk := list(itertools.islice(elements, 1024)):
                 yield from pool.map(fault, chunk)
 
     # The following methods return data sets of (epoch, number, argument of `source.load`).
 
-    def _ordered(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
+    def _read_in_train_order(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
         """Returns this process's training examples from batch `start_step` on."""
         if not self.source.files:
-            return self._by_number(start_step, reading)
+            return self._read_by_number(start_step, reading)
 
         def read(reader: int, rows: slice) -> tf.data.Dataset:
             groups = functools.partial(
@@ -150,7 +150,7 @@ class StoredSplit(Split):
                 numbers=self.numbers,
                 group_size=self.group_size,
             )
-            return self._grouped(groups)
+            return self._read_groups(groups)
 
         if len(reading.parts) == 1:
             return read(*reading.parts[0])
@@ -163,7 +163,7 @@ class StoredSplit(Split):
         )
         return joined.unbatch()
 
-    def _by_number(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
+    def _read_by_number(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
         def batches():
             for step in itertools.count(start_step):
                 epoch, places = reading.examples(step, self.num_examples)
@@ -173,7 +173,7 @@ class StoredSplit(Split):
         numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
         return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
 
-    def _grouped(self, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
+    def _read_groups(self, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
         """Returns the examples of the groups that `groups()` yields."""
         first, files = self.source.first_numbers, self.source.files
 
@@ -208,7 +208,7 @@ class StoredSplit(Split):
             .unbatch()
         )
 
-    def _sequential(self, start: int, stop: int) -> tf.data.Dataset:
+    def _read_sequentially(self, start: int, stop: int) -> tf.data.Dataset:
         """Returns the examples at places start to stop, in order, as epoch 0."""
         source, numbers = self.source, self.numbers[start:stop]
         if not source.files:

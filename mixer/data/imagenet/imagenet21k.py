@@ -310,13 +310,14 @@ def _begin(source: Source, work: Path, shard_bytes: int) -> dict[str, Any]:
             written={},  # for each split, [examples, bytes, faults] of each finished shard
         )
     # Space for the records, and for a second copy of a bucket while its shards are written.
-    needed = int(source.num_bytes * (1.05 + 1 / buckets))
-    present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    free = shutil.disk_usage(work).free
-    if free < needed - present:
+    needed_bytes = int(source.num_bytes * (1.05 + 1 / buckets))
+    present_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free_bytes = shutil.disk_usage(work).free
+    if free_bytes < needed_bytes - present_bytes:
         raise UserError(
-            f"{work}: {_gigabytes(free)} free; {source.path} with {_gigabytes(source.num_bytes)} "
-            f"needs {_gigabytes(needed - present)} here"
+            f"{work}: {_gigabytes(free_bytes)} free; expected at least "
+            f"{_gigabytes(needed_bytes - present_bytes)} for {source.path} with "
+            f"{_gigabytes(source.num_bytes)}"
         )
     return state
 

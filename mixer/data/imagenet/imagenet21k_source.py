@@ -248,14 +248,14 @@ class End:
     unit: str
 
 
-def events(source: Source, done: Container[str]) -> Iterator[Member | Fault | End]:
-    """Yields the images and faults of all units that are not done, and the end of each unit."""
+def events(source: Source, finished: Container[str]) -> Iterator[Member | Fault | End]:
+    """Yields the images and faults of all units that are not finished, and the end of each unit."""
     units = _archive_units(source.path) if source.units is None else _folder_units(source.units)
     name = "it"
     try:
         for unit, members in units:
             name = unit.name
-            if name in done:
+            if name in finished:
                 continue
             count = 0
             try:

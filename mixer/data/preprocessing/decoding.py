@@ -68,7 +68,7 @@ def _decode_other(image):
 
     def by_pillow():
         pixels, reason = tf.numpy_function(
-            images.decoded, [image], [tf.uint8, tf.string], stateful=False
+            images.try_decode, [image], [tf.uint8, tf.string], stateful=False
         )
         with tf.control_dependencies([tf.debugging.Assert(reason == "", [reason])]):
             return tf.ensure_shape(pixels, [None, None, 3])

@@ -94,12 +94,12 @@ def flip_lr(images, keys):
 def permute_patches(images, size, patch_size, seed=0):
     """Shuffles the patches, and the pixels within patches, the same way in all images."""
     sides = _check_sides(images, size)
-    return _reordered(images, permutation.patch_order(sides, patch_size, seed=seed))
+    return _reorder(images, permutation.patch_order(sides, patch_size, seed=seed))
 
 
 def permute_pixels(images, size, seed=0):
     """Shuffles all pixels by one permutation, the same for all images."""
-    return _reordered(images, permutation.pixel_order(_check_sides(images, size), seed=seed))
+    return _reorder(images, permutation.pixel_order(_check_sides(images, size), seed=seed))
 
 
 def _check_sides(images, size):
@@ -109,7 +109,7 @@ def _check_sides(images, size):
     return sides
 
 
-def _reordered(images, order):
+def _reorder(images, order):
     return images.reshape(len(images), -1, 3)[:, order].reshape(images.shape)
 
 

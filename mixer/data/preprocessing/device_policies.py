@@ -179,18 +179,18 @@ def _apply(images, strengths, number, place):
         result = pixels_at(result, rows, columns, fill=FILL)
     if names & set(POINT):
         means = any(s.name == "contrast" and s.middle is None for s in strengths)
-        result = _looked_up(_tables(images, names, is_a, value, means), result)
+        result = _look_up(_tables(images, names, is_a, value, means), result)
     if "color" in names:
         pixels = images.astype(jnp.float32)
         coloured = _blend(luminance(pixels), pixels, per_image(value("factor")))
         result = jnp.where(per_image(is_a("color")), coloured, result)
     if "sharpness" in names:
-        sharp = _sharpened(images, per_image(value("factor")))
+        sharp = _sharpen(images, per_image(value("factor")))
         result = jnp.where(per_image(is_a("sharpness")), sharp, result)
     if "cutout" in names:
         square = box(
             *(
-                _cut(share, side, value("half_size"))
+                _cutout_range(share, side, value("half_size"))
                 for share, side in zip(place, images.shape[1:3], strict=True)
             )
         )
@@ -204,7 +204,7 @@ def _nearest(coordinate, side):
     return framed.astype(jnp.int32) - 1  # the cast rounds down
 
 
-def _cut(share, side, half_size):
+def _cutout_range(share, side, half_size):
     """Returns the mask (N, side) of rows or columns closer than half_size to the center."""
     center = jnp.floor(share * np.float32(side))
     low = jnp.floor(center - half_size - np.float32(0.5)) + 1
@@ -231,14 +231,14 @@ def _tables(images, names, is_a, value, means):
         middle = _mean_luminance(images) if means else value("middle")
         table = enter("contrast", lambda: _blend(middle[:, None, None], pixels, factor))
     if names & {"auto_contrast", "equalize"}:
-        at_most = _at_most(images)
-        table = enter("auto_contrast", lambda: _stretched(at_most, pixels))
-        table = enter("equalize", lambda: _equalized(at_most, old))
+        at_most = _count_up_to(images)
+        table = enter("auto_contrast", lambda: _stretch_table(at_most, pixels))
+        table = enter("equalize", lambda: _equalize_table(at_most, old))
     # Without the barrier, the compiler may recompute an entry for every pixel that uses it.
     return jax.lax.optimization_barrier(table.astype(jnp.uint8))
 
 
-def _at_most(images):
+def _count_up_to(images):
     """Counts the pixels that have each value or a lower value, (N, 3, 256) int32."""
 
     def counts(image):
@@ -251,7 +251,7 @@ def _at_most(images):
     return jnp.dot(counted, upper, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
 
 
-def _stretched(at_most, pixels):
+def _stretch_table(at_most, pixels):
     """Returns the table that stretches the values of each channel to the range 0 to 255."""
     count = at_most[..., -1:]
     low = jnp.sum(at_most == 0, -1, keepdims=True)
@@ -262,7 +262,7 @@ def _stretched(at_most, pixels):
     return _to_uint8(rounded(pixels * scale) + offset)
 
 
-def _equalized(at_most, old):
+def _equalize_table(at_most, old):
     """Returns the table that flattens each channel's histogram, with Pillow's arithmetic."""
     count = at_most[..., -1:]
     # The number of pixels below the highest value, divided by 255.
@@ -272,7 +272,7 @@ def _equalized(at_most, old):
     return jnp.where(step > 0, new, old)
 
 
-def _looked_up(tables, images):
+def _look_up(tables, images):
     """Returns tables[image, channel, value] for every value of the images."""
 
     def look_up(table, image):
@@ -303,7 +303,7 @@ def _mean_luminance(images):
     return (mean + is_rounded_up).astype(jnp.float32)
 
 
-def _sharpened(images, factor):
+def _sharpen(images, factor):
     """Blends smoothed images (factor 0) and the images (1); the border does not change."""
     height, width = images.shape[1:3]
     pixels = images.astype(jnp.float32)

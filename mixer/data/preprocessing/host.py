@@ -53,11 +53,11 @@ def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
         box = tf.stack(window(tf.io.extract_jpeg_shape(image)))
         return tf.image.decode_and_crop_jpeg(image, box, channels=3, dct_method=DCT[dct])
 
-    def upright():
+    def is_upright():
         return tf.cond(tf.io.is_jpeg(image), lambda: orientation_of(image) == 1, lambda: False)
 
     if image.dtype == tf.string:
-        return tf.cond(upright(), from_jpeg, lambda: from_pixels(decode(image, dct)))
+        return tf.cond(is_upright(), from_jpeg, lambda: from_pixels(decode(image, dct)))
     return from_pixels(image)
 
 
@@ -188,7 +188,7 @@ def random_erasing(
     wide = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
     fits = (high < height) & (wide < width)
 
-    def erased():
+    def erase():
         first = tf.argmax(fits)
         h, w = high[first], wide[first]
         y = tf.cast(top[first] * tf.cast(height - h + 1, tf.float32), tf.int32)
@@ -202,7 +202,7 @@ def random_erasing(
             value = tf.constant(fill, tf.uint8)
         return tf.where((rows[:, None] & columns)[..., None], value, image)
 
-    return tf.cond((draws[0] < prob) & tf.reduce_any(fits), erased, lambda: image)
+    return tf.cond((draws[0] < prob) & tf.reduce_any(fits), erase, lambda: image)
 
 
 def permute_patches(image, size, patch_size, seed=0):
@@ -215,16 +215,16 @@ def permute_patches(image, size, patch_size, seed=0):
       seed: seed; `size`, `patch_size` and `seed` determine the permutations.
     """
     sides = (size, size) if isinstance(size, int) else size
-    return _reordered(image, sides, permutation.patch_order(sides, patch_size, seed=seed))
+    return _reorder(image, sides, permutation.patch_order(sides, patch_size, seed=seed))
 
 
 def permute_pixels(image, size, seed=0):
     """Shuffles all pixels by one permutation, which `size` and `seed` determine."""
     sides = (size, size) if isinstance(size, int) else size
-    return _reordered(image, sides, permutation.pixel_order(sides, seed=seed))
+    return _reorder(image, sides, permutation.pixel_order(sides, seed=seed))
 
 
-def _reordered(image, sides, order):
+def _reorder(image, sides, order):
     image = tf.ensure_shape(image, [*sides, 3])
     return tf.reshape(tf.gather(tf.reshape(image, [-1, 3]), order), [*sides, 3])
 

@@ -55,7 +55,7 @@ def pixels(data: bytes, formats: tuple[str, ...]) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def decoded(data: bytes) -> tuple[np.ndarray, bytes]:
+def try_decode(data: bytes) -> tuple[np.ndarray, bytes]:
     """Decodes a file in one of the formats DECODED; returns a reason instead of raising.
 
     Returns:

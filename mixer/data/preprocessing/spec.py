@@ -128,12 +128,12 @@ def parse(
         except ValueError as error:
             raise UserError(f"preprocessing {spec!r}: {error}") from None
         spec = Specification(calls)
-    made = spec.image_size
-    if made and any(side not in (made[i], None) for i, side in enumerate(image_size)):
+    output_size = spec.image_size
+    if output_size and any(side not in (output_size[i], None) for i, side in enumerate(image_size)):
         height, width = image_size
         raise UserError(
-            f"preprocessing {str(spec)!r} produces images of {made[0]} x {made[1]}; expected "
-            f"image_size={height if height == width else image_size}"
+            f"preprocessing {str(spec)!r} produces images of {output_size[0]} x {output_size[1]}; "
+            f"expected image_size={height if height == width else image_size}"
         )
     return spec
 

@@ -176,9 +176,9 @@ def walk(
     """
     root = epath.Path(root)
     identities = {_identity(root, folder) for folder in skipped_folders}
-    waiting = collections.deque([inside])
-    while waiting:
-        folder = waiting.popleft()
+    queue = collections.deque([inside])
+    while queue:
+        folder = queue.popleft()
         identity = _identity(root, folder)
         if identity in identities:
             continue
@@ -186,8 +186,8 @@ def walk(
         listing = list_folder(root, folder)
         for name, fault in listing.files:
             yield _join(folder, name), fault
-        waiting.extend(_join(folder, name) for name, is_link in listing.folders if is_link)
-        waiting.extendleft(
+        queue.extend(_join(folder, name) for name, is_link in listing.folders if is_link)
+        queue.extendleft(
             _join(folder, name) for name, is_link in reversed(listing.folders) if not is_link
         )
 
@@ -337,9 +337,9 @@ class _Scan:
       images: for each split, the images of all classes.
       class_folders: for each class, its folders in the splits that hold images.
       faults: as in `ImageFolder`.
-      nested, beside, rare: images in subfolders of a class folder, images outside class folders,
-        and images in formats that training skips.
-      copies: folders that are not a class, but a split of another data set.
+      nested_images, stray_images, rare_images: images in subfolders of a class folder, images
+        outside class folders, and images in formats that training skips.
+      misplaced_splits: folders that are not a class, but a split of another data set.
     """
 
     def __init__(self, root: epath.Path, subfolders: bool):
@@ -347,16 +347,19 @@ class _Scan:
         self.images: dict[bytes, list[bytes]] = {}
         self.class_folders: dict[str, list[bytes]] = {}
         self.faults: dict[bytes, str] = {}
-        self.nested, self.beside, self.rare, self.copies = [], [], [], []
+        self.nested_images, self.stray_images, self.rare_images = [], [], []
+        self.misplaced_splits: list[bytes] = []
         top = list_folder(root, b"")
-        self.beside += [name for name, _ in top.files if ending(name) in LISTED]
+        self.stray_images += [name for name, _ in top.files if ending(name) in LISTED]
         self.splits = [name for name, _ in top.folders]
         for split in self.splits:
             self._read_split(split)
 
     def _read_split(self, split: bytes) -> None:
         inside = list_folder(self.root, split)
-        self.beside += [_join(split, name) for name, _ in inside.files if ending(name) in LISTED]
+        self.stray_images += [
+            _join(split, name) for name, _ in inside.files if ending(name) in LISTED
+        ]
         by_class = {name: self._read_class(split, name) for name, _ in inside.folders}
         if images := [image for images in by_class.values() for image in images]:
             self.images[split] = images
@@ -367,7 +370,7 @@ class _Scan:
         images, nested = [], []
         for file, fault in walk(self.root, _join(split, name), skipped_folders=(b"", split)):
             if ending(file) in RARE:
-                self.rare.append(file)
+                self.rare_images.append(file)
             if ending(file) not in LISTED:
                 continue
             (images if file.count(b"/") == 2 else nested).append(file)
@@ -376,8 +379,8 @@ class _Scan:
             if fault:
                 self.faults[file] = fault
         if self.subfolders and name in self.splits and len(nested) > len(images):
-            self.copies.append(_join(split, name))  # as in backup/train/cat/1.jpg
-        self.nested += nested
+            self.misplaced_splits.append(_join(split, name))  # as in backup/train/cat/1.jpg
+        self.nested_images += nested
         return images + nested if self.subfolders else images
 
     def remarks(self) -> tuple[str, ...]:
@@ -388,9 +391,9 @@ class _Scan:
         return tuple(
             f"{len(images):,} {description}, such as {printable(decode(images[0]))}, are {fate}"
             for images, description, fate in (
-                (self.nested, "images in subfolders of a class folder", nested),
-                (self.beside, "images outside of class folders", "left out"),
-                (self.rare, "images of other formats", f"left out; expected {ACCEPTED}"),
+                (self.nested_images, "images in subfolders of a class folder", nested),
+                (self.stray_images, "images outside of class folders", "left out"),
+                (self.rare_images, "images of other formats", f"left out; expected {ACCEPTED}"),
             )
             if images
         )
@@ -410,13 +413,13 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
     tree = _Scan(find_root(root, layout), subfolders)
     shown = printable(str(tree.root))
-    if tree.copies:
+    if tree.misplaced_splits:
         raise UserError(
-            f"{shown}: {listed(map(decode, tree.copies))}: the name of a split in the place of a "
-            f"class; {layout} (move a second data set out of this folder)"
+            f"{shown}: {listed(map(decode, tree.misplaced_splits))}: the name of a split in the "
+            f"place of a class; {layout} (move a second data set out of this folder)"
         )
     if not tree.images:
-        other_images = tree.beside + tree.rare
+        other_images = tree.stray_images + tree.rare_images
         hint = f" (not as {printable(decode(other_images[0]))})" if other_images else ""
         raise UserError(f"{shown} contains no images ({ACCEPTED}) of a class; {layout}{hint}")
     names = {decode(_class_of(image)) for images in tree.images.values() for image in images}
@@ -439,7 +442,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
         files=files,
         faults=tree.faults,
         remarks=tree.remarks(),
-        nested=len(tree.nested),
+        nested=len(tree.nested_images),
     )
 
 

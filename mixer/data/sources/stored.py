@@ -169,7 +169,7 @@ def label_file_source(
         start, stop = label_starts[image], label_starts[image + 1]
         if max_labels is None:
             return {"image": tf.io.read_file(path), "label": labels[start]}
-        padded = _padded(labels[start:stop], weights[start:stop], max_labels)
+        padded = _pad(labels[start:stop], weights[start:stop], max_labels)
         return {"image": tf.io.read_file(path), **padded}
 
     is_read = np.ones(len(images), bool)
@@ -217,7 +217,7 @@ def _tensors(listing: LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     )
 
 
-def _padded(label, weight, length: int) -> dict[str, tf.Tensor]:
+def _pad(label, weight, length: int) -> dict[str, tf.Tensor]:
     """Pads the labels (n,) of an image and their weights to (length,)."""
     count = tf.size(label)
     fits = tf.debugging.Assert(count <= length, [count, f"labels; expected at most {length}"])
@@ -288,14 +288,14 @@ def bounded_downloads() -> Iterator[None]:
             timeout = timeout or (CONNECT_SECS, READ_SECS)
             return super().send(request, *args, timeout=timeout, **options)
 
-    waiting = socket.getdefaulttimeout()
+    old_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(READ_SECS)  # for ftp://
     requests.adapters.HTTPAdapter, downloader.MAX_RETRIES = Bounded, RETRIES
     try:
         yield
     finally:
         requests.adapters.HTTPAdapter, downloader.MAX_RETRIES = adapter, retries
-        socket.setdefaulttimeout(waiting)
+        socket.setdefaulttimeout(old_timeout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,13 +343,13 @@ class _Parser:
     def load(self, record: tf.Tensor) -> Example:
         """Returns an example with one label; fails in the graph if the label is not a class."""
         example = self.parse(record)
-        return {**example, "label": _checked(example["label"], len(self.class_names))}
+        return {**example, "label": _check_label(example["label"], len(self.class_names))}
 
     def load_several(self, record: tf.Tensor, length: int) -> Example:
         """Returns an example with up to `length` labels of weight 1."""
         example = self.load(record)
         weight = tf.ones_like(example["label"], tf.float32)
-        return {"image": example["image"], **_padded(example["label"], weight, length)}
+        return {"image": example["image"], **_pad(example["label"], weight, length)}
 
     def count_labels(self, record: tf.Tensor) -> tf.Tensor:
         """Returns the number of labels of an example."""
@@ -360,8 +360,8 @@ def _make_parser(builder: tfds.core.DatasetBuilder, image_key: str, label_key: s
     features = builder.info.features
     derived = None if label_key in features else labels_lib.DERIVED.get(label_key)
     keys = (image_key, *(derived.features if derived else (label_key,)))
-    needed = tfds.decode.PartialDecoding(dict.fromkeys(keys, True)).extract_features(features)
-    return _Parser(needed, image_key, label_key, derived, PIXEL_SCALE.get(builder.name))
+    features = tfds.decode.PartialDecoding(dict.fromkeys(keys, True)).extract_features(features)
+    return _Parser(features, image_key, label_key, derived, PIXEL_SCALE.get(builder.name))
 
 
 def tfds_source(
@@ -431,10 +431,10 @@ def tfds_source(
     )
     if total * num_bytes / max(num_examples, 1) > IN_MEMORY_BYTES:
         return source
-    return _held_in_memory(source, parser)
+    return _hold_in_memory(source, parser)
 
 
-def _held_in_memory(source: Source, parser: _Parser) -> Source:
+def _hold_in_memory(source: Source, parser: _Parser) -> Source:
     """Returns the source with its encoded records in memory, to load examples by number."""
     try:
         pieces = [read_piece(*file) for file in source.files]
@@ -505,7 +505,7 @@ def _is_label(feature) -> bool:
     return isinstance(feature, tfds.features.ClassLabel)
 
 
-def _checked(label, num_classes: int) -> tf.Tensor:
+def _check_label(label, num_classes: int) -> tf.Tensor:
     """Returns `label`, of any shape; fails in the graph if a value is not a class."""
     assertion = tf.debugging.Assert(
         tf.reduce_all((label >= 0) & (label < num_classes)),
@@ -547,8 +547,10 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
         reason = str(error).splitlines()[0] if str(error) else "not understood"
         for alias, name in names.items():
             reason = reason.replace(alias, name) if alias != name else reason
-        odd = [name for name in sizes if "+" in name or "[" in name]
-        hint = f"; rename {odd[0]!r}: + and [ are part of the split syntax" if odd else ""
+        bad_names = [name for name in sizes if "+" in name or "[" in name]
+        hint = (
+            f"; rename {bad_names[0]!r}: + and [ are part of the split syntax" if bad_names else ""
+        )
         raise UserError(
             f"split {spec!r}: {reason}; the splits are {choices}, and parts such as train[:90%] "
             f"(an empty val_split or test_split means none){hint}"
