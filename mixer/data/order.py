@@ -156,20 +156,20 @@ def groups(
         batches, remainder = divmod(count, batch_size)
         return batches * size + min(max(remainder - reader * size, 0), size)
 
-    first_wanted = start_step * size
+    first_required = start_step * size
     epoch = max((start_step * batch_size) // total - 1, 0)
-    while supplied((epoch + 1) * total, reader) <= first_wanted:
+    while supplied((epoch + 1) * total, reader) <= first_required:
         epoch += 1
     while True:
         parts = [
             supplied((epoch + 1) * total, r) - supplied(epoch * total, r) for r in range(reader + 1)
         ]
         permuted = np.random.default_rng([seed, epoch]).permutation(len(file_starts) - 1)
-        done = supplied(epoch * total, reader)  # examples of earlier epochs and groups
+        num_earlier = supplied(epoch * total, reader)  # examples in earlier epochs and groups
         groups_of_runs = _cut(kept_starts, permuted, sum(parts[:-1]), sum(parts), group_size)
         for number, runs in enumerate(groups_of_runs):
             count = sum(stop - start for _, start, stop in runs)
-            if done + count > first_wanted:
+            if num_earlier + count > first_required:
                 pieces, indices = [], []
                 for file, start, stop in runs:
                     records = numbers[start:stop] - file_starts[file]
@@ -177,12 +177,14 @@ def groups(
                     pieces.append(Piece(file, int(records[0]), int(records[-1]) + 1))
                 rng = np.random.default_rng([seed, epoch, reader, number])
                 order = rng.permutation(np.concatenate(indices))
-                row = np.arange(done, done + count) % size
-                is_wanted = (row >= rows.start) & (row < rows.stop)
-                is_wanted[: max(first_wanted - done, 0)] = False  # of earlier batches
-                if is_wanted.any():
-                    yield Group(epoch, tuple(pieces), order[is_wanted])
-            done += count
+                row = np.arange(num_earlier, num_earlier + count) % size
+                is_required = (row >= rows.start) & (row < rows.stop)
+                is_required[: max(first_required - num_earlier, 0)] = (
+                    False  # rows of earlier batches
+                )
+                if is_required.any():
+                    yield Group(epoch, tuple(pieces), order[is_required])
+            num_earlier += count
         epoch += 1
 
 

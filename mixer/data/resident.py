@@ -178,12 +178,12 @@ def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
 
 def order_spec(length: int, global_batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes, dtypes and shardings of the arrays that `put_order` returns."""
-    by_batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    shape = (length, global_batch_size)
-    return {
-        "epoch": jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch),
-        "place": jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch),
-    }
+    spec = jax.ShapeDtypeStruct(
+        (length, global_batch_size),
+        np.int32,
+        sharding=NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)),
+    )
+    return {"epoch": spec, "place": spec}
 
 
 def put_order(

@@ -222,9 +222,9 @@ class StoredSplit(Split):
         ]
         paths = tf.constant([path for path, _, _ in pieces], tf.string)
         starts, counts = (tf.constant([piece[i] for piece in pieces], tf.int64) for i in (1, 2))
-        is_wanted = np.zeros(high - low, bool)
-        is_wanted[numbers - low] = True
-        is_wanted = tf.constant(is_wanted)
+        is_required = np.zeros(high - low, bool)
+        is_required[numbers - low] = True
+        is_required = tf.constant(is_required)
 
         def records(path, start, count):
             return tf.data.TFRecordDataset(path).skip(start).take(count)
@@ -233,7 +233,7 @@ class StoredSplit(Split):
             tf.data.Dataset.from_tensor_slices((paths, starts, counts))
             .flat_map(records)
             .enumerate()
-            .filter(lambda place, record: is_wanted[place])
+            .filter(lambda place, record: is_required[place])
             .map(lambda place, record: (tf.constant(0, tf.int64), place + low, record))
         )
 
