@@ -11,7 +11,8 @@ from mixer.data import philox
 from mixer.data.preprocessing import device as augment
 from mixer.data.preprocessing import device_policies
 from mixer.data.preprocessing import host as preprocess
-from mixer.data.preprocessing.spec import OPS, REQUIRED, Kind, parse
+from mixer.data.preprocessing.ops import OPS, REQUIRED, Kind
+from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 
 # The compiler's fusions decide what rounds where: each variant is also compiled as in a run.

@@ -49,14 +49,14 @@ def _digits_config(tfds_dir, **values):
 
 
 def _take(split, count, start_step=0, batch=16, process_index=0, process_count=1, seed=0, **more):
-    stream = split.train_batches(
-        start_step=start_step,
+    reading = order.Reading(
         seed=seed,
         global_batch_size=batch,
         process_index=process_index,
         process_count=process_count,
         **more,
     )
+    stream = split.train_batches(start_step, reading)
     return list(itertools.islice(stream, count))
 
 
@@ -199,16 +199,15 @@ def test_files_before_the_step_are_not_opened(sharded, tmp_path, process_index, 
     settings = dict(process_index=process_index, process_count=process_count, num_readers=2)
     whole = _take(split, 2, start_step=70, **settings)
     needed = set()
-    for reader, rows in order.reader_rows(16, process_index, process_count, 2):
+    reading = order.Reading(seed=0, global_batch_size=16, **settings)
+    for reader, rows in reading.parts:
         groups = order.groups(
             70,
-            seed=0,
-            file_sizes=info.shard_lengths,
-            excluded={},
-            global_batch_size=16,
+            reading,
             reader=reader,
-            num_readers=2,
             rows=rows,
+            file_starts=np.cumsum([0, *info.shard_lengths]),
+            numbers=np.arange(info.num_examples),
             group_size=100,
         )
         # The one of the step, and the next, which is read ahead.

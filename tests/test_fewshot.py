@@ -14,6 +14,7 @@ from sklearn.linear_model import Ridge
 
 from helpers import ROOT, environment, tiny_config
 from mixer.data import splits as pipeline
+from mixer.data.order import Reading
 from mixer.data.sources import stored as sources
 from mixer.errors import UserError
 from mixer.evaluation import fewshot, tables
@@ -170,11 +171,7 @@ def test_labels_and_parts_of_a_split(split):
     assert [part.example_id(i) for i in range(3)] == [split.example_id(i) for i in (3, 4, 9)]
     last = part.select(np.array([2]))
     assert _whole(last)["image"].tobytes() == whole["image"][9].tobytes()
-    batch = next(
-        part.train_batches(
-            start_step=0, seed=0, global_batch_size=9, process_index=0, process_count=1
-        )
-    )
+    batch = next(part.train_batches(0, Reading(seed=0, global_batch_size=9)))
     images = sorted(image.tobytes() for image in batch["image"])
     assert images == sorted(whole["image"][i].tobytes() for i in (3, 4, 9) for _ in range(3))
 

@@ -16,7 +16,7 @@ from mixer.data import splits as pipeline
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.sources import folder
 from mixer.data.sources import stored as sources
-from mixer.errors import UserError
+from mixer.errors import UserError, printable
 from mixer.evaluation import suites
 from mixer.runs import config as run
 from mixer.tools import prepare
@@ -381,7 +381,7 @@ def test_a_message_is_one_line_whatever_the_name(data):
     with pytest.raises(UserError, match=r"a\\n\\x1b\[31m\.tif: TensorFlow cannot decode") as caught:
         run.open_split(config_of(data), "train", None)
     one_line(caught)
-    assert folder.displayed("a\udce9\u2028é\t") == r"a\udce9\u2028é\t"
+    assert printable("a\udce9\u2028é\t") == r"a\udce9\u2028é\t"
 
 
 # F4: what lies beside the splits.
@@ -414,7 +414,7 @@ def test_folders_beside_the_splits(data):
 def test_images_without_a_class_are_named(tmp_path):
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "1.png").touch()
-    with pytest.raises(UserError, match=r"holds no images .*<split>/<class>.*cats/1\.png"):
+    with pytest.raises(UserError, match=r"no images .*<split>/<class>.*cats/1\.png"):
         folder.scan(str(tmp_path))
 
 
@@ -630,7 +630,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     [
         (dict(val_split="all[:9%]"), "split 'all"),
         (dict(test_split="tset"), "split 'tset'"),
-        (dict(train_preprocess="decode|one_hot(2)"), "one_hot gives 2 classes"),
+        (dict(train_preprocess="decode|one_hot(2)"), r"one_hot\(2\).* has 3"),
         (dict(train_split="train[:0]"), "is empty"),
     ],
 )

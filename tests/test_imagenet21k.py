@@ -137,7 +137,7 @@ def test_the_source_of_batches_reads_it(whole):
     _, data = whole
     builder = sources.tfds_builder("imagenet21k", str(data))
     source = sources.tfds_source(builder, "train[:50%]", ())
-    assert len(source.kept) == len(SYNSETS) * IMAGES // 2
+    assert len(source.kept_numbers) == len(SYNSETS) * IMAGES // 2
     assert source.class_names == imagenet21k.synsets()
     example = source.load(0)
     label, _, image = _examples(data)[0]

@@ -15,8 +15,9 @@ from PIL import Image
 
 from helpers import assert_same_bits, tiny_config
 from mixer.data import labels
-from mixer.data.sources import folder
+from mixer.data.order import Reading
 from mixer.data.sources import stored as sources
+from mixer.data.sources.label_file import read_label_file
 from mixer.data.stored_split import make_split
 from mixer.errors import UserError
 from mixer.evaluation import classification
@@ -90,9 +91,7 @@ def test_labels_and_weights_reach_the_batches(tmp_path):
             split.example_spec
         )
         assert _labels_by_image(batch) == {i: WANTED[i] for i in images}
-    stream = splits.train.train_batches(
-        start_step=0, seed=0, global_batch_size=4, process_index=0, process_count=1
-    )
+    stream = splits.train.train_batches(0, Reading(seed=0, global_batch_size=4))
     for batch in itertools.islice(stream, 3):
         assert _labels_by_image(batch) == {i: WANTED[i] for i in (0, 1, 2, 4)}
 
@@ -149,7 +148,7 @@ def test_order_and_fingerprint_are_of_the_content(tmp_path):
     for name, lines in (("one", LINES), ("two", LINES[::-1]), ("three", LINES[1:])):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        listings.append(folder.read_label_file(str(path), str(tmp_path)))
+        listings.append(read_label_file(str(path), str(tmp_path)))
     ordered = [[listing.path(image) for image in listing.splits["train"]] for listing in listings]
     assert ordered[0] == ordered[1] and set(ordered[0]) - set(ordered[2]) == {"a/0.png"}
     assert [path for path in ordered[0] if path != "a/0.png"] == ordered[2]
@@ -208,7 +207,7 @@ def test_faults_are_told_by_line(tmp_path, line, message):
     )
     path.write_bytes(json.dumps(LINES[0]).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(UserError, match=message) as caught:
-        folder.read_label_file(str(path), str(tmp_path))
+        read_label_file(str(path), str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -228,10 +227,10 @@ def test_other_mistakes_with_label_files_get_one_line(tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text('\n{"path": "a/0.png", "labels": []}\n')
     with pytest.raises(UserError, match=r"empty\.jsonl"):
-        folder.read_label_file(str(empty), str(tmp_path))
+        read_label_file(str(empty), str(tmp_path))
     empty.write_text('{"path": "a/0.png", "labels": [1871234567]}')
     with pytest.raises(UserError, match=r"line 1.*1,871,234,567"):
-        folder.read_label_file(str(empty), str(tmp_path)).names(None)
+        read_label_file(str(empty), str(tmp_path)).names(None)
 
 
 # TFDS sets.

@@ -34,18 +34,16 @@ EXCLUDED = {1: np.array([0, 8]), 2: np.array([0]), 4: np.array([3])}
 TOTAL = sum(FILES) - 4
 
 
-def _part(start_step, steps, reader, num_readers, rows, batch, seed, group_size, excluded):
+def _part(start_step, steps, reading, reader, rows, group_size, numbers):
     """(epoch, example number) of those rows of one reader's part of `steps` batches."""
     found, size = [], rows.stop - rows.start
     for group in order.groups(
         start_step,
-        seed=seed,
-        file_sizes=FILES,
-        excluded=excluded,
-        global_batch_size=batch,
+        reading,
         reader=reader,
-        num_readers=num_readers,
         rows=rows,
+        file_starts=FIRST,
+        numbers=numbers,
         group_size=group_size,
     ):
         read = np.concatenate(
@@ -65,13 +63,18 @@ def _read(
     batch=6,
     seed=5,
     group_size=10,
-    excluded=EXCLUDED,
 ):
     """(epoch, example number) of one process's examples of `steps` batches, by batch."""
-    num_readers = num_readers or process_count
+    reading = order.Reading(
+        seed=seed,
+        global_batch_size=batch,
+        process_index=process_index,
+        process_count=process_count,
+        num_readers=num_readers,
+    )
     parts = [
-        _part(start_step, steps, reader, num_readers, rows, batch, seed, group_size, excluded)
-        for reader, rows in order.reader_rows(batch, process_index, process_count, num_readers)
+        _part(start_step, steps, reading, reader, rows, group_size, np.array(_kept()))
+        for reader, rows in reading.parts
     ]
     return [list(itertools.chain(*pieces)) for pieces in zip(*parts, strict=True)]
 
@@ -119,11 +122,24 @@ def test_the_order_of_groups_is_the_one_that_runs_have_begun_with():
     assert numbers == [27, 24, 31, 33, 26, 22, 28, 32, 25, 29, 23, 1]
 
 
-def test_reader_rows_cover_a_batch():
-    assert order.reader_rows(24, 1, 2, 2) == [(1, slice(0, 12))]  # all of its own reader's
-    assert order.reader_rows(24, 1, 2, 4) == [(2, slice(0, 6)), (3, slice(0, 6))]
-    assert order.reader_rows(24, 5, 8, 4) == [(2, slice(3, 6))]
-    assert order.reader_rows(24, 1, 3, 4) == [(1, slice(2, 6)), (2, slice(0, 4))]
+@pytest.mark.parametrize(
+    ("process_index", "process_count", "num_readers", "expected"),
+    [
+        (1, 2, 2, [(1, slice(0, 12))]),  # all of its own reader's
+        (1, 2, 4, [(2, slice(0, 6)), (3, slice(0, 6))]),
+        (5, 8, 4, [(2, slice(3, 6))]),
+        (1, 3, 4, [(1, slice(2, 6)), (2, slice(0, 4))]),
+    ],
+)
+def test_parts_of_the_readers_cover_a_batch(process_index, process_count, num_readers, expected):
+    reading = order.Reading(
+        seed=0,
+        global_batch_size=24,
+        process_index=process_index,
+        process_count=process_count,
+        num_readers=num_readers,
+    )
+    assert reading.parts == expected
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3, 8])
@@ -152,13 +168,11 @@ def test_groups_do_not_open_earlier_files_and_differ_by_epoch_and_seed():
     group = next(
         order.groups(
             7,
-            seed=5,
-            file_sizes=FILES,
-            excluded={},
-            global_batch_size=6,
+            order.Reading(seed=5, global_batch_size=6),
             reader=0,
-            num_readers=1,
             rows=slice(0, 6),
+            file_starts=FIRST,
+            numbers=np.arange(sum(FILES)),
             group_size=10,
         )
     )
@@ -177,13 +191,11 @@ def test_a_group_is_shuffled_whole():
     group = next(
         order.groups(
             0,
-            seed=0,
-            file_sizes=[1000],
-            excluded={},
-            global_batch_size=10,
+            order.Reading(seed=0, global_batch_size=10),
             reader=0,
-            num_readers=1,
             rows=slice(0, 10),
+            file_starts=np.array([0, 1000]),
+            numbers=np.arange(1000),
             group_size=100,
         )
     )

@@ -10,6 +10,7 @@ from PIL import Image
 from configs import digits
 from helpers import tiny_config
 from mixer import trainer
+from mixer.data.order import Reading
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.host import make_preprocess
 from mixer.data.preprocessing.spec import parse
@@ -66,7 +67,7 @@ def test_patches_move_whole_and_their_pixels_alike():
     between = permutation.shuffled(6, seed=5)
     within = permutation.shuffled(16, seed=5, stream=1)
     for inside, expected in ((False, old[between]), (True, old[between][:, within])):
-        order = permutation.patch_order((8, 12), 4, seed=5, within=inside)
+        order = permutation.patch_order((8, 12), 4, seed=5, shuffle_within=inside)
         new = image.reshape(96, 3)[order].reshape(8, 12, 3)
         assert np.array_equal(_patches(new, 4), expected)
     assert not np.array_equal(between, np.arange(6))
@@ -248,8 +249,8 @@ def test_patch_order_leaves_the_curve_as_it_is(tfds_dir, name, lr):
         permuted.dataset.permutation = kind
         run.resolve_permutation(permuted)
         split = run.open_split(permuted, "train", None, augment=True)
-        how = dict(start_step=0, seed=0, global_batch_size=32, process_index=0, process_count=1)
-        batches, values = split.train_batches(**how), []
+        batches = split.train_batches(0, Reading(seed=0, global_batch_size=32))
+        values = []
         for _ in range(10):
             state, metrics = step(state, next(batches))
             values.append(float(metrics["loss"]))

@@ -14,7 +14,7 @@ from helpers import GOLDENS
 from mixer.data.preprocessing import autoaugment
 from mixer.data.preprocessing import randaugment as ops
 from mixer.data.preprocessing.host import make_preprocess, output_spec
-from mixer.data.preprocessing.spec import OPS
+from mixer.data.preprocessing.ops import OPS
 from mixer.errors import UserError, first_line
 
 HOST = {name: op.host_function for name, op in OPS.items()}

@@ -101,7 +101,7 @@ def test_configs_on_command_lines_can_be_built():
 def test_documented_keys_and_steps_exist():
     """Keys in backticks and on command lines of README and docs are keys of the config."""
     from configs import common
-    from mixer.data.preprocessing.spec import OPS
+    from mixer.data.preprocessing.ops import OPS
 
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for path in re.findall(r"--config\.([a-z_.0-9]+)=", page.read_text()):

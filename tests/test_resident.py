@@ -15,7 +15,8 @@ from PIL import Image
 
 from helpers import assert_same_bits, final_state, run_python, tiny_config
 from mixer import trainer
-from mixer.data import placement, resident
+from mixer.data import host_or_device, resident
+from mixer.data.order import Reading
 from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.parallel import sharding
@@ -137,9 +138,7 @@ def test_places_and_epochs_are_the_streams_order():
     mesh = sharding.make_mesh({})
     spec = resident.order_spec(5, 700, mesh)
     order = resident.put_order(2, 3, seed=4, num_examples=2048, spec=spec)
-    stream = split.train_batches(
-        start_step=2, seed=4, global_batch_size=700, process_index=0, process_count=1
-    )
+    stream = split.train_batches(2, Reading(seed=4, global_batch_size=700))
     labels = split.labels()
     for row, batch in enumerate(itertools.islice(stream, 3)):
         np.testing.assert_array_equal(labels[np.asarray(order["place"][row])], batch["label"])
@@ -161,10 +160,10 @@ def _folder(tmp_path, sizes):
 
 def _place(spec, *, side=32, stored_bytes=0, **facts):
     """Where 100 images lie, of which a run draws 1000, unless the facts say otherwise."""
-    sizes = placement.Sizes((side, side), 100 * 3 * side**2, stored_bytes, 1 << 25)
+    sizes = host_or_device.Sizes((side, side), 100 * 3 * side**2, stored_bytes, 1 << 25)
     usual = dict(mode="auto", augment_on="auto", backend="gpu", num_processes=1, num_examples=100)
     usual |= dict(num_drawn=1000, measure=lambda: sizes)
-    return placement.place(parse(spec), **(usual | facts))
+    return host_or_device.place(parse(spec), **(usual | facts))
 
 
 FLIP = "decode|resize(32)|flip_lr"
@@ -222,7 +221,9 @@ def test_sizes_are_not_measured_where_another_rule_decides():
     ],
 )
 def test_which_ops_of_a_stream_the_device_computes(spec, augment_on, backend, device):
-    decision = placement.stream(parse(spec), "a reason", augment_on=augment_on, backend=backend)
+    decision = host_or_device.stream(
+        parse(spec), "a reason", augment_on=augment_on, backend=backend
+    )
     assert (decision.reason, str(decision.device)) == ("a reason", device)
     assert str(decision.host) == spec.removesuffix(f"|{device}" if device else "")
 
@@ -246,9 +247,9 @@ def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
     assert "3 of 4" in resident.read(split, mode="auto", num_drawn=3)
     config.dataset.train_preprocess = "decode|resize(8)|flip_lr"
     assert not isinstance(_read(config, "auto")[0], str)
-    monkeypatch.setattr(placement, "AUTO_BYTES", 1000)
+    monkeypatch.setattr(host_or_device, "AUTO_BYTES", 1000)
     assert " 1." in _read(config, "auto")[0]  # kB of PNG; as arrays 784 B
-    monkeypatch.setattr(placement, "AUTO_BYTES", 100)
+    monkeypatch.setattr(host_or_device, "AUTO_BYTES", 100)
     assert "on_device=auto" in _read(config, "auto")[0] and "100 B" in _read(config, "auto")[0]
 
 
@@ -275,7 +276,7 @@ def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
     assert len(read) == 2
-    monkeypatch.setattr(placement, "AUTO_BYTES", 100)
+    monkeypatch.setattr(host_or_device, "AUTO_BYTES", 100)
     assert resident.remember(split) is split and resident.remember(None) is None
 
 

@@ -12,6 +12,7 @@ import sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 from helpers import tiny_config, leaves
+from mixer.data.order import Reading
 from mixer.runs import config as run
 from mixer.parallel import sharding
 from mixer.training import program
@@ -38,8 +39,7 @@ for axes, changes in [({"data": 1}, {}), *variants]:
     start = leaves(state.params)
     assert all(len(leaf.sharding.device_set) == mesh.size for leaf in jax.tree.leaves(state))
     step = train_program.jit_step()
-    stream = split.train_batches(start_step=0, seed=0, global_batch_size=16, process_index=0,
-        process_count=1)
+    stream = split.train_batches(0, Reading(seed=0, global_batch_size=16))
     losses = []
     for _ in range(5):
         batch = sharding.put_batch(next(stream), mesh)

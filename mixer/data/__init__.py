@@ -1,1 +1,1 @@
-"""Images and labels: the only home of TensorFlow and TFDS."""
+"""Data sets of images and labels; the only package that imports TensorFlow and TFDS."""

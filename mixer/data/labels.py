@@ -2,8 +2,8 @@
 
 Each label is a pure function of one example, selected by `dataset.label_key`. The VTAB labels are
 defined by the benchmark (Zhai et al., 2019, arXiv 1910.04867), with constants from its public code
-(google-research/task_adaptation, `data/{clevr,dsprites,kitti}.py`) [read]. The other data sets of
-the benchmark have a stored label, such as `label_key="label"`.
+(google-research/task_adaptation, `data/{clevr,dsprites,kitti}.py`). The other data sets of the
+benchmark have a stored label, such as `label_key="label"`.
 """
 
 import dataclasses
@@ -111,15 +111,11 @@ def _interval_names(thresholds) -> tuple[str, ...]:
     return tuple(f"{low:g} to {high:g}" for low, high in itertools.pairwise(thresholds))
 
 
-def _numbers(count: int) -> tuple[str, ...]:
-    return tuple(str(number) for number in range(count))
-
-
 DERIVED = {
     "clevr_count": Derived(
         "clevr",
         ("objects",),
-        tuple(str(count) for count in range(CLEVR_FEWEST_OBJECTS, CLEVR_MOST_OBJECTS + 1)),
+        tuple(map(str, range(CLEVR_FEWEST_OBJECTS, CLEVR_MOST_OBJECTS + 1))),
         clevr_count,
     ),
     "clevr_distance": Derived(
@@ -132,12 +128,15 @@ DERIVED = {
         kitti_distance,
     ),
     "dsprites_position": Derived(
-        "dsprites", ("label_x_position",), _numbers(DSPRITES_BINS), dsprites_position
+        "dsprites", ("label_x_position",), tuple(map(str, range(DSPRITES_BINS))), dsprites_position
     ),
     "dsprites_orientation": Derived(
-        "dsprites", ("label_orientation",), _numbers(DSPRITES_BINS), dsprites_orientation
+        "dsprites",
+        ("label_orientation",),
+        tuple(map(str, range(DSPRITES_BINS))),
+        dsprites_orientation,
     ),
-    # The degrees are from memory of the set's page [not re-checked].
+    # The degrees in these names were not checked against the data set's documentation.
     "smallnorb_azimuth": Derived(
         "smallnorb",
         ("label_azimuth",),

@@ -15,14 +15,14 @@ The storage determines one of two kinds of permutation:
   Files before the first required file are never opened. This order depends on the number of
   readers, which is the number of processes at the first start of the run. It does not change when
   the run resumes with another number of processes: a process reads what supplies its rows
-  (`reader_rows`).
+  (`Reading.parts`).
 
 This module does not use TensorFlow, so that every data backend can use it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -51,6 +51,62 @@ class Group:
     order: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The training order of a run, and the part of each batch that one process reads.
+
+    Attributes:
+      seed: the run's seed.
+      global_batch_size: number of examples in a batch, over all processes.
+      process_index: index of the process.
+      process_count: number of processes; it divides the batch size.
+      num_readers: number of processes that the run started with; it divides the batch size too.
+        None: `process_count`.
+    """
+
+    seed: int
+    global_batch_size: int
+    process_index: int = 0
+    process_count: int = 1
+    num_readers: int | None = None
+
+    @property
+    def rows(self) -> slice:
+        """The rows of every batch that the process reads."""
+        size = self.global_batch_size // self.process_count
+        return slice(self.process_index * size, (self.process_index + 1) * size)
+
+    def examples(self, step: int, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the epochs and numbers of the process's examples, as from `batch_examples`."""
+        epoch, example = batch_examples(
+            step,
+            seed=self.seed,
+            num_examples=num_examples,
+            global_batch_size=self.global_batch_size,
+        )
+        return epoch[self.rows], example[self.rows]
+
+    @property
+    def reader_size(self) -> int:
+        """Number of examples of every batch that one reader supplies."""
+        return self.global_batch_size // (self.num_readers or self.process_count)
+
+    @property
+    def parts(self) -> list[tuple[int, slice]]:
+        """The parts of every batch that the process reads: (reader, rows of the reader's part).
+
+        With as many processes as readers, each process reads the part of one reader.
+        """
+        parts = []
+        for reader in range(self.num_readers or self.process_count):
+            first = reader * self.reader_size
+            start = max(self.rows.start - first, 0)
+            stop = min(self.rows.stop - first, self.reader_size)
+            if start < stop:
+                parts.append((reader, slice(start, stop)))
+        return parts
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -69,150 +125,89 @@ def batch_examples(
     return epoch, example
 
 
-def process_slice(global_batch_size: int, process_index: int, process_count: int) -> slice:
-    """Returns the rows of every global batch that one process reads."""
-    size = global_batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
-
-
-def reader_rows(
-    global_batch_size: int, process_index: int, process_count: int, num_readers: int
-) -> list[tuple[int, slice]]:
-    """Returns the parts of every batch that a process reads, in order: (reader, rows of its part).
-
-    With as many processes as readers, each process reads the part of one reader. Both numbers must
-    divide the batch size.
-    """
-    rows = process_slice(global_batch_size, process_index, process_count)
-    parts = []
-    for reader in range(num_readers):
-        part = process_slice(global_batch_size, reader, num_readers)
-        start, stop = max(rows.start, part.start), min(rows.stop, part.stop)
-        if start < stop:
-            parts.append((reader, slice(start - part.start, stop - part.start)))
-    return parts
-
-
 def groups(
     start_step: int,
+    reading: Reading,
     *,
-    seed: int,
-    file_sizes: Sequence[int],
-    excluded: dict[int, np.ndarray],
-    global_batch_size: int,
     reader: int,
-    num_readers: int,
     rows: slice,
+    file_starts: np.ndarray,
+    numbers: np.ndarray,
     group_size: int,
 ) -> Iterator[Group]:
     """Yields the groups of one reader from batch `start_step` on, without end.
 
     Args:
       start_step: the first batch; the first group starts with that batch's first example.
-      seed: the run's seed.
-      file_sizes: number of records in each file.
-      excluded: for each file number, the indices of excluded records.
-      global_batch_size: B; a reader supplies B / num_readers examples of each batch.
+      reading: the training order.
       reader: number of the reader.
-      num_readers: number of readers.
       rows: the required rows among the reader's examples of each batch; groups without a required
         row are skipped.
+      file_starts: (F + 1,) number of the first record of each of the F files, and of all records.
+      numbers: (n,) numbers of the records that are not excluded, ascending.
       group_size: a group ends with the file at which it reaches this many examples.
     """
-    files = _Files(file_sizes, excluded)
-    total = int(files.kept_counts.sum())
-    size = global_batch_size // num_readers
+    kept_starts = np.searchsorted(numbers, file_starts)
+    total = len(numbers)
+    seed, size, batch_size = reading.seed, reading.reader_size, reading.global_batch_size
 
     def supplied(count: int, reader: int) -> int:
         """Returns how many of the run's first `count` examples come from `reader`."""
-        batches, remainder = divmod(count, global_batch_size)
+        batches, remainder = divmod(count, batch_size)
         return batches * size + min(max(remainder - reader * size, 0), size)
 
-    first_wanted = start_step * size
-    epoch = max((start_step * global_batch_size) // total - 1, 0)
-    while supplied((epoch + 1) * total, reader) <= first_wanted:
+    first_required = start_step * size
+    epoch = max((start_step * batch_size) // total - 1, 0)
+    while supplied((epoch + 1) * total, reader) <= first_required:
         epoch += 1
     while True:
         parts = [
             supplied((epoch + 1) * total, r) - supplied(epoch * total, r) for r in range(reader + 1)
         ]
-        permuted = np.random.default_rng([seed, epoch]).permutation(len(file_sizes))
-        done = supplied(epoch * total, reader)  # examples of earlier epochs and groups
-        groups_of_runs = files.cut(permuted, sum(parts[:-1]), sum(parts), group_size)
+        permuted = np.random.default_rng([seed, epoch]).permutation(len(file_starts) - 1)
+        num_earlier = supplied(epoch * total, reader)  # examples in earlier epochs and groups
+        groups_of_runs = _cut(kept_starts, permuted, sum(parts[:-1]), sum(parts), group_size)
         for number, runs in enumerate(groups_of_runs):
             count = sum(stop - start for _, start, stop in runs)
-            if done + count > first_wanted:
-                pieces = files.pieces(runs)
-                order = files.permutation(pieces, [seed, epoch, reader, number])
-                row = np.arange(done, done + count) % size
-                is_wanted = (row >= rows.start) & (row < rows.stop)
-                is_wanted[: max(first_wanted - done, 0)] = False  # of earlier batches
-                if is_wanted.any():
-                    yield Group(epoch, pieces, order[is_wanted])
-            done += count
+            if num_earlier + count > first_required:
+                pieces, indices = [], []
+                for file, start, stop in runs:
+                    records = numbers[start:stop] - file_starts[file]
+                    indices.append(records - records[0] + sum(p.stop - p.start for p in pieces))
+                    pieces.append(Piece(file, int(records[0]), int(records[-1]) + 1))
+                rng = np.random.default_rng([seed, epoch, reader, number])
+                order = rng.permutation(np.concatenate(indices))
+                row = np.arange(num_earlier, num_earlier + count) % size
+                is_required = (row >= rows.start) & (row < rows.stop)
+                is_required[: max(first_required - num_earlier, 0)] = (
+                    False  # rows of earlier batches
+                )
+                if is_required.any():
+                    yield Group(epoch, tuple(pieces), order[is_required])
+            num_earlier += count
         epoch += 1
 
 
-class _Files:
-    """Files of records, of which some are excluded.
+def _cut(
+    kept_starts: np.ndarray, permuted: np.ndarray, low: int, high: int, group_size: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Cuts kept records low to high of the permuted files into groups.
 
-    Attributes:
-      kept_counts: (F,) how many records of each file are not excluded.
+    A group is a list of (file, start, stop); file f has kept records kept_starts[f] to
+    kept_starts[f + 1].
     """
-
-    def __init__(self, sizes: Sequence[int], excluded: dict[int, np.ndarray]):
-        self._sizes = sizes
-        self._excluded = {
-            file: np.unique(places) for file, places in excluded.items() if len(places)
-        }
-        self.kept_counts = np.array(
-            [size - len(self._excluded.get(file, ())) for file, size in enumerate(sizes)]
-        )
-
-    def cut(
-        self, permuted: np.ndarray, low: int, high: int, group_size: int
-    ) -> Iterator[list[tuple[int, int, int]]]:
-        """Cuts kept records low to high of the permuted files into groups.
-
-        A group is a list of (file, start, stop), indices among the file's kept records.
-        """
-        ends = np.cumsum(self.kept_counts[permuted])
-        first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left")
-        runs: list[tuple[int, int, int]] = []
-        count = 0
-        for i in range(first, min(last, len(permuted) - 1) + 1):
-            file, kept_count = int(permuted[i]), int(self.kept_counts[permuted[i]])
-            base = int(ends[i]) - kept_count
-            start, stop = max(low - base, 0), min(high - base, kept_count)
-            if stop > start:
-                runs.append((file, start, stop))
-                count += stop - start
-            if count and (count >= group_size or i >= last):
-                yield runs
-                runs, count = [], 0
-
-    def pieces(self, runs: list[tuple[int, int, int]]) -> tuple[Piece, ...]:
-        """Returns the pieces to read for runs of kept records, from their first to last record."""
-        return tuple(
-            Piece(file, self._record(file, start), self._record(file, stop - 1) + 1)
-            for file, start, stop in runs
-        )
-
-    def _record(self, file: int, index: int) -> int:
-        """Converts an index among a file's kept records to one among all of its records."""
-        if file not in self._excluded:
-            return index
-        records = np.setdiff1d(np.arange(self._sizes[file]), self._excluded[file])
-        return int(records[index])
-
-    def permutation(self, pieces: tuple[Piece, ...], seed: list[int]) -> np.ndarray:
-        """Returns a permutation of the kept records in `pieces`."""
-        is_kept = [
-            ~np.isin(
-                np.arange(piece.start, piece.stop),
-                self._excluded.get(piece.file, ()),
-                assume_unique=True,
-            )
-            for piece in pieces
-        ]
-        return np.random.default_rng(seed).permutation(np.flatnonzero(np.concatenate(is_kept)))
+    ends = np.cumsum(np.diff(kept_starts)[permuted])
+    first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left")
+    runs: list[tuple[int, int, int]] = []
+    count = 0
+    for i in range(first, min(last, len(permuted) - 1) + 1):
+        file = int(permuted[i])
+        kept_start, kept_stop = int(kept_starts[file]), int(kept_starts[file + 1])
+        shift = kept_stop - int(ends[i])  # from a place in the permuted order to a kept record
+        start, stop = max(low + shift, kept_start), min(high + shift, kept_stop)
+        if stop > start:
+            runs.append((file, start, stop))
+            count += stop - start
+        if count and (count >= group_size or i >= last):
+            yield runs
+            runs, count = [], 0

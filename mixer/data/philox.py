@@ -1,8 +1,8 @@
-"""TensorFlow's stateless random numbers in JAX: the same bits as its CPU kernels give.
+"""TensorFlow's stateless random numbers in JAX, bit-identical to TensorFlow's CPU kernels.
 
 The generator is Philox 4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2,
-3"). A key stands for TensorFlow's seed, two int64, as four uint32 words (..., 4), the low one of
-each number first. Every function takes one key or any number of them in the leading dimensions.
+3"). A key is TensorFlow's seed, two int64, as four uint32 words (..., 4), the low word of each
+number first. Every function takes one key, or many keys in the leading dimensions.
 """
 
 import functools
@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The paper's multipliers, and the steps of its key (golden ratio, square root of 3 minus 1).
+# The paper's multipliers and key increments (golden ratio, square root of 3 minus 1).
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-# The key under which TensorFlow turns a seed into the key and the start of the counter.
+# The key with which TensorFlow derives the key and the start of the counter from a seed.
 SEED_KEY = (0x3EC8F720, 0x02461E29)
 
 
 def make_key(first, second) -> jax.Array:
-    """The key of TensorFlow's seed [first, second].
+    """Returns the key for TensorFlow's seed [first, second].
 
     Args:
-      first: integers: Python's or NumPy's, of 64 bits, or JAX's int32 or uint32.
-      second: the same; both are broadcast against each other.
+      first: 64-bit integers of Python or NumPy, or int32 or uint32 JAX arrays.
+      second: the same; the two are broadcast against each other.
 
     Returns:
       (*shape, 4) uint32.
@@ -34,7 +34,7 @@ def make_key(first, second) -> jax.Array:
 
 
 def _words(number) -> list[jax.Array]:
-    """The low and the high 32 bits of integers as of int64."""
+    """Returns the low and the high 32 bits of integers that are extended to int64."""
     if isinstance(number, jax.Array):
         signed = jnp.issubdtype(number.dtype, jnp.signedinteger)
         high = (number >> 31).astype(jnp.uint32) if signed else jnp.zeros(number.shape, jnp.uint32)
@@ -44,13 +44,13 @@ def _words(number) -> list[jax.Array]:
 
 
 def fold_in(key: jax.Array, data, *, bits: int = 64) -> jax.Array:
-    """As `tf.random.experimental.stateless_fold_in` with data of so many bits, 32 or 64.
+    """As `tf.random.experimental.stateless_fold_in`.
 
     Args:
       key: (..., 4) uint32.
-      data: integers as `make_key` takes them, broadcast against the keys.
-      bits: TensorFlow makes the new seed of numbers of data's type: 64 for tf.int64, 32 for
-        tf.int32, which is what it takes a Python number for.
+      data: integers as in `make_key`, broadcast against the keys.
+      bits: size of the data's type, which is also the type of TensorFlow's new seed: 64 for
+        tf.int64, 32 for tf.int32 and for Python integers.
 
     Returns:
       The new keys, (..., 4) uint32.
@@ -69,13 +69,13 @@ def split(key: jax.Array, num: int = 2) -> jax.Array:
 
 
 def uniform(key: jax.Array, shape=(), minval: float = 0.0, maxval: float = 1.0) -> jax.Array:
-    """As `tf.random.stateless_uniform` in float32, at or above `minval` and below `maxval`.
+    """As `tf.random.stateless_uniform` in float32: `minval` <= number < `maxval`.
 
     Args:
       key: (..., 4) uint32.
-      shape: of one key's numbers.
-      minval: the least value.
-      maxval: the end of the range.
+      shape: shape of the numbers of one key.
+      minval: smallest value.
+      maxval: end of the range, exclusive.
 
     Returns:
       (..., *shape) float32.
@@ -94,9 +94,9 @@ def integers(key: jax.Array, shape, minval: int, maxval: int) -> jax.Array:
 
     Args:
       key: (..., 4) uint32.
-      shape: of one key's numbers.
-      minval: the least number.
-      maxval: the end of the range, above `minval`.
+      shape: shape of the numbers of one key.
+      minval: smallest number.
+      maxval: end of the range, exclusive.
 
     Returns:
       (..., *shape) int32.
@@ -106,7 +106,7 @@ def integers(key: jax.Array, shape, minval: int, maxval: int) -> jax.Array:
 
 
 def random_bits(key: jax.Array, shape=()) -> jax.Array:
-    """Uniform uint32 of one key's `shape`: (..., *shape)."""
+    """Returns uniform uint32 numbers, `shape` for each key: (..., *shape)."""
     count = int(np.prod(shape))
     words = _blocks(key, -(-count // 4))
     words = words.reshape(*words.shape[:-2], -1)[..., :count]
@@ -114,41 +114,46 @@ def random_bits(key: jax.Array, shape=()) -> jax.Array:
 
 
 def rounded(product: jax.Array) -> jax.Array:
-    """The float32 product, rounded before anything is added to it.
+    """Returns a float32 product, rounded before a later addition.
 
-    Compilers join a product and a sum into one operation that rounds once, and so differs in the
-    last bit from TensorFlow's two. They cannot look through this maximum.
+    Compilers fuse a product and a sum into one operation (FMA) that rounds once, which differs in
+    the last bit from TensorFlow's two operations. The maximum prevents this fusion.
     """
     return jnp.maximum(product, np.float32(-3e38))
 
 
 def _blocks(key: jax.Array, count: int) -> jax.Array:
-    """The first `count` blocks of four words: (..., count, 4) uint32."""
-    # TensorFlow enciphers the seed once: half of the result is the key, half the first counter.
+    """Returns the first `count` blocks of four words, (..., count, 4) uint32."""
+    # TensorFlow enciphers the seed once: half of the result is the key, half the start counter.
     seed_key = [jnp.uint32(word) for word in SEED_KEY]
     mixed = _philox([key[..., i] for i in range(4)], seed_key)
-    number = jnp.arange(count, dtype=jnp.uint32)  # below 2^32: the counter's other words stay
+    number = jnp.arange(
+        count, dtype=jnp.uint32
+    )  # below 2^32, so the counter's other words do not change
     first, second, third, fourth = (word[..., None] for word in mixed)
     zero = jnp.zeros_like(first)
     return jnp.stack(_philox([zero + number, zero, third, fourth], [first, second]), -1)
 
 
-@functools.partial(jax.jit, inline=True)  # traced once for arrays of one shape
+@functools.partial(jax.jit, inline=True)  # traced only once per shape
 def _philox(counter: list[jax.Array], key: list[jax.Array]) -> list[jax.Array]:
-    """Enciphers counters of four words under keys of two: arrays that are broadcast."""
+    """Enciphers counters of four words with keys of two words; the arrays are broadcast."""
     counter = jnp.broadcast_arrays(*counter)
     first, second = map(np.uint32, MULTIPLIERS)
     for _ in range(ROUNDS):
-        # The halves of two products of 64 bits.
-        high0, low0 = _high(first, counter[0]), first * counter[0]
-        high1, low1 = _high(second, counter[2]), second * counter[2]
+        # The high and low halves of two 64-bit products.
+        high0, low0 = _high_word(first, counter[0]), first * counter[0]
+        high1, low1 = _high_word(second, counter[2]), second * counter[2]
         counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
         key = [word + np.uint32(step) for word, step in zip(key, KEY_STEPS, strict=True)]
     return counter
 
 
-def _high(factor: np.uint32, words: jax.Array) -> jax.Array:
-    """The higher 32 bits of products of 64, by halves: XLA does not partition `jax.lax.mulhi`."""
+def _high_word(factor: np.uint32, words: jax.Array) -> jax.Array:
+    """Returns the high 32 bits of 64-bit products, without `jax.lax.mulhi`.
+
+    XLA does not partition `jax.lax.mulhi` over devices.
+    """
     low, high = np.uint32(factor & 0xFFFF), np.uint32(factor >> 16)
     words_low, words_high = words & 0xFFFF, words >> 16
     middle = high * words_low + (low * words_low >> 16)

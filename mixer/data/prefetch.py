@@ -1,4 +1,4 @@
-"""Batches that are made and sent to the device ahead of time."""
+"""Makes batches and sends them to the device ahead of time."""
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
@@ -13,17 +13,17 @@ def prefetch(
     put: Callable[[Mapping[str, np.ndarray]], Any],
     depth: int,
 ) -> Iterator[Any]:
-    """Keeps `depth` batches on their way to the device, made and sent by a thread of their own.
+    """Makes batches and sends them to the device in a thread, `depth` batches ahead.
 
-    The thread starts at once and ends with the iterator.
+    The thread starts immediately and ends with the iterator.
 
     Args:
-      batches: made by the thread, one after the other.
+      batches: the batches; only the thread advances this iterator.
       put: sends a batch to the device.
-      depth: batches that are made before they are asked for.
+      depth: number of batches that are made before they are requested.
 
     Returns:
-      What `put` returns for each batch, in order; an exception of the thread is raised in its turn.
+      The results of `put` in order. An exception in the thread is raised in place of its batch.
     """
     end = object()
 

@@ -18,7 +18,7 @@ import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixer.data import order
-from mixer.data.placement import Placement, Sizes, place, room
+from mixer.data.host_or_device import Placement, Sizes, place, room
 from mixer.data.preprocessing.device import make_augment
 from mixer.data.splits import Cache, Split
 from mixer.errors import UserError
@@ -178,12 +178,12 @@ def put(examples: Examples, mesh: Mesh) -> dict[str, jax.Array]:
 
 def order_spec(length: int, global_batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes, dtypes and shardings of the arrays that `put_order` returns."""
-    by_batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    shape = (length, global_batch_size)
-    return {
-        "epoch": jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch),
-        "place": jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch),
-    }
+    spec = jax.ShapeDtypeStruct(
+        (length, global_batch_size),
+        np.int32,
+        sharding=NamedSharding(mesh, PartitionSpec(None, sharding.BATCH)),
+    )
+    return {"epoch": spec, "place": spec}
 
 
 def put_order(

@@ -1,6 +1,6 @@
 """The splits of the data set that a config names, and their batches.
 
-TensorFlow is imported only where the data needs it: synthetic data runs without.
+TensorFlow is imported only for stored data; synthetic data does not need it.
 """
 
 import abc
@@ -15,25 +15,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from mixer.data import order
 from mixer.data.preprocessing.spec import Specification
 from mixer.data.sources import folder as folder_lib
 from mixer.data.sources import synthetic
-from mixer.errors import UserError, check_choice
+from mixer.data.sources.label_file import LabelFile, read_label_file
+from mixer.errors import UserError, check_choice, printable
 
 Batches = Iterator[dict[str, np.ndarray]]
+# All splits of a folder or label file share one listing, until `forget_listings` is called.
+_scan = functools.lru_cache(maxsize=1)(folder_lib.scan)
+_read_label_file = functools.lru_cache(maxsize=1)(read_label_file)
 
 
 class Cache:
-    """Examples that were read once, by their places (start, stop), to be batched again."""
+    """Keeps batches that have been read, by range of places (start, stop)."""
 
     def __init__(self) -> None:
         self._arrays: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def batches(self, split: "Split", *, start: int, stop: int, batch_size: int) -> Batches:
-        """As `split.read`, which reads what the cache does not have."""
+        """Yields the same batches as `split.read`, which is called only for missing ranges."""
         if (start, stop) in self._arrays:
             arrays = self._arrays[start, stop]
             for low in range(0, stop - start, batch_size):
@@ -57,17 +60,17 @@ class Split(abc.ABC):
 
     Attributes:
       name: data set and split, for messages.
-      class_names: of the labels, in order.
-      fingerprint: changes when the examples or their labels do.
-      numbers: (num_examples,) int64, the number of the example at each place in the whole data set.
-        Its key is made with it: random ops take stateless_fold_in([seed, epoch], number).
-      example_spec: of one example as batched: name -> (shape, dtype), such as
-        {"image": ((224, 224, 3), "uint8"), "label": ((), "int32")}; labels of several an image are
-        (M,), -1 where it has fewer, with "label_weight" ((M,), "float32").
-      preprocess: the ops that each image goes through; without any, synthetic images.
+      class_names: class names in label order.
+      fingerprint: a hash that changes when the examples or their labels change.
+      numbers: (num_examples,) int64, ascending: for each place, the example's number among all
+        stored examples. Random ops use the key stateless_fold_in([seed, epoch], number).
+      example_spec: the arrays of one example in a batch: name -> (shape, dtype), such as
+        {"image": ((224, 224, 3), "uint8"), "label": ((), "int32")}. If images may have several
+        labels, the label is (M,), padded with -1, and there is a "label_weight" ((M,), "float32").
+      preprocess: the ops that are applied to each image; empty for synthetic images.
       multi_label: whether an image may have several labels, or none.
-      order_depends_on_readers: whether the order of training depends on `num_readers`.
-      cache: keeps what `sequential_batches` has read; None: each call reads.
+      order_depends_on_readers: whether the training order depends on `num_readers`.
+      cache: keeps the batches of `sequential_batches`; None: each call reads.
     """
 
     name: str
@@ -82,84 +85,74 @@ class Split(abc.ABC):
 
     @property
     def num_examples(self) -> int:
-        """How many examples the split has, without the excluded ones."""
+        """Number of examples in the split, without excluded examples."""
         return len(self.numbers)
 
     @abc.abstractmethod
-    def train_batches(
-        self,
-        *,
-        start_step: int,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int | None = None,
-    ) -> Batches:
-        """Yields, without end, this process's examples from batch `start_step` on.
+    def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
+        """Yields this process's rows of the batches from `start_step` on, without end.
 
         Args:
           start_step: the first batch.
-          seed: of the run.
-          global_batch_size: examples of a batch, of all processes.
-          process_index: which process this is.
-          process_count: of how many; it divides the batch.
-          num_readers: the number of processes that the run began with, which divides the batch too;
-            None: `process_count`.
+          reading: the training order, and this process's part of each batch.
 
         Returns:
-          Arrays (n, *shape) of what `example_spec` names.
+          Batches with an array (n, *shape) for each entry of `example_spec`.
         """
 
     @abc.abstractmethod
     def read(self, *, start: int, stop: int, batch_size: int) -> Batches:
-        """Yields the examples at places start to stop from storage; the last batch may be short."""
+        """Reads the examples at places start to stop; the last batch may be smaller."""
 
     @abc.abstractmethod
     def example_id(self, place: int) -> str:
-        """The name that messages, exclusion lists and saved predictions use."""
+        """Returns the example's name in messages, exclusion lists and saved predictions."""
 
     @abc.abstractmethod
     def labels(self) -> np.ndarray:
-        """The labels before preprocessing, (num_examples,) int32; no image is decoded.
+        """Returns the labels before preprocessing, (num_examples,) int32; decodes no image.
 
-        With `multi_label` (num_examples, M), -1 where an image has fewer.
+        With `multi_label`, the shape is (num_examples, M), padded with -1.
         """
 
     def with_preprocess(
         self, spec: Specification, *, image_size: tuple[int | None, int | None], keys: bool = False
     ) -> "Split":
-        """The same examples with other ops; synthetic images have none, and stay as they are.
+        """Returns the same examples with other ops; synthetic images have no ops and do not change.
 
         Args:
           spec: the ops.
-          image_size: (H, W) that the images have in the end; None: any.
-          keys: whether training batches have "augment_key" (n, 4) uint32 too, the examples' keys as
-            mixer/data/philox.py takes them.
+          image_size: (H, W) of the preprocessed images; None: any.
+          keys: whether training batches also have "augment_key" (n, 4) uint32, the examples' keys
+            in the form of mixer/data/philox.py.
         """
         del spec, image_size, keys
         return self
 
     def stored_bytes(self) -> int:
-        """About how many bytes have to be decoded to read all images once."""
+        """Estimates the number of encoded bytes of all images."""
         return 0
 
+    @property
     def stored(self) -> folder_lib.StoredFiles | None:
-        """The files that hold the examples; None: there are none."""
+        """The files that hold the examples; None if there are none."""
         return None
 
     def class_counts(self) -> np.ndarray | None:
-        """How many examples have each class, (C,) int64; None: all would have to be read."""
+        """Returns the number of examples of each class, (C,) int64.
+
+        Returns None if that would require reading all examples.
+        """
         return None
 
     def select(self, places: np.ndarray) -> "Split":
-        """A split of the examples at those places, each once, in ascending order."""
+        """Returns a split of the examples at `places`, without duplicates, in ascending order."""
         numbers = self.numbers[np.unique(places)]
-        fingerprint = f"{self.fingerprint} {_kept(numbers)}"
+        fingerprint = f"{self.fingerprint} {_fingerprint_suffix(numbers)}"
         return dataclasses.replace(self, numbers=numbers, fingerprint=fingerprint, cache=None)
 
     def sequential_batches(self, *, start: int, stop: int, batch_size: int) -> Batches:
-        """As `read`, from memory where the cache has the examples."""
+        """Reads as `read` does, from the cache if possible."""
         if self.cache is None:
             return self.read(start=start, stop=stop, batch_size=batch_size)
         return self.cache.batches(self, start=start, stop=stop, batch_size=batch_size)
@@ -167,13 +160,13 @@ class Split(abc.ABC):
     def eval_batches(
         self, *, global_batch_size: int, process_index: int, process_count: int
     ) -> Batches:
-        """Yields the whole split once: every process the same number of full batches.
+        """Yields the whole split once, as the same number of full batches on every process.
 
-        Each process reads its own range of places. Rows that only fill a batch have mask 0.
+        Each process reads its own range of places. Padding rows have mask 0.
 
         Returns:
           Batches of global_batch_size / process_count examples, with "mask" (n,) float32 and
-          "index" (n,) int32, each one's place in the split; -1 where the mask is 0.
+          "index" (n,) int32, the place of each example in the split; -1 if the mask is 0.
         """
         size = global_batch_size // process_count
         per_process = -(-self.num_examples // process_count)
@@ -184,7 +177,7 @@ class Split(abc.ABC):
         for _ in range(-(-per_process // size)):
             batch = next(batches, None)
             if batch is None:
-                if template is None:  # no example of its own: the shapes come from the first one
+                if template is None:  # this process has no example; take the first one's shapes
                     template = next(self.sequential_batches(start=0, stop=1, batch_size=1))
                 batch = {key: value[:0] for key, value in template.items()}
             template = batch
@@ -200,8 +193,8 @@ class Split(abc.ABC):
             yield filled
 
 
-def _kept(numbers: np.ndarray) -> str:
-    """The end of the fingerprint of a part of a split."""
+def _fingerprint_suffix(numbers: np.ndarray) -> str:
+    """Returns the end of the fingerprint for a subset of a split."""
     return f"kept {zlib.crc32(numbers.tobytes())}"
 
 
@@ -210,34 +203,18 @@ class SyntheticSplit(Split):
     """A split of synthetic images.
 
     Attributes:
-      spec: the split's name.
+      spec: name of the split.
       image_size: (H, W).
     """
 
     spec: str
     image_size: tuple[int, int]
 
-    def train_batches(
-        self,
-        *,
-        start_step: int,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int | None = None,
-    ) -> Batches:
-        """As `Split.train_batches`; the order is one permutation, whoever reads it."""
-        del num_readers
-        rows = order.process_slice(global_batch_size, process_index, process_count)
+    def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
+        """As `Split.train_batches`; the order does not depend on the readers."""
         for step in itertools.count(start_step):
-            _, places = order.batch_examples(
-                step,
-                seed=seed,
-                num_examples=self.num_examples,
-                global_batch_size=global_batch_size,
-            )
-            yield self._batch(places[rows])
+            _, places = reading.examples(step, self.num_examples)
+            yield self._batch(places)
 
     def read(self, *, start: int, stop: int, batch_size: int) -> Batches:
         """As `Split.read`."""
@@ -261,7 +238,7 @@ class SyntheticSplit(Split):
 
 
 class Unusable(UserError):
-    """Some images of a split cannot be used, as their listing already shows."""
+    """The listing of a split contains images that cannot be used."""
 
 
 def open_split(
@@ -274,19 +251,19 @@ def open_split(
     class_names: tuple[str, ...] | None = None,
     subfolders: bool = True,
 ) -> Split:
-    """Opens split `spec` of the data set that a config names.
+    """Opens a split of the data set that a config names.
 
     Args:
       dataset: the config's `dataset`.
-      spec: such as "train" or "train[:98%]".
-      preprocess: the steps that each image takes.
-      image_size: (H, W) of the images that come out.
-      num_classes: the config's; the synthetic set has that many (10 where it is None).
-      class_names: those of the run; None takes the data set's own.
-      subfolders: as of `folder.scan`.
+      spec: the split, such as "train" or "train[:98%]".
+      preprocess: the specification of the ops that are applied to each image.
+      image_size: (H, W) of the preprocessed images.
+      num_classes: the config's number of classes, which synthetic data uses; None means 10.
+      class_names: the run's class names; None: those of the data set.
+      subfolders: as in `folder.scan`.
 
     Raises:
-      UserError: no such data set or split, an empty one, other classes than the run's.
+      UserError: the data set or split does not exist or is empty, or its classes are not the run's.
     """
     for key, owner, is_owner in (
         ("label_file", "folder", dataset.name == "folder"),
@@ -301,19 +278,19 @@ def open_split(
         split = _open_synthetic(spec, image_size, num_classes or 10)
     else:
         source = open_source(dataset, spec, class_names, num_classes, subfolders=subfolders)
-        split = _open_stored(source, dataset, preprocess, image_size)
+        split = _open_stored(source, preprocess, image_size, dataset.shuffle_group_size)
+        if dataset.exclude:
+            fingerprint = f"{split.fingerprint} {_fingerprint_suffix(source.kept_numbers)}"
+            split = dataclasses.replace(split, fingerprint=fingerprint)
     if not split.num_examples:
         raise UserError(f"{split.name} is empty: no examples are left in this split")
     if class_names is not None and split.class_names != tuple(class_names):
         raise UserError(
-            f"{split.name} has other classes than the run: {_brief(split.class_names)} and not "
-            f"{_brief(class_names)}"
+            f"{split.name} has other classes than the run: {len(split.class_names)} "
+            f"({folder_lib.listed(split.class_names)}) and not {len(class_names)} "
+            f"({folder_lib.listed(class_names)})"
         )
     return split
-
-
-def _brief(names) -> str:
-    return f"{len(names)} ({', '.join(itertools.islice(names, 3))}, ...)"
 
 
 def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) -> Split:
@@ -329,32 +306,30 @@ def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) ->
     )
 
 
-def _open_stored(source, dataset, preprocess: str, image_size: tuple[int, int]) -> Split:
-    """A split of what a source holds, with its preprocessing."""
+def _open_stored(
+    source, preprocess: str, image_size: tuple[int, int], group_size: int = 1
+) -> Split:
+    """Opens a split of a source with preprocessing."""
     import tensorflow as tf
 
     from mixer.data.stored_split import make_split
 
-    tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's alone
-    split = make_split(
-        source, preprocess, image_size=image_size, group_size=dataset.shuffle_group_size
-    )
-    if faults := sorted(source.faults.keys() & set(source.kept.tolist())):
+    tf.config.set_visible_devices([], "GPU")  # only JAX uses the accelerator
+    split = make_split(source, preprocess, image_size=image_size, group_size=group_size)
+    if faults := sorted(source.faults.keys() & set(source.kept_numbers.tolist())):
         raise Unusable(
-            f"{source.name} holds {len(faults):,} images that cannot be used, such as "
-            f"{folder_lib.displayed(source.example_id(faults[0]))}: {source.faults[faults[0]]}; "
-            f"accepted are regular files in {folder_lib.ACCEPTED}; leave others out with the list "
-            "that `python -m mixer.tools.prepare check` writes"
+            f"{source.name} contains {len(faults):,} images that cannot be used, such as "
+            f"{printable(source.example_id(faults[0]))}: {source.faults[faults[0]]}; "
+            f"expected regular files in the formats {folder_lib.ACCEPTED} (exclude the others with "
+            "the list that `python -m mixer.tools.prepare check` writes)"
         )
     shape, dtype = split.example_spec["label"]
     if dtype == "float32" and shape != (len(source.class_names),):
         raise UserError(
-            f"preprocessing {preprocess!r}: one_hot gives {shape[0]} classes, but {source.name} "
+            f"preprocessing {preprocess!r}: one_hot has {shape[0]} classes, but {source.name} "
             f"has {len(source.class_names)}"
         )
-    if not dataset.exclude:
-        return split
-    return dataclasses.replace(split, fingerprint=f"{split.fingerprint} {_kept(source.kept)}")
+    return split
 
 
 def open_source(
@@ -376,71 +351,59 @@ def open_source(
         listing = _read_label_file(dataset.label_file, dataset.data_dir)
         names = listing.names(num_classes) if class_names is None else class_names
         return sources.label_file_source(listing, spec, names, excluded)
-    folder = scan(dataset.data_dir, subfolders)
+    folder = _scan(dataset.data_dir, subfolders=subfolders)
     names = folder.class_names if class_names is None else class_names
     return sources.folder_source(folder, spec, names, excluded)
 
 
 def open_listing(
-    listing: folder_lib.LabelFile,
+    listing: LabelFile,
     preprocess: str,
     *,
     image_size: tuple[int, int],
     class_names: tuple[str, ...],
 ) -> Split:
-    """Opens all images of a label file that is read already.
+    """Opens all images of a label file that has already been read.
 
     Args:
-      listing: the label file, which has one split.
-      preprocess: the steps that each image takes.
-      image_size: (H, W) of the images that come out.
-      class_names: of the labels, in order.
+      listing: the content of the label file, which has one split.
+      preprocess: the specification of the ops that are applied to each image.
+      image_size: (H, W) of the preprocessed images.
+      class_names: class names in label order.
     """
     from mixer.data.sources import stored as sources
 
     (spec,) = listing.splits
     source = sources.label_file_source(listing, spec, class_names, frozenset())
     source = dataclasses.replace(source, name=str(listing.file))
-    dataset = ConfigDict({"exclude": "", "shuffle_group_size": 1})
-    return _open_stored(source, dataset, preprocess, image_size)
-
-
-@functools.lru_cache(maxsize=1)
-def scan(root: str, subfolders: bool) -> folder_lib.ImageFolder:
-    """As `folder.scan`, once for all splits."""
-    return folder_lib.scan(root, subfolders=subfolders)
-
-
-@functools.lru_cache(maxsize=1)
-def _read_label_file(file: str, root: str) -> folder_lib.LabelFile:
-    return folder_lib.read_label_file(file, root)
+    return _open_stored(source, preprocess, image_size)
 
 
 def forget_listings() -> None:
-    """Makes the next call read folders and label files again: they may have changed."""
-    scan.cache_clear()
+    """Makes the next call read folders and label files again, because they may have changed."""
+    _scan.cache_clear()
     _read_label_file.cache_clear()
 
 
 def has_subfolders(dataset) -> bool:
-    """Whether a folder of images holds images in subfolders of a class folder."""
+    """Returns whether a folder of images has images in subfolders of a class folder."""
     if dataset.name != "folder" or dataset.label_file:
         return False
-    return scan(dataset.data_dir, True).nested > 0
+    return _scan(dataset.data_dir, subfolders=True).nested > 0
 
 
 def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
-    """Lines on what the user may not have meant; none of it prevents training.
+    """Returns lines for the user on possible mistakes in the data that do not prevent training.
 
     Args:
       dataset: the config's `dataset`.
-      train: the split to train on.
-      subfolders: as of `folder.scan`.
+      train: the training split.
+      subfolders: as in `folder.scan`.
     """
     show = folder_lib.listed
     lines = []
     if dataset.name == "folder" and not dataset.label_file:
-        lines += scan(dataset.data_dir, subfolders).remarks
+        lines += _scan(dataset.data_dir, subfolders=subfolders).remarks
     names = train.class_names
     counts = train.class_counts()
     if counts is not None and (missing := np.flatnonzero(counts == 0).tolist()):
@@ -449,17 +412,17 @@ def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
             f"{show(names[label] for label in missing)}"
         )
     if dataset.name == "folder":
-        alike = collections.defaultdict(list)
+        variants = collections.defaultdict(list)
         for name in names:
-            alike["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+            variants["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
         if groups := [
-            " and ".join(map(ascii, group)) for group in alike.values() if len(group) > 1
+            " and ".join(map(ascii, group)) for group in variants.values() if len(group) > 1
         ]:
             lines.append(
-                f"classes that differ by case, blanks or Unicode form alone: {show(groups)}"
+                f"classes that differ only by case, blanks or Unicode form: {show(groups)}"
             )
     if len(names) == 1:
-        lines.append(f"the data has one class, {show(names)}: every answer is right")
+        lines.append(f"the data has only one class, {show(names)}: every prediction is correct")
     if unmatched := _unmatched(dataset, subfolders):
         lines.append(
             f"{len(unmatched):,} names in dataset.exclude={dataset.exclude} match no example: "
@@ -469,7 +432,7 @@ def remarks(dataset, train: Split, *, subfolders: bool = True) -> list[str]:
 
 
 def _unmatched(dataset, subfolders: bool) -> list[str]:
-    """Names of the exclusion list that match no example of any split, sorted."""
+    """Returns the sorted names of the exclusion list that match no example of any split."""
     excluded = read_exclusions(dataset.exclude)
     if not excluded:
         return []
@@ -481,12 +444,16 @@ def _unmatched(dataset, subfolders: bool) -> list[str]:
     if dataset.label_file:
         listing = _read_label_file(dataset.label_file, dataset.data_dir)
         return sorted(excluded.difference(map(listing.path, range(len(listing.lines)))))
-    files = itertools.chain(*scan(dataset.data_dir, subfolders).files.values())
+    files = itertools.chain(*_scan(dataset.data_dir, subfolders=subfolders).files.values())
     return sorted(excluded.difference(map(folder_lib.decode, files)))
 
 
 def read_exclusions(path: str) -> frozenset[str]:
-    """Names of the examples that a list made by `prepare check` leaves out."""
+    """Returns the names of the excluded examples from a list that `prepare check` wrote.
+
+    Raises:
+      UserError: the file cannot be read, or a line is invalid.
+    """
     if not path:
         return frozenset()
     file = folder_lib.find_file("dataset.exclude", path)
@@ -495,7 +462,7 @@ def read_exclusions(path: str) -> frozenset[str]:
         if not line.strip():
             continue
         try:
-            # The list escapes bytes that are no UTF-8; `example_id` has them decoded.
+            # The list escapes bytes that are not UTF-8; `example_id` returns them decoded.
             names.add(folder_lib.decode(folder_lib.encode(json.loads(line)["example"])))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(

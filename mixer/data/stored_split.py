@@ -1,4 +1,4 @@
-"""Splits whose examples are stored: they are read, preprocessed and batched with TensorFlow."""
+"""Reads, preprocesses and batches the stored examples of a split with TensorFlow."""
 
 import dataclasses
 import functools
@@ -16,9 +16,10 @@ from mixer.data.preprocessing.spec import Specification, parse
 from mixer.data.sources import folder
 from mixer.data.sources.stored import Example, Source, read_piece
 from mixer.data.splits import Batches, Split
-from mixer.errors import UserError, first_line
+from mixer.errors import UserError, first_line, printable
 
-# What reading and decoding raise; where a path is no UTF-8, TensorFlow fails to say so.
+# Exceptions of reading and decoding. TensorFlow raises UnicodeDecodeError while it reports an error
+# about a path that is not UTF-8.
 READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 LABELS_AT_ONCE = 4096
 AUTOTUNE = tf.data.AUTOTUNE
@@ -29,9 +30,9 @@ class StoredSplit(Split):
     """A split of a `Source`.
 
     Attributes:
-      source: of the examples.
-      function: the preprocessing, (example, key) -> example.
-      group_size: as of `order.groups`.
+      source: the source of the examples.
+      function: the preprocessing function, (example, key) -> example.
+      group_size: as in `order.groups`.
       with_keys: whether training batches have "augment_key".
     """
 
@@ -40,29 +41,12 @@ class StoredSplit(Split):
     group_size: int
     with_keys: bool = False
 
-    def train_batches(
-        self,
-        *,
-        start_step: int,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int | None = None,
-    ) -> Batches:
+    def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
         """As `Split.train_batches`."""
-        ordered = functools.partial(
-            self._ordered,
-            seed=seed,
-            global_batch_size=global_batch_size,
-            process_index=process_index,
-            process_count=process_count,
-            num_readers=num_readers or process_count,
-        )
         return self._batches(
-            lambda batches: ordered(start_step + batches),
-            seed=seed,
-            batch_size=global_batch_size // process_count,
+            lambda batches: self._read_in_train_order(start_step + batches, reading),
+            seed=reading.seed,
+            batch_size=reading.global_batch_size // reading.process_count,
             with_keys=self.with_keys,
         )
 
@@ -70,7 +54,7 @@ class StoredSplit(Split):
         """As `Split.read`."""
 
         def examples(batches: int) -> tf.data.Dataset:
-            return self._sequential(min(start + batches * batch_size, stop), stop)
+            return self._read_sequentially(min(start + batches * batch_size, stop), stop)
 
         return self._batches(examples, seed=0, batch_size=batch_size)
 
@@ -96,15 +80,17 @@ class StoredSplit(Split):
         return self.source.example_id(int(self.numbers[place]))
 
     def labels(self) -> np.ndarray:
-        """As `Split.labels`; records that can only be read one after the other are all read."""
+        """As `Split.labels`; reads all records if labels are stored with the images."""
         if self.source.labels is not None:
             return self.source.labels[self.numbers]
-        alone = dataclasses.replace(self, function=lambda example, key: {"label": example["label"]})
-        batches = alone.read(start=0, stop=self.num_examples, batch_size=LABELS_AT_ONCE)
+        only_labels = dataclasses.replace(
+            self, function=lambda example, key: {"label": example["label"]}
+        )
+        batches = only_labels.read(start=0, stop=self.num_examples, batch_size=LABELS_AT_ONCE)
         return np.concatenate([batch["label"] for batch in batches])
 
     def stored_bytes(self) -> int:
-        """As `Split.stored_bytes`, judged by some images; any can be loaded by its number."""
+        """As `Split.stored_bytes`, from 64 images; requires that examples are loaded by number."""
         places = np.linspace(0, self.num_examples - 1, 64).astype(int)
         sizes = []
         for number in self.numbers[places].tolist():
@@ -114,12 +100,9 @@ class StoredSplit(Split):
                 raise self._unreadable(number, fault) from None
         return int(np.mean(sizes) * self.num_examples)
 
-    def stored(self) -> folder.StoredFiles | None:
-        """As `Split.stored`."""
-        return self._stored
-
     @functools.cached_property
-    def _stored(self) -> folder.StoredFiles | None:
+    def stored(self) -> folder.StoredFiles:
+        """As `Split.stored`."""
         return self.source.stored(self.numbers)
 
     def class_counts(self) -> np.ndarray | None:
@@ -127,7 +110,7 @@ class StoredSplit(Split):
         return self.source.count_classes and self.source.count_classes(self.numbers)
 
     def check(self) -> Iterator[tuple[int, str | None]]:
-        """Preprocesses every example, several at a time; yields (number, fault or None)."""
+        """Preprocesses every example in threads; yields (number, fault or None)."""
         key = tf.constant([0, 0], tf.int64)
         faults = self.source.faults
 
@@ -137,83 +120,61 @@ class StoredSplit(Split):
                 return int(number), faults[int(number)]
             try:
                 example = self.source.load(item)
-                # All of it, where a crop would decode its window only.
+                # Decode the complete image; a crop would decode only its window.
                 decode(example["image"])
                 self.function(example, key)
             except READ_ERRORS as error:
                 return int(number), _reason(error)
             return int(number), None
 
-        elements = iter(self._sequential(0, self.num_examples))
+        elements = iter(self._read_sequentially(0, self.num_examples))
         with ThreadPoolExecutor() as pool:
             while chunk := list(itertools.islice(elements, 1024)):
                 yield from pool.map(fault, chunk)
 
-    # Which examples, as tf.data.Datasets of (epoch, number, what `source.load` takes).
+    # The following methods return data sets of (epoch, number, argument of `source.load`).
 
-    def _ordered(
-        self,
-        start_step: int,
-        *,
-        seed: int,
-        global_batch_size: int,
-        process_index: int,
-        process_count: int,
-        num_readers: int,
-    ) -> tf.data.Dataset:
-        """This process's examples of training from `start_step` on."""
-        batch = dict(seed=seed, global_batch_size=global_batch_size)
+    def _read_in_train_order(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
+        """Returns this process's training examples from batch `start_step` on."""
         if not self.source.files:
-            rows = order.process_slice(global_batch_size, process_index, process_count)
-            return self._by_number(start_step, rows, **batch)
+            return self._read_by_number(start_step, reading)
 
         def read(reader: int, rows: slice) -> tf.data.Dataset:
             groups = functools.partial(
                 order.groups,
                 start_step,
-                file_sizes=[count for _, _, count in self.source.files],
-                excluded=self._excluded,
-                group_size=self.group_size,
+                reading,
                 reader=reader,
-                num_readers=num_readers,
                 rows=rows,
-                **batch,
+                file_starts=self.source.first_numbers,
+                numbers=self.numbers,
+                group_size=self.group_size,
             )
-            return self._grouped(groups)
+            return self._read_groups(groups)
 
-        parts = order.reader_rows(global_batch_size, process_index, process_count, num_readers)
-        if len(parts) == 1:
-            return read(*parts[0])
+        if len(reading.parts) == 1:
+            return read(*reading.parts[0])
         # Each batch takes the rows of one reader, then those of the next.
-        readers = tuple(read(reader, rows).batch(rows.stop - rows.start) for reader, rows in parts)
+        readers = tuple(
+            read(reader, rows).batch(rows.stop - rows.start) for reader, rows in reading.parts
+        )
         joined = tf.data.Dataset.zip(readers).map(
             lambda *pieces: tuple(tf.concat(column, 0) for column in zip(*pieces, strict=True))
         )
         return joined.unbatch()
 
-    def _by_number(self, start_step: int, rows: slice, **batch: int) -> tf.data.Dataset:
+    def _read_by_number(self, start_step: int, reading: order.Reading) -> tf.data.Dataset:
         def batches():
             for step in itertools.count(start_step):
-                epoch, place = order.batch_examples(step, num_examples=self.num_examples, **batch)
-                yield epoch[rows], self.numbers[place[rows]]
+                epoch, places = reading.examples(step, self.num_examples)
+                yield epoch, self.numbers[places]
 
         signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
         numbers = tf.data.Dataset.from_generator(batches, output_signature=signature)
         return numbers.map(lambda epoch, number: (epoch, number, number)).unbatch()
 
-    @functools.cached_property
-    def _excluded(self) -> dict[int, np.ndarray]:
-        """By the number of its file, the places of the records that the split leaves out."""
-        first = self.source.first_numbers
-        excluded = np.ones(first[-1], bool)
-        excluded[self.numbers] = False
-        files = np.unique(np.searchsorted(first, np.flatnonzero(excluded), "right") - 1)
-        return {
-            file: np.flatnonzero(excluded[first[file] : first[file + 1]]) for file in files.tolist()
-        }
-
-    def _grouped(self, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
-        """The examples of `groups()`."""
+    def _read_groups(self, groups: Callable[[], Iterator[order.Group]]) -> tf.data.Dataset:
+        """Returns the examples of the groups that `groups()` yields."""
         first, files = self.source.first_numbers, self.source.files
 
         def described():
@@ -243,12 +204,12 @@ class StoredSplit(Split):
         return (
             tf.data.Dataset.from_generator(described, output_signature=signature)
             .map(read_group)
-            .prefetch(1)  # the next group is read while this one is trained on
+            .prefetch(1)  # read the next group while training uses this one
             .unbatch()
         )
 
-    def _sequential(self, start: int, stop: int) -> tf.data.Dataset:
-        """The examples at places start to stop, in order, of epoch 0."""
+    def _read_sequentially(self, start: int, stop: int) -> tf.data.Dataset:
+        """Returns the examples at places start to stop, in order, as epoch 0."""
         source, numbers = self.source, self.numbers[start:stop]
         if not source.files:
             return tf.data.Dataset.from_tensor_slices((np.zeros_like(numbers), numbers, numbers))
@@ -261,9 +222,9 @@ class StoredSplit(Split):
         ]
         paths = tf.constant([path for path, _, _ in pieces], tf.string)
         starts, counts = (tf.constant([piece[i] for piece in pieces], tf.int64) for i in (1, 2))
-        is_wanted = np.zeros(high - low, bool)
-        is_wanted[numbers - low] = True
-        is_wanted = tf.constant(is_wanted)
+        is_required = np.zeros(high - low, bool)
+        is_required[numbers - low] = True
+        is_required = tf.constant(is_required)
 
         def records(path, start, count):
             return tf.data.TFRecordDataset(path).skip(start).take(count)
@@ -272,7 +233,7 @@ class StoredSplit(Split):
             tf.data.Dataset.from_tensor_slices((paths, starts, counts))
             .flat_map(records)
             .enumerate()
-            .filter(lambda place, record: is_wanted[place])
+            .filter(lambda place, record: is_required[place])
             .map(lambda place, record: (tf.constant(0, tf.int64), place + low, record))
         )
 
@@ -284,14 +245,14 @@ class StoredSplit(Split):
         batch_size: int,
         with_keys: bool = False,
     ) -> Batches:
-        """Preprocesses and batches `examples(0)`; `examples(k)` starts k batches later."""
+        """Preprocesses and batches `examples(0)`; `examples(k)` must start k batches later."""
 
         def finish(epoch, number, item):
-            # The key of an example depends on (seed, epoch, number) and on nothing else.
+            # The key of an example depends only on (seed, epoch, number).
             key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
             key = tf.random.experimental.stateless_fold_in(key, number)
             example = self.function(self.source.load(item), key)
-            if with_keys:  # for the ops of the device; the low word of each half comes first
+            if with_keys:  # for the device's ops; the low word of each half comes first
                 example["augment_key"] = tf.reshape(tf.bitcast(key, tf.uint32), [4])
             return example
 
@@ -307,7 +268,7 @@ class StoredSplit(Split):
                 yield batch
                 count += 1
         except READ_ERRORS as error:
-            # TensorFlow does not say which image it was: take the batch's examples one by one.
+            # TensorFlow does not report which image failed: process the batch's examples singly.
             cause = error
             try:
                 for epoch, number, item in examples(count).take(batch_size):
@@ -320,12 +281,12 @@ class StoredSplit(Split):
             raise UserError(f"{self.source.name}: reading failed: {_reason(cause)}") from cause
 
     def _unreadable(self, number: int, fault: Exception) -> UserError:
-        """The line that names an example that cannot be read or preprocessed."""
+        """Returns the error for an example that cannot be read or preprocessed."""
         return UserError(
             f"{self.source.name}: cannot use "
-            f"{folder.displayed(self.source.example_id(number))}: {_reason(fault)}; "
-            "`python -m mixer.tools.prepare check` finds all such images and writes a list to "
-            "leave them out"
+            f"{printable(self.source.example_id(number))}: {_reason(fault)}; "
+            "`python -m mixer.tools.prepare check` finds all such images and writes a list that "
+            "excludes them"
         )
 
 
@@ -336,16 +297,16 @@ def make_split(
     image_size: tuple[int | None, int | None],
     group_size: int = 1,
 ) -> StoredSplit:
-    """A split of all examples of a source that are not excluded.
+    """Makes a split of all examples of a source that are not excluded.
 
     Args:
-      source: of the examples.
-      preprocess: the ops that each image goes through.
-      image_size: (H, W) that the images must have in the end; None: any.
-      group_size: as of `order.groups`.
+      source: the source of the examples.
+      preprocess: the ops that are applied to each image.
+      image_size: required (H, W) of the preprocessed images; None: any.
+      group_size: as in `order.groups`.
 
     Raises:
-      UserError: as `spec.parse`.
+      UserError: as in `spec.parse`.
     """
     spec = parse(preprocess, image_size)
     function = make_preprocess(spec, image_size)
@@ -353,7 +314,7 @@ def make_split(
         name=source.name,
         class_names=source.class_names,
         fingerprint=source.fingerprint,
-        numbers=source.kept,
+        numbers=source.kept_numbers,
         example_spec=output_spec(function, source.example_spec),
         preprocess=spec,
         multi_label=source.max_labels is not None,
@@ -365,6 +326,6 @@ def make_split(
 
 
 def _reason(fault: Exception) -> str:
-    if isinstance(fault, UnicodeDecodeError):  # of TensorFlow's message
+    if isinstance(fault, UnicodeDecodeError):  # from TensorFlow's own message
         fault = ValueError(folder.decode(fault.object))
     return first_line(fault)

@@ -15,7 +15,8 @@ from scipy import special
 
 from mixer import files
 from mixer.data.preprocessing import permutation as orders
-from mixer.data.preprocessing.spec import Kind, Specification, parse
+from mixer.data.preprocessing.ops import Kind
+from mixer.data.preprocessing.spec import Specification, parse
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification, scores, suites
@@ -249,7 +250,9 @@ def _shuffled_results(
             order = orders.pixel_order(size, seed=seed, share=share)
         else:
             patch_size = loaded.card.patch_size
-            order = orders.patch_order(size, patch_size, seed=seed, share=share, within=False)
+            order = orders.patch_order(
+                size, patch_size, seed=seed, share=share, shuffle_within=False
+            )
         return classification.evaluate(
             step,
             (loaded.params, order),

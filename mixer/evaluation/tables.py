@@ -9,7 +9,6 @@ from rich import box
 from rich.text import Text
 
 from mixer.console import Console
-from mixer.data.sources import folder
 from mixer.errors import printable
 from mixer.formatting import in_markdown
 
@@ -91,7 +90,7 @@ def html_table(table: Table) -> str:
 
 def html_text(value: object) -> str:
     """Formats a value as text and escapes it for HTML, including attributes."""
-    return html.escape(folder.displayed(str(value)))
+    return html.escape(printable(str(value)))
 
 
 def percent(share: float | None) -> str:

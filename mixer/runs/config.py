@@ -16,12 +16,11 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from mixer import run_files
-from mixer.data import placement
+from mixer.data import host_or_device
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
-from mixer.data.sources import folder
-from mixer.errors import UserError, check_choice, check_number
+from mixer.errors import UserError, check_choice, check_number, printable
 from mixer.models.modules import check_image_size
 from mixer.models.registry import ARCHITECTURES, DEFAULT, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
@@ -128,8 +127,8 @@ def check_config(config: ConfigDict) -> None:
             f"dataset.permutation={config.dataset.permutation!r} cannot be used with synthetic "
             "data, which is not preprocessed"
         )
-    check_choice("dataset.on_device", config.dataset.on_device, placement.ON_DEVICE)
-    check_choice("dataset.augment_on", config.dataset.augment_on, placement.AUGMENT_ON)
+    check_choice("dataset.on_device", config.dataset.on_device, host_or_device.ON_DEVICE)
+    check_choice("dataset.augment_on", config.dataset.augment_on, host_or_device.AUGMENT_ON)
     check_choice("nan_policy", config.nan_policy, ("stop", "skip"))
     check_number("max_skipped_steps", config.max_skipped_steps)
     check_number("stall_secs", config.stall_secs)
@@ -459,7 +458,7 @@ def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
 
     File sizes are compared if both records have them; older code saved none.
     """
-    old_files, stored = old.get("files"), split.stored()
+    old_files, stored = old.get("files"), split.stored
     new_files = stored.record() if old_files and stored else None
     has_new_sizes = new_files is not None and old_files["sizes"] != new_files["sizes"]
     if old["fingerprint"] == split.fingerprint and not has_new_sizes:
@@ -486,7 +485,7 @@ def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
             f"and now has {new_count:,} of {new_bytes:,}"
         )
     newest = stored.newest(label) if new_files["num_files"] >= old_files["num_files"] else ""
-    return change + (newest and f"; the last changed file is {folder.displayed(newest)}")
+    return change + (newest and f"; the last changed file is {printable(newest)}")
 
 
 def data_name(config: ConfigDict) -> str:
@@ -516,7 +515,7 @@ def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
 
 
 def _files_record(split: pipeline.Split) -> dict[str, Any]:
-    stored = split.stored()
+    stored = split.stored
     record = stored and stored.record()
     return {"files": record} if record else {}
 

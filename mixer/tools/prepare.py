@@ -23,7 +23,7 @@ from absl import flags
 
 from mixer import files
 from mixer.cli import config as cli
-from mixer.errors import UserError
+from mixer.errors import UserError, printable
 
 DATA_DIR = flags.DEFINE_string(
     "data_dir", "", "tfds, imagenet21k: output directory. Default: the default of TFDS."
@@ -170,7 +170,6 @@ def check(config, output: str) -> None:
     """
     from mixer.console import Console, ProgressBar
     from mixer.data import splits as pipeline
-    from mixer.data.sources import folder
     from mixer.data.stored_split import make_split
 
     if config.dataset.name == "synthetic":
@@ -190,7 +189,7 @@ def check(config, output: str) -> None:
         steps = config.dataset["train_preprocess" if name == "train" else "eval_preprocess"]
         source = pipeline.open_source(config.dataset, spec, None, config.model.num_classes)
         results = make_split(source, steps, image_size=size).check()
-        with ProgressBar(console, f"checking {spec}", total=len(source.kept)) as bar:
+        with ProgressBar(console, f"checking {spec}", total=len(source.kept_numbers)) as bar:
             for number, fault in results:
                 bar.count(1, "images")
                 num_images += 1
@@ -202,7 +201,7 @@ def check(config, output: str) -> None:
     with files.whole(output) as new_path, new_path.open("w") as file:
         for example in sorted(faults):
             file.write(json.dumps({"example": example, "reason": faults[example]}) + "\n")
-            console.say(f"{folder.displayed(example)}: {faults[example]}")
+            console.say(f"{printable(example)}: {faults[example]}")
     console.say(f"{num_images:,} images checked, {len(faults):,} cannot be used; list: {output}")
     clean_config = config.copy_and_resolve_references()
     if faults:

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from mixer import memory
 from mixer.data import resident
 from mixer.data import splits as pipeline
-from mixer.data.placement import check_augment_on, stream
+from mixer.data.host_or_device import check_augment_on, stream
+from mixer.data.order import Reading
 from mixer.data.prefetch import prefetch
 from mixer.data.preprocessing.device import make_augment
 from mixer.formatting import short
@@ -215,15 +216,15 @@ def make_resident(
 def _make_streamed(config, split, augment, program, start_step, num_readers) -> "Streamed":
     mesh = program.mesh
     index, count = sharding.data_processes(mesh)
+    reading = Reading(
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        process_index=index,
+        process_count=count,
+        num_readers=num_readers,
+    )
     batches = prefetch(
-        split.train_batches(
-            start_step=start_step,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            process_index=index,
-            process_count=count,
-            num_readers=num_readers,
-        ),
+        split.train_batches(start_step, reading),
         lambda batch: sharding.put_batch(batch, mesh),
         config.dataset.prefetch_batches,
     )

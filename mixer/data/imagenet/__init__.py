@@ -1,1 +1,1 @@
-"""ImageNet's own matters: class names, ReaL labels, the preparation of ImageNet-21k."""
+"""ImageNet: class names, ReaL labels, and the preparation of ImageNet-21k."""

@@ -81,17 +81,17 @@ class Imagenet21k(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         del dl_manager
         raise UserError(
-            f"{self.name} is not downloaded but prepared from its tar files: "
+            f"{self.name} cannot be downloaded; prepare it from its tar files with "
             f"`python -m mixer.tools.prepare {self.name} --source=TAR_OR_FOLDER`"
         )
 
     def _generate_examples(self):
-        raise NotImplementedError  # TFDS wants it defined; _split_generators has refused before
+        raise NotImplementedError  # TFDS requires it; _split_generators raises an error first
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The progress of a preparation; bytes and images are those of the current stage."""
+    """The progress of a preparation; bytes and images count the current stage."""
 
     stage: str
     done_bytes: int
@@ -127,23 +127,19 @@ def _encode(
     """
     if not isinstance(event, Member):
         return event, None
+    fault = functools.partial(Fault, event.unit.split, event.unit.synset, event.name)
     if event.data is None:
-        reason = f"{event.size:,} bytes are too many for an image"
-        return Fault(event.split, event.synset, event.name, reason), None
+        return fault(f"{event.size:,} bytes are too many for an image"), None
     try:
         decode(tf.constant(event.data))
     except tf.errors.OpError as error:
-        return Fault(event.split, event.synset, event.name, first_line(error)), None
+        return fault(first_line(error)), None
     example = features.encode_example(
-        {"image": io.BytesIO(event.data), "label": event.synset, "file_name": event.name}
+        {"image": io.BytesIO(event.data), "label": event.unit.synset, "file_name": event.name}
     )
     record = tfds.core.ExampleSerializer(features.get_serialized_info()).get_tf_example(example)
-    # Else the order of the features within a record changes from process to process.
+    # Without this, the order of the features in a record would differ between processes.
     return dataclasses.replace(event, data=None), record.SerializeToString(deterministic=True)
-
-
-def _hash(split: str, synset: str, name: str) -> bytes:
-    return hashlib.blake2b(f"{split}/{synset}/{name}".encode(), digest_size=16).digest()
 
 
 def _ordered_map(
@@ -177,8 +173,8 @@ class _Appended:
         for name, (size, _) in self.sizes.items():
             if present.get(name, 0) < size:
                 raise UserError(
-                    f"{folder / name} has lost data: {present.get(name, 0):,} of {size:,} bytes "
-                    f"are left; delete {folder.parent} and start anew"
+                    f"{folder / name} has lost data: {present.get(name, 0):,} bytes; expected at "
+                    f"least {size:,} (delete {folder.parent} and start again)"
                 )
         for name in present:
             os.truncate(folder / name, self.sizes.get(name, [0])[0])
@@ -253,17 +249,17 @@ def prepare(
       UserError: the disk is too small, another process is preparing the data set, an unfinished
         preparation has another source, or no image can be used.
     """
-    place = data_dir or os.environ.get("TFDS_DATA_DIR", "")
-    if "://" in place:
+    location = data_dir or os.environ.get("TFDS_DATA_DIR", "")
+    if "://" in location:
         raise UserError(
-            f"--data_dir={place}: a preparation appends to files, which needs a local disk; "
-            "prepare there and copy the finished folder"
+            f"--data_dir={location}: a preparation appends to files; expected a folder on a local "
+            "disk (prepare there, and copy the finished folder)"
         )
     target = builder(source.release, data_dir)
     final = Path(target.data_path)
     work = final.with_name(f"preparing-{final.name}")
     if target.is_prepared():
-        shutil.rmtree(work, ignore_errors=True)  # killed after its last step but one
+        shutil.rmtree(work, ignore_errors=True)  # left if the process was killed before rmtree
         return None
     work.mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1
@@ -271,13 +267,16 @@ def prepare(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another preparation is at work in {work}") from None
+            raise UserError(f"{work} is in use: another preparation is running") from None
         state = _begin(source, work, shard_bytes)
         if not state["read"]:
             _read(source, work, state, target.info.features, pool, workers, report)
         names = sorted({name.partition("-")[0] for name in state["files"]} - {SKIPPED})
         if not names:
-            raise UserError(f"{source.path}: no image can be used, see {work / 'files' / SKIPPED}")
+            skipped_path = work / "files" / SKIPPED
+            raise UserError(
+                f"{source.path}: no image can be used; {skipped_path} lists the reasons"
+            )
         splits = [_write(name, target, work, state, pool, workers, report) for name in names]
         summary = _finish(splits, target, work, state)
         (work / "ready").replace(final)
@@ -292,8 +291,8 @@ def _begin(source: Source, work: Path, shard_bytes: int) -> dict[str, Any]:
         state = json.loads(path.read_text())
         if state["source"] != str(source.path.resolve()):
             raise UserError(
-                f"{work} holds a preparation from --source={state['source']}; finish that one, "
-                "or delete the folder to begin anew"
+                f"{work} contains an unfinished preparation from --source={state['source']}; "
+                "finish it, or delete the folder to start again"
             )
         buckets = state["buckets"]
     else:
@@ -302,22 +301,23 @@ def _begin(source: Source, work: Path, shard_bytes: int) -> dict[str, Any]:
             source=str(source.path.resolve()),
             buckets=buckets,
             shard_bytes=shard_bytes,
-            read=False,  # whether the source has been read to its end
-            units=[],  # those read so far, while it has not
-            source_bytes=0,  # what they take of the source
-            synsets=0,  # training synsets in the source
+            read=False,  # whether the source has been read completely
+            units=[],  # names of the units that have been read; [] once all have been
+            source_bytes=0,  # bytes of the source that have been read
+            synsets=0,  # number of training synsets in the source
             files={},  # [bytes, records] of each bucket and of the list of skipped images
-            damaged=0,  # lines of that list that stand for no single image
-            written={},  # by split, [examples, bytes, faults] of each finished shard
+            damaged=0,  # number of lines in that list that do not describe a single image
+            written={},  # for each split, [examples, bytes, faults] of each finished shard
         )
-    # The records, and a second copy of a bucket while it is written as shards.
-    needed = int(source.num_bytes * (1.05 + 1 / buckets))
-    present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    free = shutil.disk_usage(work).free
-    if free < needed - present:
+    # Space for the records, and for a second copy of a bucket while its shards are written.
+    needed_bytes = int(source.num_bytes * (1.05 + 1 / buckets))
+    present_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free_bytes = shutil.disk_usage(work).free
+    if free_bytes < needed_bytes - present_bytes:
         raise UserError(
-            f"{work}: {_gigabytes(free)} free; {source.path} with {_gigabytes(source.num_bytes)} "
-            f"needs {_gigabytes(needed - present)} here"
+            f"{work}: {_gigabytes(free_bytes)} free; expected at least "
+            f"{_gigabytes(needed_bytes - present_bytes)} for {source.path} with "
+            f"{_gigabytes(source.num_bytes)}"
         )
     return state
 
@@ -346,9 +346,11 @@ def _read(
     events = imagenet21k_source.events(source, frozenset(state["units"]))
     for event, record in _ordered_map(pool, encode, events, 4 * workers):
         if isinstance(event, Member):
-            key = _hash(event.split, event.synset, event.name)
+            name = f"{event.unit.split}/{event.unit.synset}/{event.name}"
+            key = hashlib.blake2b(name.encode(), digest_size=16).digest()
             bucket = int.from_bytes(key[:8], "big") * state["buckets"] >> 64
-            files.append(f"{event.split}-{bucket:03}", _HEADER.pack(key, len(record)) + record)
+            data = _HEADER.pack(key, len(record)) + record
+            files.append(f"{event.unit.split}-{bucket:03}", data)
             state["source_bytes"] += event.size
             images += 1
         elif isinstance(event, Fault):

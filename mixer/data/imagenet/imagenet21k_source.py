@@ -49,16 +49,24 @@ def synsets() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """The images of one synset: a tar file or a folder."""
+    """The images of one synset: a tar file, a folder, or a part of the single tar file.
+
+    Attributes:
+      split: name of the split.
+      synset: WordNet id.
+      path: the tar file or folder.
+      part: number of the part, from 1; the images of a synset may be in several parts of a tar.
+    """
 
     split: str
     synset: str
     path: Path
+    part: int = 1
 
     @property
     def name(self) -> str:
-        """Split and synset, such as "train/n01440764"."""
-        return f"{self.split}/{self.synset}"
+        """Split, synset and, from the second on, the part, such as "train/n01440764"."""
+        return f"{self.split}/{self.synset}" + (f"/{self.part}" if self.part > 1 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +112,13 @@ def find_source(source: str, release: str = "") -> Source:
         _refuse_unknown(path, {unit.synset for unit in units})
         twice = [name for name, n in collections.Counter(u.name for u in units).items() if n > 1]
         if twice:
-            raise UserError(f"{path} holds {twice[0]} as a tar file and as a folder; remove one")
+            raise UserError(f"{path} contains {twice[0]} as a tar file and a folder; remove one")
         num_bytes = sum(_size(unit.path) for unit in units)
     return Source(path, release or _find_release(path, units), num_bytes, units)
 
 
 def _look_into(path: Path) -> tuple[Path, tuple[Unit, ...] | None]:
-    """Returns the folder that holds synsets and its units, or the single tar file to read."""
+    """Returns the folder that contains synsets and its units, or the single tar file to read."""
     while True:
         children = sorted(c for c in path.iterdir() if not c.name.startswith("."))
         folders = [child for child in children if child.is_dir()]
@@ -150,8 +158,8 @@ def _refuse_unknown(path: Path, names: Iterable[str]) -> None:
     unknown = sorted(set(names).difference(synsets()))
     if unknown:
         raise UserError(
-            f"{path} holds {', '.join(unknown[:5])}: none of the {len(synsets()):,} synsets of "
-            "ImageNet-21k; remove it"
+            f"{path} contains unknown synsets: {', '.join(unknown[:5])}; expected the "
+            f"{len(synsets()):,} synsets of ImageNet-21k (remove the others)"
         )
 
 
@@ -190,7 +198,7 @@ class _TarInfo(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise
-            reason = "the end is missing" if not buf else f"a damaged header ({error})"
+            reason = "the end is missing" if not buf else f"a header is damaged ({error})"
             raise tarfile.ReadError(reason) from None
 
 
@@ -217,8 +225,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 class Member:
     """An unmodified image of the source; `data` is None if the file is too large."""
 
-    split: str
-    synset: str
+    unit: Unit
     name: str
     data: bytes | None
     size: int  # bytes in the source
@@ -241,16 +248,14 @@ class End:
     unit: str
 
 
-_Opened = tuple[str, str, str, Iterator[Member]]  # unit, split, synset, its images
-
-
-def events(source: Source, done: Container[str]) -> Iterator[Member | Fault | End]:
-    """Yields the images and faults of all units that are not done, and the end of each unit."""
+def events(source: Source, finished: Container[str]) -> Iterator[Member | Fault | End]:
+    """Yields the images and faults of all units that are not finished, and the end of each unit."""
     units = _archive_units(source.path) if source.units is None else _folder_units(source.units)
-    unit = "it"
+    name = "it"
     try:
-        for unit, split, synset, members in units:
-            if unit in done:
+        for unit, members in units:
+            name = unit.name
+            if name in finished:
                 continue
             count = 0
             try:
@@ -258,23 +263,23 @@ def events(source: Source, done: Container[str]) -> Iterator[Member | Fault | En
                     yield member
                     count += 1
                 if not count:
-                    yield Fault(split, synset, "", "holds no images")
+                    yield Fault(unit.split, unit.synset, "", "contains no images")
             except _DAMAGE as error:
-                yield Fault(split, synset, "", f"damaged after {count} images: {error}")
-            yield End(unit)
+                reason = f"damaged after {count} images: {error}"
+                yield Fault(unit.split, unit.synset, "", reason)
+            yield End(name)
     except _DAMAGE as error:
-        yield Fault("", "", "", f"{source.path} is damaged after {unit}: {error}")
+        yield Fault("", "", "", f"{source.path} is damaged after {name}: {error}")
     except OSError as error:
         raise UserError(
-            f"{source.path}: reading failed after {unit}: {error.strerror}; the same command "
+            f"{source.path}: reading failed after {name}: {error.strerror}; the same command "
             "continues from there"
         ) from error
 
 
-def _folder_units(units: Iterable[Unit]) -> Iterator[_Opened]:
+def _folder_units(units: Iterable[Unit]) -> Iterator[tuple[Unit, Iterator[Member]]]:
     for unit in units:
-        read = _folder_members if unit.path.is_dir() else _tar_members
-        yield unit.name, unit.split, unit.synset, read(unit)
+        yield unit, (_folder_members if unit.path.is_dir() else _tar_members)(unit)
 
 
 def _folder_members(unit: Unit) -> Iterator[Member]:
@@ -284,31 +289,30 @@ def _folder_members(unit: Unit) -> Iterator[Member]:
         path = unit.path / name
         size = path.stat().st_size
         data = path.read_bytes() if size <= MAX_IMAGE_BYTES else None
-        yield Member(unit.split, unit.synset, _text(name), data, size)
+        yield Member(unit, _text(name), data, size)
 
 
 def _tar_members(unit: Unit) -> Iterator[Member]:
     with tarfile.open(unit.path, "r:", tarinfo=_TarInfo) as tar:
         for info in _files(tar):
-            yield _member(tar, info, unit.split, unit.synset)
+            yield _member(tar, info, unit)
 
 
-def _archive_units(path: Path) -> Iterator[_Opened]:
+def _archive_units(path: Path) -> Iterator[tuple[Unit, Iterator[Member]]]:
     """Yields the synsets of a tar of `[.../]nXXXXXXXX.tar` or of `[.../]nXXXXXXXX/image`."""
-    runs = collections.Counter()
+    parts = collections.Counter()
     with _open_tar(path) as tar:
         for (split, synset, nested), infos in itertools.groupby(_files(tar), _place):
             if not synset:
                 continue
             _refuse_unknown(path, [synset])
-            runs[split, synset] += 1
-            run = runs[split, synset]  # a synset's images may be in several parts of the tar
-            unit = f"{split}/{synset}" + (f"/{run}" if run > 1 else "")
+            parts[split, synset] += 1
+            unit = Unit(split, synset, path, parts[split, synset])
             if nested:
-                yield unit, split, synset, _nested_members(tar, next(infos), split, synset)
+                yield unit, _nested_members(tar, next(infos), unit)
             else:
-                yield unit, split, synset, (_member(tar, i, split, synset) for i in infos)
-    if not runs:
+                yield unit, (_member(tar, info, unit) for info in infos)
+    if not parts:
         raise UserError(f"--source={path}: no synset in it; {_EXPECTED}")
 
 
@@ -321,20 +325,18 @@ def _place(info: tarfile.TarInfo) -> tuple[str, str, str]:
     return split, next((f for f in reversed(folders) if _SYNSET.fullmatch(f)), ""), ""
 
 
-def _nested_members(
-    outer: tarfile.TarFile, info: tarfile.TarInfo, split: str, synset: str
-) -> Iterator[Member]:
+def _nested_members(outer: tarfile.TarFile, info: tarfile.TarInfo, unit: Unit) -> Iterator[Member]:
     with tarfile.open(
         fileobj=outer.extractfile(info), mode="r|", tarinfo=_TarInfo, bufsize=1 << 20
     ) as tar:
         for member in _files(tar):
-            yield _member(tar, member, split, synset)
+            yield _member(tar, member, unit)
 
 
-def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, split: str, synset: str) -> Member:
+def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, unit: Unit) -> Member:
     data = tar.extractfile(info).read() if info.size <= MAX_IMAGE_BYTES else None
     size = info.size + tarfile.BLOCKSIZE + -info.size % tarfile.BLOCKSIZE
-    return Member(split, synset, _text(PurePosixPath(info.name).name), data, size)
+    return Member(unit, _text(PurePosixPath(info.name).name), data, size)
 
 
 def _text(name: str) -> str:

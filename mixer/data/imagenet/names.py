@@ -2,9 +2,9 @@
 
 Ids and names are those of the public package timm (Apache-2.0), files `imagenet_synsets.txt`,
 `imagenet21k_goog_synsets.txt`, `imagenet21k_miil_synsets.txt` and `imagenet_synset_to_lemma.txt`;
-the names are WordNet's lemmas. `imagenet_classes.xz` is made of them: a line for each id in
-ascending order, with tabs between the difference to the id before, the lists that have it, added up
-(1, 2 and 4 for the LISTS), and its names. The ids of every list ascend, so this is its order too.
+the names are WordNet's lemmas. `imagenet_classes.xz` contains one line per id in ascending order,
+with three columns separated by tabs: the difference to the previous id, the sum of the bits of the
+LISTS that contain it (1, 2 and 4), and its names. The ids of every list are in ascending order.
 """
 
 import functools
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mixer.errors import check_choice
 
-# The classes of ImageNet-1k; those of the published ImageNet-21k checkpoints; those that the miil
-# weights keep of them (Ridnik et al., 2021, arXiv 2104.10972).
+# Number of classes of ImageNet-1k, of the published ImageNet-21k checkpoints, and of the subset for
+# the miil weights (Ridnik et al., 2021, arXiv 2104.10972).
 LISTS = {"imagenet1k": 1_000, "imagenet21k": 21_843, "imagenet21k_miil": 11_221}
 
 

@@ -1,4 +1,4 @@
-"""Decoding on the host: encoded bytes of any common format to upright RGB pixels."""
+"""Decodes images of all common formats on the host to upright RGB pixels."""
 
 import functools
 
@@ -7,19 +7,19 @@ import tensorflow as tf
 from mixer.data.preprocessing import images
 
 ORIENTATION = 0x0112  # number of the EXIF tag
-DCT = {"fast": "INTEGER_FAST", "accurate": "INTEGER_ACCURATE"}  # of JPEG
-MOST_PIXELS = (1 << 29) // 3  # TensorFlow's own bound for JPEG, and Pillow's for all it reads
-METADATA = 1 << 17  # bytes at a file's start, and at a PNG's end, in which EXIF data is looked for
-# First bytes of the formats that are refused. \C is any byte; [^x] matches no byte from 128 on.
+DCT = {"fast": "INTEGER_FAST", "accurate": "INTEGER_ACCURATE"}  # TensorFlow's names for JPEG
+MOST_PIXELS = (1 << 29) // 3  # TensorFlow's limit for JPEG, and Pillow's for all formats
+METADATA = 1 << 17  # bytes at the start of a file, and at the end of a PNG, to search for EXIF data
+# First bytes of rejected formats. \C matches any byte; [^x] matches no byte from 128 on.
 REFUSED = {
     "TIFF": rb"(II\*\x00|MM\x00\*)\C*",
     "JPEG 2000": rb"\x00\x00\x00\x0cjP\C*",
     "HEIC or AVIF": rb"\C{4}ftyp\C*",
-    "BMP of less than 24 bits a pixel": rb"BM\C{12}([^\x0c]\C{13}|\x0c\C{9})[\x01-\x10]\C*",
+    "BMP of less than 24 bits per pixel": rb"BM\C{12}([^\x0c]\C{13}|\x0c\C{9})[\x01-\x10]\C*",
 }
 # First bytes of the formats that Pillow decodes, except for the layouts below, which TensorFlow
-# decodes correctly. TensorFlow loses the colours beneath a GIF's transparent pixels, knows one
-# layout of BMP, and corrupts its memory on an animated WebP. A still WebP has no flag of animation
+# decodes correctly. TensorFlow loses the colours of transparent pixels in a GIF, supports only one
+# layout of BMP, and corrupts its memory on an animated WebP. A still WebP has no flag for animation
 # or EXIF.
 BY_PILLOW = rb"(GIF8|BM|RIFF\C{4}WEBP)\C*"
 PLAIN_BMP = rb"BM\C{12}[\x28\x34\x38\x6c\x7c]\x00\x00\x00\C{10}\x18\x00\x00\x00\x00\x00"
@@ -31,22 +31,23 @@ SMALL_PNG = (
 
 
 def decode(image, dct="fast"):
-    """Encoded bytes (JPEG, PNG, GIF, WebP or BMP) to (H, W, 3) uint8, upright.
+    """Decodes a JPEG, PNG, GIF, WebP or BMP to (H, W, 3) uint8, upright.
 
-    Grey images get three equal channels, CMYK becomes RGB, of 16 bits the 8 high ones are kept,
-    palettes become their colours, and an alpha channel is dropped (as Pillow's convert("RGB")
-    does). Of an animation the first frame is taken. An EXIF orientation is applied.
+    Grey images get three equal channels, CMYK is converted to RGB, 16-bit values keep their high 8
+    bits, palettes are replaced by their colours, and an alpha channel is dropped (as Pillow's
+    convert("RGB") does). Animations yield their first frame. An EXIF orientation is applied.
 
     Args:
-      image: the file's bytes.
-      dct: of JPEG: "fast", as the authors' code (TensorFlow's default), or "accurate", as Pillow.
+      image: bytes of the file.
+      dct: JPEG's inverse DCT: "fast", as in the authors' code (TensorFlow's default), or
+        "accurate", as in Pillow.
     """
     return _decoder(dct)(image)
 
 
 @functools.cache
 def _decoder(dct):
-    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # traced once
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)  # trace only once
     def decode(image):
         def jpeg():
             pixels = tf.io.decode_jpeg(image, channels=3, dct_method=DCT[dct])
@@ -59,7 +60,7 @@ def _decoder(dct):
 
 
 def _decode_other(image):
-    """As `decode`, for all formats but JPEG."""
+    """As `decode`, for all formats except JPEG."""
     start = tf.strings.substr(image, 0, 34)
 
     def begins(pattern):
@@ -67,7 +68,7 @@ def _decode_other(image):
 
     def by_pillow():
         pixels, reason = tf.numpy_function(
-            images.decoded, [image], [tf.uint8, tf.string], stateful=False
+            images.try_decode, [image], [tf.uint8, tf.string], stateful=False
         )
         with tf.control_dependencies([tf.debugging.Assert(reason == "", [reason])]):
             return tf.ensure_shape(pixels, [None, None, 3])
@@ -82,7 +83,7 @@ def _decode_other(image):
         with tf.control_dependencies([_check_png_size(image)]):
             return small_png()
 
-    def webp():  # with as many channels as it has: it is decoded to no other number
+    def webp():  # TensorFlow decodes it only to its own number of channels
         pixels = tf.io.decode_image(image, channels=0, expand_animations=False)
         return tf.ensure_shape(pixels, [None, None, None])[..., :3]
 
@@ -91,38 +92,38 @@ def _decode_other(image):
         for name, pattern in REFUSED.items():
             kind = tf.where(begins(pattern), name, kind)
         assertion = tf.debugging.Assert(
-            kind == "", [kind, "files are not decoded; use JPEG, PNG, GIF, WebP or BMP"]
+            kind == "", [kind, "files are not supported; expected JPEG, PNG, GIF, WebP or BMP"]
         )
         with tf.control_dependencies([assertion]):
             return tf.cond(begins(BY_PILLOW) & ~begins(PLAIN_BMP), by_pillow, plain)
 
-    def no_small_png():
+    def large_png_or_other():
         return tf.cond(begins(PNG), large_png, lambda: tf.cond(begins(STILL_WEBP), webp, rest))
 
-    return tf.cond(begins(SMALL_PNG), small_png, no_small_png)
+    return tf.cond(begins(SMALL_PNG), small_png, large_png_or_other)
 
 
 def _has_exif_chunk(image):
-    """Whether a PNG's first or last bytes contain the name of an EXIF chunk."""
+    """Returns whether a PNG's first or last bytes contain the name of an EXIF chunk."""
     end = tf.strings.substr(image, tf.maximum(tf.strings.length(image) - METADATA, 0), METADATA)
     ends = tf.strings.join([tf.strings.substr(image, 0, METADATA), end])
     return tf.strings.regex_full_match(ends, rb"\C*eXIf\C*")
 
 
 def _check_png_size(image):
-    """Fails where a PNG's header claims more than MOST_PIXELS, however small the file is."""
+    """Fails in the graph if the header of a PNG specifies more than MOST_PIXELS."""
     header = tf.strings.join([tf.strings.substr(image, 0, 24), bytes(24)])
     sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
     count = tf.reduce_prod(tf.cast(sides, tf.int64))
     return tf.debugging.Assert(
         count <= MOST_PIXELS,
-        [count, f"pixels are too many; at most {MOST_PIXELS:,} are decoded"],
+        [count, f"pixels; expected at most {MOST_PIXELS:,}"],
     )
 
 
 def orientation_of(image):
-    """EXIF orientation of a JPEG, 1 (upright) to 8; 1 where there is none."""
-    # Most files have no segment for it: the tables follow the start or a JFIF header directly.
+    """Returns the EXIF orientation of a JPEG, 1 (upright) to 8; 1 if there is none."""
+    # Most files have no EXIF segment: the tables directly follow the start or a JFIF header.
     start = tf.strings.substr(image, 0, 22)
     plain = (tf.strings.substr(start, 0, 4) == b"\xff\xd8\xff\xdb") | (
         (tf.strings.substr(start, 0, 6) == b"\xff\xd8\xff\xe0\x00\x10")
@@ -132,20 +133,20 @@ def orientation_of(image):
 
 
 def _exif_orientation(image):
-    """As `orientation_of`, from the first EXIF segment of the file's first bytes."""
+    """Returns the orientation from the first EXIF segment in the first METADATA bytes."""
     start = tf.strings.substr(image, 0, METADATA)
     parts = tf.raw_ops.StringSplitV2(input=start[None], sep="Exif\0\0", maxsplit=1).values
-    # The zeros keep the reads of a broken segment in bounds.
+    # The appended zeros keep reads from a damaged segment in bounds.
     tiff = tf.cast(tf.io.decode_raw(tf.strings.join([parts[-1], bytes(8)]), tf.uint8), tf.int32)
-    little = tiff[0] == ord("I")  # the byte order; "M" else
+    little = tiff[0] == ord("I")  # little-endian; "M" is big-endian
 
     def number(places):  # unsigned, 16 bits
         places = tf.minimum(places, tf.size(tiff) - 2)
         first, second = tf.gather(tiff, places), tf.gather(tiff, places + 1)
         return tf.where(little, first + 256 * second, 256 * first + second)
 
-    # A segment is shorter than 64 kB, so the directory's place is in the low half of its four
-    # bytes. It begins with the number of its entries, of 12 bytes each.
+    # A segment is shorter than 64 kB, so the directory's offset is in the low half of its four
+    # bytes. The directory starts with the number of its entries, which have 12 bytes each.
     directory = number(tf.where(little, 4, 6))
     entries = directory + 2 + 12 * tf.range(tf.minimum(number(directory), 1000))
     value = tf.reduce_max(tf.where(number(entries) == ORIENTATION, number(entries + 8), 0))
@@ -155,7 +156,7 @@ def _exif_orientation(image):
 
 
 def _upright(image, orientation):
-    """Undoes an EXIF orientation (the exchange of the axes first, then the mirrors)."""
+    """Undoes an EXIF orientation: transposes first, then mirrors."""
 
     def turn():
         turned = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)

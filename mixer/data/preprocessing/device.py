@@ -1,11 +1,11 @@
-"""Preprocessing on the device: the same draws and pixels as the functions on the host.
+"""Preprocessing on the device: JAX functions with the same draws and pixels as on the host.
 
-An op here has the name and the arguments of the function on the host, and takes a batch: `images`
+A function here has the name and arguments of the host's function, but takes a batch: `images`
 (N, H, W, 3) uint8 and, if it is random, `keys` (N, 4) uint32 (see mixer/data/philox.py).
 RandAugment and AutoAugment are in mixer/data/preprocessing/device_policies.py.
 
-This code rounds a product before adding to it (`rounded`) where TensorFlow does, and divides no
-float by a constant, which compilers turn into a product. Compilers on the CPU then give equal bits.
+For bit-identical results on a CPU, this code rounds a product before an addition (`rounded`) where
+TensorFlow does, and divides no float by a constant, which compilers would turn into a product.
 """
 
 import math
@@ -23,19 +23,19 @@ from mixer.errors import UserError
 
 
 def make_augment(spec: Specification, image_size: tuple[int, int]) -> Callable:
-    """Builds the function of the ops that a specification leaves to the device.
+    """Builds the function for the device's part of a specification.
 
     Args:
-      spec: the whole specification, of which `parts.device` is computed.
-      image_size: (H, W) of the images that the host's part gives.
+      spec: the complete specification; the function computes `parts.device`.
+      image_size: (H, W) of the images after the host's part.
 
     Returns:
       A function (images (N, H, W, 3) uint8, keys (N, 4) uint32) -> images (N, H', W', 3) uint8, or
-      float32 after `value_range`. A key is the example's, as the ops on the host get it:
+      float32 after `value_range`. The key of an example is the same as on the host:
       `fold_in(make_key(seed, epoch), number)`.
 
     Raises:
-      UserError: an op does not fit images of that size.
+      UserError: an op does not fit images of this size.
     """
     calls = [(call, call.op.device_function) for call in spec.parts.device.calls]
 
@@ -58,18 +58,18 @@ def make_augment(spec: Specification, image_size: tuple[int, int]) -> Callable:
     return augment
 
 
-# Crops, mirrors, orders.
+# Crops, mirroring and permutations.
 
 
 def central_crop(images, size):
-    """The window of `size` x `size` pixels in the middle."""
+    """Crops the central window of `size` x `size` pixels."""
     _check_window(images, size)
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
 
 
 def random_crop(images, keys, size, pad=0):
-    """A window of `size` x `size` pixels at a random place, after `pad` black pixels all around."""
+    """Pads with `pad` black pixels on all sides, and crops a random window of `size` x `size`."""
     images = jnp.pad(images, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
     _check_window(images, size)
     places = np.array(images.shape[1:3]) - size + 1
@@ -87,29 +87,29 @@ def _check_window(images, size):
 
 
 def flip_lr(images, keys):
-    """Mirrors half of the images left to right."""
+    """Mirrors each image left to right with probability 1/2."""
     return jnp.where(per_image(philox.uniform(keys) < 0.5), images[:, :, ::-1], images)
 
 
 def permute_patches(images, size, patch_size, seed=0):
-    """Shuffles the patches, and all patches' pixels alike, by one permutation for every image."""
+    """Shuffles the patches, and the pixels within patches, the same way in all images."""
     sides = _check_sides(images, size)
-    return _reordered(images, permutation.patch_order(sides, patch_size, seed=seed))
+    return _reorder(images, permutation.patch_order(sides, patch_size, seed=seed))
 
 
 def permute_pixels(images, size, seed=0):
-    """Shuffles all pixels by one permutation for every image."""
-    return _reordered(images, permutation.pixel_order(_check_sides(images, size), seed=seed))
+    """Shuffles all pixels by one permutation, the same for all images."""
+    return _reorder(images, permutation.pixel_order(_check_sides(images, size), seed=seed))
 
 
 def _check_sides(images, size):
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if images.shape[1:3] != sides:
-        raise ValueError(f"a permutation of {list(sides)} of an image of {images.shape[1:3]}")
+        raise ValueError(f"a permutation of {list(sides)} for images of {list(images.shape[1:3])}")
     return sides
 
 
-def _reordered(images, order):
+def _reorder(images, order):
     return images.reshape(len(images), -1, 3)[:, order].reshape(images.shape)
 
 
@@ -123,9 +123,9 @@ def value_range(images, low=-1.0, high=1.0):
 
 
 def random_affine(images, keys, degrees=0.0, translate=0.0, scale=0.0, shear=0.0):
-    """A small random affine map around each image's middle; bilinear, black outside.
+    """Applies a small random affine map around each image's center; bilinear, black outside.
 
-    Degrees, `translate` in pixels, `scale` and `shear` bound uniform draws, as on the host.
+    The arguments bound uniform draws as in the host's function.
     """
     u = philox.uniform(keys, (6,), -1.0, 1.0).T
     angle = u[0] * np.float32(degrees * math.pi / 180)
@@ -141,10 +141,11 @@ def random_affine(images, keys, degrees=0.0, translate=0.0, scale=0.0, shear=0.0
 
 
 def _exp(exponent, bound):
-    """The exponential of float32 numbers within +-bound, almost always correct to the last bit.
+    """Computes exp of float32 numbers in +-bound, almost always correct to the last bit.
 
-    XLA's is off by one in a tenth of the cases, the C library's, TensorFlow's, hardly ever. From
-    the nearest of 2^8 points a unit, whose exponential is a sum of two floats, it is not far.
+    XLA's result differs in the last bit in a tenth of the cases; that of the C library, which
+    TensorFlow uses, almost never does. This code stores the exponentials of 256 points per unit as
+    sums of two floats, and expands around the nearest point.
     """
     ends = math.ceil(abs(bound) * 256) + 1
     exact = np.exp(np.arange(-ends, ends + 1) / 256)
@@ -159,20 +160,20 @@ def _exp(exponent, bound):
 
 
 def plane(images, of_x, of_y, shift):
-    """of_x * x + of_y * y + shift at every pixel: (N, H, W) float32."""
+    """Returns of_x * x + of_y * y + shift at every pixel (x, y), (N, H, W) float32."""
     y, x = _pixel_grid(images)
     of_x, of_y, shift = (value[:, None, None] for value in (of_x, of_y, shift))
     return rounded(of_x * x) + rounded(of_y * y) + shift
 
 
 def _pixel_grid(images):
-    """Row and column numbers: (H, 1) and (1, W) float32."""
+    """Returns the row numbers (H, 1) and the column numbers (1, W), float32."""
     height, width = images.shape[1:3]
     return np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None]
 
 
 def _bilinear(images, y, x):
-    """The images at (y, x), each (N, H, W), between the four pixels around; 0 outside."""
+    """Samples the images at (y, x), both (N, H, W), with bilinear interpolation; 0 outside."""
     y_low, x_low = jnp.floor(y), jnp.floor(x)
     rows = []
     for row in (y_low, y_low + 1):
@@ -187,7 +188,7 @@ def _bilinear(images, y, x):
 
 
 def pixels_at(images, y, x, *, fill):
-    """The pixels of row y and column x, whole numbers (N, H, W); `fill` outside the image."""
+    """Returns the pixels at integral rows y and columns x (N, H, W); `fill` outside the image."""
     height, width = images.shape[1:3]
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     row, column = (
@@ -202,10 +203,7 @@ def pixels_at(images, y, x, *, fill):
 def random_erasing(
     images, keys, prob=0.25, min_area=0.02, max_area=1 / 3, min_aspect=0.3, fill="noise"
 ):
-    """Erases a random rectangle of some of the images: the first of ten drawn that fits.
-
-    See the function on the host for the arguments; `fill` is "noise" or a value 0 to 255.
-    """
+    """Erases a random rectangle in some images; the host's function describes the arguments."""
     split_keys = jnp.moveaxis(philox.split(keys), 1, 0)
     height, width = images.shape[1:3]
     draws = philox.uniform(split_keys[0], (41,))
@@ -233,7 +231,7 @@ def random_erasing(
 
 
 def box(rows, columns):
-    """Where both rows (N, H) and columns (N, W) are set: (N, H, W, 1)."""
+    """Returns the mask (N, H, W, 1) of pixels whose row (N, H) and column (N, W) are set."""
     return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 

@@ -1,8 +1,8 @@
-"""RandAugment and AutoAugment on the device: the same draws and pixels as on the host.
+"""RandAugment and AutoAugment on the device, with the same draws and pixels as on the host.
 
-Each example chooses its operations. A branch under vmap computes all sides for all examples, so
-each operation is one pass over the batch, with an array of strengths, that changes the examples
-that chose it. mixer/data/preprocessing/device.py says how pixels are rounded.
+Each example draws its operations. A branch under vmap would compute every operation for every
+example. Therefore each operation is one pass over the batch, with an array of strengths, and
+changes only the examples that drew it. mixer/data/preprocessing/device.py explains the rounding.
 """
 
 import dataclasses
@@ -24,24 +24,23 @@ from mixer.data.preprocessing.policies import (
     amount_of_magnitude,
 )
 
-# Operations that map each value of a channel to another one.
+# Operations that map each value of a channel to another value, by a lookup table.
 POINT = ("invert", "posterize", "solarize", "solarize_add", "brightness", "contrast")
 POINT += ("auto_contrast", "equalize")
 
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """An operation of given strength and direction, on images of one size; float32 as on the host.
+    """An operation with its strength and direction for images of one size; float32 as on the host.
 
     Attributes:
-      name: the operation; "keep" leaves the image as it is.
-      factor: of brightness, color, contrast and sharpness.
-      number: posterize's mask, solarize's threshold, solarize_add's addition.
-      middle: the grey that contrast blends with; None: the image's mean.
-      half_size: of cutout's square, in pixels.
-      y: where a geometric operation takes a pixel's row from: its slope along x, that along y, and
-        its value in the corner.
-      x: the same of the column.
+      name: name of the operation; "keep" does not change the image.
+      factor: factor of brightness, color, contrast and sharpness.
+      number: mask of posterize, threshold of solarize, or addition of solarize_add.
+      middle: grey value that contrast blends with; None: the image's mean.
+      half_size: half the side of cutout's square, in pixels.
+      y: (a, b, c) of a geometric operation: the pixel at (x, y) comes from row a x + b y + c.
+      x: the same for the column.
     """
 
     name: str
@@ -62,22 +61,13 @@ def _rotate(degrees, image_size) -> Strength:
     return Strength("rotate", y=(sin, cos, shift_y), x=(cos, -sin, shift_x))
 
 
-def _shear(name, amount) -> Strength:
-    if name == "shear_x":
-        return Strength(name, x=(1.0, amount, 0.0))
-    return Strength(name, y=(amount, 1.0, 0.0))
-
-
-def _translate(name, share, image_size) -> Strength:
-    """By a share (float32) of the side, rounded to whole pixels."""
-    pixels = np.floor(share * np.float32(image_size[name == "translate_x"]) + np.float32(0.5))
-    if name == "translate_x":
-        return Strength(name, x=(1.0, 0.0, pixels))
-    return Strength(name, y=(0.0, 1.0, pixels))
+def _whole_pixels(share, side) -> np.float32:
+    """Converts a share of a side into a whole number of pixels."""
+    return np.floor(np.float32(share) * np.float32(side) + np.float32(0.5))
 
 
 def autoaugment_cifar(images, keys):
-    """One of the 25 sub-policies an image: two operations, each of its own probability and sign."""
+    """Applies one of 25 sub-policies to each image: two operations with probabilities and signs."""
     strengths = [Strength("keep")]
     for layer in (0, 1):
         for policy in CIFAR_POLICY:
@@ -94,9 +84,9 @@ def autoaugment_cifar(images, keys):
 
 
 def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
-    """`num_layers` operations an image, each drawn uniformly from the sixteen and always applied.
+    """Applies `num_layers` operations to each image, drawn uniformly from the sixteen.
 
-    See the function on the host for the arguments.
+    The host's function describes the arguments.
     """
     strengths = [
         _magnitude_strength(name, magnitude, sign, images.shape[1:3], mode == "faithful")
@@ -109,7 +99,7 @@ def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
 
 
 def _magnitude_strength(name, magnitude, sign, image_size, faithful) -> Strength:
-    """An operation as `apply_magnitude` of mixer/data/preprocessing/randaugment.py makes it."""
+    """Returns the operation that `apply_magnitude` in randaugment.py computes on the host."""
     amount = amount_of_magnitude(name, magnitude, np.float32(sign), faithful=faithful)
     strength = _strength(name, amount, image_size)
     if name != "contrast" or not faithful:
@@ -120,16 +110,20 @@ def _magnitude_strength(name, magnitude, sign, image_size, faithful) -> Strength
 
 
 def _strength(name, amount, image_size) -> Strength:
-    """An operation as `apply_operation` of mixer/data/preprocessing/randaugment.py computes it."""
+    """Returns the operation that `apply_operation` in randaugment.py computes on the host."""
     match name:
         case "auto_contrast" | "equalize" | "invert":
             return Strength(name)
         case "rotate":
             return _rotate(np.float32(amount), image_size)
-        case "shear_x" | "shear_y":
-            return _shear(name, np.float32(amount))
-        case "translate_x" | "translate_y":
-            return _translate(name, np.float32(amount), image_size)
+        case "shear_x":
+            return Strength(name, x=(1.0, np.float32(amount), 0.0))
+        case "shear_y":
+            return Strength(name, y=(np.float32(amount), 1.0, 0.0))
+        case "translate_x":
+            return Strength(name, x=(1.0, 0.0, _whole_pixels(amount, image_size[1])))
+        case "translate_y":
+            return Strength(name, y=(0.0, 1.0, _whole_pixels(amount, image_size[0])))
         case "posterize":
             return Strength(name, number=_mask(amount))
         case "solarize":
@@ -142,21 +136,21 @@ def _strength(name, amount, image_size) -> Strength:
 
 
 def _mask(bits):
-    """The mask of the `bits` highest of eight bits; at least one."""
+    """Returns the mask of the `bits` highest of eight bits; at least one bit is set."""
     return 0xFF00 >> min(max(bits, 1), 8) & 0xFF
 
 
 def _apply_in_turn(images, strengths, numbers, places=None):
-    """Operations `strengths[numbers[0]]` on the images, then `strengths[numbers[1]]`, ...
+    """Applies operations `strengths[numbers[0]]` to the images, then `strengths[numbers[1]]`, ...
 
     Args:
       images: (N, H, W, 3) uint8.
-      strengths: what there is to choose from.
-      numbers: (L, N) int32.
-      places: (L, 2, N) in [0, 1): where cutout strikes, as shares of the height and the width.
+      strengths: the operations to choose from.
+      numbers: (L, N) int32, an index into `strengths` for each layer and image.
+      places: (L, 2, N) in [0, 1), center of cutout as shares of the height and the width.
     """
 
-    # A loop keeps XLA from fusing one layer with the next, which recomputes it for each use.
+    # A loop keeps XLA from fusing layers, which would recompute a layer for each use.
     def layer(images, draws):
         return _apply(images, strengths, *draws), None
 
@@ -164,18 +158,18 @@ def _apply_in_turn(images, strengths, numbers, places=None):
 
 
 def _apply(images, strengths, number, place):
-    """Operation `strengths[number]` (N,) on each image; `place` (2, N) or None."""
+    """Applies operation `strengths[number]`, number (N,), to each image; `place` (2, N) or None."""
     names = {strength.name for strength in strengths}
 
     def is_a(name):  # (N,)
         return jnp.asarray(np.array([s.name == name for s in strengths]))[number]
 
-    def value(field):  # (N,), or (3, N) of a plane
+    def value(field):  # (N,), or (3, N) for the coefficients of x and y
         values = np.array([getattr(s, field) or 0 for s in strengths])
         dtype = jnp.int32 if field == "number" else jnp.float32
         return jnp.asarray(values.T, dtype)[..., number]
 
-    # Each operation changes only the images that chose it, so all of them run in sequence.
+    # Each operation changes only the images that drew it, so their order does not matter.
     result = images
     if names & set(GEOMETRY):
         rows, columns = (
@@ -185,18 +179,18 @@ def _apply(images, strengths, number, place):
         result = pixels_at(result, rows, columns, fill=FILL)
     if names & set(POINT):
         means = any(s.name == "contrast" and s.middle is None for s in strengths)
-        result = _looked_up(_tables(images, names, is_a, value, means), result)
+        result = _look_up(_tables(images, names, is_a, value, means), result)
     if "color" in names:
         pixels = images.astype(jnp.float32)
         coloured = _blend(luminance(pixels), pixels, per_image(value("factor")))
         result = jnp.where(per_image(is_a("color")), coloured, result)
     if "sharpness" in names:
-        sharp = _sharpened(images, per_image(value("factor")))
+        sharp = _sharpen(images, per_image(value("factor")))
         result = jnp.where(per_image(is_a("sharpness")), sharp, result)
     if "cutout" in names:
         square = box(
             *(
-                _cut(share, side, value("half_size"))
+                _cutout_range(share, side, value("half_size"))
                 for share, side in zip(place, images.shape[1:3], strict=True)
             )
         )
@@ -205,13 +199,13 @@ def _apply(images, strengths, number, place):
 
 
 def _nearest(coordinate, side):
-    """The nearest whole number, -1 or `side` where that lies outside."""
+    """Rounds to the nearest integer; -1 or `side` if it is outside of the image."""
     framed = jnp.clip(coordinate + np.float32(1.5), 0, np.float32(side + 1))
     return framed.astype(jnp.int32) - 1  # the cast rounds down
 
 
-def _cut(share, side, half_size):
-    """The rows, or columns, whose middle is nearer than half_size to a point: (N, side)."""
+def _cutout_range(share, side, half_size):
+    """Returns the mask (N, side) of rows or columns closer than half_size to the center."""
     center = jnp.floor(share * np.float32(side))
     low = jnp.floor(center - half_size - np.float32(0.5)) + 1
     high = jnp.ceil(center + half_size - np.float32(0.5))
@@ -220,7 +214,7 @@ def _cut(share, side, half_size):
 
 
 def _tables(images, names, is_a, value, means):
-    """What each value of each channel becomes by the point operations: (N, 3, 256) uint8."""
+    """Returns the lookup tables of the point operations for each channel, (N, 3, 256) uint8."""
     table = old = jnp.broadcast_to(jnp.arange(256), (len(images), 3, 256))
     pixels = old.astype(jnp.float32)
     number, factor = (value(field)[:, None, None] for field in ("number", "factor"))
@@ -237,28 +231,28 @@ def _tables(images, names, is_a, value, means):
         middle = _mean_luminance(images) if means else value("middle")
         table = enter("contrast", lambda: _blend(middle[:, None, None], pixels, factor))
     if names & {"auto_contrast", "equalize"}:
-        at_most = _at_most(images)
-        table = enter("auto_contrast", lambda: _stretched(at_most, pixels))
-        table = enter("equalize", lambda: _equalized(at_most, old))
-    # Without the barrier the compiler may recompute an entry for every pixel that looks it up.
+        at_most = _count_up_to(images)
+        table = enter("auto_contrast", lambda: _stretch_table(at_most, pixels))
+        table = enter("equalize", lambda: _equalize_table(at_most, old))
+    # Without the barrier, the compiler may recompute an entry for every pixel that uses it.
     return jax.lax.optimization_barrier(table.astype(jnp.uint8))
 
 
-def _at_most(images):
-    """How many pixels have each value or a lower one, by channel: (N, 3, 256) int32."""
+def _count_up_to(images):
+    """Counts the pixels that have each value or a lower value, (N, 3, 256) int32."""
 
     def counts(image):
         places = (jnp.arange(3), image)
         return jnp.zeros((3, 256), jnp.int32).at[places].add(1, mode="promise_in_bounds")
 
-    # Sums by a matrix of ones: exact, being whole numbers below 2^24, and a single kernel.
+    # A product with a triangle of ones sums in one kernel; integers below 2^24 are exact.
     upper = np.triu(np.ones((256, 256), np.float32))
     counted = jax.vmap(counts)(images).astype(jnp.float32)
     return jnp.dot(counted, upper, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
 
 
-def _stretched(at_most, pixels):
-    """The table that stretches each channel's values to the range 0 to 255."""
+def _stretch_table(at_most, pixels):
+    """Returns the table that stretches the values of each channel to the range 0 to 255."""
     count = at_most[..., -1:]
     low = jnp.sum(at_most == 0, -1, keepdims=True)
     high = jnp.sum(at_most < count, -1, keepdims=True)
@@ -268,18 +262,18 @@ def _stretched(at_most, pixels):
     return _to_uint8(rounded(pixels * scale) + offset)
 
 
-def _equalized(at_most, old):
-    """The table that flattens each channel's histogram, with Pillow's integer arithmetic."""
+def _equalize_table(at_most, old):
+    """Returns the table that flattens each channel's histogram, with Pillow's arithmetic."""
     count = at_most[..., -1:]
-    # The pixels below the highest value, divided among 255 steps.
+    # The number of pixels below the highest value, divided by 255.
     step = jnp.max(jnp.where(at_most < count, at_most, 0), -1, keepdims=True) // 255
     num_below = jnp.pad(at_most[..., :-1], [(0, 0), (0, 0), (1, 0)])
     new = jnp.minimum((num_below + step // 2) // jnp.maximum(step, 1), 255)
     return jnp.where(step > 0, new, old)
 
 
-def _looked_up(tables, images):
-    """tables[image, channel, value] for every value of the images."""
+def _look_up(tables, images):
+    """Returns tables[image, channel, value] for every value of the images."""
 
     def look_up(table, image):
         return table.at[jnp.arange(3), image].get(mode="promise_in_bounds")
@@ -288,10 +282,10 @@ def _looked_up(tables, images):
 
 
 def luminance(pixels):
-    """Grey version of float pixels in 0 to 255: whole numbers, (N, H, W, 1).
+    """Converts float pixels in 0 to 255 to integral grey values, (N, H, W, 1).
 
-    The host's is a matrix product, which rounds once for a product and the sum it is added to where
-    the processor can: so will the compiler's, if only the first product is rounded by itself.
+    The host uses a matrix product, which rounds a product and its addition once if the processor
+    can (FMA). XLA's compiler does the same if only the first product is rounded separately.
     """
     red, green, blue = (rounded(pixels[..., i : i + 1] * np.float32(1 / 255)) for i in range(3))
     grey = rounded(red * np.float32(0.2989)) + green * np.float32(0.587)
@@ -299,7 +293,7 @@ def luminance(pixels):
 
 
 def _mean_luminance(images):
-    """The mean grey of each image, rounded to a whole number, halves to even: (N,) float32."""
+    """Returns the mean grey value of each image, rounded half to even, (N,) float32."""
     height, width = images.shape[1:3]
     grey = luminance(images.astype(jnp.float32)).astype(jnp.int32)
     mean, remainder = jnp.divmod(jnp.sum(grey, (1, 2, 3)), height * width)
@@ -309,13 +303,13 @@ def _mean_luminance(images):
     return (mean + is_rounded_up).astype(jnp.float32)
 
 
-def _sharpened(images, factor):
-    """Blends smoothed images (factor 0) and the images (1); the border is kept."""
+def _sharpen(images, factor):
+    """Blends smoothed images (factor 0) and the images (1); the border does not change."""
     height, width = images.shape[1:3]
     pixels = images.astype(jnp.float32)
     across = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
     center = pixels[:, 1:-1, 1:-1]
-    # Ones around a five, over 13; sums of whole numbers are exact.
+    # The kernel is ones around a five, divided by 13. Sums of integers are exact.
     total = across[:, :-2] + across[:, 1:-1] + across[:, 2:] + 4 * center
     smooth = jnp.floor(total * np.float32(1 / 13))
     inner = jnp.pad(_blend(smooth, center, factor), [(0, 0), (1, 1), (1, 1), (0, 0)])
@@ -325,7 +319,7 @@ def _sharpened(images, factor):
 
 
 def _blend(zero, one, factor):
-    """At `factor` between two floats, or beyond, as uint8."""
+    """Interpolates or extrapolates between two floats by `factor`; returns uint8."""
     return _to_uint8(zero + rounded(factor * (one - zero)))
 
 

@@ -1,9 +1,9 @@
-"""Preprocessing on the host: ops on one example, named in the config and applied in their order.
+"""Preprocessing on the host: functions that apply ops to one example with TensorFlow.
 
-A config says, for example, `"inception_crop(224)|flip_lr"`; mixer/data/preprocessing/spec.py
-declares the ops. An op is a pure function of the image (`one_hot`: of the whole example), of its
-arguments, and of a stateless key if it is random: the same image with the same key gives the same
-pixels. Images stay uint8 unless `value_range` is the last op; the device makes floats of them.
+A config names the ops, as in "inception_crop(224)|flip_lr"; mixer/data/preprocessing/ops.py
+declares them. An op is a pure function of the image (`one_hot`: of the example), its arguments and,
+if it is random, a stateless key: the same image and key give the same pixels. Images stay uint8
+unless `value_range` is the last op; otherwise the device converts them to floats.
 """
 
 import math
@@ -13,23 +13,24 @@ import tensorflow as tf
 
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.decoding import DCT, decode, orientation_of
-from mixer.data.preprocessing.spec import Kind, Specification, parse
+from mixer.data.preprocessing.ops import Kind
+from mixer.data.preprocessing.spec import Specification, parse
 
-# `resize_small` makes more than MOST_RESIZED pixels only where the aspect is at most MOST_ASPECT.
+# `resize_small` produces more than MOST_RESIZED pixels only if the aspect is at most MOST_ASPECT.
 MOST_RESIZED, MOST_ASPECT = 1 << 21, 8
 
 
 def inception_crop(image, key, size, min_area=0.05, max_area=1.0, dct="fast"):
-    """A random window of 5 to 100 % of the area and aspect 3/4 to 4/3, resized to `size`.
+    """Crops a random window of 5 to 100 % of the area and aspect 3/4 to 4/3; resizes it to `size`.
 
-    From the bytes of an upright JPEG it decodes the window alone, as `decode` does with `dct`.
-    Bilinear without antialiasing (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`).
+    Of an upright JPEG, only the window is decoded. Resizing is bilinear without antialiasing
+    (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`).
     """
     return resize(inception_window(image, key, min_area, max_area, dct), size)
 
 
 def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
-    """The window of `inception_crop` before it is resized, (h, w, 3) uint8."""
+    """Returns the window of `inception_crop` before it is resized, (h, w, 3) uint8."""
 
     def window(shape):
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -52,20 +53,20 @@ def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
         box = tf.stack(window(tf.io.extract_jpeg_shape(image)))
         return tf.image.decode_and_crop_jpeg(image, box, channels=3, dct_method=DCT[dct])
 
-    def upright():
+    def is_upright():
         return tf.cond(tf.io.is_jpeg(image), lambda: orientation_of(image) == 1, lambda: False)
 
     if image.dtype == tf.string:
-        return tf.cond(upright(), from_jpeg, lambda: from_pixels(decode(image, dct)))
+        return tf.cond(is_upright(), from_jpeg, lambda: from_pixels(decode(image, dct)))
     return from_pixels(image)
 
 
 def resize(image, size, method="bilinear", antialias=False):
-    """To `size`: a side of a square, or (H, W); values rounded to uint8.
+    """Resizes to `size`, the side of a square or (H, W); rounds values to uint8.
 
-    With `antialias` a smaller image takes in all of the larger one's pixels, as Pillow's resize
-    does ("bilinear", "bicubic"; timm's preprocessing); without, as the authors' code, only those
-    next to each point. "area" averages as it is.
+    With `antialias`, downscaling averages over all pixels of the larger image, as Pillow's resize
+    does ("bilinear", "bicubic"; timm's preprocessing). Without it, as in the authors' code, it
+    interpolates between the pixels next to each point. "area" always averages.
     """
     size = (size, size) if isinstance(size, int) else size
     image = tf.ensure_shape(image, [None, None, 3])
@@ -82,14 +83,14 @@ def resize(image, size, method="bilinear", antialias=False):
 
 
 def resize_small(image, size, method="area", antialias=False):
-    """Resizes so that the short side is `size`, keeping the aspect (evaluation: 256, area).
+    """Resizes the short side to `size` and keeps the aspect (evaluation: 256, area).
 
-    The ends of a very long picture are cut off first, so that no more than MOST_RESIZED pixels are
-    made: at 256, the middle 32 squares. A crop of the middle shows the same pixels as before.
+    The ends of a very long image are cut off first, so that the result has at most MOST_RESIZED
+    pixels: at 256, the middle 32 squares. A central crop is the same with and without this.
     """
     sides = tf.shape(image)[:2]
     max_length = max(MOST_RESIZED // size**2, MOST_ASPECT) * tf.reduce_min(sides)
-    top, left = tf.unstack(tf.maximum(sides - max_length, 0) // 2)  # as much at either end
+    top, left = tf.unstack(tf.maximum(sides - max_length, 0) // 2)  # the same amount at both ends
     image = image[top : sides[0] - top, left : sides[1] - left]
     shape = tf.cast(tf.shape(image)[:2], tf.float64)
     shape = tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32)
@@ -97,13 +98,13 @@ def resize_small(image, size, method="area", antialias=False):
 
 
 def central_crop(image, size):
-    """The window of `size` x `size` pixels in the middle."""
+    """Crops the central window of `size` x `size` pixels."""
     top, left = tf.unstack((tf.shape(image)[:2] - size) // 2)
     return _window(image, top, left, size)
 
 
 def random_crop(image, key, size, pad=0):
-    """A window of `size` x `size` pixels at a random place, after `pad` black pixels all around."""
+    """Pads with `pad` black pixels on all sides, and crops a random window of `size` x `size`."""
     image = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]])
     room = tf.shape(image)[:2] - size
     top, left = tf.unstack(
@@ -122,29 +123,29 @@ def _window(image, top, left, size):
 
 
 def flip_lr(image, key):
-    """Mirrors half of the images left to right."""
+    """Mirrors the image left to right with probability 1/2."""
     return tf.cond(
         tf.random.stateless_uniform([], key) < 0.5, lambda: tf.reverse(image, [1]), lambda: image
     )
 
 
 def random_affine(image, key, degrees=0.0, translate=0.0, scale=0.0, shear=0.0):
-    """A small random affine map around the image's middle; bilinear, black outside.
+    """Applies a small random affine map around the image's center; bilinear, black outside.
 
     Args:
       image: (H, W, 3) uint8.
       key: stateless key.
-      degrees: rotation, uniform in +-degrees.
-      translate: shift of each axis, uniform in +-translate pixels.
-      scale: each axis is scaled by its own exp(u), u uniform in +-scale.
-      shear: horizontal shear, uniform in +-shear.
+      degrees: the rotation is uniform in +-degrees.
+      translate: the shift along each axis is uniform in +-translate pixels.
+      scale: the factor of each axis is exp(u), with u uniform in +-scale.
+      shear: the horizontal shear is uniform in +-shear.
     """
     u = tf.random.stateless_uniform([6], key, -1.0, 1.0)
     angle = u[0] * (degrees * math.pi / 180)
     cos, sin = tf.cos(angle), tf.sin(angle)
     wide, high = tf.exp(u[1] * scale), tf.exp(u[2] * scale)
     slant = u[3] * shear
-    # From output to input coordinates: rotation, then shear, then one scale an axis.
+    # From output to input coordinates: rotation, then shear, then one factor per axis.
     a, b = wide * cos, wide * (slant * cos - sin)
     c, d = high * sin, high * (slant * sin + cos)
     middle = (tf.cast(tf.shape(image)[:2], tf.float32) - 1) / 2
@@ -165,17 +166,17 @@ def random_affine(image, key, degrees=0.0, translate=0.0, scale=0.0, shear=0.0):
 def random_erasing(
     image, key, prob=0.25, min_area=0.02, max_area=1 / 3, min_aspect=0.3, fill="noise"
 ):
-    """Erases a random rectangle (Zhong et al., 2020) of some of the images.
+    """Erases a random rectangle in some images (Zhong et al., 2020).
 
     Args:
       image: (H, W, 3) uint8.
       key: stateless key.
-      prob: share of the images that lose a rectangle.
-      min_area: of the rectangle, as a share of the image's; uniform up to `max_area`.
-      max_area: see `min_area`.
-      min_aspect: height / width lies between this and its inverse, uniform in the logarithm (timm;
-        the paper draws the ratio itself). The first of ten rectangles that fits is taken.
-      fill: "noise", a random value for each pixel and channel, or a constant 0 to 255.
+      prob: probability that a rectangle is erased.
+      min_area: smallest area of the rectangle, as a share of the image; the area is uniform.
+      max_area: largest area.
+      min_aspect: height / width is between this and its inverse, with a uniform logarithm (as in
+        timm; in the paper the ratio itself is uniform). The first of ten draws that fits is used.
+      fill: "noise" for a random value per pixel and channel, or a constant 0 to 255.
     """
     keys = tf.random.experimental.stateless_split(key, 2)
     height, width = tf.unstack(tf.shape(image)[:2])
@@ -187,7 +188,7 @@ def random_erasing(
     wide = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
     fits = (high < height) & (wide < width)
 
-    def erased():
+    def erase():
         first = tf.argmax(fits)
         h, w = high[first], wide[first]
         y = tf.cast(top[first] * tf.cast(height - h + 1, tf.float32), tf.int32)
@@ -201,73 +202,73 @@ def random_erasing(
             value = tf.constant(fill, tf.uint8)
         return tf.where((rows[:, None] & columns)[..., None], value, image)
 
-    return tf.cond((draws[0] < prob) & tf.reduce_any(fits), erased, lambda: image)
+    return tf.cond((draws[0] < prob) & tf.reduce_any(fits), erase, lambda: image)
 
 
 def permute_patches(image, size, patch_size, seed=0):
-    """Shuffles the patches, and all patches' pixels alike, by one permutation for every image.
+    """Shuffles the patches, and the pixels within patches, the same way in all images.
 
     Args:
-      image: uint8 of `size`.
-      size: a side of a square, or (H, W).
+      image: (H, W, 3) uint8 of size `size`.
+      size: side of a square, or (H, W).
       patch_size: P, pixels.
-      seed: of the permutation, which is a function of the three.
+      seed: seed; `size`, `patch_size` and `seed` determine the permutations.
     """
     sides = (size, size) if isinstance(size, int) else size
-    return _reordered(image, sides, permutation.patch_order(sides, patch_size, seed=seed))
+    return _reorder(image, sides, permutation.patch_order(sides, patch_size, seed=seed))
 
 
 def permute_pixels(image, size, seed=0):
-    """Shuffles all pixels by one permutation for every image, a function of `size` and `seed`."""
+    """Shuffles all pixels by one permutation, which `size` and `seed` determine."""
     sides = (size, size) if isinstance(size, int) else size
-    return _reordered(image, sides, permutation.pixel_order(sides, seed=seed))
+    return _reorder(image, sides, permutation.pixel_order(sides, seed=seed))
 
 
-def _reordered(image, sides, order):
+def _reorder(image, sides, order):
     image = tf.ensure_shape(image, [*sides, 3])
     return tf.reshape(tf.gather(tf.reshape(image, [-1, 3]), order), [*sides, 3])
 
 
 def value_range(image, low=-1.0, high=1.0):
-    """Maps 0 to `low` and 255 to `high`, as float32. Without it the device maps to [-1, 1]."""
+    """Maps 0 to `low` and 255 to `high`, as float32. By default the device maps to [-1, 1]."""
     return tf.cast(image, tf.float32) * ((high - low) / 255) + low
 
 
 def one_hot(example, num_classes, on=1.0, off=0.0):
-    """Turns the label into a row of `num_classes` float32: `on` at the label, `off` elsewhere.
+    """Converts the label to (num_classes,) float32: `on` at the label, `off` elsewhere.
 
-    Of several labels each gets its weight's share of the way from `off` to `on`.
+    If there are several labels, each has `off` plus its weight times (`on` - `off`).
     """
     labels = tf.reshape(example["label"], [-1])
     weights = example.get("label_weight", tf.ones(tf.shape(labels)))
     assertion = tf.debugging.Assert(
         tf.reduce_all((labels < num_classes) & ((labels >= 0) | (weights == 0))),
-        ["a label outside 0 to", num_classes - 1, ":", labels],
+        ["label", labels, "is not in 0 to", num_classes - 1],
     )
     with tf.control_dependencies([assertion]):
-        rows = tf.maximum(labels, 0)[:, None]  # the padding is -1, of weight 0
+        rows = tf.maximum(labels, 0)[:, None]  # padding has label -1 and weight 0
     share = tf.tensor_scatter_nd_max(tf.zeros([num_classes]), rows, weights)
-    others = {name: value for name, value in example.items() if name != "label_weight"}
-    return {**others, "label": off + share * (on - off)}
+    dense = {name: value for name, value in example.items() if name != "label_weight"}
+    return {**dense, "label": off + share * (on - off)}
 
 
 def make_preprocess(spec: str | Specification, image_size: tuple[int, int]) -> Callable:
-    """Builds the function that a specification such as "decode|random_crop(32)|flip_lr" describes.
+    """Builds the function for a specification such as "decode|random_crop(32)|flip_lr".
 
     Args:
       spec: calls of ops, joined by "|".
-      image_size: (H, W) that every image must have in the end; None: any.
+      image_size: required (H, W) of every preprocessed image; None: any.
 
     Returns:
-      A function (example, key (2,) int64) -> example. An example is a dict; its "image" comes as
-      encoded bytes and leaves as (H, W, 3) uint8, or float32 after `value_range`.
+      A function (example, key (2,) int64) -> example. An example is a dict. Its "image" is encoded
+      bytes before, and (H, W, 3) uint8 (float32 after `value_range`) afterwards.
 
     Raises:
-      UserError: as `spec.parse`.
+      UserError: as in `spec.parse`.
     """
     calls = [(call, call.op.host_function) for call in parse(spec, image_size).calls]
 
-    @tf.autograph.experimental.do_not_convert  # plain Python that builds the graph
+    @tf.autograph.experimental.do_not_convert  # the loop is Python that builds the graph
     def preprocess(example, key):
         for call, function in calls:
             arguments = call.arguments
@@ -284,14 +285,14 @@ def make_preprocess(spec: str | Specification, image_size: tuple[int, int]) -> C
 
 
 def output_spec(preprocess: Callable, example_spec: dict) -> dict:
-    """Shapes and dtypes of examples after preprocessing.
+    """Returns the shapes and dtypes of examples after preprocessing.
 
     Args:
-      preprocess: made by `make_preprocess`.
-      example_spec: name -> (shape, dtype's name) of what it gets: the image is ((), "string").
+      preprocess: a function from `make_preprocess`.
+      example_spec: name -> (shape, name of the dtype) of its input; the image is ((), "string").
 
     Returns:
-      The same of what it gives.
+      name -> (shape, name of the dtype) of its output.
     """
     inputs = {name: tf.TensorSpec(*spec) for name, spec in example_spec.items()}
     graph = tf.function(preprocess).get_concrete_function(inputs, tf.TensorSpec([2], tf.int64))

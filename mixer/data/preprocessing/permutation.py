@@ -1,8 +1,8 @@
-"""Fixed orders of an image's pixels: the paper's section on invariance to input permutations.
+"""Fixed permutations of an image's pixels (the paper's section on input permutations).
 
-An order (H W,) int64 says of every place of the new image, row by row, which pixel of the old one
-stands there. It is a function of the sizes and a seed alone, on every machine and version: NumPy
-promises that for the integers of PCG64, and not for `Generator.permutation`.
+An order (H W,) int64 gives, for each pixel of the new image in row-major order, the index of a
+pixel of the old image. It depends only on the sizes and a seed, on every machine and version: NumPy
+guarantees that for the integers of PCG64, but not for `Generator.permutation`.
 """
 
 import numpy as np
@@ -11,14 +11,14 @@ KINDS = ("patches", "pixels")
 
 
 def shuffled(count: int, *, seed: int, stream: int = 0, share: float = 1.0) -> np.ndarray:
-    """A permutation (count,) of 0 to count - 1.
+    """Returns a permutation (count,) of 0 to count - 1.
 
     Args:
-      count: how many places.
-      seed: of the permutation.
-      stream: permutations of one seed and different streams have nothing to do with each other.
-      share: of the places, chosen by the seed too, whose contents are shuffled among themselves;
-        the others keep theirs. A smaller share's places are among a larger one's.
+      count: number of elements.
+      seed: seed of the permutation.
+      stream: permutations of the same seed and different streams are independent.
+      share: share of the elements that are permuted; the seed selects them, and the others stay in
+        place. The elements of a smaller share are a subset of those of a larger share.
     """
     keys = np.random.PCG64([seed, stream]).random_raw(count)
     chosen = np.argsort(keys, kind="stable")[: round(share * count)]
@@ -28,7 +28,7 @@ def shuffled(count: int, *, seed: int, stream: int = 0, share: float = 1.0) -> n
 
 
 def pixel_order(image_size: tuple[int, int], *, seed: int, share: float = 1.0) -> np.ndarray:
-    """The order (H W,) in which a share of all pixels is shuffled."""
+    """Returns the order (H W,) that permutes a share of all pixels."""
     height, width = image_size
     return shuffled(height * width, seed=seed, share=share)
 
@@ -39,11 +39,11 @@ def patch_order(
     *,
     seed: int,
     share: float = 1.0,
-    within: bool = True,
+    shuffle_within: bool = True,
 ) -> np.ndarray:
-    """The order (H W,) in which a share of the P x P patches is shuffled.
+    """Returns the order (H W,) that permutes a share of the P x P patches.
 
-    With `within`, the pixels of every patch are shuffled too, by one permutation for all of them.
+    With `shuffle_within`, one permutation is also applied to the pixels within every patch.
 
     Raises:
       ValueError: the patch size does not divide the image.
@@ -55,7 +55,7 @@ def patch_order(
     places = np.arange(height * width).reshape(rows, patch_size, columns, patch_size)
     places = places.transpose(0, 2, 1, 3).reshape(rows * columns, patch_size**2)  # (S, P^2)
     moved = places[shuffled(rows * columns, seed=seed, share=share)]
-    if within:
+    if shuffle_within:
         moved = moved[:, shuffled(patch_size**2, seed=seed, stream=1)]
     order = np.empty(height * width, np.int64)
     order[places] = moved

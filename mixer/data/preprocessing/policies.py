@@ -1,15 +1,15 @@
-"""RandAugment's and AutoAugment's tables, and how strong they make each operation. No TensorFlow.
+"""The tables of RandAugment and AutoAugment, and the amounts of their operations.
 
 The host (mixer/data/preprocessing/randaugment.py, autoaugment.py) and the device
-(device_policies.py) both compute the operations from these.
+(device_policies.py) both use them. This module does not import TensorFlow.
 """
 
 from typing import Any
 
-FILL = 128  # of pixels that an operation uncovers
+FILL = 128  # value of uncovered pixels
 GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
-# RandAugment draws from these (Cubuk et al., 2020).
+# The operations of RandAugment (Cubuk et al., 2020), in the order of its draws.
 OPERATIONS = (
     "auto_contrast",
     "equalize",
@@ -29,8 +29,8 @@ OPERATIONS = (
     "solarize_add",
 )
 
-# AutoAugment's for CIFAR-10 (Cubuk et al., 2019, arXiv 1805.09501): twenty-five sub-policies of two
-# operations, (name, probability, level 0 to 9). Some take no level.
+# AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019, arXiv 1805.09501): 25 sub-policies of two
+# operations (name, probability, level). Levels are 0 to 9; None if the operation has no level.
 CIFAR_POLICY = (
     (("invert", 0.1, None), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
@@ -61,19 +61,20 @@ CIFAR_POLICY = (
 
 
 def amount_of_magnitude(name: str, magnitude: float, sign: Any, *, faithful: bool) -> Any:
-    """How much RandAugment has an operation do at a magnitude.
+    """Returns the amount of a RandAugment operation at a magnitude.
 
     Args:
       name: one of OPERATIONS.
-      magnitude: 10 gives rotations of 30 degrees, shears of 0.3, shifts of 100 pixels of 224,
-        factors of 1.9, a cutout of 80 pixels of 224, 4 bits of posterize, and 110 of solarize_add;
-        all are proportional to it but the factors, which start at 0.1.
-      sign: -1.0 or 1.0, the direction of geometric operations: a number or an array.
-      faithful: with the published recipe's quirk: solarize's threshold wraps modulo 256.
+      magnitude: 10 means rotations of 30 degrees, shears of 0.3, shifts of 100 pixels of 224,
+        factors of 1.9, a cutout of 80 pixels of 224, 4 bits in posterize, and 110 in solarize_add.
+        Amounts are proportional to the magnitude, except for factors, which start at 0.1.
+      sign: direction of geometric operations, -1.0 or 1.0; a number or an array.
+      faithful: whether the threshold of solarize wraps modulo 256, as in the published recipe.
 
     Returns:
-      Degrees, a slope or a share of the side, each with the sign; bits, a threshold, an addition,
-      half of cutout's side as a share of the width, or a factor; None: the operation has no amount.
+      Degrees, a slope or a share of the side, all with the sign; a number of bits, a threshold, an
+      addition, half of cutout's side as a share of the width, or a factor. None if the operation
+      has no amount.
     """
     share = magnitude / 10
     threshold = int(256 * share)
@@ -97,12 +98,14 @@ def amount_of_magnitude(name: str, magnitude: float, sign: Any, *, faithful: boo
 
 
 def amount_of_level(name: str, level: int | None, sign: Any) -> Any:
-    """How much AutoAugment has an operation do at a level, as the common PyTorch implementations.
+    """Returns the amount of an AutoAugment operation at a level.
+
+    Amounts are those of the common PyTorch implementations.
 
     Args:
       name: an operation of CIFAR_POLICY.
-      level: 0 (weakest) to 9; ranges over the levels are linear. None: the operation has no level.
-      sign: -1.0 or 1.0, the direction of geometric and enhancing operations: a number or an array.
+      level: 0 (weakest) to 9; amounts are linear in it. None if the operation has no level.
+      sign: direction of geometric operations and of factors, -1.0 or 1.0; a number or an array.
 
     Returns:
       As `amount_of_magnitude`.

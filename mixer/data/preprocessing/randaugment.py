@@ -1,9 +1,8 @@
-"""RandAugment (Cubuk et al., 2020): its sixteen operations, and the op that draws from them.
+"""RandAugment on the host (Cubuk et al., 2020): sixteen operations, and the op that draws them.
 
-Each operation is a function of an (H, W, 3) uint8 image and returns one. Geometric operations
-take the nearest pixel and fill what they uncover with grey (128). `faithful` is what the
-published Mixer recipe ran (big_vision's code, `mlp_mixer_i1k`), with its quirks;
-docs/preprocessing.md names the few pixels that differ.
+Each operation maps an (H, W, 3) uint8 image to another. Geometric operations sample the nearest
+pixel and fill uncovered pixels with grey (128). `faithful` reproduces the published Mixer recipe
+(big_vision's code, `mlp_mixer_i1k`) with its quirks; docs/preprocessing.md lists the differences.
 """
 
 import functools
@@ -13,52 +12,51 @@ import tensorflow as tf
 
 from mixer.data.preprocessing.policies import FILL, OPERATIONS, amount_of_magnitude
 
-# Point operations. TensorFlow's arithmetic on uint8 and float32 runs in vector instructions (15 us
-# for 224 x 224 pixels); tf.where and tf.gather of single values do not (400 to 1000 us).
+# Point operations. TensorFlow vectorizes arithmetic on uint8 and float32 (15 us for 224 x 224
+# pixels), but not tf.where and tf.gather of single values (400 to 1000 us).
 
 
 def invert(image):
-    """255 minus each value."""
+    """Subtracts each value from 255."""
     return 255 - image
 
 
 def posterize(image, bits):
-    """Keeps the `bits` highest bits of each value, 1 to 8."""
+    """Keeps the highest `bits` bits (1 to 8) of each value."""
     shift = 8 - min(max(bits, 1), 8)
     return tf.bitwise.bitwise_and(image, tf.constant(0xFF >> shift << shift, tf.uint8))
 
 
 def solarize(image, threshold):
-    """Inverts the values from `threshold` (0 to 256) on."""
+    """Inverts values of at least `threshold` (0 to 256)."""
     if threshold > 255:
         return tf.identity(image)
     return tf.bitwise.bitwise_xor(image, _mask(image >= tf.constant(threshold, tf.uint8)))
 
 
-def solarize_add(image, addition, threshold=128):
-    """Adds `addition` to the values below `threshold`; the sum ends at 255."""
+def solarize_add(image, addition):
+    """Adds `addition` to values below 128; sums are limited to 255."""
     room = tf.minimum(255 - image, tf.constant(min(addition, 255), tf.uint8))
-    is_below = _mask(image < tf.constant(threshold, tf.uint8))
-    return image + tf.bitwise.bitwise_and(room, is_below)
+    return image + tf.bitwise.bitwise_and(room, _mask(image < tf.constant(128, tf.uint8)))
 
 
 def _mask(condition):
-    """All bits set where `condition` holds."""
+    """Returns uint8 with all bits set if `condition` is true, else 0."""
     return tf.cast(condition, tf.uint8) * 255
 
 
 def brightness(image, factor):
-    """Blends black (factor 0) and the image (1); above 1, brighter."""
+    """Blends black (factor 0) and the image (1); factors above 1 brighten."""
     return _to_uint8(tf.cast(image, tf.float32) * factor)
 
 
 def contrast(image, factor, middle=None):
-    """Blends a grey image (factor 0) and the image (1); above 1, more contrast.
+    """Blends a grey image (factor 0) and the image (1); factors above 1 add contrast.
 
     Args:
       image: (H, W, 3) uint8.
-      factor: share of the image.
-      middle: value of the grey image; None: the mean luminance, as a whole number.
+      factor: weight of the image.
+      middle: value of the grey image; None: the mean luminance, rounded to an integer.
     """
     if middle is None:
         middle = tf.round(tf.reduce_mean(_luminance(tf.cast(image, tf.float32))))
@@ -66,12 +64,12 @@ def contrast(image, factor, middle=None):
 
 
 def auto_contrast(image):
-    """Stretches each channel's values to the range 0 to 255."""
+    """Stretches the values of each channel to the range 0 to 255."""
     rows = tf.cast(_rows(image), tf.float32)
     low, high = _by_channel(tf.reduce_min, rows), _by_channel(tf.reduce_max, rows)
     scale = tf.where(high > low, 255.0 / (high - low), 1.0)
     offset = tf.where(high > low, -low * scale, 0.0)
-    # Whole rows as vectors: adding a vector of three to each pixel is slow.
+    # Complete rows are used as vectors, because adding a vector of three to each pixel is slow.
     width = tf.shape(image)[1]
     stretched = rows * tf.tile(scale, [width]) + tf.tile(offset, [width])
     return tf.reshape(_to_uint8(stretched), tf.shape(image))
@@ -80,7 +78,7 @@ def auto_contrast(image):
 def equalize(image):
     """Flattens each channel's histogram, with Pillow's integer arithmetic."""
     size = tf.shape(image)[0] * tf.shape(image)[1]
-    # Places in the three channels' tables, one after the other.
+    # Indices into the concatenated tables of the three channels.
     places = tf.cast(_rows(image), tf.int32) + tf.tile(256 * tf.range(3), [tf.shape(image)[1]])
     places = tf.reshape(places, [-1])
     counts = tf.raw_ops.Bincount(arr=places, size=768, weights=tf.constant([], tf.int32))
@@ -95,17 +93,17 @@ def equalize(image):
 
 
 def _rows(image):
-    """(H, W, 3) to (H, 3 W)."""
+    """Reshapes (H, W, 3) to (H, 3 W)."""
     return tf.reshape(image, [tf.shape(image)[0], -1])
 
 
 def _by_channel(reduce, rows):
-    """Reduces (H, 3 W) over the pixels: (3,)."""
+    """Reduces (H, 3 W) over the pixels to (3,)."""
     return reduce(tf.reshape(reduce(rows, 0), [-1, 3]), 0)
 
 
 def _blend(zero, one, factor):
-    """At `factor` between two float images, or beyond; (H, W, 3) uint8."""
+    """Interpolates or extrapolates between two float images; returns (H, W, 3) uint8."""
     return _to_uint8(zero + factor * (one - zero))
 
 
@@ -117,9 +115,9 @@ def _to_uint8(image):
 
 
 def _luminance(pixels):
-    """Grey version of float pixels in 0 to 255: whole numbers, the same in the three channels.
+    """Converts float pixels in 0 to 255 to integral grey values, equal in the three channels.
 
-    As tf.image.rgb_to_grayscale, whose scaling by 255 and 255.5 it keeps.
+    It scales by 255 and 255.5 as tf.image.rgb_to_grayscale does.
     """
     weights = tf.constant([[0.2989], [0.587], [0.114]]) * tf.ones([1, 3])
     grey = tf.linalg.matmul(tf.reshape(pixels * (1 / 255), [-1, 3]), weights)
@@ -127,14 +125,14 @@ def _luminance(pixels):
 
 
 def color(image, factor):
-    """Blends the grey version (factor 0) and the image (1); above 1, more saturated."""
+    """Blends the grey image (factor 0) and the image (1); factors above 1 add saturation."""
     pixels = tf.cast(image, tf.float32)
     return _blend(_luminance(pixels), pixels, factor)
 
 
 def sharpness(image, factor):
-    """Blends a smoothed version (factor 0) and the image (1); above 1, sharper; border kept."""
-    # The kernel, ones around a five over 13, as sums of whole rows: a convolution takes 3 ms.
+    """Blends a smoothed image (factor 0) and the image (1); the border does not change."""
+    # The kernel, ones around a five divided by 13, as sums of rows; a convolution takes 3 ms.
     rows = _rows(image)
     pixels = tf.cast(rows, tf.float32)
     sums = pixels[:, :-6] + pixels[:, 3:-3] + pixels[:, 6:]
@@ -144,11 +142,11 @@ def sharpness(image, factor):
     return tf.reshape(tf.concat([rows[:1], inner, rows[-1:]], 0), tf.shape(image))
 
 
-# Geometry: where each output pixel comes from.
+# Geometric operations compute the source of each output pixel.
 
 
 def rotate(image, degrees):
-    """Rotates around the middle, counter-clockwise."""
+    """Rotates counter-clockwise around the center."""
     angle = tf.cast(degrees, tf.float32) * (math.pi / 180)
     cos, sin = tf.cos(angle), tf.sin(angle)
     y, x = _grid(image)
@@ -159,24 +157,24 @@ def rotate(image, degrees):
 
 
 def shear_x(image, amount):
-    """Moves each row to the left by `amount` pixels a row, counted from the top."""
+    """Moves row y to the left by `amount` * y pixels."""
     y, x = _grid(image)
     return _sample(image, y, x + amount * y)
 
 
 def shear_y(image, amount):
-    """Moves each column up by `amount` pixels a column, counted from the left."""
+    """Moves column x up by `amount` * x pixels."""
     y, x = _grid(image)
     return _sample(image, y + amount * x, x)
 
 
 def translate_x(image, pixels):
-    """Moves the image to the left, by whole pixels."""
+    """Moves the image to the left by `pixels`, rounded to an integer."""
     return _shift(image, 0, pixels)
 
 
 def translate_y(image, pixels):
-    """Moves the image up, by whole pixels."""
+    """Moves the image up by `pixels`, rounded to an integer."""
     return _shift(image, pixels, 0)
 
 
@@ -192,20 +190,20 @@ def _shift(image, up, left):
 
 
 def _grid(image):
-    """Coordinates of the pixels: (H, 1) and (1, W) float32."""
+    """Returns the coordinates y (H, 1) and x (1, W) of the pixels, float32."""
     shape = tf.cast(tf.shape(image), tf.float32)
     return tf.range(shape[0])[:, None], tf.range(shape[1])[None]
 
 
 def _sample(image, y, x):
-    """The nearest pixels to (y, x), each (H or 1, W or 1); grey outside.
+    """Samples the pixels nearest to (y, x), both (H or 1, W or 1); grey outside.
 
-    tf.raw_ops.ImageProjectiveTransformV3 gives the same and takes three times as long.
+    tf.raw_ops.ImageProjectiveTransformV3 computes the same in three times the time.
     """
     height, width = tf.unstack(tf.shape(image)[:2])
     framed = tf.pad(image, [[1, 1], [1, 1], [0, 0]], constant_values=FILL)
 
-    def nearest(coordinate, size):  # in the framed image; adding a half, the cast rounds
+    def nearest(coordinate, size):  # in the framed image; the cast rounds because a half is added
         end = tf.cast(size, tf.float32) + 1
         return tf.cast(tf.clip_by_value(coordinate + 1.5, 0.0, end), tf.int32)
 
@@ -214,10 +212,10 @@ def _sample(image, y, x):
 
 
 def cutout(image, center_y, center_x, half_size):
-    """Fills the square of side 2 * `half_size` around a point, cut off at the borders."""
+    """Fills a square of side 2 * `half_size` around a point with grey, inside the image."""
     height, width = tf.unstack(tf.shape(image)[:2])
 
-    def ends(center, size):  # the pixels whose middle is nearer than half_size
+    def ends(center, size):  # of the range of pixels that are closer than half_size
         low = tf.floor(center - half_size - 0.5) + 1
         high = tf.math.ceil(center + half_size - 0.5)
         return [tf.clip_by_value(tf.cast(end, tf.int32), 0, size) for end in (low, high)]
@@ -230,14 +228,14 @@ def cutout(image, center_y, center_x, half_size):
 
 
 def apply_operation(image, name, amount, *, place=(0.5, 0.5), middle=None):
-    """One operation of a policy.
+    """Applies an operation of a policy.
 
     Args:
       image: (H, W, 3) uint8.
-      name: the operation.
-      amount: as mixer/data/preprocessing/policies.py gives it; lengths are shares of the sides.
-      place: (y, x) in [0, 1): where cutout strikes.
-      middle: as of `contrast`.
+      name: name of the operation.
+      amount: amount from mixer/data/preprocessing/policies.py; lengths are shares of the sides.
+      place: (y, x) in [0, 1), center of cutout.
+      middle: as in `contrast`.
     """
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     match name:
@@ -255,19 +253,19 @@ def apply_operation(image, name, amount, *, place=(0.5, 0.5), middle=None):
 
 
 def apply_magnitude(image, name, magnitude, *, faithful=True, sign=1.0, place=(0.5, 0.5)):
-    """One operation of RandAugment.
+    """Applies an operation of RandAugment.
 
     Args:
       image: (H, W, 3) uint8.
       name: one of OPERATIONS.
-      magnitude: as of `amount_of_magnitude`.
-      faithful: with the quirks of the published recipe.
-      sign: -1.0 or 1.0, the direction of geometric operations.
-      place: (y, x) in [0, 1): where cutout strikes.
+      magnitude: as in `amount_of_magnitude`.
+      faithful: whether to reproduce the quirks of the published recipe.
+      sign: direction of geometric operations, -1.0 or 1.0.
+      place: (y, x) in [0, 1), center of cutout.
     """
     middle = None
     if name == "contrast" and faithful:
-        # The sum of the histogram, so the number of pixels, stands for the mean.
+        # The published recipe uses the sum of the histogram (the number of pixels) as the mean.
         height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
         middle = tf.floor(tf.minimum(height * width / 256, 255.0))
     amount = amount_of_magnitude(name, magnitude, sign, faithful=faithful)
@@ -278,7 +276,7 @@ def choose(number, branches, image, **arguments):
     """Computes `branches[number](image, **arguments)`.
 
     tf.switch_case inlines all branches into the graph, and skipping their nodes takes longer than
-    most operations do. Here each branch stays a function.
+    most operations. Here each branch remains a function.
     """
     image = tf.ensure_shape(image, [None, None, 3])
     inputs = {"image": image, **{key: tf.convert_to_tensor(x) for key, x in arguments.items()}}
@@ -298,16 +296,16 @@ def choose(number, branches, image, **arguments):
 
 
 def randaugment(image, key, num_layers=2, magnitude=10, mode="faithful"):
-    """`num_layers` operations, each drawn uniformly from the sixteen and always applied.
+    """Applies `num_layers` operations, drawn uniformly from the sixteen.
 
     Args:
       image: (H, W, 3) uint8.
       key: stateless key.
-      num_layers: operations, one after the other.
-      magnitude: see `amount_of_magnitude`; the paper's ImageNet-1k recipe takes 15.
-      mode: "faithful" is the published recipe at 224 pixels with two quirks: contrast blends with
-        a constant, H * W / 256, in place of the image's mean, and solarize's threshold wraps modulo
-        256. "fixed" takes the mean and lets the threshold end at 256.
+      num_layers: number of operations.
+      magnitude: as in `amount_of_magnitude`; the paper's ImageNet-1k recipe uses 15.
+      mode: "faithful" reproduces the published recipe at 224 pixels with two quirks: contrast
+        blends with the constant H * W / 256 instead of the image's mean, and the threshold of
+        solarize wraps modulo 256. "fixed" uses the mean and limits the threshold to 256.
     """
     faithful = mode == "faithful"
     for draws in tf.unstack(tf.random.stateless_uniform([num_layers, 4], key)):

@@ -1,256 +1,27 @@
-"""The ops of preprocessing, each declared once, and the specifications that name them.
+"""Parses and checks specifications of preprocessing ops.
 
-A specification is a text such as "decode|random_crop(32, pad=4)|flip_lr": calls of ops, joined by
-"|". `parse` checks it as a whole, before any data is opened, and gives a `Specification`, which
-answers what the rest of the code needs to know of it. No TensorFlow and no JAX here.
+A specification is text such as "decode|random_crop(32, pad=4)|flip_lr": calls of ops, joined by
+"|". `parse` checks all of it before any data is opened, and returns a `Specification`. This module
+imports neither TensorFlow nor JAX.
 """
 
 import ast
 import dataclasses
-import enum
-import importlib
-import inspect
-from collections.abc import Callable
 from typing import Any
 
+from mixer.data.preprocessing.ops import OPS, Kind, Op
 from mixer.errors import UserError, check_choice
-
-MOST_SIDE = 8192  # pixels of an image; as float32 one takes 0.8 GB
-MOST_PADDING = 1024
-MOST_CLASSES = 1 << 20
-
-
-# What the arguments of an op may be.
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What an argument may be.
-
-    Attributes:
-      accepts: whether it may be a literal.
-      refusal: what is wrong with all other literals; it follows "argument=value is".
-    """
-
-    accepts: Callable[[Any], bool]
-    refusal: str
-
-
-def _number(low: float, high: float, meaning: str = "a number") -> Rule:
-    return Rule(
-        lambda value: type(value) in (int, float) and low <= value <= high,  # NaN is not
-        f"not between {low} and {high} ({meaning})",
-    )
-
-
-def _integer(low: int, high: int) -> Rule:
-    return Rule(
-        lambda value: type(value) is int and low <= value <= high,
-        f"not between {low} and {high} (a whole number)",
-    )
-
-
-def _choice(*values: Any) -> Rule:
-    *first, last = map(repr, values)
-    refusal = f"neither {', '.join(first)} nor {last}"
-    return Rule(lambda value: any(type(value) is type(v) and value == v for v in values), refusal)
-
-
-_SIDE = _integer(1, MOST_SIDE)
-_SIDES = Rule(
-    lambda value: (
-        _SIDE.accepts(value)
-        or (isinstance(value, tuple | list) and len(value) == 2 and all(map(_SIDE.accepts, value)))
-    ),
-    f"neither a side between 1 and {MOST_SIDE} (a whole number) nor two of them, (height, width)",
-)
-_SHARE = _number(0, 1)
-_AREA = _number(1e-6, 1, "a share of the image, not percent")
-_DCT = _choice("fast", "accurate")
-_FLAG = _choice(False, True)
-_METHOD = _choice(
-    *("area", "bicubic", "bilinear", "gaussian", "lanczos3", "lanczos5", "mitchellcubic"),
-    "nearest",
-)
-_SEED = _integer(0, (1 << 63) - 1)
-_LEVEL = _number(-1e6, 1e6)
-_FILL = Rule(
-    lambda value: value == "noise" or (type(value) is int and 0 <= value <= 255),
-    "neither 'noise' nor a value 0 to 255",
-)
-
-
-# The registry.
-
-REQUIRED = inspect.Parameter.empty
-
-
-class Kind(enum.Enum):
-    """What the other rules of a specification depend on."""
-
-    DECODING = "takes the file's bytes; one of these is the first op"
-    WINDOW = "cuts out a square, which must fit into the image"
-    PERMUTATION = "reorders the pixels of images of one size"
-    POLICY = "draws from many operations, which costs much"
-    RANGE = "makes floats of the pixels; the last op on the image"
-    LABEL = "changes the label"
-    OTHER = "none of these"
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """All that is declared of an op.
-
-    Attributes:
-      name: in a specification, and of the functions that compute the op.
-      arguments: by name, in their order: a rule, and the default or REQUIRED.
-      kind: what other rules depend on.
-      random: whether the op draws random numbers, from a key that it gets.
-      host: the module of this package with the function on the host. It takes the image (a LABEL
-        op: the example), the `key` of a random op, and the arguments.
-      device: the module with the function on the device, which takes a batch of images, the `keys`
-        of a random op, and the same arguments; None: the op always runs on the host.
-      ascending: two arguments, of which the first must not be larger than the second.
-    """
-
-    name: str
-    arguments: dict[str, tuple[Rule, Any]] = dataclasses.field(default_factory=dict)
-    kind: Kind = Kind.OTHER
-    random: bool = False
-    host: str = "host"
-    device: str | None = None
-    ascending: tuple[str, str] | None = None
-
-    @property
-    def signature(self) -> inspect.Signature:
-        """The arguments as Python binds them."""
-        return inspect.Signature(
-            [
-                inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
-                for name, (_, default) in self.arguments.items()
-            ]
-        )
-
-    @property
-    def host_function(self) -> Callable:
-        """The function on the host; importing it imports TensorFlow."""
-        return getattr(importlib.import_module(f"{__package__}.{self.host}"), self.name)
-
-    @property
-    def device_function(self) -> Callable:
-        """The function on the device, of an op that has one; importing it imports JAX."""
-        return getattr(importlib.import_module(f"{__package__}.{self.device}"), self.name)
-
-
-_SIZE = {"size": (_SIDE, REQUIRED)}
-_SIZES = {"size": (_SIDES, REQUIRED)}
-_AREAS = ("min_area", "max_area")
-_RESIZING = {"antialias": (_FLAG, False)}
-
-OPS = {
-    op.name: op
-    for op in (
-        Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, host="decoding"),
-        Op(
-            "inception_crop",
-            _SIZES | {"min_area": (_AREA, 0.05), "max_area": (_AREA, 1.0), "dct": (_DCT, "fast")},
-            Kind.DECODING,
-            random=True,
-            ascending=_AREAS,
-        ),
-        Op("resize", _SIZES | {"method": (_METHOD, "bilinear")} | _RESIZING),
-        Op("resize_small", _SIZE | {"method": (_METHOD, "area")} | _RESIZING),
-        Op("central_crop", _SIZE, Kind.WINDOW, device="device"),
-        Op(
-            "random_crop",
-            _SIZE | {"pad": (_integer(0, MOST_PADDING), 0)},
-            Kind.WINDOW,
-            random=True,
-            device="device",
-        ),
-        Op("flip_lr", random=True, device="device"),
-        Op(
-            "random_affine",
-            {
-                "degrees": (_number(0, 360), 0.0),
-                "translate": (_number(0, MOST_SIDE), 0.0),
-                "scale": (_number(0, 5), 0.0),
-                "shear": (_number(0, 10), 0.0),
-            },
-            random=True,
-            device="device",
-        ),
-        Op(
-            "randaugment",
-            {
-                "num_layers": (_integer(0, 16), 2),
-                "magnitude": (_number(0, 30), 10),
-                "mode": (_choice("faithful", "fixed"), "faithful"),
-            },
-            Kind.POLICY,
-            random=True,
-            host="randaugment",
-            device="device_policies",
-        ),
-        Op(
-            "autoaugment_cifar",
-            kind=Kind.POLICY,
-            random=True,
-            host="autoaugment",
-            device="device_policies",
-        ),
-        Op(
-            "random_erasing",
-            {
-                "prob": (_SHARE, 0.25),
-                "min_area": (_AREA, 0.02),
-                "max_area": (_AREA, 1 / 3),
-                "min_aspect": (_number(1e-6, 1), 0.3),
-                "fill": (_FILL, "noise"),
-            },
-            random=True,
-            ascending=_AREAS,
-            device="device",
-        ),
-        Op(
-            "permute_patches",
-            _SIZES | {"patch_size": (_SIDE, REQUIRED), "seed": (_SEED, 0)},
-            Kind.PERMUTATION,
-            device="device",
-        ),
-        Op("permute_pixels", _SIZES | {"seed": (_SEED, 0)}, Kind.PERMUTATION, device="device"),
-        Op(
-            "value_range",
-            {"low": (_LEVEL, -1.0), "high": (_LEVEL, 1.0)},
-            Kind.RANGE,
-            ascending=("low", "high"),
-            device="device",
-        ),
-        Op(
-            "one_hot",
-            {
-                "num_classes": (_integer(1, MOST_CLASSES), REQUIRED),
-                "on": (_SHARE, 1.0),
-                "off": (_SHARE, 0.0),
-            },
-            Kind.LABEL,
-        ),
-    )
-}
-
-
-# Specifications.
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An op with its arguments.
+    """A call of an op.
 
     Attributes:
       op: the op.
-      arguments: all of them by name, defaults included.
-      text: as it was written.
-      place: in the specification that was parsed; the key of a random op is made with it.
+      arguments: all arguments by name, including defaults.
+      text: text of the call.
+      place: index of the call in the specification; the key of a random op depends on it.
     """
 
     op: Op
@@ -259,7 +30,7 @@ class Call:
     place: int
 
     def replace(self, argument: str, value: Any) -> "Call":
-        """The call with another value, not checked, of an argument that the text gives."""
+        """Returns the call with another, unchecked value of an argument that the text contains."""
         call = _parse_text(self.text)
         place = list(self.op.arguments).index(argument)
         node = ast.parse(repr(value), mode="eval").body
@@ -273,7 +44,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Specification:
-    """Calls of ops in their order; `str()` gives the text. Without any it is false."""
+    """A sequence of calls; `str()` returns its text. An empty specification is false."""
 
     calls: tuple[Call, ...] = ()
 
@@ -284,21 +55,21 @@ class Specification:
         return bool(self.calls)
 
     def of_kind(self, kind: Kind) -> tuple[Call, ...]:
-        """The calls of one kind of ops."""
+        """Returns the calls of ops of one kind."""
         return tuple(call for call in self.calls if call.op.kind is kind)
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """(H, W) of the images that come out; None where it depends on the images."""
+        """(H, W) of the preprocessed images; None if it depends on the images."""
         return _check_sizes(self.calls)
 
     @property
     def parts(self) -> "Parts":
-        """The part that the host computes, and the part that a device can compute after it.
+        """The part for the host, and the part that a device can compute after it.
 
-        The device's part starts at the first random op, or `value_range`, behind which every op has
-        a function on the device: what is the same in every epoch stays on the host. Ops on the
-        label do too.
+        The device's part starts at the first op that is random or `value_range` and from which on
+        every op has a device function. Ops whose result is the same in every epoch stay on the
+        host, as do ops on the label.
         """
         on_image = [call for call in self.calls if call.op.kind is not Kind.LABEL]
         start = 1 + max((n for n, call in enumerate(on_image) if not call.op.device), default=-1)
@@ -312,7 +83,7 @@ class Specification:
         return Parts(Specification(tuple(host)), Specification(tuple(device)), random)
 
     def with_image_op(self, text: str) -> "Specification":
-        """With one more op as the last on the image's pixels, unless it is there already."""
+        """Returns the specification with an op appended to the ops on pixels, unless present."""
         texts = [call.text for call in self.calls]
         if text in texts:
             return self
@@ -322,13 +93,13 @@ class Specification:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A specification in two parts, whose calls keep their places, and so their keys.
+    """The two parts of a specification; calls keep their places, and therefore their keys.
 
     Attributes:
-      host: ops on the image up to the device's first, and all on the label.
-      device: ops on the image that a device computes after them; false where there are none.
-      random_on_host: name of the first random op of `host`, because of which its images differ from
-        epoch to epoch; None: there is none.
+      host: the ops on the image before the device's first op, and all ops on the label.
+      device: the ops on the image that a device computes after them; may be empty.
+      random_on_host: name of the first random op of `host`, which makes images differ between
+        epochs; None if there is none.
     """
 
     host: Specification
@@ -342,12 +113,12 @@ def parse(
     """Parses the text of a specification such as "decode|random_crop(32, pad=4)|flip_lr".
 
     Args:
-      spec: the text; what is parsed already is checked for `image_size`.
-      image_size: (H, W) that the images must have in the end; None: any.
+      spec: the text; for a parsed specification, only `image_size` is checked.
+      image_size: required (H, W) of the preprocessed images; None: any.
 
     Raises:
-      UserError: an unknown op, arguments that are wrong or out of range, an order that cannot be,
-        or images of another size.
+      UserError: an op is unknown, an argument is invalid, the order of ops is invalid, or images
+        have another size.
     """
     if isinstance(spec, str):
         try:
@@ -357,23 +128,23 @@ def parse(
         except ValueError as error:
             raise UserError(f"preprocessing {spec!r}: {error}") from None
         spec = Specification(calls)
-    made = spec.image_size
-    if made and any(side not in (made[i], None) for i, side in enumerate(image_size)):
+    output_size = spec.image_size
+    if output_size and any(side not in (output_size[i], None) for i, side in enumerate(image_size)):
         height, width = image_size
         raise UserError(
-            f"preprocessing {str(spec)!r} gives no images of image_size="
-            f"{height if height == width else image_size}: it makes them {made[0]} x {made[1]}"
+            f"preprocessing {str(spec)!r} produces images of {output_size[0]} x {output_size[1]}; "
+            f"expected image_size={height if height == width else image_size}"
         )
     return spec
 
 
 def pixel_range(preprocess: str | None) -> tuple[float, float]:
-    """What the values 0 and 255 of a pixel become for the model, by a specification's text.
+    """Returns the model's values for the pixel values 0 and 255, from a specification's text.
 
-    It is (-1, 1) unless `value_range(low, high)` is one of the ops, of which no other is looked at.
+    They are (-1, 1) unless the text contains `value_range(low, high)`. Other ops are not checked.
 
     Raises:
-      ValueError: the arguments of `value_range` are wrong.
+      ValueError: the arguments of `value_range` are invalid.
     """
     for text in (preprocess or "").split("|"):
         if text.partition("(")[0].strip() == "value_range":
@@ -383,7 +154,7 @@ def pixel_range(preprocess: str | None) -> tuple[float, float]:
 
 
 def _make_call(text: str, place: int) -> Call:
-    """One call; ValueError says what is wrong with it."""
+    """Parses one call; raises ValueError if it is invalid."""
     call = _parse_text(text)
     name = call.func.id
     check_choice("op", name, OPS)
@@ -392,9 +163,9 @@ def _make_call(text: str, place: int) -> Call:
         values = [_literal(node) for node in call.args]
         keywords = {str(word.arg): _literal(word.value) for word in call.keywords}
     except (MemoryError, RecursionError):  # the parser's own limits
-        raise ValueError(f"{text.strip()[:80]!r} is no op; write name(arguments)") from None
+        raise _syntax_error(text) from None
     if len(keywords) < len(call.keywords):
-        raise ValueError(f"{name}: an argument is given twice")
+        raise ValueError(f"{name}: an argument occurs twice")
     try:
         bound = op.signature.bind(*values, **keywords)
     except TypeError as error:
@@ -414,7 +185,7 @@ def _make_call(text: str, place: int) -> Call:
 
 
 def _parse_text(text: str) -> ast.Call:
-    """The syntax of a call such as "resize(224, method='area')"; ValueError if it is none."""
+    """Parses the syntax of a call such as "resize(224, method='area')"; else raises ValueError."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, MemoryError, RecursionError):
@@ -422,13 +193,17 @@ def _parse_text(text: str) -> ast.Call:
     if isinstance(call, ast.Name):
         call = ast.Call(call, [], [])
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise ValueError(f"{text.strip()[:80]!r} is no op; write name(arguments)")
+        raise _syntax_error(text)
     return call
+
+
+def _syntax_error(text: str) -> ValueError:
+    return ValueError(f"{text.strip()[:80]!r} is not an op; expected name(arguments)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """An expression that is no literal; no rule accepts it, and it is never evaluated."""
+    """An expression that is not a literal; it is never evaluated, and no rule accepts it."""
 
     text: str
 
@@ -455,12 +230,12 @@ def _check_order(calls: tuple[Call, ...]) -> None:
 
 
 def _check_sizes(calls: tuple[Call, ...]) -> tuple[int, int] | None:
-    """(H, W) of the images after the calls; None where it depends on the images.
+    """Returns (H, W) of the images after the calls; None if it depends on the images.
 
     Raises:
-      ValueError: a crop or a permutation that does not fit what the calls before it give.
+      ValueError: a crop or a permutation does not fit the images that the previous calls produce.
     """
-    image_size, short_side = None, None  # the short side is also known after resize_small
+    image_size, short_side = None, None  # resize_small determines only the short side
     for call in calls:
         name, size = call.op.name, call.arguments.get("size")
         if size is None:
@@ -469,10 +244,10 @@ def _check_sizes(calls: tuple[Call, ...]) -> tuple[int, int] | None:
         if call.op.kind is Kind.WINDOW:
             room = short_side and short_side + 2 * call.arguments.get("pad", 0)
             if room and size > room:
-                raise ValueError(f"{name}: size={size} is more than the {room} pixels left")
+                raise ValueError(f"{name}: size={size} is larger than the image, {room} pixels")
         if call.op.kind is Kind.PERMUTATION and image_size not in (None, sides):
             raise ValueError(
-                f"{name}: size={size} is not that of the image, {image_size[0]} x {image_size[1]}"
+                f"{name}: size={size} differs from the image, {image_size[0]} x {image_size[1]}"
             )
         patch_size = call.arguments.get("patch_size", 1)
         if any(side % patch_size for side in sides):

@@ -1,1 +1,1 @@
-"""Where examples come from: prepared TFDS sets, folders, digits, synthetic images."""
+"""Sources of examples: TFDS data sets, folders, label files, digits, synthetic images."""

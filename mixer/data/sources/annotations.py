@@ -4,21 +4,28 @@ OmniBenchmark's realms use this format (Zhang et al., 2022, arXiv 2207.07106). A
 several lines, as some paths in OmniBenchmark do.
 """
 
-import array
-import hashlib
+import dataclasses
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
 from mixer.data.sources import folder
-from mixer.errors import UserError
+from mixer.data.sources.label_file import (
+    MOST_CLASSES,
+    LabelFile,
+    LabelledImage,
+    LabelledPaths,
+    collect,
+)
+from mixer.errors import UserError, printable
 from mixer.files import read_regular
 
 LINE = "train/images/1.jpg 17"
 
 
-def read_annotations(file: epath.PathLike, root: epath.PathLike) -> folder.LabelFile:
+def read_annotations(file: epath.PathLike, root: epath.PathLike) -> LabelFile:
     """Reads an annotation file; all its images form one split, "images".
 
     Args:
@@ -33,58 +40,38 @@ def read_annotations(file: epath.PathLike, root: epath.PathLike) -> folder.Label
     content = read_regular(file)
     if content is None:
         raise UserError(f"{file} is missing; expected lines such as {LINE}")
-    lines, labels = array.array("i"), array.array("i")
-    path_starts, hashes, paths = array.array("q", [0]), array.array("Q"), bytearray()
-    for number, row in enumerate(content.splitlines(), 1):
-        if not row.strip():
-            continue
-        path, label = _parse_line(file, number, row)
-        paths += path
-        path_starts.append(len(paths))
-        labels.append(label)
-        lines.append(number)
-        hashes.append(int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big"))
-    if not lines:
+    listing = collect(file, root, _parse(file, content))
+    if not len(listing.lines):
         raise UserError(f"{file} lists no image; expected lines such as {LINE}")
-    listing = folder.LabelFile(
-        file=file,
-        root=root,
-        class_names=None,
-        several=False,
-        paths=bytes(paths),
-        path_starts=np.array(path_starts),
-        label_starts=np.arange(len(lines) + 1),
-        labels=np.array(labels),
-        weights=np.ones(len(lines), np.float32),
-        lines=np.array(lines),
-        path_hashes=np.array(hashes),
-        splits={"images": np.arange(len(lines))},
-    )
+    listing = dataclasses.replace(listing, splits={"images": np.arange(len(listing.lines))})
     _check_images(listing)
     return listing
 
 
-def _parse_line(file: epath.Path, number: int, row: bytes) -> tuple[bytes, int]:
-    """Returns the path and the class number of a line."""
-    parts = row.rsplit(maxsplit=1)
-    path, label = parts if len(parts) == 2 else (b"", b"")
-    path = path.strip()
-    if not path or path.startswith(b"/") or b"\0" in path or not label.isdigit():
-        raise UserError(
-            f"{file}, line {number}: {folder.displayed(folder.decode(row))!r}; expected a relative "
-            f"path and a class number, as in {LINE}"
-        )
-    if len(label) > 9 or int(label) >= folder.MOST_CLASSES:
-        raise UserError(
-            f"{file}, line {number}: class {label.decode()[:20]}; expected a number below "
-            f"{folder.MOST_CLASSES:,}"
-        )
-    return path, int(label)
+def _parse(file: epath.Path, content: bytes) -> Iterator[LabelledImage]:
+    """Yields the images of all lines."""
+    for number, row in enumerate(content.splitlines(), 1):
+        if not row.strip():
+            continue
+        parts = row.rsplit(maxsplit=1)
+        path, label = parts if len(parts) == 2 else (b"", b"")
+        path = path.strip()
+        if not path or path.startswith(b"/") or b"\0" in path or not label.isdigit():
+            raise UserError(
+                f"{file}, line {number}: {printable(folder.decode(row))!r}; expected a "
+                f"relative path and a class number, as in {LINE}"
+            )
+        if len(label) > 9 or int(label) >= MOST_CLASSES:
+            raise UserError(
+                f"{file}, line {number}: class {label.decode()[:20]}; expected a number below "
+                f"{MOST_CLASSES:,}"
+            )
+        yield LabelledImage(number, path, [int(label)], None, "images")
 
 
-def _check_images(listing: folder.LabelFile) -> None:
+def _check_images(listing: LabelFile) -> None:
     """Raises UserError for the first image that is missing or not a regular file."""
-    images = folder.LabelledPaths(listing, np.arange(len(listing.lines)))
+    images = LabelledPaths(listing, np.arange(len(listing.lines)))
     sizes = folder.file_sizes(listing.root, images)
     if sizes is None:
         return  # an object store needs a request per file; reading an image reports a missing one
@@ -92,5 +79,5 @@ def _check_images(listing: folder.LabelFile) -> None:
         path = os.path.join(os.fsencode(listing.root), images[image])
         raise UserError(
             f"{listing.file}, line {listing.lines[image]}: "
-            f"{folder.displayed(folder.decode(path))} cannot be read: {folder.fault_of(path)}"
+            f"{printable(folder.decode(path))} cannot be read: {folder.fault_of(path)}"
         )

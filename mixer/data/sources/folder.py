@@ -1,11 +1,9 @@
-"""Lists the examples in a folder of images: `<split>/<class>/<image>`, or a label file.
+"""Lists the examples in a folder of images, laid out as `<split>/<class>/<image>`.
 
-The class list of folders is the sorted union over all splits, so a class that is missing in one
-split does not shift labels. A label file is jsonl with one image per line and one or more labels:
-{"path": "a/b.jpg", "labels": ["cat", "pet"], "weights": [0.9, 0.2], "split": "train"}.
+The class list is the sorted union over all splits, so a class that is missing in one split does not
+shift labels.
 """
 
-import array
 import collections
 import concurrent.futures
 import contextlib
@@ -13,17 +11,15 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 import stat
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mixer.errors import UserError, check_choice, first_line
+from mixer.errors import UserError, first_line, printable
 from mixer.files import parse_path
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".jxl")
@@ -41,9 +37,6 @@ ACCEPTED = ", ".join(ENDINGS)
 IGNORED_NAMES = frozenset(
     ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
 )
-# Largest number of classes that numeric labels may imply; larger labels are probably other ids.
-MOST_CLASSES = 1 << 20
-LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 0.5]}'
 # Values in place of a file's size.
 MISSING, IRREGULAR = -1, -2
 KINDS = {
@@ -64,17 +57,6 @@ def encode(name: str) -> bytes:
 def decode(name: bytes) -> str:
     """Returns the text of a file name, with non-UTF-8 bytes escaped as four characters."""
     return name.decode("utf-8", "backslashreplace")
-
-
-def displayed(text: str) -> str:
-    """Returns `text` as one line for a terminal, with control characters escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(
-        ascii(character)[1:-1]
-        if unicodedata.category(character) in ("Cc", "Zl", "Zp")
-        else character
-        for character in text
-    )
 
 
 def irregular(mode: int) -> str:
@@ -110,20 +92,15 @@ def _is_left_out(name: bytes) -> bool:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Returns whether `path` is an address in an object store such as gs://."""
+    """Returns whether `path` is a URL of an object store, such as gs://bucket/folder."""
     return "://" in os.fspath(path)
 
 
 def find_file(key: str, path: str) -> epath.Path:
     """Returns the file that the user passed as `key`; UserError if it is not a readable file."""
     file = parse_path(key, path)
-    if not is_remote(file):
-        try:
-            fault = irregular(os.stat(file).st_mode)
-        except OSError as error:
-            fault = error.strerror
-        if fault:
-            raise UserError(f"{key}={displayed(path)} cannot be read: {fault}")
+    if not is_remote(file) and (fault := fault_of(os.fspath(file))):
+        raise UserError(f"{key}={printable(path)} cannot be read: {fault}")
     return file
 
 
@@ -133,7 +110,7 @@ def _naming(path: bytes) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{displayed(decode(path))} cannot be read: {error.strerror}") from None
+        raise UserError(f"{printable(decode(path))} cannot be read: {error.strerror}") from None
 
 
 def _identity(root: epath.Path, inside: bytes) -> Any:
@@ -199,9 +176,9 @@ def walk(
     """
     root = epath.Path(root)
     identities = {_identity(root, folder) for folder in skipped_folders}
-    waiting = collections.deque([inside])
-    while waiting:
-        folder = waiting.popleft()
+    queue = collections.deque([inside])
+    while queue:
+        folder = queue.popleft()
         identity = _identity(root, folder)
         if identity in identities:
             continue
@@ -209,8 +186,8 @@ def walk(
         listing = list_folder(root, folder)
         for name, fault in listing.files:
             yield _join(folder, name), fault
-        waiting.extend(_join(folder, name) for name, is_link in listing.folders if is_link)
-        waiting.extendleft(
+        queue.extend(_join(folder, name) for name, is_link in listing.folders if is_link)
+        queue.extendleft(
             _join(folder, name) for name, is_link in reversed(listing.folders) if not is_link
         )
 
@@ -335,8 +312,8 @@ class ImageFolder:
         numbers = {name: indices[decode(name)] for name in names if decode(name) in indices}
         if unknown := sorted(map(decode, names - set(numbers))):
             raise UserError(
-                f"{displayed(str(self.root))} holds classes that the run was not trained on: "
-                f"{unknown[:EXAMPLES]}; the run's {len(class_names)} classes are "
+                f"{printable(str(self.root))} contains classes that the run was not trained on: "
+                f"{unknown[:EXAMPLES]}; expected the run's {len(class_names)} classes, "
                 f"{listed(class_names)}"
             )
         return np.array([numbers[_class_of(file)] for file in files], np.int32)
@@ -346,11 +323,11 @@ def _class_of(file: bytes) -> bytes:
     return file.split(b"/", 2)[1]
 
 
-def listed(names: Iterable[str], show: Callable[[str], str] = displayed) -> str:
+def listed(names: Iterable[str]) -> str:
     """Returns the first few names for a message."""
     names = list(names)
     ending = ", ..." if len(names) > EXAMPLES else ""
-    return ", ".join(displayed(show(name)) for name in names[:EXAMPLES]) + ending
+    return ", ".join(map(printable, names[:EXAMPLES])) + ending
 
 
 class _Scan:
@@ -360,9 +337,9 @@ class _Scan:
       images: for each split, the images of all classes.
       class_folders: for each class, its folders in the splits that hold images.
       faults: as in `ImageFolder`.
-      nested, beside, rare: images in subfolders of a class folder, images outside class folders,
-        and images in formats that training skips.
-      copies: folders that are not a class, but a split of another data set.
+      nested_images, stray_images, rare_images: images in subfolders of a class folder, images
+        outside class folders, and images in formats that training skips.
+      misplaced_splits: folders that are not a class, but a split of another data set.
     """
 
     def __init__(self, root: epath.Path, subfolders: bool):
@@ -370,16 +347,19 @@ class _Scan:
         self.images: dict[bytes, list[bytes]] = {}
         self.class_folders: dict[str, list[bytes]] = {}
         self.faults: dict[bytes, str] = {}
-        self.nested, self.beside, self.rare, self.copies = [], [], [], []
+        self.nested_images, self.stray_images, self.rare_images = [], [], []
+        self.misplaced_splits: list[bytes] = []
         top = list_folder(root, b"")
-        self.beside += [name for name, _ in top.files if ending(name) in LISTED]
+        self.stray_images += [name for name, _ in top.files if ending(name) in LISTED]
         self.splits = [name for name, _ in top.folders]
         for split in self.splits:
             self._read_split(split)
 
     def _read_split(self, split: bytes) -> None:
         inside = list_folder(self.root, split)
-        self.beside += [_join(split, name) for name, _ in inside.files if ending(name) in LISTED]
+        self.stray_images += [
+            _join(split, name) for name, _ in inside.files if ending(name) in LISTED
+        ]
         by_class = {name: self._read_class(split, name) for name, _ in inside.folders}
         if images := [image for images in by_class.values() for image in images]:
             self.images[split] = images
@@ -390,7 +370,7 @@ class _Scan:
         images, nested = [], []
         for file, fault in walk(self.root, _join(split, name), skipped_folders=(b"", split)):
             if ending(file) in RARE:
-                self.rare.append(file)
+                self.rare_images.append(file)
             if ending(file) not in LISTED:
                 continue
             (images if file.count(b"/") == 2 else nested).append(file)
@@ -399,8 +379,8 @@ class _Scan:
             if fault:
                 self.faults[file] = fault
         if self.subfolders and name in self.splits and len(nested) > len(images):
-            self.copies.append(_join(split, name))  # as in backup/train/cat/1.jpg
-        self.nested += nested
+            self.misplaced_splits.append(_join(split, name))  # as in backup/train/cat/1.jpg
+        self.nested_images += nested
         return images + nested if self.subfolders else images
 
     def remarks(self) -> tuple[str, ...]:
@@ -409,11 +389,11 @@ class _Scan:
         if not self.subfolders:
             nested = "left out, as when this run was started"
         return tuple(
-            f"{len(images):,} {description}, such as {displayed(decode(images[0]))}, are {fate}"
+            f"{len(images):,} {description}, such as {printable(decode(images[0]))}, are {fate}"
             for images, description, fate in (
-                (self.nested, "images in subfolders of a class folder", nested),
-                (self.beside, "images outside of class folders", "left out"),
-                (self.rare, "images of other formats", f"left out; expected {ACCEPTED}"),
+                (self.nested_images, "images in subfolders of a class folder", nested),
+                (self.stray_images, "images outside of class folders", "left out"),
+                (self.rare_images, "images of other formats", f"left out; expected {ACCEPTED}"),
             )
             if images
         )
@@ -432,16 +412,16 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     """
     layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
     tree = _Scan(find_root(root, layout), subfolders)
-    shown = displayed(str(tree.root))
-    if tree.copies:
+    shown = printable(str(tree.root))
+    if tree.misplaced_splits:
         raise UserError(
-            f"{shown}: {listed(map(decode, tree.copies))}: the name of a split in the place of a "
-            f"class; {layout} (move a second data set out of this folder)"
+            f"{shown}: {listed(map(decode, tree.misplaced_splits))}: the name of a split in the "
+            f"place of a class; {layout} (move a second data set out of this folder)"
         )
     if not tree.images:
-        other_images = tree.beside + tree.rare
-        hint = f" (not as {displayed(decode(other_images[0]))})" if other_images else ""
-        raise UserError(f"{shown} holds no images ({ACCEPTED}) of a class; {layout}{hint}")
+        other_images = tree.stray_images + tree.rare_images
+        hint = f" (not as {printable(decode(other_images[0]))})" if other_images else ""
+        raise UserError(f"{shown} contains no images ({ACCEPTED}) of a class; {layout}{hint}")
     names = {decode(_class_of(image)) for images in tree.images.values() for image in images}
     if empty := sorted(set(tree.class_folders) - names):
         folders = [decode(folder) for name in empty for folder in tree.class_folders[name]]
@@ -462,7 +442,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
         files=files,
         faults=tree.faults,
         remarks=tree.remarks(),
-        nested=len(tree.nested),
+        nested=len(tree.nested_images),
     )
 
 
@@ -479,246 +459,10 @@ def find_root(path: str, layout: str) -> epath.Path:
         if not isinstance(error, OSError) and not is_remote(root):
             raise  # only object stores raise exceptions other than OSError
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"dataset.data_dir={displayed(path)} cannot be read: {reason}") from None
+        raise UserError(f"dataset.data_dir={printable(path)} cannot be read: {reason}") from None
     if not is_folder:
         raise UserError(
-            f"dataset.data_dir={displayed(str(root))} is not a folder; {layout}; if the data has "
+            f"dataset.data_dir={printable(str(root))} is not a folder; {layout}; if the data has "
             "moved, pass --data_dir (evaluate.py and inspect)"
         )
     return root
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelFile:
-    """The content of a label file with n images and m labels in total.
-
-    Flat arrays allow tens of millions of images. An image takes its path and 36 bytes, and 8 bytes
-    per label.
-
-    Attributes:
-      file: the label file.
-      root: the folder that the paths are relative to.
-      class_names: sorted names of all labels of the file; None if labels are numbers.
-      several: whether images may have several labels or weights; if not, each has exactly one.
-      paths: all paths, concatenated.
-      path_starts: (n + 1,) int64; image i's path is paths[path_starts[i] : path_starts[i + 1]].
-      label_starts: (n + 1,) int64, the same for `labels` and `weights`.
-      labels: (m,) int32, class numbers; never -1.
-      weights: (m,) float32 in [0, 1].
-      lines: (n,) int32, line number of each image.
-      path_hashes: (n,) uint64.
-      splits: image numbers of each split, sorted by the hash of their paths.
-    """
-
-    file: epath.Path
-    root: epath.Path
-    class_names: tuple[str, ...] | None
-    several: bool
-    paths: bytes
-    path_starts: np.ndarray
-    label_starts: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    lines: np.ndarray
-    path_hashes: np.ndarray
-    splits: dict[str, np.ndarray]
-
-    def path(self, image: int) -> str:
-        """Returns the path of an image as text."""
-        return decode(self.encoded_path(image))
-
-    def encoded_path(self, image: int) -> bytes:
-        """Returns the path of an image as bytes."""
-        return self.paths[self.path_starts[image] : self.path_starts[image + 1]]
-
-    def names(self, num_classes: int | None) -> tuple[str, ...]:
-        """Returns the class names: those of the file, or 0 to num_classes - 1 for numeric labels.
-
-        If `num_classes` is None, the largest label determines the number of classes.
-        """
-        if self.class_names is not None:
-            return self.class_names
-        count = num_classes or 1 + int(self.labels.max())
-        if count > MOST_CLASSES:
-            raise self._fault(
-                int(self.labels.argmax()),
-                f"label {count - 1:,} would imply {count:,} classes; number the classes from 0, or "
-                "use names",
-            )
-        return tuple(str(number) for number in range(count))
-
-    def numbers(self, class_names: Sequence[str], entries: np.ndarray) -> np.ndarray:
-        """Returns `labels` as numbers in the list `class_names`, (m,) int32.
-
-        Raises:
-          UserError: one of `entries` (indices into `labels`) has a label that is not in the list.
-        """
-        numbers = self.labels
-        if self.class_names is not None and self.class_names != tuple(class_names):
-            indices = {name: index for index, name in enumerate(class_names)}
-            table = [indices.get(name, len(class_names)) for name in self.class_names]
-            numbers = np.array(table, np.int32)[numbers]
-        unknown = entries[numbers[entries] >= len(class_names)]
-        if len(unknown):
-            first = int(unknown.min())
-            label = int(self.labels[first])
-            raise self._fault(
-                first,
-                f"label {label if self.class_names is None else repr(self.class_names[label])} is "
-                f"none of the {len(class_names)} classes {', '.join(list(class_names)[:3])}, ...",
-            )
-        return numbers
-
-    def _fault(self, label: int, reason: str) -> UserError:
-        """Returns the error for entry `label` of `labels`."""
-        image = int(np.searchsorted(self.label_starts, label, "right")) - 1
-        return _line_fault(self.file, int(self.lines[image]), reason)
-
-
-def read_label_file(file: str, root: str) -> LabelFile:
-    """Reads a label file; its paths are relative to the folder `root`.
-
-    A missing image is reported only when it is read.
-
-    Raises:
-      UserError: the file or folder does not exist, or a line (named by its number) is invalid.
-    """
-    root = find_root(root, f"dataset.label_file={file} has paths relative to it")
-    file = find_file("dataset.label_file", file)
-    path_starts, label_starts = array.array("q", [0]), array.array("q", [0])
-    labels, weights = array.array("i"), array.array("f")
-    lines, hashes, split_of = array.array("i"), array.array("Q"), array.array("i")
-    paths, splits, places = bytearray(), {}, {}
-    kind, several = None, False
-    try:
-        with file.open("rb") as rows:
-            for number, row in enumerate(rows, 1):
-                if not row.strip():
-                    continue
-                try:
-                    image = _parse_line(row)
-                    encoded = encode(image.path)
-                    label_type = type(image.labels[0]) if image.labels else kind
-                    if kind not in (None, label_type):
-                        raise ValueError("labels are names in some lines and numbers in others")
-                except ValueError as error:
-                    raise _line_fault(file, number, str(error)) from None
-                kind, several = label_type, several or image.several
-                paths += encoded
-                path_starts.append(len(paths))
-                for label in image.labels:
-                    labels.append(label if kind is int else places.setdefault(label, len(places)))
-                weights.extend(image.weights)
-                label_starts.append(len(labels))
-                lines.append(number)
-                digest = hashlib.blake2b(encoded, digest_size=8).digest()
-                hashes.append(int.from_bytes(digest, "big"))
-                split_of.append(splits.setdefault(image.split, len(splits)))
-    except OSError as error:
-        raise UserError(
-            f"dataset.label_file={file} cannot be read: {error.strerror or error}"
-        ) from None
-    if not labels:
-        raise UserError(
-            f"dataset.label_file={file} holds {len(lines):,} images and no label; expected lines "
-            f"such as {LABEL_LINE}"
-        )
-    labels, hashes, split_of = (np.array(values) for values in (labels, hashes, split_of))
-    names = None
-    if kind is not int:  # renumber from order of appearance to sorted names
-        names = tuple(sorted(places))
-        table = np.empty(len(names), np.int32)
-        table[[places[name] for name in names]] = np.arange(len(names))
-        labels = table[labels]
-    order = np.argsort(hashes, kind="stable")
-    listing = LabelFile(
-        file=file,
-        root=root,
-        class_names=names,
-        several=several,
-        paths=bytes(paths),
-        path_starts=np.array(path_starts),
-        label_starts=np.array(label_starts),
-        labels=labels,
-        weights=np.array(weights),
-        lines=np.array(lines),
-        path_hashes=hashes,
-        splits={name: order[split_of[order] == code] for name, code in splits.items()},
-    )
-    for index in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
-        first, second = sorted(order[index : index + 2].tolist())
-        if listing.path(first) == listing.path(second):
-            reason = f"{listing.path(second)!r} is already in line {lines[first]}"
-            raise _line_fault(file, lines[second], reason)
-    return listing
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelledPaths(Sequence):
-    """Paths of some images of a label file, created on access because there may be millions.
-
-    Attributes:
-      listing: the label file.
-      images: (n,) numbers of the images.
-    """
-
-    listing: LabelFile
-    images: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.listing.encoded_path(self.images[index])
-
-
-def _line_fault(file: epath.Path, number: int, reason: str) -> UserError:
-    return UserError(f"dataset.label_file={file}, line {number}: {reason}")
-
-
-@dataclasses.dataclass(slots=True)
-class _LabelledImage:
-    path: str
-    labels: list[Any]
-    weights: list[float]
-    split: str
-    several: bool
-
-
-def _parse_line(row: bytes) -> _LabelledImage:
-    """Parses a line of a label file; raises ValueError with the reason if it is invalid."""
-    try:
-        line = json.loads(row)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); expected a line such as {LABEL_LINE}") from None
-    if not isinstance(line, dict):
-        raise ValueError(f"not an object in braces; expected a line such as {LABEL_LINE}")
-    keys = ("path", "labels", "weights", "split")
-    for key in line:
-        check_choice("key", key, keys)
-    for key in keys[:2]:
-        if key not in line:
-            raise ValueError(f"{key!r} is missing; expected a line such as {LABEL_LINE}")
-    path, split = line["path"], line.get("split", "train")
-    if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
-        raise ValueError(f"path {path!r} must be text, relative to dataset.data_dir")
-    if not isinstance(split, str) or not split.isidentifier():
-        raise ValueError(f"split {split!r} must be a name such as 'train'")
-    labels, weights = line["labels"], line.get("weights")
-    labels = labels if isinstance(labels, list) else [labels]
-    several = weights is not None or len(labels) != 1
-    kinds = {type(label) for label in labels}
-    if not (kinds <= {str} or kinds <= {int}):
-        raise ValueError(f"labels {line['labels']!r} must be names, or numbers from 0")
-    if kinds == {int} and not all(0 <= label < 1 << 31 for label in labels):
-        raise ValueError(f"labels {labels} must be numbers from 0")
-    if len(set(labels)) != len(labels):
-        raise ValueError(f"labels {labels} contain a duplicate")
-    if weights is None:
-        return _LabelledImage(path, labels, [1.0] * len(labels), split, several)
-    weights = weights if isinstance(weights, list) else [weights]
-    if len(weights) != len(labels):
-        raise ValueError(f"{len(weights)} weights for {len(labels)} labels")
-    if not all(type(weight) in (int, float) and 0 <= weight <= 1 for weight in weights):
-        raise ValueError(f"weights {weights} must be numbers from 0 to 1")
-    return _LabelledImage(path, labels, weights, split, several)

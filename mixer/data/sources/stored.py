@@ -8,6 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +18,7 @@ from tensorflow_datasets.core.download import download_manager, downloader, extr
 
 from mixer.data import labels as labels_lib
 from mixer.data.sources import folder as folder_lib
+from mixer.data.sources.label_file import LabelFile, LabelledPaths
 from mixer.errors import UserError, first_line, nearest
 from mixer.files import parse_path
 
@@ -49,7 +51,7 @@ class Source:
     Attributes:
       name: data set and split, for messages.
       class_names: class names in label order.
-      kept: (n,) numbers of the examples that are not excluded, ascending.
+      kept_numbers: (n,) numbers of the examples that are not excluded, ascending.
       fingerprint: a hash that changes when the examples or their labels change.
       example_id: maps a number to the name that messages and exclusion lists use.
       load: graph function from an example's number, or from its record if there are `files`, to the
@@ -68,7 +70,7 @@ class Source:
 
     name: str
     class_names: tuple[str, ...]
-    kept: np.ndarray
+    kept_numbers: np.ndarray
     fingerprint: str
     example_id: Callable[[int], str]
     load: Callable[[tf.Tensor], Example]
@@ -123,21 +125,21 @@ def folder_source(
     return Source(
         name=f"{folder.root} {spec}",
         class_names=tuple(class_names),
-        kept=np.flatnonzero(keep),
+        kept_numbers=np.flatnonzero(keep),
         fingerprint=digest.hexdigest(),
         example_id=lambda number: folder_lib.decode(files[number]),
         load=load,
         labels=labels,
         faults={i: folder.faults[file] for i, file in enumerate(files) if file in folder.faults},
-        count_classes=lambda kept: np.bincount(labels[kept], minlength=len(class_names)),
-        stored=lambda kept: folder_lib.StoredFiles(
-            folder.root, [files[number] for number in kept], labels[kept], len(class_names)
+        count_classes=lambda indices: np.bincount(labels[indices], minlength=len(class_names)),
+        stored=lambda indices: folder_lib.StoredFiles(
+            folder.root, [files[index] for index in indices], labels[indices], len(class_names)
         ),
     )
 
 
 def label_file_source(
-    listing: folder_lib.LabelFile,
+    listing: LabelFile,
     spec: str,
     class_names: Sequence[str],
     excluded: Collection[str],
@@ -167,14 +169,14 @@ def label_file_source(
         start, stop = label_starts[image], label_starts[image + 1]
         if max_labels is None:
             return {"image": tf.io.read_file(path), "label": labels[start]}
-        padded = _padded(labels[start:stop], weights[start:stop], max_labels)
+        padded = _pad(labels[start:stop], weights[start:stop], max_labels)
         return {"image": tf.io.read_file(path), **padded}
 
     is_read = np.ones(len(images), bool)
     if excluded:
         is_read = np.array([listing.path(image) not in excluded for image in images], bool)
     single_labels = numbers[entries] if max_labels is None else None
-    all_paths = folder_lib.LabelledPaths(listing, images)
+    all_paths = LabelledPaths(listing, images)
     sizes = folder_lib.file_sizes(listing.root, all_paths)
     irregular = [] if sizes is None else np.flatnonzero(sizes == folder_lib.IRREGULAR).tolist()
     faults = {
@@ -188,7 +190,7 @@ def label_file_source(
         return np.bincount(labels, minlength=len(class_names))
 
     def stored(indices):
-        paths = folder_lib.LabelledPaths(listing, images[indices])
+        paths = LabelledPaths(listing, images[indices])
         classes = None if single_labels is None else single_labels[indices]
         known_sizes = None if sizes is None else sizes[indices]
         return folder_lib.StoredFiles(listing.root, paths, classes, len(class_names), known_sizes)
@@ -196,7 +198,7 @@ def label_file_source(
     return Source(
         name=f"{listing.root} {spec} with {listing.file.name}",
         class_names=tuple(class_names),
-        kept=np.flatnonzero(is_read),
+        kept_numbers=np.flatnonzero(is_read),
         fingerprint=digest.hexdigest(),
         example_id=lambda number: listing.path(images[number]),
         load=load,
@@ -209,13 +211,13 @@ def label_file_source(
 
 
 @functools.lru_cache(maxsize=1)  # all splits of a label file share the tensors
-def _tensors(listing: folder_lib.LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def _tensors(listing: LabelFile) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     return tuple(
         tf.constant(values) for values in (listing.paths, listing.path_starts, listing.label_starts)
     )
 
 
-def _padded(label, weight, length: int) -> dict[str, tf.Tensor]:
+def _pad(label, weight, length: int) -> dict[str, tf.Tensor]:
     """Pads the labels (n,) of an image and their weights to (length,)."""
     count = tf.size(label)
     fits = tf.debugging.Assert(count <= length, [count, f"labels; expected at most {length}"])
@@ -286,14 +288,14 @@ def bounded_downloads() -> Iterator[None]:
             timeout = timeout or (CONNECT_SECS, READ_SECS)
             return super().send(request, *args, timeout=timeout, **options)
 
-    waiting = socket.getdefaulttimeout()
+    old_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(READ_SECS)  # for ftp://
     requests.adapters.HTTPAdapter, downloader.MAX_RETRIES = Bounded, RETRIES
     try:
         yield
     finally:
         requests.adapters.HTTPAdapter, downloader.MAX_RETRIES = adapter, retries
-        socket.setdefaulttimeout(waiting)
+        socket.setdefaulttimeout(old_timeout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,13 +343,13 @@ class _Parser:
     def load(self, record: tf.Tensor) -> Example:
         """Returns an example with one label; fails in the graph if the label is not a class."""
         example = self.parse(record)
-        return {**example, "label": _checked(example["label"], len(self.class_names))}
+        return {**example, "label": _check_label(example["label"], len(self.class_names))}
 
     def load_several(self, record: tf.Tensor, length: int) -> Example:
         """Returns an example with up to `length` labels of weight 1."""
         example = self.load(record)
         weight = tf.ones_like(example["label"], tf.float32)
-        return {"image": example["image"], **_padded(example["label"], weight, length)}
+        return {"image": example["image"], **_pad(example["label"], weight, length)}
 
     def count_labels(self, record: tf.Tensor) -> tf.Tensor:
         """Returns the number of labels of an example."""
@@ -358,8 +360,8 @@ def _make_parser(builder: tfds.core.DatasetBuilder, image_key: str, label_key: s
     features = builder.info.features
     derived = None if label_key in features else labels_lib.DERIVED.get(label_key)
     keys = (image_key, *(derived.features if derived else (label_key,)))
-    needed = tfds.decode.PartialDecoding(dict.fromkeys(keys, True)).extract_features(features)
-    return _Parser(needed, image_key, label_key, derived, PIXEL_SCALE.get(builder.name))
+    features = tfds.decode.PartialDecoding(dict.fromkeys(keys, True)).extract_features(features)
+    return _Parser(features, image_key, label_key, derived, PIXEL_SCALE.get(builder.name))
 
 
 def tfds_source(
@@ -393,15 +395,15 @@ def tfds_source(
         for i in info.splits[spec].file_instructions
     )
     parser = _make_parser(builder, image_key, label_key)
-    ends = np.cumsum([count for _, _, count in files])
-    total = int(ends[-1]) if len(ends) else 0
+    first_numbers = np.cumsum([0, *(count for _, _, count in files)])
+    total = int(first_numbers[-1])
     is_read = np.ones(total, bool)
     is_read[_numbers(excluded, files)] = False
 
     def example_id(number: int) -> str:
-        file = int(np.searchsorted(ends, number, "right"))
-        path, skip, count = files[file]
-        return f"{epath.Path(path).name}:{skip + number - (ends[file] - count)}"
+        file = int(np.searchsorted(first_numbers, number, "right")) - 1
+        path, skip, _ = files[file]
+        return f"{epath.Path(path).name}:{skip + number - first_numbers[file]}"
 
     digest = hashlib.blake2b(f"{info.full_name} {spec} ".encode(), digest_size=16)
     if label_key != own_label:
@@ -413,13 +415,13 @@ def tfds_source(
     source = Source(
         name=f"{info.full_name} {spec}",
         class_names=parser.class_names,
-        kept=np.flatnonzero(is_read),
+        kept_numbers=np.flatnonzero(is_read),
         fingerprint=digest.hexdigest(),
         example_id=example_id,
         load=load_several if parser.has_several else parser.load,
         files=files,
         max_labels=MOST_LABELS if parser.has_several else None,
-        stored=lambda kept: folder_lib.StoredFiles(
+        stored=lambda indices: folder_lib.StoredFiles(
             epath.Path(builder.data_dir), shards, None, len(parser.class_names)
         ),
     )
@@ -429,10 +431,10 @@ def tfds_source(
     )
     if total * num_bytes / max(num_examples, 1) > IN_MEMORY_BYTES:
         return source
-    return _held_in_memory(source, parser)
+    return _hold_in_memory(source, parser)
 
 
-def _held_in_memory(source: Source, parser: _Parser) -> Source:
+def _hold_in_memory(source: Source, parser: _Parser) -> Source:
     """Returns the source with its encoded records in memory, to load examples by number."""
     try:
         pieces = [read_piece(*file) for file in source.files]
@@ -503,7 +505,7 @@ def _is_label(feature) -> bool:
     return isinstance(feature, tfds.features.ClassLabel)
 
 
-def _checked(label, num_classes: int) -> tf.Tensor:
+def _check_label(label, num_classes: int) -> tf.Tensor:
     """Returns `label`, of any shape; fails in the graph if a value is not a class."""
     assertion = tf.debugging.Assert(
         tf.reduce_all((label >= 0) & (label < num_classes)),
@@ -538,27 +540,22 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
         if "all" in parts and "all" in sizes:
             raise ValueError("`all` means all complete splits; rename the split called 'all'")
         instructions = tfds.core.ReadInstruction.from_spec("+".join(parts)).to_absolute(
-            {alias: _SplitSize(sizes[name]) for alias, name in names.items()}
+            {alias: SimpleNamespace(num_examples=sizes[name]) for alias, name in names.items()}
         )
     except SPEC_ERRORS as error:
         choices = ", ".join(f"{split} ({size:,})" for split, size in sizes.items())
         reason = str(error).splitlines()[0] if str(error) else "not understood"
         for alias, name in names.items():
             reason = reason.replace(alias, name) if alias != name else reason
-        odd = [name for name in sizes if "+" in name or "[" in name]
-        hint = f"; rename {odd[0]!r}: + and [ are part of the split syntax" if odd else ""
+        bad_names = [name for name in sizes if "+" in name or "[" in name]
+        hint = (
+            f"; rename {bad_names[0]!r}: + and [ are part of the split syntax" if bad_names else ""
+        )
         raise UserError(
             f"split {spec!r}: {reason}; the splits are {choices}, and parts such as train[:90%] "
             f"(an empty val_split or test_split means none){hint}"
         ) from None
     return [dataclasses.replace(part, splitname=names[part.splitname]) for part in instructions]
-
-
-@dataclasses.dataclass(frozen=True)
-class _SplitSize:
-    """The part of a split's description that TFDS's grammar needs."""
-
-    num_examples: int
 
 
 def read_piece(path, start, count) -> tf.Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 from ml_collections import ConfigDict
 
+from mixer.data.order import Reading
 from mixer.data.preprocessing import device as augment
 from mixer.data.preprocessing.spec import parse
 from mixer.data.splits import Split
@@ -271,10 +272,7 @@ def measure_rates(
 
 
 def _open_stream(split: Split, batch_size: int, busy: list[float]) -> Stream:
-    batches = split.train_batches(
-        start_step=0, seed=0, global_batch_size=batch_size, process_index=0, process_count=1
-    )
-    return Stream(batches, busy)
+    return Stream(split.train_batches(0, Reading(seed=0, global_batch_size=batch_size)), busy)
 
 
 def device_part(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mixer import memory
 from mixer.data import resident
-from mixer.data.placement import place
+from mixer.data.host_or_device import place
 from mixer.data.preprocessing.device import make_augment
 from mixer.data.preprocessing.spec import Specification, parse
 from mixer.errors import UserError

@@ -13,7 +13,7 @@ explains the pictures.
 from absl import flags
 
 from mixer.cli import config as cli
-from mixer.errors import UserError
+from mixer.errors import UserError, printable
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of the run, or of several: RUN,RUN2,...")
 WEIGHTS = flags.DEFINE_string(
@@ -51,7 +51,6 @@ def main(argv: list[str]) -> None:
         raise UserError("--image_size is for --weights; a run has its own image size")
     if WEIGHTS.value and flags.FLAGS["checkpoint"].present:
         raise UserError(f"--checkpoint={CHECKPOINT.value} is for runs; expected --workdir=RUN")
-    from mixer.data.sources import folder
     from mixer.parallel import backend
     from mixer.tools.inspect import page
 
@@ -64,9 +63,9 @@ def main(argv: list[str]) -> None:
         split_name=SPLIT.value,
         data_dir=DATA_DIR.value,
         image_size=cli.image_size("image_size", IMAGE_SIZE.value),
-        log=lambda line: print(folder.displayed(line), flush=True),
+        log=lambda line: print(printable(line), flush=True),
     )
-    print(folder.displayed(f"written to {path}"))
+    print(printable(f"written to {path}"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
-from mixer.data.placement import Placement, Sizes, place, room
-from mixer.data.preprocessing.spec import Kind, Specification, parse
+from mixer.data.host_or_device import Placement, Sizes, place, room
+from mixer.data.preprocessing.ops import Kind
+from mixer.data.preprocessing.spec import Specification, parse
 from mixer.tools.plan.subject import Subject
 
 # Images per second per core on this project's machine (docs/performance.md), with (True) and

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mixer.data.placement import can_augment
+from mixer.data.host_or_device import can_augment
 from mixer.data.preprocessing.spec import Specification, parse
 from mixer.formatting import duration, short
 from mixer.models.flops import forward_flops

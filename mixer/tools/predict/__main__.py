@@ -17,7 +17,7 @@ from absl import flags
 
 from mixer import files
 from mixer.cli import config as cli
-from mixer.errors import UserError
+from mixer.errors import UserError, printable
 
 WEIGHTS = flags.DEFINE_string(
     "weights",
@@ -56,7 +56,6 @@ def main(argv: list[str]) -> None:
     import numpy as np
 
     from mixer.console import Console, ProgressBar
-    from mixer.data.sources import folder
     from mixer.tools.predict import prediction
     from mixer.weights import load as loading
 
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> None:
     console, output = Console(stderr=True), Console()  # only results go to stdout
 
     def say(text: str) -> None:
-        console.say(folder.displayed(text))
+        console.say(printable(text))
 
     size = cli.image_size("image_size", IMAGE_SIZE.value)
     loaded = loading.read(WEIGHTS.value, image_size=size, log=say)

@@ -25,7 +25,7 @@ from mixer import files
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.preprocessing import images as image_files
 from mixer.data.sources import folder
-from mixer.errors import UserError, check_choice, first_line
+from mixer.errors import UserError, check_choice, first_line, printable
 from mixer.models import layers, microbatches
 from mixer.training.step import normalize
 from mixer.weights.card import Card
@@ -91,7 +91,7 @@ def _images_at(name: str, prefix: str) -> list[str]:
     path = os.path.expanduser(name)
     if not os.path.isdir(path):
         if not os.path.exists(path):
-            raise UserError(f"{prefix}{folder.displayed(name)[:200]}: no such file or folder")
+            raise UserError(f"{prefix}{printable(name)[:200]}: no such file or folder")
         return [path]
     images = [
         os.path.join(path, os.fsdecode(file))
@@ -99,7 +99,7 @@ def _images_at(name: str, prefix: str) -> list[str]:
         if folder.ending(file) in folder.LISTED.union(folder.RARE)
     ]
     if not images:
-        raise UserError(f"{prefix}{folder.displayed(name)}: the folder contains no images")
+        raise UserError(f"{prefix}{printable(name)}: the folder contains no images")
     return sorted(images)
 
 
@@ -322,9 +322,9 @@ def as_table(predictions: Iterable[Prediction], names: Sequence[str] | None) -> 
     if names is not None:
         table.add_column("name", overflow="fold")
     for prediction in predictions:
-        image = folder.displayed(prediction.image)
+        image = printable(prediction.image)
         for row in as_json(prediction, names)["top"]:
-            name = row["name"] and folder.displayed(row["name"])
+            name = row["name"] and printable(row["name"])
             cells = [image, f"{row['probability']:.1%}", str(row["class"]), name]
             table.add_row(*(Text(cell) for cell in cells if cell is not None))
             image = ""
