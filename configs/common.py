@@ -36,6 +36,7 @@ def base() -> ConfigDict:
     config.init_image_size = config_dict.placeholder(int)  # of init_from; None: read from it
 
     config.model = dict(
+        name="mixer",  # the architecture, a key of ARCHITECTURES in mixer/models/registry.py
         # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None. A dimension below that is set replaces
         # the variant's. If neither is set, the model is that of init_from.
         variant=config_dict.placeholder(str),

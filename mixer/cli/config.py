@@ -249,7 +249,7 @@ USUAL_NAMES = {
     "label_smoothing": "smoothing",
     "mixup.alpha": "mixup.p mixup_alpha",
     "mixup.cutmix_alpha": "cutmix",
-    "model.variant": "model_name arch model.name variant",
+    "model.variant": "model_name arch variant",
     "model.stoch_depth": "drop_path drop_path_rate stochastic_depth model.drop_path",
     "model.dropout": "drop drop_rate dropout_rate",
     "model.dtype": "precision amp_dtype dtype",
