@@ -1,6 +1,12 @@
 """Every key of a config, with its meaning. A config starts from `base()` and sets its own values.
 
 Configs import only ml_collections and this file, so that they can be read without JAX.
+
+The configs mark the source of a number:
+- [paper]: arXiv 2105.01601, quoted from memory.
+- [recalled]: another publication, quoted from memory.
+- [read: BV], [read: VT]: the authors' code, google-research/big_vision or vision_transformer;
+  other sources after "read:" are named in full.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -274,7 +274,7 @@ def test_process_that_is_killed_while_it_waits_is_missed_within_seconds(monkeypa
     time.sleep(0.2)
     peer.close()
     main.join()
-    assert results == {0: "process 2 (h) left before all processes had come"}
+    assert results == {0: "process 2 (h) left before all processes had arrived"}
 
 
 def test_bad_flag_of_a_process_is_told_with_its_place(monkeypatch):
@@ -341,8 +341,8 @@ def test_names_of_other_programs_are_of_keys():
         if isinstance(value, ConfigDict)
         for key in value
     }
-    assert set(cli.USUAL_NAMES) <= keys
-    named = [name for names in cli.USUAL_NAMES.values() for name in names.split()]
+    assert set(cli.FOREIGN_NAMES) <= keys
+    named = [name for names in cli.FOREIGN_NAMES.values() for name in names.split()]
     assert len(named) == len(set(named)) and not keys & set(named)
 
 
