@@ -187,15 +187,25 @@ def _parse(argv: list[str]) -> list[str]:
         _check_key(arg, types)
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())
         for arg in overrides:
-            _check_type(arg, types)
-        raise UserError(" ".join(str(error).split())) from error
+            kind = types.get(_key(arg))
+            if kind in (int, float, bool) and message.startswith(f"flag {arg}:"):
+                message = f"{arg}; expected a value of type {kind.__name__}"
+            elif isinstance(error, IndexError) and "[" in arg:
+                message = f"{arg}: {message}"
+        raise UserError(message) from error
+
+
+def _key(arg: str) -> str:
+    """Returns the key of an argument such as --config.KEY=VALUE."""
+    return arg.partition("=")[0].partition("config.")[2]
 
 
 def _check_key(arg: str, types: Mapping[str, type]) -> None:
     """Raises UserError if the key of --config.KEY=VALUE is unknown or a group of keys."""
-    key = arg.partition("=")[0].partition("config.")[2]
+    key = _key(arg)
     if "[" in key:  # an element of a value
         return
     if key not in types:
@@ -203,21 +213,6 @@ def _check_key(arg: str, types: Mapping[str, type]) -> None:
     if types[key] is ConfigDict:
         members = ", ".join(name for name in types if name.startswith(f"{key}."))
         raise UserError(f"{arg} sets a group of keys; expected one of {members}")
-
-
-def _check_type(arg: str, types: Mapping[str, type]) -> None:
-    """Raises UserError if the value of --config.KEY=VALUE has another type than the key."""
-    name, equals, value = arg.partition("=")
-    kind = types.get(name.partition("config.")[2])
-    if equals and kind in (int, float, bool) and not _can_convert(value, kind):
-        raise UserError(f"{arg}; expected a value of type {kind.__name__}")
-
-
-def _can_convert(value: str, kind: type) -> bool:
-    try:
-        return value.lower() in ("true", "false", "1", "0") if kind is bool else bool([kind(value)])
-    except ValueError:
-        return False
 
 
 # Names of the same keys in big_vision, vision_transformer, timm and other programs.
