@@ -190,11 +190,10 @@ def dimensions(model: nn.Module) -> dict[str, int]:
 def find_variant(architecture: Architecture, dims: Mapping[str, int]) -> str | None:
     """Returns the variant with these dimensions, of which `grown_dim` may have been multiplied."""
     for name, variant in architecture.variants.items():
-        fits = {
-            key: dims[key] % value == 0 if key == architecture.grown_dim else dims[key] == value
+        if all(
+            dims[key] % value == 0 if key == architecture.grown_dim else dims[key] == value
             for key, value in variant.items()
-        }
-        if all(fits.values()):
+        ):
             return name
     return None
 
@@ -213,8 +212,8 @@ def grown_dimensions(
     """
     if architecture.grown_dim is None:
         raise UserError(
-            f"resize=grow: an architecture of type {architecture.title} cannot grow; expected "
-            f"{' or '.join(architecture.resize)} (in a config, init_resize)"
+            f"resize=grow: weights of {architecture.title} cannot grow; expected "
+            f"{' or '.join(architecture.resize)} (init_resize in a config)"
         )
     factor = math.prod(resize.growth_factors(old, new, dims["patch_size"]))
     return {**dims, architecture.grown_dim: dims[architecture.grown_dim] * factor}

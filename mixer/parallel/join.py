@@ -157,7 +157,7 @@ def meet(address: str, num_processes: int, process_id: int) -> None:
       UserError: a process is missing, has failed, or was started twice; raised on every process
         that has arrived.
     """
-    host, port = _host_and_port(address)
+    host, port = processes.host_and_port(address)
     if process_id == 0:
         _receive(port, num_processes)
     else:
@@ -171,7 +171,7 @@ def tell_failure(address: str, num_processes: int, process_id: int, reason: str)
     """
     if not address.rpartition(":")[2].isdigit() or num_processes < 2:
         return
-    host, port = _host_and_port(address)
+    host, port = processes.host_and_port(address)
     deadline = time.monotonic() + LEAVE_SECS
     hello = _hello(num_processes, process_id) | {"failed": reason}
     with contextlib.suppress(OSError):
@@ -185,11 +185,6 @@ def tell_failure(address: str, num_processes: int, process_id: int, reason: str)
         with _open_port(port) as server:
             name = processes.process_name(process_id)
             _refuse(server, num_processes - 1, f"{name} failed: {reason}")
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _hello(num_processes: int, process_id: int) -> dict[str, Any]:

@@ -48,6 +48,12 @@ def process_name(process_id: int | None = None, host: str | None = None) -> str:
     return f"process {process_id} ({host or socket.gethostname()})"
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Splits HOST:PORT; the host may be an IPv6 address in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def say(line: str) -> None:
     """Prints a line on process 0 only."""
     if is_main():

@@ -339,18 +339,18 @@ def _naming_lost_coordinator() -> Iterator[None]:
     if this.num_processes == 1 or this.process_id == 0:
         yield
         return
-    host, _, port = this.coordinator_address.rpartition(":")
+    address = processes.host_and_port(this.coordinator_address)
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def aborted(signum: int) -> None:
         if _exit_codes:
             os._exit(_exit_codes[0])
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            socket.create_connection(address, timeout=5).close()
         except OSError:
             processes.write_line(
-                f"process 0 ({host}) is gone: its coordination service does not answer; it was "
-                "killed, ran out of memory, or its machine or network is down",
+                f"process 0 ({address[0]}) is gone: its coordination service does not answer; it "
+                "was killed, ran out of memory, or its machine or network is down",
                 descriptor=2,
             )
             os._exit(1)

@@ -206,8 +206,8 @@ def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
     name = weights.card.architecture
     if name != config.model.name:
         raise UserError(
-            f"init_from={weights.path} is of the architecture {name}; expected "
-            f"{config.model.name} (model.name)"
+            f"model.name={config.model.name}, but init_from={weights.path} holds weights for "
+            f"model.name={name}"
         )
     height, width = weights.card.image_size
     if height != width:
