@@ -1,6 +1,12 @@
 """Every key of a config, with its meaning. A config starts from `base()` and sets its own values.
 
 Configs import only ml_collections and this file, so that they can be read without JAX.
+
+The configs mark the source of a number:
+- [paper]: arXiv 2105.01601, quoted from memory.
+- [recalled]: another publication, quoted from memory.
+- [read: BV], [read: VT]: the authors' code, google-research/big_vision or vision_transformer;
+  other sources after "read:" are named in full.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -36,6 +42,7 @@ def base() -> ConfigDict:
     config.init_image_size = config_dict.placeholder(int)  # of init_from; None: read from it
 
     config.model = dict(
+        name="mixer",  # the architecture, a key of ARCHITECTURES in mixer/models/registry.py
         # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None. A dimension below that is set replaces
         # the variant's. If neither is set, the model is that of init_from.
         variant=config_dict.placeholder(str),

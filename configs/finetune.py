@@ -47,6 +47,7 @@ VTAB is resized to res x res without augmentation, as its protocol demands [reca
 newer versions of caltech101, oxford_iiit_pet, dmlab and kitti than the benchmark's code requests,
 so their first 1,000 images may differ from the benchmark's.
 Data: python -m mixer.tools.prepare tfds NAME
+configs/common.py explains the marks in brackets.
 """
 
 from configs import common
@@ -112,7 +113,7 @@ VTAB_GROUPS = {
     ),
 }
 VTAB_TRAIN_EXAMPLES = 1000  # with split=1000, which VTAB's table uses
-# The data sets of "avg. 5" in the paper [paper].
+# The data sets of "avg. 5" in the paper.
 TRANSFER = ("imagenet2012", "cifar10", "cifar100", "oxford_iiit_pet", "oxford_flowers102")
 
 
@@ -128,7 +129,9 @@ def get_config(arg=""):
     common.check_choice("mode", arg.mode, common.MODES)
     vtab = arg.dataset.startswith("vtab/")
     if arg.split == 1000 and not vtab:
-        raise ValueError(f"config argument split=1000: {arg.dataset} is no vtab/ task")
+        raise ValueError(
+            f"config argument split=1000 with dataset={arg.dataset}; expected vtab/TASK"
+        )
     if arg.init and arg.mode == "smoke":
         raise ValueError("config argument init=: mode=smoke has 2 blocks and starts from scratch")
     config = common.base()

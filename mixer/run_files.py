@@ -122,6 +122,7 @@ CONFIG = {
     "init_resize": Added(TEXT, "grow"),
     "init_image_size": Added(_optional(COUNT)),
     "model": {
+        "name": Added(TEXT, "mixer"),
         "variant": _optional(TEXT),
         "patch_size": _optional(COUNT),
         "hidden_dim": _optional(COUNT),

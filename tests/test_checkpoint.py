@@ -37,8 +37,8 @@ TX = optimizer.make_optimizer(lambda step: 1e-3, **PUBLISHED)
 def _states(**fields):
     mesh = sharding.make_mesh({"data": -1})
     model = _model(**fields)
-    state = train_state.init_state(model, TX, (8, 8), mesh, 0)
-    return state, train_state.abstract_state(model, TX, (8, 8), mesh)
+    abstract = train_state.abstract_state(model, TX, (8, 8), mesh)
+    return train_state.init_state(model, TX, (8, 8), 0, abstract), abstract
 
 
 def _at(state, step):

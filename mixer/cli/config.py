@@ -1,4 +1,4 @@
-"""The flags that the entry points share, and the config that they describe."""
+"""Defines --config and the flags that entry points share, and builds the config from them."""
 
 import difflib
 import importlib.util
@@ -23,15 +23,15 @@ CONFIG = config_flags.DEFINE_config_file(
 def run(
     main: Callable[[Sequence[str]], None], tell: Callable[[str], None] = lambda line: None
 ) -> None:
-    """`program.run` with the flags of a config."""
+    """Runs `main` as `program.run` does, with --config and its overrides."""
     program.run(main, _parse, tell)
 
 
 def config() -> ConfigDict:
-    """The config that the flags describe.
+    """Returns the config of --config with the command line's overrides.
 
     Raises:
-      UserError: --config is missing or names no file.
+      UserError: --config is missing.
     """
     value = CONFIG.value
     if value is None:
@@ -41,32 +41,32 @@ def config() -> ConfigDict:
 
 
 def _overrides() -> dict[str, Any]:
-    """The command line's --config.KEY=VALUE."""
+    """Returns the values of --config.KEY=VALUE by key."""
     values = config_flags.get_override_values(flags.FLAGS["config"])
     return {key.removeprefix("config."): value for key, value in values.items()}
 
 
 def _replace_lengths(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
-    """Removes a length of the config file that the command line gives in another unit."""
+    """Unsets lengths of the config file that the command line sets in another unit."""
+    keys = dict(_types(config)).keys()
     for key in overrides:
         stem, _, unit = key.rpartition("_")
         if unit in UNITS:
-            for other in UNITS:
-                name = f"{stem}_{other}"
-                if name not in overrides and _has(config, name):
-                    config.update_from_flattened_dict({name: None})
+            lengths = {f"{stem}_{name}" for name in UNITS}
+            for name in lengths & keys - overrides.keys():
+                config.update_from_flattened_dict({name: None})
 
 
 def config_maker(default: str) -> Callable[..., ConfigDict]:
-    """A function that builds configs of one file with several arguments, one after the other.
+    """Returns a function that builds several configs from one file, with different arguments.
 
     Args:
-      default: the file where --config is not given.
+      default: the config file if --config is not set.
 
     Returns:
-      (always={key: value}, unless_given={key: value}) -> the config that the file makes of its
-      arguments on the command line, `unless_given` before them and `always` after; then the
-      command line's --config.KEY=VALUE.
+      A function (always={key: value}, unless_given={key: value}) -> config. The file gets the
+      arguments `unless_given`, then those of the command line, then `always`; later ones override
+      earlier ones. --config.KEY=VALUE is applied last.
     """
     value = config_flags.get_config_filename(flags.FLAGS["config"]) if CONFIG.value else default
     path, _, argument = value.partition(":")
@@ -86,10 +86,10 @@ def config_maker(default: str) -> Callable[..., ConfigDict]:
 
 
 def _load(value: str) -> ConfigDict:
-    """The config of --config=`value`, which is FILE.py or FILE.py:ARGUMENT.
+    """Loads the config of --config=`value`, which is FILE.py or FILE.py:ARGUMENT.
 
     Raises:
-      UserError: there is no such file, it is no config file, or it fails.
+      UserError: the file does not exist or is not a config file, or rejects its argument.
     """
     path, colon, argument = value.partition(":")
     if not os.path.isfile(path):
@@ -97,12 +97,12 @@ def _load(value: str) -> ConfigDict:
     if not path.endswith(".py"):
         hint = ""
         if os.path.basename(path) == "config.json":
-            hint = "; to repeat a run, give the config file of its command and another --workdir"
+            hint = "; to repeat a run, pass the config file of its command and another --workdir"
         raise UserError(
             f"--config={path}: expected a Python file with get_config(), such as configs/digits.py"
             + hint
         )
-    # The configs beside this package, and not a package of that name elsewhere on the path.
+    # Import the configs next to this package, not another package `configs` on the path.
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     if sys.path[0] != root and os.path.isfile(os.path.join(root, "configs", "__init__.py")):
         sys.path.insert(0, root)
@@ -110,13 +110,13 @@ def _load(value: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.get_code(spec.name)
-    except (SyntaxError, ValueError) as error:  # of null bytes
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+    except (SyntaxError, ValueError) as error:  # ValueError: the file contains null bytes
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         reason = getattr(error, "msg", str(error))
-        raise UserError(f"--config={path}{where}: not a Python file: {reason}") from None
+        raise UserError(f"--config={path}{line}: not a Python file: {reason}") from None
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"--config={path}: it defines no get_config(); see configs/digits.py")
+        raise UserError(f"--config={path}: get_config() is missing; see configs/digits.py")
     arguments = [argument] if colon else []
     try:
         inspect.signature(module.get_config).bind(*arguments)
@@ -133,7 +133,7 @@ def _load(value: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={path}: get_config() returns {type(config).__name__}; expected the "
-            "ConfigDict of configs.common.base(), with values of its own"
+            "ConfigDict of configs.common.base()"
         )
     return config
 
@@ -141,18 +141,11 @@ def _load(value: str) -> ConfigDict:
 UNITS = ("steps", "epochs", "examples")
 
 
-def _has(config: ConfigDict, key: str) -> bool:
-    *groups, last = key.split(".")
-    for group in groups:
-        config = config[group]
-    return last in config
-
-
 def image_size(flag: str, sides: list[str] | None) -> tuple[int, int] | None:
-    """(H, W) of a list flag that has a side in pixels, or two; None where it is not given.
+    """Returns (H, W) from a list flag with one or two sides in pixels; None if it is not set.
 
     Raises:
-      UserError: it has something else.
+      UserError: the value is invalid.
     """
     values = program.numbers(flag, sides, least=1)
     if len(values) > 2:
@@ -161,14 +154,18 @@ def image_size(flag: str, sides: list[str] | None) -> tuple[int, int] | None:
 
 
 def config_name() -> str:
-    """The config file's name without its ending."""
+    """Returns the name of the config file without its suffix."""
     path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     return os.path.splitext(os.path.basename(path))[0]
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; mistakes in --config and its overrides become one line."""
-    joined: list[str] = []  # absl takes `--config FILE` and `-config=FILE` too
+    """Parses the flags; returns the other arguments.
+
+    Raises:
+      UserError: a flag, --config or one of its overrides is invalid.
+    """
+    joined: list[str] = []  # absl also accepts `--config FILE` and `-config=FILE`
     for arg in argv:
         arg = re.sub(r"^-(?=config\b)", "--", arg)
         if joined and joined[-1] == "--config" and not arg.startswith("--"):
@@ -179,52 +176,47 @@ def _parse(argv: list[str]) -> list[str]:
     if any(arg in ("--help", "-h", "--helpfull", "--helpshort") for arg in argv):
         argv = [arg for arg in argv if not arg.startswith("--config")]
     program.check_values(argv)
-    given = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+    values = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
     overrides = [arg for arg in argv if re.match(r"--(no)?config\.", arg)]
-    types = dict(_types(_load(given[-1]))) if given else {}
-    if overrides and not given:
-        raise UserError("--config=FILE.py is missing, which --config.KEY=VALUE changes")
-    if overrides and argv.index(f"--config={given[-1]}") > argv.index(overrides[0]):
-        raise UserError("--config=FILE.py must stand before --config.KEY=VALUE")
+    types = dict(_types(_load(values[-1]))) if values else {}
+    if overrides and not values:
+        raise UserError("--config=FILE.py is missing; --config.KEY=VALUE changes a key of it")
+    if overrides and argv.index(f"--config={values[-1]}") > argv.index(overrides[0]):
+        raise UserError("--config=FILE.py must precede --config.KEY=VALUE")
     for arg in overrides:
         _check_key(arg, types)
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())
         for arg in overrides:
-            _check_type(arg, types)
-        raise UserError(" ".join(str(error).split())) from error
+            kind = types.get(_key(arg))
+            if kind in (int, float, bool) and message.startswith(f"flag {arg}:"):
+                message = f"{arg}; expected a value of type {kind.__name__}"
+            elif isinstance(error, IndexError) and "[" in arg:
+                message = f"{arg}: {message}"
+        raise UserError(message) from error
+
+
+def _key(arg: str) -> str:
+    """Returns the key of an argument such as --config.KEY=VALUE."""
+    return arg.partition("=")[0].partition("config.")[2]
 
 
 def _check_key(arg: str, types: Mapping[str, type]) -> None:
-    """Raises UserError where --config.KEY=VALUE names no key, or a group of them."""
-    key = arg.partition("=")[0].partition("config.")[2]
-    if "[" in key:  # a part of a value
+    """Raises UserError if the key of --config.KEY=VALUE is unknown or a group of keys."""
+    key = _key(arg)
+    if "[" in key:  # an element of a value
         return
     if key not in types:
         raise UserError(f"config has no key {key!r}.{_nearest_key(key, types)}")
     if types[key] is ConfigDict:
-        members = ", ".join(other for other in types if other.startswith(f"{key}."))
-        raise UserError(f"{arg} names a group of keys; expected one of {members}")
+        members = ", ".join(name for name in types if name.startswith(f"{key}."))
+        raise UserError(f"{arg} sets a group of keys; expected one of {members}")
 
 
-def _check_type(arg: str, types: Mapping[str, type]) -> None:
-    """Raises UserError where --config.KEY=VALUE has a value of another type."""
-    name, equals, value = arg.partition("=")
-    kind = types.get(name.partition("config.")[2])
-    if equals and kind in (int, float, bool) and not _is(kind, value):
-        raise UserError(f"{arg}; expected a value of type {kind.__name__}")
-
-
-def _is(kind: type, value: str) -> bool:
-    try:
-        return value.lower() in ("true", "false", "1", "0") if kind is bool else bool([kind(value)])
-    except ValueError:
-        return False
-
-
-# What big_vision, vision_transformer, timm and others call keys whose names here are not alike.
-USUAL_NAMES = {
+# Names of the same keys in big_vision, vision_transformer, timm and other programs.
+FOREIGN_NAMES = {
     "global_batch_size": "batch_size batch input.batch_size train_batch_size",
     "eval_batch_size": "batch_eval validation_batch_size",
     "optimizer.peak_lr": "lr base_lr learning_rate peak_lr max_lr optimizer.lr",
@@ -249,7 +241,7 @@ USUAL_NAMES = {
     "label_smoothing": "smoothing",
     "mixup.alpha": "mixup.p mixup_alpha",
     "mixup.cutmix_alpha": "cutmix",
-    "model.variant": "model_name arch model.name variant",
+    "model.variant": "model_name arch variant",
     "model.stoch_depth": "drop_path drop_path_rate stochastic_depth model.drop_path",
     "model.dropout": "drop drop_rate dropout_rate",
     "model.dtype": "precision amp_dtype dtype",
@@ -265,24 +257,24 @@ USUAL_NAMES = {
 
 
 def _nearest_key(key: str, types: Mapping[str, type]) -> str:
-    """The key that was meant: by another program's name for it, or the one that is most alike."""
+    """Returns a hint: the key with this name in another program, the most similar key, or all."""
     keys = [name for name, kind in types.items() if kind is not ConfigDict]
-    for name, usual in USUAL_NAMES.items():
-        if key in usual.split() and name in keys:
+    for name, foreign_names in FOREIGN_NAMES.items():
+        if key in foreign_names.split() and name in keys:
             return f" Did you mean {name!r}?"
 
-    def likeness(one: str, other: str) -> float:
-        return difflib.SequenceMatcher(None, one, other).ratio()
+    def similarity(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
 
     last = key.rpartition(".")[2]
-    alike = [name for name in keys if likeness(last, name.rpartition(".")[2]) >= 0.7]
-    if not alike:
+    similar = [name for name in keys if similarity(last, name.rpartition(".")[2]) >= 0.7]
+    if not similar:
         return f" Its keys: {', '.join(keys)}"
-    return f" Did you mean {max(alike, key=lambda name: likeness(key, name))!r}?"
+    return f" Did you mean {max(similar, key=lambda name: similarity(key, name))!r}?"
 
 
 def _types(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Every key with the type of its value; of a group of keys, ConfigDict."""
+    """Yields every key with the type of its value; ConfigDict for a group of keys."""
     for key in config:
         value = config.get_ref(key).get() if config.is_type_safe else config[key]
         if isinstance(value, ConfigDict):

@@ -1,4 +1,4 @@
-"""Flags of train.py and evaluate.py by which the processes of one run find each other."""
+"""Flags of train.py and evaluate.py for runs of several processes."""
 
 import os
 import re
@@ -14,18 +14,18 @@ from mixer.parallel import backend
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address",
     None,
-    "HOST:PORT of process 0, where the run has several processes; it, --num_processes and "
-    "--process_id are not needed under Cloud TPU, Slurm, Open MPI and GKE, which say them.",
+    "HOST:PORT of process 0 in a run of several processes. Cloud TPU, Slurm, Open MPI and GKE set "
+    "this flag, --num_processes and --process_id by themselves.",
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
-
-_joins = False  # whether this process has begun to join; the others then hear of a failure
+# Whether this process has started to join the others, so that they notice a failure by themselves.
+_joins = False
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`cli.run`; if this process ends before it joins the others, they hear of it too."""
+    """Runs `main` as `cli.run` does; tells the other processes of an error before they join."""
     global _joins
     _joins = False
     cli.run(main, _tell)
@@ -34,7 +34,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def _tell(reason: str) -> None:
     if _joins:
         return
-    values = [_given(flag.name) for flag in (COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID)]
+    values = [_flag_text(flag.name) for flag in (COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID)]
     address, num_processes, process_id = values
     if address and num_processes.isdigit() and process_id.isdigit():
         from mixer.parallel import join
@@ -42,17 +42,17 @@ def _tell(reason: str) -> None:
         join.tell_failure(address, int(num_processes), int(process_id), reason)
 
 
-def _given(name: str) -> str:
-    """A flag's text on the command line, "" without one; absl may fail on another flag."""
+def _flag_text(name: str) -> str:
+    """Returns a flag's value on the command line, even if absl cannot parse it; "" if missing."""
     match = re.search(f"^--?{name}[=\n](.*)$", "\n".join(sys.argv[1:]), re.MULTILINE)
     return match[1] if match else ""
 
 
 def join() -> None:
-    """Joins the run's other processes, if any; from then on process 0 alone writes to stdout.
+    """Joins the run's other processes, if any; from then on only process 0 writes to stdout.
 
     Raises:
-      UserError: they do not come together, or JAX finds no device.
+      UserError: the processes cannot join, or JAX finds no device.
     """
     from mixer.parallel import processes, watchdog
     from mixer.parallel.join import check_place, initialize
@@ -64,7 +64,7 @@ def join() -> None:
         check_place(*place)
     _joins = True
     initialize(*place)
-    with watchdog.watch():  # all hear of a process whose devices do not start
+    with watchdog.watch():  # a process whose devices do not start ends the others
         backend.start()
     if not processes.is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it is stdout from now on)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as stdout)

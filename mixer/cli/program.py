@@ -1,4 +1,4 @@
-"""What every program shares: its environment, and how a mistake or a signal ends it."""
+"""Sets up the environment of every program, and ends it after an error or a signal."""
 
 import io
 import itertools
@@ -14,11 +14,11 @@ from mixer.parallel import backend
 memory.keep_freed_memory()
 memory.threads_for_simulated_devices()
 backend.forget_settings()
-# Before TensorFlow or XLA is loaded: their start-up notices are not for the user.
+# Hide the start-up notices of TensorFlow and XLA; this must precede their import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# TensorFlow imports Keras, and that scikit-learn and matplotlib: a third of its time. The Keras
-# asked for here is looked for when somebody uses it, which TensorBoard alone does (metrics.py).
+# By default TensorFlow imports Keras, which imports scikit-learn and matplotlib; this takes a third
+# of TensorFlow's import time. Legacy Keras is imported only when it is used.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 from absl import app, flags, logging
@@ -30,7 +30,7 @@ def parse(argv: list[str]) -> list[str]:
     """Parses flags; returns the other arguments.
 
     Raises:
-      UserError: an unknown flag, or a value that the flag does not accept.
+      UserError: a flag is unknown, or does not accept its value.
     """
     check_values(argv)
     try:
@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def check_values(argv: Sequence[str]) -> None:
-    """Raises UserError where a flag lacks its value and the next flag follows."""
+    """Raises UserError if a flag lacks its value and another flag follows."""
     for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
         if argument == "--":
             return
@@ -54,28 +54,28 @@ def check_values(argv: Sequence[str]) -> None:
 def numbers(
     flag: str, texts: Sequence[str] | None, kind: type = int, *, least: float = 0
 ) -> list[int] | list[float]:
-    """The numbers of a list flag; [] where it is not given.
+    """Returns the numbers of a list flag; [] if it is not set.
 
     Args:
-      flag: its name, for messages.
-      texts: its value.
+      flag: name of the flag, for messages.
+      texts: value of the flag.
       kind: int or float.
-      least: the least accepted number; whole numbers end at 2**31 - 1.
+      least: the smallest accepted number; the largest accepted int is 2**31 - 1.
 
     Raises:
-      UserError: the flag is empty, or has something else.
+      UserError: the list is empty, or has an invalid number.
     """
     if texts is None:
         return []
-    what = "whole numbers" if kind is int else "numbers"
+    expected = f"{'whole ' * (kind is int)}numbers, separated by commas"
     if not texts:
-        raise UserError(f"--{flag} is empty; expected {what}, joined by commas")
+        raise UserError(f"--{flag} is empty; expected {expected}")
     values = []
     for text in texts:
         try:
             values.append(kind(text))
         except ValueError:
-            raise UserError(f"--{flag}={text}; expected {what}, joined by commas") from None
+            raise UserError(f"--{flag}={text}; expected {expected}") from None
         check_number(
             f"--{flag}", values[-1], minimum=least, limit=2**31 if kind is int else math.inf
         )
@@ -89,35 +89,35 @@ def run(
 ) -> None:
     """Parses the flags and runs `main(arguments)`.
 
-    A user's mistake or a failure of the machine ends in one line and code 2, Ctrl-C in one line and
-    code 130.
+    After a user's mistake or a failure of the machine the program prints one line and exits with
+    code 2; after Ctrl-C it prints one line and exits with code 130.
 
     Args:
       main: the program.
-      parse: returns the arguments of the command line that are no flags.
-      tell: receives the line too, or the exception that ends the program.
+      parse: parses the flags of the command line and returns the other arguments.
+      tell: called with the printed line, or with a description of any other exception.
     """
     name = interrupts.program_name()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.set_verbosity(logging.FATAL)  # what matters is raised, and told in one line
+    logging.set_verbosity(logging.FATAL)  # errors are raised, and printed in one line below
     interrupts.raise_interrupt()
     try:
         try:
             app.run(main, flags_parser=parse)
         finally:
-            interrupts.leave_at_once()  # JAX and others clean up now
+            interrupts.leave_at_once()  # do not interrupt the clean-up of JAX and other libraries
     except (Exception, KeyboardInterrupt) as error:
-        if hasattr(error, "exit_code"):  # signals.Stopped, which has told the user
+        if hasattr(error, "exit_code"):  # signals.Stopped; the user has seen a line
             sys.exit(error.exit_code)
         line, code = line_of(error), exit_code(error)
-        # A library may have made another exception of KeyboardInterrupt.
+        # A library may have replaced KeyboardInterrupt by another exception.
         if isinstance(error, KeyboardInterrupt) or interrupts.was_raised():
             line, code = "interrupted", interrupts.CODE
         if line is None:
             tell(f"{type(error).__name__}: {error}")
             raise
-        line = "\\n".join(line.splitlines())  # a name on the command line may have several
+        line = "\\n".join(line.splitlines())  # an argument may contain line breaks
         print(f"{name}: {line}", file=sys.stderr, flush=True)
         tell(line)
         sys.exit(code)

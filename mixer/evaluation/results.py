@@ -21,6 +21,7 @@ from mixer.evaluation import (
 from mixer.evaluation.classification import Classification
 from mixer.evaluation.subject import Subject
 from mixer.evaluation.tables import Block, Table, percent, short_span, span
+from mixer.models.registry import ARCHITECTURES
 from mixer.parallel import processes
 from mixer.runs import config as run
 
@@ -193,10 +194,10 @@ def _title(subject: Subject) -> str:
 def report_blocks(subject: Subject, results: Results) -> list[Block]:
     """Builds the report card of a subject from paragraphs and tables."""
     card = subject.card
-    height, width = card.image_size
+    title, (height, width) = ARCHITECTURES[card.architecture].title, card.image_size
     blocks: list[Block] = [
         [
-            f"{card.variant or 'MLP-Mixer'}, {subject.num_params:,} parameters, images of "
+            f"{card.variant or title}, {subject.num_params:,} parameters, images of "
             f"{height} x {width}, {card.num_classes:,} classes."
         ]
     ]

@@ -258,7 +258,7 @@ def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
     """The resolved config, with the dimensions of the weights."""
     config = config.copy_and_resolve_references()
     run.check_config(config)
-    config.model.update(card.dimensions)
+    config.model.update(card.dimensions, name=card.architecture)
     return run.resolve(config, initial=None)
 
 

@@ -25,7 +25,7 @@ from mixer.training.step import make_predict
 BATCH_SIZES = (1, 8, 64, 512)  # images per device
 WINDOWS = 5  # number of time windows; each gives one measurement of the rate
 IN_FLIGHT = 2  # maximum number of calls in flight
-# Images per second per TPUv3 core at PUBLISHED_SIZE, from the paper's tables [paper].
+# Mixers' images per second per TPUv3 core at PUBLISHED_SIZE, from the paper's tables.
 PUBLISHED = {
     "S/32": 11489,
     "S/16": 3994,
@@ -134,6 +134,7 @@ def measure(
         median = statistics.median(per_device)
         rates.append(Rate(batch_size, median, min(per_device), max(per_device)))
     variant = _variant(model)
+    is_published = architecture_of(model).name == "mixer" and tuple(image_size) == PUBLISHED_SIZE
     return Throughput(
         image_size=tuple(image_size),
         dtype=model.dtype,
@@ -141,7 +142,7 @@ def measure(
         devices=mesh.size,
         rates=tuple(rates),
         variant=variant,
-        published=PUBLISHED.get(variant) if tuple(image_size) == PUBLISHED_SIZE else None,
+        published=PUBLISHED.get(variant) if is_published else None,
     )
 
 

@@ -148,6 +148,7 @@ class MlpMixer(nn.Module):
 
 
 BLOCK = "MixerBlock_{}"  # prefix of the names of a block's parameters
+BRANCHES = ("token_mixing", "channel_mixing")
 
 
 class MixerBlock(nn.Module):
@@ -310,7 +311,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: Any) -> str | None:
     """
     if "stem/kernel" in shapes:
         return "published"
-    if any(name.startswith(("embedding/", "Mixer/")) for name in shapes):
+    if any(name.startswith("Mixer/") for name in shapes):
         return "legacy"
     if not any(name.startswith(("stem.", "blocks.")) for name in shapes):
         return None

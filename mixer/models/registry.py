@@ -28,11 +28,18 @@ class Architecture:
     """The interface of an architecture to the rest of the package.
 
     Attributes:
+      name: value of `config.model.name`.
       title: name of the architecture in messages.
-      module: the Flax module; its fields are the keys of `config.model`.
+      module: the Flax module. It has at least the fields of `MlpMixer` without its two MLP widths,
+        and the same arguments and outputs. Its fields are keys of `config.model`, in which fields
+        that other architectures lack are None unless they are set.
       variants: for each named size, the dimensions by the module's field names.
       block: pattern of the name of a block's parameters.
-      grown_dim: the dimension that is multiplied when weights grow to a larger image.
+      branches: names of a block's two residual branches: across tokens, then within each token.
+      token_kernel: pattern of the name of the kernel (S, units) that mixes a block's tokens; None
+        if the weights across tokens depend on the image.
+      grown_dim: the dimension that is multiplied when weights grow to a larger image; None if
+        weights cannot grow.
       widest_dim: the width of the widest layer that is applied to each token.
       signature: small parameters outside the head whose checksum tells apart weights of the same
         shapes.
@@ -41,9 +48,10 @@ class Architecture:
       layer_flops: (model, image_size) -> (name, FLOPs of one image's forward pass) of each layer.
       hidden_values: (model, image_size) -> number of values in a block's hidden layers, per image.
       read_dimensions: (shapes of parameters, source) -> dimensions, "num_tokens" and "num_classes".
-      recognise: (shapes in a file, source) -> its layout, "published", "legacy" or "timm"; None:
-        not this architecture.
-      leaf_names: number of blocks -> the published names of all parameters that models may have.
+      layouts: layouts of files with such weights: "published", "legacy" or "timm".
+      recognise: (shapes in a file, source) -> its layout; None: not this architecture.
+      leaf_names: number of blocks -> iterator over the published names of all parameters that
+        models may have; the first is the stem's kernel, (P, P, 3, C).
       stored_name: (published name, layout) -> name in a file of that layout.
       from_layout: (published name, array, layout) -> the array with the published axes.
       to_layout: the inverse of `from_layout`.
@@ -52,11 +60,14 @@ class Architecture:
         new_grid=) -> the array for images of another size.
     """
 
+    name: str
     title: str
     module: type[nn.Module]
     variants: Mapping[str, Mapping[str, int]]
     block: str
-    grown_dim: str
+    branches: tuple[str, str]
+    token_kernel: str | None
+    grown_dim: str | None
     widest_dim: str
     signature: tuple[str, ...]
     placement: tuple[tuple[str, tuple], ...]
@@ -64,6 +75,7 @@ class Architecture:
     layer_flops: Callable
     hidden_values: Callable
     read_dimensions: Callable
+    layouts: tuple[str, ...]
     recognise: Callable
     leaf_names: Callable
     stored_name: Callable
@@ -78,12 +90,15 @@ class Architecture:
         return tuple(next(iter(self.variants.values())))
 
 
-ARCHITECTURES = {
-    "mixer": Architecture(
+_ENTRIES = (
+    Architecture(
+        name="mixer",
         title="MLP-Mixer",
         module=mlp_mixer.MlpMixer,
         variants=mlp_mixer.VARIANTS,
         block=mlp_mixer.BLOCK,
+        branches=mlp_mixer.BRANCHES,
+        token_kernel=f"{mlp_mixer.BLOCK}/token_mixing/Dense_0/kernel",
         grown_dim="tokens_mlp_dim",
         widest_dim="channels_mlp_dim",
         signature=("stem/bias", "pre_head_layer_norm/scale", "pre_head_layer_norm/bias"),
@@ -92,6 +107,7 @@ ARCHITECTURES = {
         layer_flops=mlp_mixer.layer_flops,
         hidden_values=mlp_mixer.hidden_values,
         read_dimensions=mlp_mixer.read_dimensions,
+        layouts=("published", "legacy", "timm"),
         recognise=mlp_mixer.recognise,
         leaf_names=mlp_mixer.leaf_names,
         stored_name=mlp_mixer.stored_name,
@@ -100,8 +116,8 @@ ARCHITECTURES = {
         timm_arguments=mlp_mixer.timm_arguments,
         resize={"grow": mlp_mixer.grow, "interpolate": mlp_mixer.interpolate},
     ),
-}
-DEFAULT = "mixer"  # the architecture if the config sets no name
+)
+ARCHITECTURES = {entry.name: entry for entry in _ENTRIES}
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -110,7 +126,7 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 def make_model(
-    variant: str | None = None, *, name: str = DEFAULT, num_classes: int, **fields
+    variant: str | None = None, *, name: str = "mixer", num_classes: int, **fields
 ) -> nn.Module:
     """Builds a model from a variant's name, from explicit dimensions, or from both.
 
@@ -122,7 +138,7 @@ def make_model(
       name: the architecture, a key of `ARCHITECTURES`.
       num_classes: width of the head.
       **fields: fields of the architecture's module, such as `hidden_dim` or `dtype`; fields that
-        are not None override the variant.
+        are not None override the variant. Fields that are None need not exist.
 
     Returns:
       A Flax module; `logits, out = model.apply({"params": params}, images)`.
@@ -135,11 +151,11 @@ def make_model(
     architecture = ARCHITECTURES[name]
     keys = [field.name for field in dataclasses.fields(architecture.module)]
     keys = [key for key in keys if key not in ("parent", "name")]  # fields that Flax adds
+    fields = {key: value for key, value in fields.items() if value is not None}
     for key in fields:
         check_choice("field of the model", key, keys)
     if variant is not None:
         check_choice("model.variant", variant, architecture.variants)
-    fields = {key: value for key, value in fields.items() if value is not None}
     fields = {**architecture.variants.get(variant, {}), **fields, "num_classes": num_classes}
     _check_fields(architecture, fields)
     return architecture.module(**fields)
@@ -174,11 +190,10 @@ def dimensions(model: nn.Module) -> dict[str, int]:
 def find_variant(architecture: Architecture, dims: Mapping[str, int]) -> str | None:
     """Returns the variant with these dimensions, of which `grown_dim` may have been multiplied."""
     for name, variant in architecture.variants.items():
-        fits = {
-            key: dims[key] % value == 0 if key == architecture.grown_dim else dims[key] == value
+        if all(
+            dims[key] % value == 0 if key == architecture.grown_dim else dims[key] == value
             for key, value in variant.items()
-        }
-        if all(fits.values()):
+        ):
             return name
     return None
 
@@ -192,8 +207,14 @@ def grown_dimensions(
     """Returns the dimensions of a model that is grown from images of size `old` to size `new`.
 
     Raises:
-      UserError: the new size is not an integer multiple of the old size.
+      UserError: weights of the architecture cannot grow, or the new size is not an integer multiple
+        of the old size.
     """
+    if architecture.grown_dim is None:
+        raise UserError(
+            f"resize=grow: weights of {architecture.title} cannot grow; expected "
+            f"{' or '.join(architecture.resize)} (init_resize in a config)"
+        )
     factor = math.prod(resize.growth_factors(old, new, dims["patch_size"]))
     return {**dims, architecture.grown_dim: dims[architecture.grown_dim] * factor}
 

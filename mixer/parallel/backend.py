@@ -1,4 +1,4 @@
-"""JAX's devices, started before anything else is looked at, and the settings that numbers need."""
+"""Starts JAX's devices and its compilation cache, and checks JAX's settings."""
 
 import os
 import zlib
@@ -7,8 +7,8 @@ from etils import epath
 
 from mixer.errors import UserError, first_line
 
-# Settings of JAX, by the values that this code is written for. Another value gives other random
-# numbers or other dtypes, or stops the code in the middle of a run.
+# JAX settings that this code requires. Another value changes random numbers or dtypes, or makes a
+# run fail.
 SETTINGS = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
@@ -21,13 +21,13 @@ SETTINGS = {
 
 
 def forget_settings() -> None:
-    """Removes environment variables that change `SETTINGS`; to be called before JAX is imported."""
+    """Removes environment variables that change `SETTINGS`; call it before JAX is imported."""
     for name in SETTINGS:
         os.environ.pop(name.upper(), None)
 
 
 def check_settings() -> None:
-    """Raises UserError where a notebook has changed one of `SETTINGS`."""
+    """Raises UserError if one of `SETTINGS` has been changed, for example in a notebook."""
     import jax
 
     for name, value in SETTINGS.items():
@@ -42,28 +42,28 @@ def start() -> None:
     """Starts JAX's backend.
 
     Raises:
-      UserError: it finds no device of the kind that JAX_PLATFORMS asks for, or cannot start.
+      UserError: the backend cannot start, or finds no device of the platform in JAX_PLATFORMS.
     """
     import jax
 
     try:
         jax.devices()
-    except Exception as error:  # AssertionError, RuntimeError and more, by the kind of device
+    except Exception as error:  # the exception's type depends on the platform
         if platforms := jax.config.jax_platforms:
             raise UserError(
-                f"JAX finds no {platforms} device (JAX_PLATFORMS={platforms}); expected a platform "
-                "that is installed here, or no JAX_PLATFORMS"
+                f"JAX finds no {platforms} device (JAX_PLATFORMS={platforms}); expected an "
+                "installed platform, or no JAX_PLATFORMS"
             ) from error
         raise UserError(f"JAX finds no device: {first_line(error)}") from error
 
 
 def keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
-    """Turns on JAX's compilation cache, unless JAX's own variable has done so.
+    """Enables JAX's compilation cache, unless JAX_COMPILATION_CACHE_DIR is set.
 
     Args:
-      directory: the config's compile_cache_dir; "auto" is one folder for all runs on this kind of
-        CPU, or `workdir`/compiled on an accelerator; "" is no cache.
-      workdir: the run.
+      directory: the config's compile_cache_dir; "auto": `workdir`/compiled on an accelerator, and
+        on a CPU one folder for all runs on this CPU model; "": no cache.
+      workdir: the run directory.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -75,14 +75,14 @@ def keep_compiled_programs(directory: str, workdir: epath.Path) -> None:
         directory = _cache_of_cpu() if on_cpu else os.fspath(workdir / "compiled")
         if on_cpu and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    compilation_cache.reset_cache()  # an earlier run of this program may have used another
+    compilation_cache.reset_cache()  # an earlier run in this process may have used another cache
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
 
 
 def _cache_of_cpu() -> str:
-    """The folder of programs compiled for this kind of CPU; "" if there can be none.
+    """Returns the folder of programs compiled for this CPU model; "" if it cannot be written.
 
-    What XLA compiles for a CPU runs on CPUs with the same features only.
+    Programs that XLA compiles for one CPU only run on CPUs with the same features.
     """
     try:
         with open("/proc/cpuinfo") as file:
@@ -90,7 +90,7 @@ def _cache_of_cpu() -> str:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         path = os.path.join(root, "mlp_mixer", f"compiled-{zlib.crc32(kind.encode()):08x}")
         os.makedirs(path, exist_ok=True)
-        os.utime(path)  # fails if nobody may write
-    except (OSError, StopIteration):  # not Linux, or a home that nobody may write to
+        os.utime(path)  # raises OSError if the folder is not writable
+    except (OSError, StopIteration):  # not Linux, or no writable home directory
         return ""
     return path

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, before JAX computes anything."""
+"""Joins the processes of a run, before JAX computes anything."""
 
 import contextlib
 import importlib.util
@@ -17,10 +17,10 @@ import jax
 from mixer.errors import UserError, check_number, first_line
 from mixer.parallel import processes
 
-JOIN_SECS = 300.0  # until all processes have come: the hosts of a pod start minutes apart
-TELL_SECS = 20.0  # between the lines that say whom a process waits for
-LEAVE_SECS = 10.0  # for a process that has left to come back, or to hear why the others end
-POLL_SECS = 2.0  # between two looks at who has left
+JOIN_SECS = 300.0  # timeout for all processes to arrive; the hosts of a pod start minutes apart
+TELL_SECS = 20.0  # interval of the lines that say which processes are missing
+LEAVE_SECS = 10.0  # time for a process that left to come back, or to read why the others exit
+POLL_SECS = 2.0  # interval of checks for processes that left
 
 
 def initialize(
@@ -28,18 +28,18 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the run's processes; call it before JAX computes anything.
+    """Joins the processes of the run; call it before JAX computes anything.
 
-    Without arguments it joins where a launcher has started several processes (Cloud TPU, Slurm,
-    Open MPI, an indexed Kubernetes job), and does nothing elsewhere.
+    Without arguments it detects a launcher of several processes (Cloud TPU, Slurm, Open MPI, an
+    indexed Kubernetes job), and does nothing without a launcher.
 
     Args:
-      coordinator_address: HOST:PORT of process 0, with a free port, as the others reach it.
-      num_processes: of the run.
-      process_id: of this process, from 0.
+      coordinator_address: HOST:PORT of process 0, with a free port that the others can reach.
+      num_processes: number of processes of the run.
+      process_id: number of this process, from 0.
 
     Raises:
-      UserError: arguments are missing or wrong, or the processes do not come together.
+      UserError: an argument is missing or invalid, or the processes cannot join.
     """
     place = {
         "--coordinator_address": coordinator_address,
@@ -48,9 +48,9 @@ def initialize(
     }
     missing = [name for name, value in place.items() if value is None]
     if processes.state().client is not None:
-        return  # an earlier run of this program has joined
+        return  # an earlier run in this process has joined
     if 0 < len(missing) < 3:
-        raise UserError(f"{', '.join(place)} belong together; missing: {', '.join(missing)}")
+        raise UserError(f"expected all of {', '.join(place)}; missing: {', '.join(missing)}")
     if missing:
         join = cluster(os.environ)
         if join is None:
@@ -67,27 +67,26 @@ def initialize(
             cluster_detection_method="deactivate",
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # A CPU that runs programs with collectives side by side can pair the wrong ones with those of
-    # the other processes, and all hang. Accelerators run one program after the other anyway.
+    # A CPU that runs several programs at once can pair a collective with the wrong one of another
+    # process, and all hang. Accelerators always run one program after the other.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # JAX's notifier would swallow SIGTERM, and Orbax asks it with step numbers of its own, which
-    # would spoil the count of `signals.Signals.poll`.
+    # JAX's preemption service would intercept SIGTERM, which `signals.Signals` handles.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         _interruptibly(jax.distributed.initialize, **join, initialization_timeout=int(JOIN_SECS))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"the processes of this run did not come together: {first_line(error)}; "
-            f"{', '.join(place)}, all three, replace what the launcher says"
+            f"the processes of this run cannot join: {first_line(error)}; {', '.join(place)} "
+            "together override the launcher's values"
         ) from error
     if _one_process_per_node(os.environ):
-        # JAX takes one GPU per process under Slurm, also where a process is alone on its node.
+        # Under Slurm JAX takes one GPU per process, even if a node has only one process.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
 
 
 def _interruptibly(function: Callable[..., None], **kwargs: Any) -> None:
-    """Calls `function` in a thread, so that Python handles a signal while C++ code waits."""
+    """Calls `function` in a thread, so that Python can handle signals while C++ code waits."""
     errors: list[BaseException] = []
 
     def call() -> None:
@@ -104,10 +103,10 @@ def _interruptibly(function: Callable[..., None], **kwargs: Any) -> None:
 
 
 def cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments for `jax.distributed.initialize` under a launcher of several processes, else None.
+    """Returns arguments for `jax.distributed.initialize`; None without a launcher.
 
-    Only variables that a launcher sets for each process count: a shell inside a Slurm job, a
-    notebook on a pod and a laptop have none and start at once.
+    Only variables that a launcher sets for each process count. A shell inside a Slurm job, a
+    notebook on a pod and a laptop lack them, and start at once.
     """
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environ:
         return dict(
@@ -116,10 +115,10 @@ def cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
         )
     if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return dict(cluster_detection_method="ompi")
-    # JAX sets the first where it has found TPU chips and their library.
+    # JAX sets TPU_ML_PLATFORM if it finds TPU chips and their library.
     if environ.get("TPU_ML_PLATFORM") == "JAX" and environ.get("JAX_PLATFORMS") != "cpu":
         names = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
-        if names is None:  # a Cloud TPU VM, whose metadata JAX asks for the other hosts
+        if names is None:  # a Cloud TPU VM; JAX finds the other hosts in its metadata
             return None if "TPU_SKIP_MDS_QUERY" in environ else {}
         several = "," in names or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
         return {} if several else None
@@ -130,13 +129,13 @@ def cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _one_process_per_node(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm has started one process on each node: 1(x4), or 1,1 in older versions."""
+    """Returns whether Slurm started one process per node: 1(x4), or 1,1 in older versions."""
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     return bool(re.fullmatch(r"1(\(x\d+\))?(,1(\(x\d+\))?)*", tasks))
 
 
 def check_place(address: str, num_processes: int, process_id: int) -> None:
-    """Raises UserError where the three flags cannot be those of a process."""
+    """Raises UserError if one of the three flags is invalid."""
     if not re.fullmatch(r".+:[0-9]+", address) or not 0 < int(address.rpartition(":")[2]) < 65536:
         raise UserError(f"--coordinator_address={address}; expected HOST:PORT")
     check_number("--num_processes", num_processes, minimum=1, integer=True)
@@ -147,17 +146,18 @@ def check_place(address: str, num_processes: int, process_id: int) -> None:
         )
 
 
-# The meeting, before JAX's own start: JAX ends the program without a clear word where a process is
-# missing or two processes have the same number.
+# The processes meet before JAX's own start, because JAX aborts without a clear message if a process
+# is missing or two processes have the same number.
 
 
 def meet(address: str, num_processes: int, process_id: int) -> None:
-    """Waits for all processes, at the port that JAX's service takes afterwards.
+    """Waits for all processes at the port that JAX's service uses afterwards.
 
     Raises:
-      UserError: one is missing, there twice or has failed; on every process that has come.
+      UserError: a process is missing, has failed, or was started twice; raised on every process
+        that has arrived.
     """
-    host, port = _host_and_port(address)
+    host, port = processes.host_and_port(address)
     if process_id == 0:
         _receive(port, num_processes)
     else:
@@ -165,13 +165,13 @@ def meet(address: str, num_processes: int, process_id: int) -> None:
 
 
 def tell_failure(address: str, num_processes: int, process_id: int, reason: str) -> None:
-    """Tells the others that this process ends before it has met them.
+    """Tells the other processes that this one failed before the meeting.
 
-    The others may start a little later: this process waits `LEAVE_SECS` for them.
+    The others may start a little later, so this process waits `LEAVE_SECS` for them.
     """
     if not address.rpartition(":")[2].isdigit() or num_processes < 2:
         return
-    host, port = _host_and_port(address)
+    host, port = processes.host_and_port(address)
     deadline = time.monotonic() + LEAVE_SECS
     hello = _hello(num_processes, process_id) | {"failed": reason}
     with contextlib.suppress(OSError):
@@ -180,16 +180,11 @@ def tell_failure(address: str, num_processes: int, process_id: int, reason: str)
             with peer:
                 peer.settimeout(LEAVE_SECS)
                 peer.sendall(_line(hello))
-                peer.recv(1)  # process 0 has heard it
+                peer.recv(1)  # returns once process 0 has read the line
             return
         with _open_port(port) as server:
             name = processes.process_name(process_id)
             _refuse(server, num_processes - 1, f"{name} failed: {reason}")
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _hello(num_processes: int, process_id: int) -> dict[str, Any]:
@@ -201,13 +196,13 @@ def _line(value: Any) -> bytes:
 
 
 def _open_port(port: int) -> socket.socket:
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    both = family == socket.AF_INET6
-    return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=dual)
 
 
 def _connect(address: tuple[str, int], deadline: float) -> socket.socket:
-    """Connects as soon as process 0 listens; OSError after `deadline`."""
+    """Connects as soon as process 0 listens; raises OSError after `deadline`."""
     while True:
         try:
             return socket.create_connection(address, timeout=5)
@@ -218,7 +213,7 @@ def _connect(address: tuple[str, int], deadline: float) -> socket.socket:
 
 
 def _refuse(server: socket.socket, count: int, problem: str) -> None:
-    """Tells `count` processes that are still to come the problem, for `LEAVE_SECS` at most."""
+    """Tells the problem to `count` processes that have not arrived, for at most `LEAVE_SECS`."""
     deadline = time.monotonic() + LEAVE_SECS
     for _ in range(count):
         with contextlib.suppress(OSError):
@@ -232,32 +227,33 @@ def _refuse(server: socket.socket, count: int, problem: str) -> None:
 
 
 class _Meeting:
-    """Process 0's side of the meeting: who has come to its port, and who has left again."""
+    """The meeting as process 0 sees it: which processes have arrived, and which have left."""
 
     def __init__(self, server: socket.socket, num_processes: int):
         self._server, self._num_processes = server, num_processes
-        self._arrived: dict[int, tuple[str, socket.socket]] = {}  # by number: host, connection
-        self._refused: list[socket.socket] = []  # of a process that does not fit
-        self._absent_since: dict[int, float] = {}  # of processes that have left
+        # Host and connection of each process that has arrived, by its number.
+        self._arrived: dict[int, tuple[str, socket.socket]] = {}
+        self._refused: list[socket.socket] = []  # connections of processes with a problem
+        self._absent_since: dict[int, float] = {}  # start of the absence, by process number
 
     @property
     def peers(self) -> list[socket.socket]:
-        """The connections of all that wait for an answer."""
+        """The connections of all processes that wait for a response."""
         return [peer for _, peer in self._arrived.values()] + self._refused
 
     def progress(self) -> str:
-        """A line for the user."""
+        """Returns a line for the user on how many processes have arrived."""
         port = self._server.getsockname()[1]
         return f"{len(self._arrived) + 1} of {self._num_processes} processes are at port {port}"
 
     def is_complete(self) -> bool:
-        """Whether all are here; a process that has come may be gone since, and come again."""
+        """Returns whether all processes are connected; one that left may come back."""
         return len(self._arrived) == self._num_processes - 1 and not any(
             map(_is_closed, self.peers)
         )
 
     def accept(self, deadline: float) -> socket.socket | None:
-        """The next connection; None if none comes within `POLL_SECS`."""
+        """Returns the next connection; None after `POLL_SECS` without one."""
         self._server.settimeout(min(max(deadline - time.monotonic(), 0.001), POLL_SECS))
         try:
             return self._server.accept()[0]
@@ -265,13 +261,13 @@ class _Meeting:
             return None
 
     def greet(self, peer: socket.socket) -> str | None:
-        """Reads who the peer is; returns what is wrong with it, None where all is well."""
+        """Reads a process's number and host; returns its problem, or None if it has none."""
         peer.settimeout(5)
         try:
             hello = json.loads(peer.makefile().readline())
             index, count, host = hello["process"], hello["processes"], hello["host"]
         except (OSError, ValueError, KeyError, TypeError):
-            return None  # a stranger, who gets no answer
+            return None  # another program, which gets no response
         name = processes.process_name(index, host)
         problem = None
         if count != self._num_processes:
@@ -282,8 +278,8 @@ class _Meeting:
         elif "failed" in hello:
             problem = f"{name} failed: {hello['failed']}"
         elif index in self._arrived and not _is_closed(self._arrived[index][1]):
-            other = self._arrived[index][0]
-            problem = f"two processes have --process_id={index}: {other} and {host}"
+            first_host = self._arrived[index][0]
+            problem = f"two processes have --process_id={index}: {first_host} and {host}"
         if problem is None:
             self._arrived[index] = host, peer
         else:
@@ -291,33 +287,33 @@ class _Meeting:
         return problem
 
     def missing(self) -> str:
-        """What is wrong after `JOIN_SECS`."""
+        """Returns the problem after `JOIN_SECS`: the processes that have not arrived."""
         missing = sorted({*range(1, self._num_processes)} - self._arrived.keys())
         return (
             f"after {JOIN_SECS:.0f} s {len(self._arrived) + 1} of {self._num_processes} processes "
-            f"have come; missing: --process_id={', '.join(map(str, missing))}"
+            f"have arrived; missing: --process_id={', '.join(map(str, missing))}"
         )
 
     def departure(self) -> str | None:
-        """What is wrong where a process has left, and has not come back within `LEAVE_SECS`."""
-        now = time.monotonic()
+        """Returns the problem if a process left and did not come back within `LEAVE_SECS`."""
+        time_now = time.monotonic()
         for index, (host, peer) in self._arrived.items():
             if not _is_closed(peer):
                 self._absent_since.pop(index, None)
-            elif now - self._absent_since.setdefault(index, now) >= LEAVE_SECS:
+            elif time_now - self._absent_since.setdefault(index, time_now) >= LEAVE_SECS:
                 name = processes.process_name(index, host)
-                return f"{name} left before all processes had come"
+                return f"{name} left before all processes had arrived"
         return None
 
 
 def _receive(port: int, num_processes: int) -> None:
-    """Process 0's side: hears who comes, and answers all at once."""
+    """Lets all processes arrive at process 0, and responds to all of them at once."""
     try:
         server = _open_port(port)
     except OSError as error:
         raise UserError(
-            f"port {port} of --coordinator_address is not free: {error.strerror}; another program "
-            "has it, or another process with --process_id=0"
+            f"port {port} of --coordinator_address is not free: {error.strerror}; another program, "
+            "or another process with --process_id=0, uses it"
         ) from None
     deadline = time.monotonic() + JOIN_SECS
     meeting, problem = _Meeting(server, num_processes), None
@@ -336,7 +332,7 @@ def _receive(port: int, num_processes: int) -> None:
         for peer in meeting.peers:
             with contextlib.suppress(OSError):
                 peer.sendall(_line({"problem": problem}))
-                peer.recv(1)  # the other side closes first, so that the port is free at once
+                peer.recv(1)  # wait until the peer closes, so that the port is free at once
         if problem and time.monotonic() < deadline:
             _refuse(server, num_processes - 1 - len(meeting.peers), problem)
     if problem:
@@ -344,17 +340,17 @@ def _receive(port: int, num_processes: int) -> None:
 
 
 def _telling(line: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
-    """Prints `line()` every `TELL_SECS` while the block lasts."""
+    """Prints `line()` every `TELL_SECS` during the block."""
 
     def tell(done: threading.Event) -> None:
         while not done.wait(TELL_SECS):
-            print(f"waiting, {JOIN_SECS:.0f} s at most: {line()}", flush=True)
+            print(f"waiting at most {JOIN_SECS:.0f} s: {line()}", flush=True)
 
     return processes.helper_thread(tell, "meeting")
 
 
 def _is_closed(peer: socket.socket) -> bool:
-    """Whether the other side is gone, as it is after a restart of its process."""
+    """Returns whether the peer has closed the connection, for example because it restarted."""
     try:
         return bool(select.select([peer], [], [], 0)[0]) and peer.recv(1, socket.MSG_PEEK) == b""
     except OSError:
@@ -362,16 +358,15 @@ def _is_closed(peer: socket.socket) -> bool:
 
 
 def _report(address: tuple[str, int], num_processes: int, process_id: int) -> None:
-    """The other processes' side: says who is here, and waits for the answer."""
-    where = "--coordinator_address={}:{}".format(*address)
+    """Reports this process to process 0, and waits for its response."""
+    flag = "--coordinator_address={}:{}".format(*address)
     deadline = time.monotonic() + JOIN_SECS
-    with _telling(lambda: f"process {process_id} waits for process 0, {where}"):
+    with _telling(lambda: f"process {process_id} waits for process 0, {flag}"):
         try:
             peer = _connect(address, deadline)
         except OSError as error:
             raise UserError(
-                f"{where}: process 0 did not answer in {JOIN_SECS:.0f} s "
-                f"({error.strerror or error})"
+                f"{flag}: process 0 did not answer in {JOIN_SECS:.0f} s ({error.strerror or error})"
             ) from None
     with peer:
         peer.settimeout(JOIN_SECS + 10)
@@ -381,7 +376,7 @@ def _report(address: tuple[str, int], num_processes: int, process_id: int) -> No
             problem = json.loads(line)["problem"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{where}: process 0 exited before the run started, or another program "
+                f"{flag}: process 0 exited before the run started, or another program "
                 "listens at this address"
             ) from None
     if problem:

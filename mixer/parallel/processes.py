@@ -1,7 +1,7 @@
-"""The processes of one run: which one this is, and how all of them agree.
+"""The processes of a run: their names, and how they agree on a value.
 
-JAX's coordination service, which process 0 hosts, carries the messages in its key-value store:
-short texts, which need no device, so that a process can answer while its devices wait for another.
+Messages are short texts in the key-value store of JAX's coordination service, which process 0
+hosts. They use no device, so a process can answer while its devices wait for another process.
 """
 
 import contextlib
@@ -20,45 +20,55 @@ from etils import epath
 
 from mixer.errors import UserError
 
-TALK_SECS = 3600.0  # at a barrier: a process may prepare data; the watchdog finds dead ones sooner
-SHARE_SECS = 15.0  # until all hosts see a new file: caches of network file systems
+# Timeout of a barrier. A process may take long to prepare data; the watchdog detects dead ones.
+TALK_SECS = 3600.0
+SHARE_SECS = 15.0  # timeout until all hosts see a new file; network file systems have caches
 
-_counts: dict[str, Iterator[int]] = {}  # of the calls so far, by what they do
+_counters: dict[str, Iterator[int]] = {}  # numbers of the calls, by the kind of call
 
 
 def state() -> Any:
-    """JAX's coordination client, process_id and num_processes; JAX has no public name for them."""
+    """Returns JAX's coordination client, process_id and num_processes (a private JAX object)."""
     return jax._src.distributed.global_state
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which writes the files of the run."""
+    """Returns whether this is process 0, which writes the files of the run."""
     return state().num_processes == 1 or jax.process_index() == 0
 
 
 def process_name(process_id: int | None = None, host: str | None = None) -> str:
-    """Such as "process 3 (tpu-w-3)"; by default of this process, also before JAX knows its number.
+    """Returns a name such as "process 3 (tpu-w-3)".
 
     Args:
-      process_id: number of the process.
+      process_id: number of the process; None: this process.
       host: name of its machine; None: this machine.
     """
     process_id = state().process_id if process_id is None else process_id
     return f"process {process_id} ({host or socket.gethostname()})"
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Splits HOST:PORT; the host may be an IPv6 address in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def say(line: str) -> None:
-    """Prints a line, on process 0 only."""
+    """Prints a line on process 0 only."""
     if is_main():
         print(line, flush=True)
 
 
 def write_line(line: str, *, descriptor: int) -> None:
-    """Writes past Python's buffers, whose locks another thread or this one may hold.
+    """Writes a line directly to a file descriptor; ignores a closed pipe.
+
+    This bypasses Python's buffers, whose locks another thread, or an interrupted function of this
+    one, may hold.
 
     Args:
-      line: without a line break.
-      descriptor: 1 for stdout, 2 for stderr; nothing happens where its reader is gone.
+      line: the line, without a line break.
+      descriptor: 1 for stdout, 2 for stderr.
     """
     with contextlib.suppress(OSError):
         os.write(descriptor, f"{line}\n".encode())
@@ -66,7 +76,7 @@ def write_line(line: str, *, descriptor: int) -> None:
 
 @contextlib.contextmanager
 def helper_thread(run: Callable[[threading.Event], None], name: str) -> Iterator[None]:
-    """Runs `run(done)` in a thread while the block lasts; the end of the block sets `done`."""
+    """Runs `run(done)` in a thread during the block; the end of the block sets `done`."""
     done = threading.Event()
     thread = threading.Thread(target=run, args=(done,), name=name, daemon=True)
     thread.start()
@@ -80,19 +90,19 @@ def helper_thread(run: Callable[[threading.Event], None], name: str) -> Iterator
 # Agreement. All processes call these functions in the same order.
 
 
-def _next_key(what: str) -> str:
-    """A key that this call has on all processes and no other call has."""
-    return f"mixer/{what}/{next(_counts.setdefault(what, itertools.count()))}"
+def _next_key(kind: str) -> str:
+    """Returns a key that is the same on all processes, and different for each call."""
+    return f"mixer/{kind}/{next(_counters.setdefault(kind, itertools.count()))}"
 
 
 def barrier(name: str) -> None:
-    """Waits for all processes; the error names `name` if some do not come."""
+    """Waits for all processes; `name` appears in the error after a timeout."""
     if state().num_processes > 1:
         state().client.wait_at_barrier(_next_key(f"barrier/{name}"), int(TALK_SECS * 1000))
 
 
 def broadcast(value: Any) -> Any:
-    """Returns process 0's value, which JSON can hold, on all; the others' values are ignored."""
+    """Returns the JSON value of process 0 on all processes; the others' values are ignored."""
     if state().num_processes == 1:
         return value
     client, key = state().client, _next_key("broadcast")
@@ -106,7 +116,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values of all processes, which JSON can hold, in their order, on all."""
+    """Returns the JSON values of all processes, in the order of the processes, on all of them."""
     this = state()
     if this.num_processes == 1:
         return [value]
@@ -120,7 +130,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(ok: bool) -> bool:
-    """Whether `ok` is true on every process."""
+    """Returns whether `ok` is true on every process."""
     return all(gather(bool(ok)))
 
 
@@ -128,7 +138,7 @@ def check_shared(directory: epath.PathLike) -> None:
     """Checks that all processes see the same directory.
 
     Raises:
-      UserError: process 0 cannot write there, or others do not see its file.
+      UserError: process 0 cannot write to the directory, or other processes do not see its file.
     """
     if state().num_processes == 1:
         return
@@ -141,17 +151,17 @@ def check_shared(directory: epath.PathLike) -> None:
             problem = error.strerror or str(error)
     name, problem = broadcast([token.name, problem])
     if problem:
-        raise UserError(f"{directory}: process 0 cannot write there: {problem}")
+        raise UserError(f"{directory}: process 0 cannot write to it: {problem}")
     deadline = time.monotonic() + SHARE_SECS
-    while not (seen := (directory / name).exists()) and time.monotonic() < deadline:
+    while not (is_visible := (directory / name).exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    blind = [who for who, sees in gather([process_name(), seen]) if not sees]
+    blind = [process for process, sees in gather([process_name(), is_visible]) if not sees]
     if is_main():
         token.unlink(missing_ok=True)
     barrier("directory")
     if blind:
         raise UserError(
             f"{directory} is not the same directory for all processes: {', '.join(blind[:4])}"
-            f"{' and others' * (len(blind) > 4)} {'do' if len(blind) > 1 else 'does'} not see what "
-            "process 0 writes there; expected a file system that all share, or gs://"
+            f"{' and others' * (len(blind) > 4)} {'do' if len(blind) > 1 else 'does'} not see the "
+            "files of process 0; expected a shared file system, or gs://"
         )

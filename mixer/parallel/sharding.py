@@ -1,8 +1,8 @@
-"""The device mesh, and how batches lie on it.
+"""The device mesh, and the shardings of batches.
 
 The mesh has three axes. The batch is split over "data" and "fsdp"; `mixer.models.placement` splits
-parameters and optimizer state over "fsdp" and "tensor". XLA's partitioner makes the communication
-from these annotations; the numbers are the same on any mesh, up to rounding.
+parameters and optimizer state over "fsdp" and "tensor". XLA's partitioner derives the communication
+from these annotations. Results are the same on any mesh, up to rounding.
 """
 
 import functools
@@ -18,18 +18,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mixer.errors import UserError, check_choice
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes over which a batch is split
+BATCH = ("data", "fsdp")  # the axes that split a batch
 
 
 def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
-    """The size of each axis of `AXES` on so many devices.
+    """Returns the size of each axis of `AXES`.
 
     Args:
-      axes: sizes, 1 where an axis is missing; one of them may be -1: what the others leave.
-      count: how many devices there are.
+      axes: sizes by axis; the default is 1, and one size may be -1, for the remaining devices.
+      count: number of devices.
 
     Raises:
-      UserError: an unknown axis, or the sizes do not multiply to the number of devices.
+      UserError: an axis is unknown, or the product of the sizes is not the number of devices.
     """
     for name in axes:
         check_choice("axis of mesh", name, AXES)
@@ -37,8 +37,8 @@ def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
     fixed = [size for size in requested.values() if size != -1]
     if len(fixed) < len(requested) - 1 or min(fixed) < 1:
         raise UserError(f"mesh {requested}: sizes are at least 1, and only one of them may be -1")
-    rest = count // math.prod(fixed)
-    sizes = {name: rest if size == -1 else size for name, size in requested.items()}
+    remaining = count // math.prod(fixed)
+    sizes = {name: remaining if size == -1 else size for name, size in requested.items()}
     if math.prod(sizes.values()) != count:
         raise UserError(
             f"mesh {requested} does not fit {count} device(s): the sizes must multiply to {count}"
@@ -47,22 +47,22 @@ def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays devices out on a mesh with the axes "data", "fsdp" and "tensor".
+    """Makes a mesh with the axes "data", "fsdp" and "tensor".
 
-    Across slices, whose network is slow, "data" is laid first and "fsdp" next; "tensor" stays
-    within a slice.
+    The network between TPU slices is slow, so slices split "data" first and "fsdp" next, and never
+    "tensor".
 
     Args:
-      axes: as for `mesh_sizes`.
-      devices: all of them if not given.
+      axes: sizes by axis, as for `mesh_sizes`.
+      devices: the devices; None: all.
 
     Raises:
-      UserError: as `mesh_sizes`, or slices that data * fsdp does not cover evenly.
+      UserError: as for `mesh_sizes`, or the number of slices does not divide data * fsdp.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = list(mesh_sizes(axes, len(devices)).values())
-    # Neighbours belong together: "tensor" lies within a host where it fits, hosts hold rows of the
-    # batch that lie together, and what crosses slices is the outermost axis.
+    # In this order "tensor" stays within a host if it fits, each host holds contiguous rows of the
+    # batch, and only the outermost axis crosses slices.
     ordered = sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
     slices = len({_slice(device) for device in devices})
     if sizes[0] * sizes[1] % slices:
@@ -76,22 +76,22 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
 
 
 def _slice(device: jax.Device) -> int:
-    """Which slice of a multislice TPU it is of; 0 where there are none."""
+    """Returns the number of a device's TPU slice; 0 if there are no slices."""
     return getattr(device, "slice_index", 0)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The batch axis is split over "data" and "fsdp"; everything else is whole on each device."""
+    """Returns the sharding that splits only the batch axis, over "data" and "fsdp"."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut."""
+    """Returns the number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -122,25 +122,25 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
     """Returns shapes, dtypes and shardings of a tree's leaves.
 
     Args:
-      tree: of arrays, or of their shapes and dtypes.
-      shardings: a sharding for each leaf; None: the leaves' own.
+      tree: arrays, or their shapes and dtypes.
+      shardings: a sharding for each leaf; None: those of the leaves.
     """
     if shardings is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         shardings,
     )
 
 
 def num_values(tree: Any) -> int:
-    """Returns the number of values in all leaves of a tree together."""
+    """Returns the total number of values in the leaves of a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What the leaves, which have shardings, take on each device."""
+    """Returns the bytes per device of a tree whose leaves have shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -148,7 +148,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """`function` such that `constrain` within it, when it is traced, means this mesh."""
+    """Returns `function`, in which `constrain` refers to this mesh during tracing."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
@@ -159,12 +159,12 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-    """Says how `x` lies on the mesh of `on_mesh`; does nothing without one.
+    """Constrains the sharding of `x` on the mesh of `on_mesh`; does nothing without a mesh.
 
     Args:
       x: an intermediate value.
-      *axes: for each of its dimensions a mesh axis, several, None (whole on each device), or
-        PartitionSpec.UNCONSTRAINED (as XLA likes).
+      *axes: for each dimension a mesh axis, several axes, None (not split), or
+        PartitionSpec.UNCONSTRAINED (XLA decides).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -172,31 +172,31 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 
 def sum_over_shards(function: Callable, *batches: jax.Array) -> Any:
-    """The sum of `function(*rows)` over the parts of a batch that devices of `on_mesh` have.
+    """Returns the sum of `function(*shards)` over the batch's shards on the mesh of `on_mesh`.
 
-    Linear in what is summed over the batch, `function` is computed where the rows are, before they
-    are summed over the devices. XLA sums first, once for each part of a batch whose gradient is
-    accumulated, unless nothing but additions follows.
+    The function must be linear in its sums over the batch. It is computed on each shard before the
+    sum over the devices. Otherwise XLA would sum over the devices first, once per microbatch of an
+    accumulated gradient, unless only additions follow.
 
     Args:
-      function: from arrays to a tree of arrays.
-      *batches: (N, ...), split over `BATCH`.
+      function: maps arrays to a tree of arrays.
+      *batches: arrays (N, ...), split over `BATCH`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else batch_shards(mesh)
     if shards == 1:
         return function(*batches)
 
-    def apart(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         return constrain(x, BATCH, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
 
-    cut = [apart(x.reshape(shards, -1, *x.shape[1:])) for x in batches]
-    each = jax.vmap(function)(*cut)
-    return jax.tree.map(lambda x: jnp.sum(apart(x), 0), each)
+    sharded = [split(x.reshape(shards, -1, *x.shape[1:])) for x in batches]
+    results = jax.vmap(function)(*sharded)
+    return jax.tree.map(lambda x: jnp.sum(split(x), 0), results)
 
 
 def local_shards(mesh: Mesh, process_index: int) -> tuple[int, ...]:
-    """Which of a batch's `batch_shards` parts lie on devices of a process, ascending."""
+    """Returns the numbers of the batch shards on a process's devices, in ascending order."""
     by_shard = mesh.devices.reshape(batch_shards(mesh), -1)
     return tuple(
         shard
@@ -206,12 +206,12 @@ def local_shards(mesh: Mesh, process_index: int) -> tuple[int, ...]:
 
 
 def data_processes(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which part of the data this process reads, and how many parts there are.
+    """Returns (index, count): this process reads part `index` of `count` parts of the data.
 
-    Fewer than there are processes, where some of them share their rows.
+    There are fewer parts than processes if processes share their rows of the batch.
 
     Raises:
-      UserError: two processes share some of their rows and not all.
+      UserError: two processes share only some of their rows.
     """
     processes = {device.process_index for device in mesh.devices.flat}
     parts = sorted({local_shards(mesh, process) for process in processes})
@@ -227,7 +227,7 @@ def data_processes(mesh: Mesh) -> tuple[int, int]:
 def abstract_batch(
     example_spec: Mapping[str, tuple[tuple[int, ...], str]], batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a global batch of such examples (`Split.example_spec`)."""
+    """Returns shapes, dtypes and shardings of a global batch; see `Split.example_spec`."""
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in example_spec.items()
@@ -235,7 +235,7 @@ def abstract_batch(
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of this process's rows of a batch: those of its `local_shards`."""
+    """Makes global arrays from this process's rows of a batch, those of its `local_shards`."""
     sharding, shards = batch_sharding(mesh), local_shards(mesh, jax.process_index())
 
     def put(local: np.ndarray) -> jax.Array:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to save and leave, on any process of a run for all of them."""
+"""Turns SIGTERM or Ctrl-C on any process into a request that all processes save and exit."""
 
 import contextlib
 import itertools
@@ -12,10 +12,10 @@ import jax
 
 from mixer.parallel import processes
 
-NOTICE_SECS = 0.5  # between looks for another process's notice
-SAVING = "saving as soon as the step is done"
+NOTICE_SECS = 0.5  # interval of checks for a notice of another process
+SAVING = "saving as soon as the step is finished"
 
-_catches = itertools.count()  # in the same order on all processes
+_numbers = itertools.count()  # of the `Signals`, which all processes create in the same order
 
 
 class Stopped(Exception):
@@ -27,17 +27,18 @@ class Stopped(Exception):
 
 
 class Signals:
-    """The first SIGTERM or SIGINT that has arrived.
+    """The first SIGTERM or SIGINT that was received.
 
-    True once every process has agreed to stop: at once in a run of one process, otherwise from an
-    agreed call of `poll` on.
+    It is true once every process has agreed to stop. A single process stops at once; several
+    processes agree on a call of `poll`.
     """
 
     def __init__(self):
         self.received: int | None = None
-        # Not in the handler: JAX takes a lock to answer, and the main thread may hold it.
+        # The handler must not call `is_main`: JAX takes a lock that the main thread may hold.
         self.is_main = processes.is_main()
         self._alone = processes.state().num_processes == 1
+        self._key = f"mixer/signals/{next(_numbers)}"
         self._calls = 0
         self._stop_at: int | None = None
         self._stopped = False
@@ -48,14 +49,14 @@ class Signals:
 
     @property
     def name(self) -> str:
-        """SIGTERM or SIGINT."""
+        """The name of the received signal."""
         return signal.Signals(self.received).name
 
     def poll(self) -> bool:
-        """Whether to save and leave now; True on all processes at the same call.
+        """Returns whether to save and exit now; becomes true at the same call on all processes.
 
-        Every process calls it at the same places in the same order. It costs a lock, and no message
-        until there is a signal; then it waits, once, until every process has published its count.
+        All processes must make the same sequence of calls. A call sends no message; after a signal,
+        one call waits until every process has published its number of calls.
         """
         if self._alone:
             return bool(self)
@@ -64,19 +65,24 @@ class Signals:
             self._stopped = self._stop_at is not None and self._calls >= self._stop_at
             return self._stopped
 
-    def share(self, key: str, done: threading.Event) -> None:
-        """Exchanges notices with the other processes, in a thread, until `done`.
+    def share(self, done: threading.Event) -> None:
+        """Exchanges notices with the other processes until `done` is set; runs in a thread.
 
-        Each process stops counting, publishes its count and reads the others'. No process has begun
-        the call after the highest count, so all stop there.
+        After a notice each process stops counting its calls, publishes its count and reads the
+        others' counts. No process has started the call after the highest count, so all stop there.
         """
-        state = processes.state()
+        # If the service does not answer, process 0 is gone, and JAX ends this process.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._share(done)
+
+    def _share(self, done: threading.Event) -> None:
+        state, key = processes.state(), self._key
         notice = None
         while notice is None and not done.wait(NOTICE_SECS):
             if self.received is not None:
-                mine = dict(signum=self.received, who=processes.process_name())
-                with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
-                    state.client.key_value_set(f"{key}/notice/0", json.dumps(mine))
+                own_notice = dict(signum=self.received, who=processes.process_name())
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+                    state.client.key_value_set(f"{key}/notice/0", json.dumps(own_notice))
             for _, text in state.client.key_value_dir_get(f"{key}/notice/"):
                 notice = json.loads(text)
         with self._lock:
@@ -97,7 +103,7 @@ class Signals:
 
 @contextlib.contextmanager
 def catch() -> Iterator[Signals]:
-    """Notes the first SIGTERM or SIGINT; a second one has its usual effect."""
+    """Records the first SIGTERM or SIGINT; a second one has its default effect."""
     signals = Signals()
 
     def receive(signum: int, frame: Any) -> None:
@@ -106,7 +112,7 @@ def catch() -> Iterator[Signals]:
             signals.received = signum
         restore()
         if signals.is_main:
-            # `| tee` gets the same Ctrl-C and may be gone
+            # stdout may be closed: in `... | tee`, tee receives the same Ctrl-C.
             processes.write_line(f"{signals.name}: {SAVING}", descriptor=1)
 
     def restore() -> None:
@@ -116,25 +122,10 @@ def catch() -> Iterator[Signals]:
     previous = {
         signum: signal.signal(signum, receive) for signum in (signal.SIGTERM, signal.SIGINT)
     }
+    has_peers = processes.state().num_processes > 1
+    thread = processes.helper_thread(signals.share, "signals")
     try:
-        with _sharing(signals):
+        with thread if has_peers else contextlib.nullcontext():
             yield signals
     finally:
         restore()
-
-
-@contextlib.contextmanager
-def _sharing(signals: Signals) -> Iterator[None]:
-    """Runs the thread that shares notices, where there are several processes."""
-    if processes.state().num_processes == 1:
-        yield
-        return
-    key = f"mixer/signals/{next(_catches)}"
-
-    def share(done: threading.Event) -> None:
-        # If the service does not answer, process 0 is gone, and JAX ends this process.
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            signals.share(key, done)
-
-    with processes.helper_thread(share, "signals"):
-        yield

@@ -1,4 +1,4 @@
-"""The watchdog of a run: it reports stalls, and ends all processes when one of them fails."""
+"""The watchdog of a run: reports stalls, and ends all processes when one of them fails."""
 
 import atexit
 import contextlib
@@ -19,28 +19,28 @@ import jax
 from mixer.errors import exit_code, first_line, line_of
 from mixer.parallel import processes
 
-BEAT_SECS = 2.0  # between signs of life
-LOST_SECS = 60.0  # without a sign of life a process counts as gone; JAX alone would wait 100 s
-SUSPECT_SECS = 10.0  # the same, once a collective has failed
-LEAVE_SECS = 10.0  # for the others to read why a run ends
+BEAT_SECS = 2.0  # interval of the heartbeats
+LOST_SECS = 60.0  # a process without a heartbeat for this long is gone; JAX alone waits 100 s
+SUSPECT_SECS = 10.0  # the same after a collective has failed
+LEAVE_SECS = 10.0  # time for the other processes to read why a run ends
 
-# What takes its time without being a stall.
+# Activities that may take long without being a stall.
 QUIET = ("starting", "compiling", "evaluating", "saving")
 
-_watches: list["Watch"] = []  # the one around the run
-_exit_codes: list[int] = []  # of this process, once it has printed why it ends
-_abort_handlers: list[Any] = []  # libc keeps no reference to them
+_watches: list["Watch"] = []  # the watch of the run
+_exit_codes: list[int] = []  # exit code of this process, once it has printed why it ends
+_abort_handlers: list[Any] = []  # keeps the handlers alive, because libc holds no reference
 
 
 class Watch:
-    """What this process does and since when, and what the others say of themselves.
+    """Tracks the activity of this process, and reads the heartbeats of the others.
 
-    `watch` makes it.
+    `watch` creates it.
 
     Args:
       stall_secs: as for `watch`.
-      tell: shows a line.
-      clock: seconds, as `time.monotonic`.
+      tell: shows a line to the user.
+      clock: returns seconds, like `time.monotonic`.
     """
 
     def __init__(
@@ -51,55 +51,53 @@ class Watch:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stall_secs, self._tell, self._clock = stall_secs, tell, clock
-        now = clock()
-        self._step, self._doing, self._since = 0, "starting", now
-        self._progress, self._alarm = now, stall_secs
+        start_time = clock()
+        self._step, self._doing, self._since = 0, "starting", start_time
+        self._progress, self._alarm = start_time, stall_secs
         self._beats = 0
-        self._heard: dict[int, tuple[int, float]] = {}  # by process: its count, and when it rose
+        # For each process, its number of heartbeats and the time of the last one.
+        self._heard: dict[int, tuple[int, float]] = {}
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def beat(self, step: int, doing: str) -> None:
-        """Notes what begins now, such as "computing" step 341 or "waiting for data" for it.
+        """Records the start of an activity, such as "computing" step 341.
 
         Args:
-          step: the step in progress; during one of `QUIET` the last finished step.
+          step: the step in progress; for an activity in `QUIET`, the last finished step.
           doing: "waiting for data", "computing", one of `QUIET`, or "leaving", which never stalls.
         """
-        now = self._clock()
+        time_now = self._clock()
         if (step, doing) == (self._step, self._doing):
             return
         if step != self._step or doing in QUIET or self._doing in QUIET:
-            self._progress, self._alarm = now, self._stall_secs
-        self._step, self._doing, self._since = step, doing, now
+            self._progress, self._alarm = time_now, self._stall_secs
+        self._step, self._doing, self._since = step, doing, time_now
 
     def check(self) -> None:
-        """One round of the thread: gives a sign of life, and looks for failures and stalls."""
-        this, now = processes.state(), self._clock()
+        """Publishes a heartbeat, and checks for failures and stalls; the thread repeats it."""
+        this, time_now = processes.state(), self._clock()
         if this.num_processes > 1:
-            self._publish(now)
+            self._publish(time_now)
             failure = _failure()
             if failure is None and this.process_id == 0:
-                self._find_lost(now)
+                self._find_lost(time_now)
                 failure = _failure()
             # If this process fails too, its main thread prints its own reason.
             if failure is not None and not self._leaving.wait(1):
                 self.end(failure)
-        quiet = self._doing == "leaving"
-        if (
-            this.process_id == 0
-            and self._alarm
-            and not quiet
-            and now - self._progress >= self._alarm
-        ):
+        stall = time_now - self._progress  # seconds
+        reports_stalls = this.process_id == 0 and self._alarm and self._doing != "leaving"
+        if reports_stalls and stall >= self._alarm:
             self._alarm *= 2
-            self._tell(stall_line(now - self._progress, self._states(now)))
+            self._tell(stall_line(stall, self._states(time_now)))
 
     def start(self) -> None:
-        """Starts the thread, unless a single process wants no report of stalls."""
+        """Starts the thread; a single process needs it only to report stalls."""
         several = processes.state().num_processes > 1
         if several:
-            self._publish(self._clock())  # now: a process without a first sign is not missed
+            # Process 0 does not miss a process that never published a heartbeat.
+            self._publish(self._clock())
         if several or self._stall_secs:
             self._thread.start()
 
@@ -114,20 +112,20 @@ class Watch:
                 this.client.key_value_delete(f"mixer/beat/{this.process_id}")
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others why this process ends.
+        """Tells the other processes why this one ends.
 
-        Where the cause is the end of another process, the thread ends this one meanwhile.
+        If another process caused the error by ending, the thread ends this process meanwhile.
         """
         this = processes.state()
         if _is_lost_connection(error):
-            # The thread ends this process once process 0 has found out which process is gone.
+            # The thread ends this process once process 0 knows which process is gone.
             this.client.key_value_set(f"mixer/suspect/{this.process_id}", "", True)
             time.sleep(2 * SUSPECT_SECS)
         self._leaving.set()
         reason = line_of(error) or _summary(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone
             _publish_failure(this.process_id, socket.gethostname(), f"failed: {reason}")
-        # JAX would wait at exit for the others, and for computations that they take part in.
+        # At exit JAX would wait for the other processes and for unfinished collectives.
         code = exit_code(error)
         atexit.register(self.leave, code)
         late = threading.Timer(2 * LEAVE_SECS, _leave, [code])
@@ -146,7 +144,7 @@ class Watch:
         _leave(code)
 
     def end(self, failure: Mapping[str, Any]) -> None:
-        """Ends this process because another has failed, whatever its main thread waits for."""
+        """Ends this process, even if its main thread waits, because another process failed."""
         who = processes.process_name(failure["process"], failure["host"])
         processes.write_line(f"{who} {failure['reason']}", descriptor=2)
         _exit_codes.append(1)
@@ -155,13 +153,13 @@ class Watch:
         _leave(1)
 
     def _acknowledge(self, failed: int | None = None) -> None:
-        """Says that this process knows of the failure; process 0 waits until all have said so."""
+        """Acknowledges the failure; process 0 waits until all processes have acknowledged it."""
         this = processes.state()
         this.client.key_value_set(f"mixer/ended/{this.process_id}", "", True)
         if this.process_id == 0:
             deadline = time.monotonic() + LEAVE_SECS
-            wanted = {*range(this.num_processes)} - {failed}
-            while not wanted <= _rows("mixer/ended").keys() and time.monotonic() < deadline:
+            live_processes = {*range(this.num_processes)} - {failed}
+            while not live_processes <= _rows("mixer/ended").keys() and time.monotonic() < deadline:
                 time.sleep(0.1)
 
     def _run(self) -> None:
@@ -170,42 +168,42 @@ class Watch:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self.check()
 
-    def _publish(self, now: float) -> None:
+    def _publish(self, time_now: float) -> None:
         self._beats += 1
-        row = self._own_state(now) | dict(beats=self._beats, host=socket.gethostname())
+        row = self._own_state(time_now) | dict(beats=self._beats, host=socket.gethostname())
         this = processes.state()
         this.client.key_value_set(f"mixer/beat/{this.process_id}", json.dumps(row), True)
 
-    def _find_lost(self, now: float) -> None:
-        """Publishes the failure of a process that has given no sign of life for too long."""
+    def _find_lost(self, time_now: float) -> None:
+        """Publishes the failure of a process whose last heartbeat is too old."""
         limit = SUSPECT_SECS if _rows("mixer/suspect") else LOST_SECS
         for process, row in _rows("mixer/beat").items():
             beats = row["beats"]
             if self._heard.get(process, (None, 0))[0] != beats:
-                self._heard[process] = beats, now
-            silent = now - self._heard[process][1]
-            if silent > limit:
+                self._heard[process] = beats, time_now
+            silent_secs = time_now - self._heard[process][1]
+            if silent_secs > limit:
                 _publish_failure(
                     process,
                     row["host"],
-                    f"is gone: no sign of life for {silent:.0f} s; it was killed, ran out of "
+                    f"is gone: no sign of life for {silent_secs:.0f} s; it was killed, ran out of "
                     "memory, or its machine or network is down",
                 )
                 return
 
-    def _states(self, now: float) -> list[dict[str, Any]]:
-        """What each process does, in their order."""
+    def _states(self, time_now: float) -> list[dict[str, Any]]:
+        """Returns the activity of each process, in the order of the processes."""
         if processes.state().num_processes > 1:
             rows = _rows("mixer/beat")
             for process, row in rows.items():
-                _, heard = self._heard.get(process, (None, now))
-                if now - heard > 4 * BEAT_SECS:  # its last word no longer holds
-                    row.update(doing="silent", secs=now - heard)
+                _, beat_time = self._heard.get(process, (None, time_now))
+                if time_now - beat_time > 4 * BEAT_SECS:  # its last heartbeat is outdated
+                    row.update(doing="silent", secs=time_now - beat_time)
             return [dict(process=process, **rows[process]) for process in sorted(rows)]
-        return [dict(process=0, **self._own_state(now))]
+        return [dict(process=0, **self._own_state(time_now))]
 
-    def _own_state(self, now: float) -> dict[str, Any]:
-        return dict(step=self._step, doing=self._doing, secs=now - self._since)
+    def _own_state(self, time_now: float) -> dict[str, Any]:
+        return dict(step=self._step, doing=self._doing, secs=time_now - self._since)
 
 
 @contextlib.contextmanager
@@ -214,15 +212,16 @@ def watch(
     stall_secs: float | None = None,
     tell: Callable[[str], None] = processes.say,
 ) -> Iterator[Watch]:
-    """Surrounds a whole run, on every process, so that none waits for one that has failed.
+    """Watches a whole run on every process, so that no process waits for one that has failed.
 
-    An exception that leaves the block on one process ends the others within seconds, in one line
-    with the reason; a process that is killed ends them within `LOST_SECS`. All leave it together.
+    An exception that leaves the block on one process ends the others within seconds, with the
+    reason in one line; a killed process ends the others within `LOST_SECS`. All processes leave the
+    block together.
 
     Args:
-      stall_secs: seconds without a new step after which process 0 says which process the others
-        wait for, and again at each doubling; None or 0: never.
-      tell: shows such a line.
+      stall_secs: seconds without a new step after which process 0 prints which process the others
+        wait for; it repeats the line whenever the time has doubled. None or 0: never.
+      tell: shows a line to the user.
     """
     watching = Watch(stall_secs=stall_secs, tell=tell)
     _watches[:] = [watching]
@@ -243,9 +242,10 @@ def watch(
 
 
 def abort(error: BaseException) -> None:
-    """Ends all processes of several because of `error`; a thread calls it.
+    """Ends all processes because of `error` in a thread other than the main thread.
 
-    The main thread may wait for the other processes and never hear of the error.
+    The main thread may wait for the other processes and would never see the error. In a run of one
+    process this does nothing.
     """
     if processes.state().num_processes == 1 or not _watches:
         return
@@ -255,60 +255,60 @@ def abort(error: BaseException) -> None:
 
 
 def stall_line(seconds: float, states: Sequence[Mapping[str, Any]]) -> str:
-    """The line that says why no step was finished for `seconds`.
+    """Returns the line that says why no step was finished for `seconds`.
 
     Args:
-      seconds: since the last progress.
+      seconds: time since the last progress.
       states: {"process", "host", "step", "doing", "secs"} of each process, this one first.
     """
-    own = states[0]
-    if own["doing"] in QUIET:
-        what = {"compiling": "compiling the first step"}.get(own["doing"], own["doing"])
-        line = f"still {what} after {seconds:.0f} s (at step {own['step']})"
+    main = states[0]
+    if main["doing"] in QUIET:
+        activity = {"compiling": "compiling the first step"}.get(main["doing"], main["doing"])
+        line = f"still {activity} after {seconds:.0f} s (at step {main['step']})"
     else:
-        line = f"no step for {seconds:.0f} s: at step {own['step']}"
+        line = f"no step for {seconds:.0f} s: at step {main['step']}"
     if len(states) == 1:
-        doing = f"; {own['doing']} for {own['secs']:.0f} s"
-        return line + doing * (own["doing"] not in QUIET)
+        doing = f"; {main['doing']} for {main['secs']:.0f} s"
+        return line + doing * (main["doing"] not in QUIET)
     # The slowest process sets the pace; among the slowest, one that waits for data is the cause.
     last = min(row["step"] for row in states)
     behind = [row for row in states if row["step"] == last]
     blamed = [row for row in states if row["doing"] == "silent"]
     blamed = blamed or [row for row in behind if row["doing"] == "waiting for data"] or behind
     if len(blamed) == len(states):
-        if own["doing"] in QUIET:
+        if main["doing"] in QUIET:
             return line
-        return f"{line}; all processes have been {own['doing']} for {own['secs']:.0f} s"
+        return f"{line}; all processes have been {main['doing']} for {main['secs']:.0f} s"
     who = ", ".join(
         f"{processes.process_name(row['process'], row['host'])} has been {row['doing']} for "
         f"{row['secs']:.0f} s"
         for row in blamed[:4]
     )
-    more = f" and {len(blamed) - 4} more are behind" if len(blamed) > 4 else ""
-    return f"{line}; {who}{more}; the others wait for {'it' if len(blamed) == 1 else 'them'}"
+    suffix = f" and {len(blamed) - 4} more are behind" if len(blamed) > 4 else ""
+    return f"{line}; {who}{suffix}; the others wait for {'it' if len(blamed) == 1 else 'them'}"
 
 
 def _rows(directory: str) -> dict[int, Any]:
-    """The values that the processes have set under `directory`, by process."""
+    """Returns the values that the processes have set under `directory`, by process."""
     rows = processes.state().client.key_value_dir_get(f"{directory}/")
     return {int(key.rpartition("/")[2]): json.loads(text or "null") for key, text in rows}
 
 
 def _failure() -> dict[str, Any] | None:
-    """The first failure of any process."""
+    """Returns the first failure of any process; None if there is none."""
     return _rows("mixer/failure").get(0)
 
 
 def _publish_failure(process: int, host: str, reason: str) -> None:
     row = dict(process=process, host=host, reason=reason)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # an earlier failure stands
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # an earlier failure is kept
         processes.state().client.key_value_set("mixer/failure/0", json.dumps(row))
 
 
 def _is_lost_connection(error: BaseException | None) -> bool:
-    """Whether XLA raised it, perhaps because another process is gone.
+    """Returns whether XLA raised `error`, perhaps because another process is gone.
 
-    XLA raises RuntimeError or ValueError, whose text begins with the status; Orbax wraps them.
+    XLA raises RuntimeError or ValueError, whose text starts with the status; Orbax wraps them.
     """
     if error is None:
         return False
@@ -331,26 +331,26 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def _naming_lost_coordinator() -> Iterator[None]:
-    """Makes the last line say that process 0 is gone where JAX aborts the program for that reason.
+    """Prints that process 0 is gone, if JAX aborts the program for that reason.
 
-    JAX aborts from a thread of its own, where Python's handlers do not run; libc calls this one.
+    JAX aborts from its own thread, where Python's signal handlers do not run; libc calls this one.
     """
     this = processes.state()
     if this.num_processes == 1 or this.process_id == 0:
         yield
         return
-    host, _, port = this.coordinator_address.rpartition(":")
+    address = processes.host_and_port(this.coordinator_address)
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def aborted(signum: int) -> None:
         if _exit_codes:
             os._exit(_exit_codes[0])
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            socket.create_connection(address, timeout=5).close()
         except OSError:
             processes.write_line(
-                f"process 0 ({host}) is gone: its coordination service does not answer; it was "
-                "killed, ran out of memory, or its machine or network is down",
+                f"process 0 ({address[0]}) is gone: its coordination service does not answer; it "
+                "was killed, ran out of memory, or its machine or network is down",
                 descriptor=2,
             )
             os._exit(1)
@@ -358,7 +358,7 @@ def _naming_lost_coordinator() -> Iterator[None]:
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     _abort_handlers.append(aborted)
-    before = libc.signal(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
+    previous = libc.signal(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
     yield
-    # Not after a failure: JAX may abort this process until it has ended.
-    libc.signal(signal.SIGABRT, before)
+    # After an exception the handler stays: JAX may abort this process until it has ended.
+    libc.signal(signal.SIGABRT, previous)

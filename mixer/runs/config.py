@@ -22,7 +22,7 @@ from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError, check_choice, check_number, printable
 from mixer.models.modules import check_image_size
-from mixer.models.registry import ARCHITECTURES, DEFAULT, grown_dimensions, make_model
+from mixer.models.registry import ARCHITECTURES, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.weights import load as loading
@@ -138,9 +138,10 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"profile_steps={tuple(steps)}; expected (first, last), such as (100, 104)")
     if not config.dataset.name:
         raise UserError("dataset.name is empty; expected a TFDS name, 'folder' or 'synthetic'")
+    check_choice("model.name", config.model.name, ARCHITECTURES)
     variant, patch_size = config.model.variant, config.model.patch_size
     if variant is not None:
-        variants = ARCHITECTURES[DEFAULT].variants
+        variants = ARCHITECTURES[config.model.name].variants
         check_choice("model.variant", variant, variants)
         patch_size = patch_size or variants[variant]["patch_size"]
     if patch_size:
@@ -195,11 +196,18 @@ def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
     """Returns the unread weights that a new run starts from; None if `init_from` is not set.
 
     Raises:
-      UserError: there are no weights, or they are not for square images, which training needs.
+      UserError: there are no weights, they are of another architecture than `model.name`, or they
+        are not for square images, which training needs.
     """
     if not config.init_from:
         return None
     weights = loading.find(config.init_from, image_size=config.init_image_size, log=print)
+    name = weights.card.architecture
+    if name != config.model.name:
+        raise UserError(
+            f"model.name={config.model.name}, but init_from={weights.path} holds weights for "
+            f"model.name={name}"
+        )
     height, width = weights.card.image_size
     if height != width:
         raise UserError(
@@ -276,7 +284,7 @@ def resolve_model(
     if config.init_image_size is None:
         config.init_image_size = size
     model = config.model
-    architecture = ARCHITECTURES[DEFAULT]
+    architecture = ARCHITECTURES[model.name]
     keys = architecture.dimensions
     if config.init_from and all(model[key] is None for key in ("variant", *keys)):
         if saved_values:

@@ -149,7 +149,12 @@ def _fill_run(directory: epath.Path, loaded) -> None:
         checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()))
         checkpoints.wait()
     height, width = card.image_size
-    fields = {**card.dimensions, "num_classes": card.num_classes, "gelu": card.gelu}
+    fields = {
+        "name": card.architecture,
+        **card.dimensions,
+        "num_classes": card.num_classes,
+        "gelu": card.gelu,
+    }
     config = {
         "source": card.source,
         "image_size": height if height == width else [height, width],

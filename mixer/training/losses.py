@@ -1,5 +1,7 @@
 """Classification losses; each returns one value per example."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -38,7 +40,7 @@ def dense_labels(batch: dict[str, jax.Array], num_classes: int) -> jax.Array:
 LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
 
 
-def make_loss(name: str):
+def make_loss(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the loss function of that name: (logits, labels) -> (N,)."""
     check_choice("loss", name, LOSSES)
     return LOSSES[name]

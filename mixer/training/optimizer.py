@@ -1,6 +1,7 @@
-"""Learning-rate schedule and the optax chain (REFERENCE: big_vision `mlp_mixer_i1k`)."""
+"""Learning-rate schedule and optimizer, as in big_vision's config `mlp_mixer_i1k`."""
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +16,11 @@ from mixer.parallel import sharding
 Schedule = Callable[[jax.Array], jax.Array]
 
 # The decays between 1 at the end of the warm-up and 0 at the last step, by their names.
-FALLS: dict[str, Callable[[jax.Array], jax.Array]] = {
+DECAY_CURVES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
 }
-DECAYS = (*FALLS, "constant", "rsqrt")
+DECAYS = (*DECAY_CURVES, "constant", "rsqrt")
 WEIGHT_DECAY_FORMS = ("lr", "schedule", "l2")
 Rules = Sequence[tuple[str, float]]
 
@@ -64,8 +65,8 @@ def make_schedule(
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
         multiplier = jnp.ones_like(progress)
-        if decay in FALLS:
-            multiplier = final_multiplier + (1 - final_multiplier) * FALLS[decay](progress)
+        if decay in DECAY_CURVES:
+            multiplier = final_multiplier + (1 - final_multiplier) * DECAY_CURVES[decay](progress)
         elif decay == "rsqrt":
             decay_steps = jnp.maximum(step - warmup_steps, 0.0)
             multiplier = jnp.sqrt(rsqrt_timescale / (rsqrt_timescale + decay_steps))
@@ -251,11 +252,7 @@ def make_optimizer(
         return tx
 
     def scale(updates: Any, _: Any = None) -> Any:
-        return jax.tree.map(
-            lambda update, multiplier: multiplier * update,
-            updates,
-            multipliers(updates, lr_multipliers),
-        )
+        return jax.tree.map(operator.mul, multipliers(updates, lr_multipliers), updates)
 
     def labels(params: Any) -> Any:
         return jax.tree.map(

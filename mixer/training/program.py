@@ -53,15 +53,8 @@ class TrainProgram:
 
     def init_state(self) -> TrainState:
         """Returns the state of step 0, with each leaf created directly in its sharding."""
-        return state.init_state(
-            self.step.model,
-            self.step.tx,
-            self.image_size,
-            self.mesh,
-            self.step.seed,
-            ema=self.state.ema_params is not None,
-            skips=self.state.skipped is not None,
-        )
+        step = self.step
+        return state.init_state(step.model, step.tx, self.image_size, step.seed, self.state)
 
     def jit_step(self) -> Any:
         """Returns the jitted update, which donates the state, ready to be lowered."""

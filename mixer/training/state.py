@@ -52,14 +52,14 @@ def init_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: tuple[int, int],
-    mesh: Mesh,
     seed: int,
-    *,
-    ema: bool = False,
-    skips: bool = False,
+    abstract: TrainState,
 ) -> TrainState:
-    """Makes the state of step 0, with each leaf created directly in its sharding."""
-    abstract = abstract_state(model, tx, image_size, mesh, ema=ema, skips=skips)
+    """Makes the state of step 0, with each leaf created directly in its sharding.
+
+    `abstract` is the `abstract_state` of the same model and optimizer.
+    """
+    ema, skips = abstract.ema_params is not None, abstract.skipped is not None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     init = jax.jit(_make_init(model, tx, image_size, ema, skips), out_shardings=shardings)
     return init(jax.random.key(seed))

@@ -134,7 +134,7 @@ class TrainStep:
     def _loss(
         self, params: Any, examples: tuple[jax.Array, ...], mask_key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Mean loss and top-1 accuracy of examples (images, labels, place in the batch)."""
+        """Returns mean loss and top-1 accuracy of examples (images, labels, place in the batch)."""
         images, labels, example_index = examples
         is_trained = jax.tree.map(bool, multipliers(params, self.lr_multipliers))
         params = jax.tree.map(

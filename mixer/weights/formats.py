@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from mixer import files
-from mixer.errors import UserError
+from mixer.errors import UserError, check_choice
 from mixer.models.modules import GELUS, count_blocks
 from mixer.models.registry import ARCHITECTURES, Architecture
 from mixer.weights import foreign
@@ -114,7 +114,8 @@ def _first_parts(architecture: Architecture) -> set[str]:
     """Returns the first parts of the stem's and blocks' names, such as "stem" and "blocks"."""
     stem, *other_names = architecture.leaf_names(1)
     block = next(name for name in other_names if name.startswith(architecture.block.format(0)))
-    stored = (architecture.stored_name(name, lay) for name in (stem, block) for lay in ENDINGS)
+    layouts = architecture.layouts
+    stored = (architecture.stored_name(name, lay) for name in (stem, block) for lay in layouts)
     return {re.split("[/.]", name)[0] for name in stored}
 
 
@@ -156,7 +157,8 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
     expected = []
     for architecture in ARCHITECTURES.values():
         first = next(iter(architecture.leaf_names(0)))
-        names = (f"{architecture.stored_name(first, lay)} ({lay} layout)" for lay in ENDINGS)
+        layouts = architecture.layouts
+        names = (f"{architecture.stored_name(first, lay)} ({lay} layout)" for lay in layouts)
         expected.append(f"an {architecture.title} has {' or '.join(names)}")
     names = ", ".join(map(short_name, sorted(shapes)[:4])) or "no arrays"
     ending = " ..." if len(shapes) > 4 else ""
@@ -183,12 +185,14 @@ def write_file(
       The path of the JSON.
 
     Raises:
-      UserError: a value is NaN or infinite, or the suffix belongs to another layout.
+      UserError: a value is NaN or infinite, the architecture has no such layout, or the suffix
+        belongs to another layout.
     """
     path = epath.Path(path)
+    architecture = ARCHITECTURES[card.architecture]
+    check_choice("layout", layout, architecture.layouts)
     if path.suffix != ENDINGS[layout]:
         raise UserError(f"{path}: files in the {layout} layout end in {ENDINGS[layout]}")
-    architecture = ARCHITECTURES[card.architecture]
     stored = {}
     for name in sorted(arrays):
         array = np.asarray(arrays[name])

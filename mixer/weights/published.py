@@ -28,12 +28,14 @@ class Published:
 
     Attributes:
       url: https address of the file.
+      architecture: key of `mixer.models.registry.ARCHITECTURES`.
       variant: such as "B/16"; the weights are for 224 x 224 pixels.
       num_classes: width of the head.
       class_names: the list of class names, "imagenet1k" or "imagenet21k".
     """
 
     url: str
+    architecture: str
     variant: str
     num_classes: int
     class_names: str
@@ -41,7 +43,7 @@ class Published:
     @property
     def num_params(self) -> int:
         """Number of parameters, including the head."""
-        model = make_model(self.variant, num_classes=self.num_classes)
+        model = make_model(self.variant, name=self.architecture, num_classes=self.num_classes)
         return num_params(model, (IMAGE_SIZE, IMAGE_SIZE))
 
 
@@ -67,6 +69,7 @@ def _released(folder: str, variants: str, class_names: str) -> dict[str, Publish
     return {
         f"{variant}-{label}": Published(
             url=f"{BUCKET}{folder}/Mixer-{variant.replace('/', '_')}.npz",
+            architecture="mixer",
             variant=variant,
             num_classes=LISTS[class_names],
             class_names=class_names,

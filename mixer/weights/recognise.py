@@ -340,11 +340,11 @@ def _square_side(num_tokens: int, patch_size: int) -> int | None:
 
 
 def _described(card: Card, gelu: str) -> str:
-    architecture = registry.ARCHITECTURES[card.architecture]
-    model = card.variant or ", ".join(f"{name}={dim}" for name, dim in card.dimensions.items())
-    grown = architecture.grown_dim
-    if card.variant and card.dimensions[grown] != architecture.variants[card.variant][grown]:
-        model += f" with {grown}={card.dimensions[grown]}"
+    variants = registry.ARCHITECTURES[card.architecture].variants
+    # All dimensions, or those in which the weights differ from their variant.
+    variant = variants.get(card.variant, {})
+    dims = [f"{key}={dim}" for key, dim in card.dimensions.items() if variant.get(key) != dim]
+    model = " with ".join(filter(None, (card.variant, ", ".join(dims))))
     low, high = card.value_range
     return (
         f"{model}, {card.image_size[0]} x {card.image_size[1]}, "

@@ -6,12 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from mixer import memory
-from mixer.models.mlp_mixer import VARIANTS
+from mixer.models.registry import ARCHITECTURES
 
 # The reference recipe's model for CIFAR-10: github.com/omihub777/MLP-Mixer-CIFAR,
 # configs/cifar10.py.
 CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
-MODELS = {**VARIANTS, "cifar": CIFAR}
+# The models of --models, as fields for `make_model`. The names of other architectures' models have
+# the architecture as a prefix.
+MODELS = {"cifar": CIFAR}
+for _name, _entry in ARCHITECTURES.items():
+    for _variant, _dimensions in _entry.variants.items():
+        if _name == "mixer":
+            MODELS[_variant] = _dimensions
+        else:
+            MODELS[f"{_name}-{_variant}"] = {"name": _name, **_dimensions}
 
 
 class Failed(Exception):

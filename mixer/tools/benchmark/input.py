@@ -24,6 +24,7 @@ from mixer.data.preprocessing.spec import parse
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.models import flops
+from mixer.models.registry import architecture_of, dimensions
 from mixer.parallel import sharding
 from mixer.tools.benchmark import contest, jax_side, report
 from mixer.training import program
@@ -309,11 +310,10 @@ def training_step(model: nn.Module, image_size: int, batch_size: int) -> Callabl
       image_size: side in pixels.
       batch_size: images per device.
     """
-    dimensions = {name: getattr(model, name) for name in contest.CIFAR}
     case = contest.Case(
         what="train",
         model="",
-        dimensions=dimensions,
+        dimensions={"name": architecture_of(model).name, **dimensions(model)},
         image_size=image_size,
         num_classes=model.num_classes,
         batch_size=batch_size,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing.spec import pixel_range
 from mixer.evaluation import classification
-from mixer.models.mlp_mixer import MlpBlock, MlpMixer
+from mixer.models.registry import architecture_of
 from mixer.training.step import normalize
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -155,7 +156,7 @@ def frequencies(tiles: np.ndarray) -> np.ndarray:
 
 
 def activations(
-    model: MlpMixer, params: Any, images: np.ndarray, batch_size: int = 64
+    model: nn.Module, params: Any, images: np.ndarray, batch_size: int = 64
 ) -> Activations:
     """Computes statistics of the residual stream and of the branches' updates.
 
@@ -192,16 +193,17 @@ def activations(
     )
 
 
-def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+def _make_step(model: nn.Module) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
     """Returns a compiled function `(params, images) -> sums` over the tokens of a batch.
 
     "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the stream x and of x^T x at each
-    depth; "token", "middle" and "channel" (L,) are sums of squares of the token-mixing update, of
-    the stream after this update, and of the channel-mixing update.
+    depth; "token", "middle" and "channel" (L,) are sums of squares of a block's update across
+    tokens, of the stream after this update, and of the update within each token.
     """
+    architecture = architecture_of(model)
 
-    def is_branch(module: Any, method: str) -> bool:
-        return isinstance(module, MlpBlock)
+    def is_branch(module: nn.Module, method: str) -> bool:
+        return module.name in architecture.branches and method == "__call__"
 
     def tokens(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32).reshape(-1, model.hidden_dim)
@@ -213,10 +215,10 @@ def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Arra
         )
         blocks = range(model.num_blocks)
         stream = [tokens(out["stem"]), *(tokens(out[f"block_{i}"]) for i in blocks)]
-        branches = [state["intermediates"][f"MixerBlock_{i}"] for i in blocks]
+        branches = [state["intermediates"][architecture.block.format(i)] for i in blocks]
         token, channel = (
             [tokens(branch[name]["__call__"][0]) for branch in branches]
-            for name in ("token_mixing", "channel_mixing")
+            for name in architecture.branches
         )
         middle = [x + update for x, update in zip(stream, token, strict=False)]
         return {

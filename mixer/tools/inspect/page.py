@@ -20,6 +20,7 @@ from mixer.evaluation import classification, results, scores
 from mixer.evaluation.classification import Classification
 from mixer.evaluation.results import Results
 from mixer.evaluation.tables import Table, html_table, html_text, percent, span
+from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
@@ -128,7 +129,9 @@ def write(
     recorded = {workdir: results.read(workdir, checkpoint_name) for workdir in workdirs}
     sections = _run_sections(recorded, page) if workdirs else []
     log("drawing the stem's filters and the token-mixing units")
-    sections += [_stem(loaded, page), _units(loaded, page)]
+    sections.append(_stem(loaded, page))
+    if kernel := architecture_of(loaded.model).token_kernel:
+        sections.append(_units(loaded, kernel, page))
     metric_rows = []
     try:
         record = run_files.read_data(workdirs[0])["splits"] if workdirs else None
@@ -252,7 +255,7 @@ def _curves(workdir: str, rows: curves.Rows, page: Page) -> str:
 
 def _stem(loaded: loading.Loaded, page: Page) -> str:
     path = page.path("stem.png")
-    kernel = np.asarray(loaded.params["stem"]["kernel"])
+    kernel = sharding.by_name(loaded.params)[next(architecture_of(loaded.model).leaf_names(0))]
     pictures.draw_filters(inspection.stem_filters(kernel), path)
     caption = (
         "The stem's filters, largest norm first. Each filter is divided by its largest absolute "
@@ -261,12 +264,10 @@ def _stem(loaded: loading.Loaded, page: Page) -> str:
     return _section("Stem", _picture(path, "the stem's filters as colour tiles", caption))
 
 
-def _units(loaded: loading.Loaded, page: Page) -> str:
-    grid = loaded.card.grid
+def _units(loaded: loading.Loaded, kernel: str, page: Page) -> str:
+    grid, params = loaded.card.grid, sharding.by_name(loaded.params)
     units = [
-        inspection.paired_units(
-            np.asarray(loaded.params[f"MixerBlock_{i}"]["token_mixing"]["Dense_0"]["kernel"]), grid
-        )
+        inspection.paired_units(np.asarray(params[kernel.format(i)]), grid)
         for i in range(loaded.card.num_blocks)
     ]
     parts = [
@@ -404,12 +405,9 @@ def _open(
 
 
 def _model_rows(loaded: loading.Loaded) -> list[tuple[str, str]]:
-    card, dims = loaded.card, loaded.card.dimensions
+    card = loaded.card
     count = sharding.num_values(loaded.params)
-    model = (
-        f"{card.num_blocks} blocks, patch {card.patch_size}, {dims['hidden_dim']} channels, MLPs "
-        f"of {dims['tokens_mlp_dim']} (tokens) and {dims['channels_mlp_dim']:,} (channels)"
-    )
+    model = ", ".join(f"{name}={dim}" for name, dim in card.dimensions.items())
     height, width = card.image_size
     return [
         ("model", f"{card.variant}: {model}" if card.variant else model),

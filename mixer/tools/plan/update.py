@@ -277,11 +277,16 @@ def _recomputed_flops(subject: Subject, settings: Settings) -> float:
     """Returns the FLOPs per image that remat "full" repeats: all layers of a block but the last."""
     if settings.remat != "full":
         return 0.0
-    return sum(
-        flops
-        for name, flops in layers(subject.model, subject.image_size)
-        if name.endswith(("Dense_0", "token_mixing/Dense_1"))
-    )
+    block = architecture_of(subject.model).block
+    recomputed = 0.0
+    for i in range(subject.model.num_blocks):
+        *flops, _ = (
+            flops
+            for name, flops in layers(subject.model, subject.image_size)
+            if name.startswith(f"{block.format(i)}/")
+        )
+        recomputed += sum(flops)
+    return recomputed
 
 
 def _collectives(
