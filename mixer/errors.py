@@ -100,7 +100,12 @@ def printable(text: str) -> str:
     )
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Returns the operating system's description of an error, or else the error's first line."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error, without TensorFlow's op names and node traces."""
     text = getattr(error, "message", None) or str(error)
     text = text.replace("{{function_node __wrapped__", "").strip()

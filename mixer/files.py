@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mixer.errors import UserError, first_line, printable
+from mixer.errors import UserError, printable, reason_of
 
 STORES = ("gs", "s3", "az")  # schemes of cloud storage that etils.epath reads
 
@@ -38,6 +38,23 @@ def parse_path(option: str, path: epath.PathLike) -> epath.Path:
     if "\0" in text:
         raise UserError(f"{name}: expected a path without a null character")
     return epath.Path(path).expanduser()
+
+
+@contextlib.contextmanager
+def storage_errors(path: epath.PathLike, problem: str, hint: str = "") -> Iterator[None]:
+    """Turns an error of a disk or an object store into a UserError: problem, reason and hint.
+
+    Object stores raise exceptions of their own classes. For a local path, an exception other than
+    OSError is a bug and passes through unchanged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and "://" not in os.fspath(path):
+            raise
+        raise UserError(f"{problem}: {reason_of(error)}{hint}") from error
 
 
 def _beside(path: epath.Path) -> epath.Path:
@@ -111,43 +128,33 @@ def check_output(option: str, path: epath.PathLike) -> epath.Path:
         return target  # an object store has no folders
     if not target.parent.is_dir():
         raise UserError(f"{name}: there is no folder {target.parent}")
-    try:
+    hint = "; expected a file in a writable folder"
+    with storage_errors(target, f"{name} cannot be written", hint):
         if os.path.exists(target) and not os.path.isfile(target):
             raise OSError(None, "it is a folder" if target.is_dir() else "it is a device")
         _beside(target).touch()
         _beside(target).unlink()
-    except OSError as error:
-        raise UserError(
-            f"{name} cannot be written: {error.strerror}; expected a file in a writable folder"
-        ) from None
     return target
 
 
-def make_directory(path: epath.PathLike, flag: str = "") -> epath.Path:
+def make_directory(path: epath.PathLike, option: str = "") -> epath.Path:
     """Creates a writable directory before a long computation; returns its expanded path.
 
     Args:
       path: the path that the user passed.
-      flag: the flag with the path, such as "--output"; "" without a flag.
+      option: the option with the path, such as "--output"; "" for a positional argument.
 
     Raises:
       UserError: the directory cannot be created or written to.
     """
-    target = parse_path(flag, path)
-    is_address = "://" in os.fspath(target)
-    try:
+    target = parse_path(option, path)
+    name = f"{option}={path}" if option else str(path)
+    problem = f"{name} cannot be created or written to"
+    with storage_errors(target, problem, "; expected a writable folder"):
         target.mkdir(parents=True, exist_ok=True)
-        if not is_address:
+        if "://" not in os.fspath(target):
             _beside(target / "x").touch()
             _beside(target / "x").unlink()
-    except Exception as error:
-        if not isinstance(error, OSError) and not is_address:
-            raise  # only object stores raise exceptions other than OSError
-        name = f"{flag}={path}" if flag else str(path)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(
-            f"{name} cannot be created or written to: {reason}; expected a writable folder"
-        ) from None
     return target
 
 
@@ -178,7 +185,7 @@ def read_regular(path: epath.PathLike) -> bytes | None:
       UserError: the path is a directory, a device or a pipe, or the file cannot be read.
     """
     path = epath.Path(path)
-    try:
+    with storage_errors(path, f"{path} cannot be read"):
         if not path.exists():
             return None
         is_local = "://" not in os.fspath(path)
@@ -186,8 +193,3 @@ def read_regular(path: epath.PathLike) -> bytes | None:
             kind = "a directory" if path.is_dir() else "not a regular file"
             raise UserError(f"{path} is {kind}; expected a file")
         return path.read_bytes()
-    except Exception as error:
-        if not isinstance(error, OSError) and "://" not in os.fspath(path):
-            raise  # only object stores raise exceptions other than OSError
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path} cannot be read: {reason}") from error

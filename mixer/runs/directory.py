@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from mixer import files
-from mixer.errors import UserError, first_line
 from mixer.parallel import backend, signals, watchdog
 from mixer.parallel import processes as distributed
 from mixer.runs import config as run_config
@@ -81,13 +79,7 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
     checkpoint.check_name(path, writes=True)
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except Exception as error:
-                if not isinstance(error, OSError) and "://" not in os.fspath(workdir):
-                    raise  # only object stores raise exceptions other than OSError
-                reason = getattr(error, "strerror", None) or first_line(error)
-                raise UserError(f"--workdir={workdir} cannot be created: {reason}") from None
+            files.make_directory(workdir, "--workdir")
             stack.enter_context(checkpoint.locked(path))
             run_config.check_place(path)
             files.remove_unfinished(path)

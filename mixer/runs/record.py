@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from mixer import files
-from mixer.errors import UserError, first_line
+from mixer.errors import UserError, reason_of
 from mixer.parallel import processes as distributed
 from mixer.run_files import read_metrics
 
@@ -98,10 +98,9 @@ class MetricWriter:
         except Exception as error:  # TensorFlow raises exceptions of its own classes
             if not isinstance(error, OSError) and not type(error).__module__.startswith("tensor"):
                 raise
-            reason = getattr(error, "strerror", None) or first_line(error)
             self._warn(
-                f"{self._workdir / 'tensorboard'} cannot be written: {reason}; the run continues "
-                "without it, and metrics.jsonl has all metrics"
+                f"{self._workdir / 'tensorboard'} cannot be written: {reason_of(error)}; the run "
+                "continues without it, and metrics.jsonl has all metrics"
             )
             self._tensorboard, self._wants_tensorboard = None, False
 

@@ -20,7 +20,6 @@ from mixer.models.registry import ARCHITECTURES, make_model
 from mixer.weights.arrays import DamagedError, Shapes
 
 FORMAT = "mlp-mixer weights, 1"  # the "format" entry of a JSON sidecar
-MAX_JSON_BYTES = 64_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,20 +156,13 @@ def read_json(path: epath.Path) -> Any:
     """Returns the value in a JSON file; None if the file does not exist.
 
     Raises:
-      UserError: the path is not a regular file, or the file cannot be read, is too large or is
-        damaged.
+      UserError: the path is not a regular file, or the file cannot be read or is damaged.
     """
+    content = files.read_regular(path)
     try:
-        if path.exists() and path.stat().length > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
-        content = files.read_regular(path)
         return None if content is None else json.loads(content)
-    except UserError:
-        raise
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, f"{path} is damaged: {first_line(error)}") from None
-    except OSError as error:
-        raise DamagedError(path, f"{path} is damaged: {error.strerror or error}") from None
 
 
 def checksum(read: Callable[[str], np.ndarray], shapes: Shapes) -> int:

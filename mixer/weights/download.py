@@ -18,7 +18,7 @@ from etils import epath
 from rich import progress
 from rich.console import Console
 
-from mixer.errors import UserError, first_line
+from mixer.errors import UserError, first_line, reason_of
 from mixer.weights import published
 
 TIMEOUT_SECS = 20  # to open a connection, and to receive the next byte
@@ -281,11 +281,10 @@ def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
             ) from None
         raise UserError(f"{label}: the server refused the request: {reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        reason = getattr(reason, "strerror", None) or first_line(Exception(reason))
+        reason = getattr(error, "reason", error)  # urllib may wrap an error, or only its text
         raise UserError(
-            f"{label} cannot be reached: {reason}; download the file on another machine and pass "
-            "its path"
+            f"{label} cannot be reached: {reason_of(reason)}; download the file on another machine "
+            "and pass its path"
         ) from None
 
 

@@ -16,13 +16,11 @@ import logging
 import os
 import re
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from etils import epath
 
@@ -127,7 +125,8 @@ def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     if not name.isprintable() or len(name.encode()) > 200:
         raise UserError(f"{label}: the file's name is too long or has unprintable characters")
     target = cache_dir() / hashlib.sha256(_unsigned(address).encode()).hexdigest()[:16] / name
-    with _disk_errors(target):
+    hint = "; set XDG_CACHE_HOME to move the cache"
+    with files.storage_errors(target, f"{target} cannot be written", hint):
         if target.is_file():
             log(f"{label}: cached as {target}")
             return epath.Path(target)
@@ -135,7 +134,11 @@ def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
         # If two processes fetch the same file, the second waits for the first. The OS releases the
         # lock when a process ends, so a killed process cannot leave a stale lock.
         with open(target.parent / ".lock", "w") as lock:
-            _lock(lock, label, log)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log(f"{label}: waiting for another process to fetch it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_file():
                 for stale in target.parent.glob(".*.new"):  # left by a killed process
                     stale.unlink(missing_ok=True)
@@ -157,24 +160,6 @@ def fetch_anew(path: epath.Path) -> str:
     else:
         path = os.path.realpath(path)  # huggingface_hub links to its downloads
     return f"; delete {path} to fetch it again"
-
-
-def _lock(file: BinaryIO, label: str, log: Callable[[str], None]) -> None:
-    """Acquires the lock of a cached file; waits while another process holds it."""
-    deadline = None
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
-        if deadline is None:
-            log(f"{label}: waiting for another process to fetch it")
-            deadline = time.monotonic() + download.MAX_SECS
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{label}: another process has been fetching it for {download.MAX_SECS:,} s"
-            )
-        time.sleep(0.2)
 
 
 def _fetch_into(target: Path, address: str) -> None:
@@ -238,37 +223,19 @@ def _unsigned(address: str) -> str:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    """Turns an OSError while writing to the cache into a one-line UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written: {error.strerror or error}; set XDG_CACHE_HOME to move "
-            "the cache"
-        ) from None
-
-
-@contextlib.contextmanager
 def _reading(path: epath.PathLike) -> Iterator[None]:
     """Turns errors of a file system or of cloud storage into a one-line UserError.
 
     For cloud storage, TensorFlow, gcsfs and s3fs raise exceptions of their own classes.
     """
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # gcsfs also logs what it raises
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs TensorFlow, or pip install gcsfs (s3://: s3fs): {error}"
-        ) from None
-    except Exception as error:
-        if not _split(path)[0] and not isinstance(error, OSError):
-            raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path} cannot be read: {reason}") from None
+    with files.storage_errors(path, f"{path} cannot be read"):
+        try:
+            yield
+        except ImportError as error:
+            raise UserError(
+                f"{path} needs TensorFlow, or pip install gcsfs (s3://: s3fs): {error}"
+            ) from None
 
 
 def _copy(address: str, target: Path, max_bytes: int | None = None) -> None:
