@@ -167,6 +167,16 @@ def identity(path: epath.PathLike) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def check_identity(path: epath.PathLike, expected: tuple[int, int]) -> None:
+    """Raises UserError if `path` no longer is the local file or directory that a run writes to."""
+    if (current := identity(path)) != expected:
+        fault = "is gone" if current is None else "is a different one now"
+        raise UserError(
+            f"{path} {fault}: it was removed or replaced while the run was writing to it; the run "
+            "cannot continue there"
+        )
+
+
 def open_up(path: epath.PathLike, mode: int) -> None:
     """Gives default permissions to a file or directory that a library created as private.
 

@@ -481,11 +481,12 @@ def _read(path: epath.Path, schema_of: Callable[[dict[str, Any]], Any], hint: st
         return None
     try:
         value = json.loads(content)
+        if _num_levels(value) > MAX_LEVELS:
+            raise ValueError(f"lists and objects are nested more than {MAX_LEVELS} levels deep")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}{hint}") from None
     try:
         _check(value, {}, ())
-        _check_levels(value)
         _check(value, schema_of(value), ())
     except _Mismatch as mismatch:
         raise UserError(f"{path}: {mismatch}{hint}") from None
@@ -525,18 +526,13 @@ def _check(value: Any, schema: Any, keys: tuple[str, ...]) -> None:
                     raise _Mismatch(f"{'.'.join((*keys, key))} is missing")
 
 
-def _check_levels(value: Any) -> None:
-    """Raises _Mismatch if lists and objects are nested too deeply."""
-    level = [value]
-    for _ in range(MAX_LEVELS):
-        level = [
-            child
-            for node in level
-            if isinstance(node, list | dict)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    if any(isinstance(node, list | dict) for node in level):
-        raise _Mismatch(f"lists and objects are nested more than {MAX_LEVELS} levels deep")
+def _num_levels(value: Any) -> int:
+    """Returns how many lists and objects are nested in each other."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 0
+    return 1 + max(map(_num_levels, value), default=0)
 
 
 def _completed(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

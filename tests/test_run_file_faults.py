@@ -19,7 +19,7 @@ from rich.console import Console
 
 from configs import common
 from helpers import run_program, tiny_config
-from mixer import console, files, formatting, run_files, trainer
+from mixer import files, formatting, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import report, sweeps
 from mixer.evaluation.subject import open_subject
@@ -27,6 +27,7 @@ from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.runs import record as metrics
 from mixer.runs.best import best_so_far
+from mixer.runs.log import TrainLog
 from mixer.tools.inspect import page, pictures
 from mixer.tools.predict import prediction
 from mixer.training.state import TrainState
@@ -553,14 +554,14 @@ def test_a_record_or_checkpoints_that_went_away_are_an_error(tmp_path, then):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "checkpoints", "metrics.jsonl"])
 def test_a_run_whose_place_goes_away_ends(tmp_path, monkeypatch, name):
-    shown = console.Terminal.step
+    original = TrainLog.finish_step
 
-    def show(terminal, step):
-        if step == 2:
+    def finish_step(log, first, last, metrics):
+        if last == 2:
             (tmp_path / "run" / name).rename(tmp_path / "aside")
-        shown(terminal, step)
+        original(log, first, last, metrics)
 
-    monkeypatch.setattr(console.Terminal, "step", show)
+    monkeypatch.setattr(TrainLog, "finish_step", finish_step)
     with pytest.raises(UserError, match=f"{name} is gone"):
         trainer.train(_config(log_every_steps=1, checkpoint__every_steps=4), tmp_path / "run")
 
@@ -583,7 +584,7 @@ def test_a_run_without_its_config_or_data_is_refused(copy, name):
     with pytest.raises(UserError, match=f"not a run: it has no {name}"):
         run.read_run(copy)
     assert _files(copy) == before
-    config, data = run.read_saved(copy, allow_config_change=True)
+    config, data = run.read_saved(copy)
     assert (config is None) == (name == "config.json") and (data is None) == (name == "data.json")
 
 

@@ -186,12 +186,6 @@ def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
         sharding.check_batch_size(name, size // num_microbatches, mesh)
 
 
-def check_eval_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError if the mesh does not divide the evaluation batch."""
-    size = config.eval_batch_size or config.global_batch_size
-    sharding.check_batch_size("eval_batch_size", size, mesh)
-
-
 def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
     """Returns the unread weights that a new run starts from; None if `init_from` is not set.
 
@@ -248,7 +242,7 @@ def resolve_data(config: ConfigDict, num_classes: int | None, num_examples: int 
     """
     if config.model.num_classes is None:
         config.model.num_classes = num_classes
-    resolve_lengths(config, num_examples if needs_epochs(config) else None)
+    resolve_lengths(config, num_examples)
 
 
 def resolve_model(
@@ -446,8 +440,7 @@ def check_same_everywhere(tree: dict[str, Any], noun: str) -> None:
 
 def check_same_data(workdir: epath.Path, record: dict[str, Any], split: pipeline.Split) -> None:
     """Raises UserError if the training split differs from the split in the run's data.json."""
-    change = data_change(record["splits"]["train"], split)
-    if change:
+    if change := data_change(record["splits"]["train"], split):
         raise UserError(
             f"the training data has changed since {workdir} was started: {change}. "
             "Restore the data, or pass another --workdir or --allow_config_change"
@@ -497,28 +490,20 @@ def data_name(config: ConfigDict) -> str:
 
 def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
     """Returns the content of `data.json`; `num_readers` processes started to read the data."""
-    opened = {key: getattr(splits, key) for key in ("train", "val", "test")}
+    split_records = {}
+    for key in ("train", "val", "test"):
+        if split := getattr(splits, key):
+            fields = ("name", "num_examples", "fingerprint")
+            split_records[key] = {field: getattr(split, field) for field in fields}
+            stored = split.stored()
+            if stored and (files_record := stored.record()):
+                split_records[key]["files"] = files_record
     return {
         "class_names": list(splits.train.class_names),
         "num_readers": num_readers,
         "subfolders": splits.subfolders,
-        "splits": {
-            key: {
-                "name": split.name,
-                "num_examples": split.num_examples,
-                "fingerprint": split.fingerprint,
-                **_files_record(split),
-            }
-            for key, split in opened.items()
-            if split is not None
-        },
+        "splits": split_records,
     }
-
-
-def _files_record(split: pipeline.Split) -> dict[str, Any]:
-    stored = split.stored()
-    record = stored and stored.record()
-    return {"files": record} if record else {}
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -573,10 +558,7 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     Raises:
       UserError: the directory is not a run, or one of its files is damaged.
     """
-    config = run_files.read_config(workdir)
-    if config is not None:
-        check_trained(workdir, config)
-    data = run_files.read_data(workdir)
+    config, data = read_saved(workdir)
     files = {"config.json": config, "data.json": data}
     if missing := [name for name, value in files.items() if value is None]:
         raise UserError(f"{workdir} is not a run: it has no {' and no '.join(missing)}")
@@ -593,28 +575,17 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
 
 
 def read_saved(
-    workdir: epath.PathLike, *, allow_config_change: bool
+    workdir: epath.PathLike,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Returns the saved config and data of a run with checkpoints, which a resumed run must match.
-
-    A missing file gives None if `allow_config_change` is set.
+    """Returns the contents of a run's config.json and data.json; None for a missing file.
 
     Raises:
-      UserError: a file is damaged, or missing without `allow_config_change`; or the directory holds
-        converted weights instead of a run.
+      UserError: a file is damaged, or the directory holds converted weights instead of a run.
     """
     config = run_files.read_config(workdir)
     if config is not None:
         check_trained(workdir, config)
-    data = run_files.read_data(workdir)
-    for name, value in (("config.json", config), ("data.json", data)):
-        if value is None and not allow_config_change:
-            raise UserError(
-                f"{epath.Path(workdir) / name} is missing, but {workdir} has checkpoints, so the "
-                "run's settings are not known. Restore the file, or pass another --workdir, or "
-                "--allow_config_change to continue with the settings of this command"
-            )
-    return config, data
+    return config, run_files.read_data(workdir)
 
 
 def check_place(workdir: epath.Path) -> None:

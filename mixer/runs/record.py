@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from mixer import files
-from mixer.errors import UserError, reason_of
+from mixer.errors import reason_of
 from mixer.parallel import processes as distributed
 from mixer.run_files import read_metrics
 
@@ -79,13 +79,8 @@ class MetricWriter:
 
     def check(self) -> None:
         """Raises UserError if `metrics.jsonl` on disk is no longer the file that is open."""
-        if self._file is None or (identity := files.identity(self._path)) == self._identity:
-            return
-        fault = "is gone" if identity is None else "is a different file now"
-        raise UserError(
-            f"{self._path} {fault}: it was removed or replaced while the run was writing to it; "
-            "the run cannot continue there"
-        )
+        if self._file is not None:
+            files.check_identity(self._path, self._identity)
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:

@@ -89,7 +89,8 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
     """
     saved_run = read_saved(run, allow_config_change=allow_config_change)
     run_config.check_batch_size(config, mesh)
-    run_config.check_eval_batch_size(config, mesh)
+    eval_batch_size = config.eval_batch_size or config.global_batch_size
+    sharding.check_batch_size("eval_batch_size", eval_batch_size, mesh)
     initial = None if saved_run.config else run_config.find_initial(config)
     config = run_config.resolve(config, initial=initial, saved_config=saved_run.config)
     run_config.check_same_everywhere(
@@ -185,11 +186,26 @@ def compile_updates(start: Start, tell: Callable[[str], None]) -> Updates:
 
 
 def read_saved(run: OpenRun, *, allow_config_change: bool) -> SavedRun:
-    """Returns the config and data that the run must keep; both None without a checkpoint."""
+    """Returns the config and data that the run must keep; both None without a checkpoint.
+
+    If `allow_config_change` is set, a missing file gives None.
+
+    Raises:
+      UserError: a file is damaged, or missing without `allow_config_change`; or the directory holds
+        converted weights instead of a run.
+    """
     run_files.read_results(run.path, "last")  # reports a damaged file now, not after training
     if not run.checkpoints.steps:
         return SavedRun(None, None)
-    return SavedRun(*run_config.read_saved(run.path, allow_config_change=allow_config_change))
+    config, data = run_config.read_saved(run.path)
+    for name, value in (("config.json", config), ("data.json", data)):
+        if value is None and not allow_config_change:
+            raise UserError(
+                f"{run.path / name} is missing, but {run.path} has checkpoints, so the run's "
+                "settings are not known. Restore the file, or pass another --workdir, or "
+                "--allow_config_change to continue with the settings of this command"
+            )
+    return SavedRun(config, data)
 
 
 def extends(saved_run: SavedRun, config: ConfigDict, saved_steps: list[int]) -> bool:

@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import io
 import math
-import os
-import stat
 import struct
 import tokenize
 import warnings
@@ -52,16 +50,6 @@ class StoredArray:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
-
-
-def check_regular(path: epath.Path) -> None:
-    """Raises UserError for a special file such as a device or a pipe, which might never end."""
-    try:
-        mode = os.stat(path).st_mode  # epath treats a pipe as a file
-    except (OSError, ValueError):
-        return  # opening the file reports the reason
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is not a regular file")
 
 
 def open_npz(path: epath.Path) -> dict[str, StoredArray]:

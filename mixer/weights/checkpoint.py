@@ -80,7 +80,9 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = self._open()
-        self._identity = self._identify()
+        self._identity = None  # an object store has no directories
+        if "://" not in str(self.directory):
+            self._identity = files.identity(self.directory)
         versions()  # cached now, because the source files may change during a long run
 
     def _open(self) -> ocp.CheckpointManager:
@@ -103,11 +105,6 @@ class Checkpoints:
             except OSError as error:
                 reason = f"{error.strerror or error}: {error.filename or self.directory}"
                 raise CheckpointError(f"{self.directory} cannot be opened: {reason}") from error
-
-    def _identify(self) -> tuple[int, int] | None:
-        if "://" in str(self.directory):
-            return None  # an object store has no directories
-        return files.identity(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         self._quiet = _quiet()
@@ -172,10 +169,6 @@ class Checkpoints:
         steps = saved_steps(self.directory)  # after a failed write Orbax omits some steps
         return str(self.directory / str(steps[-1])) if steps else "none"
 
-    def read_info(self, step: int) -> dict[str, Any]:
-        """Returns the `info` JSON of a step; raises DamagedError if it is damaged."""
-        return read_info(self.directory / str(step))
-
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of all steps after `step`."""
         for later_step in self.steps:
@@ -183,13 +176,9 @@ class Checkpoints:
                 self._manager.delete(later_step)
 
     def check(self) -> None:
-        """Raises CheckpointError if a background write failed, or the directory was removed."""
-        if self._identity not in (None, identity := self._identify()):
-            fault = "is gone" if identity is None else "is a different directory now"
-            raise CheckpointError(
-                f"{self.directory} {fault}: it was removed or replaced while the run was writing "
-                "to it; the run cannot continue there"
-            )
+        """Raises UserError if a background write failed, or the directory was removed."""
+        if self._identity is not None:
+            files.check_identity(self.directory, self._identity)
         with self._reporting(None):
             self._manager.check_for_errors()
 

@@ -1,5 +1,6 @@
 """Downloads files over HTTP, with limits on time and disk space."""
 
+import concurrent.futures
 import contextlib
 import errno
 import http.client
@@ -44,24 +45,18 @@ def parse_address(address: str) -> str:
     label = published.shown(address)
     try:
         parts = urllib.parse.urlsplit(address)
-        port, host = parts.port, parts.hostname or ""
-        host = host if host.isascii() else host.encode("idna").decode()
+        netloc = parts.netloc.lower().encode("idna").decode()
+        # `port` raises ValueError for an invalid port.
+        is_valid = parts.hostname and parts.port != 0 and address.isprintable()
     except ValueError:
-        host = ""  # the error may quote a password, so its text is dropped
-    if not host or not address.isprintable() or parts.scheme not in ("http", "https"):
+        is_valid = False  # the error may quote a password, so its text is dropped
+    if not is_valid or parts.scheme not in ("http", "https"):
         raise UserError(f"{label} is not a web address; expected https://HOST/PATH/FILE.npz")
-    if "@" in parts.netloc:
+    if "@" in netloc:
         raise UserError(f"{label}: expected an address without a user or a password")
-    netloc = f"[{host}]" if ":" in host else host
-    return urllib.parse.urlunsplit(
-        (
-            parts.scheme,
-            netloc if port is None else f"{netloc}:{port}",
-            urllib.parse.quote(parts.path or "/", safe="%/:@!$&'()*+,;=~"),
-            urllib.parse.quote(parts.query, safe="%/:@!$&'()*+,;=~?[]"),
-            "",
-        )
-    )
+    path = urllib.parse.quote(parts.path or "/", safe="%/:@!$&'()*+,;=~")
+    query = urllib.parse.quote(parts.query, safe="%/:@!$&'()*+,;=~?[]")
+    return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, ""))
 
 
 def run_in_time(
@@ -84,35 +79,34 @@ def run_in_time(
     Raises:
       UserError: the work took too long, or received too little.
     """
-    outcome: list[tuple[Any, BaseException | None]] = []
+    future = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            outcome.append((work(), None))
+            future.set_result(work())
         except BaseException as error:
-            outcome.append((None, error))
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    # An executor would wait for an abandoned thread at exit.
+    threading.Thread(target=run, daemon=True).start()
     max_secs = MAX_SECS if max_secs is None else max_secs
     start_secs = window_secs = time.monotonic()
     count = 0
-    while thread.is_alive():
-        thread.join(min(1, SLOW_SECS / 2))
+    while not concurrent.futures.wait([future], min(1, SLOW_SECS / 2)).done:
         now_secs = time.monotonic()
-        if count_bytes is not None and count_bytes() - count >= MIN_BYTES_PER_SEC * SLOW_SECS:
-            window_secs, count = now_secs, count_bytes()
-        if thread.is_alive() and count_bytes is not None and now_secs - window_secs > SLOW_SECS:
+        if now_secs - start_secs > max_secs:
+            raise UserError(f"{label}: not finished after {max_secs:,} s")
+        if count_bytes is None:
+            continue
+        num_new = count_bytes() - count
+        if num_new >= MIN_BYTES_PER_SEC * SLOW_SECS:
+            window_secs, count = now_secs, count + num_new
+        elif now_secs - window_secs > SLOW_SECS:
             raise UserError(
-                f"{label}: received {count_bytes() - count:,} bytes in the last {SLOW_SECS} s; "
+                f"{label}: received {num_new:,} bytes in the last {SLOW_SECS} s; "
                 f"expected at least {MIN_BYTES_PER_SEC:,} per second"
             )
-        if thread.is_alive() and now_secs - start_secs > max_secs:
-            raise UserError(f"{label}: not finished after {max_secs:,} s")
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
+    return future.result()
 
 
 def check_room(length: int, folder: epath.PathLike) -> None:

@@ -6,6 +6,7 @@ as "MixerBlock_0/token_mixing/Dense_0/kernel".
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,6 @@ from mixer.weights.arrays import (
     Shapes,
     StoredArray,
     check_dtypes,
-    check_regular,
     not_finite,
     open_npz,
     open_safetensors,
@@ -69,7 +69,9 @@ def open_file(path: epath.PathLike) -> File:
         array with an unsupported dtype.
     """
     path, gelu = epath.Path(path).expanduser(), None
-    check_regular(path)
+    # A device or a pipe might never end. If the path cannot be opened, reading reports the reason.
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{path} is not a regular file")
     match path.suffix.lower():
         case ".npz":
             arrays = open_npz(path)

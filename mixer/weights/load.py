@@ -87,30 +87,24 @@ def load(
       UserError: `path` does not exist, holds another model, or holds weights that do not fit; the
         message lists every mismatch.
     """
-    options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype, gelu=gelu)
-    options |= dict(head=head, resize=resize, mesh=mesh, log=log)
-    loaded = read(path, **options)
+    check_choice("head", head, HEADS)
+    check_choice("resize", resize, RESIZES)
+    options = dict(num_classes=num_classes, dtype=dtype, head=head, resize=resize, mesh=mesh)
+    loaded = read(path, image_size=image_size, gelu=gelu, log=log, **options)
     return loaded.model, loaded.params
 
 
 def read(
     path: epath.PathLike,
     *,
-    num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    dtype: Any = None,
     gelu: str | None = None,
-    head: str = "auto",
-    resize: str = "grow",
-    mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
+    **options: Any,
 ) -> Loaded:
-    """Reads weights as `load` does, and returns their card too."""
-    check_choice("head", head, HEADS)
-    check_choice("resize", resize, RESIZES)
+    """Reads weights with the options of `load`, and returns their card too."""
     stored = find(path, image_size=image_size, gelu=gelu, log=log)
-    options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype)
-    return read_stored(stored, **options, head=head, resize=resize, mesh=mesh, log=log)
+    return read_stored(stored, image_size=image_size, log=log, **options)
 
 
 def read_stored(
