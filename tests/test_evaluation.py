@@ -18,6 +18,7 @@ from mixer.evaluation import classification, report, results, scores, suites, ta
 from mixer.evaluation.subject import open_subject
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import directory
 from mixer.runs.record import read_metrics
 from mixer.training import losses
 from mixer.weights import formats as weights
@@ -277,21 +278,21 @@ def test_results_of_another_checkpoint_have_their_own_file(copied):
 
 def test_results_of_another_step_are_replaced(tmp_path):
     four, eight = {"step": 4}, {"step": 8}
-    run.record_result(tmp_path, "last", four, "val", {"top1": 0.5})
-    run.record_result(tmp_path, "last", four, "test", {"top1": 0.25})
-    run.record_result(tmp_path, "last", four, "digits", {"mean": 1}, section="fewshot")
+    directory.record_result(tmp_path, "last", four, "val", {"top1": 0.5})
+    directory.record_result(tmp_path, "last", four, "test", {"top1": 0.25})
+    directory.record_result(tmp_path, "last", four, "digits", {"mean": 1}, section="fewshot")
     (tmp_path / "results.md").write_text("a card of step 4")
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found["splits"]) == ["val", "test"] and found["fewshot"]["digits"] == {"mean": 1}
-    run.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
+    directory.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
     found = json.loads((tmp_path / "results.json").read_text())
     assert found == {"step": 8, "splits": {"val": {"top1": 0.75}}}
     assert not (tmp_path / "results.md").exists()
     elsewhere = {"step": 8, "weights": "another run"}
-    run.record_result(tmp_path, "last", elsewhere, "test", {"top1": 1.0})
+    directory.record_result(tmp_path, "last", elsewhere, "test", {"top1": 1.0})
     found = json.loads((tmp_path / "results.json").read_text())
     assert found == {**elsewhere, "splits": {"test": {"top1": 1.0}}}
-    run.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
+    directory.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
     assert "test" not in json.loads((tmp_path / "results.json").read_text())["splits"]
 
 

@@ -22,7 +22,7 @@ from helpers import GOLDENS, golden_params, run_program, run_python, tiny_config
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.runs import config as run
-from mixer.runs import curves
+from mixer.runs import curves, directory
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import page, pictures
 from mixer.training import program
@@ -344,9 +344,9 @@ def workdir(tmp_path_factory):
     lines = "".join(json.dumps(row) + "\n" for row in _rows(3))
     (workdir / "metrics.jsonl").write_text(lines)
     old = {"count": 50, "top1": 0.5, "top5": 1.0, "loss": 1.0}  # as it was without intervals
-    run.record_result(workdir, "last", {"step": 3}, "val", old)
+    directory.record_result(workdir, "last", {"step": 3}, "val", old)
     new = {**old, "top1": 0.6, "top1_interval": [0.46, 0.72]}
-    run.record_result(workdir, "last", {"step": 3}, "test", new)
+    directory.record_result(workdir, "last", {"step": 3}, "test", new)
     return workdir
 
 

@@ -8,6 +8,7 @@ from mixer.data import resident
 from mixer.evaluation import classification, fewshot, linear_probe, suites
 from mixer.evaluation.evaluator import Evaluator, Result, Setup
 from mixer.runs import config as run_config
+from mixer.runs import directory
 from mixer.runs.best import Best, best_so_far
 from mixer.runs.directory import OpenRun
 from mixer.runs.log import TrainLog
@@ -79,7 +80,7 @@ class EvaluationSchedule:
         if self._best and self._best.key in metrics:
             self._best.keep_if_higher(state, step, metrics[self._best.key])
         for result in results:
-            run_config.record_result(
+            directory.record_result(
                 self._open_run.path,
                 "last",
                 {"step": step},

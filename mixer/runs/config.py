@@ -7,8 +7,7 @@ fingerprints of the data.
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -68,9 +67,6 @@ COUNTS = (
 )
 # Stems of keys that end in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
-# Directories and files of a run directory; nothing else may have these names.
-DIRECTORIES = ("checkpoints", "best", "damaged", "tensorboard", "profile", "evaluation")
-FILES = ("config.json", "data.json", "metrics.jsonl", "results.json", "results.md", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -512,46 +508,6 @@ def write_json(path: epath.Path, value: Any) -> None:
         run_files.write_json(path, value)
 
 
-def record_result(
-    directory: epath.PathLike,
-    name: str,
-    weights: Mapping[str, Any],
-    entry: str,
-    result: dict[str, Any],
-    *,
-    section: str = "splits",
-) -> epath.Path:
-    """Adds a result to `results.json`, or to `results_<name>.json` if `name` is not "last".
-
-    Other results of the same weights are kept, and results of other weights are deleted. Only
-    process 0 writes.
-
-    Args:
-      directory: a run, or another directory for results.
-      name: "last", "best" or the number of a step.
-      weights: identity of the weights, such as {"step": 2000}, which is saved in the file.
-      entry: key of the result, such as "val".
-      result: values that JSON can represent.
-      section: section of the file: "splits", or the section of another evaluation.
-    """
-    path = run_files.results_path(directory, name)
-    if not distributed.is_main():
-        return path
-    weights = json.loads(json.dumps(weights))
-    old = run_files.read_results(directory, name) or {}
-    if not has_weights(old, weights):
-        old = weights
-        path.with_suffix(".md").unlink(missing_ok=True)  # it describes the old results
-    run_files.write_json(path, {**old, section: {**old.get(section, {}), entry: result}})
-    return path
-
-
-def has_weights(results: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
-    """Returns whether a results.json is of `weights`, as passed to `record_result`."""
-    weights = {"weights": None, **json.loads(json.dumps(weights))}
-    return {key: results.get(key) for key in weights} == weights
-
-
 def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     """Returns a run's config, completed with every key of the current code, and its class names.
 
@@ -586,19 +542,6 @@ def read_saved(
     if config is not None:
         check_trained(workdir, config)
     return config, run_files.read_data(workdir)
-
-
-def check_place(workdir: epath.Path) -> None:
-    """Raises UserError if a path that a run writes exists with the wrong type."""
-    if "://" in os.fspath(workdir):
-        return
-    for names, has_type, noun in (
-        (DIRECTORIES, os.path.isdir, "directory"),
-        (FILES, os.path.isfile, "regular file"),
-    ):
-        for path in (workdir / name for name in names):
-            if os.path.lexists(path) and not has_type(path):
-                raise UserError(f"{path} is not a {noun}, as a run needs; move it away")
 
 
 def check_trained(workdir: epath.PathLike, config: dict[str, Any]) -> None:

@@ -29,8 +29,8 @@ from mixer.runs.directory import OpenRun, say, warn
 from mixer.training.program import TrainProgram, make_program
 from mixer.training.state import TrainState
 from mixer.training.updates import Updates, describe_memory, make_updates
-from mixer.weights import checkpoint
 from mixer.weights import load as loading
+from mixer.weights.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +93,7 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
     sharding.check_batch_size("eval_batch_size", eval_batch_size, mesh)
     initial = None if saved_run.config else run_config.find_initial(config)
     config = run_config.resolve(config, initial=initial, saved_config=saved_run.config)
-    run_config.check_same_everywhere(
-        config.to_dict() | checkpoint.versions(), "settings and versions"
-    )
+    run_config.check_same_everywhere(config.to_dict() | versions(), "settings and versions")
 
     # Open the data in a thread: importing TensorFlow takes seconds. Meanwhile this thread traces
     # the model, if the config sets the number of classes.
@@ -357,7 +355,7 @@ def warn_of_changed_results(saved_data: Mapping[str, Any] | None, splits: Splits
 
 def warn_of_versions(saved: Mapping[str, str]) -> None:
     """Warns if other versions of the code or the libraries wrote the checkpoint."""
-    current = checkpoint.versions()
+    current = versions()
     changed = [
         f"{key} {saved[key]} -> {current.get(key)}"
         for key in saved
