@@ -13,14 +13,14 @@ STORES = ("gs", "s3", "az")  # schemes of cloud storage that etils.epath reads
 
 
 def parse_path(option: str, path: epath.PathLike) -> epath.Path:
-    """Checks and expands a path or address that a user passed.
+    """Checks and expands a path or URL that a user passed.
 
     Args:
       option: the option with the path, such as "--output"; "" for a positional argument.
       path: the path that the user passed.
 
     Raises:
-      UserError: the text is not a valid path or address.
+      UserError: the text is not a valid path or URL.
     """
     text = os.fspath(path)
     name = f"{option}={printable(text)}" if option else printable(text)
@@ -30,7 +30,7 @@ def parse_path(option: str, path: epath.PathLike) -> epath.Path:
         if scheme == "file":
             hint = f"; use {option}={remainder}" if option else f"; use {remainder}"
         raise UserError(
-            f"{name}: {scheme}:// is not supported; expected a path, or an address in "
+            f"{name}: {scheme}:// is not supported; expected a path, or a URL in "
             f"{', '.join(f'{store}://' for store in STORES)}{hint}"
         )
     if separator and not remainder.strip("/"):

@@ -281,7 +281,7 @@ def test_redirects_to_nonsense(server, location):
     server.files = {"x.npz": lambda handler: handler.answer(b"", code=302, Location=location)}
     refused(
         server.url("x.npz"),
-        r"x\.npz(: the server refused| redirects to .*not a web address| cannot be reached)",
+        r"x\.npz(: the server refused| redirects to .*not an HTTP URL| cannot be reached)",
     )
 
 
@@ -304,17 +304,17 @@ def test_redirects_are_followed_but_not_for_ever(server):
         ("1a://x/y.npz", "1a:// is not supported"),
         ("gs://", "no bucket"),
         ("gs:///x.npz", "no bucket"),
-        (f"http://[::1/x.npz?{SECRET}", r"http://\[::1/x.npz is not a web address"),
-        (f"https://me:{SECRET}@h/x.npz", "https://h/x.npz: expected an address without a user"),
-        (f"https://h:{SECRET}x/x.npz".replace(SECRET, "abc"), "is not a web address"),
-        ("http://h:99999/x.npz", "is not a web address"),
-        ("http:///x.npz", "is not a web address"),
-        ("http://", "is not a web address"),
-        ("https://é..x/y.npz", "is not a web address"),
+        (f"http://[::1/x.npz?{SECRET}", r"http://\[::1/x.npz is not an HTTP URL"),
+        (f"https://me:{SECRET}@h/x.npz", "https://h/x.npz: expected a URL without a user"),
+        (f"https://h:{SECRET}x/x.npz".replace(SECRET, "abc"), "is not an HTTP URL"),
+        ("http://h:99999/x.npz", "is not an HTTP URL"),
+        ("http:///x.npz", "is not an HTTP URL"),
+        ("http://", "is not an HTTP URL"),
+        ("https://é..x/y.npz", "is not an HTTP URL"),
         ("http://127.0.0.1:1/%00.npz", "the file's name"),
         ("http://127.0.0.1:1/" + "a" * 300 + ".npz", "the file's name"),
-        ("http://127.0.0.1:1/x.npz\nmore", "is not a web address"),
-        ("http://127.0.0.1:1/caf\udce9.npz", "is not a web address"),
+        ("http://127.0.0.1:1/x.npz\nmore", "is not an HTTP URL"),
+        ("http://127.0.0.1:1/caf\udce9.npz", "is not an HTTP URL"),
         ("HTTP://127.0.0.1:1/é x.npz?q=" + SECRET, "%C3%A9%20x.npz cannot be reached"),
         ("http://127.0.0.1:1/model.pth?" + SECRET, "model.pth is a pickled file"),
         ("hf://a/../b.npz", "expected hf://owner/name"),

@@ -559,7 +559,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Keys in FREE_KEYS may change when a run is resumed, and are left out.
     """
     old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
-    for values in (old_values, new_values):  # older code saved addresses with their query
+    for values in (old_values, new_values):  # older code saved URLs with their query
         if values.get("init_from"):
             values["init_from"] = published.shown(values["init_from"])
     for key in [f"{stem}{unit}" for stem in LENGTHS for unit in UNITS[1:]]:

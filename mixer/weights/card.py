@@ -39,7 +39,7 @@ class Card:
         unknown.
       class_names: names in label order, or the name of a list in mixer/data/imagenet/names.py; None
         if unknown.
-      source: path or address that the weights came from.
+      source: path or URL that the weights came from.
     """
 
     architecture: str

@@ -33,27 +33,27 @@ NOT_THERE = (403, 404, 410)  # a bucket without list permission answers 403 for 
 
 
 class NotThereError(Exception):
-    """The address has no file, or has a web page instead."""
+    """The URL has no file, or has a web page instead."""
 
 
-def parse_address(address: str) -> str:
-    """Returns a web address in ASCII, without its fragment.
+def parse_url(url: str) -> str:
+    """Returns an HTTP URL in ASCII, without its fragment.
 
     Raises:
-      UserError: the text is not a web address, or contains a user or a password.
+      UserError: the text is not an HTTP URL, or contains a user or a password.
     """
-    label = published.shown(address)
+    label = published.shown(url)
     try:
-        parts = urllib.parse.urlsplit(address)
+        parts = urllib.parse.urlsplit(url)
         netloc = parts.netloc.lower().encode("idna").decode()
         # `port` raises ValueError for an invalid port.
-        is_valid = parts.hostname and parts.port != 0 and address.isprintable()
+        is_valid = parts.hostname and parts.port != 0 and url.isprintable()
     except ValueError:
         is_valid = False  # the error may quote a password, so its text is dropped
     if not is_valid or parts.scheme not in ("http", "https"):
-        raise UserError(f"{label} is not a web address; expected https://HOST/PATH/FILE.npz")
+        raise UserError(f"{label} is not an HTTP URL; expected https://HOST/PATH/FILE.npz")
     if "@" in netloc:
-        raise UserError(f"{label}: expected an address without a user or a password")
+        raise UserError(f"{label}: expected a URL without a user or a password")
     path = urllib.parse.quote(parts.path or "/", safe="%/:@!$&'()*+,;=~")
     query = urllib.parse.quote(parts.query, safe="%/:@!$&'()*+,;=~?[]")
     return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, ""))
@@ -72,7 +72,7 @@ def run_in_time(
 
     Args:
       work: function to call; nothing waits for it once it is abandoned.
-      label: the address, for messages.
+      label: the URL, for messages.
       count_bytes: returns the number of bytes received so far; None if it is unknown.
       max_secs: time limit; None: MAX_SECS.
 
@@ -119,11 +119,11 @@ def check_room(length: int, folder: epath.PathLike) -> None:
         )
 
 
-def download(address: str, target: Path, max_bytes: int | None = None) -> None:
+def download(url: str, target: Path, max_bytes: int | None = None) -> None:
     """Downloads a file over HTTP.
 
     Args:
-      address: an address that `parse_address` returned.
+      url: a URL that `parse_url` returned.
       target: path of the file to write.
       max_bytes: largest accepted size; None: no limit.
 
@@ -133,8 +133,8 @@ def download(address: str, target: Path, max_bytes: int | None = None) -> None:
       OSError: the file cannot be written, or would fill the disk.
     """
     with open(target, "wb") as file, _progress(target.stem) as show:
-        transfer = _Download(address, file, max_bytes, show)
-        run_in_time(transfer.run, published.shown(address), lambda: transfer.received)
+        transfer = _Download(url, file, max_bytes, show)
+        run_in_time(transfer.run, published.shown(url), lambda: transfer.received)
 
 
 class _Download:
@@ -142,12 +142,12 @@ class _Download:
 
     def __init__(
         self,
-        address: str,
+        url: str,
         file: BinaryIO,
         max_bytes: int | None,
         show: Callable[[int, int | None], None],
     ):
-        self._address, self._label = address, published.shown(address)
+        self._url, self._label = url, published.shown(url)
         self._file, self._max_bytes, self._show = file, max_bytes, show
         self._length: int | None = None  # bytes of the complete file
         # Name and value of the header that identifies this version of the file.
@@ -178,7 +178,7 @@ class _Download:
         headers = {"User-Agent": "mlp-mixer-jax"}
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": self._version[1]}
-        with _open(urllib.request.Request(self._address, headers=headers)) as answer:
+        with _open(urllib.request.Request(self._url, headers=headers)) as answer:
             if offset and answer.status in (206, 416):  # 416: the file has become shorter
                 if not self._continues(answer, offset):
                     self._version = None
@@ -198,7 +198,7 @@ class _Download:
         if answer.status != 200:
             raise UserError(f"{self._label}: the server answered {answer.status}; expected 200")
         if answer.headers.get_content_type() == "text/html":
-            raise NotThereError(f"{self._label} is a web page; pass the address of the file itself")
+            raise NotThereError(f"{self._label} is a web page; pass the URL of the file itself")
         self._file.seek(0)
         self._file.truncate()
         self._length, self._version = answer.length, None
@@ -242,17 +242,17 @@ class _Download:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to web addresses; raises a UserError without secrets for others."""
+    """Follows redirects to HTTP URLs; raises a UserError without secrets for others."""
 
     def http_error_302(self, req, fp, code, msg, headers):
         target = headers.get("Location") or headers.get("URI")
         if target is not None:
             try:
-                parse_address(urllib.parse.urljoin(req.full_url, target))
+                parse_url(urllib.parse.urljoin(req.full_url, target))
             except ValueError:  # a UserError too
                 origin, target = published.shown(req.full_url), published.shown(target)
                 raise UserError(
-                    f"{origin} redirects to {target[:200]!r}, which is not a web address"
+                    f"{origin} redirects to {target[:200]!r}, which is not an HTTP URL"
                 ) from None
         return super().http_error_302(req, fp, code, msg, headers)
 
@@ -260,7 +260,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
-    """Opens an address; a 416 answer to a range request is returned instead of raised."""
+    """Opens a URL; a 416 answer to a range request is returned instead of raised."""
     label = published.shown(request.full_url)
     try:
         return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_SECS)

@@ -147,7 +147,7 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
 
     Args:
       shapes: shapes of the arrays by their names in the file.
-      source: path or address for messages.
+      source: path or URL for messages.
 
     Raises:
       UserError: the arrays are of another model; the message names the model if it is known.

@@ -1,4 +1,4 @@
-"""Published weights: their addresses and sizes, and the facts that the name of a source reveals.
+"""Published weights: their URLs and sizes, and the facts that the name of a source reveals.
 
 `mixer.weights.fetch` downloads them, `mixer.weights.load` reads the arrays.
 """
@@ -27,7 +27,7 @@ class Published:
     """A file that the authors released.
 
     Attributes:
-      url: https address of the file.
+      url: HTTPS URL of the file.
       variant: such as "B/16"; the weights are for 224 x 224 pixels.
       num_classes: width of the head.
       class_names: the list of class names, "imagenet1k" or "imagenet21k".
@@ -130,8 +130,8 @@ def by_short_name(path: epath.PathLike) -> Published | None:
 
 
 def find(source: epath.PathLike) -> Published | None:
-    """Returns the published checkpoint with a short name or https:// or gs:// address, or None."""
-    url = https_address(shown(source))
+    """Returns the published checkpoint with a short name or https:// or gs:// URL, or None."""
+    url = https_url(shown(source))
     for published in CHECKPOINTS.values():
         if published.url == url:
             return published
@@ -174,7 +174,7 @@ def expected(
 def shown(source: epath.PathLike) -> str:
     """Returns the source without secrets, for messages and saved files.
 
-    The result lacks the query string of a web address and the user before its host, because both
+    The result lacks the query string of an HTTP URL and the user before its host, because both
     can hold secrets.
     """
     match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", text := str(source))
@@ -185,14 +185,14 @@ def shown(source: epath.PathLike) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def https_address(path: str) -> str:
-    """Returns the https address of a file in the authors' bucket, which needs no credentials."""
+def https_url(path: str) -> str:
+    """Returns the HTTPS URL of a file in the authors' bucket, which needs no credentials."""
     name = path.removeprefix("gs://mixer_models/")
     return path if name == path else BUCKET + name
 
 
 def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:
-    """Checks the size of a file against the checkpoint that was published at its address.
+    """Checks the size of a file against the checkpoint that was published at its URL.
 
     Args:
       published: the published checkpoint.
@@ -233,7 +233,7 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
     """Returns the facts that the name of a source reveals; unknown facts are None.
 
     Args:
-      source: the path that the user passed: a file, an address, hf://owner/name or a short name.
+      source: the path that the user passed: a file, a URL, hf://owner/name or a short name.
       layout: "timm", or the layout of an npz file, "published" or "legacy".
       num_classes: width of the head in the file.
 
@@ -298,7 +298,7 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
 
 
 def refuse_other_models(source: epath.PathLike) -> None:
-    """Raises UserError if a path or address names a model of timm that is not an MLP-Mixer."""
+    """Raises UserError if a path or URL names a model of timm that is not an MLP-Mixer."""
     names = list(_TIMM_MODEL.finditer(str(source)))
     if names and names[-1]["kind"] in _OTHER_MODELS:
         name = names[-1][0].removesuffix(".safetensors").removesuffix(".")
