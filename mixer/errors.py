@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 # Error numbers for full or broken disks, permissions, names and limits of the operating system.
-_OF_SYSTEM = (
+_SYSTEM_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -31,13 +31,13 @@ def line_of(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _OF_SYSTEM:
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
         return f"{error.strerror}: {error.filename or 'while reading or writing'}"
     if isinstance(error, MemoryError):
         return f"the host's memory is full: {first_line(error)}"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED: " in str(error):  # from XLA
         reason = first_line(error).partition("RESOURCE_EXHAUSTED: ")[2] or first_line(error)
-        return f"the device's memory is full: {reason} (docs/scaling.md says what takes less)"
+        return f"the device's memory is full: {reason} (docs/scaling.md lists ways to need less)"
     return None
 
 

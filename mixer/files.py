@@ -57,20 +57,20 @@ def storage_errors(path: epath.PathLike, problem: str, hint: str = "") -> Iterat
         raise UserError(f"{problem}: {reason_of(error)}{hint}") from error
 
 
-def _beside(path: epath.Path) -> epath.Path:
+def _temporary_path(path: epath.Path) -> epath.Path:
     return path.with_name(f".{path.name}.{os.getpid()}.new")
 
 
 @contextlib.contextmanager
-def whole(path: epath.PathLike) -> Iterator[epath.Path]:
+def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary path to write to, which is renamed to `path` on success."""
     path = epath.Path(path).expanduser()
-    new = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        yield new
-        new.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        new.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -79,7 +79,7 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def remove_unfinished(directory: epath.Path) -> None:
-    """Removes temporary files that processes killed inside `whole` left in a local directory."""
+    """Removes the temporary files that killed processes left in a local directory."""
     if "://" in os.fspath(directory):
         return  # unfinished writes to an object store leave no files
     for path in directory.iterdir():
@@ -99,17 +99,17 @@ def _is_another_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def whole_directory(path: epath.PathLike) -> Iterator[epath.Path]:
+def atomic_directory(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary directory to fill, which is renamed to `path` on success."""
     path = epath.Path(path).expanduser()
-    new = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        new.mkdir()
-        yield new
-        new.rename(path)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
     finally:
-        if new.exists():
-            new.rmtree()
+        if temporary.exists():
+            temporary.rmtree()
 
 
 def check_output(option: str, path: epath.PathLike) -> epath.Path:
@@ -120,7 +120,7 @@ def check_output(option: str, path: epath.PathLike) -> epath.Path:
       path: the path that the user passed.
 
     Raises:
-      UserError: `whole` and `whole_directory` could not write there.
+      UserError: the path cannot be written to.
     """
     target = parse_path(option, path)
     name = f"{option}={path}" if option else str(path)
@@ -132,8 +132,8 @@ def check_output(option: str, path: epath.PathLike) -> epath.Path:
     with storage_errors(target, f"{name} cannot be written", hint):
         if os.path.exists(target) and not os.path.isfile(target):
             raise OSError(None, "it is a folder" if target.is_dir() else "it is a device")
-        _beside(target).touch()
-        _beside(target).unlink()
+        _temporary_path(target).touch()
+        _temporary_path(target).unlink()
     return target
 
 
@@ -153,13 +153,16 @@ def make_directory(path: epath.PathLike, option: str = "") -> epath.Path:
     with storage_errors(target, problem, "; expected a writable folder"):
         target.mkdir(parents=True, exist_ok=True)
         if "://" not in os.fspath(target):
-            _beside(target / "x").touch()
-            _beside(target / "x").unlink()
+            _temporary_path(target / "x").touch()
+            _temporary_path(target / "x").unlink()
     return target
 
 
 def identity(path: epath.PathLike) -> tuple[int, int] | None:
-    """Returns the identity of a local file or directory, which a replaced one lacks; else None."""
+    """Returns the identity of a local file or directory; None if it does not exist.
+
+    A file that replaces another one has a different identity.
+    """
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -168,7 +171,7 @@ def identity(path: epath.PathLike) -> tuple[int, int] | None:
 
 
 def check_identity(path: epath.PathLike, expected: tuple[int, int]) -> None:
-    """Raises UserError if `path` no longer is the local file or directory that a run writes to."""
+    """Raises UserError unless `path` still is the file or directory with the given identity."""
     if (current := identity(path)) != expected:
         fault = "is gone" if current is None else "is a different one now"
         raise UserError(
@@ -177,7 +180,7 @@ def check_identity(path: epath.PathLike, expected: tuple[int, int]) -> None:
         )
 
 
-def open_up(path: epath.PathLike, mode: int) -> None:
+def set_default_permissions(path: epath.PathLike, mode: int) -> None:
     """Gives default permissions to a file or directory that a library created as private.
 
     Args:

@@ -51,12 +51,12 @@ class Added:
     value: Any = None
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _optional(kind: Kind) -> Kind:
@@ -69,11 +69,11 @@ def _one_of(*values: str) -> Kind:
 
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
-WHOLE = Kind("a whole number", _is_whole)
-NATURAL = Kind("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
-COUNT = Kind("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+INTEGER = Kind("a whole number", _is_integer)
+NATURAL = Kind("a whole number of at least 0", lambda value: _is_integer(value) and value >= 0)
+COUNT = Kind("a whole number of at least 1", lambda value: _is_integer(value) and value >= 1)
 NUMBER = Kind("a finite number", _is_number)
-REAL = Kind("a number", lambda value: _is_whole(value) or isinstance(value, float))  # or NaN
+REAL = Kind("a number", lambda value: _is_integer(value) or isinstance(value, float))  # or NaN
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 SPAN = Kind(
     "a list of two numbers",
@@ -116,7 +116,7 @@ CONFIG = {
     "image_size": COUNT,
     "loss": _one_of("softmax", "sigmoid"),
     "label_smoothing": Added(SHARE, 0.0),
-    "mesh": {"data": WHOLE, "fsdp": Added(WHOLE, 1), "tensor": Added(WHOLE, 1)},
+    "mesh": {"data": INTEGER, "fsdp": Added(INTEGER, 1), "tensor": Added(INTEGER, 1)},
     "init_from": TEXT,
     "init_head": Added(TEXT, "auto"),
     "init_resize": Added(TEXT, "grow"),
@@ -206,7 +206,7 @@ CONFIG = {
     "tensorboard": BOOL,
     "nan_policy": Added(TEXT, "stop"),
     "max_skipped_steps": Added(NATURAL, 10),
-    "profile_steps": Added(ListOf(WHOLE), []),
+    "profile_steps": Added(ListOf(INTEGER), []),
     "stall_secs": Added(NUMBER, 120),
     "compile_cache_dir": Added(TEXT, "auto"),
 }
@@ -372,7 +372,7 @@ RESULTS = {
 
 INFO = {
     "step": NATURAL,
-    "checksums": DictOf(ListOf(WHOLE)),
+    "checksums": DictOf(ListOf(INTEGER)),
     "versions": DictOf(TEXT),
     "value": Added(DictOf(NUMBER)),
 }
@@ -389,9 +389,9 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     return _read(path, lambda config: CONFIG if is_trained(config) else CONVERTED)
 
 
-def completed(config: dict[str, Any]) -> dict[str, Any]:
+def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a training config completed with newer keys, set to the older behaviour."""
-    return _completed(config, CONFIG)
+    return _complete(config, CONFIG)
 
 
 def read_data(workdir: epath.PathLike, *, is_trained: bool = True) -> dict[str, Any] | None:
@@ -470,7 +470,7 @@ def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file atomically, with each list of numbers on one line."""
     text = json.dumps(value, indent=2)
     text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
-    with files.whole(path) as new:
+    with files.atomic_write(path) as new:
         new.write_text(text + "\n")
 
 
@@ -535,12 +535,12 @@ def _num_levels(value: Any) -> int:
     return 1 + max(map(_num_levels, value), default=0)
 
 
-def _completed(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+def _complete(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     result = dict(value)
     for key, inner in schema.items():
         if isinstance(inner, Added):
             result.setdefault(key, inner.value)
             inner = inner.schema
         if isinstance(inner, dict):
-            result[key] = _completed(result[key], inner)
+            result[key] = _complete(result[key], inner)
     return result

@@ -299,10 +299,10 @@ def test_fingerprint_sees_every_bit_and_every_exchange():
 
 def test_run_directory_is_held_by_one_process(tmp_path):
     with (
-        directory.locked(tmp_path),
+        directory.lock(tmp_path),
         pytest.raises(UserError, match=rf"{tmp_path}.*\b{os.getpid()}\b"),
-        directory.locked(tmp_path),
+        directory.lock(tmp_path),
     ):
         pass
-    with directory.locked(tmp_path):
+    with directory.lock(tmp_path):
         pass

@@ -26,7 +26,7 @@ from mixer.evaluation.subject import open_subject
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.runs import record as metrics
-from mixer.runs.best import best_so_far
+from mixer.runs.best import read_highest
 from mixer.runs.log import TrainLog
 from mixer.tools.inspect import page, pictures
 from mixer.tools.predict import prediction
@@ -259,7 +259,7 @@ def test_schema_has_the_keys_of_the_configs_and_older_runs_are_completed(trained
     assert set(_leaves(run_files.CONFIG)) == set(_leaves(common.base().to_dict()))
     old = {key: value for key, value in written.items() if key not in ("mixup", "stall_secs")}
     del old["optimizer"]["ema_decay"], old["dataset"]["label_file"], old["mesh"]["fsdp"]
-    whole = run_files.completed(old)
+    whole = run_files.complete(old)
     assert whole["mixup"] == written["mixup"] and whole["stall_secs"] == 120
     assert whole["optimizer"]["ema_decay"] == 0.0 and whole["mesh"]["fsdp"] == 1
     assert "mixup" not in old  # a continued run is compared by what it was begun with
@@ -595,18 +595,18 @@ def test_best_so_far_belongs_to_the_best_checkpoint(tmp_path, capsys):
     """A record that is cut or gone changes nothing; a run of older code has it in the record."""
     rows = [{"step": 1, "val/top1": 0.9}, {"step": 2, "val/top1": 0.5}, {"step": 3, "a": 1.0}]
     with checkpoint.Checkpoints(tmp_path / "best", keep_last=1) as best:
-        assert best_so_far(best, "val/top1", rows) == -1
+        assert read_highest(best, "val/top1", rows) == -1
         best.save(_state(2), value={"val/top1": 0.75})
         best.wait()
-        assert best_so_far(best, "val/top1", []) == 0.75
-        assert best_so_far(best, "val/top1", rows) == 0.75
+        assert read_highest(best, "val/top1", []) == 0.75
+        assert read_highest(best, "val/top1", rows) == 0.75
         info = tmp_path / "best/2/info/metadata"
         _edited("value", ...)(info)
-        assert best_so_far(best, "val/top1", rows) == 0.5
-        assert best_so_far(best, "val/top1", rows[:1]) == 0.9
-        assert best_so_far(best, "val/top1", []) == -1
+        assert read_highest(best, "val/top1", rows) == 0.5
+        assert read_highest(best, "val/top1", rows[:1]) == 0.9
+        assert read_highest(best, "val/top1", []) == -1
         info.write_text("[]")
-        assert best_so_far(best, "val/top1", rows) == -1
+        assert read_highest(best, "val/top1", rows) == -1
     assert "best/2 is damaged" in capsys.readouterr().out
 
 

@@ -110,7 +110,7 @@ def test_every_layout_is_loaded_from_an_address(server, path):
     loaded = loading.read(server.url(f"a/{path.name}"), log=lines.append)
     assert_same_bits(loaded.params, loading.read(path, log=lines.append).params)
     assert loaded.card.source == server.url(f"a/{path.name}")
-    assert published.expected(loaded.card.source, variant=None, num_classes=7) is None
+    assert published.find_accuracies(loaded.card.source, variant=None, num_classes=7) is None
 
 
 def test_short_names_are_loaded_from_the_bucket(server, monkeypatch):
@@ -387,8 +387,8 @@ def test_a_run_keeps_the_address_without_its_query():
     old = {"init_from": f"https://h/x.npz?token={SECRET}"}  # as older code saved it
     assert run.changes(old, {"init_from": "https://h/x.npz"}) == []
     assert run.changes(old, {"init_from": "https://h/y.npz"})
-    assert published.shown("gs://b/x?y") == "gs://b/x?y"
-    assert published.shown("odd?name.npz") == "odd?name.npz"
+    assert published.redact("gs://b/x?y") == "gs://b/x?y"
+    assert published.redact("odd?name.npz") == "odd?name.npz"
 
 
 # Files that claim more than they hold.

@@ -165,7 +165,7 @@ class ReportCard:
             output, checkpoint_name, self._identity, name, summary, section=section
         )
         blocks = report_blocks(self._subject, read(output, checkpoint_name) or self.new)
-        with files.whole(self._path.with_suffix(".md")) as new_file:
+        with files.atomic_write(self._path.with_suffix(".md")) as new_file:
             new_file.write_text(tables.markdown_document(_title(self._subject), blocks))
 
     def add_split(self, name: str, result: Classification, split: Split) -> None:

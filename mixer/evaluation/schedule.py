@@ -9,7 +9,7 @@ from mixer.evaluation import classification, fewshot, linear_probe, suites
 from mixer.evaluation.evaluator import Evaluator, Result, Setup
 from mixer.runs import config as run_config
 from mixer.runs import directory
-from mixer.runs.best import Best, best_so_far
+from mixer.runs.best import Best, read_highest
 from mixer.runs.directory import OpenRun
 from mixer.runs.log import TrainLog
 from mixer.runs.resume import Start
@@ -143,5 +143,5 @@ def make_best(config: ConfigDict, run: OpenRun, log: TrainLog, *, start_step: in
     if not config.checkpoint.keep_best:
         return None
     key = "val_ema/top1" if config.optimizer.ema_decay else "val/top1"
-    highest = best_so_far(run.best, key, log.writer.rows) if start_step else -1.0
+    highest = read_highest(run.best, key, log.writer.rows) if start_step else -1.0
     return Best(run.best, key, highest)

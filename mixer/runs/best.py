@@ -29,7 +29,7 @@ class Best:
         self._highest = accuracy
 
 
-def best_so_far(
+def read_highest(
     checkpoints: checkpoint.Checkpoints, key: str, rows: Sequence[Mapping[str, float]]
 ) -> float:
     """Returns the accuracy of the best checkpoint; -1 if there is no checkpoint.

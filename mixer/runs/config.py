@@ -222,7 +222,7 @@ def resolve(
       saved_config: saved config of a run that is resumed; its initial weights may no longer exist.
     """
     config = config.copy_and_resolve_references()
-    config.init_from = published.shown(config.init_from)  # saved configs must not hold secrets
+    config.init_from = published.redact(config.init_from)  # saved configs must not hold secrets
     resolve_model(config, initial, saved_config)
     resolve_permutation(config)
     return config
@@ -519,7 +519,7 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     if missing := [name for name, value in files.items() if value is None]:
         raise UserError(f"{workdir} is not a run: it has no {' and no '.join(missing)}")
     class_names = tuple(data["class_names"])
-    config = ConfigDict(run_files.completed(config))
+    config = ConfigDict(run_files.complete(config))
     if config.model.num_classes is None:
         config.model.num_classes = len(class_names)
     if config.model.num_classes != len(class_names):
@@ -561,7 +561,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
     for values in (old_values, new_values):  # older code saved URLs with their query
         if values.get("init_from"):
-            values["init_from"] = published.shown(values["init_from"])
+            values["init_from"] = published.redact(values["init_from"])
     for key in [f"{stem}{unit}" for stem in LENGTHS for unit in UNITS[1:]]:
         old_values.pop(key, None)  # the resolved steps are compared instead
     return [

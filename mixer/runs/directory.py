@@ -67,8 +67,8 @@ def open_run(config: ConfigDict, workdir: str) -> Iterator[OpenRun]:
         backend.start()
         run_config.check_config(config)
         with (
-            _directory(workdir) as path,
-            signals.catch() as caught,
+            _lock_directory(workdir) as path,
+            signals.catch() as stop_signals,
             checkpoint.Checkpoints(
                 path / "checkpoints",
                 keep_last=config.checkpoint.keep_last,
@@ -77,20 +77,20 @@ def open_run(config: ConfigDict, workdir: str) -> Iterator[OpenRun]:
             checkpoint.Checkpoints(path / "best", keep_last=1) as best,
         ):
             try:
-                yield OpenRun(path, checkpoints, best, caught, watch)
+                yield OpenRun(path, checkpoints, best, stop_signals, watch)
             finally:
                 watch.beat(0, "leaving")
 
 
 @contextlib.contextmanager
-def _directory(workdir: str) -> Iterator[epath.Path]:
+def _lock_directory(workdir: str) -> Iterator[epath.Path]:
     """Creates and locks the run's directory, and checks that every process can see it."""
     path = files.parse_path("--workdir", workdir)
     checkpoint.check_name(path, writes=True)
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             files.make_directory(workdir, "--workdir")
-            stack.enter_context(locked(path))
+            stack.enter_context(lock(path))
             check_place(path)
             files.remove_unfinished(path)
         distributed.check_shared(path)
@@ -98,7 +98,7 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path) -> Iterator[None]:
+def lock(workdir: epath.Path) -> Iterator[None]:
     """Locks the run directory for this process; the OS releases the lock when the process ends.
 
     Raises:

@@ -71,10 +71,10 @@ class MetricWriter:
         elif self._writes:
             self._replace(self._path)
         if self._wants_tensorboard and self._tensorboard is None:
-            with self._copying():
+            with self._tensorboard_errors():
                 self._open_tensorboard()
         elif self._tensorboard is not None:
-            with self._copying():
+            with self._tensorboard_errors():
                 self._tensorboard.write_scalars(step, {k: v for k, v in row.items() if k != "step"})
 
     def check(self) -> None:
@@ -83,7 +83,7 @@ class MetricWriter:
             files.check_identity(self._path, self._identity)
 
     @contextlib.contextmanager
-    def _copying(self) -> Iterator[None]:
+    def _tensorboard_errors(self) -> Iterator[None]:
         """Stops writing TensorBoard's files, with a warning, if they cannot be written.
 
         The run continues, because `metrics.jsonl` holds the same metrics.
@@ -127,7 +127,7 @@ class MetricWriter:
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
-            with self._copying():
+            with self._tensorboard_errors():
                 self._tensorboard.close()
 
 

@@ -199,7 +199,7 @@ def check(config, output: str) -> None:
     if config.dataset.exclude:  # the new list includes the list of the config
         for example in pipeline.read_exclusions(config.dataset.exclude):
             faults.setdefault(example, f"listed in {config.dataset.exclude}")
-    with files.whole(output) as new_path, new_path.open("w") as file:
+    with files.atomic_write(output) as new_path, new_path.open("w") as file:
         for example in sorted(faults):
             file.write(json.dumps({"example": example, "reason": faults[example]}) + "\n")
             console.say(f"{folder.displayed(example)}: {faults[example]}")

@@ -119,7 +119,7 @@ def read_card(path: epath.PathLike) -> dict[str, Any] | None:
         ("gelu", values["gelu"] in GELUS),
         ("image_size", _is_size(size)),
         ("class_names", _are_class_names(names, values["num_classes"])),
-        ("preprocess", values["preprocess"] is None or _are_steps(values["preprocess"])),
+        ("preprocess", values["preprocess"] is None or _is_preprocessing(values["preprocess"])),
         ("source", isinstance(values["source"], str)),
     ):
         if not is_valid:
@@ -145,7 +145,7 @@ def _are_class_names(names: Any, num_classes: Any) -> bool:
     return names is None or LISTS.get(str(names)) == num_classes
 
 
-def _are_steps(preprocess: Any) -> bool:
+def _is_preprocessing(preprocess: Any) -> bool:
     try:
         return all(map(math.isfinite, pixel_range(preprocess)))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError):

@@ -1,8 +1,8 @@
-"""Writes a run's checkpoints asynchronously, verifies them on restore and moves damaged ones aside.
+"""Writes a run's checkpoints asynchronously, and verifies them when it restores them.
 
 Layout: `RUN/checkpoints/<step>/{state,info}` and `RUN/best/<step>/...`. `state` is the train state;
-`info` is a JSON file with its checksums, the library versions and the commit. All code that reads
-or writes train states uses this module.
+`info` is a JSON file with its checksums, the library versions and the commit. Damaged checkpoints
+are moved to `RUN/damaged/`. All code that reads or writes train states uses this module.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from mixer.training.state import TrainState, fingerprint
 from mixer.weights import foreign
 from mixer.weights.arrays import misfits
 from mixer.weights.checkpoint_errors import (
-    DAMAGE,
+    DAMAGE_ERRORS,
     CheckpointError,
     DamagedError,
     absolute,
@@ -87,7 +87,7 @@ class Checkpoints:
             try:
                 try:
                     return make()
-                except DAMAGE:
+                except DAMAGE_ERRORS:
                     # Orbax raises if its file of time stamps is damaged. Nothing needs that file.
                     for step in saved_steps(self.directory):
                         (self.directory / str(step) / TIMES).unlink(missing_ok=True)
@@ -134,8 +134,8 @@ class Checkpoints:
         self.check()
         if step in self._manager.all_steps():
             return  # the seed and the step determine the state, so it is already saved
-        sums, finite = checksums(state)
-        if not finite:
+        sums, is_finite = checksums(state)
+        if not is_finite:
             raise CheckpointError(
                 f"step {step}: parameters or optimizer state hold NaN or infinity; nothing was "
                 f"saved. Last good checkpoint: {self.describe_last()}. Try a lower "
@@ -228,18 +228,19 @@ class Checkpoints:
             # Each process reads its own shards, so all processes have to agree on the step.
             if distributed.agree(restored is not None):
                 return restored
-            aside = self._move_aside(step)
-            warn(f"{reason}; moved to {aside}; trying the previous checkpoint")
+            damaged_path = self._move_aside(step)
+            warn(f"{reason}; moved to {damaged_path}; trying the previous checkpoint")
         raise CheckpointError(
-            f"no checkpoint in {self.directory} could be read; all are now in {aside.parent}. "
-            "The same command starts from step 0; a new run can set init_from to weights in best/"
+            f"no checkpoint in {self.directory} could be read; all are now in "
+            f"{damaged_path.parent}. The same command starts from step 0; a new run can set "
+            "init_from to weights in best/"
         )
 
     def _move_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint away, so that the run can save that step again."""
         self._manager.close()
         names = (f"{step}-{number}" for number in itertools.count(1))
-        aside = next(
+        damaged_path = next(
             path
             for path in (self.directory.parent / "damaged" / name for name in names)
             if not path.exists()
@@ -247,16 +248,16 @@ class Checkpoints:
         distributed.barrier("choice of a directory for a damaged checkpoint")
         if distributed.is_main():
             try:
-                aside.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside)
+                damaged_path.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(damaged_path)
             except OSError as error:
                 raise CheckpointError(
                     f"checkpoint {self.directory / str(step)} is damaged and cannot be moved to "
-                    f"{aside}: {error.strerror or error}"
+                    f"{damaged_path}: {error.strerror or error}"
                 ) from None
         distributed.barrier("removal of a damaged checkpoint")
         self._manager = self._open()
-        return aside
+        return damaged_path
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         directory = self.directory / str(step)
@@ -308,11 +309,13 @@ def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
 
 def _verify(tree: Any, info: dict[str, Any], directory: epath.Path, prefix: str = "") -> None:
     sums, _ = checksums(tree)
-    wrong = [path for path, value in sums.items() if info["checksums"].get(prefix + path) != value]
-    if wrong:
+    wrong_names = [
+        name for name, value in sums.items() if info["checksums"].get(prefix + name) != value
+    ]
+    if wrong_names:
         raise DamagedError(
-            f"checkpoint {directory} is damaged: {len(wrong)} array(s) do not match their "
-            f"checksums; the first is {wrong[0]}"
+            f"checkpoint {directory} is damaged: {len(wrong_names)} array(s) do not match their "
+            f"checksums; the first is {wrong_names[0]}"
         )
 
 

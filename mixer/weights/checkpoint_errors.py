@@ -20,11 +20,25 @@ from mixer.errors import UserError, printable
 from mixer.parallel import backend, watchdog
 
 # Status codes of TensorStore and XLA for problems with memory, files, permissions or networks.
-MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+MACHINE_CODES = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "ABORTED",
+)
 OS_ERROR = r"os_error_code='(\d+)'"  # in the text of TensorStore's errors
-NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+MISSING_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # Exceptions that Orbax raises for files that differ from what it wrote.
-DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RecursionError)
+DAMAGE_ERRORS = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OSError,
+    RecursionError,
+)
 
 
 class CheckpointError(UserError):
@@ -79,7 +93,7 @@ def reading(directory: epath.Path) -> Iterator[None]:
             raise CheckpointError(
                 f"checkpoint {directory} could not be read: {root_cause(error)}"
             ) from error
-        if not isinstance(cause, DAMAGE):
+        if not isinstance(cause, DAMAGE_ERRORS):
             raise
         raise DamagedError(f"checkpoint {directory} is damaged: {root_cause(error)}") from error
 
@@ -87,11 +101,11 @@ def reading(directory: epath.Path) -> Iterator[None]:
 def is_machine_error(error: BaseException) -> bool:
     """Returns whether memory, permissions, disks or networks caused a read error, not damage."""
     if isinstance(error, OSError):
-        return not isinstance(error, NOT_THERE)
+        return not isinstance(error, MISSING_FILE_ERRORS)
     text = str(error)
     numbers = map(int, re.findall(OS_ERROR, text))
-    return any(code in text for code in MACHINE) or any(
-        not isinstance(OSError(number, ""), NOT_THERE) for number in numbers
+    return any(code in text for code in MACHINE_CODES) or any(
+        not isinstance(OSError(number, ""), MISSING_FILE_ERRORS) for number in numbers
     )
 
 

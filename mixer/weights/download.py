@@ -23,17 +23,17 @@ from mixer.errors import UserError, first_line, reason_of
 from mixer.weights import published
 
 TIMEOUT_SECS = 20  # to open a connection, and to receive the next byte
-# A download fails if it is slower than this over SLOW_SECS, or takes longer than MAX_SECS.
+# A download fails if it is slower than this for SLOW_SECS, or takes longer than MAX_SECS.
 MIN_BYTES_PER_SEC = 10_000
 SLOW_SECS = 60
 MAX_SECS = 6 * 3600
 CHUNK_BYTES = 1 << 18
 RETRIES = 3  # new connections per file; each one resumes where the last one broke
-NOT_THERE = (403, 404, 410)  # a bucket without list permission answers 403 for missing files
+MISSING_CODES = (403, 404, 410)  # a bucket without list permission answers 403 for missing files
 
 
-class NotThereError(Exception):
-    """The URL has no file, or has a web page instead."""
+class MissingFileError(Exception):
+    """The server has no file at the URL, or sends a web page instead."""
 
 
 def parse_url(url: str) -> str:
@@ -42,7 +42,7 @@ def parse_url(url: str) -> str:
     Raises:
       UserError: the text is not an HTTP URL, or contains a user or a password.
     """
-    label = published.shown(url)
+    label = published.redact(url)
     try:
         parts = urllib.parse.urlsplit(url)
         netloc = parts.netloc.lower().encode("idna").decode()
@@ -59,7 +59,7 @@ def parse_url(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, ""))
 
 
-def run_in_time(
+def run_with_timeout(
     work: Callable[[], Any],
     label: str,
     count_bytes: Callable[[], int] | None = None,
@@ -68,10 +68,10 @@ def run_in_time(
     """Returns `work()`, and abandons the call if it takes too long or receives too little.
 
     The work runs in a thread, because name look-ups, retries inside libraries and servers that send
-    single bytes have no overall time limit.
+    a byte at a time have no overall time limit.
 
     Args:
-      work: function to call; nothing waits for it once it is abandoned.
+      work: function to call; its thread keeps running if it is abandoned.
       label: the URL, for messages.
       count_bytes: returns the number of bytes received so far; None if it is unknown.
       max_secs: time limit; None: MAX_SECS.
@@ -109,7 +109,7 @@ def run_in_time(
     return future.result()
 
 
-def check_room(length: int, folder: epath.PathLike) -> None:
+def check_disk_space(length: int, folder: epath.PathLike) -> None:
     """Raises OSError if the disk of `folder` has less than `length` bytes free."""
     free = shutil.disk_usage(folder).free
     if length > free:
@@ -128,17 +128,17 @@ def download(url: str, target: Path, max_bytes: int | None = None) -> None:
       max_bytes: largest accepted size; None: no limit.
 
     Raises:
-      NotThereError: the server has no such file, or sends a web page instead.
+      MissingFileError: the server has no such file, or sends a web page instead.
       UserError: the download failed for another reason.
       OSError: the file cannot be written, or would fill the disk.
     """
     with open(target, "wb") as file, _progress(target.stem) as show:
         transfer = _Download(url, file, max_bytes, show)
-        run_in_time(transfer.run, published.shown(url), lambda: transfer.received)
+        run_with_timeout(transfer.run, published.redact(url), lambda: transfer.received)
 
 
 class _Download:
-    """The transfer of one file, which resumes after a broken connection."""
+    """Downloads one file, and resumes after a broken connection."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Download:
         max_bytes: int | None,
         show: Callable[[int, int | None], None],
     ):
-        self._url, self._label = url, published.shown(url)
+        self._url, self._label = url, published.redact(url)
         self._file, self._max_bytes, self._show = file, max_bytes, show
         self._length: int | None = None  # bytes of the complete file
         # Name and value of the header that identifies this version of the file.
@@ -171,38 +171,40 @@ class _Download:
     def _receive(self) -> bool:
         """Receives the rest of the file over one connection; returns whether the file is complete.
 
-        A part is appended only to the same version of the file. If the server does not identify
-        versions, the download starts again from the first byte.
+        The rest is appended only if it belongs to the same version of the file. If the server does
+        not identify versions, the download restarts from the first byte.
         """
         offset = self._file.tell() if self._version else 0
         headers = {"User-Agent": "mlp-mixer-jax"}
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": self._version[1]}
-        with _open(urllib.request.Request(self._url, headers=headers)) as answer:
-            if offset and answer.status in (206, 416):  # 416: the file has become shorter
-                if not self._continues(answer, offset):
+        with _open(urllib.request.Request(self._url, headers=headers)) as response:
+            if offset and response.status in (206, 416):  # 416: the file has become shorter
+                if not self._continues(response, offset):
                     self._version = None
                     return False
             else:
-                self._start(answer)
-            return self._read(answer)
+                self._start(response)
+            return self._read(response)
 
-    def _continues(self, answer: http.client.HTTPResponse, offset: int) -> bool:
-        """Returns whether the answer is the part from byte `offset` of the same version."""
+    def _continues(self, response: http.client.HTTPResponse, offset: int) -> bool:
+        """Returns whether the response continues the same version of the file at byte `offset`."""
         part = f"bytes {offset}-{self._length - 1}/{self._length}"
         name, value = self._version
-        return answer.headers.get("Content-Range") == part and answer.headers.get(name) == value
+        return response.headers.get("Content-Range") == part and response.headers.get(name) == value
 
-    def _start(self, answer: http.client.HTTPResponse) -> None:
-        """Starts again from the first byte, and stores the length and the version of the file."""
-        if answer.status != 200:
-            raise UserError(f"{self._label}: the server answered {answer.status}; expected 200")
-        if answer.headers.get_content_type() == "text/html":
-            raise NotThereError(f"{self._label} is a web page; pass the URL of the file itself")
+    def _start(self, response: http.client.HTTPResponse) -> None:
+        """Restarts from the first byte, and stores the length and the version of the file."""
+        if response.status != 200:
+            raise UserError(
+                f"{self._label}: the server returned the status {response.status}; expected 200"
+            )
+        if response.headers.get_content_type() == "text/html":
+            raise MissingFileError(f"{self._label} is a web page; pass the URL of the file itself")
         self._file.seek(0)
         self._file.truncate()
-        self._length, self._version = answer.length, None
-        tag, modified = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
+        self._length, self._version = response.length, None
+        tag, modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
         if self._length is not None and tag and not tag.startswith("W/"):
             self._version = "ETag", tag
         elif self._length is not None and modified:
@@ -210,19 +212,19 @@ class _Download:
         folder = os.path.dirname(self._file.name)
         if self._length is not None:
             self._check_size(self._length)
-            check_room(self._length, folder)
-        self._room = shutil.disk_usage(folder).free // 2
+            check_disk_space(self._length, folder)
+        self._max_unsized_bytes = shutil.disk_usage(folder).free // 2
 
     def _check_size(self, size: int) -> None:
         if self._max_bytes is not None and size > self._max_bytes:
             raise UserError(f"{self._label}: {size:,} bytes; expected at most {self._max_bytes:,}")
 
-    def _read(self, answer: http.client.HTTPResponse) -> bool:
+    def _read(self, response: http.client.HTTPResponse) -> bool:
         """Appends received bytes to the file; returns whether the file is complete."""
         while self._length is None or self._file.tell() < self._length:
             num_left = CHUNK_BYTES if self._length is None else self._length - self._file.tell()
             try:
-                chunk = answer.read1(min(num_left, CHUNK_BYTES))
+                chunk = response.read1(min(num_left, CHUNK_BYTES))
             except (OSError, ValueError, http.client.HTTPException) as error:
                 self._stalls += isinstance(error, TimeoutError)
                 return False
@@ -232,7 +234,7 @@ class _Download:
             self.received += len(chunk)
             if self._length is None:
                 self._check_size(self._file.tell())
-                if self._file.tell() > self._room:
+                if self._file.tell() > self._max_unsized_bytes:
                     raise OSError(
                         errno.ENOSPC,
                         "the server sent no length, and half of the disk space is used",
@@ -242,7 +244,7 @@ class _Download:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to HTTP URLs; raises a UserError without secrets for others."""
+    """Follows redirects to HTTP URLs; for others, raises a UserError that contains no secrets."""
 
     def http_error_302(self, req, fp, code, msg, headers):
         target = headers.get("Location") or headers.get("URI")
@@ -250,7 +252,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             try:
                 parse_url(urllib.parse.urljoin(req.full_url, target))
             except ValueError:  # a UserError too
-                origin, target = published.shown(req.full_url), published.shown(target)
+                origin, target = published.redact(req.full_url), published.redact(target)
                 raise UserError(
                     f"{origin} redirects to {target[:200]!r}, which is not an HTTP URL"
                 ) from None
@@ -260,8 +262,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
-    """Opens a URL; a 416 answer to a range request is returned instead of raised."""
-    label = published.shown(request.full_url)
+    """Opens a URL; a 416 response to a range request is returned instead of raised."""
+    label = published.redact(request.full_url)
     try:
         return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_SECS)
     except urllib.error.HTTPError as error:
@@ -269,8 +271,8 @@ def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
             return error
         error.close()
         reason = f"{error.code} {first_line(Exception(error.reason))}"
-        if error.code in NOT_THERE:
-            raise NotThereError(
+        if error.code in MISSING_CODES:
+            raise MissingFileError(
                 f"{label}: no such file, or no permission to read it ({reason})"
             ) from None
         raise UserError(f"{label}: the server refused the request: {reason}") from None

@@ -5,7 +5,7 @@ Sources are `https://`, `http://`, `gs://`, `hf://owner/name[/file]` and the sho
 has one folder per URL, in which the file keeps its name; delete the folder to fetch the file
 again. Files of hf:// stay in the cache of huggingface_hub.
 
-A URL may hold secrets, so messages and saved files contain only `published.shown(url)`.
+A URL may hold secrets, so messages and saved files contain only `published.redact(url)`.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _SIGNATURES = re.compile(
 
 
 def is_remote_file(path: epath.PathLike) -> bool:
-    """Returns whether `fetch` would fetch `path`: a URL of a file, or a published short name.
+    """Returns whether `fetch` has to download `path`: the URL of a file, or a short name.
 
     A `gs://` or `s3://` URL without the suffix of a weight file is a run, which is read in
     place.
@@ -57,7 +57,7 @@ def is_remote_file(path: epath.PathLike) -> bool:
         return remainder.endswith(ENDINGS)
     if scheme not in ("http", "https", "hf"):
         raise UserError(
-            f"{published.shown(path)}: {scheme}:// is not supported; expected a local path, "
+            f"{published.redact(path)}: {scheme}:// is not supported; expected a local path, "
             f"https://, hf:// or {', '.join(f'{store}://' for store in STORES)}"
         )
     return True
@@ -82,7 +82,7 @@ def _query(path: epath.PathLike, predicate: Callable[[epath.Path], bool]) -> boo
         full_path = epath.Path(path).expanduser()
         if not _split(path)[0]:
             return predicate(full_path)
-        return download.run_in_time(
+        return download.run_with_timeout(
             lambda: predicate(full_path), str(path), None, download.SLOW_SECS
         )
 
@@ -96,8 +96,8 @@ def _split(path: epath.PathLike) -> tuple[str, str]:
 def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     """Returns the path of a local copy of `path`; downloads the file if it is not cached.
 
-    A JSON sidecar (the file's name plus .json, and config.json for safetensors) is fetched with it
-    if the source has one.
+    If the source has JSON sidecars, they are fetched too: the file's name plus .json, and for a
+    safetensors file also config.json.
 
     Args:
       path: a local path, which is returned unchanged, a URL, or a short name.
@@ -120,11 +120,11 @@ def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     else:
         url = name = f"{scheme}://{remainder}"
     name = name.rpartition("/")[2]
-    label = published.shown(url)
+    label = published.redact(url)
     _check_ending(name, label)
     if not name.isprintable() or len(name.encode()) > 200:
         raise UserError(f"{label}: the file's name is too long or has unprintable characters")
-    target = cache_dir() / hashlib.sha256(_unsigned(url).encode()).hexdigest()[:16] / name
+    target = cache_dir() / hashlib.sha256(_without_signature(url).encode()).hexdigest()[:16] / name
     hint = "; set XDG_CACHE_HOME to move the cache"
     with files.storage_errors(target, f"{target} cannot be written", hint):
         if target.is_file():
@@ -147,14 +147,14 @@ def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     return epath.Path(target)
 
 
-def fetch_anew(path: epath.Path) -> str:
-    """Returns the end of a message that tells how to fetch a damaged file again.
+def refetch_hint(path: epath.Path) -> str:
+    """Returns the end of an error message, which says how to fetch a damaged file again.
 
     Args:
       path: the weight file that `fetch` returned, or its JSON sidecar.
     """
     if cache_dir() in path.parents:
-        # Without the weight file, `fetch` downloads the sidecar again too.
+        # If the weight file is missing, `fetch` downloads the sidecar again as well.
         weights = (file for file in path.parent.iterdir() if file.name.endswith(ENDINGS))
         path = next(weights, path)
     else:
@@ -166,16 +166,16 @@ def _fetch_into(target: Path, url: str) -> None:
     """Fetches a file and its JSON sidecar; the file gets its final name once it is complete."""
     get = download.download if url.startswith(("http://", "https://")) else _copy
     try:
-        with files.whole(target) as new:
+        with files.atomic_write(target) as new:
             get(url, new)
             for name in () if published.find(url) else _json_names(target.name):
                 json_path = target.parent / name
                 try:
-                    with files.whole(json_path) as new_json:
+                    with files.atomic_write(json_path) as new_json:
                         get(_sibling(url, name), new_json, max_bytes=MAX_CARD_BYTES)
-                except download.NotThereError:
+                except download.MissingFileError:
                     json_path.unlink(missing_ok=True)  # left by earlier weights
-    except download.NotThereError as error:
+    except download.MissingFileError as error:
         raise UserError(str(error)) from None
 
 
@@ -215,7 +215,7 @@ def _sibling(url: str, name: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(path=path))
 
 
-def _unsigned(url: str) -> str:
+def _without_signature(url: str) -> str:
     """Returns the URL without the query parameters that only sign it."""
     path, _, query = url.partition("?")
     names = [word for word in query.split("&") if not _SIGNATURES.fullmatch(word.split("=")[0])]
@@ -249,14 +249,16 @@ def _copy(url: str, target: Path, max_bytes: int | None = None) -> None:
         return source.stat().length if source.exists() else None
 
     with _reading(url):
-        length = download.run_in_time(measure, url, None, download.SLOW_SECS)
+        length = download.run_with_timeout(measure, url, None, download.SLOW_SECS)
     if length is None:
-        raise download.NotThereError(f"{url}: no such file")
+        raise download.MissingFileError(f"{url}: no such file")
     if max_bytes is not None and length > max_bytes:
         raise UserError(f"{url}: {length:,} bytes; expected at most {max_bytes:,}")
-    download.check_room(length, target.parent)
+    download.check_disk_space(length, target.parent)
     with _reading(url):
-        download.run_in_time(lambda: epath.Path(url).copy(target, overwrite=True), url, count_bytes)
+        download.run_with_timeout(
+            lambda: epath.Path(url).copy(target, overwrite=True), url, count_bytes
+        )
     if target.stat().length != length:
         raise UserError(f"{url}: received {target.stat().length:,} of {length:,} bytes; try again")
 
@@ -282,7 +284,7 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
 
     def get(file: str) -> epath.Path:
         call = functools.partial(hf_hub_download, repository, file)
-        return epath.Path(download.run_in_time(call, url))
+        return epath.Path(download.run_with_timeout(call, url))
 
     try:
         path = get(name)

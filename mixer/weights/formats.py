@@ -24,10 +24,10 @@ from mixer.weights.arrays import (
     Shapes,
     StoredArray,
     check_dtypes,
-    not_finite,
+    describe_non_finite,
     open_npz,
     open_safetensors,
-    short_name,
+    printable_line,
     write_npz,
     write_safetensors,
 )
@@ -84,7 +84,7 @@ def open_file(path: epath.PathLike) -> File:
         case _:
             advice = foreign.advice(path)
             raise UserError(advice or f"{path} is not a weight file; expected .npz or .safetensors")
-    arrays, notes = _unwrapped(arrays)
+    arrays, notes = _unwrap(arrays)
     name, layout = recognise({name: array.shape for name, array in arrays.items()}, path)
     check_dtypes(arrays, path)
 
@@ -120,7 +120,7 @@ def _first_parts(architecture: Architecture) -> set[str]:
     return {re.split("[/.]", name)[0] for name in stored}
 
 
-def _unwrapped(arrays: dict[str, StoredArray]) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
+def _unwrap(arrays: dict[str, StoredArray]) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
     """Extracts the weights from a training program's state; returns (arrays, notes for the log)."""
     first_parts = set().union(*map(_first_parts, ARCHITECTURES.values()))
     notes = []
@@ -160,7 +160,7 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
         first = next(iter(architecture.leaf_names(0)))
         names = (f"{architecture.stored_name(first, lay)} ({lay} layout)" for lay in ENDINGS)
         expected.append(f"an {architecture.title} has {' or '.join(names)}")
-    names = ", ".join(map(short_name, sorted(shapes)[:4])) or "no arrays"
+    names = ", ".join(map(printable_line, sorted(shapes)[:4])) or "no arrays"
     ending = " ..." if len(shapes) > 4 else ""
     raise UserError(
         f"{source} does not hold weights of a known model: {names}{ending}; {'; '.join(expected)}"
@@ -194,7 +194,7 @@ def write_file(
     stored = {}
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
-        if fault := not_finite(array):
+        if fault := describe_non_finite(array):
             raise UserError(f"{path} is not written: {name} {fault}")
         array = architecture.to_layout(name, array, layout)
         stored[architecture.stored_name(name, layout)] = array
@@ -202,7 +202,7 @@ def write_file(
     values["checksum"] = checksum(lambda name: np.asarray(arrays[name]), arrays)
     values["timm"] = architecture.timm_arguments(card.model(), card.image_size)
     # The JSON gets its final name first, because arrays without it could be misidentified.
-    with files.whole(path) as new, files.whole(card_path(path)) as new_card:
+    with files.atomic_write(path) as new, files.atomic_write(card_path(path)) as new_card:
         files.write_text(new_card, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if layout == "timm":
             write_safetensors(new, stored, {"gelu": card.gelu})

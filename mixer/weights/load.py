@@ -25,7 +25,7 @@ from mixer.errors import UserError, check_choice
 from mixer.models import placement, registry
 from mixer.models.modules import DTYPES, check_image_size
 from mixer.parallel import sharding
-from mixer.weights.arrays import Shapes, listed, misfits
+from mixer.weights.arrays import Shapes, join_faults, misfits
 from mixer.weights.card import Card
 from mixer.weights.recognise import StoredWeights, find, parse_size
 
@@ -208,9 +208,14 @@ def _other_classes(card: Card, class_names: Sequence[str]) -> str:
 
 
 def fit(
-    stored: StoredWeights, like: Any, *, image_size: tuple[int, int], head: str, resize: str
+    stored: StoredWeights,
+    abstract_params: Any,
+    *,
+    image_size: tuple[int, int],
+    head: str,
+    resize: str,
 ) -> tuple[dict[str, Any], str]:
-    """Reads weights for the model whose parameters are `like`, with the placement of `like`.
+    """Reads weights for a model, with the shapes and the placement of its `abstract_params`.
 
     Returns:
       The parameters, without the head if it is not kept; and a summary of the changes.
@@ -218,21 +223,21 @@ def fit(
     Raises:
       UserError: the weights do not fit; the message lists every mismatch.
     """
-    card, wanted = stored.card, traverse_util.flatten_dict(like, sep="/")
-    width = wanted["head/bias"].shape[0] if "head/bias" in wanted else 0
+    card, leaves = stored.card, traverse_util.flatten_dict(abstract_params, sep="/")
+    width = leaves["head/bias"].shape[0] if "head/bias" in leaves else 0
     reset = head == "reset" or (head == "auto" and width != card.num_classes)
     shapes = stored.shapes
     if reset:
-        wanted = {name: leaf for name, leaf in wanted.items() if name not in registry.HEAD}
+        leaves = {name: leaf for name, leaf in leaves.items() if name not in registry.HEAD}
         shapes = {name: shape for name, shape in shapes.items() if name not in registry.HEAD}
     faults = misfits(
         shapes,
-        {name: leaf.shape for name, leaf in wanted.items()},
+        {name: leaf.shape for name, leaf in leaves.items()},
         resized=_resized_shapes(card, shapes, resize_card(stored, image_size, resize)),
     )
     if faults:
-        raise UserError(f"{stored.path} does not fit the model: {listed(faults)}")
-    arrays = stored.restore(wanted, _resizing(card, image_size, resize))
+        raise UserError(f"{stored.path} does not fit the model: {join_faults(faults)}")
+    arrays = stored.restore(leaves, _make_resize(card, image_size, resize))
     actions = []
     if image_size != card.image_size:
         size = f"{image_size[0]} x {image_size[1]}"
@@ -260,7 +265,7 @@ def _resized_shapes(card: Card, shapes: Shapes, new_card: Card) -> dict[str, tup
     }
 
 
-def _resizing(
+def _make_resize(
     card: Card, image_size: tuple[int, int], resize: str
 ) -> Callable[[str, np.ndarray], np.ndarray] | None:
     """Returns a function (name, array) -> array that resizes a leaf; None for the same size."""

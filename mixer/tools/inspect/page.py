@@ -73,7 +73,7 @@ class Page:
     def write(self, title: str, sections: Iterable[str]) -> epath.Path:
         """Writes index.html and returns its path."""
         path = self.path("index.html")
-        with files.whole(path) as new_file:
+        with files.atomic_write(path) as new_file:
             new_file.write_text(document(title, sections))
         return path
 
@@ -141,7 +141,7 @@ def write(
     else:
         data_sections, metric_rows = _data_sections(loaded, config, split, mesh, page)
         sections += data_sections
-    rows = [("weights", published.shown(source)), *_model_rows(loaded)]
+    rows = [("weights", published.redact(source)), *_model_rows(loaded)]
     if config is not None:
         rows += _training_rows(config)
         rows += _recorded_rows(recorded[workdirs[0]])
