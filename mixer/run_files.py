@@ -59,6 +59,11 @@ def _is_number(value: Any) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _is_pair(value: Any, first: Kind, second: Kind) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and first.fits(value[0]) and second.fits(value[1])
+
+
 def _optional(kind: Kind) -> Kind:
     return Kind(f"{kind.name} or null", lambda value: value is None or kind.fits(value))
 
@@ -75,27 +80,12 @@ COUNT = Kind("a whole number of at least 1", lambda value: _is_integer(value) an
 NUMBER = Kind("a finite number", _is_number)
 REAL = Kind("a number", lambda value: _is_integer(value) or isinstance(value, float))  # or NaN
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
-SPAN = Kind(
-    "a list of two numbers",
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(REAL.fits, value)),
-)
+SPAN = Kind("a list of two numbers", lambda value: _is_pair(value, REAL, REAL))
 SIDE = Kind(
     "a side in pixels, or a list of height and width",
-    lambda value: (
-        all(COUNT.fits(side) for side in (value if isinstance(value, list) else [value, value]))
-        and (not isinstance(value, list) or len(value) == 2)
-    ),
+    lambda value: COUNT.fits(value) or _is_pair(value, COUNT, COUNT),
 )
-MULTIPLIERS = Kind(
-    "a list of [regex, multiplier]",
-    lambda value: (
-        isinstance(value, list)
-        and all(
-            isinstance(pair, list) and len(pair) == 2 and TEXT.fits(pair[0]) and _is_number(pair[1])
-            for pair in value
-        )
-    ),
-)
+MULTIPLIERS = ListOf(Kind("[regex, multiplier]", lambda value: _is_pair(value, TEXT, NUMBER)))
 CLASS_NAMES = Kind(
     "a list of strings, the name of a list, or null",
     lambda value: (
@@ -450,7 +440,7 @@ def read_metrics(
             damaged.append(number)
     if damaged and warn is not None:
         suffix = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
-        warn(f"{path}: line {damaged[0]} is damaged{suffix}; left out")
+        warn(f"{path}: line {damaged[0]} is damaged{suffix}; skipped")
     return rows
 
 

@@ -117,7 +117,7 @@ def test_short_names_are_loaded_from_the_bucket(server, monkeypatch):
     card = loading.read(PUBLISHED, log=print).card
     monkeypatch.setitem(VARIANTS, "T/8", card.dimensions)
     monkeypatch.setattr(published, "IMAGE_SIZE", 32)
-    released = published.Published(server.url("t/Mixer-T_8.npz"), "T/8", 7, "imagenet1k")
+    released = published.Published(server.url("t/Mixer-T_8.npz"), "T/8", 7)
     monkeypatch.setitem(published.CHECKPOINTS, "T/8-i1k", released)
     server.files = {"t/Mixer-T_8.npz": PUBLISHED.read_bytes()}
     _, params = mixer.load("T/8-i1k", log=lambda line: None)

@@ -108,11 +108,11 @@ def check_config(config: ConfigDict) -> None:
         lengths = get_lengths(config, stem)
         if len(lengths) > 1:
             pairs = " and ".join(f"{key}={value}" for key, value in lengths.items())
-            raise UserError(f"{pairs} are set; expected one of them")
+            raise UserError(f"{pairs} are set; expected only one of them")
         for key, value in lengths.items():
             may_be_0 = stem.startswith("schedule.")
             if not 0 <= value < math.inf or (value == 0 and not may_be_0):
-                raise UserError(f"{key} is {value}; it must be {'0 or ' * may_be_0}more than 0")
+                raise UserError(f"{key}={value}; expected {'0 or ' * may_be_0}more than 0")
     if not get_lengths(config, "total_"):
         raise UserError(
             "the run has no length; expected total_steps, total_epochs or total_examples"
@@ -168,7 +168,7 @@ def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
             batch_size = 1 if key.endswith("steps") else config.global_batch_size
             examples = value * num_examples if key.endswith("epochs") else value
             if examples > MAX_COUNT * batch_size:
-                raise UserError(f"{key} is {value}; expected at most {MAX_COUNT} updates")
+                raise UserError(f"{key}={value}; expected at most {MAX_COUNT} updates")
             steps = max(round(examples / batch_size), 1) if value else 0
         config.update_from_flattened_dict({f"{stem}steps": steps})
 

@@ -33,8 +33,8 @@ KINDS = {
     "perf": ("", "C0"),
 }
 DPI = 110
-LINES = ("-", "--", ":", "-.")  # after ten runs, colours repeat with the next line style
-EXACT = ("train/learning_rate", "train/param_norm")  # curves without noise
+LINE_STYLES = ("-", "--", ":", "-.")  # after ten runs, colours repeat with the next line style
+UNSMOOTHED_KEYS = ("train/learning_rate", "train/param_norm")  # curves without noise
 MAX_MARKED = 60  # curves with at most this many points have markers
 SMOOTHED_FROM = 200  # curves with more points than this are smoothed
 
@@ -74,7 +74,10 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
         for axes, (name, keys, from_zero) in zip(grid, panels, strict=False):
             val_keys = [key for key in keys if key.startswith("val")]
             for number, rows in enumerate(runs.values()):
-                style = {"color": f"C{number % 10}", "linestyle": LINES[number // 10 % len(LINES)]}
+                style = {
+                    "color": f"C{number % 10}",
+                    "linestyle": LINE_STYLES[number // 10 % len(LINE_STYLES)],
+                }
                 best = [key for key in val_keys if _points(rows, key)][-1:]
                 for key in [key for key in keys if key not in val_keys] + best:
                     if points := _points(rows, key):
@@ -85,7 +88,9 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
             finish_panel(axes, name + " (training faint)" * bool(has_both), from_zero)
         figure.legend(
             [
-                Line2D([], [], color=f"C{i % 10}", linestyle=LINES[i // 10 % len(LINES)])
+                Line2D(
+                    [], [], color=f"C{i % 10}", linestyle=LINE_STYLES[i // 10 % len(LINE_STYLES)]
+                )
                 for i in range(len(runs))
             ],
             [legend_label(name) for name in runs],
@@ -128,7 +133,7 @@ def _line(axes: Any, points: tuple[list[int], list[float]], key: str, **style: A
 
 
 def _is_smoothed(points: tuple[list[int], list[float]], key: str) -> bool:
-    return len(points[0]) > SMOOTHED_FROM and key not in EXACT
+    return len(points[0]) > SMOOTHED_FROM and key not in UNSMOOTHED_KEYS
 
 
 # Helpers for all figures of the package.

@@ -22,21 +22,9 @@ from mixer.errors import UserError
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.training.state import TrainState, fingerprint
-from mixer.weights import foreign
+from mixer.weights import checkpoint_errors, foreign
 from mixer.weights.arrays import misfits
-from mixer.weights.checkpoint_errors import (
-    DAMAGE_ERRORS,
-    CheckpointError,
-    DamagedError,
-    absolute,
-    check_name,
-    is_machine_error,
-    join_writers,
-    quiet,
-    reading,
-    reporting_handler,
-    root_cause,
-)
+from mixer.weights.checkpoint_errors import CheckpointError, DamagedError, check_name
 from mixer.weights.versions import versions
 
 TIMES = "_CHECKPOINT_METADATA"  # Orbax's file with the time stamps of a checkpoint
@@ -76,18 +64,21 @@ class Checkpoints:
         versions()  # cached now, because the source files may change during a long run
 
     def _open(self) -> ocp.CheckpointManager:
-        handlers = {"state": reporting_handler(), "info": ocp.JsonCheckpointHandler()}
-        with quiet():
+        handlers = {
+            "state": checkpoint_errors.reporting_handler(),
+            "info": ocp.JsonCheckpointHandler(),
+        }
+        with checkpoint_errors.quiet():
             make = functools.partial(
                 ocp.CheckpointManager,
-                absolute(self.directory),
+                checkpoint_errors.absolute(self.directory),
                 options=self._options,
                 item_handlers=handlers,
             )
             try:
                 try:
                     return make()
-                except DAMAGE_ERRORS:
+                except checkpoint_errors.DAMAGE_ERRORS:
                     # Orbax raises if its file of time stamps is damaged. Nothing needs that file.
                     for step in saved_steps(self.directory):
                         (self.directory / str(step) / TIMES).unlink(missing_ok=True)
@@ -97,7 +88,7 @@ class Checkpoints:
                 raise CheckpointError(f"{self.directory} cannot be opened: {reason}") from error
 
     def __enter__(self) -> "Checkpoints":
-        self._quiet = quiet()
+        self._quiet = checkpoint_errors.quiet()
         self._quiet.__enter__()
         return self
 
@@ -111,7 +102,7 @@ class Checkpoints:
             with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
                 self._manager.close()
             if kind:
-                join_writers()
+                checkpoint_errors.join_writers()
         finally:
             self._quiet.__exit__(None, None, None)
 
@@ -192,7 +183,8 @@ class Checkpoints:
             place = "" if step is None else f" at step {step}"
             raise CheckpointError(
                 f"a checkpoint could not be written to {self.directory}{place}: "
-                f"{root_cause(error)}; last complete checkpoint: {self.describe_last()}"
+                f"{checkpoint_errors.root_cause(error)}; last complete checkpoint: "
+                f"{self.describe_last()}"
             ) from error
 
     def restore_latest(
@@ -261,7 +253,7 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         directory = self.directory / str(step)
-        with reading(directory):
+        with checkpoint_errors.reading(directory):
             saved = saved_leaves(directory)
         # The count of skipped updates starts at zero if the checkpoint has none, and is dropped if
         # the run no longer counts.
@@ -279,9 +271,9 @@ class Checkpoints:
             ],
         )
         item = {name: value for name, value in vars(saved_state).items() if value is not None}
-        with reading(directory), ocp.PyTreeCheckpointer() as checkpointer:
+        with checkpoint_errors.reading(directory), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(
-                absolute(directory) / "state",
+                checkpoint_errors.absolute(directory) / "state",
                 ocp.args.PyTreeRestore(
                     item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -323,7 +315,7 @@ def saved_leaves(directory: epath.Path) -> dict[str, Any]:
     """Returns the shape and dtype of every saved leaf by its path, without reading the values."""
     # The handler, unlike Orbax's checkpointer, keeps the reason why the metadata cannot be read.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        tree = handler.metadata(absolute(directory) / "state").tree
+        tree = handler.metadata(checkpoint_errors.absolute(directory) / "state").tree
     return sharding.by_name(tree)
 
 
@@ -407,9 +399,13 @@ def restore_params(
     if skip:
         saved = {k: v for k, v in saved.items() if not k.startswith(f"{skip}/")}
     check_tree(abstract_params, saved, directory)
-    with reading(directory), quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+    with (
+        checkpoint_errors.reading(directory),
+        checkpoint_errors.quiet(),
+        ocp.PyTreeCheckpointer() as checkpointer,
+    ):
         tree = checkpointer.restore(
-            absolute(directory) / "state",
+            checkpoint_errors.absolute(directory) / "state",
             ocp.args.PyTreeRestore(
                 {item: abstract_params},
                 restore_args={item: ocp.checkpoint_utils.construct_restore_args(abstract_params)},
@@ -423,7 +419,7 @@ def restore_params(
 def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple[int, ...]]:
     """Returns the shape of every saved parameter by name; raises CheckpointError if damaged."""
     prefix = f"{item}/"
-    with reading(directory), quiet():
+    with checkpoint_errors.reading(directory), checkpoint_errors.quiet():
         saved = saved_leaves(directory)
     return {
         name.removeprefix(prefix): tuple(leaf.shape)
@@ -437,6 +433,6 @@ def read_info(directory: epath.Path) -> dict[str, Any]:
     try:
         return run_files.read_info(directory)
     except UserError as error:
-        if error.__cause__ is not None and is_machine_error(error.__cause__):
+        if error.__cause__ is not None and checkpoint_errors.is_machine_error(error.__cause__):
             raise
         raise DamagedError(f"checkpoint {directory} is damaged: {error}") from None

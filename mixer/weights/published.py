@@ -30,13 +30,11 @@ class Published:
       url: HTTPS URL of the file.
       variant: such as "B/16"; the weights are for 224 x 224 pixels.
       num_classes: width of the head.
-      class_names: the list of class names, "imagenet1k" or "imagenet21k".
     """
 
     url: str
     variant: str
     num_classes: int
-    class_names: str
 
     @property
     def num_params(self) -> int:
@@ -69,7 +67,6 @@ def _released_files(folder: str, variants: str, class_names: str) -> dict[str, P
             url=f"{BUCKET}{folder}/Mixer-{variant.replace('/', '_')}.npz",
             variant=variant,
             num_classes=LISTS[class_names],
-            class_names=class_names,
         )
         for variant in variants.split()
     }
