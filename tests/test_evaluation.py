@@ -18,6 +18,7 @@ from mixer.evaluation import classification, report, results, scores, suites, ta
 from mixer.evaluation.subject import open_subject
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.runs import directory
 from mixer.runs.record import read_metrics
 from mixer.training import losses
@@ -129,7 +130,7 @@ def test_figures_equal_scikit_learns():
 
 
 def test_logits_that_are_not_finite_are_refused(tfds_dir):
-    split = run.open_split(tiny_config(tfds_dir), "val", None)
+    split = run_data.open_split(tiny_config(tfds_dir), "val", None)
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)).at[3].set(params), losses.softmax, 10
     )
@@ -146,7 +147,7 @@ def test_logits_that_are_not_finite_are_refused(tfds_dir):
 
 
 def test_an_example_that_is_missing_or_twice_is_a_fault(tfds_dir, monkeypatch):
-    split = run.open_split(tiny_config(tfds_dir), "val", None)
+    split = run_data.open_split(tiny_config(tfds_dir), "val", None)
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)), losses.softmax, 10
     )
@@ -209,7 +210,7 @@ def test_probes_of_the_schedule_and_an_evaluation_that_was_missed(tmp_path, tfds
 def test_eval_suite_mistakes_are_refused(tfds_dir):
     def opened(**values):
         config = tiny_config(tfds_dir, model__num_classes=10, **values)
-        return suites.open_suite(config, run.open_splits(config, None), ("fewshot",))
+        return suites.open_suite(config, run_data.open_splits(config, None), ("fewshot",))
 
     tasks, probes = opened(eval_suite="digits,fewshot")
     assert list(tasks) == ["digits"] and probes == ["fewshot"]
@@ -224,7 +225,7 @@ def test_eval_suite_mistakes_are_refused(tfds_dir):
     with pytest.raises(UserError, match=r"\b10\b.*\b7\b"):
         config = tiny_config(tfds_dir, eval_suite="digits", **synthetic)
         config.model.num_classes = 7
-        suites.open_suite(config, run.open_splits(config, None), ())
+        suites.open_suite(config, run_data.open_splits(config, None), ())
 
 
 # The report card.
@@ -424,7 +425,7 @@ def test_a_table_is_the_same_in_markdown_html_and_terminal(capsys):
 
 def test_sets_of_other_classes_are_refused(tfds_dir):
     config = tiny_config(tfds_dir)
-    split = run.open_split(config, "test", None)
+    split = run_data.open_split(config, "test", None)
     names = split.class_names
     assert suites.check_classes(split, names, 10) == ""
     assert suites.check_classes(split, None, 10) != ""

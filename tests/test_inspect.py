@@ -23,6 +23,7 @@ from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.runs import config as run
 from mixer.runs import curves, directory
+from mixer.runs import data as run_data
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import page, pictures
 from mixer.training import program
@@ -330,11 +331,11 @@ def workdir(tmp_path_factory):
     )
     workdir = root / "run <b>&"
     workdir.mkdir()
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     config.model.num_classes = 3
     run.resolve_model(config, None, None)
     run.write_json(workdir / "config.json", config.to_dict())
-    run.write_json(workdir / "data.json", run.data_record(splits, 1))
+    run.write_json(workdir / "data.json", run_data.data_record(splits, 1))
     model = program.build_model(config)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3))

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from mixer.data import resident
 from mixer.evaluation import classification, fewshot, linear_probe, suites
 from mixer.evaluation.evaluator import Evaluator, Result, Setup
-from mixer.runs import config as run_config
+from mixer.runs import data as run_data
 from mixer.runs import directory
 from mixer.runs.best import Best, read_highest
 from mixer.runs.directory import OpenRun
@@ -17,7 +17,7 @@ from mixer.training.state import TrainState
 from mixer.training.step import make_predict
 
 # The probes of `eval_suite`: functions (config, splits, setup) -> evaluator.
-PROBES: dict[str, Callable[[ConfigDict, run_config.Splits, Setup], Evaluator]] = {
+PROBES: dict[str, Callable[[ConfigDict, run_data.Splits, Setup], Evaluator]] = {
     "fewshot": fewshot.open_evaluator,
     "linear_probe": linear_probe.open_evaluator,
 }

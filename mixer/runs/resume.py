@@ -24,7 +24,8 @@ from mixer.errors import UserError
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.runs import config as run_config
-from mixer.runs.config import Splits
+from mixer.runs import data as run_data
+from mixer.runs.data import Splits
 from mixer.runs.directory import OpenRun, say, warn
 from mixer.training.program import TrainProgram, make_program
 from mixer.training.state import TrainState
@@ -100,7 +101,7 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
     with ThreadPoolExecutor(1, "data") as thread:
         class_names = tuple(saved_run.data["class_names"]) if saved_run.data else None
         opening = thread.submit(
-            run_config.open_splits,
+            run_data.open_splits,
             config.copy_and_resolve_references(),
             class_names,
             saved_run.data,
@@ -138,7 +139,7 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
 
     if config.dataset.on_device != "off":
         splits = remember(splits)
-    run_config.check_classes(config, splits.train.class_names)
+    run_data.check_classes(config, splits.train.class_names)
     num_readers = choose_readers(config, saved_run.data, sharding.data_processes(mesh)[1])
     examples = reading.result() if reading else None
     record = make_record(splits, num_readers, saved_run.data, examples)
@@ -228,7 +229,7 @@ def check_same_config(
 def check_data(run: OpenRun, saved_run: SavedRun, split: Split, allow_config_change: bool) -> None:
     """Raises UserError if the training data is not the data that the run was started with."""
     if saved_run.data and not allow_config_change:
-        run_config.check_same_data(run.path, saved_run.data, split)
+        run_data.check_same_data(run.path, saved_run.data, split)
 
 
 def check_room(config: ConfigDict, program: TrainProgram) -> None:
@@ -337,7 +338,7 @@ def make_record(
     examples: resident.Examples | str | None,
 ) -> dict[str, Any]:
     """Returns the content of data.json; a finished run keeps its entry "on_device"."""
-    record = run_config.data_record(splits, num_readers)
+    record = run_data.data_record(splits, num_readers)
     if examples is not None:
         record["on_device"] = not isinstance(examples, str)
     elif saved_data and "on_device" in saved_data:  # the run may be extended later
@@ -349,7 +350,7 @@ def warn_of_changed_results(saved_data: Mapping[str, Any] | None, splits: Splits
     """Warns if evaluation data differs from the data of the run's results so far."""
     for name, split in (("val", splits.val), ("test", splits.test)):
         old = saved_data and split and saved_data["splits"].get(name)
-        if old and (change := run_config.data_change(old, split)):
+        if old and (change := run_data.describe_change(old, split)):
             warn(f"dataset.{name}_split differs from the data of this run's results: {change}")
 
 

@@ -216,11 +216,12 @@ def check(config, output: str) -> None:
 def _open_as_training(config) -> Any:
     """Opens the splits of a config; raises UserError if training with it would."""
     from mixer.runs import config as run
+    from mixer.runs import data as run_data
 
     run.check_config(config)
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     if config.model.num_classes is not None:
-        run.check_classes(config, splits.train.class_names)
+        run_data.check_classes(config, splits.train.class_names)
     return splits
 
 

@@ -23,6 +23,7 @@ from mixer.evaluation.tables import Table, html_table, html_text, percent, span
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
+from mixer.runs import data as run_data
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import pictures
 from mixer.tools.predict import prediction
@@ -372,7 +373,7 @@ def _open(
             config.dataset.data_dir = data_dir
         names = tuple(loaded.card.class_names)
         for name in (split_name,) if split_name else ("test", "val"):
-            split = run.open_own_split(config, name, names, record)
+            split = run_data.open_own_split(config, name, names, record)
             if split is not None:
                 return split
         keys = (
