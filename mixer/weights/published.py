@@ -106,6 +106,7 @@ ACCURACIES: dict[str, dict[str, tuple[float, str]]] = {
 ALIASES = {
     f"{size}-{label}/16": f"{size}/16-{label}" for size in ("B", "L") for label in ("i1k", "i21k")
 }
+_AUTHORS_FILE = re.compile(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz")
 _SHORT_NAME = re.compile(r"[A-Za-z](-\w+)?/\d+(-\w+)?")
 
 
@@ -160,7 +161,7 @@ def find_accuracies(
         old_name = re.search(r"jx_(mixer_[bl]16_224)-", text)
         if old_name and num_classes == 1000:
             names = [f"{old_name[1]}.goog_in21k_ft_in1k"]
-        if not names and re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", text):
+        if not names and _AUTHORS_FILE.fullmatch(text):
             folder = text.rpartition("/")[0].rpartition("/")[2]
             label = folder if folder in ("sam", "gsam") else "i1k"
             names = [f"{variant}-{label}"] if num_classes == 1000 else []
@@ -250,7 +251,7 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
             preprocess = _timm_preprocessing("bilinear", 0.875, (0.0, 1.0))
         return Facts(lists[num_classes], preprocess, _timm_note(origin, num_classes))
     published = find(source)
-    has_authors_name = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", redact(source))
+    has_authors_name = _AUTHORS_FILE.fullmatch(redact(source))
     if (published or has_authors_name) and num_classes in (1000, 21843):
         note = "" if published else f"its name suggests the authors' {lists[num_classes]} weights"
         return Facts(lists[num_classes], _authors_preprocessing, note)
@@ -283,6 +284,7 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
         raise UserError(f"config.json of {source} is not a valid timm config: {reason}") from None
     refuse_other_models(name)
 
+    class_names = _timm_class_names(fields, inner, num_classes)
     note = _timm_note(_timm_origin(name), num_classes)
     if len(mean) > 1 or len(std) > 1:
         reason = f"a separate mean and std for each channel ({sorted(mean)}, {sorted(std)})"
@@ -290,10 +292,9 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
         reason = f"{interpolation} interpolation with crop mode {crop_mode}"
     else:
         preprocess = _timm_preprocessing(interpolation, crop_pct, (mean.pop(), std.pop()))
-        return Facts(_timm_class_names(fields, inner, num_classes), preprocess, note)
+        return Facts(class_names, preprocess, note)
     refused = f"config.json of {source} needs {reason}, which no preprocessing op supports"
-    names = _timm_class_names(fields, inner, num_classes)
-    return Facts(names, _no_preprocessing, "; ".join(filter(None, (note, refused))))
+    return Facts(class_names, _no_preprocessing, "; ".join(filter(None, (note, refused))))
 
 
 def refuse_other_models(source: epath.PathLike) -> None:

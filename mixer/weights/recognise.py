@@ -128,13 +128,13 @@ def _find_file(
     else:
         size, assumed = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
         about.append(assumed)
-    kind, origin = formats.GELU_OF[file.layout], f"the {file.layout} layout's"
-    for value, reason in (
-        (file.gelu, "its header"),
-        (saved.get("gelu"), "its JSON"),
+    gelu_sources = (
         (gelu, "as requested"),
-    ):
-        kind, origin = (value, reason) if value else (kind, origin)
+        (saved.get("gelu"), "its JSON"),
+        (file.gelu, "its header"),
+        (formats.GELU_OF[file.layout], f"the {file.layout} layout's"),
+    )
+    kind, origin = next((kind, origin) for kind, origin in gelu_sources if kind)
     card = Card(
         architecture=file.architecture,
         variant=registry.find_variant(architecture, dims),
