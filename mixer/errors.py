@@ -88,9 +88,9 @@ def check_number(
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest of `choices`, or "" if none is close."""
-    lowered = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
-    return f" Did you mean {lowered[close[0]]!r}?" if close else ""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.5)
+    return f" Did you mean {by_lower_case[matches[0]]!r}?" if matches else ""
 
 
 def printable(text: str) -> str:

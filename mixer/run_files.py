@@ -429,7 +429,7 @@ def read_metrics(
     path = epath.Path(workdir) / "metrics.jsonl"
     content = files.read_regular(path) or b""
     *lines, last_line = content.split(b"\n")
-    rows, damaged = [], []
+    rows, damaged_lines = [], []
     for number, line in enumerate([*lines, last_line], 1):
         if not line.strip():
             continue
@@ -437,10 +437,10 @@ def read_metrics(
         if row is not None:
             rows.append(row)
         elif number <= len(lines):
-            damaged.append(number)
-    if damaged and warn is not None:
-        suffix = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
-        warn(f"{path}: line {damaged[0]} is damaged{suffix}; skipped")
+            damaged_lines.append(number)
+    if damaged_lines and warn is not None:
+        suffix = f", and {len(damaged_lines) - 1} more" * (len(damaged_lines) > 1)
+        warn(f"{path}: line {damaged_lines[0]} is damaged{suffix}; skipped")
     return rows
 
 

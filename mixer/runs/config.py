@@ -260,8 +260,8 @@ def resolve_model(
     dims = {**architecture.variants.get(model.variant, {}), **set_dims}
     if len(dims) == len(keys):
         old_size, new_size = ((side, side) for side in (config.init_image_size, config.image_size))
-        grown = grown_dimensions(architecture, dims, old_size, new_size)
-        model.update({key: grown[key] for key in keys if grown[key] != dims[key]})
+        new_dims = grown_dimensions(architecture, dims, old_size, new_size)
+        model.update({key: new_dims[key] for key in keys if new_dims[key] != dims[key]})
 
 
 def resolve_permutation(config: ConfigDict) -> None:
@@ -283,12 +283,13 @@ def resolve_permutation(config: ConfigDict) -> None:
         dataset[key] = str(parse(dataset[key]).with_image_op(op))
 
 
-def check_same_config(workdir: epath.Path, old: dict[str, Any], new: ConfigDict) -> None:
-    """Raises UserError with every key that would change if a run with config `old` used `new`."""
-    changed = changes(old, new.to_dict())
-    if changed:
+def check_same_config(
+    workdir: epath.Path, saved_config: dict[str, Any], config: ConfigDict
+) -> None:
+    """Raises UserError with every key that may not change in a resumed run, but would."""
+    if changed_keys := changes(saved_config, config.to_dict()):
         raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}. Pass another "
+            f"{workdir} holds a run with another config: {'; '.join(changed_keys)}. Pass another "
             "--workdir, or --allow_config_change to resume the run with the new values"
         )
 
@@ -326,8 +327,8 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     """
     config, data = read_saved(workdir)
     files = {"config.json": config, "data.json": data}
-    if missing := [name for name, value in files.items() if value is None]:
-        raise UserError(f"{workdir} is not a run: it has no {' and no '.join(missing)}")
+    if missing_names := [name for name, value in files.items() if value is None]:
+        raise UserError(f"{workdir} is not a run: it has no {' and no '.join(missing_names)}")
     class_names = tuple(data["class_names"])
     config = ConfigDict(run_files.complete(config))
     if config.model.num_classes is None:

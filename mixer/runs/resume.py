@@ -100,14 +100,14 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
     # the model, if the config sets the number of classes.
     with ThreadPoolExecutor(1, "data") as thread:
         class_names = tuple(saved_run.data["class_names"]) if saved_run.data else None
-        opening = thread.submit(
+        splits_future = thread.submit(
             run_data.open_splits,
             config.copy_and_resolve_references(),
             class_names,
             saved_run.data,
         )
         if config.model.num_classes is None or run_config.needs_epochs(config):
-            train = opening.result().train
+            train = splits_future.result().train
             run_config.resolve_data(config, len(train.class_names), train.num_examples)
         else:
             run_config.resolve_data(config, None, None)
@@ -119,12 +119,12 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
 
         restored = run.checkpoints.restore_latest(program.state, warn=warn)
         step = int(restored[0].step) if restored else 0
-        reading = None
+        examples_future = None
         if step < config.total_steps:  # the images are read while the state is initialized
-            reading = thread.submit(
+            examples_future = thread.submit(
                 read_examples,
                 config,
-                opening.result,
+                splits_future.result,
                 saved_run.data,
                 check=lambda split: check_data(run, saved_run, split, allow_config_change),
                 should_stop=lambda: run.signals.received is not None,
@@ -133,15 +133,17 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
             state, info = restored
             warn_of_versions(info["versions"])
         else:
-            state = initial_state(config, program, initial, opening.result().train.class_names)
-        splits = opening.result()
+            state = initial_state(
+                config, program, initial, splits_future.result().train.class_names
+            )
+        splits = splits_future.result()
     run.leave_if_asked(say)
 
     if config.dataset.on_device != "off":
         splits = remember(splits)
     run_data.check_classes(config, splits.train.class_names)
     num_readers = choose_readers(config, saved_run.data, sharding.data_processes(mesh)[1])
-    examples = reading.result() if reading else None
+    examples = examples_future.result() if examples_future else None
     record = make_record(splits, num_readers, saved_run.data, examples)
     check_data(run, saved_run, splits.train, allow_config_change)
     warn_of_changed_results(saved_run.data, splits)
@@ -214,16 +216,16 @@ def extends(saved_run: SavedRun, config: ConfigDict, saved_steps: list[int]) -> 
 
 
 def check_same_config(
-    run: OpenRun, old: dict[str, Any], config: ConfigDict, *, is_extended: bool
+    run: OpenRun, saved_config: dict[str, Any], config: ConfigDict, *, is_extended: bool
 ) -> None:
     """Raises UserError if `config` changes a fixed key; an extended run may change its lengths."""
     if is_extended:
         lengths = {key: config.schedule[key] for key in ("warmup_steps", "cooldown_steps")}
-        old = old | {
+        saved_config = saved_config | {
             "total_steps": config.total_steps,
-            "schedule": old["schedule"] | lengths,
+            "schedule": saved_config["schedule"] | lengths,
         }
-    run_config.check_same_config(run.path, old, config)
+    run_config.check_same_config(run.path, saved_config, config)
 
 
 def check_data(run: OpenRun, saved_run: SavedRun, split: Split, allow_config_change: bool) -> None:
@@ -349,22 +351,22 @@ def make_record(
 def warn_of_changed_results(saved_data: Mapping[str, Any] | None, splits: Splits) -> None:
     """Warns if evaluation data differs from the data of the run's results so far."""
     for name, split in (("val", splits.val), ("test", splits.test)):
-        old = saved_data and split and saved_data["splits"].get(name)
-        if old and (change := run_data.describe_change(old, split)):
+        saved_split = saved_data and split and saved_data["splits"].get(name)
+        if saved_split and (change := run_data.describe_change(saved_split, split)):
             warn(f"dataset.{name}_split differs from the data of this run's results: {change}")
 
 
-def warn_of_versions(saved: Mapping[str, str]) -> None:
+def warn_of_versions(saved_versions: Mapping[str, str]) -> None:
     """Warns if other versions of the code or the libraries wrote the checkpoint."""
     current = versions()
-    changed = [
-        f"{key} {saved[key]} -> {current.get(key)}"
-        for key in saved
-        if saved[key] != current.get(key)
+    changes = [
+        f"{key} {saved_versions[key]} -> {current.get(key)}"
+        for key in saved_versions
+        if saved_versions[key] != current.get(key)
     ]
-    if changed:
+    if changes:
         warn(
-            f"the checkpoint was written by other versions ({', '.join(changed)}): the run "
+            f"the checkpoint was written by other versions ({', '.join(changes)}): the run "
             "continues, but may not be bit-identical"
         )
 

@@ -62,15 +62,15 @@ def check_name(path: epath.PathLike, *, writes: bool) -> None:
     """
     path = str(absolute(path))
     shown = printable(path)
-    if wrong := re.search(r"[\\\ud800-\udfff]", path):
-        fault = "a backslash" if wrong[0] == "\\" else "bytes that are not UTF-8"
+    if match := re.search(r"[\\\ud800-\udfff]", path):
+        fault = "a backslash" if match[0] == "\\" else "bytes that are not UTF-8"
         raise CheckpointError(
             f"{shown}: checkpoints cannot be in a directory whose name has {fault}; rename it"
         )
-    if writes and (wrong := re.search(r"[*?\[\x00-\x1f\x7f]", path)):
+    if writes and (match := re.search(r"[*?\[\x00-\x1f\x7f]", path)):
         raise CheckpointError(
             f"{shown}: checkpoints cannot be written to a directory whose name has "
-            f"{printable(wrong[0])!r}; give it another name"
+            f"{printable(match[0])!r}; give it another name"
         )
 
 

@@ -225,9 +225,9 @@ def fit(
     """
     card, leaves = stored.card, traverse_util.flatten_dict(abstract_params, sep="/")
     width = leaves["head/bias"].shape[0] if "head/bias" in leaves else 0
-    reset = head == "reset" or (head == "auto" and width != card.num_classes)
+    is_reset = head == "reset" or (head == "auto" and width != card.num_classes)
     shapes = stored.shapes
-    if reset:
+    if is_reset:
         leaves = {name: leaf for name, leaf in leaves.items() if name not in registry.HEAD}
         shapes = {name: shape for name, shape in shapes.items() if name not in registry.HEAD}
     faults = misfits(
@@ -244,10 +244,10 @@ def fit(
         actions.append(f"interpolated to {size}" if resize == "interpolate" else f"grown to {size}")
     if width:
         actions.append(
-            "head kept" if not reset else f"head reset ({card.num_classes:,} -> {width:,})"
+            "head kept" if not is_reset else f"head reset ({card.num_classes:,} -> {width:,})"
         )
     else:
-        actions.append(f"head of {card.num_classes:,} classes dropped" if reset else "no head")
+        actions.append(f"head of {card.num_classes:,} classes dropped" if is_reset else "no head")
     return traverse_util.unflatten_dict(arrays, sep="/"), ", ".join(actions)
 
 

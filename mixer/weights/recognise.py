@@ -114,7 +114,7 @@ def _find_file(
             raise DamagedError(path, str(error)) from None
     architecture = registry.ARCHITECTURES[file.architecture]
     dims = architecture.read_dimensions(file.shapes, source)
-    saved = _read_card(path, file, dims)
+    sidecar = _read_card(path, file, dims)
     num_tokens, num_classes = dims.pop("num_tokens"), dims.pop("num_classes")
     # A local file's name may identify the weights. The name of its folder says nothing about them.
     name = source if fetched else path.name
@@ -123,14 +123,14 @@ def _find_file(
         facts = published.timm_facts(config, source=source, num_classes=num_classes)
 
     about = [f"{file.layout} layout", *file.notes]
-    if saved:
-        size = saved["image_size"]
+    if sidecar:
+        size = sidecar["image_size"]
     else:
-        size, assumed = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
-        about.append(assumed)
+        size, assumption = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
+        about.append(assumption)
     gelu_sources = (
         (gelu, "as requested"),
-        (saved.get("gelu"), "its JSON"),
+        (sidecar.get("gelu"), "its JSON"),
         (file.gelu, "its header"),
         (formats.GELU_OF[file.layout], f"the {file.layout} layout's"),
     )
@@ -142,12 +142,12 @@ def _find_file(
         num_classes=num_classes,
         image_size=size,
         gelu=kind,
-        preprocess=saved["preprocess"] if saved else facts.preprocess(size),
-        class_names=saved["class_names"] if saved else facts.class_names,
-        source=published.redact(saved.get("source", source)),
+        preprocess=sidecar["preprocess"] if sidecar else facts.preprocess(size),
+        class_names=sidecar["class_names"] if sidecar else facts.class_names,
+        source=published.redact(sidecar.get("source", source)),
     )
     about.append(_describe(card, f"{kind} ({origin})"))
-    if facts.note and not saved:
+    if facts.note and not sidecar:
         about.append(facts.note)
     return StoredWeights(
         path=source,
@@ -155,7 +155,7 @@ def _find_file(
         shapes=file.shapes,
         dtype="float32",
         # The preprocessing in a JSON sidecar contains fixed sizes, so it fits no other image size.
-        preprocess_at=(lambda size: None) if saved else facts.preprocess,
+        preprocess_at=(lambda size: None) if sidecar else facts.preprocess,
         restore=functools.partial(_restore_file, file, source, fetched),
         about="; ".join(about),
     )
@@ -163,27 +163,27 @@ def _find_file(
 
 def _read_card(path: epath.Path, file: formats.File, dims: Mapping[str, int]) -> dict[str, Any]:
     """Reads the JSON sidecar of a file and checks it against the arrays; {} if there is none."""
-    saved, json_path = read_card(path), card_path(path)
-    if saved is None:
+    sidecar, json_path = read_card(path), card_path(path)
+    if sidecar is None:
         return {}
     for name, value in dims.items():
-        if name != "num_tokens" and saved.get(name) != value:
-            text = str(saved.get(name))[:80]
+        if name != "num_tokens" and sidecar.get(name) != value:
+            text = str(sidecar.get(name))[:80]
             raise UserError(
                 f"{json_path}: {name}={text}; expected {value}, as in the arrays of {path.name}"
             )
-    if math.prod(saved["image_size"]) != dims["num_tokens"] * dims["patch_size"] ** 2:
+    if math.prod(sidecar["image_size"]) != dims["num_tokens"] * dims["patch_size"] ** 2:
         raise UserError(
-            f"{json_path}: image_size={saved['image_size']}; the arrays of {path.name} are for "
+            f"{json_path}: image_size={sidecar['image_size']}; the arrays of {path.name} are for "
             f"{dims['num_tokens']} patches of {dims['patch_size']} pixels"
         )
-    if saved["checksum"] != checksum(file.read, file.shapes):
+    if sidecar["checksum"] != checksum(file.read, file.shapes):
         raise DamagedError(
             json_path,
             f"{json_path}: its checksum does not match the weights in {path.name}; remove the JSON "
             "file, or write it again",
         )
-    return saved
+    return sidecar
 
 
 def _timm_config(path: epath.Path) -> dict[str, Any] | None:
@@ -342,9 +342,9 @@ def _square_side(num_tokens: int, patch_size: int) -> int | None:
 def _describe(card: Card, gelu: str) -> str:
     architecture = registry.ARCHITECTURES[card.architecture]
     model = card.variant or ", ".join(f"{name}={dim}" for name, dim in card.dimensions.items())
-    grown = architecture.grown_dim
-    if card.variant and card.dimensions[grown] != architecture.variants[card.variant][grown]:
-        model += f" with {grown}={card.dimensions[grown]}"
+    dim = architecture.grown_dim
+    if card.variant and card.dimensions[dim] != architecture.variants[card.variant][dim]:
+        model += f" with {dim}={card.dimensions[dim]}"
     low, high = card.value_range
     return (
         f"{model}, {card.image_size[0]} x {card.image_size[1]}, "
