@@ -1,7 +1,8 @@
 """MLP-Mixer in JAX/Flax: train, fine-tune, evaluate and use.
 
 `import mixer; model, params = mixer.load("RUN_OR_FILE")` loads weights (mixer/weights/load.py);
-`model = mixer.make_model("B/16", num_classes=10)` builds a model alone (mixer/models/registry.py).
+`model = mixer.make_model("B/16", num_classes=10)` builds a model without weights
+(mixer/models/registry.py).
 JAX is imported when one of them is first used.
 """
 

@@ -3,12 +3,8 @@
 import os
 import sys
 
-import jax
-import psutil
 import rich.console
 import rich.progress
-
-from mixer import formatting
 
 FILE_WIDTH = 1000  # characters per line in a file or a pipe, so that no table is wrapped
 
@@ -71,59 +67,10 @@ class ProgressBar(rich.progress.Progress):
         self.show(min(task.completed + items, task.total), rate)
 
 
-class _RunConsole(Console):
+class RunConsole(Console):
     """A console that survives a closed pipe, such as `tee` after Ctrl-C, until the run is saved."""
 
     def on_broken_pipe(self) -> None:
+        """Discards all further output; rich calls this method."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Terminal:
-    """Shows the progress of a training run of `total_steps` updates from `start_step` on."""
-
-    def __init__(self, *, start_step: int, total_steps: int):
-        self._console = _RunConsole()
-        self._total = total_steps
-        self._bar = ProgressBar(
-            self._console, "training", total=total_steps, completed=start_step, transient=False
-        )
-
-    def start(self) -> None:
-        """Shows the bar."""
-        self._bar.start()
-
-    def line(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        self._console.say(text)
-
-    def step(self, step: int) -> None:
-        """Moves the bar."""
-        self._bar.show(step)
-
-    def log(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """Shows the metrics of a log step after the bar, or as a line if there is no terminal."""
-        status = (
-            f"loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.1%}  "
-            f"{metrics['perf/images_per_second']:,.0f} images/s  "
-            f"data wait {metrics['perf/data_wait_share']:.1%}  {memory()}"
-        )
-        if metrics.get("train/skipped_steps"):
-            status += f"  skipped {metrics['train/skipped_steps']:.0f}"
-        self._bar.show(step, status)
-        if not self._console.is_terminal:
-            self.line(
-                f"step {step}/{self._total}  {status}  left {formatting.duration(seconds_left)}"
-            )
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self._bar.stop()
-
-
-def memory() -> str:
-    """Returns the peak memory of the first device if it reports one, else this process's memory."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return f"device memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB"
-    return f"memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB"

@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 # Error numbers for full or broken disks, permissions, names and limits of the operating system.
-_OF_SYSTEM = (
+_SYSTEM_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -31,13 +31,13 @@ def line_of(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _OF_SYSTEM:
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
         return f"{error.strerror}: {error.filename or 'while reading or writing'}"
     if isinstance(error, MemoryError):
         return f"the host's memory is full: {first_line(error)}"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED: " in str(error):  # from XLA
         reason = first_line(error).partition("RESOURCE_EXHAUSTED: ")[2] or first_line(error)
-        return f"the device's memory is full: {reason} (docs/scaling.md says what takes less)"
+        return f"the device's memory is full: {reason} (docs/scaling.md lists ways to need less)"
     return None
 
 
@@ -88,9 +88,9 @@ def check_number(
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest of `choices`, or "" if none is close."""
-    lowered = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
-    return f" Did you mean {lowered[close[0]]!r}?" if close else ""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.5)
+    return f" Did you mean {by_lower_case[matches[0]]!r}?" if matches else ""
 
 
 def printable(text: str) -> str:
@@ -100,7 +100,12 @@ def printable(text: str) -> str:
     )
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Returns the operating system's description of an error, or else the error's first line."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error, without TensorFlow's op names and node traces."""
     text = getattr(error, "message", None) or str(error)
     text = text.replace("{{function_node __wrapped__", "").strip()

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mixer.errors import UserError, first_line, printable
+from mixer.errors import UserError, printable, reason_of
 
 STORES = ("gs", "s3", "az")  # schemes of cloud storage that etils.epath reads
 
 
 def parse_path(option: str, path: epath.PathLike) -> epath.Path:
-    """Checks and expands a path or address that a user passed.
+    """Checks and expands a path or URL that a user passed.
 
     Args:
       option: the option with the path, such as "--output"; "" for a positional argument.
       path: the path that the user passed.
 
     Raises:
-      UserError: the text is not a valid path or address.
+      UserError: the text is not a valid path or URL.
     """
     text = os.fspath(path)
     name = f"{option}={printable(text)}" if option else printable(text)
@@ -30,7 +30,7 @@ def parse_path(option: str, path: epath.PathLike) -> epath.Path:
         if scheme == "file":
             hint = f"; use {option}={remainder}" if option else f"; use {remainder}"
         raise UserError(
-            f"{name}: {scheme}:// is not supported; expected a path, or an address in "
+            f"{name}: {scheme}:// is not supported; expected a path, or a URL in "
             f"{', '.join(f'{store}://' for store in STORES)}{hint}"
         )
     if separator and not remainder.strip("/"):
@@ -40,20 +40,37 @@ def parse_path(option: str, path: epath.PathLike) -> epath.Path:
     return epath.Path(path).expanduser()
 
 
-def _beside(path: epath.Path) -> epath.Path:
+@contextlib.contextmanager
+def storage_errors(path: epath.PathLike, problem: str, hint: str = "") -> Iterator[None]:
+    """Turns an error of a disk or an object store into a UserError: problem, reason and hint.
+
+    Object stores raise exceptions of their own classes. For a local path, an exception other than
+    OSError is a bug and passes through unchanged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and "://" not in os.fspath(path):
+            raise
+        raise UserError(f"{problem}: {reason_of(error)}{hint}") from error
+
+
+def _temporary_path(path: epath.Path) -> epath.Path:
     return path.with_name(f".{path.name}.{os.getpid()}.new")
 
 
 @contextlib.contextmanager
-def whole(path: epath.PathLike) -> Iterator[epath.Path]:
+def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary path to write to, which is renamed to `path` on success."""
     path = epath.Path(path).expanduser()
-    new = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        yield new
-        new.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        new.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -62,7 +79,7 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def remove_unfinished(directory: epath.Path) -> None:
-    """Removes temporary files that processes killed inside `whole` left in a local directory."""
+    """Removes the temporary files that killed processes left in a local directory."""
     if "://" in os.fspath(directory):
         return  # unfinished writes to an object store leave no files
     for path in directory.iterdir():
@@ -82,17 +99,17 @@ def _is_another_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def whole_directory(path: epath.PathLike) -> Iterator[epath.Path]:
+def atomic_directory(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary directory to fill, which is renamed to `path` on success."""
     path = epath.Path(path).expanduser()
-    new = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        new.mkdir()
-        yield new
-        new.rename(path)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
     finally:
-        if new.exists():
-            new.rmtree()
+        if temporary.exists():
+            temporary.rmtree()
 
 
 def check_output(option: str, path: epath.PathLike) -> epath.Path:
@@ -103,7 +120,7 @@ def check_output(option: str, path: epath.PathLike) -> epath.Path:
       path: the path that the user passed.
 
     Raises:
-      UserError: `whole` and `whole_directory` could not write there.
+      UserError: the path cannot be written to.
     """
     target = parse_path(option, path)
     name = f"{option}={path}" if option else str(path)
@@ -111,48 +128,41 @@ def check_output(option: str, path: epath.PathLike) -> epath.Path:
         return target  # an object store has no folders
     if not target.parent.is_dir():
         raise UserError(f"{name}: there is no folder {target.parent}")
-    try:
+    hint = "; expected a file in a writable folder"
+    with storage_errors(target, f"{name} cannot be written", hint):
         if os.path.exists(target) and not os.path.isfile(target):
             raise OSError(None, "it is a folder" if target.is_dir() else "it is a device")
-        _beside(target).touch()
-        _beside(target).unlink()
-    except OSError as error:
-        raise UserError(
-            f"{name} cannot be written: {error.strerror}; expected a file in a writable folder"
-        ) from None
+        _temporary_path(target).touch()
+        _temporary_path(target).unlink()
     return target
 
 
-def make_directory(path: epath.PathLike, flag: str = "") -> epath.Path:
+def make_directory(path: epath.PathLike, option: str = "") -> epath.Path:
     """Creates a writable directory before a long computation; returns its expanded path.
 
     Args:
       path: the path that the user passed.
-      flag: the flag with the path, such as "--output"; "" without a flag.
+      option: the option with the path, such as "--output"; "" for a positional argument.
 
     Raises:
       UserError: the directory cannot be created or written to.
     """
-    target = parse_path(flag, path)
-    is_address = "://" in os.fspath(target)
-    try:
+    target = parse_path(option, path)
+    name = f"{option}={path}" if option else str(path)
+    problem = f"{name} cannot be created or written to"
+    with storage_errors(target, problem, "; expected a writable folder"):
         target.mkdir(parents=True, exist_ok=True)
-        if not is_address:
-            _beside(target / "x").touch()
-            _beside(target / "x").unlink()
-    except Exception as error:
-        if not isinstance(error, OSError) and not is_address:
-            raise  # only object stores raise exceptions other than OSError
-        name = f"{flag}={path}" if flag else str(path)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(
-            f"{name} cannot be created or written to: {reason}; expected a writable folder"
-        ) from None
+        if "://" not in os.fspath(target):
+            _temporary_path(target / "x").touch()
+            _temporary_path(target / "x").unlink()
     return target
 
 
 def identity(path: epath.PathLike) -> tuple[int, int] | None:
-    """Returns the identity of a local file or directory, which a replaced one lacks; else None."""
+    """Returns the identity of a local file or directory; None if it does not exist.
+
+    A file that replaces another one has a different identity.
+    """
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -160,7 +170,17 @@ def identity(path: epath.PathLike) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def open_up(path: epath.PathLike, mode: int) -> None:
+def check_identity(path: epath.PathLike, expected: tuple[int, int]) -> None:
+    """Raises UserError unless `path` still is the file or directory with the given identity."""
+    if (current := identity(path)) != expected:
+        fault = "is gone" if current is None else "is a different one now"
+        raise UserError(
+            f"{path} {fault}: it was removed or replaced while the run was writing to it; the run "
+            "cannot continue there"
+        )
+
+
+def set_default_permissions(path: epath.PathLike, mode: int) -> None:
     """Gives default permissions to a file or directory that a library created as private.
 
     Args:
@@ -178,7 +198,7 @@ def read_regular(path: epath.PathLike) -> bytes | None:
       UserError: the path is a directory, a device or a pipe, or the file cannot be read.
     """
     path = epath.Path(path)
-    try:
+    with storage_errors(path, f"{path} cannot be read"):
         if not path.exists():
             return None
         is_local = "://" not in os.fspath(path)
@@ -186,8 +206,3 @@ def read_regular(path: epath.PathLike) -> bytes | None:
             kind = "a directory" if path.is_dir() else "not a regular file"
             raise UserError(f"{path} is {kind}; expected a file")
         return path.read_bytes()
-    except Exception as error:
-        if not isinstance(error, OSError) and "://" not in os.fspath(path):
-            raise  # only object stores raise exceptions other than OSError
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path} cannot be read: {reason}") from error

@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
     half of a training step (docs/performance.md). If the user has set a variable of glibc's malloc,
     this function does nothing.
     """
-    if not keeps():
+    if not keeps_freed_memory():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 
 def give_back_freed_memory() -> None:
     """Makes glibc return kept memory to the system, for use by other processes."""
-    if not keeps():
+    if not keeps_freed_memory():
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -49,13 +49,13 @@ def compute_in_the_calling_thread() -> None:
     glibc keeps blocks above 64 MiB only for the main thread, and returns those of other threads to
     the system in any case. Asynchronous dispatch gains nothing on a CPU.
     """
-    if keeps():
+    if keeps_freed_memory():
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def keeps() -> bool:
+def keeps_freed_memory() -> bool:
     """Returns whether this process keeps freed memory."""
     is_set = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     return sys.platform == "linux" and not is_set and not any(map(glob.glob, _ACCELERATORS))

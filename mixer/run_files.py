@@ -51,12 +51,17 @@ class Added:
     value: Any = None
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_pair(value: Any, first: Kind, second: Kind) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and first.fits(value[0]) and second.fits(value[1])
 
 
 def _optional(kind: Kind) -> Kind:
@@ -69,33 +74,18 @@ def _one_of(*values: str) -> Kind:
 
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
-WHOLE = Kind("a whole number", _is_whole)
-NATURAL = Kind("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
-COUNT = Kind("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+INTEGER = Kind("a whole number", _is_integer)
+NATURAL = Kind("a whole number of at least 0", lambda value: _is_integer(value) and value >= 0)
+COUNT = Kind("a whole number of at least 1", lambda value: _is_integer(value) and value >= 1)
 NUMBER = Kind("a finite number", _is_number)
-REAL = Kind("a number", lambda value: _is_whole(value) or isinstance(value, float))  # or NaN
+REAL = Kind("a number", lambda value: _is_integer(value) or isinstance(value, float))  # or NaN
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
-SPAN = Kind(
-    "a list of two numbers",
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(REAL.fits, value)),
-)
+SPAN = Kind("a list of two numbers", lambda value: _is_pair(value, REAL, REAL))
 SIDE = Kind(
     "a side in pixels, or a list of height and width",
-    lambda value: (
-        all(COUNT.fits(side) for side in (value if isinstance(value, list) else [value, value]))
-        and (not isinstance(value, list) or len(value) == 2)
-    ),
+    lambda value: COUNT.fits(value) or _is_pair(value, COUNT, COUNT),
 )
-MULTIPLIERS = Kind(
-    "a list of [regex, multiplier]",
-    lambda value: (
-        isinstance(value, list)
-        and all(
-            isinstance(pair, list) and len(pair) == 2 and TEXT.fits(pair[0]) and _is_number(pair[1])
-            for pair in value
-        )
-    ),
-)
+MULTIPLIERS = ListOf(Kind("[regex, multiplier]", lambda value: _is_pair(value, TEXT, NUMBER)))
 CLASS_NAMES = Kind(
     "a list of strings, the name of a list, or null",
     lambda value: (
@@ -116,7 +106,7 @@ CONFIG = {
     "image_size": COUNT,
     "loss": _one_of("softmax", "sigmoid"),
     "label_smoothing": Added(SHARE, 0.0),
-    "mesh": {"data": WHOLE, "fsdp": Added(WHOLE, 1), "tensor": Added(WHOLE, 1)},
+    "mesh": {"data": INTEGER, "fsdp": Added(INTEGER, 1), "tensor": Added(INTEGER, 1)},
     "init_from": TEXT,
     "init_head": Added(TEXT, "auto"),
     "init_resize": Added(TEXT, "grow"),
@@ -207,7 +197,7 @@ CONFIG = {
     "tensorboard": BOOL,
     "nan_policy": Added(TEXT, "stop"),
     "max_skipped_steps": Added(NATURAL, 10),
-    "profile_steps": Added(ListOf(WHOLE), []),
+    "profile_steps": Added(ListOf(INTEGER), []),
     "stall_secs": Added(NUMBER, 120),
     "compile_cache_dir": Added(TEXT, "auto"),
 }
@@ -373,7 +363,7 @@ RESULTS = {
 
 INFO = {
     "step": NATURAL,
-    "checksums": DictOf(ListOf(WHOLE)),
+    "checksums": DictOf(ListOf(INTEGER)),
     "versions": DictOf(TEXT),
     "value": Added(DictOf(NUMBER)),
 }
@@ -390,9 +380,9 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     return _read(path, lambda config: CONFIG if is_trained(config) else CONVERTED)
 
 
-def completed(config: dict[str, Any]) -> dict[str, Any]:
+def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a training config completed with newer keys, set to the older behaviour."""
-    return _completed(config, CONFIG)
+    return _complete(config, CONFIG)
 
 
 def read_data(workdir: epath.PathLike, *, is_trained: bool = True) -> dict[str, Any] | None:
@@ -440,7 +430,7 @@ def read_metrics(
     path = epath.Path(workdir) / "metrics.jsonl"
     content = files.read_regular(path) or b""
     *lines, last_line = content.split(b"\n")
-    rows, damaged = [], []
+    rows, damaged_lines = [], []
     for number, line in enumerate([*lines, last_line], 1):
         if not line.strip():
             continue
@@ -448,10 +438,10 @@ def read_metrics(
         if row is not None:
             rows.append(row)
         elif number <= len(lines):
-            damaged.append(number)
-    if damaged and warn is not None:
-        suffix = f", and {len(damaged) - 1} more" * (len(damaged) > 1)
-        warn(f"{path}: line {damaged[0]} is damaged{suffix}; left out")
+            damaged_lines.append(number)
+    if damaged_lines and warn is not None:
+        suffix = f", and {len(damaged_lines) - 1} more" * (len(damaged_lines) > 1)
+        warn(f"{path}: line {damaged_lines[0]} is damaged{suffix}; skipped")
     return rows
 
 
@@ -471,7 +461,7 @@ def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file atomically, with each list of numbers on one line."""
     text = json.dumps(value, indent=2)
     text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
-    with files.whole(path) as new:
+    with files.atomic_write(path) as new:
         new.write_text(text + "\n")
 
 
@@ -482,11 +472,12 @@ def _read(path: epath.Path, schema_of: Callable[[dict[str, Any]], Any], hint: st
         return None
     try:
         value = json.loads(content)
+        if _num_levels(value) > MAX_LEVELS:
+            raise ValueError(f"lists and objects are nested more than {MAX_LEVELS} levels deep")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}{hint}") from None
     try:
         _check(value, {}, ())
-        _check_levels(value)
         _check(value, schema_of(value), ())
     except _Mismatch as mismatch:
         raise UserError(f"{path}: {mismatch}{hint}") from None
@@ -526,26 +517,21 @@ def _check(value: Any, schema: Any, keys: tuple[str, ...]) -> None:
                     raise _Mismatch(f"{'.'.join((*keys, key))} is missing")
 
 
-def _check_levels(value: Any) -> None:
-    """Raises _Mismatch if lists and objects are nested too deeply."""
-    level = [value]
-    for _ in range(MAX_LEVELS):
-        level = [
-            child
-            for node in level
-            if isinstance(node, list | dict)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    if any(isinstance(node, list | dict) for node in level):
-        raise _Mismatch(f"lists and objects are nested more than {MAX_LEVELS} levels deep")
+def _num_levels(value: Any) -> int:
+    """Returns how many lists and objects are nested in each other."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 0
+    return 1 + max(map(_num_levels, value), default=0)
 
 
-def _completed(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+def _complete(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     result = dict(value)
     for key, inner in schema.items():
         if isinstance(inner, Added):
             result.setdefault(key, inner.value)
             inner = inner.schema
         if isinstance(inner, dict):
-            result[key] = _completed(result[key], inner)
+            result[key] = _complete(result[key], inner)
     return result

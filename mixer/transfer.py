@@ -21,6 +21,7 @@ from mixer.errors import UserError
 from mixer.evaluation import results, scores, tables
 from mixer.evaluation.tables import percent, span
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.training import program
 from mixer.weights import checkpoint, load
 
@@ -324,14 +325,14 @@ def _check(task: Task, initial: load.StoredWeights | None, train_examples: int |
     last_step = checkpoint.last_step(task.workdir)
     old = None if last_step is None else run_files.read_config(task.workdir)
     config = run.resolve(task.config, initial=initial, saved_config=old)
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     if splits.test is None:
         raise UserError("dataset.test_split is empty; expected a test split")
     count = splits.train.num_examples
     if train_examples not in (None, count):
         raise UserError(f"{splits.train.name} has {count:,} images; expected {train_examples:,}")
     run.resolve_data(config, len(splits.train.class_names), count)
-    run.check_classes(config, splits.train.class_names)
+    run_data.check_classes(config, splits.train.class_names)
     program.build_optimizer(config)
     program.build_model(config)
     return (config.total_steps - (last_step or 0)) * config.global_batch_size

@@ -16,6 +16,7 @@ from helpers import PUBLISHED, assert_same_bits
 from mixer.errors import UserError
 from mixer.models.registry import make_model
 from mixer.parallel import sharding
+from mixer.runs import directory
 from mixer.training import optimizer
 from mixer.training import state as train_state
 from mixer.weights import checkpoint
@@ -298,10 +299,10 @@ def test_fingerprint_sees_every_bit_and_every_exchange():
 
 def test_run_directory_is_held_by_one_process(tmp_path):
     with (
-        checkpoint.locked(tmp_path),
+        directory.lock(tmp_path),
         pytest.raises(UserError, match=rf"{tmp_path}.*\b{os.getpid()}\b"),
-        checkpoint.locked(tmp_path),
+        directory.lock(tmp_path),
     ):
         pass
-    with checkpoint.locked(tmp_path):
+    with directory.lock(tmp_path):
         pass

@@ -12,7 +12,7 @@ from mixer.data.prefetch import prefetch
 from mixer.data.sources import folder
 from mixer.data.sources import stored as sources
 from mixer.errors import UserError
-from mixer.runs import config as run
+from mixer.runs import data as run_data
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -99,7 +99,7 @@ def test_digits_are_the_fixed_split_of_the_scans(tfds_dir):
     order = np.random.default_rng(123).permutation(1797)
     config = _digits_config(tfds_dir)
     config.dataset.train_preprocess = "decode"
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     for split, rows in (
         (splits.test, order[:360]),
         (splits.val, order[360:540]),
@@ -122,12 +122,12 @@ def train_split(request, tfds_dir, image_folder, monkeypatch):
     if request.param == "groups":
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     if request.param == "folder":
-        return run.open_split(_folder_config(image_folder), "train", None, augment=True)
+        return run_data.open_split(_folder_config(image_folder), "train", None, augment=True)
     if request.param == "synthetic":
-        return run.open_split(tiny_config(), "train", None)
+        return run_data.open_split(tiny_config(), "train", None)
     config = _digits_config(tfds_dir, dataset__shuffle_group_size=300)
     config.dataset.train_split = "train[:40%]+validation"
-    return run.open_split(config, "train", None, augment=True)
+    return run_data.open_split(config, "train", None, augment=True)
 
 
 def test_batch_k_is_the_same_streamed_from_0_and_from_k(train_split):
@@ -176,7 +176,7 @@ def sharded(eight_files, monkeypatch):
 
 def test_examples_stay_when_the_number_of_processes_changes(sharded):
     """Begun by four processes, gone on by others, across the end of an epoch too."""
-    split = run.open_split(sharded, "train", None)
+    split = run_data.open_split(sharded, "train", None)
     settings = dict(batch=48, seed=2, num_readers=4)
     begun = _take_all(split, 27, 4, **settings)  # an epoch is 26.2 batches
     epoch = np.concatenate([batch["image"] for batch in begun])[: split.num_examples]
@@ -195,7 +195,7 @@ def test_files_before_the_step_are_not_opened(sharded, tmp_path, process_index, 
     shutil.copytree(config.dataset.data_dir, tmp_path / "tfds")
     config.dataset.data_dir = str(tmp_path / "tfds")
     info = sources.tfds_builder("digits", config.dataset.data_dir).info.splits["train"]
-    split = run.open_split(config, "train", None, augment=True)
+    split = run_data.open_split(config, "train", None, augment=True)
     settings = dict(process_index=process_index, process_count=process_count, num_readers=2)
     whole = _take(split, 2, start_step=70, **settings)
     needed = set()
@@ -231,7 +231,7 @@ def test_folder_lists_classes_over_all_splits_and_images_of_any_case(image_folde
     found = folder.scan(str(image_folder))
     assert found.class_names == ("ant", *CLASSES) and not found.faults
     assert {split: len(files) for split, files in found.files.items()} == {"train": 30, "test": 11}
-    split = run.open_split(_folder_config(image_folder), "test", None)
+    split = run_data.open_split(_folder_config(image_folder), "test", None)
     batch = next(split.sequential_batches(start=0, stop=11, batch_size=11))
     assert not batch["image"][batch["label"] == 0].any() and sum(batch["label"] == 0) == 3
 
@@ -249,15 +249,15 @@ def test_image_that_cannot_be_decoded_is_told_before_the_run(image_folder, tmp_p
     Image.new("RGB", (12, 12)).save(image_folder / "train" / "cat" / "a.tif")
     config = _folder_config(image_folder)
     with pytest.raises(UserError, match=r"train/cat/a\.tif.*\.jpg") as caught:
-        run.open_split(config, "train", None, augment=True)
+        run_data.open_split(config, "train", None, augment=True)
     assert "\n" not in str(caught.value)
     prepare.check(config, str(tmp_path / "list.jsonl"))
     config.dataset.exclude = str(tmp_path / "list.jsonl")
-    assert run.open_split(config, "train", None, augment=True).num_examples == 30
+    assert run_data.open_split(config, "train", None, augment=True).num_examples == 30
 
 
 def test_folder_labels_are_the_runs_own(image_folder):
-    split = run.open_split(_folder_config(image_folder), "test", ("ant", "bee", *CLASSES))
+    split = run_data.open_split(_folder_config(image_folder), "test", ("ant", "bee", *CLASSES))
     batch = next(split.sequential_batches(start=0, stop=8, batch_size=8))
     assert sorted(batch["label"]) == [3] * 4 + [4] * 4
 
@@ -265,7 +265,7 @@ def test_folder_labels_are_the_runs_own(image_folder):
 def test_folder_parts_are_fair_samples(image_folder):
     config = _folder_config(image_folder)
     config.dataset.update(train_split="train[:80%]", val_split="train[80%:]")
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     assert (splits.train.num_examples, splits.val.num_examples) == (24, 6)
     labels = next(splits.train.sequential_batches(start=0, stop=24, batch_size=24))["label"]
     assert set(labels) == {0, 1, 2}
@@ -293,20 +293,20 @@ def test_folder_parts_are_fair_samples(image_folder):
 )
 def test_mistakes_get_one_line(image_folder, values, message):
     with pytest.raises(UserError, match=message) as caught:
-        run.open_split(_folder_config(image_folder, **values), "train", None, augment=True)
+        run_data.open_split(_folder_config(image_folder, **values), "train", None, augment=True)
     assert "\n" not in str(caught.value)
 
 
 def test_synthetic_split_and_classes_are_checked():
     with pytest.raises(UserError, match="validation"):
-        run.open_split(tiny_config(dataset__train_split="valid"), "train", None)
+        run_data.open_split(tiny_config(dataset__train_split="valid"), "train", None)
     with pytest.raises(UserError, match="classes"):
-        run.open_split(tiny_config(), "train", ("a", "b"))
+        run_data.open_split(tiny_config(), "train", ("a", "b"))
 
 
 def test_class_of_the_folder_that_the_run_lacks_is_refused(image_folder):
     with pytest.raises(UserError, match="eel"):
-        run.open_split(_folder_config(image_folder), "train", ("cat", "dog"))
+        run_data.open_split(_folder_config(image_folder), "train", ("cat", "dog"))
 
 
 # Unreadable images.
@@ -321,7 +321,7 @@ def test_unreadable_image_stops_by_name_and_can_be_excluded(image_folder, tmp_pa
     empty.write_bytes(b"")
     config = _folder_config(image_folder)
     with pytest.raises(UserError, match=r"train/dog/0003\.jpg") as caught:
-        _take(run.open_split(config, "train", None, augment=True), 8)
+        _take(run_data.open_split(config, "train", None, augment=True), 8)
     assert "\n" not in str(caught.value)
 
     output = tmp_path / "exclude.jsonl"
@@ -329,9 +329,9 @@ def test_unreadable_image_stops_by_name_and_can_be_excluded(image_folder, tmp_pa
     listed = [json.loads(line)["example"] for line in output.read_text().splitlines()]
     assert listed == ["test/eel/0001.JPEG", "train/dog/0003.jpg"]
 
-    before = run.open_split(config, "train", None, augment=True)
+    before = run_data.open_split(config, "train", None, augment=True)
     config.dataset.exclude = str(output)
-    after = run.open_split(config, "train", None, augment=True)
+    after = run_data.open_split(config, "train", None, augment=True)
     assert (before.num_examples, after.num_examples) == (30, 29)
     assert before.fingerprint != after.fingerprint
     _take(after, 8)
@@ -346,11 +346,11 @@ def test_unreadable_image_stops_by_name_and_can_be_excluded(image_folder, tmp_pa
 def test_image_of_another_size_is_named(image_folder):
     config = _folder_config(image_folder, train_preprocess="decode")
     with pytest.raises(UserError, match=r"train/.*12.*8"):
-        _take(run.open_split(config, "train", None, augment=True), 1)
+        _take(run_data.open_split(config, "train", None, augment=True), 1)
 
 
 def test_file_that_vanished_is_named(image_folder):
-    split = run.open_split(_folder_config(image_folder), "train", None, augment=True)
+    split = run_data.open_split(_folder_config(image_folder), "train", None, augment=True)
     (image_folder / "train" / "cat" / "0000.jpg").unlink()
     with pytest.raises(UserError, match=r"cat/0000\.jpg"):
         _take(split, 8)
@@ -368,7 +368,7 @@ def test_records_of_several_files_can_be_excluded(sharded, tmp_path):
     """By file and place, of the parts of files that a split takes."""
     config = sharded
     config.dataset.train_split = "train[10%:30%]+train[50%:60%]"
-    whole = run.open_split(config, "train", None)
+    whole = run_data.open_split(config, "train", None)
     names = [whole.example_id(place) for place in range(whole.num_examples)]
     files = [name.rpartition(":")[0] for name in names]
     firsts = [files.index(file) for file in sorted({*files})]
@@ -376,14 +376,14 @@ def test_records_of_several_files_can_be_excluded(sharded, tmp_path):
 
 
 def _check_exclusion(config, tmp_path, places):
-    whole = run.open_split(config, "train", None)
+    whole = run_data.open_split(config, "train", None)
     rows, ids = _whole(whole)["image"], [whole.example_id(i) for i in range(whole.num_examples)]
     file, _, _ = ids[0].rpartition(":")
     listed = [*(ids[place] for place in places), f"{file}:9999", f"x{file}:0", file, f"{file}:"]
     path = tmp_path / "exclude.jsonl"
     path.write_text("".join(json.dumps({"example": name}) + "\n" for name in listed))
     config.dataset.exclude = str(path)
-    split = run.open_split(config, "train", None)
+    split = run_data.open_split(config, "train", None)
     assert split.num_examples == len(rows) - len(places)
     kept = np.delete(rows, places, axis=0)
     np.testing.assert_array_equal(_whole(split)["image"], kept)
@@ -409,7 +409,7 @@ def _check_exclusion(config, tmp_path, places):
 def test_evaluation_sees_each_example_once(tfds_dir, process_count, grouped, monkeypatch):
     if grouped:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
-    split = run.open_split(_digits_config(tfds_dir), "val", None)
+    split = run_data.open_split(_digits_config(tfds_dir), "val", None)
     seen, counts, places = [], [], []
     for process in range(process_count):
         batches = list(
@@ -449,7 +449,7 @@ def test_every_process_evaluates_the_same_number_of_batches(
     if stored == "files":
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     config = tiny_config(None if stored == "synthetic" else tfds_dir)
-    split = run.open_split(config, "test", None).select(np.arange(num_examples))
+    split = run_data.open_split(config, "test", None).select(np.arange(num_examples))
     found, places = [], []
     for process in range(process_count):
         batches = list(

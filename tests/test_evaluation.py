@@ -18,6 +18,8 @@ from mixer.evaluation import classification, report, results, scores, suites, ta
 from mixer.evaluation.subject import open_subject
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import data as run_data
+from mixer.runs import directory
 from mixer.runs.record import read_metrics
 from mixer.training import losses
 from mixer.weights import formats as weights
@@ -128,7 +130,7 @@ def test_figures_equal_scikit_learns():
 
 
 def test_logits_that_are_not_finite_are_refused(tfds_dir):
-    split = run.open_split(tiny_config(tfds_dir), "val", None)
+    split = run_data.open_split(tiny_config(tfds_dir), "val", None)
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)).at[3].set(params), losses.softmax, 10
     )
@@ -145,7 +147,7 @@ def test_logits_that_are_not_finite_are_refused(tfds_dir):
 
 
 def test_an_example_that_is_missing_or_twice_is_a_fault(tfds_dir, monkeypatch):
-    split = run.open_split(tiny_config(tfds_dir), "val", None)
+    split = run_data.open_split(tiny_config(tfds_dir), "val", None)
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)), losses.softmax, 10
     )
@@ -208,7 +210,7 @@ def test_probes_of_the_schedule_and_an_evaluation_that_was_missed(tmp_path, tfds
 def test_eval_suite_mistakes_are_refused(tfds_dir):
     def opened(**values):
         config = tiny_config(tfds_dir, model__num_classes=10, **values)
-        return suites.open_suite(config, run.open_splits(config, None), ("fewshot",))
+        return suites.open_suite(config, run_data.open_splits(config, None), ("fewshot",))
 
     tasks, probes = opened(eval_suite="digits,fewshot")
     assert list(tasks) == ["digits"] and probes == ["fewshot"]
@@ -223,7 +225,7 @@ def test_eval_suite_mistakes_are_refused(tfds_dir):
     with pytest.raises(UserError, match=r"\b10\b.*\b7\b"):
         config = tiny_config(tfds_dir, eval_suite="digits", **synthetic)
         config.model.num_classes = 7
-        suites.open_suite(config, run.open_splits(config, None), ())
+        suites.open_suite(config, run_data.open_splits(config, None), ())
 
 
 # The report card.
@@ -277,21 +279,21 @@ def test_results_of_another_checkpoint_have_their_own_file(copied):
 
 def test_results_of_another_step_are_replaced(tmp_path):
     four, eight = {"step": 4}, {"step": 8}
-    run.record_result(tmp_path, "last", four, "val", {"top1": 0.5})
-    run.record_result(tmp_path, "last", four, "test", {"top1": 0.25})
-    run.record_result(tmp_path, "last", four, "digits", {"mean": 1}, section="fewshot")
+    directory.record_result(tmp_path, "last", four, "val", {"top1": 0.5})
+    directory.record_result(tmp_path, "last", four, "test", {"top1": 0.25})
+    directory.record_result(tmp_path, "last", four, "digits", {"mean": 1}, section="fewshot")
     (tmp_path / "results.md").write_text("a card of step 4")
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found["splits"]) == ["val", "test"] and found["fewshot"]["digits"] == {"mean": 1}
-    run.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
+    directory.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
     found = json.loads((tmp_path / "results.json").read_text())
     assert found == {"step": 8, "splits": {"val": {"top1": 0.75}}}
     assert not (tmp_path / "results.md").exists()
     elsewhere = {"step": 8, "weights": "another run"}
-    run.record_result(tmp_path, "last", elsewhere, "test", {"top1": 1.0})
+    directory.record_result(tmp_path, "last", elsewhere, "test", {"top1": 1.0})
     found = json.loads((tmp_path / "results.json").read_text())
     assert found == {**elsewhere, "splits": {"test": {"top1": 1.0}}}
-    run.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
+    directory.record_result(tmp_path, "last", eight, "val", {"top1": 0.75})
     assert "test" not in json.loads((tmp_path / "results.json").read_text())["splits"]
 
 
@@ -423,7 +425,7 @@ def test_a_table_is_the_same_in_markdown_html_and_terminal(capsys):
 
 def test_sets_of_other_classes_are_refused(tfds_dir):
     config = tiny_config(tfds_dir)
-    split = run.open_split(config, "test", None)
+    split = run_data.open_split(config, "test", None)
     names = split.class_names
     assert suites.check_classes(split, names, 10) == ""
     assert suites.check_classes(split, None, 10) != ""

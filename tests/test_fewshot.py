@@ -19,7 +19,7 @@ from mixer.data.sources import stored as sources
 from mixer.errors import UserError
 from mixer.evaluation import fewshot, tables
 from mixer.parallel import sharding
-from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.training import program
 from mixer.training import state as train_state
 
@@ -129,9 +129,9 @@ def split(request, tfds_dir, tmp_path, monkeypatch):
         if request.param == "groups":
             monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
         config = tiny_config(tfds_dir, dataset__test_split="test[:40]+validation[10:]")
-        return run.open_split(config, "test", None)
+        return run_data.open_split(config, "test", None)
     if request.param == "synthetic":
-        return run.open_split(tiny_config(), "test", None)
+        return run_data.open_split(tiny_config(), "test", None)
     pipeline.forget_listings()
     _write_folder(tmp_path)
     config = _folder_config(tmp_path)
@@ -149,7 +149,7 @@ def split(request, tfds_dir, tmp_path, monkeypatch):
         left_out = tmp_path / "exclude"
         left_out.write_text('{"example": "test/bee/03.png"}')
         config.dataset.exclude = str(left_out)
-    return run.open_split(config, "test", None)
+    return run_data.open_split(config, "test", None)
 
 
 def _whole(split):
@@ -204,7 +204,7 @@ def _evaluate(model, params, mesh, train, test, batch=64, **values):
 
 
 def test_result_is_that_of_the_protocol_with_scikit_learn():
-    train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+    train, test = (run_data.open_split(tiny_config(), which, None) for which in ("train", "test"))
     model, params, mesh = _model()
     result = _evaluate(model, params, mesh, train, test, shots=(1, 8))
     assert fewshot.evaluate.__kwdefaults__["shots"] == (1, 5, 10, 25)
@@ -240,7 +240,9 @@ def test_only_drawn_images_are_read_and_small_classes_give_all(tmp_path):
     for number in range(3, 12):
         (tmp_path / "train" / "cow" / f"{number:02}.png").unlink()
     pipeline.forget_listings()
-    splits = [run.open_split(_folder_config(tmp_path), each, None) for each in ("train", "test")]
+    splits = [
+        run_data.open_split(_folder_config(tmp_path), each, None) for each in ("train", "test")
+    ]
     labels = splits[0].labels()
     assert np.bincount(labels).tolist() == [12, 12, 3]
     drawn = np.concatenate([np.concatenate(fewshot.draw(labels, 3, 5, seed)) for seed in range(2)])
@@ -258,7 +260,7 @@ def test_only_drawn_images_are_read_and_small_classes_give_all(tmp_path):
 
 
 def test_one_draw_has_no_deviation_and_a_signal_ends_it():
-    train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+    train, test = (run_data.open_split(tiny_config(), which, None) for which in ("train", "test"))
     tiny = _model()
     one = _evaluate(*tiny, train, test, shots=(1,), seeds=1).results[0]
     assert one.std is None and len(one.accuracies) == 1 and one.interval[0] < one.mean
@@ -272,7 +274,7 @@ def test_one_draw_has_no_deviation_and_a_signal_ends_it():
 
 def test_mistakes_get_one_line(tmp_path):
     tiny = _model()
-    train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+    train, test = (run_data.open_split(tiny_config(), which, None) for which in ("train", "test"))
     cases = {
         "10.*10": (
             train,
@@ -308,6 +310,7 @@ import jax, numpy as np
 from helpers import tiny_config
 from mixer.training import losses, program, state as train_state
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.parallel import sharding
 from mixer.evaluation import classification, fewshot
 from mixer.training.step import make_predict
@@ -322,7 +325,7 @@ if len(sys.argv) > 1:
 config = tiny_config(model__num_blocks=1)
 config.model.num_classes = 10
 model = program.build_model(config)
-train, test = (run.open_split(config, which, None) for which in ("train", "test"))
+train, test = (run_data.open_split(config, which, None) for which in ("train", "test"))
 test = test.select(np.arange(201))
 results = []
 for count in counts:

@@ -19,6 +19,7 @@ from mixer.data.sources import stored as sources
 from mixer.errors import UserError, printable
 from mixer.evaluation import suites
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.tools import prepare
 from mixer.tools.predict import prediction
 
@@ -136,7 +137,7 @@ def test_nested_images_are_read_and_told(data, tmp_path, checked):
     (data / "train" / "cow").mkdir()
     (tmp_path / "all_nested").rename(data / "train" / "cow" / "2020")
     config = config_of(data)
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     labels = read_all(splits.train)
     assert len(labels) == 12 and all(name.split("/")[1] == label for name, label in labels.items())
     assert {"train/bee/more/yet/1.jpg.png", "train/cow/2020/3.png"} < labels.keys()
@@ -150,14 +151,14 @@ def test_cut_and_fingerprint_are_those_of_older_code(data):
     """The order is by a hash of the names; images that are added move no other one."""
     files = [f"train/{name}/{i}.png" for name in CLASSES for i in range(4)]
     files.sort(key=lambda file: hashlib.blake2b(file.encode(), digest_size=16).digest())
-    split = run.open_split(config_of(data, train_split="train[:50%]"), "train", None)
+    split = run_data.open_split(config_of(data, train_split="train[:50%]"), "train", None)
     assert [split.example_id(place) for place in range(6)] == files[:6]
     rows = "".join(f"{file}\0{CLASSES.index(file.split('/')[1])}\n" for file in files[:6])
     assert split.fingerprint == hashlib.blake2b(rows.encode(), digest_size=16).hexdigest()
 
 
 def record_of(splits):
-    return json.loads(json.dumps(run.data_record(splits, 1)))
+    return json.loads(json.dumps(run_data.data_record(splits, 1)))
 
 
 def older(record):
@@ -170,12 +171,14 @@ def older(record):
 
 def test_runs_of_older_code_go_on_with_the_images_they_had(data):
     config = config_of(data)
-    before = record_of(run.open_splits(config, None))
-    run.check_same_data("run", older(before), run.open_splits(config, None, older(before)).train)
+    before = record_of(run_data.open_splits(config, None))
+    run_data.check_same_data(
+        "run", older(before), run_data.open_splits(config, None, older(before)).train
+    )
     (data / "train" / "bee" / "more").mkdir()
     shutil.copy(data / "train" / "bee" / "0.png", data / "train" / "bee" / "more" / "9.png")
-    splits = run.open_splits(config, CLASSES, older(before))
-    run.check_same_data("run", older(before), splits.train)
+    splits = run_data.open_splits(config, CLASSES, older(before))
+    run_data.check_same_data("run", older(before), splits.train)
     assert splits.train.num_examples == 12
     assert (
         "1 images in subfolders of a class folder, such as train/bee/more/9.png, are left out"
@@ -183,12 +186,12 @@ def test_runs_of_older_code_go_on_with_the_images_they_had(data):
     )
     upgraded = record_of(splits)  # with sizes, and still without the nested image
     assert upgraded["splits"]["train"]["files"]["num_files"] == 12
-    again = run.open_splits(config, CLASSES, upgraded)
-    run.check_same_data("run", upgraded, again.train)
+    again = run_data.open_splits(config, CLASSES, upgraded)
+    run_data.check_same_data("run", upgraded, again.train)
     assert again.train.num_examples == 12
     # A run of this code has seen that there was none.
     with pytest.raises(UserError, match=r"12 examples, now .* with 13 "):
-        run.check_same_data("run", before, run.open_splits(config, CLASSES, before).train)
+        run_data.check_same_data("run", before, run_data.open_splits(config, CLASSES, before).train)
 
 
 # H7: changed files.
@@ -211,7 +214,7 @@ def stored(request, data):
 
 
 def test_replaced_images_are_named(stored, data):
-    record = record_of(run.open_splits(stored, None))
+    record = record_of(run_data.open_splits(stored, None))
     total = sum(file.stat().st_size for file in data.glob("train/*/*.png"))
     assert record["splits"]["train"]["files"]["num_bytes"] == total
     file = data / "train" / "bee" / "2.png"
@@ -219,21 +222,23 @@ def test_replaced_images_are_named(stored, data):
     Image.new("RGB", (8, 8)).save(file)
     now = total - old + file.stat().st_size
     with pytest.raises(UserError) as caught:
-        run.check_same_data("run", record, run.open_splits(stored, None, record).train)
+        run_data.check_same_data("run", record, run_data.open_splits(stored, None, record).train)
     message = one_line(caught)
     assert f"{total:,} bytes" in message and f"{now:,}" in message
     assert "train/bee/2.png" in message
     assert ("class 'bee' had 4" in message) == ("class_bytes" in record["splits"]["train"]["files"])
-    test = run.open_splits(stored, None, record).test
-    assert not run.data_change(record["splits"]["test"], test)
+    test = run_data.open_splits(stored, None, record).test
+    assert not run_data.describe_change(record["splits"]["test"], test)
     # As many files and bytes, in another order: no file is blamed that has not changed.
     file.write_bytes(bytes(old))
-    record = record_of(run.open_splits(stored, None))
+    record = record_of(run_data.open_splits(stored, None))
     other = data / "train" / "bee" / "1.png"
     sizes = file.stat().st_size, other.stat().st_size
     file.write_bytes(bytes(sizes[1] + 3))
     other.write_bytes(bytes(sizes[0] - 3))
-    change = run.data_change(record["splits"]["train"], run.open_splits(stored, None, record).train)
+    change = run_data.describe_change(
+        record["splits"]["train"], run_data.open_splits(stored, None, record).train
+    )
     assert "other sizes" in change and "last changed file" not in change
 
 
@@ -241,22 +246,22 @@ def test_sizes_are_those_of_the_examples_that_are_read(stored, data, tmp_path):
     exclude = tmp_path / "exclude.jsonl"
     exclude.write_text('{"example": "train/cow/1.png"}\n')
     stored.dataset.exclude = str(exclude)
-    record = record_of(run.open_splits(stored, None))
+    record = record_of(run_data.open_splits(stored, None))
     (data / "train" / "cow" / "1.png").write_bytes(b"repaired")
-    run.check_same_data("run", record, run.open_splits(stored, None, record).train)
+    run_data.check_same_data("run", record, run_data.open_splits(stored, None, record).train)
 
 
 def test_replaced_records_of_a_tfds_set_are_named(tfds_dir, tmp_path):
     copied = shutil.copytree(tfds_dir, tmp_path / "tfds")
     config = tiny_config(copied)
-    record = record_of(run.open_splits(config, None))
-    run.check_same_data("run", record, run.open_splits(config, None, record).train)
+    record = record_of(run_data.open_splits(config, None))
+    run_data.check_same_data("run", record, run_data.open_splits(config, None, record).train)
     file = next(copied.rglob("digits-train.tfrecord*"))
     file.write_bytes(file.read_bytes() + file.read_bytes())
     with pytest.raises(
         UserError, match=r"bytes, now .* the last changed file is .*/digits-train.tfrecord"
     ):
-        run.check_same_data("run", record, run.open_splits(config, None, record).train)
+        run_data.check_same_data("run", record, run_data.open_splits(config, None, record).train)
 
 
 # H8: what is not a regular file is never opened.
@@ -281,16 +286,16 @@ def test_irregular_files_are_refused_and_can_be_left_out(irregular, data, tmp_pa
     with pytest.raises(
         UserError, match=r"2 images .* train/(bee/pipe.jpg|ant/s.png): a "
     ) as caught:
-        run.open_splits(config, None)
+        run_data.open_splits(config, None)
     refused = one_line(caught)
     with pytest.raises(UserError, match=r"test/cow/zero.jpg: a device"):
-        run.open_split(config, "test", None)
+        run_data.open_split(config, "test", None)
     _, listed = checked(config)
     assert listed.keys() == irregular.keys()
     assert all(irregular[name] in reason for name, reason in listed.items())
     assert any(f"{name}: {reason}" in refused for name, reason in listed.items())
     config.dataset.exclude = str(tmp_path / "list.jsonl")
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     assert len(read_all(splits.train)) == 12 and not splits.remarks
 
 
@@ -300,7 +305,7 @@ def test_irregular_files_of_a_label_file_are_refused(irregular, data, tmp_path, 
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = config_of(data, label_file=str(path), test_split="")
     with pytest.raises(UserError, match=r"3 images .*: a (device|named pipe|socket)"):
-        run.open_split(config, "train", None)
+        run_data.open_split(config, "train", None)
     _, listed = checked(config)
     assert listed.keys() == {*irregular, "no.png"}
 
@@ -329,7 +334,7 @@ def test_lists_are_regular_files(kind, data, tmp_path):
         path.symlink_to("/dev/zero")
     for key in ("label_file", "exclude"):
         with pytest.raises(UserError, match=rf"dataset\.{key}=.*list cannot be read: a .*{kind}"):
-            run.open_split(config_of(data, **{key: str(path)}), "train", None)
+            run_data.open_split(config_of(data, **{key: str(path)}), "train", None)
     with pytest.raises(UserError, match=rf"@.*list: the list cannot be read: a .*{kind}"):
         prediction.list_images([f"@{path}"])
 
@@ -349,17 +354,17 @@ def test_names_that_are_not_utf8(data, tmp_path, checked):
     bad = r"train/k\xfche/bad\xe9.png"
     assert list(listed) == [bad]
     with pytest.raises(UserError) as caught:
-        read_all(run.open_split(config, "train", None))
+        read_all(run_data.open_split(config, "train", None))
     assert f"{bad}: {listed[bad]}" in one_line(caught)
     config.dataset.exclude = str(tmp_path / "list.jsonl")
-    labels = read_all(run.open_split(config, "train", None))
+    labels = read_all(run_data.open_split(config, "train", None))
     assert labels[r"train/bee/caf\xe9.png"] == "bee" and len(labels) == 12
     assert r"k\xfche" in labels.values()
     # Also as Python writes such names, which is what a user's own script puts into a list.
     (tmp_path / "list.jsonl").write_text(
         json.dumps({"example": os.fsdecode(b"train/bee/caf\xe9.png")})
     )
-    assert run.open_split(config, "train", None).num_examples == 12
+    assert run_data.open_split(config, "train", None).num_examples == 12
     images = prediction.list_images([str(data / "train" / "bee")])
     read = prediction.make_reader("decode", (8, 8))
     assert (
@@ -372,14 +377,14 @@ def test_label_files_with_names_that_are_not_utf8(data, tmp_path):
     path = tmp_path / "labels.jsonl"
     lines = [{"path": "train/bee/\udce9.png", "labels": "be\udce9"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    split = run.open_split(config_of(data, label_file=str(path)), "train", None)
+    split = run_data.open_split(config_of(data, label_file=str(path)), "train", None)
     assert read_all(split) == {r"train/bee/\xe9.png": "be\udce9"}
 
 
 def test_a_message_is_one_line_whatever_the_name(data):
     os.rename(data / "train" / "bee" / "0.png", data / "train" / "bee" / "a\n\x1b[31m.tif")
     with pytest.raises(UserError, match=r"a\\n\\x1b\[31m\.tif: TensorFlow cannot decode") as caught:
-        run.open_split(config_of(data), "train", None)
+        run_data.open_split(config_of(data), "train", None)
     one_line(caught)
     assert printable("a\udce9\u2028é\t") == r"a\udce9\u2028é\t"
 
@@ -436,7 +441,7 @@ def test_classes_are_compared_with_the_training_split(data, tmp_path, checked):
         '{"example": "train/cow/77.png"}\n{"example": "test/bees/0.png"}'
     )
     config = config_of(data, exclude=str(tmp_path / "list"))
-    remarks = run.open_splits(config, None).remarks
+    remarks = run_data.open_splits(config, None).remarks
     assert len(remarks) == 3
     assert "3 of 6 classes have no training image" in remarks[0] and "bees" in remarks[0]
     assert r"'Cow ' and 'cow', 'a\u0308nt' and '\xe4nt'" in remarks[1]
@@ -452,7 +457,7 @@ def test_label_files_get_the_same_lines(data, tmp_path):
     (tmp_path / "list").write_text('{"example": "c.png"}\n{"example": "b.png"}')
     config = config_of(data, label_file=str(tmp_path / "labels"), test_split="")
     config.dataset.exclude = str(tmp_path / "list")
-    remarks = run.open_splits(config, None).remarks
+    remarks = run_data.open_splits(config, None).remarks
     assert ["'cat '" in line or "cat " in line for line in remarks] == [True, True, False]
     assert "1 of 3 classes" in remarks[0] and "'Cat' and 'cat' and 'cat '" in remarks[1]
     assert "c.png" in remarks[2]
@@ -460,22 +465,22 @@ def test_label_files_get_the_same_lines(data, tmp_path):
         line["labels"] = ["cat", "cat "]
     (tmp_path / "labels").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
     config.loss = "sigmoid"
-    assert len(run.open_splits(config, None).remarks) == 2  # alike, and the list
+    assert len(run_data.open_splits(config, None).remarks) == 2  # alike, and the list
 
 
 def test_one_class_and_records_that_match_nothing_are_told(data, tfds_dir, tmp_path):
     for split in ("train", "test"):
         shutil.rmtree(data / split / "bee")
         shutil.rmtree(data / split / "cow")
-    (line,) = run.open_splits(config_of(data), None).remarks
+    (line,) = run_data.open_splits(config_of(data), None).remarks
     assert "one class, ant" in line
     names = ["digits-test.tfrecord-00000-of-00001:0", "digits-test.tfrecord-00000-of-00001:360"]
     path = tmp_path / "list.jsonl"
     path.write_text("".join(json.dumps({"example": name}) + "\n" for name in names))
-    (line,) = run.open_splits(tiny_config(tfds_dir, dataset__exclude=str(path)), None).remarks
+    (line,) = run_data.open_splits(tiny_config(tfds_dir, dataset__exclude=str(path)), None).remarks
     assert "1 names" in line and names[1] in line and names[0] not in line
     with pytest.raises(UserError, match=r"dataset.exclude='x' is for stored images"):
-        run.open_split(tiny_config(dataset__exclude="x"), "train", None)
+        run_data.open_split(tiny_config(dataset__exclude="x"), "train", None)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +506,8 @@ def test_splits_may_have_any_name(data):
         ("all", 18),
     ):
         assert (
-            run.open_split(config_of(data, train_split=spec), "train", None).num_examples == count
+            run_data.open_split(config_of(data, train_split=spec), "train", None).num_examples
+            == count
         )
 
 
@@ -524,7 +530,7 @@ def test_splits_may_have_any_name(data):
 )
 def test_specs_that_name_no_split_get_one_line(data, spec):
     with pytest.raises(UserError, match=r"split|empty") as caught:
-        run.open_split(config_of(data, train_split=spec), "train", None)
+        run_data.open_split(config_of(data, train_split=spec), "train", None)
     one_line(caught)
 
 
@@ -532,9 +538,9 @@ def test_a_split_called_all_is_not_all_splits(data):
     (data / "test").rename(data / "all")
     for spec in ("all", "train+all", "all[:1]"):
         with pytest.raises(UserError, match=r"`all` means all complete splits") as caught:
-            run.open_split(config_of(data, train_split=spec), "train", None)
+            run_data.open_split(config_of(data, train_split=spec), "train", None)
         one_line(caught)
-    assert run.open_split(config_of(data), "train", None).num_examples == 12
+    assert run_data.open_split(config_of(data), "train", None).num_examples == 12
 
 
 # F15, and ImageNet's folders.
@@ -583,7 +589,7 @@ def test_addresses_that_are_not_read_get_one_line(path, hint, tfds_dir):
         if config.dataset.name == "digits" and len(path) > 1000:
             continue
         with pytest.raises(UserError, match=hint) as caught:
-            run.open_split(config, "train", None)
+            run_data.open_split(config, "train", None)
         one_line(caught)
         assert "data_dir=" in str(caught.value)
 
@@ -637,7 +643,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 def test_check_says_what_training_would(data, tmp_path, values, message, checked):
     config = config_of(data, **values)
     with pytest.raises(UserError, match=message) as caught:
-        run.open_splits(config, None)
+        run_data.open_splits(config, None)
     with pytest.raises(UserError) as again:
         checked(config)
     assert str(again.value) == str(caught.value)
@@ -677,9 +683,9 @@ def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
     # Whoever reads a run's own data reads what the run has read.
     record = json.loads((workdir / "data.json").read_text())["splits"]
     own, names = run.read_run(workdir)
-    split = run.open_own_split(own, "train", names, record)
+    split = run_data.open_own_split(own, "train", names, record)
     assert split.num_examples == record["train"]["num_examples"]
-    assert run.open_split(own, "train", names).num_examples > split.num_examples
+    assert run_data.open_split(own, "train", names).num_examples > split.num_examples
     Image.new("RGB", (8, 8)).save(data / "test" / "bee" / "0.png")
     trainer.train(config, str(workdir))
     said = capsys.readouterr().out
@@ -689,7 +695,7 @@ def test_a_run_of_older_code_continues_and_is_evaluated(data, tmp_path, capsys):
 def test_a_file_that_vanished_is_named_whatever_its_bytes(data):
     file = os.fsencode(data) + b"/train/bee/caf\xe9.png"
     os.rename(os.fsencode(data) + b"/train/bee/0.png", file)
-    split = run.open_split(config_of(data), "train", None)
+    split = run_data.open_split(config_of(data), "train", None)
     os.unlink(file)
     with pytest.raises(UserError, match=r"cannot use train/bee/caf\\xe9\.png") as caught:
         read_all(split)

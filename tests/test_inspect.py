@@ -22,7 +22,8 @@ from helpers import GOLDENS, golden_params, run_program, run_python, tiny_config
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.runs import config as run
-from mixer.runs import curves
+from mixer.runs import curves, directory
+from mixer.runs import data as run_data
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import page, pictures
 from mixer.training import program
@@ -330,11 +331,11 @@ def workdir(tmp_path_factory):
     )
     workdir = root / "run <b>&"
     workdir.mkdir()
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     config.model.num_classes = 3
     run.resolve_model(config, None, None)
     run.write_json(workdir / "config.json", config.to_dict())
-    run.write_json(workdir / "data.json", run.data_record(splits, 1))
+    run.write_json(workdir / "data.json", run_data.data_record(splits, 1))
     model = program.build_model(config)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3))
@@ -344,9 +345,9 @@ def workdir(tmp_path_factory):
     lines = "".join(json.dumps(row) + "\n" for row in _rows(3))
     (workdir / "metrics.jsonl").write_text(lines)
     old = {"count": 50, "top1": 0.5, "top5": 1.0, "loss": 1.0}  # as it was without intervals
-    run.record_result(workdir, "last", {"step": 3}, "val", old)
+    directory.record_result(workdir, "last", {"step": 3}, "val", old)
     new = {**old, "top1": 0.6, "top1_interval": [0.46, 0.72]}
-    run.record_result(workdir, "last", {"step": 3}, "test", new)
+    directory.record_result(workdir, "last", {"step": 3}, "test", new)
     return workdir
 
 

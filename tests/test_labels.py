@@ -22,7 +22,7 @@ from mixer.data.stored_split import make_split
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.parallel import sharding
-from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.training import losses
 
 LINES = [
@@ -76,7 +76,7 @@ def _labels_by_image(batch):
 
 def test_labels_and_weights_reach_the_batches(tmp_path):
     config = _config(tmp_path, LINES)
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     assert splits.train.class_names == splits.test.class_names == NAMES
     assert splits.train.multi_label and splits.train.num_examples == 4
     for split, most, images in ((splits.train, 2, (0, 1, 2, 4)), (splits.test, 3, (3,))):
@@ -98,7 +98,7 @@ def test_labels_and_weights_reach_the_batches(tmp_path):
 
 def test_labels_become_the_rows_of_the_loss(tmp_path):
     config = _config(tmp_path, LINES, dataset__val_split="train")
-    split = run.open_split(config, "val", None)
+    split = run_data.open_split(config, "val", None)
     batch = next(split.sequential_batches(start=0, stop=4, batch_size=4))
     rows = losses.dense_labels({k: jnp.asarray(v) for k, v in batch.items()}, len(NAMES))
     for number, row in zip(batch["image"][:, 0, 0, 0] // 10, rows, strict=True):
@@ -107,7 +107,7 @@ def test_labels_become_the_rows_of_the_loss(tmp_path):
             wanted[label] = weight
         np.testing.assert_array_equal(row, wanted)
     config.dataset.eval_preprocess = "decode|one_hot(6)"
-    split = run.open_split(config, "val", None)
+    split = run_data.open_split(config, "val", None)
     assert split.multi_label and split.example_spec["label"] == ((6,), "float32")
     dense = next(split.sequential_batches(start=0, stop=4, batch_size=4))
     assert dense.keys() == {"image", "label"}
@@ -117,7 +117,7 @@ def test_labels_become_the_rows_of_the_loss(tmp_path):
 def test_one_label_an_image_is_plain_classification(tmp_path):
     lines = [{"path": line["path"], "labels": [i % 3]} for i, line in enumerate(LINES)]
     lines[0]["labels"] = 0
-    split = run.open_split(_config(tmp_path, lines), "train", None)
+    split = run_data.open_split(_config(tmp_path, lines), "train", None)
     assert split.class_names == ("0", "1", "2") and not split.multi_label
     batch = next(split.sequential_batches(start=0, stop=5, batch_size=5))
     assert batch.keys() == {"image", "label"} and batch["label"].dtype == np.int32
@@ -127,20 +127,20 @@ def test_one_label_an_image_is_plain_classification(tmp_path):
 def test_numbers_take_the_class_count_of_the_model(tmp_path):
     lines = [{"path": line["path"], "labels": [7]} for line in LINES]
     config = _config(tmp_path, lines, model__num_classes=18291)
-    assert len(run.open_split(config, "train", None).class_names) == 18291
+    assert len(run_data.open_split(config, "train", None).class_names) == 18291
     config.model.num_classes = 7
     with pytest.raises(UserError, match=r"labels\.jsonl, line 1.*\b7\b"):
-        run.open_split(config, "train", None)
+        run_data.open_split(config, "train", None)
 
 
 def test_labels_are_numbered_as_the_run_numbers_them(tmp_path):
     config = _config(tmp_path, LINES, dataset__test_split="test")
     names = ("bee", *NAMES[::-1])
-    split = run.open_split(config, "test", names)
+    split = run_data.open_split(config, "test", names)
     batch = next(split.sequential_batches(start=0, stop=1, batch_size=1))
     assert sorted(names[i] for i in batch["label"][0]) == ["animal", "eel", "fish"]
     with pytest.raises(UserError, match=r"line 4.*'eel'.*cat, animal"):
-        run.open_split(config, "test", ("cat", "animal"))
+        run_data.open_split(config, "test", ("cat", "animal"))
 
 
 def test_order_and_fingerprint_are_of_the_content(tmp_path):
@@ -162,14 +162,14 @@ def test_images_of_a_label_file_can_be_excluded(tmp_path):
     exclude = tmp_path / "exclude.jsonl"
     exclude.write_text('{"example": "b/2.png"}\n')
     config = _config(tmp_path, LINES, dataset__exclude=str(exclude))
-    split = run.open_split(config, "train", None)
+    split = run_data.open_split(config, "train", None)
     batch = next(split.sequential_batches(start=0, stop=3, batch_size=3))
     assert _labels_by_image(batch) == {i: WANTED[i] for i in (0, 1, 4)}
 
 
 def test_missing_image_is_named(tmp_path):
     config = _config(tmp_path, [{"path": "nowhere.png", "labels": "cat"}])
-    split = run.open_split(config, "train", None)
+    split = run_data.open_split(config, "train", None)
     with pytest.raises(UserError, match=r"nowhere\.png"):
         next(split.sequential_batches(start=0, stop=1, batch_size=1))
 
@@ -223,7 +223,7 @@ def test_other_mistakes_with_label_files_get_one_line(tmp_path):
         wrong = config.copy_and_resolve_references()
         wrong.dataset.update(values)
         with pytest.raises(UserError, match=message):
-            run.open_split(wrong, "train", None)
+            run_data.open_split(wrong, "train", None)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('\n{"path": "a/0.png", "labels": []}\n')
     with pytest.raises(UserError, match=r"empty\.jsonl"):
@@ -499,7 +499,7 @@ def test_the_three_forms_of_a_label_count_alike():
 def test_images_without_labels_are_left_out_of_the_accuracy(tmp_path):
     """Over a whole split: the guess is always class 0, "animal"."""
     config = _config(tmp_path, LINES)
-    split = run.open_split(config, "train", None)
+    split = run_data.open_split(config, "train", None)
     step = classification.make_eval_step(
         lambda params, image: jnp.tile(params, (len(image), 1)), losses.sigmoid, len(NAMES)
     )
@@ -519,7 +519,7 @@ def test_softmax_on_several_labels_is_refused(tmp_path):
     config = _config(tmp_path, LINES)
     config.loss = "softmax"
     with pytest.raises(UserError, match="loss=sigmoid"):
-        run.open_split(config, "train", None)
+        run_data.open_split(config, "train", None)
 
 
 def test_one_hot_of_other_classes_is_refused(tmp_path):
@@ -528,7 +528,7 @@ def test_one_hot_of_other_classes_is_refused(tmp_path):
     spec = config.dataset.train_preprocess
     config.dataset.train_preprocess = f"{spec}|one_hot(5)"
     with pytest.raises(UserError, match=r"one_hot.*\b5\b.*\b3\b"):
-        run.open_split(config, "train", None, augment=True)
+        run_data.open_split(config, "train", None, augment=True)
     config.dataset.train_preprocess = f"{spec}|one_hot(3)"
-    split = run.open_split(config, "train", None, augment=True)
+    split = run_data.open_split(config, "train", None, augment=True)
     assert split.example_spec["label"] == ((3,), "float32")

@@ -21,7 +21,7 @@ from mixer.evaluation import linear_probe, logistic, omnibenchmark
 from mixer.evaluation.evaluator import Setup
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
-from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.training import losses
 from mixer.training import state as train_state
 
@@ -132,7 +132,7 @@ def _setup(model, mesh):
 def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
     model, params, mesh = tiny
     config = tiny_config()
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     probe = linear_probe.open_evaluator(config, splits, _setup(model, mesh))
     assert [step for step in range(1, 13) if probe.is_due(step)] == [5, 10, 12]
     (result,) = probe.run(params, None, lambda: False)
@@ -163,7 +163,9 @@ def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
 def test_average_has_a_result_of_its_own(tiny):
     model, params, mesh = tiny
     config = tiny_config()
-    probe = linear_probe.open_evaluator(config, run.open_splits(config, None), _setup(model, mesh))
+    probe = linear_probe.open_evaluator(
+        config, run_data.open_splits(config, None), _setup(model, mesh)
+    )
     average = jax.tree.map(lambda leaf: leaf * 0.5, params)
     one, other = probe.run(params, average, lambda: False)
     assert (other.weights, other.name) == ("ema", "synthetic_ema")
@@ -182,7 +184,7 @@ def test_run_records_the_probe_at_its_validations(tmp_path, tfds_dir):
 
 
 def test_splits_that_do_not_fit_get_one_line():
-    train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+    train, test = (run_data.open_split(tiny_config(), which, None) for which in ("train", "test"))
     few = train.select(np.unique(train.labels(), return_index=True)[1])
     other = dataclasses.replace(test, class_names=tuple("abcdefghij"))
     for message, splits in {
@@ -202,7 +204,7 @@ def test_splits_that_do_not_fit_get_one_line():
 
 
 def test_held_out_images_are_a_tenth_of_each_class():
-    train = run.open_split(tiny_config(), "train", None)
+    train = run_data.open_split(tiny_config(), "train", None)
     fitted, held_out = linear_probe.hold_out(train)
     counts = np.bincount(train.labels(), minlength=10)
     np.testing.assert_array_equal(np.bincount(held_out.labels(), minlength=10), counts // 10)
@@ -225,6 +227,7 @@ from mixer.evaluation import linear_probe, logistic
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.training import state as train_state
 
 counts = (1, 8)
@@ -235,7 +238,7 @@ if len(sys.argv) > 1:
     counts = (2,)
 model = MlpMixer(patch_size=2, hidden_dim=16, num_blocks=1, tokens_mlp_dim=8,
     channels_mlp_dim=24, num_classes=10)
-train, test = (run.open_split(tiny_config(), which, None) for which in ("train", "test"))
+train, test = (run_data.open_split(tiny_config(), which, None) for which in ("train", "test"))
 splits = linear_probe.assign(train, None, test.select(np.arange(201)))
 logistic.CHUNK_VALUES = 6400
 results = []

@@ -18,6 +18,7 @@ from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.tools.predict import prediction
 from mixer.training import program
 from mixer.training.losses import make_loss
@@ -168,7 +169,7 @@ def test_config_of_the_run_says_the_steps_and_the_same_command_continues_it(trai
 def test_evaluation_predict_and_converted_weights_see_the_same(trained, tmp_path, tfds_dir):
     path, _ = trained
     # The test images as files, and what the evaluation guesses.
-    plain = run.open_split(tiny_config(tfds_dir), "test", None)
+    plain = run_data.open_split(tiny_config(tfds_dir), "test", None)
     files = []
     for number, pixels in enumerate(
         next(plain.sequential_batches(start=0, stop=48, batch_size=48))["image"]
@@ -181,7 +182,7 @@ def test_evaluation_predict_and_converted_weights_see_the_same(trained, tmp_path
     result = classification.evaluate(
         classification.make_eval_step(make_predict(loaded.model, mesh), make_loss("softmax"), 10),
         loaded.params,
-        run.open_split(saved, "test", class_names),
+        run_data.open_split(saved, "test", class_names),
         global_batch_size=64,
         mesh=mesh,
         prefetch_batches=2,
@@ -248,7 +249,7 @@ def test_patch_order_leaves_the_curve_as_it_is(tfds_dir, name, lr):
         permuted = config.copy_and_resolve_references()
         permuted.dataset.permutation = kind
         run.resolve_permutation(permuted)
-        split = run.open_split(permuted, "train", None, augment=True)
+        split = run_data.open_split(permuted, "train", None, augment=True)
         batches = split.train_batches(0, Reading(seed=0, global_batch_size=32))
         values = []
         for _ in range(10):

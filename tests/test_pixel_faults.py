@@ -18,7 +18,7 @@ from mixer.data.preprocessing import images, ops
 from mixer.data.preprocessing import spec as steps
 from mixer.data.preprocessing.decoding import decode
 from mixer.errors import UserError, first_line
-from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.tools.predict import prediction
 
 KEY = tf.constant([1, 2], tf.int64)
@@ -269,7 +269,7 @@ def test_a_mistake_in_either_list_of_steps_is_found_before_data_is_read(monkeypa
         config.dataset.update(train_preprocess="decode|resize(8)", eval_preprocess="decode")
         config.dataset[key] = "decode|resize_small(0)|central_crop(8)"
         with pytest.raises(UserError, match=r"resize_small: size=0"):
-            run.open_splits(config, None)
+            run_data.open_splits(config, None)
 
 
 def test_the_command_names_the_argument(tmp_path):

@@ -22,6 +22,7 @@ from mixer.errors import UserError
 from mixer.parallel import sharding
 from mixer.parallel.signals import Stopped
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.runs.record import read_metrics
 from mixer.training import updates as stepping
 
@@ -85,7 +86,7 @@ def test_images_of_any_size_are_no_batch_for_the_device(tfds_dir, tmp_path):
 
 
 def _read(config, mode="on", num_drawn=10**6):
-    split = run.open_split(config, "train", None, augment=True)
+    split = run_data.open_split(config, "train", None, augment=True)
     return resident.read(split, mode=mode, num_drawn=num_drawn), split
 
 
@@ -95,7 +96,7 @@ def test_arrays_are_the_examples_in_order(tfds_dir, tmp_path):
     config.dataset.train_preprocess = f"{STEPS}|one_hot(10)|value_range(0, 1)"
     examples, _ = _read(config)
     config.dataset.train_preprocess = "decode|one_hot(10)"
-    split = run.open_split(config, "train", None, augment=True)
+    split = run_data.open_split(config, "train", None, augment=True)
     (whole,) = split.sequential_batches(start=0, stop=198, batch_size=198)
     assert examples.arrays.keys() == {"image", "label", "number"}
     for name in ("image", "label"):
@@ -134,7 +135,7 @@ def test_several_labels_are_kept_with_their_weights(tmp_path):
 
 def test_places_and_epochs_are_the_streams_order():
     config = tiny_config()
-    split = run.open_split(config, "train", None)
+    split = run_data.open_split(config, "train", None)
     mesh = sharding.make_mesh({})
     spec = resident.order_spec(5, 700, mesh)
     order = resident.put_order(2, 3, seed=4, num_examples=2048, spec=spec)
@@ -256,7 +257,7 @@ def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
 def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
     read = []
 
-    split = run.open_split(tiny_config(tfds_dir), "val", None)
+    split = run_data.open_split(tiny_config(tfds_dir), "val", None)
     remembered = resident.remember(split)
     from_storage = type(split).read
 

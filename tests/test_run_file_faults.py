@@ -19,14 +19,15 @@ from rich.console import Console
 
 from configs import common
 from helpers import run_program, tiny_config
-from mixer import console, files, formatting, run_files, trainer
+from mixer import files, formatting, run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import report, sweeps
 from mixer.evaluation.subject import open_subject
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.runs import record as metrics
-from mixer.runs.best import best_so_far
+from mixer.runs.best import read_highest
+from mixer.runs.log import TrainLog
 from mixer.tools.inspect import page, pictures
 from mixer.tools.predict import prediction
 from mixer.training.state import TrainState
@@ -258,7 +259,7 @@ def test_schema_has_the_keys_of_the_configs_and_older_runs_are_completed(trained
     assert set(_leaves(run_files.CONFIG)) == set(_leaves(common.base().to_dict()))
     old = {key: value for key, value in written.items() if key not in ("mixup", "stall_secs")}
     del old["optimizer"]["ema_decay"], old["dataset"]["label_file"], old["mesh"]["fsdp"]
-    whole = run_files.completed(old)
+    whole = run_files.complete(old)
     assert whole["mixup"] == written["mixup"] and whole["stall_secs"] == 120
     assert whole["optimizer"]["ema_decay"] == 0.0 and whole["mesh"]["fsdp"] == 1
     assert "mixup" not in old  # a continued run is compared by what it was begun with
@@ -553,14 +554,14 @@ def test_a_record_or_checkpoints_that_went_away_are_an_error(tmp_path, then):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "checkpoints", "metrics.jsonl"])
 def test_a_run_whose_place_goes_away_ends(tmp_path, monkeypatch, name):
-    shown = console.Terminal.step
+    original = TrainLog.finish_step
 
-    def show(terminal, step):
-        if step == 2:
+    def finish_step(log, first, last, metrics):
+        if last == 2:
             (tmp_path / "run" / name).rename(tmp_path / "aside")
-        shown(terminal, step)
+        original(log, first, last, metrics)
 
-    monkeypatch.setattr(console.Terminal, "step", show)
+    monkeypatch.setattr(TrainLog, "finish_step", finish_step)
     with pytest.raises(UserError, match=f"{name} is gone"):
         trainer.train(_config(log_every_steps=1, checkpoint__every_steps=4), tmp_path / "run")
 
@@ -583,7 +584,7 @@ def test_a_run_without_its_config_or_data_is_refused(copy, name):
     with pytest.raises(UserError, match=f"not a run: it has no {name}"):
         run.read_run(copy)
     assert _files(copy) == before
-    config, data = run.read_saved(copy, allow_config_change=True)
+    config, data = run.read_saved(copy)
     assert (config is None) == (name == "config.json") and (data is None) == (name == "data.json")
 
 
@@ -594,18 +595,18 @@ def test_best_so_far_belongs_to_the_best_checkpoint(tmp_path, capsys):
     """A record that is cut or gone changes nothing; a run of older code has it in the record."""
     rows = [{"step": 1, "val/top1": 0.9}, {"step": 2, "val/top1": 0.5}, {"step": 3, "a": 1.0}]
     with checkpoint.Checkpoints(tmp_path / "best", keep_last=1) as best:
-        assert best_so_far(best, "val/top1", rows) == -1
+        assert read_highest(best, "val/top1", rows) == -1
         best.save(_state(2), value={"val/top1": 0.75})
         best.wait()
-        assert best_so_far(best, "val/top1", []) == 0.75
-        assert best_so_far(best, "val/top1", rows) == 0.75
+        assert read_highest(best, "val/top1", []) == 0.75
+        assert read_highest(best, "val/top1", rows) == 0.75
         info = tmp_path / "best/2/info/metadata"
         _edited("value", ...)(info)
-        assert best_so_far(best, "val/top1", rows) == 0.5
-        assert best_so_far(best, "val/top1", rows[:1]) == 0.9
-        assert best_so_far(best, "val/top1", []) == -1
+        assert read_highest(best, "val/top1", rows) == 0.5
+        assert read_highest(best, "val/top1", rows[:1]) == 0.9
+        assert read_highest(best, "val/top1", []) == -1
         info.write_text("[]")
-        assert best_so_far(best, "val/top1", rows) == -1
+        assert read_highest(best, "val/top1", rows) == -1
     assert "best/2 is damaged" in capsys.readouterr().out
 
 

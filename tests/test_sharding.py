@@ -14,6 +14,7 @@ import jax, numpy as np
 from helpers import tiny_config, leaves
 from mixer.data.order import Reading
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.parallel import sharding
 from mixer.training import program
 
@@ -26,7 +27,7 @@ if mixing:
     config.mixup.update(alpha=0.5, per_example=True, cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.update(sam_rho=0.05, ema_decay=0.5)
     config.label_smoothing = 0.1
-split = run.open_split(config, "train", None)
+split = run_data.open_split(config, "train", None)
 config.model.num_classes = len(split.class_names)
 first = None
 for axes, changes in [({"data": 1}, {}), *variants]:

@@ -348,15 +348,15 @@ def test_the_few_shot_sets_that_are_here_are_probed(imagenet, monkeypatch):
 )
 def test_published_figures_are_found(source, num_classes, name):
     variant = "L/16" if "L_16" in source or "L/16" in source else "B/16"
-    found = published.expected(source, variant=variant, num_classes=num_classes)
+    found = published.find_accuracies(source, variant=variant, num_classes=num_classes)
     assert (found and found[0]) == name
     if found:
         assert 0.7 < found[1]["imagenet_val"][0] < 0.9
 
 
 def test_published_figures_stand_beside_ours(imagenet, file, tmp_path, monkeypatch, capsys):
-    known = ("B/16-i1k", published.EXPECTED["B/16-i1k"])
-    monkeypatch.setattr(published, "expected", lambda source, **of: known)
+    known = ("B/16-i1k", published.ACCURACIES["B/16-i1k"])
+    monkeypatch.setattr(published, "find_accuracies", lambda source, **of: known)
     results, _ = _evaluate(file, tmp_path, suite=["imagenet"], data_dir=str(imagenet))
     assert results["imagenet_val"]["published"]["top1"] == 0.7644
     assert "published" not in results["imagenet_v2"]
@@ -366,7 +366,7 @@ def test_published_figures_stand_beside_ours(imagenet, file, tmp_path, monkeypat
 
 
 def test_every_published_figure_is_of_a_known_set():
-    for name, figures in published.EXPECTED.items():
+    for name, figures in published.ACCURACIES.items():
         assert name in published.CHECKPOINTS or name.startswith("mixer_")
         assert set(figures) <= set(suites.TASKS)
 

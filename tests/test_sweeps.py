@@ -16,7 +16,7 @@ from mixer.evaluation import classification, sweeps
 from mixer.evaluation.subject import open_subject
 from mixer.models.registry import ARCHITECTURES
 from mixer.parallel import sharding
-from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.training import losses
 from mixer.training.step import make_predict
 from mixer.weights import formats as weights
@@ -98,7 +98,7 @@ def _evaluated(path, config, preprocess, size=8, resize="grow"):
     return classification.evaluate(
         classification.make_eval_step(make_predict(loaded.model, mesh), loss_fn, 10),
         loaded.params,
-        run.open_split(config, "test", None),
+        run_data.open_split(config, "test", None),
         global_batch_size=64,
         mesh=mesh,
         prefetch_batches=2,

@@ -24,12 +24,13 @@ from helpers import (
     run_python,
     tiny_config,
 )
-from mixer import console, trainer
+from mixer import trainer
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.parallel import sharding
 from mixer.parallel.signals import Stopped
 from mixer.runs import record as metrics
+from mixer.runs.log import TrainLog
 from mixer.runs.record import read_metrics
 from mixer.training import updates as stepping
 
@@ -101,15 +102,15 @@ def test_metrics_of_every_log_step_are_recorded(finished_run):
 
 
 def _raise_at_step(monkeypatch, step, signum):
-    """Sends this process a signal when the loop shows step `step`."""
-    shown = console.Terminal.step
+    """Sends this process a signal when the loop logs step `step`."""
+    original = TrainLog.finish_step
 
-    def show(self, number):
-        if number == step:
+    def finish_step(self, first, last, metrics):
+        if last == step:
             os.kill(os.getpid(), signum)
-        shown(self, number)
+        original(self, first, last, metrics)
 
-    monkeypatch.setattr(console.Terminal, "step", show)
+    monkeypatch.setattr(TrainLog, "finish_step", finish_step)
 
 
 @pytest.mark.slow

@@ -16,9 +16,10 @@ import pytest
 
 from configs import finetune
 from helpers import GOLDENS, assert_close, final_state, run_python, tiny_config
-from mixer import console, trainer, transfer
+from mixer import trainer, transfer
 from mixer.errors import UserError
 from mixer.parallel import signals
+from mixer.runs.log import TrainLog
 
 WEIGHTS = str(GOLDENS / "mixer_tiny_official.npz")  # for images of 32 pixels, 7 classes, 3 blocks
 GROUPS = {"one": ("a", "b/x", "c"), "other": ("d", "e")}
@@ -160,15 +161,15 @@ def test_stopped_and_continued_is_the_same(done, tmp_path, monkeypatch):
     directory, result, *_ = done
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "b_x")
-    steps, shown = [], console.Terminal.step
+    steps, original = [], TrainLog.finish_step
 
-    def step(self, number):
-        steps.append(number)
-        if number == 3:
+    def finish_step(self, first, last, metrics):
+        steps.append(last)
+        if last == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        shown(self, number)
+        original(self, first, last, metrics)
 
-    monkeypatch.setattr(console.Terminal, "step", step)
+    monkeypatch.setattr(TrainLog, "finish_step", finish_step)
     with pytest.raises(signals.Stopped):
         transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert (tmp_path / "b_x" / "checkpoints" / "3").is_dir()

@@ -110,7 +110,7 @@ def test_every_layout_is_loaded_from_an_address(server, path):
     loaded = loading.read(server.url(f"a/{path.name}"), log=lines.append)
     assert_same_bits(loaded.params, loading.read(path, log=lines.append).params)
     assert loaded.card.source == server.url(f"a/{path.name}")
-    assert published.expected(loaded.card.source, variant=None, num_classes=7) is None
+    assert published.find_accuracies(loaded.card.source, variant=None, num_classes=7) is None
 
 
 def test_short_names_are_loaded_from_the_bucket(server, monkeypatch):
@@ -118,7 +118,7 @@ def test_short_names_are_loaded_from_the_bucket(server, monkeypatch):
     monkeypatch.setitem(VARIANTS, "T/8", card.dimensions)
     monkeypatch.setattr(published, "IMAGE_SIZE", 32)
     url = server.url("t/Mixer-T_8.npz")
-    released = published.Published(url, "mixer", "T/8", 7, "imagenet1k")
+    released = published.Published(url, "mixer", "T/8", 7)
     monkeypatch.setitem(published.CHECKPOINTS, "T/8-i1k", released)
     server.files = {"t/Mixer-T_8.npz": PUBLISHED.read_bytes()}
     _, params = mixer.load("T/8-i1k", log=lambda line: None)
@@ -282,7 +282,7 @@ def test_redirects_to_nonsense(server, location):
     server.files = {"x.npz": lambda handler: handler.answer(b"", code=302, Location=location)}
     refused(
         server.url("x.npz"),
-        r"x\.npz(: the server refused| redirects to .*not a web address| cannot be reached)",
+        r"x\.npz(: the server refused| redirects to .*not an HTTP URL| cannot be reached)",
     )
 
 
@@ -305,17 +305,17 @@ def test_redirects_are_followed_but_not_for_ever(server):
         ("1a://x/y.npz", "1a:// is not supported"),
         ("gs://", "no bucket"),
         ("gs:///x.npz", "no bucket"),
-        (f"http://[::1/x.npz?{SECRET}", r"http://\[::1/x.npz is not a web address"),
-        (f"https://me:{SECRET}@h/x.npz", "https://h/x.npz: expected an address without a user"),
-        (f"https://h:{SECRET}x/x.npz".replace(SECRET, "abc"), "is not a web address"),
-        ("http://h:99999/x.npz", "is not a web address"),
-        ("http:///x.npz", "is not a web address"),
-        ("http://", "is not a web address"),
-        ("https://é..x/y.npz", "is not a web address"),
+        (f"http://[::1/x.npz?{SECRET}", r"http://\[::1/x.npz is not an HTTP URL"),
+        (f"https://me:{SECRET}@h/x.npz", "https://h/x.npz: expected a URL without a user"),
+        (f"https://h:{SECRET}x/x.npz".replace(SECRET, "abc"), "is not an HTTP URL"),
+        ("http://h:99999/x.npz", "is not an HTTP URL"),
+        ("http:///x.npz", "is not an HTTP URL"),
+        ("http://", "is not an HTTP URL"),
+        ("https://é..x/y.npz", "is not an HTTP URL"),
         ("http://127.0.0.1:1/%00.npz", "the file's name"),
         ("http://127.0.0.1:1/" + "a" * 300 + ".npz", "the file's name"),
-        ("http://127.0.0.1:1/x.npz\nmore", "is not a web address"),
-        ("http://127.0.0.1:1/caf\udce9.npz", "is not a web address"),
+        ("http://127.0.0.1:1/x.npz\nmore", "is not an HTTP URL"),
+        ("http://127.0.0.1:1/caf\udce9.npz", "is not an HTTP URL"),
         ("HTTP://127.0.0.1:1/é x.npz?q=" + SECRET, "%C3%A9%20x.npz cannot be reached"),
         ("http://127.0.0.1:1/model.pth?" + SECRET, "model.pth is a pickled file"),
         ("hf://a/../b.npz", "expected hf://owner/name"),
@@ -388,8 +388,8 @@ def test_a_run_keeps_the_address_without_its_query():
     old = {"init_from": f"https://h/x.npz?token={SECRET}"}  # as older code saved it
     assert run.changes(old, {"init_from": "https://h/x.npz"}) == []
     assert run.changes(old, {"init_from": "https://h/y.npz"})
-    assert published.shown("gs://b/x?y") == "gs://b/x?y"
-    assert published.shown("odd?name.npz") == "odd?name.npz"
+    assert published.redact("gs://b/x?y") == "gs://b/x?y"
+    assert published.redact("odd?name.npz") == "odd?name.npz"
 
 
 # Files that claim more than they hold.

@@ -385,7 +385,7 @@ def write_predictions(path: Any, predictions: Predictions, split: Split) -> None
     columns = {field.name: getattr(predictions, field.name) for field in fields}
     buffer = io.BytesIO()  # np.savez seeks, and files of an object store cannot be rewritten
     np.savez(buffer, id=ids, class_names=np.array(split.class_names, np.str_), **columns)
-    with files.whole(path) as new:
+    with files.atomic_write(path) as new:
         new.write_bytes(buffer.getvalue())
 
 

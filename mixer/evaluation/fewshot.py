@@ -25,7 +25,7 @@ from mixer.evaluation import features as features_lib
 from mixer.evaluation import scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
 from mixer.evaluation.tables import Table
-from mixer.runs import config as run_config
+from mixer.runs import data as run_data
 
 BIAS = 100.0  # the constant feature; it is so large that its weight is hardly regularised
 MIN_DEVIATION = 1e-5  # added to the standard deviation of each feature
@@ -157,13 +157,13 @@ class FewShotEvaluator:
         return results
 
 
-def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> FewShotEvaluator:
+def open_evaluator(config: ConfigDict, splits: run_data.Splits, setup: Setup) -> FewShotEvaluator:
     """Opens the probe of a run with `eval_suite=fewshot`."""
     # Open the training split again, without augmentation.
-    train = run_config.open_split(
+    train = run_data.open_split(
         config, "train", splits.train.class_names, subfolders=splits.subfolders
     )
-    return FewShotEvaluator(run_config.data_name(config), train, splits.val, setup)
+    return FewShotEvaluator(run_data.data_name(config), train, splits.val, setup)
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import logistic, scores
 from mixer.evaluation.evaluator import Result, Setup, parameter_sets
-from mixer.runs import config as run_config
+from mixer.runs import data as run_data
 
 Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
 
@@ -274,18 +274,18 @@ class LinearProbe:
         return results
 
 
-def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> LinearProbe:
+def open_evaluator(config: ConfigDict, splits: run_data.Splits, setup: Setup) -> LinearProbe:
     """Opens the probe of a run with `eval_suite=linear_probe`; does not read the test split."""
     # Open the training split again, without augmentation.
-    train = run_config.open_split(
+    train = run_data.open_split(
         config, "train", splits.train.class_names, subfolders=splits.subfolders
     )
-    return LinearProbe(run_config.data_name(config), assign(train, None, splits.val), setup)
+    return LinearProbe(run_data.data_name(config), assign(train, None, splits.val), setup)
 
 
 def open_splits(config: ConfigDict) -> Splits:
     """Opens the splits of a config for the probe of trained weights, and assigns their roles."""
-    return assign(*(run_config.open_split(config, name, None) for name in ("train", "val", "test")))
+    return assign(*(run_data.open_split(config, name, None) for name in ("train", "val", "test")))
 
 
 # The functions below format `ProbeResult.summary()`, as read from results.json.

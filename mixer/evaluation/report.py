@@ -28,6 +28,7 @@ from mixer.evaluation.results import ReportCard, Results
 from mixer.evaluation.subject import Subject, Weights, read_weights
 from mixer.parallel import processes, sharding
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.training import losses
 from mixer.training.step import make_predict
 
@@ -77,13 +78,13 @@ def _open_fewshot(subject: Subject, data_dir: str) -> dict[str, tuple[Split, Spl
     if config is None:
         return suites.open_fewshot(subject.card.image_size, data_dir)
     test_name = "test" if config.dataset.test_split else "val"
-    train, test = (run.open_split(config, name, None) for name in ("train", test_name))
+    train, test = (run_data.open_split(config, name, None) for name in ("train", test_name))
     if test is None:
         raise UserError(
             "few-shot: dataset.test_split and dataset.val_split are empty; expected one"
         )
     fewshot.check(train, test)
-    return {run.data_name(config): (train, test)}
+    return {run_data.data_name(config): (train, test)}
 
 
 def _evaluate_fewshot(model: nn.Module, params: Any, data: tuple[Split, Split], **options: Any):
@@ -93,7 +94,7 @@ def _evaluate_fewshot(model: nn.Module, params: Any, data: tuple[Split, Split], 
 def _open_linear_probe(subject: Subject, data_dir: str) -> dict[str, linear_probe.Splits]:
     """Opens the splits of the config; without a config, of the few-shot probe's data sets."""
     if subject.config is not None:
-        return {run.data_name(subject.config): linear_probe.open_splits(subject.config)}
+        return {run_data.data_name(subject.config): linear_probe.open_splits(subject.config)}
     sets = suites.open_fewshot(subject.card.image_size, data_dir)
     return {name: linear_probe.assign(train, None, test) for name, (train, test) in sets.items()}
 
@@ -235,11 +236,11 @@ def _open_own_splits(
     class_names = subject.class_names if subject.has_own_data else None
     opened = {}
     for name in split_names:
-        split = run.open_own_split(config, name, class_names, record)
+        split = run_data.open_own_split(config, name, class_names, record)
         if split is None:
             continue
-        long_name = f"{run.data_name(config)}_{name}"
-        change = name in record and run.data_change(record[name], split)
+        long_name = f"{run_data.data_name(config)}_{name}"
+        change = name in record and run_data.describe_change(record[name], split)
         if change:
             say(
                 f"{split.name} differs from the data of the run: {split.num_examples:,} images; "

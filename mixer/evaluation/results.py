@@ -23,7 +23,7 @@ from mixer.evaluation.subject import Subject
 from mixer.evaluation.tables import Block, Table, percent, short_span, span
 from mixer.models.registry import ARCHITECTURES
 from mixer.parallel import processes
-from mixer.runs import config as run
+from mixer.runs import directory as run_directory
 
 Interval = tuple[float, float]
 # Columns of the table of splits; a column without values is omitted.
@@ -132,7 +132,7 @@ class ReportCard:
         self._path = run_files.results_path(output, self._checkpoint_name)
         if processes.is_main():
             files.make_directory(output, "--output")
-            run.check_place(output)
+            run_directory.check_place(output)
             files.make_directory(self._directory, "--output")
             files.remove_unfinished(output)
             run_files.read_results(output, self._checkpoint_name)
@@ -147,7 +147,7 @@ class ReportCard:
         content = {}
         if processes.is_main():
             content = run_files.read_results(self._subject.output, self._checkpoint_name) or {}
-            if not run.has_weights(content, self._identity):
+            if not run_directory.has_weights(content, self._identity):
                 content = {}
         return processes.broadcast(content.get(section, {}))
 
@@ -162,9 +162,11 @@ class ReportCard:
         if not processes.is_main():
             return
         output, checkpoint_name = self._subject.output, self._checkpoint_name
-        run.record_result(output, checkpoint_name, self._identity, name, summary, section=section)
+        run_directory.record_result(
+            output, checkpoint_name, self._identity, name, summary, section=section
+        )
         blocks = report_blocks(self._subject, read(output, checkpoint_name) or self.new)
-        with files.whole(self._path.with_suffix(".md")) as new_file:
+        with files.atomic_write(self._path.with_suffix(".md")) as new_file:
             new_file.write_text(tables.markdown_document(_title(self._subject), blocks))
 
     def add_split(self, name: str, result: Classification, split: Split) -> None:

@@ -7,8 +7,9 @@ from ml_collections import ConfigDict
 from mixer.data import resident
 from mixer.evaluation import classification, fewshot, linear_probe, suites
 from mixer.evaluation.evaluator import Evaluator, Result, Setup
-from mixer.runs import config as run_config
-from mixer.runs.best import Best, best_so_far
+from mixer.runs import data as run_data
+from mixer.runs import directory
+from mixer.runs.best import Best, read_highest
 from mixer.runs.directory import OpenRun
 from mixer.runs.log import TrainLog
 from mixer.runs.resume import Start
@@ -16,7 +17,7 @@ from mixer.training.state import TrainState
 from mixer.training.step import make_predict
 
 # The probes of `eval_suite`: functions (config, splits, setup) -> evaluator.
-PROBES: dict[str, Callable[[ConfigDict, run_config.Splits, Setup], Evaluator]] = {
+PROBES: dict[str, Callable[[ConfigDict, run_data.Splits, Setup], Evaluator]] = {
     "fewshot": fewshot.open_evaluator,
     "linear_probe": linear_probe.open_evaluator,
 }
@@ -79,7 +80,7 @@ class EvaluationSchedule:
         if self._best and self._best.key in metrics:
             self._best.keep_if_higher(state, step, metrics[self._best.key])
         for result in results:
-            run_config.record_result(
+            directory.record_result(
                 self._open_run.path,
                 "last",
                 {"step": step},
@@ -142,5 +143,5 @@ def make_best(config: ConfigDict, run: OpenRun, log: TrainLog, *, start_step: in
     if not config.checkpoint.keep_best:
         return None
     key = "val_ema/top1" if config.optimizer.ema_decay else "val/top1"
-    highest = best_so_far(run.best, key, log.writer.rows) if start_step else -1.0
+    highest = read_highest(run.best, key, log.writer.rows) if start_step else -1.0
     return Best(run.best, key, highest)

@@ -152,7 +152,7 @@ def open_subject(
       UserError: the run, checkpoint or file does not exist, or `config` has another image size than
         the run.
     """
-    name, workdir = published.shown(path), None
+    name, workdir = published.redact(path), None
     if checkpoint_name is not None:
         workdir = files.parse_path("--workdir", path)
         run.read_run(workdir)  # raises an error if the directory is not a run
@@ -169,7 +169,9 @@ def open_subject(
         )
     figures = None
     if config is None and preprocess is None and checkpoint_name is None:
-        figures = published.expected(path, variant=card.variant, num_classes=card.num_classes)
+        figures = published.find_accuracies(
+            path, variant=card.variant, num_classes=card.num_classes
+        )
     has_own_data = config is None and workdir is not None
     if has_own_data:
         config, _ = run.read_run(workdir)

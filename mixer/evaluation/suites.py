@@ -17,7 +17,7 @@ from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet import real as imagenet_real
 from mixer.data.sources import folder
 from mixer.errors import UserError, check_choice
-from mixer.runs import config as run
+from mixer.runs import data as run_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def check_preprocess(weights: str, preprocess: str | None, image_size: tuple[int
 
 
 def open_suite(
-    config: ConfigDict, splits: run.Splits, probes: Sequence[str]
+    config: ConfigDict, splits: run_data.Splits, probes: Sequence[str]
 ) -> tuple[dict[str, pipeline.Split], list[str]]:
     """Opens the data sets of `config.eval_suite` with the run's image size and preprocessing.
 

@@ -25,6 +25,7 @@ from mixer.evaluation.tables import Table, span
 from mixer.models.modules import check_image_size
 from mixer.runs import config as run
 from mixer.runs import curves
+from mixer.runs import data as run_data
 from mixer.training import losses
 from mixer.training.step import make_predict
 from mixer.weights import load
@@ -279,7 +280,7 @@ def _open_split(subject: Subject, split_name: str, size: int) -> tuple[Split, st
     config.dataset.eval_preprocess = preprocess
     card = subject.stored.card
     config.model.num_classes = card.num_classes
-    split = run.open_own_split(config, split_name, subject.class_names, subject.data_record())
+    split = run_data.open_own_split(config, split_name, subject.class_names, subject.data_record())
     if split is None:
         raise UserError(f"dataset.{split_name}_split is empty in the config of {subject.name}")
     try:

@@ -29,7 +29,7 @@ class Best:
         self._highest = accuracy
 
 
-def best_so_far(
+def read_highest(
     checkpoints: checkpoint.Checkpoints, key: str, rows: Sequence[Mapping[str, float]]
 ) -> float:
     """Returns the accuracy of the best checkpoint; -1 if there is no checkpoint.
@@ -41,7 +41,7 @@ def best_so_far(
         return -1.0
     step = checkpoints.steps[-1]
     try:
-        value = checkpoints.read_info(step).get("value", {})
+        value = checkpoint.read_info(checkpoints.directory / str(step)).get("value", {})
     except checkpoint.DamagedError as error:
         warn(f"{error}; the next evaluation replaces it")
         return -1.0

@@ -1,14 +1,11 @@
-"""Reads, checks and resolves the config of a run, and opens its data.
+"""Reads, checks, resolves and compares the config of a run.
 
-In a run directory, `config.json` holds the resolved config, and `data.json` the class names and
-fingerprints of the data.
+In a run directory, `config.json` holds the resolved config.
 """
 
-import dataclasses
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -17,10 +14,9 @@ from ml_collections import ConfigDict
 
 from mixer import run_files
 from mixer.data import host_or_device
-from mixer.data import splits as pipeline
 from mixer.data.preprocessing import permutation
 from mixer.data.preprocessing.spec import parse
-from mixer.errors import UserError, check_choice, check_number, printable
+from mixer.errors import UserError, check_choice, check_number
 from mixer.models.modules import check_image_size
 from mixer.models.registry import ARCHITECTURES, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
@@ -67,26 +63,6 @@ COUNTS = (
 )
 # Stems of keys that end in one of the units.
 LENGTHS = ("total_", "schedule.warmup_", "schedule.cooldown_", "eval_every_")
-# Directories and files of a run directory; nothing else may have these names.
-DIRECTORIES = ("checkpoints", "best", "damaged", "tensorboard", "profile", "evaluation")
-FILES = ("config.json", "data.json", "metrics.jsonl", "results.json", "results.md", "curves.png")
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """The splits that a config names; `val` and `test` are None if it names none.
-
-    Attributes:
-      train, val, test: the splits.
-      remarks: lines about the data for the user.
-      subfolders: whether images in folders of a class folder are read (`folder.scan`).
-    """
-
-    train: pipeline.Split
-    val: pipeline.Split | None
-    test: pipeline.Split | None
-    remarks: Sequence[str] = ()
-    subfolders: bool = True
 
 
 def check_config(config: ConfigDict) -> None:
@@ -111,11 +87,11 @@ def check_config(config: ConfigDict) -> None:
         lengths = get_lengths(config, stem)
         if len(lengths) > 1:
             pairs = " and ".join(f"{key}={value}" for key, value in lengths.items())
-            raise UserError(f"{pairs} are set; expected one of them")
+            raise UserError(f"{pairs} are set; expected only one of them")
         for key, value in lengths.items():
             may_be_0 = stem.startswith("schedule.")
             if not 0 <= value < math.inf or (value == 0 and not may_be_0):
-                raise UserError(f"{key} is {value}; it must be {'0 or ' * may_be_0}more than 0")
+                raise UserError(f"{key}={value}; expected {'0 or ' * may_be_0}more than 0")
     if not get_lengths(config, "total_"):
         raise UserError(
             "the run has no length; expected total_steps, total_epochs or total_examples"
@@ -172,7 +148,7 @@ def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
             batch_size = 1 if key.endswith("steps") else config.global_batch_size
             examples = value * num_examples if key.endswith("epochs") else value
             if examples > MAX_COUNT * batch_size:
-                raise UserError(f"{key} is {value}; expected at most {MAX_COUNT} updates")
+                raise UserError(f"{key}={value}; expected at most {MAX_COUNT} updates")
             steps = max(round(examples / batch_size), 1) if value else 0
         config.update_from_flattened_dict({f"{stem}steps": steps})
 
@@ -184,12 +160,6 @@ def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
     if num_microbatches > 1:
         name = "global_batch_size / optimizer.accumulate_steps"
         sharding.check_batch_size(name, size // num_microbatches, mesh)
-
-
-def check_eval_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError if the mesh does not divide the evaluation batch."""
-    size = config.eval_batch_size or config.global_batch_size
-    sharding.check_batch_size("eval_batch_size", size, mesh)
 
 
 def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
@@ -239,7 +209,7 @@ def resolve(
       saved_config: saved config of a run that is resumed; its initial weights may no longer exist.
     """
     config = config.copy_and_resolve_references()
-    config.init_from = published.shown(config.init_from)  # saved configs must not hold secrets
+    config.init_from = published.redact(config.init_from)  # saved configs must not hold secrets
     resolve_model(config, initial, saved_config)
     resolve_permutation(config)
     return config
@@ -255,7 +225,7 @@ def resolve_data(config: ConfigDict, num_classes: int | None, num_examples: int 
     """
     if config.model.num_classes is None:
         config.model.num_classes = num_classes
-    resolve_lengths(config, num_examples if needs_epochs(config) else None)
+    resolve_lengths(config, num_examples)
 
 
 def resolve_model(
@@ -298,8 +268,8 @@ def resolve_model(
     dims = {**architecture.variants.get(model.variant, {}), **set_dims}
     if len(dims) == len(keys):
         old_size, new_size = ((side, side) for side in (config.init_image_size, config.image_size))
-        grown = grown_dimensions(architecture, dims, old_size, new_size)
-        model.update({key: grown[key] for key in keys if grown[key] != dims[key]})
+        new_dims = grown_dimensions(architecture, dims, old_size, new_size)
+        model.update({key: new_dims[key] for key in keys if new_dims[key] != dims[key]})
 
 
 def resolve_permutation(config: ConfigDict) -> None:
@@ -321,113 +291,13 @@ def resolve_permutation(config: ConfigDict) -> None:
         dataset[key] = str(parse(dataset[key]).with_image_op(op))
 
 
-def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
-    """Raises UserError if the model and the data have different numbers of classes."""
-    if config.model.num_classes != len(class_names):
+def check_same_config(
+    workdir: epath.Path, saved_config: dict[str, Any], config: ConfigDict
+) -> None:
+    """Raises UserError with every key that may not change in a resumed run, but would."""
+    if changed_keys := changes(saved_config, config.to_dict()):
         raise UserError(
-            f"model.num_classes={config.model.num_classes}, but the data has {len(class_names)} "
-            "classes; omit it to use the number in the data"
-        )
-
-
-def open_split(
-    config: ConfigDict,
-    split_name: str,
-    class_names: tuple[str, ...] | None,
-    *,
-    augment: bool = False,
-    subfolders: bool = True,
-) -> pipeline.Split | None:
-    """Opens the split "train", "val" or "test" of the config; returns None if it is not set.
-
-    `augment` selects the training preprocessing instead of the evaluation preprocessing;
-    `subfolders` is the argument of `folder.scan`.
-    """
-    spec = config.dataset[f"{split_name}_split"]
-    if not spec:
-        if split_name == "train":
-            raise UserError("dataset.train_split is empty; expected a split such as train[:90%]")
-        return None
-    preprocess = config.dataset.train_preprocess if augment else config.dataset.eval_preprocess
-    split = pipeline.open_split(
-        config.dataset,
-        spec,
-        preprocess,
-        image_size=(config.image_size, config.image_size),
-        num_classes=config.model.num_classes,
-        class_names=class_names,
-        subfolders=subfolders,
-    )
-    if split.multi_label and config.loss == "softmax":
-        raise UserError(
-            f"{split.name} has images with several labels or none; loss=softmax needs one label "
-            "per image (set loss=sigmoid)"
-        )
-    return split
-
-
-def open_own_split(
-    config: ConfigDict,
-    split_name: str,
-    class_names: tuple[str, ...] | None,
-    record: dict[str, Any] | None,
-) -> pipeline.Split | None:
-    """Opens a split of a run's config with the same images that the run has read.
-
-    Runs of older code did not read images in subfolders of a class folder. `record` is the entry
-    "splits" of the run's data.json; None if the data is not the run's own.
-    """
-    split = open_split(config, split_name, class_names)
-    saved_split = (record or {}).get(split_name)
-    if split is None or not saved_split or not data_change(saved_split, split):
-        return split
-    if not pipeline.has_subfolders(config.dataset):
-        return split
-    flat_split = open_split(config, split_name, class_names, subfolders=False)
-    return split if data_change(saved_split, flat_split) else flat_split
-
-
-def open_splits(
-    config: ConfigDict,
-    class_names: tuple[str, ...] | None,
-    record: dict[str, Any] | None = None,
-) -> Splits:
-    """Opens all splits of the config, with the run's class names if it has saved some.
-
-    `record` is the content of the run's data.json. Runs that older code started do not read images
-    in subfolders of a class folder, and continue without them.
-    """
-    if config.dataset.name != "synthetic":  # synthetic data is not preprocessed
-        for key in ("train_preprocess", "eval_preprocess"):
-            if config.dataset[key]:  # check both specs before any data is read
-                parse(config.dataset[key], (config.image_size, config.image_size))
-    pipeline.forget_listings()
-    subfolders = True if record is None else record.get("subfolders")
-    if subfolders is None and pipeline.has_subfolders(config.dataset):
-        splits = _open_splits(config, class_names, subfolders=False)
-        if record["splits"]["train"]["fingerprint"] == splits.train.fingerprint:
-            return splits
-    return _open_splits(config, class_names, subfolders=subfolders is not False)
-
-
-def _open_splits(
-    config: ConfigDict, class_names: tuple[str, ...] | None, *, subfolders: bool
-) -> Splits:
-    train = open_split(config, "train", class_names, augment=True, subfolders=subfolders)
-    val, test = (
-        open_split(config, split_name, train.class_names, subfolders=subfolders)
-        for split_name in ("val", "test")
-    )
-    remarks = pipeline.remarks(config.dataset, train, subfolders=subfolders)
-    return Splits(train, val, test, remarks, subfolders)
-
-
-def check_same_config(workdir: epath.Path, old: dict[str, Any], new: ConfigDict) -> None:
-    """Raises UserError with every key that would change if a run with config `old` used `new`."""
-    changed = changes(old, new.to_dict())
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}. Pass another "
+            f"{workdir} holds a run with another config: {'; '.join(changed_keys)}. Pass another "
             "--workdir, or --allow_config_change to resume the run with the new values"
         )
 
@@ -451,127 +321,10 @@ def check_same_everywhere(tree: dict[str, Any], noun: str) -> None:
         )
 
 
-def check_same_data(workdir: epath.Path, record: dict[str, Any], split: pipeline.Split) -> None:
-    """Raises UserError if the training split differs from the split in the run's data.json."""
-    change = data_change(record["splits"]["train"], split)
-    if change:
-        raise UserError(
-            f"the training data has changed since {workdir} was started: {change}. "
-            "Restore the data, or pass another --workdir or --allow_config_change"
-        )
-
-
-def data_change(old: dict[str, Any], split: pipeline.Split) -> str:
-    """Describes how a split differs from the saved record of it; "" if it does not.
-
-    File sizes are compared if both records have them; older code saved none.
-    """
-    old_files, stored = old.get("files"), split.stored
-    new_files = stored.record() if old_files and stored else None
-    has_new_sizes = new_files is not None and old_files["sizes"] != new_files["sizes"]
-    if old["fingerprint"] == split.fingerprint and not has_new_sizes:
-        return ""
-    change = (
-        f"{old['name']} with {old['num_examples']:,} examples, now {split.name} with "
-        f"{split.num_examples:,}"
-    )
-    if not has_new_sizes:
-        return change
-    change += f" ({old_files['num_bytes']:,} bytes, now {new_files['num_bytes']:,})"
-    rows = [
-        list(zip(files.get("class_files") or (), files.get("class_bytes") or (), strict=False))
-        for files in (old_files, new_files)
-    ]
-    pairs = zip(*rows, strict=False)
-    label = next((label for label, (one, two) in enumerate(pairs) if one != two), None)
-    if label is None and old_files["num_bytes"] == new_files["num_bytes"]:
-        return f"{change}: some files have other names or other sizes"
-    if label is not None:
-        (old_count, old_bytes), (new_count, new_bytes) = (row[label] for row in rows)
-        change += (
-            f"; class {split.class_names[label]!r} had {old_count:,} images of {old_bytes:,} bytes "
-            f"and now has {new_count:,} of {new_bytes:,}"
-        )
-    newest = stored.newest(label) if new_files["num_files"] >= old_files["num_files"] else ""
-    return change + (newest and f"; the last changed file is {printable(newest)}")
-
-
-def data_name(config: ConfigDict) -> str:
-    """Returns the name of a config's data: its data set, or the name of its folder."""
-    dataset = config.dataset
-    return (dataset.name == "folder" and epath.Path(dataset.data_dir).name) or dataset.name
-
-
-def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
-    """Returns the content of `data.json`; `num_readers` processes started to read the data."""
-    opened = {key: getattr(splits, key) for key in ("train", "val", "test")}
-    return {
-        "class_names": list(splits.train.class_names),
-        "num_readers": num_readers,
-        "subfolders": splits.subfolders,
-        "splits": {
-            key: {
-                "name": split.name,
-                "num_examples": split.num_examples,
-                "fingerprint": split.fingerprint,
-                **_files_record(split),
-            }
-            for key, split in opened.items()
-            if split is not None
-        },
-    }
-
-
-def _files_record(split: pipeline.Split) -> dict[str, Any]:
-    stored = split.stored
-    record = stored and stored.record()
-    return {"files": record} if record else {}
-
-
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file atomically, on process 0 only."""
     if distributed.is_main():
         run_files.write_json(path, value)
-
-
-def record_result(
-    directory: epath.PathLike,
-    name: str,
-    weights: Mapping[str, Any],
-    entry: str,
-    result: dict[str, Any],
-    *,
-    section: str = "splits",
-) -> epath.Path:
-    """Adds a result to `results.json`, or to `results_<name>.json` if `name` is not "last".
-
-    Other results of the same weights are kept, and results of other weights are deleted. Only
-    process 0 writes.
-
-    Args:
-      directory: a run, or another directory for results.
-      name: "last", "best" or the number of a step.
-      weights: identity of the weights, such as {"step": 2000}, which is saved in the file.
-      entry: key of the result, such as "val".
-      result: values that JSON can represent.
-      section: section of the file: "splits", or the section of another evaluation.
-    """
-    path = run_files.results_path(directory, name)
-    if not distributed.is_main():
-        return path
-    weights = json.loads(json.dumps(weights))
-    old = run_files.read_results(directory, name) or {}
-    if not has_weights(old, weights):
-        old = weights
-        path.with_suffix(".md").unlink(missing_ok=True)  # it describes the old results
-    run_files.write_json(path, {**old, section: {**old.get(section, {}), entry: result}})
-    return path
-
-
-def has_weights(results: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
-    """Returns whether a results.json is of `weights`, as passed to `record_result`."""
-    weights = {"weights": None, **json.loads(json.dumps(weights))}
-    return {key: results.get(key) for key in weights} == weights
 
 
 def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
@@ -580,15 +333,12 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
     Raises:
       UserError: the directory is not a run, or one of its files is damaged.
     """
-    config = run_files.read_config(workdir)
-    if config is not None:
-        check_trained(workdir, config)
-    data = run_files.read_data(workdir)
+    config, data = read_saved(workdir)
     files = {"config.json": config, "data.json": data}
-    if missing := [name for name, value in files.items() if value is None]:
-        raise UserError(f"{workdir} is not a run: it has no {' and no '.join(missing)}")
+    if missing_names := [name for name, value in files.items() if value is None]:
+        raise UserError(f"{workdir} is not a run: it has no {' and no '.join(missing_names)}")
     class_names = tuple(data["class_names"])
-    config = ConfigDict(run_files.completed(config))
+    config = ConfigDict(run_files.complete(config))
     if config.model.num_classes is None:
         config.model.num_classes = len(class_names)
     if config.model.num_classes != len(class_names):
@@ -600,41 +350,17 @@ def read_run(workdir: epath.PathLike) -> tuple[ConfigDict, tuple[str, ...]]:
 
 
 def read_saved(
-    workdir: epath.PathLike, *, allow_config_change: bool
+    workdir: epath.PathLike,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Returns the saved config and data of a run with checkpoints, which a resumed run must match.
-
-    A missing file gives None if `allow_config_change` is set.
+    """Returns the contents of a run's config.json and data.json; None for a missing file.
 
     Raises:
-      UserError: a file is damaged, or missing without `allow_config_change`; or the directory holds
-        converted weights instead of a run.
+      UserError: a file is damaged, or the directory holds converted weights instead of a run.
     """
     config = run_files.read_config(workdir)
     if config is not None:
         check_trained(workdir, config)
-    data = run_files.read_data(workdir)
-    for name, value in (("config.json", config), ("data.json", data)):
-        if value is None and not allow_config_change:
-            raise UserError(
-                f"{epath.Path(workdir) / name} is missing, but {workdir} has checkpoints, so the "
-                "run's settings are not known. Restore the file, or pass another --workdir, or "
-                "--allow_config_change to continue with the settings of this command"
-            )
-    return config, data
-
-
-def check_place(workdir: epath.Path) -> None:
-    """Raises UserError if a path that a run writes exists with the wrong type."""
-    if "://" in os.fspath(workdir):
-        return
-    for names, has_type, noun in (
-        (DIRECTORIES, os.path.isdir, "directory"),
-        (FILES, os.path.isfile, "regular file"),
-    ):
-        for path in (workdir / name for name in names):
-            if os.path.lexists(path) and not has_type(path):
-                raise UserError(f"{path} is not a {noun}, as a run needs; move it away")
+    return config, run_files.read_data(workdir)
 
 
 def check_trained(workdir: epath.PathLike, config: dict[str, Any]) -> None:
@@ -652,9 +378,9 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Keys in FREE_KEYS may change when a run is resumed, and are left out.
     """
     old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
-    for values in (old_values, new_values):  # older code saved addresses with their query
+    for values in (old_values, new_values):  # older code saved URLs with their query
         if values.get("init_from"):
-            values["init_from"] = published.shown(values["init_from"])
+            values["init_from"] = published.redact(values["init_from"])
     for key in [f"{stem}{unit}" for stem in LENGTHS for unit in UNITS[1:]]:
         old_values.pop(key, None)  # the resolved steps are compared instead
     return [

@@ -33,8 +33,8 @@ KINDS = {
     "perf": ("", "C0"),
 }
 DPI = 110
-LINES = ("-", "--", ":", "-.")  # after ten runs, colours repeat with the next line style
-EXACT = ("train/learning_rate", "train/param_norm")  # curves without noise
+LINE_STYLES = ("-", "--", ":", "-.")  # after ten runs, colours repeat with the next line style
+UNSMOOTHED_KEYS = ("train/learning_rate", "train/param_norm")  # curves without noise
 MAX_MARKED = 60  # curves with at most this many points have markers
 SMOOTHED_FROM = 200  # curves with more points than this are smoothed
 
@@ -74,20 +74,16 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
         for axes, (name, keys, from_zero) in zip(grid, panels, strict=False):
             val_keys = [key for key in keys if key.startswith("val")]
             for number, rows in enumerate(runs.values()):
-                style = {"color": f"C{number % 10}", "linestyle": LINES[number // 10 % len(LINES)]}
                 best = [key for key in val_keys if _points(rows, key)][-1:]
                 for key in [key for key in keys if key not in val_keys] + best:
                     if points := _points(rows, key):
                         alpha = 0.35 if best and key not in best else 1
                         width = 1 if alpha < 1 else 1.4
-                        _line(axes, points, key, alpha=alpha, lw=width, **style)
+                        _line(axes, points, key, alpha=alpha, lw=width, **_style(number))
             has_both = val_keys and any(key not in val_keys for key in keys)
             finish_panel(axes, name + " (training faint)" * bool(has_both), from_zero)
         figure.legend(
-            [
-                Line2D([], [], color=f"C{i % 10}", linestyle=LINES[i // 10 % len(LINES)])
-                for i in range(len(runs))
-            ],
+            [Line2D([], [], **_style(number)) for number in range(len(runs))],
             [legend_label(name) for name in runs],
             loc="outside lower left",
             fontsize=8,
@@ -127,8 +123,14 @@ def _line(axes: Any, points: tuple[list[int], list[float]], key: str, **style: A
     axes.plot(steps, values, marker=marker, ms=3, **style)
 
 
+def _style(number: int) -> dict[str, str]:
+    """Returns the colour and the line style of a run's curves; `number` is the run's position."""
+    line_style = LINE_STYLES[number // 10 % len(LINE_STYLES)]
+    return {"color": f"C{number % 10}", "linestyle": line_style}
+
+
 def _is_smoothed(points: tuple[list[int], list[float]], key: str) -> bool:
-    return len(points[0]) > SMOOTHED_FROM and key not in EXACT
+    return len(points[0]) > SMOOTHED_FROM and key not in UNSMOOTHED_KEYS
 
 
 # Helpers for all figures of the package.

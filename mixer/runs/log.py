@@ -35,10 +35,17 @@ class TrainLog:
         self.writer = MetricWriter(
             run.path, last_step=start_step, tensorboard=config.tensorboard, warn=warn
         )
-        self._terminal = console.Terminal(start_step=start_step, total_steps=config.total_steps)
+        self._console = console.RunConsole()
+        self._bar = console.ProgressBar(
+            self._console,
+            "training",
+            total=config.total_steps,
+            completed=start_step,
+            transient=False,
+        )
         self._meter = Meter(config.global_batch_size, start_step)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.say = self._terminal.line
+        self.say = self._console.say
         self.waiting, self.paused = self._meter.waiting, self._meter.paused
 
     def start(self) -> None:
@@ -46,14 +53,14 @@ class TrainLog:
         self._start_secs = time.perf_counter()
         self._meter.start(self._start_step)
         if self._start_step < self._config.total_steps:
-            self._terminal.start()
+            self._bar.start()
 
     def finish_step(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:
         """Logs that the updates `first` to `last` are dispatched; `metrics` are those of `last`.
 
         The metrics of a log step are written one call late, when the device has finished them.
         """
-        self._terminal.step(last)
+        self._bar.show(last)
         if outlier := self._meter.outlier(last - first + 1):
             steps = f"step {last}" if first == last else f"steps {first} to {last}"
             self.say(f"{steps} took {outlier}")
@@ -84,13 +91,28 @@ class TrainLog:
         metrics["train/epoch"] = step * self._config.global_batch_size / self._epoch_size
         metrics.update(self._meter.read(step))
         self.writer.write(step, metrics)
-        seconds_left = (self._config.total_steps - step) * self._meter.seconds_per_step
-        self._terminal.log(step, metrics, seconds_left)
+        self._show(step, metrics)
         self._run.checkpoints.check()
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows the metrics of a log step after the bar, or as a line if there is no terminal."""
+        status = (
+            f"loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.1%}  "
+            f"{metrics['perf/images_per_second']:,.0f} images/s  "
+            f"data wait {metrics['perf/data_wait_share']:.1%}  {_memory()}"
+        )
+        if metrics.get("train/skipped_steps"):
+            status += f"  skipped {metrics['train/skipped_steps']:.0f}"
+        self._bar.show(step, status)
+        if not self._console.is_terminal:
+            total_steps = self._config.total_steps
+            seconds_left = (total_steps - step) * self._meter.seconds_per_step
+            duration = formatting.duration(seconds_left)
+            self.say(f"step {step}/{total_steps}  {status}  left {duration}")
 
     def finish(self) -> None:
         """Ends the progress bar after the last update."""
-        self._terminal.close()
+        self._bar.stop()
         if self._start_step == self._config.total_steps:
             self.say(f"already finished: {self._run.path} is at step {self._start_step}")
         else:
@@ -99,7 +121,7 @@ class TrainLog:
 
     def close(self) -> None:
         """Ends the progress bar and closes metrics.jsonl."""
-        self._terminal.close()
+        self._bar.stop()
         self.writer.close()
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
@@ -119,6 +141,14 @@ class TrainLog:
             f"{problem}; last good checkpoint: {self._run.checkpoints.describe_last()}. Try a "
             "lower optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
         )
+
+
+def _memory() -> str:
+    """Returns the peak memory of the first device if it reports one, else this process's memory."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return f"device memory {stats['peak_bytes_in_use'] / 2**30:.1f} GiB"
+    return f"memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB"
 
 
 def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> None:

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from mixer import files
-from mixer.errors import UserError, first_line
+from mixer.errors import reason_of
 from mixer.parallel import processes as distributed
 from mixer.run_files import read_metrics
 
@@ -71,24 +71,19 @@ class MetricWriter:
         elif self._writes:
             self._replace(self._path)
         if self._wants_tensorboard and self._tensorboard is None:
-            with self._copying():
+            with self._tensorboard_errors():
                 self._open_tensorboard()
         elif self._tensorboard is not None:
-            with self._copying():
+            with self._tensorboard_errors():
                 self._tensorboard.write_scalars(step, {k: v for k, v in row.items() if k != "step"})
 
     def check(self) -> None:
         """Raises UserError if `metrics.jsonl` on disk is no longer the file that is open."""
-        if self._file is None or (identity := files.identity(self._path)) == self._identity:
-            return
-        fault = "is gone" if identity is None else "is a different file now"
-        raise UserError(
-            f"{self._path} {fault}: it was removed or replaced while the run was writing to it; "
-            "the run cannot continue there"
-        )
+        if self._file is not None:
+            files.check_identity(self._path, self._identity)
 
     @contextlib.contextmanager
-    def _copying(self) -> Iterator[None]:
+    def _tensorboard_errors(self) -> Iterator[None]:
         """Stops writing TensorBoard's files, with a warning, if they cannot be written.
 
         The run continues, because `metrics.jsonl` holds the same metrics.
@@ -98,10 +93,9 @@ class MetricWriter:
         except Exception as error:  # TensorFlow raises exceptions of its own classes
             if not isinstance(error, OSError) and not type(error).__module__.startswith("tensor"):
                 raise
-            reason = getattr(error, "strerror", None) or first_line(error)
             self._warn(
-                f"{self._workdir / 'tensorboard'} cannot be written: {reason}; the run continues "
-                "without it, and metrics.jsonl has all metrics"
+                f"{self._workdir / 'tensorboard'} cannot be written: {reason_of(error)}; the run "
+                "continues without it, and metrics.jsonl has all metrics"
             )
             self._tensorboard, self._wants_tensorboard = None, False
 
@@ -133,7 +127,7 @@ class MetricWriter:
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
-            with self._copying():
+            with self._tensorboard_errors():
                 self._tensorboard.close()
 
 

@@ -24,13 +24,14 @@ from mixer.errors import UserError
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
 from mixer.runs import config as run_config
-from mixer.runs.config import Splits
+from mixer.runs import data as run_data
+from mixer.runs.data import Splits
 from mixer.runs.directory import OpenRun, say, warn
 from mixer.training.program import TrainProgram, make_program
 from mixer.training.state import TrainState
 from mixer.training.updates import Updates, describe_memory, make_updates
-from mixer.weights import checkpoint
 from mixer.weights import load as loading
+from mixer.weights.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,25 +90,24 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
     """
     saved_run = read_saved(run, allow_config_change=allow_config_change)
     run_config.check_batch_size(config, mesh)
-    run_config.check_eval_batch_size(config, mesh)
+    eval_batch_size = config.eval_batch_size or config.global_batch_size
+    sharding.check_batch_size("eval_batch_size", eval_batch_size, mesh)
     initial = None if saved_run.config else run_config.find_initial(config)
     config = run_config.resolve(config, initial=initial, saved_config=saved_run.config)
-    run_config.check_same_everywhere(
-        config.to_dict() | checkpoint.versions(), "settings and versions"
-    )
+    run_config.check_same_everywhere(config.to_dict() | versions(), "settings and versions")
 
     # Open the data in a thread: importing TensorFlow takes seconds. Meanwhile this thread traces
     # the model, if the config sets the number of classes.
     with ThreadPoolExecutor(1, "data") as thread:
         class_names = tuple(saved_run.data["class_names"]) if saved_run.data else None
-        opening = thread.submit(
-            run_config.open_splits,
+        splits_future = thread.submit(
+            run_data.open_splits,
             config.copy_and_resolve_references(),
             class_names,
             saved_run.data,
         )
         if config.model.num_classes is None or run_config.needs_epochs(config):
-            train = opening.result().train
+            train = splits_future.result().train
             run_config.resolve_data(config, len(train.class_names), train.num_examples)
         else:
             run_config.resolve_data(config, None, None)
@@ -119,12 +119,12 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
 
         restored = run.checkpoints.restore_latest(program.state, warn=warn)
         step = int(restored[0].step) if restored else 0
-        reading = None
+        examples_future = None
         if step < config.total_steps:  # the images are read while the state is initialized
-            reading = thread.submit(
+            examples_future = thread.submit(
                 read_examples,
                 config,
-                opening.result,
+                splits_future.result,
                 saved_run.data,
                 check=lambda split: check_data(run, saved_run, split, allow_config_change),
                 should_stop=lambda: run.signals.received is not None,
@@ -133,15 +133,17 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
             state, info = restored
             warn_of_versions(info["versions"])
         else:
-            state = initial_state(config, program, initial, opening.result().train.class_names)
-        splits = opening.result()
+            state = initial_state(
+                config, program, initial, splits_future.result().train.class_names
+            )
+        splits = splits_future.result()
     run.leave_if_asked(say)
 
     if config.dataset.on_device != "off":
         splits = remember(splits)
-    run_config.check_classes(config, splits.train.class_names)
+    run_data.check_classes(config, splits.train.class_names)
     num_readers = choose_readers(config, saved_run.data, sharding.data_processes(mesh)[1])
-    examples = reading.result() if reading else None
+    examples = examples_future.result() if examples_future else None
     record = make_record(splits, num_readers, saved_run.data, examples)
     check_data(run, saved_run, splits.train, allow_config_change)
     warn_of_changed_results(saved_run.data, splits)
@@ -185,11 +187,26 @@ def compile_updates(start: Start, tell: Callable[[str], None]) -> Updates:
 
 
 def read_saved(run: OpenRun, *, allow_config_change: bool) -> SavedRun:
-    """Returns the config and data that the run must keep; both None without a checkpoint."""
+    """Returns the config and data that the run must keep; both None without a checkpoint.
+
+    If `allow_config_change` is set, a missing file gives None.
+
+    Raises:
+      UserError: a file is damaged, or missing without `allow_config_change`; or the directory holds
+        converted weights instead of a run.
+    """
     run_files.read_results(run.path, "last")  # reports a damaged file now, not after training
     if not run.checkpoints.steps:
         return SavedRun(None, None)
-    return SavedRun(*run_config.read_saved(run.path, allow_config_change=allow_config_change))
+    config, data = run_config.read_saved(run.path)
+    for name, value in (("config.json", config), ("data.json", data)):
+        if value is None and not allow_config_change:
+            raise UserError(
+                f"{run.path / name} is missing, but {run.path} has checkpoints, so the run's "
+                "settings are not known. Restore the file, or pass another --workdir, or "
+                "--allow_config_change to continue with the settings of this command"
+            )
+    return SavedRun(config, data)
 
 
 def extends(saved_run: SavedRun, config: ConfigDict, saved_steps: list[int]) -> bool:
@@ -199,22 +216,22 @@ def extends(saved_run: SavedRun, config: ConfigDict, saved_steps: list[int]) -> 
 
 
 def check_same_config(
-    run: OpenRun, old: dict[str, Any], config: ConfigDict, *, is_extended: bool
+    run: OpenRun, saved_config: dict[str, Any], config: ConfigDict, *, is_extended: bool
 ) -> None:
     """Raises UserError if `config` changes a fixed key; an extended run may change its lengths."""
     if is_extended:
         lengths = {key: config.schedule[key] for key in ("warmup_steps", "cooldown_steps")}
-        old = old | {
+        saved_config = saved_config | {
             "total_steps": config.total_steps,
-            "schedule": old["schedule"] | lengths,
+            "schedule": saved_config["schedule"] | lengths,
         }
-    run_config.check_same_config(run.path, old, config)
+    run_config.check_same_config(run.path, saved_config, config)
 
 
 def check_data(run: OpenRun, saved_run: SavedRun, split: Split, allow_config_change: bool) -> None:
     """Raises UserError if the training data is not the data that the run was started with."""
     if saved_run.data and not allow_config_change:
-        run_config.check_same_data(run.path, saved_run.data, split)
+        run_data.check_same_data(run.path, saved_run.data, split)
 
 
 def check_room(config: ConfigDict, program: TrainProgram) -> None:
@@ -323,7 +340,7 @@ def make_record(
     examples: resident.Examples | str | None,
 ) -> dict[str, Any]:
     """Returns the content of data.json; a finished run keeps its entry "on_device"."""
-    record = run_config.data_record(splits, num_readers)
+    record = run_data.data_record(splits, num_readers)
     if examples is not None:
         record["on_device"] = not isinstance(examples, str)
     elif saved_data and "on_device" in saved_data:  # the run may be extended later
@@ -334,22 +351,22 @@ def make_record(
 def warn_of_changed_results(saved_data: Mapping[str, Any] | None, splits: Splits) -> None:
     """Warns if evaluation data differs from the data of the run's results so far."""
     for name, split in (("val", splits.val), ("test", splits.test)):
-        old = saved_data and split and saved_data["splits"].get(name)
-        if old and (change := run_config.data_change(old, split)):
+        saved_split = saved_data and split and saved_data["splits"].get(name)
+        if saved_split and (change := run_data.describe_change(saved_split, split)):
             warn(f"dataset.{name}_split differs from the data of this run's results: {change}")
 
 
-def warn_of_versions(saved: Mapping[str, str]) -> None:
+def warn_of_versions(saved_versions: Mapping[str, str]) -> None:
     """Warns if other versions of the code or the libraries wrote the checkpoint."""
-    current = checkpoint.versions()
-    changed = [
-        f"{key} {saved[key]} -> {current.get(key)}"
-        for key in saved
-        if saved[key] != current.get(key)
+    current = versions()
+    changes = [
+        f"{key} {saved_versions[key]} -> {current.get(key)}"
+        for key in saved_versions
+        if saved_versions[key] != current.get(key)
     ]
-    if changed:
+    if changes:
         warn(
-            f"the checkpoint was written by other versions ({', '.join(changed)}): the run "
+            f"the checkpoint was written by other versions ({', '.join(changes)}): the run "
             "continues, but may not be bit-identical"
         )
 

@@ -133,7 +133,7 @@ def write(out: epath.Path, loaded, layout: str) -> None:
 
 def write_run(out: epath.Path, loaded) -> None:
     """Writes weights as a run with zero updates, atomically."""
-    with files.whole_directory(out) as new_directory:
+    with files.atomic_directory(out) as new_directory:
         _fill_run(new_directory, loaded)
 
 

@@ -198,7 +198,7 @@ def check(config, output: str) -> None:
     if config.dataset.exclude:  # the new list includes the list of the config
         for example in pipeline.read_exclusions(config.dataset.exclude):
             faults.setdefault(example, f"listed in {config.dataset.exclude}")
-    with files.whole(output) as new_path, new_path.open("w") as file:
+    with files.atomic_write(output) as new_path, new_path.open("w") as file:
         for example in sorted(faults):
             file.write(json.dumps({"example": example, "reason": faults[example]}) + "\n")
             console.say(f"{printable(example)}: {faults[example]}")
@@ -215,11 +215,12 @@ def check(config, output: str) -> None:
 def _open_as_training(config) -> Any:
     """Opens the splits of a config; raises UserError if training with it would."""
     from mixer.runs import config as run
+    from mixer.runs import data as run_data
 
     run.check_config(config)
-    splits = run.open_splits(config, None)
+    splits = run_data.open_splits(config, None)
     if config.model.num_classes is not None:
-        run.check_classes(config, splits.train.class_names)
+        run_data.check_classes(config, splits.train.class_names)
     return splits
 
 

@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import io
 import math
-import os
-import stat
 import struct
 import tokenize
 import warnings
@@ -52,16 +50,6 @@ class StoredArray:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
-
-
-def check_regular(path: epath.Path) -> None:
-    """Raises UserError for a special file such as a device or a pipe, which might never end."""
-    try:
-        mode = os.stat(path).st_mode  # epath treats a pipe as a file
-    except (OSError, ValueError):
-        return  # opening the file reports the reason
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is not a regular file")
 
 
 def open_npz(path: epath.Path) -> dict[str, StoredArray]:
@@ -214,7 +202,7 @@ def write_safetensors(
         safetensors.numpy.save_file(dict(arrays), path, dict(metadata))
     except safetensors.SafetensorError as error:
         raise OSError(first_line(error)) from None
-    files.open_up(path, 0o666)
+    files.set_default_permissions(path, 0o666)
 
 
 def check_dtypes(arrays: Mapping[str, StoredArray], source: epath.PathLike) -> None:
@@ -230,7 +218,7 @@ def check_dtypes(arrays: Mapping[str, StoredArray], source: epath.PathLike) -> N
         if len(array.shape) > MAX_AXES
     ]
     if faults:
-        raise UserError(f"{source}: {listed(faults)}")
+        raise UserError(f"{source}: {join_faults(faults)}")
 
 
 def misfits(saved: Shapes, expected: Shapes, *, resized: Shapes | None = None) -> list[str]:
@@ -251,20 +239,20 @@ def misfits(saved: Shapes, expected: Shapes, *, resized: Shapes | None = None) -
     return sorted(faults)
 
 
-def not_finite(array: np.ndarray) -> str:
+def describe_non_finite(array: np.ndarray) -> str:
     """Returns how many values of `array` are NaN or infinite, in words; "" if all are finite."""
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     return f"holds NaN or infinity in {bad:,} of {array.size:,} values" if bad else ""
 
 
-def listed(faults: Iterable[str], max_count: int = 40) -> str:
+def join_faults(faults: Iterable[str], max_count: int = 40) -> str:
     """Joins faults into one line in sorted order; shortens a long list and long faults."""
-    faults = sorted(short_name(fault) for fault in faults)
+    faults = sorted(printable_line(fault) for fault in faults)
     ending = f"; and {len(faults) - max_count} more" if len(faults) > max_count else ""
     return "; ".join(faults[:max_count]) + ending
 
 
-def short_name(text: str) -> str:
+def printable_line(text: str) -> str:
     """Returns text from a file as one printable line of at most 300 characters."""
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:400])
     return text[:300]

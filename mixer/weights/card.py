@@ -20,7 +20,6 @@ from mixer.models.registry import ARCHITECTURES, make_model
 from mixer.weights.arrays import DamagedError, Shapes
 
 FORMAT = "mlp-mixer weights, 1"  # the "format" entry of a JSON sidecar
-MAX_JSON_BYTES = 64_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Card:
         unknown.
       class_names: names in label order, or the name of a list in mixer/data/imagenet/names.py; None
         if unknown.
-      source: path or address that the weights came from.
+      source: path or URL that the weights came from.
     """
 
     architecture: str
@@ -120,7 +119,7 @@ def read_card(path: epath.PathLike) -> dict[str, Any] | None:
         ("gelu", values["gelu"] in GELUS),
         ("image_size", _is_size(size)),
         ("class_names", _are_class_names(names, values["num_classes"])),
-        ("preprocess", values["preprocess"] is None or _are_steps(values["preprocess"])),
+        ("preprocess", values["preprocess"] is None or _is_preprocessing(values["preprocess"])),
         ("source", isinstance(values["source"], str)),
     ):
         if not is_valid:
@@ -146,7 +145,7 @@ def _are_class_names(names: Any, num_classes: Any) -> bool:
     return names is None or LISTS.get(str(names)) == num_classes
 
 
-def _are_steps(preprocess: Any) -> bool:
+def _is_preprocessing(preprocess: Any) -> bool:
     try:
         return all(map(math.isfinite, pixel_range(preprocess)))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError):
@@ -157,20 +156,13 @@ def read_json(path: epath.Path) -> Any:
     """Returns the value in a JSON file; None if the file does not exist.
 
     Raises:
-      UserError: the path is not a regular file, or the file cannot be read, is too large or is
-        damaged.
+      UserError: the path is not a regular file, or the file cannot be read or is damaged.
     """
+    content = files.read_regular(path)
     try:
-        if path.exists() and path.stat().length > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
-        content = files.read_regular(path)
         return None if content is None else json.loads(content)
-    except UserError:
-        raise
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, f"{path} is damaged: {first_line(error)}") from None
-    except OSError as error:
-        raise DamagedError(path, f"{path} is damaged: {error.strerror or error}") from None
 
 
 def checksum(read: Callable[[str], np.ndarray], shapes: Shapes) -> int:

@@ -1,56 +1,34 @@
-"""Writes a run's checkpoints asynchronously, verifies them on restore and moves damaged ones aside.
+"""Writes a run's checkpoints asynchronously, and verifies them when it restores them.
 
 Layout: `RUN/checkpoints/<step>/{state,info}` and `RUN/best/<step>/...`. `state` is the train state;
-`info` is a JSON file with its checksums, the library versions and the commit. All code that reads
-or writes train states uses this module.
+`info` is a JSON file with its checksums, the library versions and the commit. Damaged checkpoints
+are moved to `RUN/damaged/`. All code that reads or writes train states uses this module.
 """
 
 import contextlib
-import fcntl
 import functools
-import gc
-import importlib.metadata
 import itertools
-import logging as python_logging
-import os
 import re
-import stat
-import subprocess
-import sys
-import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
 from mixer import files, run_files
-from mixer.errors import UserError, printable
-from mixer.parallel import backend, sharding, watchdog
+from mixer.errors import UserError
 from mixer.parallel import processes as distributed
+from mixer.parallel import sharding
 from mixer.training.state import TrainState, fingerprint
-from mixer.weights import foreign
+from mixer.weights import checkpoint_errors, foreign
 from mixer.weights.arrays import misfits
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
-
+from mixer.weights.checkpoint_errors import CheckpointError, DamagedError, check_name
+from mixer.weights.versions import versions
 
 TIMES = "_CHECKPOINT_METADATA"  # Orbax's file with the time stamps of a checkpoint
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's directory
-
-
-class CheckpointError(UserError):
-    """A checkpoint could not be written or restored."""
-
-
-class DamagedError(CheckpointError):
-    """The files of a checkpoint differ from what was saved."""
 
 
 class Checkpoints:
@@ -80,22 +58,27 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = self._open()
-        self._identity = self._identify()
+        self._identity = None  # an object store has no directories
+        if "://" not in str(self.directory):
+            self._identity = files.identity(self.directory)
         versions()  # cached now, because the source files may change during a long run
 
     def _open(self) -> ocp.CheckpointManager:
-        handlers = {"state": _reporting_handler(), "info": ocp.JsonCheckpointHandler()}
-        with _quiet():
+        handlers = {
+            "state": checkpoint_errors.reporting_handler(),
+            "info": ocp.JsonCheckpointHandler(),
+        }
+        with checkpoint_errors.quiet():
             make = functools.partial(
                 ocp.CheckpointManager,
-                _absolute(self.directory),
+                checkpoint_errors.absolute(self.directory),
                 options=self._options,
                 item_handlers=handlers,
             )
             try:
                 try:
                     return make()
-                except DAMAGE:
+                except checkpoint_errors.DAMAGE_ERRORS:
                     # Orbax raises if its file of time stamps is damaged. Nothing needs that file.
                     for step in saved_steps(self.directory):
                         (self.directory / str(step) / TIMES).unlink(missing_ok=True)
@@ -104,13 +87,8 @@ class Checkpoints:
                 reason = f"{error.strerror or error}: {error.filename or self.directory}"
                 raise CheckpointError(f"{self.directory} cannot be opened: {reason}") from error
 
-    def _identify(self) -> tuple[int, int] | None:
-        if "://" in str(self.directory):
-            return None  # an object store has no directories
-        return files.identity(self.directory)
-
     def __enter__(self) -> "Checkpoints":
-        self._quiet = _quiet()
+        self._quiet = checkpoint_errors.quiet()
         self._quiet.__enter__()
         return self
 
@@ -124,7 +102,7 @@ class Checkpoints:
             with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
                 self._manager.close()
             if kind:
-                _join_writers()
+                checkpoint_errors.join_writers()
         finally:
             self._quiet.__exit__(None, None, None)
 
@@ -147,8 +125,8 @@ class Checkpoints:
         self.check()
         if step in self._manager.all_steps():
             return  # the seed and the step determine the state, so it is already saved
-        sums, finite = checksums(state)
-        if not finite:
+        sums, is_finite = checksums(state)
+        if not is_finite:
             raise CheckpointError(
                 f"step {step}: parameters or optimizer state hold NaN or infinity; nothing was "
                 f"saved. Last good checkpoint: {self.describe_last()}. Try a lower "
@@ -172,10 +150,6 @@ class Checkpoints:
         steps = saved_steps(self.directory)  # after a failed write Orbax omits some steps
         return str(self.directory / str(steps[-1])) if steps else "none"
 
-    def read_info(self, step: int) -> dict[str, Any]:
-        """Returns the `info` JSON of a step; raises DamagedError if it is damaged."""
-        return read_info(self.directory / str(step))
-
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of all steps after `step`."""
         for later_step in self.steps:
@@ -183,13 +157,9 @@ class Checkpoints:
                 self._manager.delete(later_step)
 
     def check(self) -> None:
-        """Raises CheckpointError if a background write failed, or the directory was removed."""
-        if self._identity not in (None, identity := self._identify()):
-            fault = "is gone" if identity is None else "is a different directory now"
-            raise CheckpointError(
-                f"{self.directory} {fault}: it was removed or replaced while the run was writing "
-                "to it; the run cannot continue there"
-            )
+        """Raises UserError if a background write failed, or the directory was removed."""
+        if self._identity is not None:
+            files.check_identity(self.directory, self._identity)
         with self._reporting(None):
             self._manager.check_for_errors()
 
@@ -212,8 +182,9 @@ class Checkpoints:
                 raise
             place = "" if step is None else f" at step {step}"
             raise CheckpointError(
-                f"a checkpoint could not be written to {self.directory}{place}: {_reason(error)}; "
-                f"last complete checkpoint: {self.describe_last()}"
+                f"a checkpoint could not be written to {self.directory}{place}: "
+                f"{checkpoint_errors.root_cause(error)}; last complete checkpoint: "
+                f"{self.describe_last()}"
             ) from error
 
     def restore_latest(
@@ -249,18 +220,19 @@ class Checkpoints:
             # Each process reads its own shards, so all processes have to agree on the step.
             if distributed.agree(restored is not None):
                 return restored
-            aside = self._move_aside(step)
-            warn(f"{reason}; moved to {aside}; trying the previous checkpoint")
+            damaged_path = self._move_aside(step)
+            warn(f"{reason}; moved to {damaged_path}; trying the previous checkpoint")
         raise CheckpointError(
-            f"no checkpoint in {self.directory} could be read; all are now in {aside.parent}. "
-            "The same command starts from step 0; a new run can set init_from to weights in best/"
+            f"no checkpoint in {self.directory} could be read; all are now in "
+            f"{damaged_path.parent}. The same command starts from step 0; a new run can set "
+            "init_from to weights in best/"
         )
 
     def _move_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint away, so that the run can save that step again."""
         self._manager.close()
         names = (f"{step}-{number}" for number in itertools.count(1))
-        aside = next(
+        damaged_path = next(
             path
             for path in (self.directory.parent / "damaged" / name for name in names)
             if not path.exists()
@@ -268,20 +240,20 @@ class Checkpoints:
         distributed.barrier("choice of a directory for a damaged checkpoint")
         if distributed.is_main():
             try:
-                aside.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside)
+                damaged_path.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(damaged_path)
             except OSError as error:
                 raise CheckpointError(
                     f"checkpoint {self.directory / str(step)} is damaged and cannot be moved to "
-                    f"{aside}: {error.strerror or error}"
+                    f"{damaged_path}: {error.strerror or error}"
                 ) from None
         distributed.barrier("removal of a damaged checkpoint")
         self._manager = self._open()
-        return aside
+        return damaged_path
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         directory = self.directory / str(step)
-        with _reading(directory):
+        with checkpoint_errors.reading(directory):
             saved = saved_leaves(directory)
         # The count of skipped updates starts at zero if the checkpoint has none, and is dropped if
         # the run no longer counts.
@@ -299,9 +271,9 @@ class Checkpoints:
             ],
         )
         item = {name: value for name, value in vars(saved_state).items() if value is not None}
-        with _reading(directory), ocp.PyTreeCheckpointer() as checkpointer:
+        with checkpoint_errors.reading(directory), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(
-                _absolute(directory) / "state",
+                checkpoint_errors.absolute(directory) / "state",
                 ocp.args.PyTreeRestore(
                     item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -320,74 +292,6 @@ class Checkpoints:
         return state, info
 
 
-def _reporting_handler() -> ocp.StandardCheckpointHandler:
-    """Returns a checkpoint handler that ends all processes when a background write fails.
-
-    With Orbax's handler the other processes would wait for minutes, and the reason would be lost.
-    """
-    handler = ocp.StandardCheckpointHandler()
-    save = handler.async_save
-
-    async def async_save(*args: Any, **kwargs: Any) -> list[_Write]:
-        return [_Write(future) for future in await save(*args, **kwargs) or ()]
-
-    handler.async_save = async_save
-    return handler
-
-
-class _Write:
-    """Wraps a future of Orbax; reports an error to all processes before raising it."""
-
-    def __init__(self, future: Any):
-        self._future = future
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Waits until the write is complete."""
-        try:
-            return self._future.result(timeout)
-        except Exception as error:
-            fault = f"a checkpoint could not be written: {_reason(error)}"
-            watchdog.abort(CheckpointError(fault))
-            raise
-
-
-def _join_writers(timeout_secs: float = 20) -> None:
-    """Waits for Orbax's threads, which keep running after a failed save.
-
-    Without the wait, the threads would write into a directory that is being removed and report
-    errors of their own.
-    """
-    deadline = time.monotonic() + timeout_secs
-    for thread in threading.enumerate():
-        if type(thread).__module__.startswith("orbax."):
-            with contextlib.suppress(Exception):  # the thread has already reported its error
-                thread.join(max(deadline - time.monotonic(), 0))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses the tracebacks that Orbax's threads print for errors that are raised as well.
-
-    One damaged file or a full disk makes every pending array print its own traceback. An exception
-    of the main thread leaves this context before it is printed.
-    """
-    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
-    level, asyncio_logger = logging.get_verbosity(), python_logging.getLogger("asyncio")
-    was_disabled = asyncio_logger.disabled
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
-        logging.set_verbosity(logging.FATAL)
-        asyncio_logger.disabled = True
-        try:
-            yield
-        finally:
-            gc.collect()  # failed tasks and unstarted coroutines warn when they are collected
-            asyncio_logger.disabled = was_disabled
-            sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
-            logging.set_verbosity(level)
-
-
 def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
     """Returns the checksum of each leaf by its path, and whether all floats are finite."""
     results = jax.device_get({name: fingerprint(x) for name, x in sharding.by_name(tree).items()})
@@ -395,38 +299,15 @@ def checksums(tree: Any) -> tuple[dict[str, list[int]], bool]:
     return sums, all(finite for _, finite in results.values())
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
-    """Returns an absolute path, which Orbax requires."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
-
-
-def check_name(path: epath.PathLike, *, writes: bool) -> None:
-    """Raises CheckpointError for a path that Orbax and TensorStore would misread.
-
-    Both libraries treat backslashes specially, reject bytes that are not UTF-8, and expand a path
-    that they write to as a glob pattern, so that `run[1]` refers to another directory.
-    """
-    path = str(_absolute(path))
-    shown = printable(path)
-    if wrong := re.search(r"[\\\ud800-\udfff]", path):
-        fault = "a backslash" if wrong[0] == "\\" else "bytes that are not UTF-8"
-        raise CheckpointError(
-            f"{shown}: checkpoints cannot be in a directory whose name has {fault}; rename it"
-        )
-    if writes and (wrong := re.search(r"[*?\[\x00-\x1f\x7f]", path)):
-        raise CheckpointError(
-            f"{shown}: checkpoints cannot be written to a directory whose name has "
-            f"{printable(wrong[0])!r}; give it another name"
-        )
-
-
 def _verify(tree: Any, info: dict[str, Any], directory: epath.Path, prefix: str = "") -> None:
     sums, _ = checksums(tree)
-    wrong = [path for path, value in sums.items() if info["checksums"].get(prefix + path) != value]
-    if wrong:
+    wrong_names = [
+        name for name, value in sums.items() if info["checksums"].get(prefix + name) != value
+    ]
+    if wrong_names:
         raise DamagedError(
-            f"checkpoint {directory} is damaged: {len(wrong)} array(s) do not match their "
-            f"checksums; the first is {wrong[0]}"
+            f"checkpoint {directory} is damaged: {len(wrong_names)} array(s) do not match their "
+            f"checksums; the first is {wrong_names[0]}"
         )
 
 
@@ -434,7 +315,7 @@ def saved_leaves(directory: epath.Path) -> dict[str, Any]:
     """Returns the shape and dtype of every saved leaf by its path, without reading the values."""
     # The handler, unlike Orbax's checkpointer, keeps the reason why the metadata cannot be read.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        tree = handler.metadata(_absolute(directory) / "state").tree
+        tree = handler.metadata(checkpoint_errors.absolute(directory) / "state").tree
     return sharding.by_name(tree)
 
 
@@ -518,9 +399,13 @@ def restore_params(
     if skip:
         saved = {k: v for k, v in saved.items() if not k.startswith(f"{skip}/")}
     check_tree(abstract_params, saved, directory)
-    with _reading(directory), _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+    with (
+        checkpoint_errors.reading(directory),
+        checkpoint_errors.quiet(),
+        ocp.PyTreeCheckpointer() as checkpointer,
+    ):
         tree = checkpointer.restore(
-            _absolute(directory) / "state",
+            checkpoint_errors.absolute(directory) / "state",
             ocp.args.PyTreeRestore(
                 {item: abstract_params},
                 restore_args={item: ocp.checkpoint_utils.construct_restore_args(abstract_params)},
@@ -534,7 +419,7 @@ def restore_params(
 def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple[int, ...]]:
     """Returns the shape of every saved parameter by name; raises CheckpointError if damaged."""
     prefix = f"{item}/"
-    with _reading(directory), _quiet():
+    with checkpoint_errors.reading(directory), checkpoint_errors.quiet():
         saved = saved_leaves(directory)
     return {
         name.removeprefix(prefix): tuple(leaf.shape)
@@ -543,130 +428,11 @@ def saved_params(directory: epath.Path, item: str = "params") -> dict[str, tuple
     }
 
 
-@contextlib.contextmanager
-def _reading(directory: epath.Path) -> Iterator[None]:
-    """Classifies the errors of everything that reads checkpoints.
-
-    Orbax's errors on damaged files become a DamagedError. Errors caused by the path, the machine or
-    its devices become a one-line CheckpointError. A programming error passes through unchanged.
-    """
-    check_name(directory, writes=False)
-    backend.start()
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        cause = _cause(error)  # Orbax wraps TensorStore's errors in a plain Exception
-        if _is_machine_error(cause):
-            raise CheckpointError(
-                f"checkpoint {directory} could not be read: {_reason(error)}"
-            ) from error
-        if not isinstance(cause, DAMAGE):
-            raise
-        raise DamagedError(f"checkpoint {directory} is damaged: {_reason(error)}") from error
-
-
 def read_info(directory: epath.Path) -> dict[str, Any]:
     """Returns the `info` JSON of a checkpoint; raises DamagedError if it is damaged."""
     try:
         return run_files.read_info(directory)
     except UserError as error:
-        if error.__cause__ is not None and _is_machine_error(error.__cause__):
+        if error.__cause__ is not None and checkpoint_errors.is_machine_error(error.__cause__):
             raise
         raise DamagedError(f"checkpoint {directory} is damaged: {error}") from None
-
-
-# Status codes of TensorStore and XLA for problems with memory, files, permissions or networks.
-MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
-OS_ERROR = r"os_error_code='(\d+)'"  # in the text of TensorStore's errors
-NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# Exceptions that Orbax raises for files that differ from what it wrote.
-DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RecursionError)
-
-
-def _is_machine_error(error: BaseException) -> bool:
-    """Returns whether memory, permissions, disks or networks caused a read error, not damage."""
-    if isinstance(error, OSError):
-        return not isinstance(error, NOT_THERE)
-    text = str(error)
-    numbers = map(int, re.findall(OS_ERROR, text))
-    return any(code in text for code in MACHINE) or any(
-        not isinstance(OSError(number, ""), NOT_THERE) for number in numbers
-    )
-
-
-def _cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the innermost cause in one line; the middle of a long text is cut out."""
-    error = _cause(error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    if number := re.search(OS_ERROR, text):  # put it first, as the text may be cut
-        text = f"{os.strerror(int(number[1]))}: {text}"
-    return text if len(text) < 300 else f"{text[:120]} ... {text[-170:]}"
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Returns the versions of Python, the libraries and this code, as of the first call."""
-    numbers = {"python": sys.version.split()[0], "commit": commit()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            numbers[package] = importlib.metadata.version(package)
-    return numbers
-
-
-def commit() -> str:
-    """Returns this code's commit, with "+changes" if the working tree is modified, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
-    except OSError:
-        return "unknown"
-    if head.returncode or changes.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
-@contextlib.contextmanager
-def locked(workdir: epath.Path) -> Iterator[None]:
-    """Locks the run directory for this process; the OS releases the lock when the process ends.
-
-    Raises:
-      UserError: another process holds the lock.
-    """
-    if "://" in str(workdir):  # an object store has no locks
-        yield
-        return
-    path = workdir / ".lock"
-    try:
-        # O_NONBLOCK, because opening a pipe would otherwise wait for a reader.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is not a regular file; remove it")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        except BlockingIOError:
-            owner = os.read(descriptor, 64).decode(errors="replace") or "unknown"
-            raise UserError(
-                f"{workdir} is in use by another process (pid {owner}); wait for it, or pass "
-                "another --workdir"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be locked: {error.strerror}") from None
-        yield
-    finally:
-        os.close(descriptor)

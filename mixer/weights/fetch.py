@@ -2,10 +2,10 @@
 
 Sources are `https://`, `http://`, `gs://`, `hf://owner/name[/file]` and the short names of
 `mixer.weights.published.CHECKPOINTS`. The cache is `$XDG_CACHE_HOME/mixer` or `~/.cache/mixer`. It
-has one folder per address, in which the file keeps its name; delete the folder to fetch the file
+has one folder per URL, in which the file keeps its name; delete the folder to fetch the file
 again. Files of hf:// stay in the cache of huggingface_hub.
 
-An address may hold secrets, so messages and saved files contain only `published.shown(address)`.
+A URL may hold secrets, so messages and saved files contain only `published.redact(url)`.
 """
 
 import contextlib
@@ -16,13 +16,11 @@ import logging
 import os
 import re
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from etils import epath
 
@@ -33,7 +31,7 @@ from mixer.weights import download, foreign, published
 from mixer.weights.foreign import ENDINGS
 
 MAX_CARD_BYTES = 16_000_000  # size of a JSON sidecar; 21,843 class names take about 1 MB
-# Query parameters that sign an address and do not identify the file.
+# Query parameters that sign a URL and do not identify the file.
 _SIGNATURES = re.compile(
     r"x-(amz|goog|ms|oss)-.*|(.*[-_])?(signature|token|secret|password|credential)|sig|auth"
     r"|expires|policy|key-pair-id|api_?key|(aws|oss)accesskeyid|googleaccessid",
@@ -42,13 +40,13 @@ _SIGNATURES = re.compile(
 
 
 def is_remote_file(path: epath.PathLike) -> bool:
-    """Returns whether `fetch` would fetch `path`: an address of a file, or a published short name.
+    """Returns whether `fetch` has to download `path`: the URL of a file, or a short name.
 
-    A `gs://` or `s3://` address without the suffix of a weight file is a run, which is read in
+    A `gs://` or `s3://` URL without the suffix of a weight file is a run, which is read in
     place.
 
     Raises:
-      UserError: the short name is unknown, or the address is invalid.
+      UserError: the short name is unknown, or the URL is invalid.
     """
     scheme, remainder = _split(path)
     if not scheme and not str(path).startswith("://"):
@@ -59,17 +57,17 @@ def is_remote_file(path: epath.PathLike) -> bool:
         return remainder.endswith(ENDINGS)
     if scheme not in ("http", "https", "hf"):
         raise UserError(
-            f"{published.shown(path)}: {scheme}:// is not supported; expected a local path, "
+            f"{published.redact(path)}: {scheme}:// is not supported; expected a local path, "
             f"https://, hf:// or {', '.join(f'{store}://' for store in STORES)}"
         )
     return True
 
 
 def is_directory(path: epath.PathLike) -> bool:
-    """Returns whether `path` is a local or cloud directory; False for the address of a file.
+    """Returns whether `path` is a local or cloud directory; False for the URL of a file.
 
     Raises:
-      UserError: the address is invalid, or the cloud storage does not answer.
+      UserError: the URL is invalid, or the cloud storage does not answer.
     """
     return not is_remote_file(path) and _query(path, lambda path: path.is_dir())
 
@@ -84,7 +82,7 @@ def _query(path: epath.PathLike, predicate: Callable[[epath.Path], bool]) -> boo
         full_path = epath.Path(path).expanduser()
         if not _split(path)[0]:
             return predicate(full_path)
-        return download.run_in_time(
+        return download.run_with_timeout(
             lambda: predicate(full_path), str(path), None, download.SLOW_SECS
         )
 
@@ -98,12 +96,12 @@ def _split(path: epath.PathLike) -> tuple[str, str]:
 def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     """Returns the path of a local copy of `path`; downloads the file if it is not cached.
 
-    A JSON sidecar (the file's name plus .json, and config.json for safetensors) is fetched with it
-    if the source has one.
+    If the source has JSON sidecars, they are fetched too: the file's name plus .json, and for a
+    safetensors file also config.json.
 
     Args:
-      path: a local path, which is returned unchanged, an address, or a short name.
-      log: called with a line on what was fetched and its address.
+      path: a local path, which is returned unchanged, a URL, or a short name.
+      log: called with a line on what was fetched and its URL.
 
     Raises:
       UserError: the file does not exist, cannot be reached or read, is incomplete, is a web page or
@@ -112,22 +110,23 @@ def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
     if not is_remote_file(path):
         return epath.Path(path).expanduser()
     short = published.by_short_name(path)
-    address = short.url if short else published.https_address(str(path))
-    scheme, remainder = _split(address)
+    url = short.url if short else published.https_url(str(path))
+    scheme, remainder = _split(url)
     if scheme == "hf":
         return _fetch_from_hub(remainder, log)
     if scheme in ("http", "https"):
-        address = download.parse_address(address)
-        name = urllib.parse.unquote(urllib.parse.urlsplit(address).path)
+        url = download.parse_url(url)
+        name = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
     else:
-        address = name = f"{scheme}://{remainder}"
+        url = name = f"{scheme}://{remainder}"
     name = name.rpartition("/")[2]
-    label = published.shown(address)
+    label = published.redact(url)
     _check_ending(name, label)
     if not name.isprintable() or len(name.encode()) > 200:
         raise UserError(f"{label}: the file's name is too long or has unprintable characters")
-    target = cache_dir() / hashlib.sha256(_unsigned(address).encode()).hexdigest()[:16] / name
-    with _disk_errors(target):
+    target = cache_dir() / hashlib.sha256(_without_signature(url).encode()).hexdigest()[:16] / name
+    hint = "; set XDG_CACHE_HOME to move the cache"
+    with files.storage_errors(target, f"{target} cannot be written", hint):
         if target.is_file():
             log(f"{label}: cached as {target}")
             return epath.Path(target)
@@ -135,23 +134,27 @@ def fetch(path: epath.PathLike, *, log: Callable[[str], None]) -> epath.Path:
         # If two processes fetch the same file, the second waits for the first. The OS releases the
         # lock when a process ends, so a killed process cannot leave a stale lock.
         with open(target.parent / ".lock", "w") as lock:
-            _lock(lock, label, log)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log(f"{label}: waiting for another process to fetch it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_file():
                 for stale in target.parent.glob(".*.new"):  # left by a killed process
                     stale.unlink(missing_ok=True)
-                _fetch_into(target, address)
+                _fetch_into(target, url)
                 log(f"{label}: fetched {target.stat().st_size / 1e6:,.1f} MB to {target}")
     return epath.Path(target)
 
 
-def fetch_anew(path: epath.Path) -> str:
-    """Returns the end of a message that tells how to fetch a damaged file again.
+def refetch_hint(path: epath.Path) -> str:
+    """Returns the end of an error message, which says how to fetch a damaged file again.
 
     Args:
       path: the weight file that `fetch` returned, or its JSON sidecar.
     """
     if cache_dir() in path.parents:
-        # Without the weight file, `fetch` downloads the sidecar again too.
+        # If the weight file is missing, `fetch` downloads the sidecar again as well.
         weights = (file for file in path.parent.iterdir() if file.name.endswith(ENDINGS))
         path = next(weights, path)
     else:
@@ -159,38 +162,20 @@ def fetch_anew(path: epath.Path) -> str:
     return f"; delete {path} to fetch it again"
 
 
-def _lock(file: BinaryIO, label: str, log: Callable[[str], None]) -> None:
-    """Acquires the lock of a cached file; waits while another process holds it."""
-    deadline = None
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
-        if deadline is None:
-            log(f"{label}: waiting for another process to fetch it")
-            deadline = time.monotonic() + download.MAX_SECS
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{label}: another process has been fetching it for {download.MAX_SECS:,} s"
-            )
-        time.sleep(0.2)
-
-
-def _fetch_into(target: Path, address: str) -> None:
+def _fetch_into(target: Path, url: str) -> None:
     """Fetches a file and its JSON sidecar; the file gets its final name once it is complete."""
-    get = download.download if address.startswith(("http://", "https://")) else _copy
+    get = download.download if url.startswith(("http://", "https://")) else _copy
     try:
-        with files.whole(target) as new:
-            get(address, new)
-            for name in () if published.find(address) else _json_names(target.name):
+        with files.atomic_write(target) as new:
+            get(url, new)
+            for name in () if published.find(url) else _json_names(target.name):
                 json_path = target.parent / name
                 try:
-                    with files.whole(json_path) as new_json:
-                        get(_sibling(address, name), new_json, max_bytes=MAX_CARD_BYTES)
-                except download.NotThereError:
+                    with files.atomic_write(json_path) as new_json:
+                        get(_sibling(url, name), new_json, max_bytes=MAX_CARD_BYTES)
+                except download.MissingFileError:
                     json_path.unlink(missing_ok=True)  # left by earlier weights
-    except download.NotThereError as error:
+    except download.MissingFileError as error:
         raise UserError(str(error)) from None
 
 
@@ -211,7 +196,7 @@ def cache_dir() -> Path:
 def _check_ending(name: str, label: str) -> None:
     if name.endswith(ENDINGS):
         return
-    problem = f"{label}: expected an address that ends in {' or '.join(ENDINGS)}"
+    problem = f"{label}: expected a URL that ends in {' or '.join(ENDINGS)}"
     if foreign.is_pickled(name):
         raise UserError(f"{problem}; {name} {foreign.pickle_advice(name)}")
     raise UserError(problem)
@@ -223,30 +208,18 @@ def _json_names(name: str) -> list[str]:
     return [f"{name}.json", *config]
 
 
-def _sibling(address: str, name: str) -> str:
-    """Returns the address of another file in the same folder, with the same query string."""
-    parts = urllib.parse.urlsplit(address)
+def _sibling(url: str, name: str) -> str:
+    """Returns the URL of another file in the same folder, with the same query string."""
+    parts = urllib.parse.urlsplit(url)
     path = parts.path.rpartition("/")[0] + "/" + urllib.parse.quote(name)
     return urllib.parse.urlunsplit(parts._replace(path=path))
 
 
-def _unsigned(address: str) -> str:
-    """Returns the address without the query parameters that only sign it."""
-    path, _, query = address.partition("?")
+def _without_signature(url: str) -> str:
+    """Returns the URL without the query parameters that only sign it."""
+    path, _, query = url.partition("?")
     names = [word for word in query.split("&") if not _SIGNATURES.fullmatch(word.split("=")[0])]
     return "?".join(filter(None, (path, "&".join(names))))
-
-
-@contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    """Turns an OSError while writing to the cache into a one-line UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written: {error.strerror or error}; set XDG_CACHE_HOME to move "
-            "the cache"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -256,61 +229,53 @@ def _reading(path: epath.PathLike) -> Iterator[None]:
     For cloud storage, TensorFlow, gcsfs and s3fs raise exceptions of their own classes.
     """
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # gcsfs also logs what it raises
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs TensorFlow, or pip install gcsfs (s3://: s3fs): {error}"
-        ) from None
-    except Exception as error:
-        if not _split(path)[0] and not isinstance(error, OSError):
-            raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path} cannot be read: {reason}") from None
+    with files.storage_errors(path, f"{path} cannot be read"):
+        try:
+            yield
+        except ImportError as error:
+            raise UserError(
+                f"{path} needs TensorFlow, or pip install gcsfs (s3://: s3fs): {error}"
+            ) from None
 
 
-def _copy(address: str, target: Path, max_bytes: int | None = None) -> None:
+def _copy(url: str, target: Path, max_bytes: int | None = None) -> None:
     """Copies a file from cloud storage, with the credentials that the storage library finds."""
 
     def count_bytes() -> int:
         return os.path.getsize(target) if os.path.exists(target) else 0
 
     def measure() -> int | None:
-        source = epath.Path(address)
+        source = epath.Path(url)
         return source.stat().length if source.exists() else None
 
-    with _reading(address):
-        length = download.run_in_time(measure, address, None, download.SLOW_SECS)
+    with _reading(url):
+        length = download.run_with_timeout(measure, url, None, download.SLOW_SECS)
     if length is None:
-        raise download.NotThereError(f"{address}: no such file")
+        raise download.MissingFileError(f"{url}: no such file")
     if max_bytes is not None and length > max_bytes:
-        raise UserError(f"{address}: {length:,} bytes; expected at most {max_bytes:,}")
-    download.check_room(length, target.parent)
-    with _reading(address):
-        download.run_in_time(
-            lambda: epath.Path(address).copy(target, overwrite=True), address, count_bytes
+        raise UserError(f"{url}: {length:,} bytes; expected at most {max_bytes:,}")
+    download.check_disk_space(length, target.parent)
+    with _reading(url):
+        download.run_with_timeout(
+            lambda: epath.Path(url).copy(target, overwrite=True), url, count_bytes
         )
     if target.stat().length != length:
-        raise UserError(
-            f"{address}: received {target.stat().length:,} of {length:,} bytes; try again"
-        )
+        raise UserError(f"{url}: received {target.stat().length:,} of {length:,} bytes; try again")
 
 
 def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
     """Fetches hf://owner/name/file; for hf://owner/name, the file model.safetensors."""
-    address = f"hf://{remainder}"
+    url = f"hf://{remainder}"
     parts = remainder.split("/", 2)
     has_bad_part = {"", ".", ".."}.intersection(remainder.split("/"))
     if len(parts) < 2 or has_bad_part or not remainder.isprintable():
-        raise UserError(f"{address}: expected hf://owner/name or hf://owner/name/file.npz")
+        raise UserError(f"{url}: expected hf://owner/name or hf://owner/name/file.npz")
     repository, name = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "model.safetensors"
-    _check_ending(name, address)
+    _check_ending(name, url)
     try:
         from huggingface_hub import errors, hf_hub_download, utils
     except ImportError:
-        raise UserError(f"{address} needs huggingface_hub: pip install -e .[hub]") from None
+        raise UserError(f"{url} needs huggingface_hub: pip install -e .[hub]") from None
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
     published.refuse_other_models(repository)
@@ -319,7 +284,7 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
 
     def get(file: str) -> epath.Path:
         call = functools.partial(hf_hub_download, repository, file)
-        return epath.Path(download.run_in_time(call, address))
+        return epath.Path(download.run_with_timeout(call, url))
 
     try:
         path = get(name)
@@ -333,7 +298,7 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
             except errors.EntryNotFoundError:
                 pass
     except errors.LocalEntryNotFoundError:  # a subclass of EntryNotFoundError
-        raise UserError(f"{address} cannot be reached, and is not in the cache") from None
+        raise UserError(f"{url} cannot be reached, and is not in the cache") from None
     except errors.EntryNotFoundError:
         raise UserError(
             f"hf://{repository} has no {name}; expected one of its files: hf://{repository}/FILE.npz"
@@ -345,7 +310,7 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
     except errors.RepositoryNotFoundError:
         raise UserError(f"hf://{repository}: no such repository, or a private one") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"{address} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{url} cannot be read: {first_line(error)}") from None
     note = f"; could not check for {' and '.join(unreachable)}" if unreachable else ""
-    log(f"{address}: {path}{note}")
+    log(f"{url}: {path}{note}")
     return path

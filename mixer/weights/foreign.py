@@ -1,4 +1,4 @@
-"""Recognises weights in formats of other programs that are not supported, and tells how to convert.
+"""Recognises unsupported weight formats of other programs, and explains how to convert them.
 
 Only the names of files and folders are examined; no file is opened.
 """
@@ -20,7 +20,7 @@ _FLAX = re.compile(r"checkpoint_\d+")
 
 
 def advice(path: epath.PathLike) -> str:
-    """Returns a line on another program's weights at `path` and how to convert them, or ""."""
+    """Returns a line that names another program's format at `path` and a conversion; else ""."""
     path = epath.Path(path)
     if is_pickled(path.name):
         return f"{path} {pickle_advice(path.name)}"

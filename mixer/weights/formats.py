@@ -6,6 +6,7 @@ as "MixerBlock_0/token_mixing/Dense_0/kernel".
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,11 +24,10 @@ from mixer.weights.arrays import (
     Shapes,
     StoredArray,
     check_dtypes,
-    check_regular,
-    not_finite,
+    describe_non_finite,
     open_npz,
     open_safetensors,
-    short_name,
+    printable_line,
     write_npz,
     write_safetensors,
 )
@@ -69,7 +69,9 @@ def open_file(path: epath.PathLike) -> File:
         array with an unsupported dtype.
     """
     path, gelu = epath.Path(path).expanduser(), None
-    check_regular(path)
+    # A device or a pipe might never end. If the path cannot be opened, reading reports the reason.
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{path} is not a regular file")
     match path.suffix.lower():
         case ".npz":
             arrays = open_npz(path)
@@ -82,7 +84,7 @@ def open_file(path: epath.PathLike) -> File:
         case _:
             advice = foreign.advice(path)
             raise UserError(advice or f"{path} is not a weight file; expected .npz or .safetensors")
-    arrays, notes = _unwrapped(arrays)
+    arrays, notes = _unwrap(arrays)
     name, layout = recognise({name: array.shape for name, array in arrays.items()}, path)
     check_dtypes(arrays, path)
 
@@ -119,7 +121,7 @@ def _first_parts(architecture: Architecture) -> set[str]:
     return {re.split("[/.]", name)[0] for name in stored}
 
 
-def _unwrapped(arrays: dict[str, StoredArray]) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
+def _unwrap(arrays: dict[str, StoredArray]) -> tuple[dict[str, StoredArray], tuple[str, ...]]:
     """Extracts the weights from a training program's state; returns (arrays, notes for the log)."""
     first_parts = set().union(*map(_first_parts, ARCHITECTURES.values()))
     notes = []
@@ -146,7 +148,7 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
 
     Args:
       shapes: shapes of the arrays by their names in the file.
-      source: path or address for messages.
+      source: path or URL for messages.
 
     Raises:
       UserError: the arrays are of another model; the message names the model if it is known.
@@ -160,7 +162,7 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
         layouts = architecture.layouts
         names = (f"{architecture.stored_name(first, lay)} ({lay} layout)" for lay in layouts)
         expected.append(f"an {architecture.title} has {' or '.join(names)}")
-    names = ", ".join(map(short_name, sorted(shapes)[:4])) or "no arrays"
+    names = ", ".join(map(printable_line, sorted(shapes)[:4])) or "no arrays"
     ending = " ..." if len(shapes) > 4 else ""
     raise UserError(
         f"{source} does not hold weights of a known model: {names}{ending}; {'; '.join(expected)}"
@@ -196,7 +198,7 @@ def write_file(
     stored = {}
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
-        if fault := not_finite(array):
+        if fault := describe_non_finite(array):
             raise UserError(f"{path} is not written: {name} {fault}")
         array = architecture.to_layout(name, array, layout)
         stored[architecture.stored_name(name, layout)] = array
@@ -204,7 +206,7 @@ def write_file(
     values["checksum"] = checksum(lambda name: np.asarray(arrays[name]), arrays)
     values["timm"] = architecture.timm_arguments(card.model(), card.image_size)
     # The JSON gets its final name first, because arrays without it could be misidentified.
-    with files.whole(path) as new, files.whole(card_path(path)) as new_card:
+    with files.atomic_write(path) as new, files.atomic_write(card_path(path)) as new_card:
         files.write_text(new_card, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if layout == "timm":
             write_safetensors(new, stored, {"gelu": card.gelu})

@@ -25,7 +25,7 @@ from mixer.errors import UserError, check_choice
 from mixer.models import placement, registry
 from mixer.models.modules import DTYPES, check_image_size
 from mixer.parallel import sharding
-from mixer.weights.arrays import Shapes, listed, misfits
+from mixer.weights.arrays import Shapes, join_faults, misfits
 from mixer.weights.card import Card
 from mixer.weights.recognise import StoredWeights, find, parse_size
 
@@ -87,30 +87,24 @@ def load(
       UserError: `path` does not exist, holds another model, or holds weights that do not fit; the
         message lists every mismatch.
     """
-    options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype, gelu=gelu)
-    options |= dict(head=head, resize=resize, mesh=mesh, log=log)
-    loaded = read(path, **options)
+    check_choice("head", head, HEADS)
+    check_choice("resize", resize, RESIZES)
+    options = dict(num_classes=num_classes, dtype=dtype, head=head, resize=resize, mesh=mesh)
+    loaded = read(path, image_size=image_size, gelu=gelu, log=log, **options)
     return loaded.model, loaded.params
 
 
 def read(
     path: epath.PathLike,
     *,
-    num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    dtype: Any = None,
     gelu: str | None = None,
-    head: str = "auto",
-    resize: str = "grow",
-    mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
+    **options: Any,
 ) -> Loaded:
-    """Reads weights as `load` does, and returns their card too."""
-    check_choice("head", head, HEADS)
-    check_choice("resize", resize, RESIZES)
+    """Reads weights with the options of `load`, and returns their card too."""
     stored = find(path, image_size=image_size, gelu=gelu, log=log)
-    options = dict(num_classes=num_classes, image_size=image_size, dtype=dtype)
-    return read_stored(stored, **options, head=head, resize=resize, mesh=mesh, log=log)
+    return read_stored(stored, image_size=image_size, log=log, **options)
 
 
 def read_stored(
@@ -214,9 +208,14 @@ def _other_classes(card: Card, class_names: Sequence[str]) -> str:
 
 
 def fit(
-    stored: StoredWeights, like: Any, *, image_size: tuple[int, int], head: str, resize: str
+    stored: StoredWeights,
+    abstract_params: Any,
+    *,
+    image_size: tuple[int, int],
+    head: str,
+    resize: str,
 ) -> tuple[dict[str, Any], str]:
-    """Reads weights for the model whose parameters are `like`, with the placement of `like`.
+    """Reads weights for a model, with the shapes and the placement of its `abstract_params`.
 
     Returns:
       The parameters, without the head if it is not kept; and a summary of the changes.
@@ -224,31 +223,31 @@ def fit(
     Raises:
       UserError: the weights do not fit; the message lists every mismatch.
     """
-    card, wanted = stored.card, traverse_util.flatten_dict(like, sep="/")
-    width = wanted["head/bias"].shape[0] if "head/bias" in wanted else 0
-    reset = head == "reset" or (head == "auto" and width != card.num_classes)
+    card, leaves = stored.card, traverse_util.flatten_dict(abstract_params, sep="/")
+    width = leaves["head/bias"].shape[0] if "head/bias" in leaves else 0
+    is_reset = head == "reset" or (head == "auto" and width != card.num_classes)
     shapes = stored.shapes
-    if reset:
-        wanted = {name: leaf for name, leaf in wanted.items() if name not in registry.HEAD}
+    if is_reset:
+        leaves = {name: leaf for name, leaf in leaves.items() if name not in registry.HEAD}
         shapes = {name: shape for name, shape in shapes.items() if name not in registry.HEAD}
     faults = misfits(
         shapes,
-        {name: leaf.shape for name, leaf in wanted.items()},
+        {name: leaf.shape for name, leaf in leaves.items()},
         resized=_resized_shapes(card, shapes, resize_card(stored, image_size, resize)),
     )
     if faults:
-        raise UserError(f"{stored.path} does not fit the model: {listed(faults)}")
-    arrays = stored.restore(wanted, _resizing(card, image_size, resize))
+        raise UserError(f"{stored.path} does not fit the model: {join_faults(faults)}")
+    arrays = stored.restore(leaves, _make_resize(card, image_size, resize))
     actions = []
     if image_size != card.image_size:
         size = f"{image_size[0]} x {image_size[1]}"
         actions.append(f"interpolated to {size}" if resize == "interpolate" else f"grown to {size}")
     if width:
         actions.append(
-            "head kept" if not reset else f"head reset ({card.num_classes:,} -> {width:,})"
+            "head kept" if not is_reset else f"head reset ({card.num_classes:,} -> {width:,})"
         )
     else:
-        actions.append(f"head of {card.num_classes:,} classes dropped" if reset else "no head")
+        actions.append(f"head of {card.num_classes:,} classes dropped" if is_reset else "no head")
     return traverse_util.unflatten_dict(arrays, sep="/"), ", ".join(actions)
 
 
@@ -266,7 +265,7 @@ def _resized_shapes(card: Card, shapes: Shapes, new_card: Card) -> dict[str, tup
     }
 
 
-def _resizing(
+def _make_resize(
     card: Card, image_size: tuple[int, int], resize: str
 ) -> Callable[[str, np.ndarray], np.ndarray] | None:
     """Returns a function (name, array) -> array that resizes a leaf; None for the same size."""

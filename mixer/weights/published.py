@@ -1,4 +1,4 @@
-"""Published weights: their addresses and sizes, and the facts that the name of a source reveals.
+"""Published weights: their URLs and sizes, and the facts that the name of a source reveals.
 
 `mixer.weights.fetch` downloads them, `mixer.weights.load` reads the arrays.
 """
@@ -27,18 +27,16 @@ class Published:
     """A file that the authors released.
 
     Attributes:
-      url: https address of the file.
+      url: HTTPS URL of the file.
       architecture: key of `mixer.models.registry.ARCHITECTURES`.
       variant: such as "B/16"; the weights are for 224 x 224 pixels.
       num_classes: width of the head.
-      class_names: the list of class names, "imagenet1k" or "imagenet21k".
     """
 
     url: str
     architecture: str
     variant: str
     num_classes: int
-    class_names: str
 
     @property
     def num_params(self) -> int:
@@ -63,7 +61,7 @@ class Facts:
     note: str = ""
 
 
-def _released(folder: str, variants: str, class_names: str) -> dict[str, Published]:
+def _released_files(folder: str, variants: str, class_names: str) -> dict[str, Published]:
     """Returns entries such as "B/16-i1k" for the files in one folder of the bucket."""
     label = {"imagenet1k": "i1k", "imagenet21k": "i21k"}.get(folder, folder)
     return {
@@ -72,23 +70,24 @@ def _released(folder: str, variants: str, class_names: str) -> dict[str, Publish
             architecture="mixer",
             variant=variant,
             num_classes=LISTS[class_names],
-            class_names=class_names,
         )
         for variant in variants.split()
     }
 
 
-# The bucket's files [read: VT, BV]. Weights from JFT, and any H/14, were never released.
+# The bucket's files, as the repositories of vision_transformer and big_vision list them. Weights
+# from JFT-300M and for H/14 were never released.
 CHECKPOINTS: dict[str, Published] = {
-    **_released("imagenet1k", "B/16 L/16", "imagenet1k"),
-    **_released("imagenet21k", "B/16 L/16", "imagenet21k"),
-    **_released("sam", "B/16 B/32", "imagenet1k"),
-    **_released("gsam", "S/8 S/16 S/32 B/16 B/32", "imagenet1k"),
+    **_released_files("imagenet1k", "B/16 L/16", "imagenet1k"),
+    **_released_files("imagenet21k", "B/16 L/16", "imagenet21k"),
+    **_released_files("sam", "B/16 B/32", "imagenet1k"),
+    **_released_files("gsam", "S/8 S/16 S/32 B/16 B/32", "imagenet1k"),
 }
-# Published top-1 accuracy on the data sets of mixer/evaluation/suites.py, with its source.
-_PAPER, _TIMM = "paper, recalled", "timm's results, erf GELU"
-_SAM = "Chen et al., 2021, arXiv 2106.01548, recalled"
-EXPECTED: dict[str, dict[str, tuple[float, str]]] = {
+# Published top-1 accuracies on the data sets of mixer/evaluation/suites.py, with their sources.
+# "From memory" marks a figure that was not checked against the publication.
+_PAPER, _TIMM = "paper, from memory", "timm's results, erf GELU"
+_SAM = "Chen et al., 2021, arXiv 2106.01548, from memory"
+ACCURACIES: dict[str, dict[str, tuple[float, str]]] = {
     "B/16-i1k": {"imagenet_val": (0.7644, _PAPER), "imagenet_real": (0.8236, _PAPER)},
     "L/16-i1k": {"imagenet_val": (0.7176, _PAPER)},
     "B/16-sam": {"imagenet_val": (0.774, _SAM)},
@@ -110,6 +109,7 @@ EXPECTED: dict[str, dict[str, tuple[float, str]]] = {
 ALIASES = {
     f"{size}-{label}/16": f"{size}/16-{label}" for size in ("B", "L") for label in ("i1k", "i21k")
 }
+_AUTHORS_FILE = re.compile(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz")
 _SHORT_NAME = re.compile(r"[A-Za-z](-\w+)?/\d+(-\w+)?")
 
 
@@ -133,18 +133,18 @@ def by_short_name(path: epath.PathLike) -> Published | None:
 
 
 def find(source: epath.PathLike) -> Published | None:
-    """Returns the published checkpoint with a short name or https:// or gs:// address, or None."""
-    url = https_address(shown(source))
+    """Returns the published checkpoint with a short name or https:// or gs:// URL, or None."""
+    url = https_url(redact(source))
     for published in CHECKPOINTS.values():
         if published.url == url:
             return published
     return by_short_name(source)
 
 
-def expected(
+def find_accuracies(
     source: epath.PathLike, *, variant: str | None, num_classes: int
 ) -> tuple[str, dict[str, tuple[float, str]]] | None:
-    """Returns published accuracies of published weights: (name, {data set: (top-1, source)}).
+    """Finds the published accuracies of weights: (name, {data set: (top-1, source)}).
 
     Args:
       source: the path that the user passed. A copy of an authors' file is identified by its own
@@ -157,27 +157,27 @@ def expected(
       The name and the accuracies, or None if the weights are not published or have no known
       accuracy.
     """
-    text = shown(source)
+    text = redact(source)
     published = find(source)
     if published is None:
-        names = [name for name in EXPECTED if name.startswith("mixer_") and name in text]
+        names = [name for name in ACCURACIES if name.startswith("mixer_") and name in text]
         old_name = re.search(r"jx_(mixer_[bl]16_224)-", text)
         if old_name and num_classes == 1000:
             names = [f"{old_name[1]}.goog_in21k_ft_in1k"]
-        if not names and re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", text):
+        if not names and _AUTHORS_FILE.fullmatch(text):
             folder = text.rpartition("/")[0].rpartition("/")[2]
             label = folder if folder in ("sam", "gsam") else "i1k"
             names = [f"{variant}-{label}"] if num_classes == 1000 else []
     else:
         names = [name for name, entry in CHECKPOINTS.items() if entry == published]
-    name = next((name for name in names if name in EXPECTED), None)
-    return (name, EXPECTED[name]) if name else None
+    name = next((name for name in names if name in ACCURACIES), None)
+    return (name, ACCURACIES[name]) if name else None
 
 
-def shown(source: epath.PathLike) -> str:
+def redact(source: epath.PathLike) -> str:
     """Returns the source without secrets, for messages and saved files.
 
-    The result lacks the query string of a web address and the user before its host, because both
+    The result lacks the query string of an HTTP URL and the user before its host, because both
     can hold secrets.
     """
     match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", text := str(source))
@@ -188,14 +188,14 @@ def shown(source: epath.PathLike) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def https_address(path: str) -> str:
-    """Returns the https address of a file in the authors' bucket, which needs no credentials."""
+def https_url(path: str) -> str:
+    """Returns the HTTPS URL of a file in the authors' bucket, which needs no credentials."""
     name = path.removeprefix("gs://mixer_models/")
     return path if name == path else BUCKET + name
 
 
 def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:
-    """Checks the size of a file against the checkpoint that was published at its address.
+    """Checks the size of a file against the checkpoint that was published at its URL.
 
     Args:
       published: the published checkpoint.
@@ -236,7 +236,7 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
     """Returns the facts that the name of a source reveals; unknown facts are None.
 
     Args:
-      source: the path that the user passed: a file, an address, hf://owner/name or a short name.
+      source: the path that the user passed: a file, a URL, hf://owner/name or a short name.
       layout: "timm", or the layout of an npz file, "published" or "legacy".
       num_classes: width of the head in the file.
 
@@ -248,17 +248,17 @@ def facts(source: epath.PathLike, *, layout: str, num_classes: int) -> Facts:
     if layout == "timm":
         origin = _timm_origin(str(source))
         if origin is None or num_classes not in lists:
-            return Facts(_only_21k(num_classes), _unknown)
-        steps = _timm_steps("bicubic", 0.875, (0.5, 0.5))
+            return Facts(_class_list(num_classes), _no_preprocessing)
+        preprocess = _timm_preprocessing("bicubic", 0.875, (0.5, 0.5))
         if origin == "miil":
-            steps = _timm_steps("bilinear", 0.875, (0.0, 1.0))
-        return Facts(lists[num_classes], steps, _timm_note(origin, num_classes))
+            preprocess = _timm_preprocessing("bilinear", 0.875, (0.0, 1.0))
+        return Facts(lists[num_classes], preprocess, _timm_note(origin, num_classes))
     published = find(source)
-    has_authors_name = re.fullmatch(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz", shown(source))
+    has_authors_name = _AUTHORS_FILE.fullmatch(redact(source))
     if (published or has_authors_name) and num_classes in (1000, 21843):
         note = "" if published else f"its name suggests the authors' {lists[num_classes]} weights"
-        return Facts(lists[num_classes], _authors_steps, note)
-    return Facts(_only_21k(num_classes), _unknown)
+        return Facts(lists[num_classes], _authors_preprocessing, note)
+    return Facts(_class_list(num_classes), _no_preprocessing)
 
 
 def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes: int) -> Facts:
@@ -287,21 +287,21 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
         raise UserError(f"config.json of {source} is not a valid timm config: {reason}") from None
     refuse_other_models(name)
 
+    class_names = _timm_class_names(fields, inner, num_classes)
     note = _timm_note(_timm_origin(name), num_classes)
     if len(mean) > 1 or len(std) > 1:
         reason = f"a separate mean and std for each channel ({sorted(mean)}, {sorted(std)})"
     elif interpolation not in ("bilinear", "bicubic") or crop_mode != "center":
         reason = f"{interpolation} interpolation with crop mode {crop_mode}"
     else:
-        steps = _timm_steps(interpolation, crop_pct, (mean.pop(), std.pop()))
-        return Facts(_timm_class_names(fields, inner, num_classes), steps, note)
+        preprocess = _timm_preprocessing(interpolation, crop_pct, (mean.pop(), std.pop()))
+        return Facts(class_names, preprocess, note)
     refused = f"config.json of {source} needs {reason}, which no preprocessing op supports"
-    names = _timm_class_names(fields, inner, num_classes)
-    return Facts(names, _unknown, "; ".join(filter(None, (note, refused))))
+    return Facts(class_names, _no_preprocessing, "; ".join(filter(None, (note, refused))))
 
 
 def refuse_other_models(source: epath.PathLike) -> None:
-    """Raises UserError if a path or address names a model of timm that is not an MLP-Mixer."""
+    """Raises UserError if a path or URL names a model of timm that is not an MLP-Mixer."""
     names = list(_TIMM_MODEL.finditer(str(source)))
     if names and names[-1]["kind"] in _OTHER_MODELS:
         name = names[-1][0].removesuffix(".safetensors").removesuffix(".")
@@ -341,35 +341,38 @@ def _timm_class_names(
         return tuple(names)
     if num_classes == 1000 and str(inner.get("tag", "")).endswith("in1k"):
         return "imagenet1k"
-    return _only_21k(num_classes)
+    return _class_list(num_classes)
 
 
-def _only_21k(num_classes: int) -> str | None:
-    """Returns the list of classes that the count identifies; 1,000 classes could be any list."""
+def _class_list(num_classes: int) -> str | None:
+    """Returns the class list with this many classes; None for 1,000, which several lists have."""
     return {21843: "imagenet21k", 11221: "imagenet21k_miil"}.get(num_classes)
 
 
-def _unknown(image_size: tuple[int, int]) -> None:
+def _no_preprocessing(image_size: tuple[int, int]) -> None:
     return None
 
 
-def _authors_steps(image_size: tuple[int, int]) -> str | None:
-    """Resizes the short side to 8/7 of the image size (area), then crops the centre [read: BV]."""
+def _authors_preprocessing(image_size: tuple[int, int]) -> str | None:
+    """Resizes the short side to 8/7 of the image size (area), then crops the centre.
+
+    This is the evaluation preprocessing in big_vision's configs.
+    """
     height, width = image_size
     if height != width:
         return None
     return f"decode|resize_small({height * 8 // 7}, method='area')|central_crop({height})"
 
 
-def _timm_steps(
+def _timm_preprocessing(
     interpolation: str, crop_pct: float, mean_std: tuple[float, float]
 ) -> Callable[[tuple[int, int]], str | None]:
-    """Returns timm's evaluation: decode and resize as in Pillow, to size / crop_pct, then crop."""
+    """Returns timm's evaluation preprocessing: resize to size / crop_pct like Pillow, then crop."""
     mean, std = mean_std
     low, high = (int(x) if x == int(x) else x for x in (-mean / std, (1 - mean) / std))
     ending = "" if (low, high) == (-1, 1) else f"|value_range({low}, {high})"
 
-    def steps(image_size: tuple[int, int]) -> str | None:
+    def preprocess(image_size: tuple[int, int]) -> str | None:
         height, width = image_size
         if height != width:
             return None
@@ -378,4 +381,4 @@ def _timm_steps(
             f"method='{interpolation}', antialias=True)|central_crop({height}){ending}"
         )
 
-    return steps
+    return preprocess

@@ -19,7 +19,7 @@ from mixer.errors import UserError
 from mixer.models import registry
 from mixer.parallel import backend, sharding
 from mixer.weights import checkpoint, fetch, foreign, formats, published
-from mixer.weights.arrays import DamagedError, Shapes, listed, not_finite
+from mixer.weights.arrays import DamagedError, Shapes, describe_non_finite, join_faults
 from mixer.weights.card import Card, card_path, checksum, read_card, read_json
 
 
@@ -36,7 +36,7 @@ class StoredWeights:
         it is unknown.
       restore: function (abstract arrays by name, transform or None) -> arrays. `transform(name,
         array)` converts each array to the shape of its abstract array before it is placed.
-      about: a line for the log on what was recognised and what was assumed.
+      about: a line for the log that lists what was recognised and what was assumed.
     """
 
     path: str
@@ -68,16 +68,16 @@ def find(
       UserError: `path` does not exist, or holds another model.
     """
     backend.start()
-    source = published.shown(path)
+    source = published.redact(path)
     if fetch.is_remote_file(path):
         local = fetch.fetch(path, log=log)
-        with _fetched():
+        with _refetch_hint():
             return _find_file(source, local, image_size, gelu, fetched=True)
     local = epath.Path(path).expanduser()
     if fetch.is_directory(path):
         return _find_run(source, local, gelu)
     if not fetch.exists(path) and local.suffix.lower() not in foreign.ENDINGS:
-        newest = local.with_name(f"{local.name}-LAST")  # big_vision names a series so
+        newest = local.with_name(f"{local.name}-LAST")  # big_vision's name of the newest
         raise UserError(
             (fetch.exists(newest) and foreign.advice(local))
             or f"{path}: no such run or file; expected a run, one of its checkpoints, an .npz or "
@@ -87,12 +87,12 @@ def find(
 
 
 @contextlib.contextmanager
-def _fetched() -> Iterator[None]:
-    """Adds to the message of a damaged download how to fetch the file again."""
+def _refetch_hint() -> Iterator[None]:
+    """Adds instructions for a new download to the message of a damaged file."""
     try:
         yield
     except DamagedError as error:
-        raise UserError(f"{error}{fetch.fetch_anew(error.path)}") from None
+        raise UserError(f"{error}{fetch.refetch_hint(error.path)}") from None
 
 
 # Weight files.
@@ -114,27 +114,27 @@ def _find_file(
             raise DamagedError(path, str(error)) from None
     architecture = registry.ARCHITECTURES[file.architecture]
     dims = architecture.read_dimensions(file.shapes, source)
-    saved = _read_card(path, file, dims)
+    sidecar = _read_card(path, file, dims)
     num_tokens, num_classes = dims.pop("num_tokens"), dims.pop("num_classes")
-    # A local file's name may identify the weights; the name of its folder is the user's choice.
+    # A local file's name may identify the weights. The name of its folder says nothing about them.
     name = source if fetched else path.name
     facts = published.facts(name, layout=file.layout, num_classes=num_classes)
     if file.layout == "timm" and (config := _timm_config(path)):
         facts = published.timm_facts(config, source=source, num_classes=num_classes)
 
     about = [f"{file.layout} layout", *file.notes]
-    if saved:
-        size = saved["image_size"]
+    if sidecar:
+        size = sidecar["image_size"]
     else:
-        size, assumed = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
-        about.append(assumed)
-    kind, origin = formats.GELU_OF[file.layout], f"the {file.layout} layout's"
-    for value, reason in (
+        size, assumption = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
+        about.append(assumption)
+    gelu_sources = (
+        (gelu, "as requested"),
+        (sidecar.get("gelu"), "its JSON"),
         (file.gelu, "its header"),
-        (saved.get("gelu"), "its JSON"),
-        (gelu, "as asked"),
-    ):
-        kind, origin = (value, reason) if value else (kind, origin)
+        (formats.GELU_OF[file.layout], f"the {file.layout} layout's"),
+    )
+    kind, origin = next((kind, origin) for kind, origin in gelu_sources if kind)
     card = Card(
         architecture=file.architecture,
         variant=registry.find_variant(architecture, dims),
@@ -142,12 +142,12 @@ def _find_file(
         num_classes=num_classes,
         image_size=size,
         gelu=kind,
-        preprocess=saved["preprocess"] if saved else facts.preprocess(size),
-        class_names=saved["class_names"] if saved else facts.class_names,
-        source=published.shown(saved.get("source", source)),
+        preprocess=sidecar["preprocess"] if sidecar else facts.preprocess(size),
+        class_names=sidecar["class_names"] if sidecar else facts.class_names,
+        source=published.redact(sidecar.get("source", source)),
     )
-    about.append(_described(card, f"{kind} ({origin})"))
-    if facts.note and not saved:
+    about.append(_describe(card, f"{kind} ({origin})"))
+    if facts.note and not sidecar:
         about.append(facts.note)
     return StoredWeights(
         path=source,
@@ -155,7 +155,7 @@ def _find_file(
         shapes=file.shapes,
         dtype="float32",
         # The preprocessing in a JSON sidecar contains fixed sizes, so it fits no other image size.
-        preprocess_at=(lambda size: None) if saved else facts.preprocess,
+        preprocess_at=(lambda size: None) if sidecar else facts.preprocess,
         restore=functools.partial(_restore_file, file, source, fetched),
         about="; ".join(about),
     )
@@ -163,27 +163,27 @@ def _find_file(
 
 def _read_card(path: epath.Path, file: formats.File, dims: Mapping[str, int]) -> dict[str, Any]:
     """Reads the JSON sidecar of a file and checks it against the arrays; {} if there is none."""
-    saved, json_path = read_card(path), card_path(path)
-    if saved is None:
+    sidecar, json_path = read_card(path), card_path(path)
+    if sidecar is None:
         return {}
     for name, value in dims.items():
-        if name != "num_tokens" and saved.get(name) != value:
-            text = str(saved.get(name))[:80]
+        if name != "num_tokens" and sidecar.get(name) != value:
+            text = str(sidecar.get(name))[:80]
             raise UserError(
                 f"{json_path}: {name}={text}; expected {value}, as in the arrays of {path.name}"
             )
-    if math.prod(saved["image_size"]) != dims["num_tokens"] * dims["patch_size"] ** 2:
+    if math.prod(sidecar["image_size"]) != dims["num_tokens"] * dims["patch_size"] ** 2:
         raise UserError(
-            f"{json_path}: image_size={saved['image_size']}; the arrays of {path.name} are for "
+            f"{json_path}: image_size={sidecar['image_size']}; the arrays of {path.name} are for "
             f"{dims['num_tokens']} patches of {dims['patch_size']} pixels"
         )
-    if saved["checksum"] != checksum(file.read, file.shapes):
+    if sidecar["checksum"] != checksum(file.read, file.shapes):
         raise DamagedError(
             json_path,
             f"{json_path}: its checksum does not match the weights in {path.name}; remove the JSON "
             "file, or write it again",
         )
-    return saved
+    return sidecar
 
 
 def _timm_config(path: epath.Path) -> dict[str, Any] | None:
@@ -201,9 +201,9 @@ def _assumed_size(
     """
     size = image_size if image_size is None else parse_size(image_size)
     if size and math.prod(size) == num_tokens * patch_size**2:
-        return size, "image size as asked"  # no other weights could be grown to it
+        return size, "image size as requested"
     if side := _square_side(num_tokens, patch_size):
-        return (side, side), "a square image assumed"
+        return (side, side), "assuming a square image"
     raise UserError(
         f"{source}: the weights are for {num_tokens} patches, which do not form a square image; "
         "pass image_size=(H, W)"
@@ -214,19 +214,19 @@ def _restore_file(
     file: formats.File,
     source: str,
     fetched: bool,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
     transform: Callable[[str, np.ndarray], np.ndarray] | None,
 ) -> dict[str, jax.Array]:
     placed, faults = {}, []
-    for name, leaf in wanted.items():  # one at a time, so that the host never holds two copies
-        with _fetched() if fetched else contextlib.nullcontext():
+    for name, leaf in leaves.items():  # one at a time, so that the host never holds two copies
+        with _refetch_hint() if fetched else contextlib.nullcontext():
             array = file.read(name)
-        if fault := not_finite(array):
+        if fault := describe_non_finite(array):
             faults.append(f"{name} {fault}")
         array = array.astype(leaf.dtype, copy=False)
         placed[name] = _place(array if transform is None else transform(name, array), leaf)
     if faults:
-        raise UserError(f"{source}: {listed(faults)}")
+        raise UserError(f"{source}: {join_faults(faults)}")
     return placed
 
 
@@ -253,7 +253,7 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
         if side is None:
             raise UserError(f"{path}: the image size is unknown, as the run has no config.json")
         config = {"image_size": side, "model": {}, "dataset": {}}
-        about.append("no config.json: the authors' GELU and a square image assumed")
+        about.append("no config.json: assuming the authors' GELU and a square image")
     fields = config["model"]
     kind = gelu or fields.get("gelu") or "tanh"
     class_names = data["class_names"] if data else None
@@ -273,7 +273,7 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
             f"{step}: the weights are for {num_tokens} patches, but config.json gives images of "
             f"{card.image_size[0]} x {card.image_size[1]}"
         )
-    about.append(_described(card, f"{kind} ({'as asked' if gelu else 'its config'})"))
+    about.append(_describe(card, f"{kind} ({'as requested' if gelu else 'its config'})"))
     return StoredWeights(
         path=source,
         card=card,
@@ -289,18 +289,18 @@ def _restore_run(
     step: epath.Path,
     shapes: Shapes,
     item: str,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
     transform: Callable[[str, np.ndarray], np.ndarray] | None,
 ) -> dict[str, jax.Array]:
-    skip = "head" if "head/kernel" in shapes and "head/kernel" not in wanted else ""
+    skip = "head" if "head/kernel" in shapes and "head/kernel" not in leaves else ""
     one_device = SingleDeviceSharding(jax.local_devices()[0])
-    as_saved = {
+    saved_leaves = {
         name: leaf
         if transform is None
         else jax.ShapeDtypeStruct(shapes[name], leaf.dtype, sharding=one_device)
-        for name, leaf in wanted.items()
+        for name, leaf in leaves.items()
     }
-    abstract = sharding.abstract(traverse_util.unflatten_dict(as_saved, sep="/"))
+    abstract = sharding.abstract(traverse_util.unflatten_dict(saved_leaves, sep="/"))
     tree = checkpoint.restore_params(step, abstract, item=item, skip=skip)
     arrays = traverse_util.flatten_dict(tree, sep="/")
     del tree
@@ -309,7 +309,7 @@ def _restore_run(
     # pop() frees each saved array as soon as its resized copy exists.
     return {
         name: _place(transform(name, np.asarray(arrays.pop(name))), leaf)
-        for name, leaf in wanted.items()
+        for name, leaf in leaves.items()
     }
 
 
@@ -339,7 +339,7 @@ def _square_side(num_tokens: int, patch_size: int) -> int | None:
     return side * patch_size if side * side == num_tokens else None
 
 
-def _described(card: Card, gelu: str) -> str:
+def _describe(card: Card, gelu: str) -> str:
     variants = registry.ARCHITECTURES[card.architecture].variants
     # All dimensions, or those in which the weights differ from their variant.
     variant = variants.get(card.variant, {})

@@ -64,7 +64,7 @@ class Record:
         """Writes the environment and the results up to now to the file."""
         if self._output:
             content = {**self._environment, self._key: figures}
-            with files.whole(self._output) as new_file:
+            with files.atomic_write(self._output) as new_file:
                 new_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -94,7 +94,9 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
             **versions,
         },
-        "memory_setting": "kept, in every contestant" if memory.keeps() else "as glibc has it",
+        "memory_setting": "kept, in every contestant"
+        if memory.keeps_freed_memory()
+        else "as glibc has it",
         "environment": variables,
     }
 

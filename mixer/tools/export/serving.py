@@ -147,7 +147,9 @@ def write(
     description = json.dumps(describe(loaded, program, arrays, paths), indent=2, ensure_ascii=False)
     with contextlib.ExitStack() as stack:
         # The stack renames files in reverse order, so the program is renamed last.
-        new = {path: stack.enter_context(files.whole(path)) for path in _present(paths)[::-1]}
+        new = {
+            path: stack.enter_context(files.atomic_write(path)) for path in _present(paths)[::-1]
+        }
         files.write_text(new[paths.card], description + "\n")
         if paths.weights is not None:
             # Save the GELU, so that `mixer.load` of this file alone gives the same model.

@@ -24,6 +24,7 @@ from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
+from mixer.runs import data as run_data
 from mixer.tools.inspect import activations as inspection
 from mixer.tools.inspect import pictures
 from mixer.tools.predict import prediction
@@ -74,7 +75,7 @@ class Page:
     def write(self, title: str, sections: Iterable[str]) -> epath.Path:
         """Writes index.html and returns its path."""
         path = self.path("index.html")
-        with files.whole(path) as new_file:
+        with files.atomic_write(path) as new_file:
             new_file.write_text(document(title, sections))
         return path
 
@@ -144,7 +145,7 @@ def write(
     else:
         data_sections, metric_rows = _data_sections(loaded, config, split, mesh, page)
         sections += data_sections
-    rows = [("weights", published.shown(source)), *_model_rows(loaded)]
+    rows = [("weights", published.redact(source)), *_model_rows(loaded)]
     if config is not None:
         rows += _training_rows(config)
         rows += _recorded_rows(recorded[workdirs[0]])
@@ -373,7 +374,7 @@ def _open(
             config.dataset.data_dir = data_dir
         names = tuple(loaded.card.class_names)
         for name in (split_name,) if split_name else ("test", "val"):
-            split = run.open_own_split(config, name, names, record)
+            split = run_data.open_own_split(config, name, names, record)
             if split is not None:
                 return split
         keys = (

@@ -340,5 +340,5 @@ def write_features(path: str, features: np.ndarray, images: Sequence[str]) -> No
       features: (n, ...) float32, saved as "features".
       images: n paths, saved as "images", an array of strings of fixed-width Unicode.
     """
-    with files.whole(path) as new_path, new_path.open("wb") as file:
+    with files.atomic_write(path) as new_path, new_path.open("wb") as file:
         np.savez(file, features=features, images=np.array(images, np.str_))

@@ -1,0 +1,201 @@
+"""Opens the data of a config, and compares it with the data that a run has recorded.
+
+In a run directory, `data.json` holds the class names and the fingerprints of the data.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mixer.data import splits as pipeline
+from mixer.data.preprocessing.spec import parse
+from mixer.errors import UserError, printable
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The splits that a config names; `val` and `test` are None if it names none.
+
+    Attributes:
+      train, val, test: the splits.
+      remarks: lines about the data for the user.
+      subfolders: whether images in folders of a class folder are read (`folder.scan`).
+    """
+
+    train: pipeline.Split
+    val: pipeline.Split | None
+    test: pipeline.Split | None
+    remarks: Sequence[str] = ()
+    subfolders: bool = True
+
+
+def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
+    """Raises UserError if the model and the data have different numbers of classes."""
+    if config.model.num_classes != len(class_names):
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}, but the data has {len(class_names)} "
+            "classes; omit it to use the number in the data"
+        )
+
+
+def open_split(
+    config: ConfigDict,
+    split_name: str,
+    class_names: tuple[str, ...] | None,
+    *,
+    augment: bool = False,
+    subfolders: bool = True,
+) -> pipeline.Split | None:
+    """Opens the split "train", "val" or "test" of the config; returns None if it is not set.
+
+    `augment` selects the training preprocessing instead of the evaluation preprocessing;
+    `subfolders` is the argument of `folder.scan`.
+    """
+    spec = config.dataset[f"{split_name}_split"]
+    if not spec:
+        if split_name == "train":
+            raise UserError("dataset.train_split is empty; expected a split such as train[:90%]")
+        return None
+    preprocess = config.dataset.train_preprocess if augment else config.dataset.eval_preprocess
+    split = pipeline.open_split(
+        config.dataset,
+        spec,
+        preprocess,
+        image_size=(config.image_size, config.image_size),
+        num_classes=config.model.num_classes,
+        class_names=class_names,
+        subfolders=subfolders,
+    )
+    if split.multi_label and config.loss == "softmax":
+        raise UserError(
+            f"{split.name} has images with several labels or none; loss=softmax needs one label "
+            "per image (set loss=sigmoid)"
+        )
+    return split
+
+
+def open_own_split(
+    config: ConfigDict,
+    split_name: str,
+    class_names: tuple[str, ...] | None,
+    record: dict[str, Any] | None,
+) -> pipeline.Split | None:
+    """Opens a split of a run's config with the same images that the run has read.
+
+    Runs of older code did not read images in subfolders of a class folder. `record` is the entry
+    "splits" of the run's data.json; None if the data is not the run's own.
+    """
+    split = open_split(config, split_name, class_names)
+    saved_split = (record or {}).get(split_name)
+    if split is None or not saved_split or not describe_change(saved_split, split):
+        return split
+    if not pipeline.has_subfolders(config.dataset):
+        return split
+    flat_split = open_split(config, split_name, class_names, subfolders=False)
+    return split if describe_change(saved_split, flat_split) else flat_split
+
+
+def open_splits(
+    config: ConfigDict,
+    class_names: tuple[str, ...] | None,
+    record: dict[str, Any] | None = None,
+) -> Splits:
+    """Opens all splits of the config, with the run's class names if it has saved some.
+
+    `record` is the content of the run's data.json. Runs that older code started do not read images
+    in subfolders of a class folder, and continue without them.
+    """
+    if config.dataset.name != "synthetic":  # synthetic data is not preprocessed
+        for key in ("train_preprocess", "eval_preprocess"):
+            if config.dataset[key]:  # check both specs before any data is read
+                parse(config.dataset[key], (config.image_size, config.image_size))
+    pipeline.forget_listings()
+    subfolders = True if record is None else record.get("subfolders")
+    if subfolders is None and pipeline.has_subfolders(config.dataset):
+        splits = _open_splits(config, class_names, subfolders=False)
+        if record["splits"]["train"]["fingerprint"] == splits.train.fingerprint:
+            return splits
+    return _open_splits(config, class_names, subfolders=subfolders is not False)
+
+
+def _open_splits(
+    config: ConfigDict, class_names: tuple[str, ...] | None, *, subfolders: bool
+) -> Splits:
+    train = open_split(config, "train", class_names, augment=True, subfolders=subfolders)
+    val, test = (
+        open_split(config, split_name, train.class_names, subfolders=subfolders)
+        for split_name in ("val", "test")
+    )
+    remarks = pipeline.remarks(config.dataset, train, subfolders=subfolders)
+    return Splits(train, val, test, remarks, subfolders)
+
+
+def check_same_data(workdir: epath.Path, record: dict[str, Any], split: pipeline.Split) -> None:
+    """Raises UserError if the training split differs from the split in the run's data.json."""
+    if change := describe_change(record["splits"]["train"], split):
+        raise UserError(
+            f"the training data has changed since {workdir} was started: {change}. "
+            "Restore the data, or pass another --workdir or --allow_config_change"
+        )
+
+
+def describe_change(old: dict[str, Any], split: pipeline.Split) -> str:
+    """Describes how a split differs from the saved record of it; "" if it does not.
+
+    File sizes are compared if both records have them; older code saved none.
+    """
+    old_files, stored = old.get("files"), split.stored
+    new_files = stored.record() if old_files and stored else None
+    has_new_sizes = new_files is not None and old_files["sizes"] != new_files["sizes"]
+    if old["fingerprint"] == split.fingerprint and not has_new_sizes:
+        return ""
+    change = (
+        f"{old['name']} with {old['num_examples']:,} examples, now {split.name} with "
+        f"{split.num_examples:,}"
+    )
+    if not has_new_sizes:
+        return change
+    change += f" ({old_files['num_bytes']:,} bytes, now {new_files['num_bytes']:,})"
+    rows = [
+        list(zip(files.get("class_files") or (), files.get("class_bytes") or (), strict=False))
+        for files in (old_files, new_files)
+    ]
+    pairs = zip(*rows, strict=False)
+    label = next((label for label, (one, two) in enumerate(pairs) if one != two), None)
+    if label is None and old_files["num_bytes"] == new_files["num_bytes"]:
+        return f"{change}: some files have other names or other sizes"
+    if label is not None:
+        (old_count, old_bytes), (new_count, new_bytes) = (row[label] for row in rows)
+        change += (
+            f"; class {split.class_names[label]!r} had {old_count:,} images of {old_bytes:,} bytes "
+            f"and now has {new_count:,} of {new_bytes:,}"
+        )
+    newest = stored.newest(label) if new_files["num_files"] >= old_files["num_files"] else ""
+    return change + (newest and f"; the last changed file is {printable(newest)}")
+
+
+def data_name(config: ConfigDict) -> str:
+    """Returns the name of a config's data: its data set, or the name of its folder."""
+    dataset = config.dataset
+    return (dataset.name == "folder" and epath.Path(dataset.data_dir).name) or dataset.name
+
+
+def data_record(splits: Splits, num_readers: int) -> dict[str, Any]:
+    """Returns the content of `data.json`; `num_readers` processes started to read the data."""
+    split_records = {}
+    for key in ("train", "val", "test"):
+        if split := getattr(splits, key):
+            fields = ("name", "num_examples", "fingerprint")
+            split_records[key] = {field: getattr(split, field) for field in fields}
+            stored = split.stored
+            if stored and (files_record := stored.record()):
+                split_records[key]["files"] = files_record
+    return {
+        "class_names": list(splits.train.class_names),
+        "num_readers": num_readers,
+        "subfolders": splits.subfolders,
+        "splits": split_records,
+    }
