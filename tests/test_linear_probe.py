@@ -18,11 +18,10 @@ from helpers import run_program, run_python, tiny_config
 from mixer import run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import linear_probe, logistic, omnibenchmark
-from mixer.evaluation.evaluator import Setup
+from mixer.evaluation.evaluator import Batching, Setup
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.training import losses
 from mixer.training import state as train_state
 
 COUNT, WIDTH, CLASSES = 300, 12, 4
@@ -120,20 +119,23 @@ def tiny():
 def _setup(model, mesh):
     return Setup(
         model=model,
-        mesh=mesh,
-        loss_fn=losses.make_loss("softmax"),
-        global_batch_size=64,
-        prefetch_batches=2,
+        batching=Batching(mesh, global_batch_size=64),
         every_steps=5,
         total_steps=12,
     )
 
 
+def _evaluator(splits, model, mesh):
+    """The evaluator of a run with `eval_suite=linear_probe`."""
+    train = run.open_split(tiny_config(), "train", splits.train.class_names)
+    setup = _setup(model, mesh)
+    return linear_probe.LinearProbeEvaluator("synthetic", train, splits.val, setup)
+
+
 def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
     model, params, mesh = tiny
-    config = tiny_config()
-    splits = run.open_splits(config, None)
-    probe = linear_probe.open_evaluator(config, splits, _setup(model, mesh))
+    splits = run.open_splits(tiny_config(), None)
+    probe = _evaluator(splits, model, mesh)
     assert [step for step in range(1, 13) if probe.is_due(step)] == [5, 10, 12]
     (result,) = probe.run(params, None, lambda: False)
     assert (result.dataset, result.weights, result.section) == ("synthetic", "params", probe.name)
@@ -162,8 +164,7 @@ def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
 @pytest.mark.slow
 def test_average_has_a_result_of_its_own(tiny):
     model, params, mesh = tiny
-    config = tiny_config()
-    probe = linear_probe.open_evaluator(config, run.open_splits(config, None), _setup(model, mesh))
+    probe = _evaluator(run.open_splits(tiny_config(), None), model, mesh)
     average = jax.tree.map(lambda leaf: leaf * 0.5, params)
     one, other = probe.run(params, average, lambda: False)
     assert (other.weights, other.name) == ("ema", "synthetic_ema")
@@ -222,6 +223,7 @@ sys.path.insert(0, "tests")
 import jax, numpy as np
 from helpers import tiny_config
 from mixer.evaluation import linear_probe, logistic
+from mixer.evaluation.evaluator import Batching
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -246,9 +248,9 @@ for count in counts:
     params = jax.tree.map(
         lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype("float32"), leaf.sharding),
         train_state.abstract_params(model, (8, 8), mesh))
-    options = dict(global_batch_size=16, mesh=mesh, prefetch_batches=2)
+    batching = Batching(mesh, global_batch_size=16)
     for penalty in ("squared", "norm"):
-        probed = linear_probe.evaluate(model, params, splits, penalty=penalty, **options)
+        probed = linear_probe.evaluate(model, params, splits, penalty=penalty, batching=batching)
         results.append(probed.summary())
 print(json.dumps(results))
 """

@@ -13,6 +13,7 @@ from PIL import Image
 from helpers import run_program, run_python, tiny_config
 from mixer.errors import UserError
 from mixer.evaluation import classification, sweeps
+from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.subject import open_subject
 from mixer.models.registry import ARCHITECTURES
 from mixer.parallel import sharding
@@ -99,9 +100,7 @@ def _evaluated(path, config, preprocess, size=8, resize="grow"):
         classification.make_eval_step(make_predict(loaded.model, mesh), loss_fn, 10),
         loaded.params,
         run.open_split(config, "test", None),
-        global_batch_size=64,
-        mesh=mesh,
-        prefetch_batches=2,
+        batching=Batching(mesh, global_batch_size=64),
     )
 
 

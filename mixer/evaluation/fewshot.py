@@ -15,17 +15,14 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from scipy import linalg, special
 
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import scores
-from mixer.evaluation.evaluator import Result, Setup, parameter_sets
+from mixer.evaluation.evaluator import Batching, Evaluator, Setup
 from mixer.evaluation.tables import Table
-from mixer.runs import config as run_config
 
 BIAS = 100.0  # the constant feature; it is so large that its weight is hardly regularised
 MIN_DEVIATION = 1e-5  # added to the standard deviation of each feature
@@ -103,95 +100,52 @@ def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
     return Table((*header, "draws"), rows)
 
 
-class FewShotEvaluator:
-    """The few-shot probe of a run at each validation.
+class FewShotEvaluator(Evaluator):
+    """The few-shot probe of a run at each validation, tested on the validation split."""
 
-    Its shots are training images; it is tested on the validation split.
-
-    Attributes:
-      name: "fewshot".
-      key: key of the 10-shot accuracy in metrics.jsonl.
-    """
-
-    name, key = "fewshot", "fewshot/10shot"
+    name, key, section = "fewshot", "fewshot/10shot", "fewshot"
 
     def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
         """Takes a training split with evaluation preprocessing; `dataset` names the results."""
+        super().__init__(dataset, setup)
         check(train, test)
-        self._dataset, self._train, self._test, self._setup = dataset, train, test, setup
+        self._splits = train, test
 
-    def is_due(self, step: int) -> bool:
-        """Whether the probe runs after update `step`."""
-        return self._setup.is_due(step)
+    def evaluate(self, params: Any, should_stop: Callable[[], bool]) -> FewShot | None:
+        """Evaluates one set of parameters, as `Evaluator.evaluate` specifies."""
+        model, batching = self._setup.model, self._setup.batching
+        return evaluate(model, params, self._splits, batching=batching, should_stop=should_stop)
 
-    def run(
-        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
-    ) -> list[Result] | None:
-        """Evaluates the parameters, as `Evaluator.run` specifies."""
-        results = []
-        for weights, suffix, values in parameter_sets(params, ema_params):
-            result = evaluate(
-                self._setup.model,
-                values,
-                self._train,
-                self._test,
-                mesh=self._setup.mesh,
-                global_batch_size=self._setup.global_batch_size,
-                prefetch_batches=self._setup.prefetch_batches,
-                should_stop=should_stop,
-            )
-            if result is None:
-                return None
-            metrics = {f"fewshot{suffix}/{row.shots}shot": row.mean for row in result.results}
-            results.append(
-                Result(
-                    dataset=self._dataset,
-                    weights=weights,
-                    section="fewshot",
-                    name=f"{self._dataset}{suffix}",
-                    metrics=metrics,
-                    summary=result.summary(),
-                    line=", ".join(f"{key}: {value:.2%}" for key, value in metrics.items()),
-                )
-            )
-        return results
+    def metrics(self, result: FewShot) -> dict[str, float]:
+        """Returns the mean accuracy for each number of shots."""
+        return {f"{row.shots}shot": row.mean for row in result.results}
 
-
-def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> FewShotEvaluator:
-    """Opens the probe of a run with `eval_suite=fewshot`."""
-    # Open the training split again, without augmentation.
-    train = run_config.open_split(
-        config, "train", splits.train.class_names, subfolders=splits.subfolders
-    )
-    return FewShotEvaluator(run_config.data_name(config), train, splits.val, setup)
+    def line(self, result: FewShot, suffix: str) -> str:
+        """Returns the metrics by their full key."""
+        metrics = self.metrics(result)
+        return ", ".join(f"fewshot{suffix}/{key}: {value:.2%}" for key, value in metrics.items())
 
 
 def evaluate(
     model: nn.Module,
     params: Any,
-    train: Split,
-    test: Split,
+    splits: tuple[Split, Split],
     *,
-    mesh: Mesh,
-    global_batch_size: int,
-    prefetch_batches: int,
+    batching: Batching,
     shots: Sequence[int] = (1, 5, 10, 25),
     seeds: int = 3,
     l2: float = 2.0**10,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> FewShot | None:
-    """Classifies `test` with a probe fitted to a few images of `train`.
+    """Classifies a test split with a probe fitted to a few images of a training split.
 
     On several hosts each process computes a part, and all processes return the complete result.
 
     Args:
       model: the model whose pre_logits are the features.
       params: parameters of the model, on every device of the mesh.
-      train: the split that the shots are drawn from.
-      test: the split that is classified.
-      mesh: mesh of the devices; image batches are split over its axis "data".
-      global_batch_size: images per batch, over all devices.
-      prefetch_batches: number of batches to prefetch to the devices.
+      splits: the split that the shots are drawn from, and the split that is classified.
+      batching: the batches of images.
       shots: numbers of images per class; a class that has fewer images contributes all of them.
       seeds: number of draws, with seeds 0, 1, ...
       l2: strength of the regularisation, which is not divided by the number of examples.
@@ -204,27 +158,22 @@ def evaluate(
       UserError: images have several labels, a class has no images, the classes of the splits
         differ, or features are not finite.
     """
+    train, test = splits
     train_labels, test_labels = check(train, test)
     num_classes = len(train.class_names)
     draws = [draw(train_labels, num_classes, max(shots), seed) for seed in range(seeds)]
     # Read the images of all draws together, each image once.
     drawn_indices = np.unique(np.concatenate([np.concatenate(arrays) for arrays in draws]))
-    features = []
-    for split in (train.select(drawn_indices), test):
-        split_features = features_lib.collect(
-            model,
-            params,
-            split,
-            mesh=mesh,
-            global_batch_size=global_batch_size,
-            prefetch_batches=prefetch_batches,
-            should_stop=should_stop,
-        )
-        if split_features is None:
-            return None
-        features.append(split_features)
+    features = features_lib.collect(
+        model,
+        params,
+        (train.select(drawn_indices), test),
+        batching=batching,
+        should_stop=should_stop,
+    )
+    if features is None:
+        return None
     shot_features, test_features = features
-
     results = []
     for number in shots:
         hits = []

@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import memory
@@ -19,7 +18,7 @@ from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import logistic, scores
-from mixer.evaluation.evaluator import Result, Setup, parameter_sets
+from mixer.evaluation.evaluator import Batching, Evaluator, Setup
 from mixer.runs import config as run_config
 
 Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
@@ -128,10 +127,8 @@ def evaluate(
     params: Any,
     splits: Splits,
     *,
-    penalty: str,
-    mesh: Mesh,
-    global_batch_size: int,
-    prefetch_batches: int,
+    batching: Batching,
+    penalty: str = "squared",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ProbeResult | None:
     """Fits the probe for each lam, chooses lam and classifies the test split.
@@ -142,10 +139,8 @@ def evaluate(
       model: the model whose pre_logits are the features.
       params: parameters of the model, on every device of the mesh.
       splits: the splits that `assign` returns.
+      batching: the batches of images; the features are sharded over its mesh.
       penalty: "squared" or "norm".
-      mesh: mesh of the devices over which images and features are sharded.
-      global_batch_size: images per batch, over all devices.
-      prefetch_batches: number of batches to prefetch to the devices.
       should_stop: called after every batch and every logistic.ITERATIONS_PER_CALL iterations.
 
     Returns:
@@ -159,20 +154,13 @@ def evaluate(
     # Features are in memory twice: as collected, and as chunks for the devices.
     num_bytes = 2 * 4 * model.hidden_dim * num_images
     memory.check_room(num_bytes, f"features of {num_images:,} images", on_host=True)
-    features, labels = [], [split.labels() for split in splits]
-    for split in splits:
-        split_features = features_lib.collect(
-            model,
-            params,
-            split,
-            mesh=mesh,
-            global_batch_size=global_batch_size,
-            prefetch_batches=prefetch_batches,
-            should_stop=should_stop,
-        )
-        if split_features is None:
-            return None
-        features.append(split_features)
+    labels = [split.labels() for split in splits]
+    features = features_lib.collect(
+        model, params, splits, batching=batching, should_stop=should_stop
+    )
+    if features is None:
+        return None
+    mesh = batching.mesh
     # Leave out classes without a training image; their test images count as errors.
     classes, train_labels = np.unique(labels[0], return_inverse=True)
     fitter = logistic.Fitter(features[0], train_labels, len(classes), mesh=mesh, penalty=penalty)
@@ -218,69 +206,31 @@ def _figures(guesses: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[
     }
 
 
-class LinearProbe:
+class LinearProbeEvaluator(Evaluator):
     """The linear probe of a run at each validation, with the squared penalty.
 
     The validation split is reported; lam is chosen on training images that are held out.
-
-    Attributes:
-      name: "linear_probe".
-      key: of the top-1 accuracy in metrics.jsonl.
     """
 
-    name, key = "linear_probe", "linear_probe/top1"
+    name, key, section = "linear_probe", "linear_probe/top1", "linear_probe"
 
-    def __init__(self, dataset: str, splits: Splits, setup: Setup):
-        """Takes the splits that `assign` returns; results are named after `dataset`."""
-        self._dataset, self._splits, self._setup = dataset, splits, setup
+    def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
+        """Takes a training split with evaluation preprocessing; `dataset` names the results."""
+        super().__init__(dataset, setup)
+        self._splits = assign(train, None, test)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the probe runs after update `step`."""
-        return self._setup.is_due(step)
+    def evaluate(self, params: Any, should_stop: Callable[[], bool]) -> ProbeResult | None:
+        """Evaluates one set of parameters, as `Evaluator.evaluate` specifies."""
+        model, batching = self._setup.model, self._setup.batching
+        return evaluate(model, params, self._splits, batching=batching, should_stop=should_stop)
 
-    def run(
-        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
-    ) -> list[Result] | None:
-        """Evaluates the parameters, as `Evaluator.run` specifies."""
-        results = []
-        for weights, suffix, values in parameter_sets(params, ema_params):
-            result = evaluate(
-                self._setup.model,
-                values,
-                self._splits,
-                penalty="squared",
-                mesh=self._setup.mesh,
-                global_batch_size=self._setup.global_batch_size,
-                prefetch_batches=self._setup.prefetch_batches,
-                should_stop=should_stop,
-            )
-            if result is None:
-                return None
-            summary = result.summary()
-            results.append(
-                Result(
-                    dataset=self._dataset,
-                    weights=weights,
-                    section=self.name,
-                    name=f"{self._dataset}{suffix}",
-                    metrics={
-                        f"{self.name}{suffix}/{key}": summary[key]
-                        for key in ("top1", "mean_per_class", "lam")
-                    },
-                    summary=summary,
-                    line=f"linear probe{suffix}: {sentence(summary)}",
-                )
-            )
-        return results
+    def metrics(self, result: ProbeResult) -> dict[str, float]:
+        """Returns the accuracies and the chosen lam."""
+        return {key: getattr(result, key) for key in ("top1", "mean_per_class", "lam")}
 
-
-def open_evaluator(config: ConfigDict, splits: run_config.Splits, setup: Setup) -> LinearProbe:
-    """Opens the probe of a run with `eval_suite=linear_probe`; does not read the test split."""
-    # Open the training split again, without augmentation.
-    train = run_config.open_split(
-        config, "train", splits.train.class_names, subfolders=splits.subfolders
-    )
-    return LinearProbe(run_config.data_name(config), assign(train, None, splits.val), setup)
+    def line(self, result: ProbeResult, suffix: str) -> str:
+        """Returns the result as a sentence."""
+        return f"linear probe{suffix}: {sentence(result.summary())}"
 
 
 def open_splits(config: ConfigDict) -> Splits:

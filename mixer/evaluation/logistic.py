@@ -25,7 +25,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mixer.evaluation import features as features_lib
 from mixer.parallel import sharding
 
 Variables = tuple[jax.Array, jax.Array]  # variables of the optimizer: (C, K) and (K,)
@@ -180,7 +179,8 @@ def _lay_out(array: np.ndarray, mesh: Mesh, *, width: int, padding: int) -> jax.
     widths = [(0, chunks * rows - len(array))] + [(0, 0)] * (array.ndim - 1)
     padded = np.pad(array, widths, constant_values=padding)
     row_sharding = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    return features_lib.put(padded.reshape(chunks, rows, *array.shape[1:]), row_sharding)
+    chunked = padded.reshape(chunks, rows, *array.shape[1:])
+    return jax.make_array_from_callback(chunked.shape, row_sharding, lambda index: chunked[index])
 
 
 def _cross_entropy(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:

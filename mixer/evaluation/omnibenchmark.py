@@ -19,13 +19,14 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from mixer import files, formatting
 from mixer.data import splits as pipeline
 from mixer.data.sources import annotations, folder
 from mixer.errors import UserError, nearest
 from mixer.evaluation import linear_probe, logistic, scores
+from mixer.evaluation.evaluator import Batching
+from mixer.evaluation.linear_probe import Splits
 
 REALMS = (
     *("activity", "aircraft", "amphibian", "aquatic_vertebrate", "bird", "car", "consumer_goods"),
@@ -37,8 +38,6 @@ FILES = ("train.txt", "val.txt", "test.txt")
 PENALTY = "norm"
 # Ops of the model's own preprocessing that are applied to the realms too.
 MODEL_STEPS = ("permute_patches", "permute_pixels", "value_range")
-
-Splits = tuple[pipeline.Split, pipeline.Split, pipeline.Split]  # train, validation, test
 
 
 def preprocessing(image_size: tuple[int, int], model_preprocess: str | None) -> str:
@@ -155,9 +154,7 @@ def evaluate(
     realms: Mapping[str, Splits],
     recorded: Mapping[str, Mapping[str, Any]],
     *,
-    mesh: Mesh,
-    global_batch_size: int,
-    prefetch_batches: int,
+    batching: Batching,
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Evaluates the realms; yields the name in results.json and the result of each realm.
@@ -168,9 +165,7 @@ def evaluate(
       realms: the realms that `open_realms` returns.
       recorded: the results for the same weights in results.json. A realm that is recorded with the
         same `settings` is not computed again.
-      mesh: mesh of the devices.
-      global_batch_size: images per batch, over all devices.
-      prefetch_batches: number of batches to prefetch to the devices.
+      batching: the batches of images.
       say: prints a line when a realm starts and when it ends.
     """
     tasks = [(name, suffix) for name in realms for suffix in params]
@@ -198,10 +193,8 @@ def evaluate(
             model,
             params[suffix],
             realms[name],
+            batching=batching,
             penalty=PENALTY,
-            mesh=mesh,
-            global_batch_size=global_batch_size,
-            prefetch_batches=prefetch_batches,
         )
         duration = time.monotonic() - start
         weights = "ema" if suffix else "params"

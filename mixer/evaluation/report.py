@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from etils import epath
 from rich.text import Text
@@ -62,9 +61,9 @@ class Probe:
     """A probe of `--suite`, which has its own section in results.json.
 
     Attributes:
-      open_data: function (subject, data_dir) -> data by the name of the result.
-      evaluate: function (model, params, data, mesh=, global_batch_size=, prefetch_batches=) ->
-        result; its `summary()` is written to results.json.
+      open_data: function (subject, data_dir) -> splits by the name of the result.
+      evaluate: function (model, params, splits, batching=) -> result; its `summary()` is written to
+        results.json.
     """
 
     open_data: Callable[[Subject, str], Mapping[str, Any]]
@@ -86,10 +85,6 @@ def _open_fewshot(subject: Subject, data_dir: str) -> dict[str, tuple[Split, Spl
     return {run.data_name(config): (train, test)}
 
 
-def _evaluate_fewshot(model: nn.Module, params: Any, data: tuple[Split, Split], **options: Any):
-    return fewshot.evaluate(model, params, *data, **options)
-
-
 def _open_linear_probe(subject: Subject, data_dir: str) -> dict[str, linear_probe.Splits]:
     """Opens the splits of the config; without a config, of the few-shot probe's data sets."""
     if subject.config is not None:
@@ -98,15 +93,9 @@ def _open_linear_probe(subject: Subject, data_dir: str) -> dict[str, linear_prob
     return {name: linear_probe.assign(train, None, test) for name, (train, test) in sets.items()}
 
 
-def _evaluate_linear_probe(
-    model: nn.Module, params: Any, data: linear_probe.Splits, **options: Any
-):
-    return linear_probe.evaluate(model, params, data, penalty="squared", **options)
-
-
 PROBES = {
-    "fewshot": Probe(_open_fewshot, _evaluate_fewshot),
-    "linear_probe": Probe(_open_linear_probe, _evaluate_linear_probe),
+    "fewshot": Probe(_open_fewshot, fewshot.evaluate),
+    "linear_probe": Probe(_open_linear_probe, linear_probe.evaluate),
 }
 
 
@@ -189,7 +178,7 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
                 weights.params[""](),
                 subject.card.image_size,
                 batch_sizes=options.batch_sizes,
-                mesh=subject.mesh,
+                mesh=subject.batching.mesh,
             )
         card.add(THROUGHPUT, subject.card.variant or "model", result.summary())
     _add_cost(subject, card, console)
@@ -275,14 +264,15 @@ def _classify(
 ) -> None:
     """Evaluates every set of parameters on every split, and adds the results to the card."""
     eval_step = classification.make_eval_step(
-        make_predict(weights.model, subject.mesh),
+        make_predict(weights.model, subject.batching.mesh),
         losses.make_loss(subject.loss),
         subject.card.num_classes,
     )
     # Limit the batch size to the largest split: batches of small splits would be mostly padding.
-    shards = sharding.batch_shards(subject.mesh)
+    shards = sharding.batch_shards(subject.batching.mesh)
     largest = max(split.num_examples for split in splits.values())
-    batch_size = min(subject.batch_size, -(-largest // shards) * shards)
+    batch_size = min(subject.batching.global_batch_size, -(-largest // shards) * shards)
+    batching = dataclasses.replace(subject.batching, global_batch_size=batch_size)
     for suffix, read_params in weights.params.items():
         params = read_params()
         for name, split in splits.items():
@@ -292,9 +282,7 @@ def _classify(
                     eval_step,
                     params,
                     split,
-                    global_batch_size=batch_size,
-                    mesh=subject.mesh,
-                    prefetch_batches=subject.prefetch_batches,
+                    batching=batching,
                     should_stop=lambda bar=bar: bool(bar.count(batch_size, "images")),
                 )
             card.add_split(name, result, split)
@@ -342,9 +330,7 @@ def _probe(
                     weights.model,
                     read_params(),
                     splits,
-                    mesh=subject.mesh,
-                    global_batch_size=subject.batch_size,
-                    prefetch_batches=2,
+                    batching=subject.batching,
                 )
             card.add(section, name + suffix, result.summary())
 
@@ -379,9 +365,7 @@ def _evaluate_realms(
         {suffix: read_params() for suffix, read_params in weights.params.items()},
         realms,
         card.recorded(OMNIBENCHMARK),
-        mesh=subject.mesh,
-        global_batch_size=subject.batch_size,
-        prefetch_batches=2,
+        batching=subject.batching,
         say=console.say,
     )
     for name, summary in summaries:

@@ -171,7 +171,7 @@ def resolution(
                 subject.stored,
                 image_size=size,
                 resize=resize,
-                mesh=subject.mesh,
+                mesh=subject.batching.mesh,
                 log=lambda line: None,
             )
             say(f"{subject.name} at {size} px: {preprocess}")
@@ -180,9 +180,7 @@ def resolution(
                 loaded.params,
                 split,
                 loss=subject.loss,
-                mesh=subject.mesh,
-                global_batch_size=subject.batch_size,
-                prefetch_batches=subject.prefetch_batches,
+                batching=subject.batching,
             )
             points.append(_point(size, [result], preprocess))
         sweep_curves.append(Curve(subject.name, "", split.name, tuple(points)))
@@ -230,9 +228,10 @@ def _shuffled_results(
     subject: Subject, split: Split, shares: Sequence[float]
 ) -> dict[str, list[list[classification.Classification]]]:
     """Returns the results by kind and share, one per permutation, and only one for share 0."""
-    loaded = load.read_stored(subject.stored, mesh=subject.mesh, log=lambda line: None)
+    mesh = subject.batching.mesh
+    loaded = load.read_stored(subject.stored, mesh=mesh, log=lambda line: None)
     size = loaded.card.image_size
-    plain = make_predict(loaded.model, subject.mesh)
+    plain = make_predict(loaded.model, mesh)
 
     def predict(params_and_order: tuple[Any, jax.Array], images: jax.Array) -> jax.Array:
         params, order = params_and_order
@@ -251,12 +250,7 @@ def _shuffled_results(
             patch_size = loaded.card.patch_size
             order = orders.patch_order(size, patch_size, seed=seed, share=share, within=False)
         return classification.evaluate(
-            step,
-            (loaded.params, order),
-            split,
-            global_batch_size=subject.batch_size,
-            mesh=subject.mesh,
-            prefetch_batches=subject.prefetch_batches,
+            step, (loaded.params, order), split, batching=subject.batching
         )
 
     return {

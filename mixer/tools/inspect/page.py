@@ -18,6 +18,7 @@ from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification, results, scores
 from mixer.evaluation.classification import Classification
+from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.results import Results
 from mixer.evaluation.tables import Table, html_table, html_text, percent, span
 from mixer.parallel import sharding
@@ -184,8 +185,7 @@ def _data_sections(
         loaded.params,
         split,
         loss=config.loss if config is not None else "softmax",
-        mesh=mesh,
-        global_batch_size=BATCH_SIZE * jax.device_count(),
+        batching=Batching(mesh, BATCH_SIZE * jax.device_count()),
     )
     sections.append(_confusion(result, split, page))
     sections.append(_images(loaded, result, split, page))
