@@ -25,7 +25,7 @@ from mixer.training.step import make_predict
 BATCH_SIZES = (1, 8, 64, 512)  # images per device
 WINDOWS = 5  # number of time windows; each gives one measurement of the rate
 IN_FLIGHT = 2  # maximum number of calls in flight
-# Images per second per TPUv3 core at PUBLISHED_SIZE, from the paper's tables [paper].
+# Images per second per TPUv3 core in inference at PUBLISHED_SIZE: table 3 of the paper.
 PUBLISHED = {
     "S/32": 11489,
     "S/16": 3994,
@@ -119,21 +119,19 @@ def measure(
     rates = []
     for batch_size in batch_sizes:
         shape = (batch_size * sharding.batch_shards(mesh), *image_size, 3)
-        windows = None
         try:
             windows = _windows(predict, params, shape, mesh, seconds)
-        except memory.NoRoomError:
-            pass
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except (memory.NoRoomError, jax.errors.JaxRuntimeError) as error:
+            is_full = isinstance(error, memory.NoRoomError) or "RESOURCE_EXHAUSTED" in str(error)
+            if not is_full:
                 raise
-        if windows is None:
             rates.append(Rate(batch_size))
             continue
         per_device = [rate / mesh.size for rate in windows]
         median = statistics.median(per_device)
         rates.append(Rate(batch_size, median, min(per_device), max(per_device)))
-    variant = _variant(model)
+    variants = architecture_of(model).variants
+    variant = next((name for name in variants if variants[name] == dimensions(model)), None)
     return Throughput(
         image_size=tuple(image_size),
         dtype=model.dtype,
@@ -141,8 +139,13 @@ def measure(
         devices=mesh.size,
         rates=tuple(rates),
         variant=variant,
-        published=PUBLISHED.get(variant) if tuple(image_size) == PUBLISHED_SIZE else None,
+        published=published(variant, image_size),
     )
+
+
+def published(variant: str | None, image_size: tuple[int, int]) -> int | None:
+    """Returns the paper's images per second per TPUv3 core; None if the paper has no rate."""
+    return PUBLISHED.get(variant) if tuple(image_size) == PUBLISHED_SIZE else None
 
 
 def _windows(
@@ -192,14 +195,6 @@ def run_for(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
 
 def _pixels(shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(jax.random.key(0), shape, "uint8")
-
-
-def _variant(model: nn.Module) -> str | None:
-    """Returns the name of the variant with the dimensions of the model; None if there is none."""
-    for name, variant in architecture_of(model).variants.items():
-        if variant == dimensions(model):
-            return name
-    return None
 
 
 def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
