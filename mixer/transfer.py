@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,6 @@ from mixer.evaluation.tables import percent, span
 from mixer.runs import config as run
 from mixer.training import program
 from mixer.weights import checkpoint, load
-
-RECORD = "transfer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,24 +51,6 @@ class TaskResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mean:
-    """The mean accuracy of a group of tasks, which have equal weights.
-
-    Attributes:
-      num_tasks: number of finished tasks that the mean is computed over.
-      of: number of tasks in the group.
-      top1: the mean, in 0..1.
-      top1_interval: 95 % interval (low, high), which covers the sampling of the test images but
-        not the seed: another seed may give another mean.
-    """
-
-    num_tasks: int
-    of: int
-    top1: float
-    top1_interval: tuple[float, float]
-
-
-@dataclasses.dataclass(frozen=True)
 class Transfer:
     """The accuracies of the finished tasks.
 
@@ -82,37 +62,43 @@ class Transfer:
 
     tasks: tuple[TaskResult, ...]
     requested: tuple[str, ...]
-    groups: Mapping[str, tuple[str, ...]]
+    groups: Mapping[str, Sequence[str]]
 
-    def mean(self, names: Sequence[str]) -> Mean | None:
-        """Computes the mean over the finished tasks in `names`; returns None if there are none."""
-        tasks = [task for task in self.tasks if task.name in names]
-        if not tasks:
-            return None
-        shares = np.array([task.top1 for task in tasks])
-        counts = np.array([task.count for task in tasks])
-        interval = scores.mean_interval(shares, counts)
-        return Mean(len(tasks), len(names), float(shares.mean()), interval)
-
-    def means(self) -> dict[str, Mean]:
+    def means(self) -> dict[str, dict[str, Any]]:
         """Computes the mean of each group with finished tasks, and the "mean" of all tasks.
 
         All tasks are the tasks of the groups and the requested tasks. If one group has all of them,
         "mean" would repeat its mean and is omitted.
+
+        Returns:
+          By group: "num_tasks", the number of finished tasks, which have equal weights; "of", the
+          number of tasks in the group; "top1", the mean in 0..1; and "top1_interval", its 95 %
+          interval (low, high). The interval covers the sampling of the test images but not the
+          seed: another seed may give another mean.
         """
         groups = dict(self.groups)
         all_names = {*self.requested, *(name for names in groups.values() for name in names)}
         if all_names not in map(set, groups.values()):
             groups["mean"] = tuple(all_names)
-        means = {group: self.mean(names) for group, names in groups.items()}
-        return {group: mean for group, mean in means.items() if mean is not None}
+        means = {}
+        for group, names in groups.items():
+            if tasks := [task for task in self.tasks if task.name in names]:
+                shares = np.array([task.top1 for task in tasks])
+                counts = np.array([task.count for task in tasks])
+                means[group] = {
+                    "num_tasks": len(tasks),
+                    "of": len(names),
+                    "top1": float(shares.mean()),
+                    "top1_interval": scores.mean_interval(shares, counts),
+                }
+        return means
 
     def summary(self) -> dict[str, Any]:
         """Returns tasks, means and the names of unfinished tasks, for transfer.json."""
         finished = {task.name: dataclasses.asdict(task) for task in self.tasks}
         return {
             "tasks": finished,
-            "means": {group: dataclasses.asdict(mean) for group, mean in self.means().items()},
+            "means": self.means(),
             "unfinished": [name for name in self.requested if name not in finished],
         }
 
@@ -169,13 +155,6 @@ def fine_tune(
         say(f"checking weights and data of {len(unfinished)} tasks")
         images_left = _check_all(unfinished, train_examples)
 
-    def record() -> Transfer:
-        task_results = tuple(finished[name] for name in tasks if name in finished)
-        groups_by_name = {name: tuple(groups[name]) for name in groups}
-        transfer = Transfer(task_results, tuple(tasks), groups_by_name)
-        run.write_json(directory / RECORD, transfer.summary())
-        return transfer
-
     seconds, images_seen = 0.0, 0
     for number, task in enumerate(runs, 1):
         title = f"task {number} of {len(runs)}: {task.name}"
@@ -191,9 +170,23 @@ def fine_tune(
         finished[task.name] = _train(task)
         duration = time.monotonic() - start
         seconds, images_seen = seconds + duration, images_seen + images_left[task.name]
-        record()
+        _record(directory, finished, tasks, groups)
         say(f"{title}: {_sentence(finished[task.name])}, took {formatting.duration(duration)}")
-    return record()
+    return _record(directory, finished, tasks, groups)
+
+
+def _record(
+    directory: epath.Path,
+    finished: Mapping[str, TaskResult],
+    requested: Iterable[str],
+    groups: Mapping[str, Sequence[str]],
+) -> Transfer:
+    """Writes the results of the finished tasks to transfer.json, and returns them."""
+    requested = tuple(requested)
+    task_results = tuple(finished[name] for name in requested if name in finished)
+    transfer = Transfer(task_results, requested, groups)
+    run.write_json(directory / "transfer.json", transfer.summary())
+    return transfer
 
 
 def _read_finished(tasks: Sequence[Task]) -> dict[str, TaskResult]:
@@ -273,7 +266,7 @@ def _check_all(tasks: Sequence[Task], train_examples: int | None) -> dict[str, i
     images_left = {}
     for task in tasks:
         with _naming(task.name):
-            initial = weights[task.config.init_from, task.config.init_image_size]
+            initial = weights.get((task.config.init_from, task.config.init_image_size))
             images_left[task.name] = _check(task, initial, train_examples)
         gc.collect()  # a split can occupy 2 GiB
     return images_left
@@ -301,17 +294,13 @@ def _check_prepared(tasks: Sequence[Task]) -> None:
 
 
 def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, int | None], load.StoredWeights | None]:
-    """Finds the initial weights by (init_from, init_image_size), each once.
-
-    A run that has a checkpoint does not need its initial weights.
-    """
+    """Finds the initial weights of runs without a checkpoint, by (init_from, init_image_size)."""
     weights: dict[tuple[str, int | None], load.StoredWeights | None] = {}
     for task in tasks:
         key = task.config.init_from, task.config.init_image_size
-        is_needed = checkpoint.last_step(task.workdir) is None
-        if weights.get(key) is None:
+        if key not in weights and checkpoint.last_step(task.workdir) is None:
             with _naming(task.name):
-                weights[key] = run.find_initial(task.config) if is_needed else None
+                weights[key] = run.find_initial(task.config)
     return weights
 
 

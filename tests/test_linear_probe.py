@@ -152,8 +152,9 @@ def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
     low, high = summary["top1_interval"]
     assert 0.15 < low < summary["top1"] < high and result.metrics[probe.key] == summary["top1"]
     assert f"{summary['top1']:.2%}" in result.line and "not converged" not in result.line
-    header, row = linear_probe.table({"synthetic": summary})
-    assert row[0] == "synthetic" and row[header.index("top-1")] == f"{summary['top1']:.2%}"
+    table = linear_probe.make_table({"synthetic": summary})
+    (row,) = table.rows
+    assert row[0] == "synthetic" and row[table.header.index("top-1")] == f"{summary['top1']:.2%}"
     (note,) = linear_probe.notes({"synthetic": summary})
     assert f"{summary['train_count']:,}" in note
     for asked in (0, 20):  # at the first batch, in the optimizer

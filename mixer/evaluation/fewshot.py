@@ -22,7 +22,7 @@ from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import scores
 from mixer.evaluation.evaluator import Batching, Evaluator, Setup
-from mixer.evaluation.tables import Table
+from mixer.evaluation.tables import Table, percent, span
 
 BIAS = 100.0  # the constant feature; it is so large that its weight is hardly regularised
 MIN_DEVIATION = 1e-5  # added to the standard deviation of each feature
@@ -82,7 +82,6 @@ def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
     rows = []
     for name, summary in summaries.items():
         for result in summary["results"]:
-            low, high = result["interval"]
             short = result["short_classes"]
             note = f" ({short:,} classes have fewer)" if short else ""
             rows.append(
@@ -90,9 +89,9 @@ def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
                     name,
                     f"{result['shots']}",
                     f"{result['examples']:,}{note}",
-                    f"{result['mean']:.2%}",
-                    f"{low:.2%} to {high:.2%}",
-                    "" if result["std"] is None else f"{result['std']:.2%}",
+                    percent(result["mean"]),
+                    span(result["interval"]),
+                    percent(result["std"]),
                     ", ".join(f"{accuracy:.2%}" for accuracy in result["accuracies"]),
                 )
             )

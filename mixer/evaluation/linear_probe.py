@@ -19,6 +19,7 @@ from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import logistic, scores
 from mixer.evaluation.evaluator import Batching, Evaluator, Setup
+from mixer.evaluation.tables import Table, percent, span
 from mixer.runs import config as run_config
 
 Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
@@ -243,9 +244,9 @@ def open_splits(config: ConfigDict) -> Splits:
 
 def sentence(summary: Mapping[str, Any]) -> str:
     """Formats the result of a probe as one line."""
-    low, high = summary["top1_interval"]
+    interval = span(summary["top1_interval"])
     figures = (
-        f"top-1 {summary['top1']:.2%} ({low:.2%} to {high:.2%}) of {summary['count']:,} images",
+        f"top-1 {summary['top1']:.2%} ({interval}) of {summary['count']:,} images",
         f"mean per class {summary['mean_per_class']:.2%}",
         f"lam {summary['lam']:g}",
     )
@@ -264,19 +265,22 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def table(
-    summaries: Mapping[str, Mapping[str, Any]], title: str = "linear probe"
-) -> list[tuple[str, ...]]:
-    """Returns the rows of a table, its header first: one row per probe."""
+def make_table(summaries: Mapping[str, Mapping[str, Any]], title: str = "linear probe") -> Table:
+    """Makes a table with a row per probe."""
+    rows = [
+        (
+            name,
+            f"{summary['count']:,}",
+            percent(summary["top1"]),
+            span(summary["top1_interval"]),
+            percent(summary["mean_per_class"]),
+            f"{summary['lam']:g}",
+            f"{summary['validation_count']:,} images",
+        )
+        for name, summary in summaries.items()
+    ]
     columns = ("test images", "top-1", "95 % interval", "per class", "lam", "lam chosen on")
-    rows = [(title, *columns)]
-    for name, summary in summaries.items():
-        low, high = summary["top1_interval"]
-        figures = f"{summary['top1']:.2%}", f"{low:.2%} to {high:.2%}"
-        per_class, lam = f"{summary['mean_per_class']:.2%}", f"{summary['lam']:g}"
-        images = f"{summary['validation_count']:,} images"
-        rows.append((name, f"{summary['count']:,}", *figures, per_class, lam, images))
-    return rows
+    return Table((title, *columns), rows)
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:

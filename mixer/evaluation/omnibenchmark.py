@@ -27,6 +27,7 @@ from mixer.errors import UserError, nearest
 from mixer.evaluation import linear_probe, logistic, scores
 from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.linear_probe import Splits
+from mixer.evaluation.tables import Table, percent, span
 
 REALMS = (
     *("activity", "aircraft", "amphibian", "aquatic_vertebrate", "bird", "car", "consumer_goods"),
@@ -253,14 +254,14 @@ def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     return results
 
 
-def table(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Returns the rows of a table, its header first: one row per realm, then the means."""
-    rows = linear_probe.table(summaries, "realm")
+def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Makes a table with a row per realm, then a row per mean."""
+    realms = linear_probe.make_table(summaries, "realm")
+    rows = list(realms.rows)
     for mean in means(summaries):
-        low, high = mean.top1_interval
-        figures = f"{mean.top1:.2%}", f"{low:.2%} to {high:.2%}", f"{mean.mean_per_class:.2%}"
+        figures = percent(mean.top1), span(mean.top1_interval), percent(mean.mean_per_class)
         rows.append((mean.name, mean.extent, *figures, "", ""))
-    return rows
+    return Table(realms.header, rows)
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -163,14 +163,32 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
         for name, probe in PROBES.items()
         if name in options.suite
     }
-    realms = _open_realms(subject, options, console.say)
+    realms = {}
+    if OMNIBENCHMARK in options.suite:
+        realms = omnibenchmark.open_realms(
+            options.data_dir,
+            options.realms,
+            image_size=subject.card.image_size,
+            preprocess=subject.card.preprocess,
+            say=console.say,
+        )
     weights = read_weights(subject, console.say)
     card = ReportCard(subject, weights.identity)
     if splits:
         _classify(subject, weights, splits, options, card, console)
     for name, data in probe_data.items():
         _probe(name, subject, weights, data, card, console)
-    _evaluate_realms(subject, weights, realms, card, console)
+    if realms:
+        summaries = omnibenchmark.evaluate(
+            weights.model,
+            {suffix: read_params() for suffix, read_params in weights.params.items()},
+            realms,
+            card.recorded(OMNIBENCHMARK),
+            batching=subject.batching,
+            say=console.say,
+        )
+        for name, summary in summaries:
+            card.add(OMNIBENCHMARK, name, summary)
     if THROUGHPUT in options.suite:
         with console.status("throughput"):
             result = throughput.measure(
@@ -333,43 +351,6 @@ def _probe(
                     batching=subject.batching,
                 )
             card.add(section, name + suffix, result.summary())
-
-
-def _open_realms(
-    subject: Subject, options: Options, say: Callable[[str], None]
-) -> dict[str, linear_probe.Splits]:
-    """Opens the realms of OmniBenchmark, if the suite includes OmniBenchmark."""
-    if OMNIBENCHMARK not in options.suite:
-        return {}
-    return omnibenchmark.open_realms(
-        options.data_dir,
-        options.realms,
-        image_size=subject.card.image_size,
-        preprocess=subject.card.preprocess,
-        say=say,
-    )
-
-
-def _evaluate_realms(
-    subject: Subject,
-    weights: Weights,
-    realms: Mapping[str, linear_probe.Splits],
-    card: ReportCard,
-    console: Console,
-) -> None:
-    """Adds the linear probe on each realm; does not recompute recorded realms."""
-    if not realms:
-        return
-    summaries = omnibenchmark.evaluate(
-        weights.model,
-        {suffix: read_params() for suffix, read_params in weights.params.items()},
-        realms,
-        card.recorded(OMNIBENCHMARK),
-        batching=subject.batching,
-        say=console.say,
-    )
-    for name, summary in summaries:
-        card.add(OMNIBENCHMARK, name, summary)
 
 
 def _add_cost(subject: Subject, card: ReportCard, console: Console) -> None:

@@ -265,16 +265,6 @@ def _fewshot_blocks(summaries: Mapping[str, Any]) -> list[Block]:
     return [fewshot.make_table(summaries), notes]
 
 
-def _linear_probe_blocks(summaries: Mapping[str, Any]) -> list[Block]:
-    header, *rows = linear_probe.table(summaries)
-    return [Table(header, rows), linear_probe.notes(summaries)]
-
-
-def _omnibenchmark_blocks(summaries: Mapping[str, Any]) -> list[Block]:
-    header, *rows = omnibenchmark.table(summaries)
-    return [Table(header, rows), omnibenchmark.notes(summaries)]
-
-
 def _transfer_blocks(summaries: Mapping[str, Any]) -> list[Block]:
     keys = {"tasks", "means"}
     return [transfer_table(value) for value in summaries.values() if keys <= value.keys()]
@@ -292,10 +282,6 @@ def transfer_table(summary: Mapping[str, Any]) -> Table:
             count = f"{mean['num_tasks']} of {mean['of']} tasks"
         rows.append((group, count, percent(mean["top1"]), span(mean["top1_interval"]), ""))
     return Table(("task", "test images", "top-1", "interval", "mean per class"), rows)
-
-
-def _training_blocks(costs: Mapping[str, Any]) -> list[Block]:
-    return [[throughput.cost_sentence(cost) for cost in costs.values()]]
 
 
 def _fewshot_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
@@ -349,13 +335,19 @@ class Section:
 # The sections of results.json besides "splits".
 SECTIONS = {
     "fewshot": Section(_fewshot_blocks, _fewshot_figures),
-    "linear_probe": Section(_linear_probe_blocks, _linear_probe_figures),
-    "omnibenchmark": Section(_omnibenchmark_blocks, _omnibenchmark_figures),
+    "linear_probe": Section(
+        lambda summaries: [linear_probe.make_table(summaries), linear_probe.notes(summaries)],
+        _linear_probe_figures,
+    ),
+    "omnibenchmark": Section(
+        lambda summaries: [omnibenchmark.make_table(summaries), omnibenchmark.notes(summaries)],
+        _omnibenchmark_figures,
+    ),
     "throughput": Section(
         lambda summaries: [throughput.make_table(summaries)], _throughput_figures
     ),
     "transfer": Section(_transfer_blocks),
-    "training": Section(_training_blocks),
+    "training": Section(lambda costs: [[throughput.cost_sentence(c) for c in costs.values()]]),
 }
 
 
