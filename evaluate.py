@@ -23,7 +23,7 @@ import functools
 from absl import flags
 
 from mixer.cli import config as cli
-from mixer.cli import launch
+from mixer.cli import launch, program
 from mixer.errors import UserError, check_choice
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run, or of several runs to compare.")
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     tuned = [name for name in suite if name in TUNED]
     suite = [name for name in suite if name not in tuned]
     _check_flags(workdirs, paths, suite, tuned)
-    batch_sizes = _batch_sizes()
+    batch_sizes = program.numbers("batch_sizes", BATCH_SIZES.value, least=1)
     config = None if cli.CONFIG.value is None or tuned else cli.config()
     launch.join()
     from mixer.evaluation import report
@@ -162,18 +162,6 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
             f"--suite={','.join(suite)} with --config cannot be combined with --suite={tuned[0]}; "
             "run two commands"
         )
-
-
-def _batch_sizes() -> list[int]:
-    """Returns the numbers in --batch_sizes."""
-    text = ",".join(BATCH_SIZES.value)
-    try:
-        sizes = [int(number) for number in BATCH_SIZES.value]
-    except ValueError:
-        raise UserError(f"--batch_sizes={text}; expected integers") from None
-    if not sizes or not all(1 <= size < 2**31 for size in sizes):
-        raise UserError(f"--batch_sizes={text}; expected 1 to {2**31 - 1} images")
-    return sizes
 
 
 def _fine_tune(name: str, subject) -> None:

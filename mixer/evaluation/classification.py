@@ -111,11 +111,11 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
     labelled = int(p.labelled.sum())
     correct, correct5 = int(p.hit.sum()), int(p.hit5.sum())
     hits, counts = scores.per_class(p.label, p.hit, num_classes)
-    is_present = counts > 0
     with np.errstate(invalid="ignore"):
         accuracies = hits / counts
     # Per-class accuracy is undefined if an image has several labels.
     single = bool(np.all((p.label >= 0) == p.labelled)) and labelled > 0
+    mean, mean_interval = scores.mean_per_class(hits, counts) if single else (None, None)
     return Classification(
         count=len(p.loss),
         labelled=labelled,
@@ -126,10 +126,8 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
         top5_interval=scores.interval(correct5, labelled),
         loss=float(np.mean(p.loss, dtype=np.float64)),
         ece=scores.calibration_error(p.probability[p.labelled], p.hit[p.labelled]),
-        mean_per_class=float(accuracies[is_present].mean()) if single else None,
-        mean_per_class_interval=(
-            scores.mean_interval(accuracies[is_present], counts[is_present]) if single else None
-        ),
+        mean_per_class=mean,
+        mean_per_class_interval=mean_interval,
         per_class=accuracies,
         predictions=p,
     )

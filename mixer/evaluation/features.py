@@ -13,9 +13,8 @@ from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.evaluation.evaluator import Batching
-from mixer.models import layers, microbatches
-from mixer.parallel import sharding
-from mixer.training.step import normalize
+from mixer.models import layers
+from mixer.training.step import make_predict
 
 
 @functools.lru_cache(maxsize=1)  # all probes of a model share one program
@@ -25,16 +24,10 @@ def _make_step(model: nn.Module, mesh: Mesh) -> Callable:
     The columns are "index", the index of each image in the split, and "features", its pre_logits
     (N, C).
     """
-
-    def features(params: Any, images: jax.Array) -> jax.Array:
-        def pre_logits(images: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, normalize(images))[1]["pre_logits"]
-
-        return microbatches.map_images(model, pre_logits, images)
+    predict = make_predict(model, mesh, layer="pre_logits")
 
     def step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        values = sharding.on_mesh(features, mesh)(params, batch["image"])
-        return {"index": batch["index"], "features": values}
+        return {"index": batch["index"], "features": predict(params, batch["image"])}
 
     return jax.jit(step, compiler_options=layers.compiler_options(jax.default_backend()))
 

@@ -177,6 +177,9 @@ def evaluate(
         path.append({"validation_top1": top1, **fit.progress()})
     guesses = classes[logistic.make_classify(features[2], len(classes), mesh)(best)]
     train, validation, test = splits
+    hit = guesses == labels[2]
+    hits, counts = scores.per_class(labels[2], hit, len(test.class_names))
+    mean, mean_interval = scores.mean_per_class(hits, counts)
     return ProbeResult(
         train=train.name,
         validation=validation.name,
@@ -189,22 +192,12 @@ def evaluate(
         lam=best.lam,
         on_edge=best.lam in (min(LAMBDAS), max(LAMBDAS)),
         path=tuple(path),
-        **_figures(guesses, labels[2], len(test.class_names)),
+        count=len(hit),
+        top1=float(hit.mean()),
+        top1_interval=scores.interval(int(hit.sum()), len(hit)),
+        mean_per_class=mean,
+        mean_per_class_interval=mean_interval,
     )
-
-
-def _figures(guesses: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Computes the fields of `ProbeResult` that depend on the guesses (n,) for the test split."""
-    hit = guesses == labels
-    hits, counts = scores.per_class(labels, hit, num_classes)
-    shares, counts = hits[counts > 0] / counts[counts > 0], counts[counts > 0]
-    return {
-        "count": len(hit),
-        "top1": float(hit.mean()),
-        "top1_interval": scores.interval(int(hit.sum()), len(hit)),
-        "mean_per_class": float(shares.mean()),
-        "mean_per_class_interval": scores.mean_interval(shares, counts),
-    }
 
 
 class LinearProbeEvaluator(Evaluator):

@@ -61,6 +61,18 @@ def per_class(label: np.ndarray, hit: np.ndarray, num_classes: int) -> tuple[np.
     return np.bincount(label[single], hit[single], num_classes), counts
 
 
+def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Returns the mean accuracy of the classes that have images, and its 95 % interval.
+
+    Args:
+      hits: (K,) hits per class.
+      counts: (K,) images per class.
+    """
+    is_present = counts > 0
+    shares = hits[is_present] / counts[is_present]
+    return float(shares.mean()), mean_interval(shares, counts[is_present])
+
+
 def confusions(label: np.ndarray, guess: np.ndarray) -> np.ndarray:
     """Counts images with exactly one label: sorted (n, 3) rows of label, first guess and count."""
     pairs = np.stack([label, guess], axis=1)[label >= 0]

@@ -74,9 +74,6 @@ FEWSHOT = {
 GROUPS = {"imagenet": tuple(name for name in TASKS if name.startswith("imagenet_"))}
 
 
-TUNED = ("vtab", "transfer")  # suites that fine-tune the weights, see mixer/transfer.py
-
-
 def expand(names: Sequence[str], probes: Sequence[str] = ()) -> list[str]:
     """Expands groups to their tasks; returns the names without duplicates, in order.
 
@@ -89,18 +86,22 @@ def expand(names: Sequence[str], probes: Sequence[str] = ()) -> list[str]:
     """
     tasks: dict[str, None] = {}
     for name in names:
-        hint = f"{' or '.join(TUNED)} as the only --suite"
+        hint = "vtab and transfer are suites of evaluate.py only"
         check_choice("suite", name, (*GROUPS, *probes, *TASKS), hint=hint)
         tasks |= dict.fromkeys(GROUPS.get(name, (name,)))
     return list(tasks)
 
 
+def dataset_config(name: str, data_dir: str, label_key: str = "") -> ConfigDict:
+    """Returns the keys of `config.dataset` that the evaluation of a data set reads."""
+    return ConfigDict(
+        dict(name=name, data_dir=data_dir, label_key=label_key)
+        | dict(label_file="", exclude="", shuffle_group_size=1)
+    )
+
+
 def open_task(
-    name: str,
-    *,
-    preprocess: str,
-    image_size: tuple[int, int],
-    data_dir: str = "",
+    name: str, *, preprocess: str, image_size: tuple[int, int], data_dir: str = ""
 ) -> pipeline.Split:
     """Opens the images of a task.
 
@@ -118,8 +119,7 @@ def open_task(
     root = files.parse_path("--data_dir", data_dir)
     if task.dataset == "digits" and not (root / "digits").is_dir():
         data_dir = ""  # do not write the digits, which are generated, to the user's image folder
-    dataset = dict(name=task.dataset, data_dir=data_dir, label_key=task.label_key)
-    dataset = ConfigDict(dataset | dict(label_file="", exclude="", shuffle_group_size=1))
+    dataset = dataset_config(task.dataset, data_dir, label_key=task.label_key)
     options = dict(image_size=image_size, num_classes=None)
     if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
         lines = _folder_lines(name, root)
@@ -157,8 +157,7 @@ def open_fewshot(
     for name, (dataset, *splits) in FEWSHOT.items():
         if not sources.tfds_builder(dataset, data_dir, prepared=False).is_prepared():
             continue
-        config = dict(name=dataset, data_dir=data_dir, label_key="", label_file="", exclude="")
-        config = ConfigDict(config | dict(shuffle_group_size=1))
+        config = dataset_config(dataset, data_dir)
         opened[name] = tuple(
             pipeline.open_split(config, split, preprocess, image_size=image_size, num_classes=None)
             for split in splits
