@@ -107,8 +107,7 @@ class FewShotEvaluator(Evaluator):
     def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
         """Takes a training split with evaluation preprocessing; `dataset` names the results."""
         super().__init__(dataset, setup)
-        check(train, test)
-        self._splits = train, test
+        self._splits = assign(train, None, test)
 
     def evaluate(self, params: Any, should_stop: Callable[[], bool]) -> FewShot | None:
         """Evaluates one set of parameters, as `Evaluator.evaluate` specifies."""
@@ -123,6 +122,23 @@ class FewShotEvaluator(Evaluator):
         """Returns the metrics by their full key."""
         metrics = self.metrics(result)
         return ", ".join(f"fewshot{suffix}/{key}: {value:.2%}" for key, value in metrics.items())
+
+
+def assign(train: Split, validation: Split | None, test: Split | None) -> tuple[Split, Split]:
+    """Returns the split of the shots and the split that is classified.
+
+    Without a test split, the validation split is classified.
+
+    Raises:
+      UserError: there is neither a validation nor a test split, or `check` raises an error.
+    """
+    test = validation if test is None else test
+    if test is None:
+        raise UserError(
+            "few-shot: dataset.test_split and dataset.val_split are empty; expected one"
+        )
+    check(train, test)
+    return train, test
 
 
 def evaluate(

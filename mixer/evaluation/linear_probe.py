@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from ml_collections import ConfigDict
 
 from mixer import memory
 from mixer.data.splits import Split
@@ -20,7 +19,6 @@ from mixer.evaluation import features as features_lib
 from mixer.evaluation import logistic, scores
 from mixer.evaluation.evaluator import Batching, Evaluator, Setup
 from mixer.evaluation.tables import Table, percent, span
-from mixer.runs import config as run_config
 
 Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
 
@@ -225,11 +223,6 @@ class LinearProbeEvaluator(Evaluator):
     def line(self, result: ProbeResult, suffix: str) -> str:
         """Returns the result as a sentence."""
         return f"linear probe{suffix}: {sentence(result.summary())}"
-
-
-def open_splits(config: ConfigDict) -> Splits:
-    """Opens the splits of a config for the probe of trained weights, and assigns their roles."""
-    return assign(*(run_config.open_split(config, name, None) for name in ("train", "val", "test")))
 
 
 # The functions below format `ProbeResult.summary()`, as read from results.json.

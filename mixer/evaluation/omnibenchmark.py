@@ -23,7 +23,7 @@ from etils import epath
 from mixer import files, formatting
 from mixer.data import splits as pipeline
 from mixer.data.sources import annotations, folder
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 from mixer.evaluation import linear_probe, logistic, scores
 from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.linear_probe import Splits
@@ -89,11 +89,7 @@ def open_realms(
         raise UserError(f"--data_dir={root} is not a folder; expected the folder of the realms")
     available = _list_realms(root)
     for name in names:
-        if name not in available:
-            raise UserError(
-                f"--tasks={name}: {root} has no such realm; expected one of "
-                f"{', '.join(available)}.{nearest(name, available)}"
-            )
+        check_choice("--tasks", name, available, hint=f"the realms in {root}")
     names = [name for name in available if name in (names or available)]
     files_missing = [
         f"{root}/{name}/{file}"

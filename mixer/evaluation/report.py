@@ -56,47 +56,9 @@ class Options:
     realms: Sequence[str] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """A probe of `--suite`, which has its own section in results.json.
-
-    Attributes:
-      open_data: function (subject, data_dir) -> splits by the name of the result.
-      evaluate: function (model, params, splits, batching=) -> result; its `summary()` is written to
-        results.json.
-    """
-
-    open_data: Callable[[Subject, str], Mapping[str, Any]]
-    evaluate: Callable[..., Any]
-
-
-def _open_fewshot(subject: Subject, data_dir: str) -> dict[str, tuple[Split, Split]]:
-    """Opens the training and test split of the config; without a config, of the authors' sets."""
-    config = subject.config
-    if config is None:
-        return suites.open_fewshot(subject.card.image_size, data_dir)
-    test_name = "test" if config.dataset.test_split else "val"
-    train, test = (run.open_split(config, name, None) for name in ("train", test_name))
-    if test is None:
-        raise UserError(
-            "few-shot: dataset.test_split and dataset.val_split are empty; expected one"
-        )
-    fewshot.check(train, test)
-    return {run.data_name(config): (train, test)}
-
-
-def _open_linear_probe(subject: Subject, data_dir: str) -> dict[str, linear_probe.Splits]:
-    """Opens the splits of the config; without a config, of the few-shot probe's data sets."""
-    if subject.config is not None:
-        return {run.data_name(subject.config): linear_probe.open_splits(subject.config)}
-    sets = suites.open_fewshot(subject.card.image_size, data_dir)
-    return {name: linear_probe.assign(train, None, test) for name, (train, test) in sets.items()}
-
-
-PROBES = {
-    "fewshot": Probe(_open_fewshot, fewshot.evaluate),
-    "linear_probe": Probe(_open_linear_probe, linear_probe.evaluate),
-}
+# The probes of `--suite`: modules with `assign`, which takes the training, validation and test
+# split, and `evaluate`, which takes the splits that `assign` returns.
+PROBES = {"fewshot": fewshot, "linear_probe": linear_probe}
 
 
 def evaluate(
@@ -158,10 +120,11 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
             subject.config.dataset.label_file = options.label_file
     # Open all data first, so that errors in the data are raised before the evaluation.
     splits = _open_splits(subject, options, console.say)
+    probes = [name for name in PROBES if name in options.suite]
+    probe_splits = _open_probe_splits(subject, options.data_dir) if probes else {}
     probe_data = {
-        name: probe.open_data(subject, options.data_dir)
-        for name, probe in PROBES.items()
-        if name in options.suite
+        probe: {name: PROBES[probe].assign(*splits) for name, splits in probe_splits.items()}
+        for probe in probes
     }
     realms = {}
     if OMNIBENCHMARK in options.suite:
@@ -222,6 +185,21 @@ def _open_splits(
         if note := suites.check_classes(split, card.class_names, card.num_classes):
             say(f"{subject.name}: {note}")
     return opened
+
+
+def _open_probe_splits(
+    subject: Subject, data_dir: str
+) -> dict[str, tuple[Split, Split | None, Split | None]]:
+    """Opens training, validation and test split of the data of probes, by the name of the result.
+
+    The data is that of the config; without a config, the data sets of the few-shot probe.
+    """
+    config = subject.config
+    if config is None:
+        sets = suites.open_fewshot(subject.card.image_size, data_dir)
+        return {name: (train, None, test) for name, (train, test) in sets.items()}
+    splits = (run.open_split(config, name, None) for name in ("train", "val", "test"))
+    return {run.data_name(config): tuple(splits)}
 
 
 def _open_own_splits(
