@@ -95,11 +95,11 @@ class Transfer:
 
     def summary(self) -> dict[str, Any]:
         """Returns tasks, means and the names of unfinished tasks, for transfer.json."""
-        finished = {task.name: dataclasses.asdict(task) for task in self.tasks}
+        tasks = {task.name: dataclasses.asdict(task) for task in self.tasks}
         return {
-            "tasks": finished,
+            "tasks": tasks,
             "means": self.means(),
-            "unfinished": [name for name in self.requested if name not in finished],
+            "unfinished": [name for name in self.requested if name not in tasks],
         }
 
     def markdown(self) -> list[str]:
@@ -148,57 +148,57 @@ def fine_tune(
     runs = [
         Task(name, config, directory / name.replace("/", "_")) for name, config in tasks.items()
     ]
-    finished = _read_finished(runs)
-    unfinished = [task for task in runs if task.name not in finished]
+    task_results = _read_results(runs)
+    unfinished_tasks = [task for task in runs if task.name not in task_results]
     images_left = {}
-    if unfinished:
-        say(f"checking weights and data of {len(unfinished)} tasks")
-        images_left = _check_all(unfinished, train_examples)
+    if unfinished_tasks:
+        say(f"checking weights and data of {len(unfinished_tasks)} tasks")
+        images_left = _check_all(unfinished_tasks, train_examples)
 
     seconds, images_seen = 0.0, 0
     for number, task in enumerate(runs, 1):
         title = f"task {number} of {len(runs)}: {task.name}"
-        if task.name in finished:
-            say(f"{title}: {_sentence(finished[task.name])}, already finished")
+        if task.name in task_results:
+            say(f"{title}: {_sentence(task_results[task.name])}, already finished")
             continue
         hint = ""
         if images_seen:
-            left = sum(images_left[name] for name in tasks if name not in finished)
-            hint = f", about {formatting.duration(seconds / images_seen * left)} left"
+            num_images = sum(images_left[name] for name in tasks if name not in task_results)
+            hint = f", about {formatting.duration(seconds / images_seen * num_images)} left"
         say(f"{title}: starting{hint}")
         start = time.monotonic()
-        finished[task.name] = _train(task)
+        task_results[task.name] = _train(task)
         duration = time.monotonic() - start
         seconds, images_seen = seconds + duration, images_seen + images_left[task.name]
-        _record(directory, finished, tasks, groups)
-        say(f"{title}: {_sentence(finished[task.name])}, took {formatting.duration(duration)}")
-    return _record(directory, finished, tasks, groups)
+        _record(directory, task_results, tasks, groups)
+        say(f"{title}: {_sentence(task_results[task.name])}, took {formatting.duration(duration)}")
+    return _record(directory, task_results, tasks, groups)
 
 
 def _record(
     directory: epath.Path,
-    finished: Mapping[str, TaskResult],
+    task_results: Mapping[str, TaskResult],
     requested: Iterable[str],
     groups: Mapping[str, Sequence[str]],
 ) -> Transfer:
     """Writes the results of the finished tasks to transfer.json, and returns them."""
     requested = tuple(requested)
-    task_results = tuple(finished[name] for name in requested if name in finished)
-    transfer = Transfer(task_results, requested, groups)
+    finished_tasks = tuple(task_results[name] for name in requested if name in task_results)
+    transfer = Transfer(finished_tasks, requested, groups)
     run.write_json(directory / "transfer.json", transfer.summary())
     return transfer
 
 
-def _read_finished(tasks: Sequence[Task]) -> dict[str, TaskResult]:
+def _read_results(tasks: Sequence[Task]) -> dict[str, TaskResult]:
     """Reads the results of the finished runs; raises UserError if a config has changed."""
-    finished = {}
+    task_results = {}
     for task in tasks:
         with _naming(task.name):
             run.check_config(task.config)
             _check_same_config(task)
             if result := _read_result(task):
-                finished[task.name] = result
-    return finished
+                task_results[task.name] = result
+    return task_results
 
 
 def _train(task: Task) -> TaskResult:
@@ -243,16 +243,16 @@ def _read_result(task: Task) -> TaskResult | None:
 
 def _check_same_config(task: Task) -> None:
     """Raises UserError if the task's directory contains a run with another config."""
-    old, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
-    if old is not None:
-        run.check_trained(task.workdir, old)
-    if old is None or data is None:
+    saved_config, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
+    if saved_config is not None:
+        run.check_trained(task.workdir, saved_config)
+    if saved_config is None or data is None:
         return
     if checkpoint.last_step(task.workdir) is None and results.read(task.workdir, "last") is None:
         return  # a run without a checkpoint can be restarted with any config
-    config = run.resolve(task.config, initial=None, saved_config=old)
+    config = run.resolve(task.config, initial=None, saved_config=saved_config)
     run.resolve_data(config, len(data["class_names"]), data["splits"]["train"]["num_examples"])
-    if changed := run.changes(old, config.to_dict()):
+    if changed := run.changes(saved_config, config.to_dict()):
         raise UserError(
             f"{task.workdir} contains a run with another config: {'; '.join(changed)}; expected "
             "the same config (choose another directory, or remove the run)"
@@ -274,23 +274,23 @@ def _check_all(tasks: Sequence[Task], train_examples: int | None) -> dict[str, i
 
 def _check_prepared(tasks: Sequence[Task]) -> None:
     """Raises UserError with the `prepare` command of every missing TFDS data set."""
-    stored = {
+    datasets = {
         (task.config.dataset.name, task.config.dataset.data_dir): None
         for task in tasks
         if task.config.dataset.name not in ("folder", "synthetic", "digits")
     }
-    if not stored:
+    if not datasets:
         return
     from mixer.data.sources import stored as sources
 
-    missing = [
+    commands = [
         f"`python -m mixer.tools.prepare tfds {name}{data_dir and f' --data_dir={data_dir}'}`"
-        for name, data_dir in stored
+        for name, data_dir in datasets
         if not sources.tfds_builder(name, data_dir, prepared=False).is_prepared()
     ]
-    if missing:
-        sets = "set is" if len(missing) == 1 else "sets are"
-        raise UserError(f"{len(missing)} data {sets} not prepared: {', '.join(missing)}")
+    if commands:
+        sets = "set is" if len(commands) == 1 else "sets are"
+        raise UserError(f"{len(commands)} data {sets} not prepared: {', '.join(commands)}")
 
 
 def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, int | None], load.StoredWeights | None]:
@@ -311,8 +311,8 @@ def _check(task: Task, initial: load.StoredWeights | None, train_examples: int |
       UserError: the data or the model is invalid, or the number of training images is wrong.
     """
     last_step = checkpoint.last_step(task.workdir)
-    old = None if last_step is None else run_files.read_config(task.workdir)
-    config = run.resolve(task.config, initial=initial, saved_config=old)
+    saved_config = None if last_step is None else run_files.read_config(task.workdir)
+    config = run.resolve(task.config, initial=initial, saved_config=saved_config)
     splits = run.open_splits(config, None)
     if splits.test is None:
         raise UserError("dataset.test_split is empty; expected a test split")

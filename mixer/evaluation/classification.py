@@ -100,9 +100,9 @@ class Classification:
 
     def summary(self) -> dict[str, Any]:
         """The metrics and intervals as JSON."""
-        large = ("per_class", "predictions")
+        large_fields = ("per_class", "predictions")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if name not in large}
+        return {name: value for name, value in fields.items() if name not in large_fields}
 
 
 def summarize(predictions: Predictions, num_classes: int) -> Classification:
@@ -113,9 +113,10 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
     hits, counts = scores.per_class(p.label, p.hit, num_classes)
     with np.errstate(invalid="ignore"):
         accuracies = hits / counts
+    mean, mean_interval = None, None
     # Per-class accuracy is undefined if an image has several labels.
-    single = bool(np.all((p.label >= 0) == p.labelled)) and labelled > 0
-    mean, mean_interval = scores.mean_per_class(hits, counts) if single else (None, None)
+    if np.all((p.label >= 0) == p.labelled) and labelled > 0:
+        mean, mean_interval = scores.mean_per_class(hits, counts)
     return Classification(
         count=len(p.loss),
         labelled=labelled,

@@ -238,11 +238,11 @@ def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
     if len(names) < 2:
         raise UserError(f"few-shot: {train.name} has one class, {names[0]}; expected two or more")
     labels = train.labels()
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    if len(empty):
+    empty_classes = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(empty_classes):
         raise UserError(
-            f"few-shot: {train.name} has no images of {len(empty):,} of its {len(names):,} "
-            f"classes, for example {names[empty[0]]}; expected at least one per class"
+            f"few-shot: {train.name} has no images of {len(empty_classes):,} of its {len(names):,} "
+            f"classes, for example {names[empty_classes[0]]}; expected at least one per class"
         )
     return labels, test.labels()
 
@@ -297,8 +297,8 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -
       l2: strength of the regularisation, above 0.
       num_classes: K.
     """
-    exact = features.astype(np.float64)
-    mean, deviation = exact.mean(axis=0), exact.std(axis=0) + MIN_DEVIATION
+    features64 = features.astype(np.float64)
+    mean, deviation = features64.mean(axis=0), features64.std(axis=0) + MIN_DEVIATION
     x = Probe(mean, deviation, np.empty(0)).standardise(features)
     # Compute x^T y from per-class sums: dense targets of 21,843 classes would take 95 GB.
     sums = np.zeros((num_classes, x.shape[1]))
@@ -319,9 +319,9 @@ def interval(hits: np.ndarray) -> tuple[float, float]:
     """
     draws = len(hits)
     image_means = np.append(hits.mean(axis=0), [0, 0, 1, 1])
-    square = scores.Z_95**2 * image_means.var() / len(image_means)
+    squared_half_width = scores.Z_95**2 * image_means.var() / len(image_means)
     if draws > 1:
         quantile = special.stdtrit(draws - 1, 0.975)
-        square += quantile**2 * hits.mean(axis=1).var(ddof=1) / draws
-    mean, half = float(hits.mean()), float(square**0.5)
-    return max(mean - half, 0.0), min(mean + half, 1.0)
+        squared_half_width += quantile**2 * hits.mean(axis=1).var(ddof=1) / draws
+    mean, half_width = float(hits.mean()), float(squared_half_width**0.5)
+    return max(mean - half_width, 0.0), min(mean + half_width, 1.0)

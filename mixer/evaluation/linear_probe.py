@@ -164,16 +164,16 @@ def evaluate(
     classes, train_labels = np.unique(labels[0], return_inverse=True)
     fitter = logistic.Fitter(features[0], train_labels, len(classes), mesh=mesh, penalty=penalty)
     classify = logistic.make_classify(features[1], len(classes), mesh)
-    best, best_top1, path = None, -1.0, []
+    best_fit, best_top1, path = None, -1.0, []
     for lam in sorted(LAMBDAS, reverse=True):
         fit = fitter.fit(lam, should_stop)
         if fit is None:
             return None
         top1 = float(np.mean(classes[classify(fit)] == labels[1]))
         if top1 > best_top1:  # on ties the strongest penalty wins
-            best, best_top1 = fit, top1
+            best_fit, best_top1 = fit, top1
         path.append({"validation_top1": top1, **fit.progress()})
-    guesses = classes[logistic.make_classify(features[2], len(classes), mesh)(best)]
+    guesses = classes[logistic.make_classify(features[2], len(classes), mesh)(best_fit)]
     train, validation, test = splits
     hit = guesses == labels[2]
     hits, counts = scores.per_class(labels[2], hit, len(test.class_names))
@@ -187,8 +187,8 @@ def evaluate(
         num_classes=len(test.class_names),
         untrained_classes=len(test.class_names) - len(classes),
         penalty=penalty,
-        lam=best.lam,
-        on_edge=best.lam in (min(LAMBDAS), max(LAMBDAS)),
+        lam=best_fit.lam,
+        on_edge=best_fit.lam in (min(LAMBDAS), max(LAMBDAS)),
         path=tuple(path),
         count=len(hit),
         top1=float(hit.mean()),

@@ -7,7 +7,7 @@ With features x_i (C,), weights W (C, K) and bias b (K,) the objective is
 over the n images. |W| is the Frobenius norm, and the penalty is one of
 
   "squared": lam / 2 * |W|^2, as scikit-learn's LogisticRegression with C = 1 / (lam * n);
-  "norm":    lam * |W|, as OmniBenchmark (Zhang et al., 2022, arXiv 2207.07106) [read].
+  "norm":    lam * |W|, as the code of OmniBenchmark (Zhang et al., 2022, arXiv 2207.07106).
 
 L-BFGS runs on the devices, on all data at once and in float64. Its variables are preconditioned so
 that F has about the same curvature in every direction: the features are centred, and W is scaled

@@ -146,7 +146,7 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
             weights.model,
             {suffix: read_params() for suffix, read_params in weights.params.items()},
             realms,
-            card.recorded(OMNIBENCHMARK),
+            card.read_section(OMNIBENCHMARK),
             batching=subject.batching,
             say=console.say,
         )
@@ -164,7 +164,7 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
         card.add(THROUGHPUT, subject.card.variant or "model", result.summary())
     _add_cost(subject, card, console)
     card.print(console)
-    return card.new
+    return card.new_results
 
 
 def _open_splits(
@@ -172,19 +172,19 @@ def _open_splits(
 ) -> dict[str, Split]:
     """Opens the splits to classify, keyed by the name of their results."""
     card = subject.card
-    opened = {} if options.suite else _open_own_splits(subject, options.splits, say)
+    splits = {} if options.suite else _open_own_splits(subject, options.splits, say)
     for name in _prepared_tasks(options, say):
         suites.check_preprocess(subject.name, card.preprocess, card.image_size)
-        opened[name] = suites.open_task(
+        splits[name] = suites.open_task(
             name,
             preprocess=card.preprocess,
             image_size=card.image_size,
             data_dir=options.data_dir,
         )
-    for split in opened.values():
+    for split in splits.values():
         if note := suites.check_classes(split, card.class_names, card.num_classes):
             say(f"{subject.name}: {note}")
-    return opened
+    return splits
 
 
 def _open_probe_splits(
@@ -218,7 +218,7 @@ def _open_own_splits(
         )
     record = subject.data_record() or {}
     class_names = subject.class_names if subject.has_own_data else None
-    opened = {}
+    splits = {}
     for name in split_names:
         split = run.open_own_split(config, name, class_names, record)
         if split is None:
@@ -232,22 +232,22 @@ def _open_own_splits(
                 f"{long_name}"
             )
         is_own = subject.has_own_data and name in record and not change
-        opened[name if is_own else long_name] = split
-    if not opened:
+        splits[name if is_own else long_name] = split
+    if not splits:
         keys = " and ".join(f"dataset.{name}_split" for name in split_names)
         raise UserError(f"{keys}: empty in the config of {subject.name}; expected a split")
-    return opened
+    return splits
 
 
 def _prepared_tasks(options: Options, say: Callable[[str], None]) -> list[str]:
     """Returns the tasks of the suite whose data is prepared, or all tasks if none is prepared."""
     tasks = [name for name in options.suite if name in suites.TASKS]
-    missing = [name for name in tasks if not suites.is_prepared(name, options.data_dir)]
-    if len(missing) == len(tasks):
+    missing_tasks = [name for name in tasks if not suites.is_prepared(name, options.data_dir)]
+    if len(missing_tasks) == len(tasks):
         return tasks  # opening the first task raises an error that names its data
-    for name in missing:
+    for name in missing_tasks:
         say(f"{name}: skipped, because {suites.TASKS[name].dataset} is not prepared")
-    return [name for name in tasks if name not in missing]
+    return [name for name in tasks if name not in missing_tasks]
 
 
 def _classify(

@@ -125,7 +125,7 @@ class ReportCard:
         self._subject = subject
         self._identity = identity
         self._checkpoint_name = subject.checkpoint_name or "last"
-        self._new: dict[str, dict[str, Any]] = {}
+        self._new_sections: dict[str, dict[str, Any]] = {}
         output = subject.output
         self._directory = output / "evaluation"
         self._path = run_files.results_path(output, self._checkpoint_name)
@@ -137,11 +137,11 @@ class ReportCard:
             run_files.read_results(output, self._checkpoint_name)
 
     @property
-    def new(self) -> Results:
+    def new_results(self) -> Results:
         """The results that this object added to the file."""
-        return parse(self._new)
+        return parse(self._new_sections)
 
-    def recorded(self, section: str) -> dict[str, Any]:
+    def read_section(self, section: str) -> dict[str, Any]:
         """Returns a section of results.json for the same weights, on every process."""
         content = {}
         if processes.is_main():
@@ -157,12 +157,12 @@ class ReportCard:
 
     def add(self, section: str, name: str, summary: dict[str, Any]) -> None:
         """Adds a result to both files."""
-        self._new.setdefault(section, {})[name] = summary
+        self._new_sections.setdefault(section, {})[name] = summary
         if not processes.is_main():
             return
         output, checkpoint_name = self._subject.output, self._checkpoint_name
         run.record_result(output, checkpoint_name, self._identity, name, summary, section=section)
-        blocks = report_blocks(self._subject, read(output, checkpoint_name) or self.new)
+        blocks = report_blocks(self._subject, read(output, checkpoint_name) or self.new_results)
         with files.whole(self._path.with_suffix(".md")) as new_file:
             new_file.write_text(tables.markdown_document(_title(self._subject), blocks))
 
@@ -179,7 +179,7 @@ class ReportCard:
 
     def print(self, console: Console) -> None:
         """Prints the new results and the paths of the files with all results."""
-        blocks = report_blocks(self._subject, self.new)
+        blocks = report_blocks(self._subject, self.new_results)
         tables.print_document(console, _title(self._subject), blocks)
         console.say(f"written to {self._path.with_suffix('.md')} and {self._path.name}")
 

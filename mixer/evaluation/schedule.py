@@ -46,18 +46,18 @@ class EvaluationSchedule:
 
         An evaluator that a signal interrupts is still due, and runs when training is resumed.
         """
-        due = [evaluator for evaluator in self._evaluators if evaluator.is_due(step)]
-        self._run(due, state, step, f"step {step}: ")
+        due_evaluators = [evaluator for evaluator in self._evaluators if evaluator.is_due(step)]
+        self._run(due_evaluators, state, step, f"step {step}: ")
 
     def run_missed(self, state: TrainState, step: int) -> None:
         """Runs the evaluators that were due at `step` but had not run when training stopped."""
         keys = self._keys_at(step)
-        missed = [
+        missed_evaluators = [
             evaluator
             for evaluator in self._evaluators
             if evaluator.is_due(step) and evaluator.key not in keys
         ]
-        self._run(missed, state, step, f"step {step}: ")
+        self._run(missed_evaluators, state, step, f"step {step}: ")
 
     def run_all(self, state: TrainState, step: int) -> None:
         """Runs all evaluators on the final state."""
@@ -126,23 +126,23 @@ def open_evaluators(config: ConfigDict, start: Start) -> tuple[list[Evaluator], 
     tasks, probes = suites.open_suite(config, splits, tuple(PROBES))
     if config.dataset.on_device != "off":
         tasks = {name: resident.remember(split) for name, split in tasks.items()}
-    regular: list[Evaluator] = []
-    final: list[Evaluator] = []
+    evaluators: list[Evaluator] = []
+    final_evaluators: list[Evaluator] = []
     if splits.val is not None:
-        regular.append(classify("val", splits.val))
-        regular += [classify(name, split) for name, split in tasks.items()]
+        evaluators.append(classify("val", splits.val))
+        evaluators += [classify(name, split) for name, split in tasks.items()]
         if probes:
             # Open the training split again, without augmentation.
             train = run_config.open_split(
                 config, "train", splits.train.class_names, subfolders=splits.subfolders
             )
             dataset = run_config.data_name(config)
-            regular += [PROBES[name](dataset, train, splits.val, setup) for name in probes]
+            evaluators += [PROBES[name](dataset, train, splits.val, setup) for name in probes]
         if start.step == config.total_steps:
-            final.append(regular[0])
+            final_evaluators.append(evaluators[0])
     if splits.test is not None:
-        final.append(classify("test", splits.test))
-    return regular, final
+        final_evaluators.append(classify("test", splits.test))
+    return evaluators, final_evaluators
 
 
 def make_best(config: ConfigDict, run: OpenRun, log: TrainLog, *, start_step: int) -> Best | None:

@@ -257,8 +257,8 @@ def _output_directory(output: str | None, name: str, workdir: epath.Path | None)
         return files.parse_path("--output", output)
     if workdir is not None:
         return workdir
-    plain = re.sub(r"[^\w.-]+", "_", name.rpartition("://")[2]).strip("_.")
-    return epath.Path(f"runs/evaluate_{plain}")
+    file_name = re.sub(r"[^\w.-]+", "_", name.rpartition("://")[2]).strip("_.")
+    return epath.Path(f"runs/evaluate_{file_name}")
 
 
 def _batching(config: ConfigDict | None) -> Batching:

@@ -60,8 +60,8 @@ TASKS = {
     "oxford_flowers102": Task("oxford_flowers102", "test", mean_per_class=True),
     "digits": Task("digits", "test"),
 }
-# Data sets of the few-shot probe [read: BV, common_fewshot]: TFDS name, split that the shots are
-# drawn from, test split. ImageNet's first 65,000 images have at least 30 of every class.
+# Data sets of the few-shot probe, as in big_vision's `common_fewshot`: TFDS name, split that the
+# shots are drawn from, test split. ImageNet's first 65,000 images have at least 30 of every class.
 FEWSHOT = {
     "caltech101": ("caltech101", "train", "test"),
     "cars196": ("cars196", "train", "test"),
@@ -141,8 +141,8 @@ def open_fewshot(
 ) -> dict[str, tuple[pipeline.Split, pipeline.Split]]:
     """Opens the training and test split of each prepared data set of FEWSHOT.
 
-    Images are resized to a square of 8/7 of `image_size` and cropped centrally [read: BV]. If
-    `image_size` is not square, they are resized to it without a crop.
+    Images are resized to a square of 8/7 of `image_size` and cropped centrally, as in big_vision.
+    If `image_size` is not square, they are resized to it without a crop.
 
     Raises:
       UserError: no data set is prepared.
@@ -153,22 +153,22 @@ def open_fewshot(
     preprocess = f"decode|resize({height * 8 // 7})|central_crop({height})"
     if height != width:
         preprocess = f"decode|resize(({height}, {width}))"
-    opened = {}
+    splits_by_name = {}
     for name, (dataset, *splits) in FEWSHOT.items():
         if not sources.tfds_builder(dataset, data_dir, prepared=False).is_prepared():
             continue
         config = dataset_config(dataset, data_dir)
-        opened[name] = tuple(
+        splits_by_name[name] = tuple(
             pipeline.open_split(config, split, preprocess, image_size=image_size, num_classes=None)
             for split in splits
         )
-    if not opened:
+    if not splits_by_name:
         sets = ", ".join(dataset for dataset, *_ in FEWSHOT.values())
         raise UserError(
             f"--suite=fewshot: none of {sets} is prepared; prepare one with `python -m "
             "mixer.tools.prepare tfds NAME`, or pass --config=FILE for other data"
         )
-    return opened
+    return splits_by_name
 
 
 def check_preprocess(weights: str, preprocess: str | None, image_size: tuple[int, int]) -> None:
@@ -254,9 +254,9 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
             f"{name} can only be read from TFDS; expected a TFDS folder imagenet2012 or "
             f"imagenet_v2 in {root}"
         )
-    for inner in ("val", "validation"):
-        if (root / inner).is_dir():
-            root, prefix = root / inner, f"{inner}/"
+    for subfolder in ("val", "validation"):
+        if (root / subfolder).is_dir():
+            root, prefix = root / subfolder, f"{subfolder}/"
             break
     else:
         prefix = ""
@@ -276,9 +276,9 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
     split = TASKS[name].split
     if name == "imagenet_val":
         synsets = {synset: label for label, synset in enumerate(imagenet_names.synsets(IMAGENET))}
-        if unknown := [path for path in paths if path.partition("/")[0] not in synsets]:
+        if stray_paths := [path for path in paths if path.partition("/")[0] not in synsets]:
             raise UserError(
-                f"{root}/{unknown[0]} is not in the folder of a synset; imagenet_val expects "
+                f"{root}/{stray_paths[0]} is not in the folder of a synset; imagenet_val expects "
                 "images in folders such as n01440764 (imagenet_real does not)"
             )
         return [

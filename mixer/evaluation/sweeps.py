@@ -118,11 +118,12 @@ def steps_at(preprocess: str, old: int, new: int) -> str:
             f"{preprocess!r} permutes {old} x {old} images; expected none, because a permutation "
             f"has no equivalent at {new} x {new}"
         )
-    sized = [call for call in spec.calls if call.op.name in SCALED]
-    if not sized:
+    if not any(call.op.name in SCALED for call in spec.calls):
         return str(spec.with_image_op(f"resize({new}, antialias=True)"))
     calls = [
-        call.replace("size", _scaled(call.arguments["size"], new / old)) if call in sized else call
+        call.replace("size", _scaled(call.arguments["size"], new / old))
+        if call.op.name in SCALED
+        else call
         for call in spec.calls
     ]
     return str(Specification(tuple(calls)))
@@ -156,17 +157,17 @@ def resolution(
       UserError: the weights or the data do not support a size; raised before any evaluation.
     """
     sizes = sorted(set(sizes))
-    opened = {}
+    splits = {}
     for subject in subjects:
         for size in sizes:
             check_image_size((size, size), subject.stored.card.patch_size)
             load.resize_card(subject.stored, (size, size), resize)
-            opened[subject.path, size] = _open_split(subject, split_name, size)
+            splits[subject.path, size] = _open_split(subject, split_name, size)
     sweep_curves = []
     for subject in subjects:
         points = []
         for size in sizes:
-            split, preprocess = opened[subject.path, size]
+            split, preprocess = splits[subject.path, size]
             loaded = load.read_stored(
                 subject.stored,
                 image_size=size,
@@ -212,11 +213,11 @@ def permutation(
     for share in shares:
         if not 0 <= share <= 1:
             raise UserError(f"--shares: {share:g}; expected shares of the patches, from 0 to 1")
-    opened = [
+    splits = [
         _open_split(subject, split_name, subject.stored.card.image_size[0]) for subject in subjects
     ]
     sweep_curves = []
-    for subject, (split, preprocess) in zip(subjects, opened, strict=True):
+    for subject, (split, preprocess) in zip(subjects, splits, strict=True):
         say(f"{subject.name}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
             points = (_point(x, rs, preprocess) for x, rs in zip(shares, results, strict=True))
@@ -231,12 +232,12 @@ def _shuffled_results(
     mesh = subject.batching.mesh
     loaded = load.read_stored(subject.stored, mesh=mesh, log=lambda line: None)
     size = loaded.card.image_size
-    plain = make_predict(loaded.model, mesh)
+    predict_logits = make_predict(loaded.model, mesh)
 
     def predict(params_and_order: tuple[Any, jax.Array], images: jax.Array) -> jax.Array:
         params, order = params_and_order
         pixels = images.reshape(images.shape[0], -1, images.shape[-1])
-        return plain(params, pixels[:, order].reshape(images.shape))
+        return predict_logits(params, pixels[:, order].reshape(images.shape))
 
     # Pass the order as an argument, so that all permutations share one compiled program.
     step = classification.make_eval_step(

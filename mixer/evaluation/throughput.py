@@ -26,7 +26,7 @@ BATCH_SIZES = (1, 8, 64, 512)  # images per device
 WINDOWS = 5  # number of time windows; each gives one measurement of the rate
 IN_FLIGHT = 2  # maximum number of calls in flight
 # Images per second per TPUv3 core in inference at PUBLISHED_SIZE: table 3 of the paper.
-PUBLISHED = {
+PUBLISHED_RATES = {
     "S/32": 11489,
     "S/16": 3994,
     "B/32": 4208,
@@ -139,13 +139,13 @@ def measure(
         devices=mesh.size,
         rates=tuple(rates),
         variant=variant,
-        published=published(variant, image_size),
+        published=published_rate(variant, image_size),
     )
 
 
-def published(variant: str | None, image_size: tuple[int, int]) -> int | None:
+def published_rate(variant: str | None, image_size: tuple[int, int]) -> int | None:
     """Returns the paper's images per second per TPUv3 core; None if the paper has no rate."""
-    return PUBLISHED.get(variant) if tuple(image_size) == PUBLISHED_SIZE else None
+    return PUBLISHED_RATES.get(variant) if tuple(image_size) == PUBLISHED_SIZE else None
 
 
 def _windows(
@@ -157,9 +157,9 @@ def _windows(
     description = f"a batch of {shape[0]:,} images"
     memory.check_room(math.prod(shape), description)  # the compiler can crash on absurd shapes
     compiled = predict.lower(params, abstract).compile()
-    needs = compiled.memory_analysis()
-    if needs is not None:  # some backends have no memory analysis
-        sizes = needs.temp_size_in_bytes + needs.output_size_in_bytes
+    analysis = compiled.memory_analysis()
+    if analysis is not None:  # some backends have no memory analysis
+        sizes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         memory.check_room(sizes + math.prod(shape), description)
     images = jax.jit(functools.partial(_pixels, shape), out_shardings=batch_sharding)()
 

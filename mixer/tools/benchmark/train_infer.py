@@ -88,7 +88,7 @@ def _figures(case: contest.Case, results: dict[str, contest.Result]) -> dict[str
     is_training, image_size = case.what == "train", (case.image_size, case.image_size)
     count = flops.train_flops if is_training else flops.forward_flops
     per_image = count(jax_side.make_mixer(case), image_size)
-    paper_rate = None if is_training else throughput.published(case.model, image_size)
+    paper_rate = None if is_training else throughput.published_rate(case.model, image_size)
     return {
         **dataclasses.asdict(case),
         "title": report.case_title(case, jax.device_count()),
