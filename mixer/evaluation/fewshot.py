@@ -78,12 +78,12 @@ class FewShot:
 
 
 def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """Returns a table of `FewShot.summary()`s, which are keyed by the name of their data."""
+    """Makes a table with a row per data set and number of shots, from `FewShot.summary()`s."""
     rows = []
     for name, summary in summaries.items():
         for result in summary["results"]:
-            short = result["short_classes"]
-            note = f" ({short:,} classes have fewer)" if short else ""
+            num_short = result["short_classes"]
+            note = f" ({num_short:,} classes have fewer)" if num_short else ""
             rows.append(
                 (
                     name,

@@ -161,7 +161,7 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
                 batch_sizes=options.batch_sizes,
                 mesh=subject.batching.mesh,
             )
-        card.add(THROUGHPUT, subject.card.variant or "model", result.summary())
+        card.add(THROUGHPUT, subject.card.variant or "model", result)
     _add_cost(subject, card, console)
     card.print(console)
     return card.new_results
@@ -340,4 +340,4 @@ def _add_cost(subject: Subject, card: ReportCard, console: Console) -> None:
     config, _ = run.read_run(subject.workdir)
     cost = throughput.core_hours(rows, global_batch_size=config.global_batch_size)
     if cost is not None:
-        card.add("training", "cost", cost.summary())
+        card.add("training", "cost", cost)

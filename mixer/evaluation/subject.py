@@ -1,6 +1,7 @@
 """The subject of an evaluation: the weights of a run or a file, and data to evaluate them on."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -221,17 +222,15 @@ def read_weights(subject: Subject, say: Callable[[str], None]) -> Weights:
 
 
 def _run_weights(subject: Subject) -> Weights:
-    """The parameters of a run's checkpoint and, if the run keeps it, their moving average."""
-    _ = config, _ = _ = run.read_run(subject.workdir)
+    """Returns the parameters of a run's checkpoint and, if the run keeps one, their average."""
+    config, _ = run.read_run(subject.workdir)
     model = program.build_model(config)
     abstract = abstract_params(model, subject.stored.card.image_size, subject.batching.mesh)
 
-    def reader(item: str) -> Callable[[], Any]:
-        return lambda: checkpoint.restore_params(subject.path, abstract, item=item)
-
-    params = {"": reader("params")}
+    restore = functools.partial(checkpoint.restore_params, subject.path, abstract)
+    params = {"": functools.partial(restore, item="params")}
     if config.optimizer.ema_decay:
-        params["_ema"] = reader("ema_params")
+        params["_ema"] = functools.partial(restore, item="ema_params")
     identity: dict[str, Any] = {"step": subject.step}
     if subject.output != subject.workdir:
         identity["weights"] = subject.path
@@ -239,13 +238,13 @@ def _run_weights(subject: Subject) -> Weights:
 
 
 def _find_run(path: epath.PathLike) -> epath.Path | None:
-    """The training run of a directory that is a run or one of its steps; None for other weights."""
+    """Returns the training run if the path is a run or one of its steps; None for other weights."""
     workdir = checkpoint.find_step(path).parent.parent
     return workdir if run_files.is_trained(run_files.read_config(workdir) or {}) else None
 
 
 def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
-    """The resolved config, with the dimensions of the weights."""
+    """Returns the resolved config, with the dimensions of the weights."""
     config = config.copy_and_resolve_references()
     run.check_config(config)
     config.model.update(card.dimensions)
@@ -262,8 +261,8 @@ def _output_directory(output: str | None, name: str, workdir: epath.Path | None)
 
 
 def _batching(config: ConfigDict | None) -> Batching:
-    """The batches of the config, whose size is rounded up to a multiple of the devices."""
-    # The mesh has the devices of this process, whatever devices the run was trained on.
+    """Returns the batches of the config; their size is rounded up to a multiple of the devices."""
+    # The mesh has all devices of this program, whatever mesh the run was trained on.
     mesh = sharding.make_mesh({"data": -1})
     shards = sharding.batch_shards(mesh)
     if config is None:
