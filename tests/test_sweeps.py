@@ -50,7 +50,7 @@ from mixer.weights.card import Card
 )
 def test_steps_at_another_size(preprocess, old, new, wanted):
     wanted = wanted or "decode|resize((96, 48), 'area')|central_crop(48)"
-    assert sweeps.steps_at(preprocess, old, new) == wanted
+    assert sweeps.preprocess_at(preprocess, old, new) == wanted
 
 
 @pytest.fixture(scope="module")

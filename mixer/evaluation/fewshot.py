@@ -25,6 +25,7 @@ from mixer.evaluation.evaluator import Batching, Evaluator, Setup
 from mixer.evaluation.tables import Table, percent, span
 
 BIAS = 100.0  # the constant feature; it is so large that its weight is hardly regularised
+L2 = 2.0**10  # strength of the regularisation, which is not divided by the number of examples
 MIN_DEVIATION = 1e-5  # added to the standard deviation of each feature
 ROWS = 1024  # images classified at once: (ROWS, K) float64 scores
 
@@ -149,7 +150,6 @@ def evaluate(
     batching: Batching,
     shots: Sequence[int] = (1, 5, 10, 25),
     seeds: int = 3,
-    l2: float = 2.0**10,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> FewShot | None:
     """Classifies a test split with a probe fitted to a few images of a training split.
@@ -163,7 +163,6 @@ def evaluate(
       batching: the batches of images.
       shots: numbers of images per class; a class that has fewer images contributes all of them.
       seeds: number of draws, with seeds 0, 1, ...
-      l2: strength of the regularisation, which is not divided by the number of examples.
       should_stop: called after every batch and every probe.
 
     Returns:
@@ -195,12 +194,12 @@ def evaluate(
         for indices_by_class in draws:
             indices = np.concatenate([one_class[:number] for one_class in indices_by_class])
             shot_rows = shot_features[np.searchsorted(drawn_indices, indices)]
-            probe = fit(shot_rows, train_labels[indices], l2, num_classes)
+            probe = fit(shot_rows, train_labels[indices], L2, num_classes)
             hits.append(probe.classify(test_features) == test_labels)
             if should_stop():
                 return None
         results.append(_summarize(number, train_labels, np.stack(hits)))
-    return FewShot(train.name, test.name, len(test_labels), num_classes, l2, tuple(results))
+    return FewShot(train.name, test.name, len(test_labels), num_classes, L2, tuple(results))
 
 
 def _summarize(shots: int, train_labels: np.ndarray, hits: np.ndarray) -> Shots:

@@ -208,22 +208,17 @@ class Mean:
     """The mean over realms, which have equal weights. Accuracies are in 0..1.
 
     Attributes:
-      weights: "params" or "ema".
+      name: "mean", or "mean (average)" for the moving average of the parameters.
       realms: names of the realms.
       top1, mean_per_class: means over the realms.
       top1_interval: 95 % interval (low, high), which covers only the sampling of test images.
     """
 
-    weights: str
+    name: str
     realms: tuple[str, ...]
     top1: float
     top1_interval: tuple[float, float]
     mean_per_class: float
-
-    @property
-    def name(self) -> str:
-        """The name in the table."""
-        return "mean (average)" if self.weights == "ema" else "mean"
 
     @property
     def extent(self) -> str:
@@ -234,14 +229,14 @@ class Mean:
 def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     """Computes the mean over the realms for each set of parameters, from results.json."""
     results = []
-    for weights in ("params", "ema"):
+    for weights, name in (("params", "mean"), ("ema", "mean (average)")):
         rows = [summary for summary in summaries.values() if summary["weights"] == weights]
         if not rows:
             continue
         top1, counts = (np.array([row[key] for row in rows]) for key in ("top1", "count"))
         results.append(
             Mean(
-                weights=weights,
+                name=name,
                 realms=tuple(row["realm"] for row in rows),
                 top1=float(top1.mean()),
                 top1_interval=scores.mean_interval(top1, counts),

@@ -279,6 +279,7 @@ def _classify(
                     params,
                     split,
                     batching=batching,
+                    # Called after every batch; `count` moves the bar and returns None.
                     should_stop=lambda bar=bar: bool(bar.count(batch_size, "images")),
                 )
             card.add_split(name, result, split)

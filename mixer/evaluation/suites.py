@@ -254,12 +254,8 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
             f"{name} can only be read from TFDS; expected a TFDS folder imagenet2012 or "
             f"imagenet_v2 in {root}"
         )
-    for subfolder in ("val", "validation"):
-        if (root / subfolder).is_dir():
-            root, prefix = root / subfolder, f"{subfolder}/"
-            break
-    else:
-        prefix = ""
+    prefix = next((f"{name}/" for name in ("val", "validation") if (root / name).is_dir()), "")
+    root = root / prefix
     top = folder.list_folder(root, b"")
     images = [name for name, _ in top.files]
     for synset, _ in top.folders:

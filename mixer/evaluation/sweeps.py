@@ -79,10 +79,6 @@ class Sweep:
     resize: str
     curves: tuple[Curve, ...]
 
-    def summary(self) -> dict[str, Any]:
-        """The sweep as JSON."""
-        return dataclasses.asdict(self)
-
 
 def check_subject(subject: Subject) -> None:
     """Raises UserError unless the weights take square images, have a head and have a config."""
@@ -100,8 +96,8 @@ def check_subject(subject: Subject) -> None:
         )
 
 
-def steps_at(preprocess: str, old: int, new: int) -> str:
-    """Changes preprocessing for images of side `old` to give images of side `new`.
+def preprocess_at(preprocess: str, old: int, new: int) -> str:
+    """Changes a preprocessing to images of side `old` so that it gives images of side `new`.
 
     The sizes of `resize`, `resize_small` and `central_crop` are multiplied by new / old, so that
     the same part of each picture is visible. Without any of these ops the pictures are stored at
@@ -110,7 +106,7 @@ def steps_at(preprocess: str, old: int, new: int) -> str:
     Raises:
       UserError: the preprocessing is invalid, or permutes the images.
     """
-    if old == new or not preprocess:  # synthetic data has no steps
+    if old == new or not preprocess:  # synthetic data is not preprocessed
         return preprocess
     spec = parse(preprocess)
     if spec.of_kind(Kind.PERMUTATION):
@@ -266,7 +262,7 @@ def _shuffled_results(
 def _open_split(subject: Subject, split_name: str, size: int) -> tuple[Split, str]:
     """Opens a split with images of side `size`; returns it and its preprocessing."""
     config = subject.config.copy_and_resolve_references()
-    preprocess = steps_at(config.dataset.eval_preprocess, config.image_size, size)
+    preprocess = preprocess_at(config.dataset.eval_preprocess, config.image_size, size)
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
     card = subject.stored.card
@@ -390,6 +386,6 @@ def write(sweep: Sweep, directory: epath.Path) -> tuple[epath.Path, epath.Path]:
     """Writes sweep_<kind>.json and sweep_<kind>.png to a directory and returns their paths."""
     numbers = directory / f"sweep_{sweep.kind}.json"
     picture = directory / f"sweep_{sweep.kind}.png"
-    run.write_json(numbers, sweep.summary())
+    run.write_json(numbers, dataclasses.asdict(sweep))
     draw(sweep, picture)
     return numbers, picture
