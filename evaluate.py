@@ -101,8 +101,8 @@ def main(argv: list[str]) -> None:
             f"--suite={transfers[0]} runs on one host; expected one process, not "
             f"{processes.state().num_processes}"
         )
-    has_several = len(workdirs) + len(paths) > 1
-    options = dict(config=config, output=None if has_several else OUTPUT.value)
+    is_comparison = len(workdirs) + len(paths) > 1
+    options = dict(config=config, output=None if is_comparison else OUTPUT.value)
     run_options = dict(checkpoint_name=CHECKPOINT.value, **options)
     weights_options = dict(preprocess=PREPROCESS.value, **options)
     subjects = [functools.partial(open_subject, path, **run_options) for path in workdirs]
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
             realms=TASKS.value,
         )
         with watchdog.watch():
-            output = OUTPUT.value if has_several else None
+            output = OUTPUT.value if is_comparison else None
             report.evaluate(subjects, report_options, output=output)
     for name in transfers:
         for make_subject in subjects:
