@@ -275,16 +275,18 @@ class Probe:
 
     def classify(self, features: np.ndarray) -> np.ndarray:
         """Returns the class (n,) with the highest score for each row of features (n, C)."""
+        chunks = (features[start : start + ROWS] for start in range(0, len(features), ROWS))
         guesses = [
-            np.argmax(self.standardise(features[start : start + ROWS]) @ self.weights, axis=1)
-            for start in range(0, len(features), ROWS)
+            np.argmax(_standardise(chunk, self.mean, self.deviation) @ self.weights, axis=1)
+            for chunk in chunks
         ]
         return np.concatenate(guesses)
 
-    def standardise(self, features: np.ndarray) -> np.ndarray:
-        """Standardises features (n, C) in float64 and appends the constant feature: (n, C + 1)."""
-        scaled = (features.astype(np.float64) - self.mean) / self.deviation
-        return np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
+
+def _standardise(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Standardises features (n, C) in float64 and appends the constant feature: (n, C + 1)."""
+    scaled = (features.astype(np.float64) - mean) / deviation
+    return np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
 
 
 def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -> Probe:
@@ -298,7 +300,7 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -
     """
     features64 = features.astype(np.float64)
     mean, deviation = features64.mean(axis=0), features64.std(axis=0) + MIN_DEVIATION
-    x = Probe(mean, deviation, np.empty(0)).standardise(features)
+    x = _standardise(features, mean, deviation)
     # Compute x^T y from per-class sums: dense targets of 21,843 classes would take 95 GB.
     sums = np.zeros((num_classes, x.shape[1]))
     np.add.at(sums, labels, x)
