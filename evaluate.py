@@ -23,7 +23,7 @@ import functools
 from absl import flags
 
 from mixer.cli import config as cli
-from mixer.cli import launch
+from mixer.cli import launch, program
 from mixer.errors import UserError, check_choice
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Directory of a run, or of several runs to compare.")
@@ -78,7 +78,7 @@ LABEL_FILE = flags.DEFINE_string(
     "label_file", None, "File of labels that replaces the config's, for example if it has moved."
 )
 
-TUNED = ("vtab", "transfer")  # suites that fine-tune the weights
+TRANSFERS = ("vtab", "transfer")  # suites of tasks to fine-tune the weights on
 
 
 def main(argv: list[str]) -> None:
@@ -86,28 +86,28 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; see python evaluate.py --help")
     workdirs, paths, suite = (list(filter(None, flag.value)) for flag in (WORKDIR, WEIGHTS, SUITE))
-    tuned = [name for name in suite if name in TUNED]
-    suite = [name for name in suite if name not in tuned]
-    _check_flags(workdirs, paths, suite, tuned)
-    batch_sizes = _batch_sizes()
-    config = None if cli.CONFIG.value is None or tuned else cli.config()
+    transfers = [name for name in suite if name in TRANSFERS]
+    suite = [name for name in suite if name not in transfers]
+    _check_flags(workdirs, paths, suite, transfers)
+    batch_sizes = program.numbers("batch_sizes", BATCH_SIZES.value, least=1)
+    config = None if cli.CONFIG.value is None or transfers else cli.config()
     launch.join()
     from mixer.evaluation import report
     from mixer.evaluation.subject import open_subject
     from mixer.parallel import processes, watchdog
 
-    if tuned and processes.state().num_processes > 1:
+    if transfers and processes.state().num_processes > 1:
         raise UserError(
-            f"--suite={tuned[0]} runs on one host; expected one process, not "
+            f"--suite={transfers[0]} runs on one host; expected one process, not "
             f"{processes.state().num_processes}"
         )
-    has_several = len(workdirs) + len(paths) > 1
-    options = dict(config=config, output=None if has_several else OUTPUT.value)
+    is_comparison = len(workdirs) + len(paths) > 1
+    options = dict(config=config, output=None if is_comparison else OUTPUT.value)
     run_options = dict(checkpoint_name=CHECKPOINT.value, **options)
     weights_options = dict(preprocess=PREPROCESS.value, **options)
     subjects = [functools.partial(open_subject, path, **run_options) for path in workdirs]
     subjects += [functools.partial(open_subject, path, **weights_options) for path in paths]
-    if suite or not tuned:
+    if suite or not transfers:
         report_options = report.Options(
             splits=["val", "test"] if SPLIT.value == "all" else [SPLIT.value],
             suite=suite,
@@ -118,14 +118,16 @@ def main(argv: list[str]) -> None:
             realms=TASKS.value,
         )
         with watchdog.watch():
-            output = OUTPUT.value if has_several else None
+            output = OUTPUT.value if is_comparison else None
             report.evaluate(subjects, report_options, output=output)
-    for name in tuned:
+    for name in transfers:
         for make_subject in subjects:
             _fine_tune(name, make_subject())
 
 
-def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned: list[str]) -> None:
+def _check_flags(
+    workdirs: list[str], paths: list[str], suite: list[str], transfers: list[str]
+) -> None:
     """Raises UserError for flags that are missing or would be ignored."""
     if flags.FLAGS["variants"].present:
         raise UserError(
@@ -138,42 +140,30 @@ def _check_flags(workdirs: list[str], paths: list[str], suite: list[str], tuned:
     names = workdirs + paths
     if duplicates := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{duplicates[0]} is given twice; expected different weights")
-    present = {name for name in flags.FLAGS if flags.FLAGS[name].present}
+    given_flags = {name for name in flags.FLAGS if flags.FLAGS[name].present}
     for name, is_valid, purpose in (
         (
             "checkpoint",
             bool(workdirs),
             "--workdir; with --weights, pass RUN/best or the path of a step",
         ),
-        ("preprocess", bool(paths) and not tuned, "--weights; a run has its own preprocessing"),
+        ("preprocess", bool(paths) and not transfers, "--weights; a run has its own preprocessing"),
         (
             "tasks",
-            len(tuned) + ("omnibenchmark" in suite) == 1,
+            len(transfers) + ("omnibenchmark" in suite) == 1,
             "one of --suite=vtab, transfer, omnibenchmark",
         ),
-        ("split", not suite and not tuned, "the splits of a config, without --suite"),
+        ("split", not suite and not transfers, "the splits of a config, without --suite"),
         ("batch_sizes", "throughput" in suite, "--suite=throughput"),
-        ("save_predictions", not tuned or bool(suite), "suites that do not fine-tune"),
+        ("save_predictions", not transfers or bool(suite), "suites that do not fine-tune"),
     ):
-        if name in present and not is_valid:
+        if name in given_flags and not is_valid:
             raise UserError(f"--{name} is only valid for {purpose}")
-    if cli.CONFIG.value is not None and tuned and suite:
+    if cli.CONFIG.value is not None and transfers and suite:
         raise UserError(
-            f"--suite={','.join(suite)} with --config cannot be combined with --suite={tuned[0]}; "
-            "run two commands"
+            f"--suite={transfers[0]} cannot be combined with --config and "
+            f"--suite={','.join(suite)}; run two commands"
         )
-
-
-def _batch_sizes() -> list[int]:
-    """Returns the numbers in --batch_sizes."""
-    text = ",".join(BATCH_SIZES.value)
-    try:
-        sizes = [int(number) for number in BATCH_SIZES.value]
-    except ValueError:
-        raise UserError(f"--batch_sizes={text}; expected integers") from None
-    if not sizes or not all(1 <= size < 2**31 for size in sizes):
-        raise UserError(f"--batch_sizes={text}; expected 1 to {2**31 - 1} images")
-    return sizes
 
 
 def _fine_tune(name: str, subject) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,6 @@ from mixer.runs import config as run
 from mixer.runs import data as run_data
 from mixer.training import program
 from mixer.weights import checkpoint, load
-
-RECORD = "transfer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +52,6 @@ class TaskResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mean:
-    """The mean accuracy of a group of tasks, which have equal weights.
-
-    Attributes:
-      num_tasks: number of finished tasks that the mean is computed over.
-      of: number of tasks in the group.
-      top1: the mean, in 0..1.
-      top1_interval: 95 % interval (low, high), which covers the sampling of the test images but
-        not the seed: another seed may give another mean.
-    """
-
-    num_tasks: int
-    of: int
-    top1: float
-    top1_interval: tuple[float, float]
-
-
-@dataclasses.dataclass(frozen=True)
 class Transfer:
     """The accuracies of the finished tasks.
 
@@ -83,38 +63,44 @@ class Transfer:
 
     tasks: tuple[TaskResult, ...]
     requested: tuple[str, ...]
-    groups: Mapping[str, tuple[str, ...]]
+    groups: Mapping[str, Sequence[str]]
 
-    def mean(self, names: Sequence[str]) -> Mean | None:
-        """Computes the mean over the finished tasks in `names`; returns None if there are none."""
-        tasks = [task for task in self.tasks if task.name in names]
-        if not tasks:
-            return None
-        shares = np.array([task.top1 for task in tasks])
-        counts = np.array([task.count for task in tasks])
-        interval = scores.mean_interval(shares, counts)
-        return Mean(len(tasks), len(names), float(shares.mean()), interval)
-
-    def means(self) -> dict[str, Mean]:
+    def means(self) -> dict[str, dict[str, Any]]:
         """Computes the mean of each group with finished tasks, and the "mean" of all tasks.
 
         All tasks are the tasks of the groups and the requested tasks. If one group has all of them,
         "mean" would repeat its mean and is omitted.
+
+        Returns:
+          By group: "num_tasks", the number of finished tasks, which have equal weights; "of", the
+          number of tasks in the group; "top1", the mean in 0..1; and "top1_interval", its 95 %
+          interval (low, high). The interval covers the sampling of the test images but not the
+          seed: another seed may give another mean.
         """
         groups = dict(self.groups)
         all_names = {*self.requested, *(name for names in groups.values() for name in names)}
         if all_names not in map(set, groups.values()):
             groups["mean"] = tuple(all_names)
-        means = {group: self.mean(names) for group, names in groups.items()}
-        return {group: mean for group, mean in means.items() if mean is not None}
+        means = {}
+        for group, names in groups.items():
+            if tasks := [task for task in self.tasks if task.name in names]:
+                shares = np.array([task.top1 for task in tasks])
+                counts = np.array([task.count for task in tasks])
+                means[group] = {
+                    "num_tasks": len(tasks),
+                    "of": len(names),
+                    "top1": float(shares.mean()),
+                    "top1_interval": scores.mean_interval(shares, counts),
+                }
+        return means
 
     def summary(self) -> dict[str, Any]:
         """Returns tasks, means and the names of unfinished tasks, for transfer.json."""
-        finished = {task.name: dataclasses.asdict(task) for task in self.tasks}
+        tasks = {task.name: dataclasses.asdict(task) for task in self.tasks}
         return {
-            "tasks": finished,
-            "means": {group: dataclasses.asdict(mean) for group, mean in self.means().items()},
-            "unfinished": [name for name in self.requested if name not in finished],
+            "tasks": tasks,
+            "means": self.means(),
+            "unfinished": [name for name in self.requested if name not in tasks],
         }
 
     def markdown(self) -> list[str]:
@@ -163,50 +149,57 @@ def fine_tune(
     runs = [
         Task(name, config, directory / name.replace("/", "_")) for name, config in tasks.items()
     ]
-    finished = _read_finished(runs)
-    unfinished = [task for task in runs if task.name not in finished]
+    task_results = _read_results(runs)
+    unfinished_tasks = [task for task in runs if task.name not in task_results]
     images_left = {}
-    if unfinished:
-        say(f"checking weights and data of {len(unfinished)} tasks")
-        images_left = _check_all(unfinished, train_examples)
-
-    def record() -> Transfer:
-        task_results = tuple(finished[name] for name in tasks if name in finished)
-        groups_by_name = {name: tuple(groups[name]) for name in groups}
-        transfer = Transfer(task_results, tuple(tasks), groups_by_name)
-        run.write_json(directory / RECORD, transfer.summary())
-        return transfer
+    if unfinished_tasks:
+        say(f"checking weights and data of {len(unfinished_tasks)} tasks")
+        images_left = _check_all(unfinished_tasks, train_examples)
 
     seconds, images_seen = 0.0, 0
     for number, task in enumerate(runs, 1):
         title = f"task {number} of {len(runs)}: {task.name}"
-        if task.name in finished:
-            say(f"{title}: {_sentence(finished[task.name])}, already finished")
+        if task.name in task_results:
+            say(f"{title}: {_sentence(task_results[task.name])}, already finished")
             continue
         hint = ""
         if images_seen:
-            left = sum(images_left[name] for name in tasks if name not in finished)
-            hint = f", about {formatting.duration(seconds / images_seen * left)} left"
+            num_images = sum(images_left[name] for name in tasks if name not in task_results)
+            hint = f", about {formatting.duration(seconds / images_seen * num_images)} left"
         say(f"{title}: starting{hint}")
         start = time.monotonic()
-        finished[task.name] = _train(task)
+        task_results[task.name] = _train(task)
         duration = time.monotonic() - start
         seconds, images_seen = seconds + duration, images_seen + images_left[task.name]
-        record()
-        say(f"{title}: {_sentence(finished[task.name])}, took {formatting.duration(duration)}")
-    return record()
+        _record(directory, task_results, tasks, groups)
+        say(f"{title}: {_sentence(task_results[task.name])}, took {formatting.duration(duration)}")
+    return _record(directory, task_results, tasks, groups)
 
 
-def _read_finished(tasks: Sequence[Task]) -> dict[str, TaskResult]:
+def _record(
+    directory: epath.Path,
+    task_results: Mapping[str, TaskResult],
+    requested: Iterable[str],
+    groups: Mapping[str, Sequence[str]],
+) -> Transfer:
+    """Writes the results of the finished tasks to transfer.json, and returns them."""
+    requested = tuple(requested)
+    finished_tasks = tuple(task_results[name] for name in requested if name in task_results)
+    transfer = Transfer(finished_tasks, requested, groups)
+    run.write_json(directory / "transfer.json", transfer.summary())
+    return transfer
+
+
+def _read_results(tasks: Sequence[Task]) -> dict[str, TaskResult]:
     """Reads the results of the finished runs; raises UserError if a config has changed."""
-    finished = {}
+    task_results = {}
     for task in tasks:
         with _naming(task.name):
             run.check_config(task.config)
             _check_same_config(task)
             if result := _read_result(task):
-                finished[task.name] = result
-    return finished
+                task_results[task.name] = result
+    return task_results
 
 
 def _train(task: Task) -> TaskResult:
@@ -251,16 +244,16 @@ def _read_result(task: Task) -> TaskResult | None:
 
 def _check_same_config(task: Task) -> None:
     """Raises UserError if the task's directory contains a run with another config."""
-    old, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
-    if old is not None:
-        run.check_trained(task.workdir, old)
-    if old is None or data is None:
+    saved_config, data = run_files.read_config(task.workdir), run_files.read_data(task.workdir)
+    if saved_config is not None:
+        run.check_trained(task.workdir, saved_config)
+    if saved_config is None or data is None:
         return
     if checkpoint.last_step(task.workdir) is None and results.read(task.workdir, "last") is None:
         return  # a run without a checkpoint can be restarted with any config
-    config = run.resolve(task.config, initial=None, saved_config=old)
+    config = run.resolve(task.config, initial=None, saved_config=saved_config)
     run.resolve_data(config, len(data["class_names"]), data["splits"]["train"]["num_examples"])
-    if changed := run.changes(old, config.to_dict()):
+    if changed := run.changes(saved_config, config.to_dict()):
         raise UserError(
             f"{task.workdir} contains a run with another config: {'; '.join(changed)}; expected "
             "the same config (choose another directory, or remove the run)"
@@ -274,7 +267,7 @@ def _check_all(tasks: Sequence[Task], train_examples: int | None) -> dict[str, i
     images_left = {}
     for task in tasks:
         with _naming(task.name):
-            initial = weights[task.config.init_from, task.config.init_image_size]
+            initial = weights.get((task.config.init_from, task.config.init_image_size))
             images_left[task.name] = _check(task, initial, train_examples)
         gc.collect()  # a split can occupy 2 GiB
     return images_left
@@ -282,37 +275,33 @@ def _check_all(tasks: Sequence[Task], train_examples: int | None) -> dict[str, i
 
 def _check_prepared(tasks: Sequence[Task]) -> None:
     """Raises UserError with the `prepare` command of every missing TFDS data set."""
-    stored = {
+    datasets = {
         (task.config.dataset.name, task.config.dataset.data_dir): None
         for task in tasks
         if task.config.dataset.name not in ("folder", "synthetic", "digits")
     }
-    if not stored:
+    if not datasets:
         return
     from mixer.data.sources import stored as sources
 
-    missing = [
+    commands = [
         f"`python -m mixer.tools.prepare tfds {name}{data_dir and f' --data_dir={data_dir}'}`"
-        for name, data_dir in stored
+        for name, data_dir in datasets
         if not sources.tfds_builder(name, data_dir, prepared=False).is_prepared()
     ]
-    if missing:
-        sets = "set is" if len(missing) == 1 else "sets are"
-        raise UserError(f"{len(missing)} data {sets} not prepared: {', '.join(missing)}")
+    if commands:
+        sets = "set is" if len(commands) == 1 else "sets are"
+        raise UserError(f"{len(commands)} data {sets} not prepared: {', '.join(commands)}")
 
 
 def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, int | None], load.StoredWeights | None]:
-    """Finds the initial weights by (init_from, init_image_size), each once.
-
-    A run that has a checkpoint does not need its initial weights.
-    """
+    """Finds the initial weights of runs without a checkpoint, by (init_from, init_image_size)."""
     weights: dict[tuple[str, int | None], load.StoredWeights | None] = {}
     for task in tasks:
         key = task.config.init_from, task.config.init_image_size
-        is_needed = checkpoint.last_step(task.workdir) is None
-        if weights.get(key) is None:
+        if key not in weights and checkpoint.last_step(task.workdir) is None:
             with _naming(task.name):
-                weights[key] = run.find_initial(task.config) if is_needed else None
+                weights[key] = run.find_initial(task.config)
     return weights
 
 
@@ -323,8 +312,8 @@ def _check(task: Task, initial: load.StoredWeights | None, train_examples: int |
       UserError: the data or the model is invalid, or the number of training images is wrong.
     """
     last_step = checkpoint.last_step(task.workdir)
-    old = None if last_step is None else run_files.read_config(task.workdir)
-    config = run.resolve(task.config, initial=initial, saved_config=old)
+    saved_config = None if last_step is None else run_files.read_config(task.workdir)
+    config = run.resolve(task.config, initial=initial, saved_config=saved_config)
     splits = run_data.open_splits(config, None)
     if splits.test is None:
         raise UserError("dataset.test_split is empty; expected a test split")

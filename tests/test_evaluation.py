@@ -15,6 +15,7 @@ from mixer import trainer
 from mixer.console import Console
 from mixer.errors import UserError
 from mixer.evaluation import classification, report, results, scores, suites, tables
+from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.subject import open_subject
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -134,16 +135,15 @@ def test_logits_that_are_not_finite_are_refused(tfds_dir):
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)).at[3].set(params), losses.softmax, 10
     )
-    mesh = sharding.make_mesh({"data": -1})
-    how = dict(global_batch_size=60, mesh=mesh, prefetch_batches=1)
+    batching = Batching(sharding.make_mesh({"data": -1}), global_batch_size=60)
     with pytest.raises(UserError, match=r"\b3 images.*:3\b"):
-        classification.evaluate(step, jnp.nan, split, **how)
-    assert classification.evaluate(step, 0.0, split, **how).count == 180
+        classification.evaluate(step, jnp.nan, split, batching=batching)
+    assert classification.evaluate(step, 0.0, split, batching=batching).count == 180
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)).at[3].set(params), losses.sigmoid, 10
     )
     with pytest.raises(UserError, match=r"\b3 images"):  # sigmoid(inf) is 1
-        classification.evaluate(step, jnp.inf, split, **how)
+        classification.evaluate(step, jnp.inf, split, batching=batching)
 
 
 def test_an_example_that_is_missing_or_twice_is_a_fault(tfds_dir, monkeypatch):
@@ -151,7 +151,7 @@ def test_an_example_that_is_missing_or_twice_is_a_fault(tfds_dir, monkeypatch):
     step = classification.make_eval_step(
         lambda params, image: jnp.zeros((len(image), 10)), losses.softmax, 10
     )
-    how = dict(global_batch_size=60, mesh=sharding.make_mesh({"data": -1}), prefetch_batches=1)
+    batching = Batching(sharding.make_mesh({"data": -1}), global_batch_size=60)
 
     read = type(split).read
 
@@ -160,7 +160,7 @@ def test_an_example_that_is_missing_or_twice_is_a_fault(tfds_dir, monkeypatch):
 
     monkeypatch.setattr(type(split), "read", read_but_one_batch)
     with pytest.raises(RuntimeError, match=r"\b60\b"):
-        classification.evaluate(step, None, split, **how)
+        classification.evaluate(step, None, split, batching=batching)
 
 
 # The schedule, and the command, by the same code.

@@ -18,6 +18,7 @@ from mixer.data.order import Reading
 from mixer.data.sources import stored as sources
 from mixer.errors import UserError
 from mixer.evaluation import fewshot, tables
+from mixer.evaluation.evaluator import Batching
 from mixer.parallel import sharding
 from mixer.runs import data as run_data
 from mixer.training import program
@@ -197,9 +198,9 @@ def _evaluate(model, params, mesh, train, test, batch=64, **values):
     return fewshot.evaluate(
         model,
         params,
-        train,
-        test,
-        **dict(mesh=mesh, global_batch_size=batch, prefetch_batches=2) | values,
+        (train, test),
+        batching=Batching(mesh, global_batch_size=batch),
+        **values,
     )
 
 
@@ -313,6 +314,7 @@ from mixer.runs import config as run
 from mixer.runs import data as run_data
 from mixer.parallel import sharding
 from mixer.evaluation import classification, fewshot
+from mixer.evaluation.evaluator import Batching
 from mixer.training.step import make_predict
 
 counts = (1, 8)
@@ -333,14 +335,14 @@ for count in counts:
     mesh = sharding.make_mesh(axes, jax.devices()[:count])
     predict = make_predict(model, mesh)
     step = classification.make_eval_step(predict, losses.make_loss("softmax"), 10)
-    options = dict(global_batch_size=16, mesh=mesh, prefetch_batches=2)
+    options = dict(batching=Batching(mesh, global_batch_size=16))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype("float32"), leaf.sharding),
         train_state.abstract_params(model, (8, 8), mesh))
     for layer in ("pre_head_layer_norm", "head"):  # or one class would win always
         params[layer]["bias"] *= 0
-    probe = fewshot.evaluate(model, params, train, test, shots=(3,), seeds=2, **options)
+    probe = fewshot.evaluate(model, params, (train, test), shots=(3,), seeds=2, **options)
     result = classification.evaluate(step, params, test, **options)
     predictions = result.predictions
     results.append(dict(probe=probe.summary(), correct=result.correct, count=result.count,

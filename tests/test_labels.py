@@ -21,6 +21,7 @@ from mixer.data.sources.label_file import read_label_file
 from mixer.data.stored_split import make_split
 from mixer.errors import UserError
 from mixer.evaluation import classification
+from mixer.evaluation.evaluator import Batching
 from mixer.parallel import sharding
 from mixer.runs import data as run_data
 from mixer.training import losses
@@ -507,9 +508,7 @@ def test_images_without_labels_are_left_out_of_the_accuracy(tmp_path):
         step,
         jnp.arange(6.0, 0.0, -1.0),
         split,
-        global_batch_size=8,
-        mesh=sharding.make_mesh({"data": -1}),
-        prefetch_batches=1,
+        batching=Batching(sharding.make_mesh({"data": -1}), global_batch_size=8),
     )
     assert (result.count, result.labelled, result.correct) == (4, 3, 1)
     assert result.top1 == 1 / 3 and result.top5 == 2 / 3  # "zebra" is the sixth guess

@@ -18,11 +18,10 @@ from helpers import run_program, run_python, tiny_config
 from mixer import run_files, trainer
 from mixer.errors import UserError
 from mixer.evaluation import linear_probe, logistic, omnibenchmark
-from mixer.evaluation.evaluator import Setup
+from mixer.evaluation.evaluator import Batching, Setup
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import data as run_data
-from mixer.training import losses
 from mixer.training import state as train_state
 
 COUNT, WIDTH, CLASSES = 300, 12, 4
@@ -120,20 +119,23 @@ def tiny():
 def _setup(model, mesh):
     return Setup(
         model=model,
-        mesh=mesh,
-        loss_fn=losses.make_loss("softmax"),
-        global_batch_size=64,
-        prefetch_batches=2,
+        batching=Batching(mesh, global_batch_size=64),
         every_steps=5,
         total_steps=12,
     )
 
 
+def _evaluator(splits, model, mesh):
+    """The evaluator of a run with `eval_suite=linear_probe`."""
+    train = run_data.open_split(tiny_config(), "train", splits.train.class_names)
+    setup = _setup(model, mesh)
+    return linear_probe.LinearProbeEvaluator("synthetic", train, splits.val, setup)
+
+
 def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
     model, params, mesh = tiny
-    config = tiny_config()
-    splits = run_data.open_splits(config, None)
-    probe = linear_probe.open_evaluator(config, splits, _setup(model, mesh))
+    splits = run_data.open_splits(tiny_config(), None)
+    probe = _evaluator(splits, model, mesh)
     assert [step for step in range(1, 13) if probe.is_due(step)] == [5, 10, 12]
     (result,) = probe.run(params, None, lambda: False)
     assert (result.dataset, result.weights, result.section) == ("synthetic", "params", probe.name)
@@ -150,8 +152,9 @@ def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
     low, high = summary["top1_interval"]
     assert 0.15 < low < summary["top1"] < high and result.metrics[probe.key] == summary["top1"]
     assert f"{summary['top1']:.2%}" in result.line and "not converged" not in result.line
-    header, row = linear_probe.table({"synthetic": summary})
-    assert row[0] == "synthetic" and row[header.index("top-1")] == f"{summary['top1']:.2%}"
+    table = linear_probe.make_table({"synthetic": summary})
+    (row,) = table.rows
+    assert row[0] == "synthetic" and row[table.header.index("top-1")] == f"{summary['top1']:.2%}"
     (note,) = linear_probe.notes({"synthetic": summary})
     assert f"{summary['train_count']:,}" in note
     for asked in (0, 20):  # at the first batch, in the optimizer
@@ -162,10 +165,7 @@ def test_evaluator_of_a_run_holds_training_images_out_and_can_be_stopped(tiny):
 @pytest.mark.slow
 def test_average_has_a_result_of_its_own(tiny):
     model, params, mesh = tiny
-    config = tiny_config()
-    probe = linear_probe.open_evaluator(
-        config, run_data.open_splits(config, None), _setup(model, mesh)
-    )
+    probe = _evaluator(run_data.open_splits(tiny_config(), None), model, mesh)
     average = jax.tree.map(lambda leaf: leaf * 0.5, params)
     one, other = probe.run(params, average, lambda: False)
     assert (other.weights, other.name) == ("ema", "synthetic_ema")
@@ -224,6 +224,7 @@ sys.path.insert(0, "tests")
 import jax, numpy as np
 from helpers import tiny_config
 from mixer.evaluation import linear_probe, logistic
+from mixer.evaluation.evaluator import Batching
 from mixer.models.mlp_mixer import MlpMixer
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -249,9 +250,9 @@ for count in counts:
     params = jax.tree.map(
         lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype("float32"), leaf.sharding),
         train_state.abstract_params(model, (8, 8), mesh))
-    options = dict(global_batch_size=16, mesh=mesh, prefetch_batches=2)
+    batching = Batching(mesh, global_batch_size=16)
     for penalty in ("squared", "norm"):
-        probed = linear_probe.evaluate(model, params, splits, penalty=penalty, **options)
+        probed = linear_probe.evaluate(model, params, splits, penalty=penalty, batching=batching)
         results.append(probed.summary())
 print(json.dumps(results))
 """
@@ -365,7 +366,7 @@ def test_what_is_missing_or_wrong_in_a_realm_is_one_line(tmp_path):
     (tmp_path / "car" / "test.txt").unlink()
     with pytest.raises(UserError, match=r"bird/val\.txt, .*car/test\.txt"):
         _open_realms(tmp_path)
-    with pytest.raises(UserError, match=r"--tasks=care: .*'car'"):
+    with pytest.raises(UserError, match=r"--tasks='care'.*'car'"):
         _open_realms(tmp_path, "care")
     with pytest.raises(UserError, match="none is not a folder"):
         _open_realms(tmp_path / "none")

@@ -16,6 +16,7 @@ from mixer.data.preprocessing.host import make_preprocess
 from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.evaluation import classification
+from mixer.evaluation.evaluator import Batching
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import data as run_data
@@ -183,9 +184,7 @@ def test_evaluation_predict_and_converted_weights_see_the_same(trained, tmp_path
         classification.make_eval_step(make_predict(loaded.model, mesh), make_loss("softmax"), 10),
         loaded.params,
         run_data.open_split(saved, "test", class_names),
-        global_batch_size=64,
-        mesh=mesh,
-        prefetch_batches=2,
+        batching=Batching(mesh, global_batch_size=64),
     )
     in_training = json.loads((path / "results.json").read_text())["splits"]["test"]
     assert result.loss == pytest.approx(in_training["loss"], rel=1e-6)

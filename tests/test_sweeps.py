@@ -13,6 +13,7 @@ from PIL import Image
 from helpers import run_program, run_python, tiny_config
 from mixer.errors import UserError
 from mixer.evaluation import classification, sweeps
+from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.subject import open_subject
 from mixer.models.registry import ARCHITECTURES
 from mixer.parallel import sharding
@@ -49,7 +50,7 @@ from mixer.weights.card import Card
 )
 def test_steps_at_another_size(preprocess, old, new, wanted):
     wanted = wanted or "decode|resize((96, 48), 'area')|central_crop(48)"
-    assert sweeps.steps_at(preprocess, old, new) == wanted
+    assert sweeps.preprocess_at(preprocess, old, new) == wanted
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,7 @@ def _evaluated(path, config, preprocess, size=8, resize="grow"):
         classification.make_eval_step(make_predict(loaded.model, mesh), loss_fn, 10),
         loaded.params,
         run_data.open_split(config, "test", None),
-        global_batch_size=64,
-        mesh=mesh,
-        prefetch_batches=2,
+        batching=Batching(mesh, global_batch_size=64),
     )
 
 

@@ -45,16 +45,16 @@ def test_rates_are_of_images_that_were_computed(tiny, monkeypatch):
 
     monkeypatch.setattr(throughput.jax, "block_until_ready", wait)
     result = _measure(tiny, seconds=50.0)
-    assert [rate.batch_size for rate in result.rates] == [1, 4]
-    for rate in result.rates:
-        assert rate.low == rate.images_per_second == rate.high == rate.batch_size
-    assert result.devices == 1 and result.variant is None and result.published is None
-    assert (result.image_size, result.dtype) == ((8, 8), "float32")
+    assert result["rates"] == [
+        dict(batch_size=size, images_per_second=size, low=size, high=size) for size in (1, 4)
+    ]
+    assert (result["devices"], result["variant"], result["published"]) == (1, None, None)
+    assert (result["image_size"], result["dtype"]) == ((8, 8), "float32")
 
 
 def test_rates_of_the_clock_on_the_wall(tiny):
-    for rate in _measure(tiny).rates:
-        assert 0 < rate.low <= rate.images_per_second <= rate.high
+    for rate in _measure(tiny)["rates"]:
+        assert 0 < rate["low"] <= rate["images_per_second"] <= rate["high"]
 
 
 def test_what_does_not_fit_is_told_and_other_faults_are_raised(tiny, monkeypatch):
@@ -74,19 +74,20 @@ def test_what_does_not_fit_is_told_and_other_faults_are_raised(tiny, monkeypatch
         return make
 
     monkeypatch.setattr(throughput, "make_predict", fails("RESOURCE_EXHAUSTED: Out of memory"))
-    fits, full = _measure(tiny).rates
-    assert fits.images_per_second > 0 and full == throughput.Rate(4)
-    table = throughput.make_table({"tiny": json.loads(json.dumps(_measure(tiny).summary()))})
+    fits, full = _measure(tiny)["rates"]
+    assert fits["images_per_second"] > 0
+    assert full == dict(batch_size=4, images_per_second=None, low=None, high=None)
+    table = throughput.make_table({"tiny": json.loads(json.dumps(_measure(tiny)))})
     assert table.rows[1][1] == "4" and "memory" in table.rows[1][2] and not table.rows[1][-1]
     monkeypatch.setattr(throughput, "make_predict", fails("INTERNAL: broken"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         _measure(tiny)
     monkeypatch.setattr(throughput, "make_predict", make_predict)
     # A host would be killed: what does not fit is refused before it is tried.
-    (rate,) = _measure(tiny, batch_sizes=(1 << 32,)).rates
-    assert rate.images_per_second is None
+    (rate,) = _measure(tiny, batch_sizes=(1 << 32,))["rates"]
+    assert rate["images_per_second"] is None
     monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=100))
-    assert [rate.images_per_second for rate in _measure(tiny).rates] == [None, None]
+    assert [rate["images_per_second"] for rate in _measure(tiny)["rates"]] == [None, None]
 
 
 def test_mistakes_get_one_line(tiny):
@@ -107,13 +108,13 @@ def test_published_figures_stand_beside_the_papers_models(tiny, monkeypatch):
     params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
     options = dict(batch_sizes=(1,), mesh=mesh, seconds=0.01)
     measured = throughput.measure(model, params, (16, 16), **options)
-    assert (measured.variant, measured.published) == ("S/16", 3994)
-    (row,) = throughput.make_table({"S/16": measured.summary()}).rows
+    assert (measured["variant"], measured["published"]) == ("S/16", 3994)
+    (row,) = throughput.make_table({"S/16": measured}).rows
     assert row[:2] == ("S/16, 16 x 16, bfloat16", "1") and row[-1] == "3,994 (S/16)"
 
 
 def test_published_figures_are_of_known_variants():
-    assert set(throughput.PUBLISHED) == set(VARIANTS) - {"S/8"}
+    assert set(throughput.PUBLISHED_RATES) == set(VARIANTS) - {"S/8"}
 
 
 # Core-hours.
@@ -136,13 +137,13 @@ def test_cost_of_a_run_that_went_on_with_more_devices():
         _row(40, 800.0, 8),  # 2,000 in 2.5 s on 8
     ]
     cost = throughput.core_hours(rows, global_batch_size=100)
-    assert cost.images == 4000 and cost.seconds == pytest.approx(32.5)
-    assert cost.devices == (1, 8)
-    assert cost.device_hours == pytest.approx(50 / 3600)
-    assert cost.device_days == pytest.approx(50 / 86400)
-    sentence = throughput.cost_sentence(json.loads(json.dumps(cost.summary())))
+    assert cost["images"] == 4000 and cost["seconds"] == pytest.approx(32.5)
+    assert cost["devices"] == (1, 8)
+    assert cost["device_hours"] == pytest.approx(50 / 3600)
+    assert cost["device_days"] == pytest.approx(50 / 86400)
+    sentence = throughput.cost_sentence(json.loads(json.dumps(cost)))
     assert "4,000 images in 0:32 on 1 to 8 devices" in sentence and "0.0139 device" in sentence
-    alone = throughput.cost_sentence(throughput.core_hours(rows[:1], 100).summary())
+    alone = throughput.cost_sentence(throughput.core_hours(rows[:1], 100))
     assert "in 0:10 on 1 device," in alone
     assert throughput.core_hours([{"step": 3, "val/top1": 0.5}], 100) is None
     assert throughput.core_hours([], 100) is None
@@ -153,8 +154,8 @@ def test_cost_of_the_meters_own_rows():
     meter = metrics.Meter(global_batch_size=32, start_step=0)
     rows = [{"step": step, **meter.read(step)} for step in (5, 10)]
     cost = throughput.core_hours(rows, global_batch_size=32)
-    assert cost.images == 320 and cost.devices == (jax.device_count(),) * 2
-    assert cost.seconds > 0
+    assert cost["images"] == 320 and cost["devices"] == (jax.device_count(),) * 2
+    assert cost["seconds"] > 0
 
 
 def test_the_command_names_what_measures_the_papers_models():

@@ -1,1 +1,1 @@
-"""Evaluators: each receives a prediction function and data; none knows the trainer."""
+"""Evaluators of weights, with their data sets, results and tables; none imports the trainer."""

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from mixer import files, memory
 from mixer.data.prefetch import prefetch
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import scores
-from mixer.evaluation.evaluator import Result, Setup, parameter_sets
+from mixer.evaluation.evaluator import Batching, Evaluator, Setup
 from mixer.models import layers
 from mixer.parallel import sharding
 from mixer.training import losses
@@ -101,9 +100,9 @@ class Classification:
 
     def summary(self) -> dict[str, Any]:
         """The metrics and intervals as JSON."""
-        large = ("per_class", "predictions")
+        large_fields = ("per_class", "predictions")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if name not in large}
+        return {name: value for name, value in fields.items() if name not in large_fields}
 
 
 def summarize(predictions: Predictions, num_classes: int) -> Classification:
@@ -112,11 +111,12 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
     labelled = int(p.labelled.sum())
     correct, correct5 = int(p.hit.sum()), int(p.hit5.sum())
     hits, counts = scores.per_class(p.label, p.hit, num_classes)
-    is_present = counts > 0
     with np.errstate(invalid="ignore"):
         accuracies = hits / counts
+    mean, mean_interval = None, None
     # Per-class accuracy is undefined if an image has several labels.
-    single = bool(np.all((p.label >= 0) == p.labelled)) and labelled > 0
+    if np.all((p.label >= 0) == p.labelled) and labelled > 0:
+        mean, mean_interval = scores.mean_per_class(hits, counts)
     return Classification(
         count=len(p.loss),
         labelled=labelled,
@@ -127,10 +127,8 @@ def summarize(predictions: Predictions, num_classes: int) -> Classification:
         top5_interval=scores.interval(correct5, labelled),
         loss=float(np.mean(p.loss, dtype=np.float64)),
         ece=scores.calibration_error(p.probability[p.labelled], p.hit[p.labelled]),
-        mean_per_class=float(accuracies[is_present].mean()) if single else None,
-        mean_per_class_interval=(
-            scores.mean_interval(accuracies[is_present], counts[is_present]) if single else None
-        ),
+        mean_per_class=mean,
+        mean_per_class_interval=mean_interval,
         per_class=accuracies,
         predictions=p,
     )
@@ -180,59 +178,45 @@ def _threshold(batch: dict[str, jax.Array], labels: jax.Array) -> jax.Array | fl
     return 0.0
 
 
-class SplitEvaluator:
-    """Evaluates the accuracy on a split after the updates at which validation is due.
+class SplitEvaluator(Evaluator):
+    """Evaluates the accuracy on a split after the updates at which validation is due."""
 
-    Attributes:
-      name: name of the data, such as "val" or "imagenet_real".
-      key: key of the top-1 accuracy in metrics.jsonl.
-    """
+    section = "splits"
 
     def __init__(self, name: str, split: Split, setup: Setup, eval_step: Callable):
-        """Takes the compiled evaluation step of the run, which all splits share."""
+        """Takes the compiled evaluation step of the run, which all splits share.
+
+        Args:
+          name: name of the data, such as "val" or "imagenet_real".
+          split: the split.
+          setup: the settings of the run.
+          eval_step: the function that `make_eval_step` returns.
+        """
+        super().__init__(name, setup)
         self.name, self.key = name, f"{name}/top1"
-        self._split, self._setup, self._eval_step = split, setup, eval_step
+        self._split, self._eval_step = split, eval_step
 
-    def is_due(self, step: int) -> bool:
-        """Whether the split is evaluated after update `step`."""
-        return self._setup.is_due(step)
+    def evaluate(self, params: Any, should_stop: Callable[[], bool]) -> Classification | None:
+        """Evaluates one set of parameters, as `Evaluator.evaluate` specifies."""
+        return evaluate(
+            self._eval_step,
+            params,
+            self._split,
+            batching=self._setup.batching,
+            should_stop=should_stop,
+        )
 
-    def run(
-        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
-    ) -> list[Result] | None:
-        """Evaluates the parameters, as `Evaluator.run` specifies."""
-        results = []
-        for weights, suffix, values in parameter_sets(params, ema_params):
-            result = evaluate(
-                self._eval_step,
-                values,
-                self._split,
-                global_batch_size=self._setup.global_batch_size,
-                mesh=self._setup.mesh,
-                prefetch_batches=self._setup.prefetch_batches,
-                should_stop=should_stop,
-            )
-            if result is None:
-                return None
-            results.append(self._result(weights, f"{self.name}{suffix}", result))
-        return results
-
-    def _result(self, weights: str, name: str, result: Classification) -> Result:
+    def metrics(self, result: Classification) -> dict[str, float]:
+        """Returns all numbers of the summary."""
         summary = result.summary()
-        title = {"val": "validation"}.get(self.name, self.name) + " (average)" * (weights == "ema")
-        line = (
+        return {key: value for key, value in summary.items() if isinstance(value, int | float)}
+
+    def line(self, result: Classification, suffix: str) -> str:
+        """Returns the accuracies and the loss."""
+        title = {"val": "validation"}.get(self.name, self.name) + " (average)" * bool(suffix)
+        return (
             f"{title} accuracy {result.top1:.2%} ({result.correct:,} of {result.labelled:,}), "
             f"top-5 {result.top5:.2%}, loss {result.loss:.4f}"
-        )
-        numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
-        return Result(
-            dataset=self.name,
-            weights=weights,
-            section="splits",
-            name=name,
-            metrics={f"{name}/{key}": value for key, value in numbers.items()},
-            summary=summary,
-            line=line,
         )
 
 
@@ -241,9 +225,7 @@ def evaluate(
     params: Any,
     split: Split,
     *,
-    global_batch_size: int,
-    mesh: Mesh,
-    prefetch_batches: int,
+    batching: Batching,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Classification | None:
     """Evaluates `params` on all examples of `split`; returns None if `should_stop` returned True.
@@ -254,15 +236,7 @@ def evaluate(
       UserError: the logits are not finite.
       RuntimeError: an example of the split was evaluated twice or not at all.
     """
-    columns = collect(
-        eval_step,
-        params,
-        split,
-        global_batch_size=global_batch_size,
-        mesh=mesh,
-        prefetch_batches=prefetch_batches,
-        should_stop=should_stop,
-    )
+    columns = collect(eval_step, params, split, batching=batching, should_stop=should_stop)
     if columns is None:
         return None
     predictions = Predictions(**columns)
@@ -276,14 +250,7 @@ def evaluate(
 
 
 def evaluate_model(
-    model: nn.Module,
-    params: Any,
-    split: Split,
-    *,
-    loss: str,
-    mesh: Mesh,
-    global_batch_size: int,
-    prefetch_batches: int = 2,
+    model: nn.Module, params: Any, split: Split, *, loss: str, batching: Batching
 ) -> Classification:
     """Evaluates a model on one split, with an evaluation step that is compiled for this call only.
 
@@ -292,22 +259,14 @@ def evaluate_model(
       params: parameters of the model.
       split: the split; all its examples are evaluated.
       loss: "softmax" or "sigmoid".
-      mesh: mesh of the devices.
-      global_batch_size: images per batch, over all devices.
-      prefetch_batches: number of batches to prefetch to the devices.
+      batching: the batches of images.
 
     Raises:
       UserError: the logits are not finite.
     """
-    step = make_eval_step(make_predict(model, mesh), losses.make_loss(loss), model.num_classes)
-    return evaluate(
-        step,
-        params,
-        split,
-        global_batch_size=global_batch_size,
-        mesh=mesh,
-        prefetch_batches=prefetch_batches,
-    )
+    predict = make_predict(model, batching.mesh)
+    step = make_eval_step(predict, losses.make_loss(loss), model.num_classes)
+    return evaluate(step, params, split, batching=batching)
 
 
 def collect(
@@ -315,10 +274,8 @@ def collect(
     params: Any,
     split: Split,
     *,
-    global_batch_size: int,
-    mesh: Mesh,
-    prefetch_batches: int,
-    should_stop: Callable[[], bool] = lambda: False,
+    batching: Batching,
+    should_stop: Callable[[], bool],
 ) -> dict[str, np.ndarray] | None:
     """Collects the output of `step` for every example of a split.
 
@@ -326,9 +283,7 @@ def collect(
       step: compiled function from parameters and a batch to columns (N, ...), including "index".
       params: first argument of `step`.
       split: the split; its examples are read in order, with "index" and "mask" in each batch.
-      global_batch_size: images per batch, over all devices.
-      mesh: mesh of the devices.
-      prefetch_batches: number of batches to prefetch to the devices.
+      batching: the batches of images.
       should_stop: called after every batch; must return True at the same batch on all processes.
 
     Returns:
@@ -338,19 +293,20 @@ def collect(
     Raises:
       RuntimeError: an example was evaluated twice or not at all.
     """
+    mesh, global_batch_size = batching.mesh, batching.global_batch_size
     if split.example_spec["image"][0][0] is not None:
         memory.check_batch(
             "eval_batch_size",
             global_batch_size,
             side=max(split.example_spec["image"][0][:2]),
             num_classes=len(split.class_names),
-            prefetch_batches=prefetch_batches,
+            prefetch_batches=batching.prefetch_batches,
         )
     index, count = sharding.data_processes(mesh)
     batches = split.eval_batches(
         global_batch_size=global_batch_size, process_index=index, process_count=count
     )
-    stream = prefetch(batches, lambda b: sharding.put_batch(b, mesh), prefetch_batches)
+    stream = prefetch(batches, lambda b: sharding.put_batch(b, mesh), batching.prefetch_batches)
     result: dict[str, np.ndarray] = {}
     visits = np.zeros(split.num_examples, np.int64)
     for columns in _lagging(step(params, batch) for batch in stream):

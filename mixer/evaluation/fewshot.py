@@ -15,19 +15,17 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from scipy import linalg, special
 
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import scores
-from mixer.evaluation.evaluator import Result, Setup, parameter_sets
-from mixer.evaluation.tables import Table
-from mixer.runs import data as run_data
+from mixer.evaluation.evaluator import Batching, Evaluator, Setup
+from mixer.evaluation.tables import Table, percent, span
 
 BIAS = 100.0  # the constant feature; it is so large that its weight is hardly regularised
+L2 = 2.0**10  # strength of the regularisation, which is not divided by the number of examples
 MIN_DEVIATION = 1e-5  # added to the standard deviation of each feature
 ROWS = 1024  # images classified at once: (ROWS, K) float64 scores
 
@@ -81,21 +79,20 @@ class FewShot:
 
 
 def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """Returns a table of `FewShot.summary()`s, which are keyed by the name of their data."""
+    """Makes a table with a row per data set and number of shots, from `FewShot.summary()`s."""
     rows = []
     for name, summary in summaries.items():
         for result in summary["results"]:
-            low, high = result["interval"]
-            short = result["short_classes"]
-            note = f" ({short:,} classes have fewer)" if short else ""
+            num_short = result["short_classes"]
+            note = f" ({num_short:,} classes have fewer)" if num_short else ""
             rows.append(
                 (
                     name,
                     f"{result['shots']}",
                     f"{result['examples']:,}{note}",
-                    f"{result['mean']:.2%}",
-                    f"{low:.2%} to {high:.2%}",
-                    "" if result["std"] is None else f"{result['std']:.2%}",
+                    percent(result["mean"]),
+                    span(result["interval"]),
+                    percent(result["std"]),
                     ", ".join(f"{accuracy:.2%}" for accuracy in result["accuracies"]),
                 )
             )
@@ -103,98 +100,69 @@ def make_table(summaries: dict[str, dict[str, Any]]) -> Table:
     return Table((*header, "draws"), rows)
 
 
-class FewShotEvaluator:
-    """The few-shot probe of a run at each validation.
+class FewShotEvaluator(Evaluator):
+    """The few-shot probe of a run at each validation, tested on the validation split."""
 
-    Its shots are training images; it is tested on the validation split.
-
-    Attributes:
-      name: "fewshot".
-      key: key of the 10-shot accuracy in metrics.jsonl.
-    """
-
-    name, key = "fewshot", "fewshot/10shot"
+    name, key, section = "fewshot", "fewshot/10shot", "fewshot"
 
     def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
         """Takes a training split with evaluation preprocessing; `dataset` names the results."""
-        check(train, test)
-        self._dataset, self._train, self._test, self._setup = dataset, train, test, setup
+        super().__init__(dataset, setup)
+        self._splits = assign(train, None, test)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the probe runs after update `step`."""
-        return self._setup.is_due(step)
+    def evaluate(self, params: Any, should_stop: Callable[[], bool]) -> FewShot | None:
+        """Evaluates one set of parameters, as `Evaluator.evaluate` specifies."""
+        model, batching = self._setup.model, self._setup.batching
+        return evaluate(model, params, self._splits, batching=batching, should_stop=should_stop)
 
-    def run(
-        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
-    ) -> list[Result] | None:
-        """Evaluates the parameters, as `Evaluator.run` specifies."""
-        results = []
-        for weights, suffix, values in parameter_sets(params, ema_params):
-            result = evaluate(
-                self._setup.model,
-                values,
-                self._train,
-                self._test,
-                mesh=self._setup.mesh,
-                global_batch_size=self._setup.global_batch_size,
-                prefetch_batches=self._setup.prefetch_batches,
-                should_stop=should_stop,
-            )
-            if result is None:
-                return None
-            metrics = {f"fewshot{suffix}/{row.shots}shot": row.mean for row in result.results}
-            results.append(
-                Result(
-                    dataset=self._dataset,
-                    weights=weights,
-                    section="fewshot",
-                    name=f"{self._dataset}{suffix}",
-                    metrics=metrics,
-                    summary=result.summary(),
-                    line=", ".join(f"{key}: {value:.2%}" for key, value in metrics.items()),
-                )
-            )
-        return results
+    def metrics(self, result: FewShot) -> dict[str, float]:
+        """Returns the mean accuracy for each number of shots."""
+        return {f"{row.shots}shot": row.mean for row in result.results}
+
+    def line(self, result: FewShot, suffix: str) -> str:
+        """Returns the metrics by their full key."""
+        metrics = self.metrics(result)
+        return ", ".join(f"fewshot{suffix}/{key}: {value:.2%}" for key, value in metrics.items())
 
 
-def open_evaluator(config: ConfigDict, splits: run_data.Splits, setup: Setup) -> FewShotEvaluator:
-    """Opens the probe of a run with `eval_suite=fewshot`."""
-    # Open the training split again, without augmentation.
-    train = run_data.open_split(
-        config, "train", splits.train.class_names, subfolders=splits.subfolders
-    )
-    return FewShotEvaluator(run_data.data_name(config), train, splits.val, setup)
+def assign(train: Split, validation: Split | None, test: Split | None) -> tuple[Split, Split]:
+    """Returns the split of the shots and the split that is classified.
+
+    Without a test split, the validation split is classified.
+
+    Raises:
+      UserError: there is neither a validation nor a test split, or `check` raises an error.
+    """
+    test = validation if test is None else test
+    if test is None:
+        raise UserError(
+            "few-shot: dataset.test_split and dataset.val_split are empty; expected one"
+        )
+    check(train, test)
+    return train, test
 
 
 def evaluate(
     model: nn.Module,
     params: Any,
-    train: Split,
-    test: Split,
+    splits: tuple[Split, Split],
     *,
-    mesh: Mesh,
-    global_batch_size: int,
-    prefetch_batches: int,
+    batching: Batching,
     shots: Sequence[int] = (1, 5, 10, 25),
     seeds: int = 3,
-    l2: float = 2.0**10,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> FewShot | None:
-    """Classifies `test` with a probe fitted to a few images of `train`.
+    """Classifies a test split with a probe fitted to a few images of a training split.
 
     On several hosts each process computes a part, and all processes return the complete result.
 
     Args:
       model: the model whose pre_logits are the features.
       params: parameters of the model, on every device of the mesh.
-      train: the split that the shots are drawn from.
-      test: the split that is classified.
-      mesh: mesh of the devices; image batches are split over its axis "data".
-      global_batch_size: images per batch, over all devices.
-      prefetch_batches: number of batches to prefetch to the devices.
+      splits: the split that the shots are drawn from, and the split that is classified.
+      batching: the batches of images.
       shots: numbers of images per class; a class that has fewer images contributes all of them.
       seeds: number of draws, with seeds 0, 1, ...
-      l2: strength of the regularisation, which is not divided by the number of examples.
       should_stop: called after every batch and every probe.
 
     Returns:
@@ -204,39 +172,34 @@ def evaluate(
       UserError: images have several labels, a class has no images, the classes of the splits
         differ, or features are not finite.
     """
+    train, test = splits
     train_labels, test_labels = check(train, test)
     num_classes = len(train.class_names)
     draws = [draw(train_labels, num_classes, max(shots), seed) for seed in range(seeds)]
     # Read the images of all draws together, each image once.
     drawn_indices = np.unique(np.concatenate([np.concatenate(arrays) for arrays in draws]))
-    features = []
-    for split in (train.select(drawn_indices), test):
-        split_features = features_lib.collect(
-            model,
-            params,
-            split,
-            mesh=mesh,
-            global_batch_size=global_batch_size,
-            prefetch_batches=prefetch_batches,
-            should_stop=should_stop,
-        )
-        if split_features is None:
-            return None
-        features.append(split_features)
+    features = features_lib.collect(
+        model,
+        params,
+        (train.select(drawn_indices), test),
+        batching=batching,
+        should_stop=should_stop,
+    )
+    if features is None:
+        return None
     shot_features, test_features = features
-
     results = []
     for number in shots:
         hits = []
         for indices_by_class in draws:
             indices = np.concatenate([one_class[:number] for one_class in indices_by_class])
             shot_rows = shot_features[np.searchsorted(drawn_indices, indices)]
-            probe = fit(shot_rows, train_labels[indices], l2, num_classes)
+            probe = fit(shot_rows, train_labels[indices], L2, num_classes)
             hits.append(probe.classify(test_features) == test_labels)
             if should_stop():
                 return None
         results.append(_summarize(number, train_labels, np.stack(hits)))
-    return FewShot(train.name, test.name, len(test_labels), num_classes, l2, tuple(results))
+    return FewShot(train.name, test.name, len(test_labels), num_classes, L2, tuple(results))
 
 
 def _summarize(shots: int, train_labels: np.ndarray, hits: np.ndarray) -> Shots:
@@ -274,11 +237,11 @@ def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
     if len(names) < 2:
         raise UserError(f"few-shot: {train.name} has one class, {names[0]}; expected two or more")
     labels = train.labels()
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    if len(empty):
+    empty_classes = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(empty_classes):
         raise UserError(
-            f"few-shot: {train.name} has no images of {len(empty):,} of its {len(names):,} "
-            f"classes, for example {names[empty[0]]}; expected at least one per class"
+            f"few-shot: {train.name} has no images of {len(empty_classes):,} of its {len(names):,} "
+            f"classes, for example {names[empty_classes[0]]}; expected at least one per class"
         )
     return labels, test.labels()
 
@@ -312,16 +275,18 @@ class Probe:
 
     def classify(self, features: np.ndarray) -> np.ndarray:
         """Returns the class (n,) with the highest score for each row of features (n, C)."""
+        chunks = (features[start : start + ROWS] for start in range(0, len(features), ROWS))
         guesses = [
-            np.argmax(self.standardise(features[start : start + ROWS]) @ self.weights, axis=1)
-            for start in range(0, len(features), ROWS)
+            np.argmax(_standardise(chunk, self.mean, self.deviation) @ self.weights, axis=1)
+            for chunk in chunks
         ]
         return np.concatenate(guesses)
 
-    def standardise(self, features: np.ndarray) -> np.ndarray:
-        """Standardises features (n, C) in float64 and appends the constant feature: (n, C + 1)."""
-        scaled = (features.astype(np.float64) - self.mean) / self.deviation
-        return np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
+
+def _standardise(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Standardises features (n, C) in float64 and appends the constant feature: (n, C + 1)."""
+    scaled = (features.astype(np.float64) - mean) / deviation
+    return np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
 
 
 def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -> Probe:
@@ -333,9 +298,9 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, num_classes: int) -
       l2: strength of the regularisation, above 0.
       num_classes: K.
     """
-    exact = features.astype(np.float64)
-    mean, deviation = exact.mean(axis=0), exact.std(axis=0) + MIN_DEVIATION
-    x = Probe(mean, deviation, np.empty(0)).standardise(features)
+    features64 = features.astype(np.float64)
+    mean, deviation = features64.mean(axis=0), features64.std(axis=0) + MIN_DEVIATION
+    x = _standardise(features, mean, deviation)
     # Compute x^T y from per-class sums: dense targets of 21,843 classes would take 95 GB.
     sums = np.zeros((num_classes, x.shape[1]))
     np.add.at(sums, labels, x)
@@ -355,9 +320,9 @@ def interval(hits: np.ndarray) -> tuple[float, float]:
     """
     draws = len(hits)
     image_means = np.append(hits.mean(axis=0), [0, 0, 1, 1])
-    square = scores.Z_95**2 * image_means.var() / len(image_means)
+    squared_half_width = scores.Z_95**2 * image_means.var() / len(image_means)
     if draws > 1:
         quantile = special.stdtrit(draws - 1, 0.975)
-        square += quantile**2 * hits.mean(axis=1).var(ddof=1) / draws
-    mean, half = float(hits.mean()), float(square**0.5)
-    return max(mean - half, 0.0), min(mean + half, 1.0)
+        squared_half_width += quantile**2 * hits.mean(axis=1).var(ddof=1) / draws
+    mean, half_width = float(hits.mean()), float(squared_half_width**0.5)
+    return max(mean - half_width, 0.0), min(mean + half_width, 1.0)

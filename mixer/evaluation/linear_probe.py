@@ -11,16 +11,14 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mixer import memory
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import features as features_lib
 from mixer.evaluation import logistic, scores
-from mixer.evaluation.evaluator import Result, Setup, parameter_sets
-from mixer.runs import data as run_data
+from mixer.evaluation.evaluator import Batching, Evaluator, Setup
+from mixer.evaluation.tables import Table, percent, span
 
 Splits = tuple[Split, Split, Split]  # for the fit, for the choice of lam, for the reported result
 
@@ -128,10 +126,8 @@ def evaluate(
     params: Any,
     splits: Splits,
     *,
-    penalty: str,
-    mesh: Mesh,
-    global_batch_size: int,
-    prefetch_batches: int,
+    batching: Batching,
+    penalty: str = "squared",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ProbeResult | None:
     """Fits the probe for each lam, chooses lam and classifies the test split.
@@ -142,10 +138,8 @@ def evaluate(
       model: the model whose pre_logits are the features.
       params: parameters of the model, on every device of the mesh.
       splits: the splits that `assign` returns.
+      batching: the batches of images; the features are sharded over its mesh.
       penalty: "squared" or "norm".
-      mesh: mesh of the devices over which images and features are sharded.
-      global_batch_size: images per batch, over all devices.
-      prefetch_batches: number of batches to prefetch to the devices.
       should_stop: called after every batch and every logistic.ITERATIONS_PER_CALL iterations.
 
     Returns:
@@ -159,35 +153,31 @@ def evaluate(
     # Features are in memory twice: as collected, and as chunks for the devices.
     num_bytes = 2 * 4 * model.hidden_dim * num_images
     memory.check_room(num_bytes, f"features of {num_images:,} images", on_host=True)
-    features, labels = [], [split.labels() for split in splits]
-    for split in splits:
-        split_features = features_lib.collect(
-            model,
-            params,
-            split,
-            mesh=mesh,
-            global_batch_size=global_batch_size,
-            prefetch_batches=prefetch_batches,
-            should_stop=should_stop,
-        )
-        if split_features is None:
-            return None
-        features.append(split_features)
+    labels = [split.labels() for split in splits]
+    features = features_lib.collect(
+        model, params, splits, batching=batching, should_stop=should_stop
+    )
+    if features is None:
+        return None
+    mesh = batching.mesh
     # Leave out classes without a training image; their test images count as errors.
     classes, train_labels = np.unique(labels[0], return_inverse=True)
     fitter = logistic.Fitter(features[0], train_labels, len(classes), mesh=mesh, penalty=penalty)
     classify = logistic.make_classify(features[1], len(classes), mesh)
-    best, best_top1, path = None, -1.0, []
+    best_fit, best_top1, path = None, -1.0, []
     for lam in sorted(LAMBDAS, reverse=True):
         fit = fitter.fit(lam, should_stop)
         if fit is None:
             return None
         top1 = float(np.mean(classes[classify(fit)] == labels[1]))
         if top1 > best_top1:  # on ties the strongest penalty wins
-            best, best_top1 = fit, top1
+            best_fit, best_top1 = fit, top1
         path.append({"validation_top1": top1, **fit.progress()})
-    guesses = classes[logistic.make_classify(features[2], len(classes), mesh)(best)]
+    guesses = classes[logistic.make_classify(features[2], len(classes), mesh)(best_fit)]
     train, validation, test = splits
+    hit = guesses == labels[2]
+    hits, counts = scores.per_class(labels[2], hit, len(test.class_names))
+    mean, mean_interval = scores.mean_per_class(hits, counts)
     return ProbeResult(
         train=train.name,
         validation=validation.name,
@@ -197,95 +187,42 @@ def evaluate(
         num_classes=len(test.class_names),
         untrained_classes=len(test.class_names) - len(classes),
         penalty=penalty,
-        lam=best.lam,
-        on_edge=best.lam in (min(LAMBDAS), max(LAMBDAS)),
+        lam=best_fit.lam,
+        on_edge=best_fit.lam in (min(LAMBDAS), max(LAMBDAS)),
         path=tuple(path),
-        **_figures(guesses, labels[2], len(test.class_names)),
+        count=len(hit),
+        top1=float(hit.mean()),
+        top1_interval=scores.interval(int(hit.sum()), len(hit)),
+        mean_per_class=mean,
+        mean_per_class_interval=mean_interval,
     )
 
 
-def _figures(guesses: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Computes the fields of `ProbeResult` that depend on the guesses (n,) for the test split."""
-    hit = guesses == labels
-    hits, counts = scores.per_class(labels, hit, num_classes)
-    shares, counts = hits[counts > 0] / counts[counts > 0], counts[counts > 0]
-    return {
-        "count": len(hit),
-        "top1": float(hit.mean()),
-        "top1_interval": scores.interval(int(hit.sum()), len(hit)),
-        "mean_per_class": float(shares.mean()),
-        "mean_per_class_interval": scores.mean_interval(shares, counts),
-    }
-
-
-class LinearProbe:
+class LinearProbeEvaluator(Evaluator):
     """The linear probe of a run at each validation, with the squared penalty.
 
     The validation split is reported; lam is chosen on training images that are held out.
-
-    Attributes:
-      name: "linear_probe".
-      key: of the top-1 accuracy in metrics.jsonl.
     """
 
-    name, key = "linear_probe", "linear_probe/top1"
+    name, key, section = "linear_probe", "linear_probe/top1", "linear_probe"
 
-    def __init__(self, dataset: str, splits: Splits, setup: Setup):
-        """Takes the splits that `assign` returns; results are named after `dataset`."""
-        self._dataset, self._splits, self._setup = dataset, splits, setup
+    def __init__(self, dataset: str, train: Split, test: Split, setup: Setup):
+        """Takes a training split with evaluation preprocessing; `dataset` names the results."""
+        super().__init__(dataset, setup)
+        self._splits = assign(train, None, test)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the probe runs after update `step`."""
-        return self._setup.is_due(step)
+    def evaluate(self, params: Any, should_stop: Callable[[], bool]) -> ProbeResult | None:
+        """Evaluates one set of parameters, as `Evaluator.evaluate` specifies."""
+        model, batching = self._setup.model, self._setup.batching
+        return evaluate(model, params, self._splits, batching=batching, should_stop=should_stop)
 
-    def run(
-        self, params: Any, ema_params: Any | None, should_stop: Callable[[], bool]
-    ) -> list[Result] | None:
-        """Evaluates the parameters, as `Evaluator.run` specifies."""
-        results = []
-        for weights, suffix, values in parameter_sets(params, ema_params):
-            result = evaluate(
-                self._setup.model,
-                values,
-                self._splits,
-                penalty="squared",
-                mesh=self._setup.mesh,
-                global_batch_size=self._setup.global_batch_size,
-                prefetch_batches=self._setup.prefetch_batches,
-                should_stop=should_stop,
-            )
-            if result is None:
-                return None
-            summary = result.summary()
-            results.append(
-                Result(
-                    dataset=self._dataset,
-                    weights=weights,
-                    section=self.name,
-                    name=f"{self._dataset}{suffix}",
-                    metrics={
-                        f"{self.name}{suffix}/{key}": summary[key]
-                        for key in ("top1", "mean_per_class", "lam")
-                    },
-                    summary=summary,
-                    line=f"linear probe{suffix}: {sentence(summary)}",
-                )
-            )
-        return results
+    def metrics(self, result: ProbeResult) -> dict[str, float]:
+        """Returns the accuracies and the chosen lam."""
+        return {key: getattr(result, key) for key in ("top1", "mean_per_class", "lam")}
 
-
-def open_evaluator(config: ConfigDict, splits: run_data.Splits, setup: Setup) -> LinearProbe:
-    """Opens the probe of a run with `eval_suite=linear_probe`; does not read the test split."""
-    # Open the training split again, without augmentation.
-    train = run_data.open_split(
-        config, "train", splits.train.class_names, subfolders=splits.subfolders
-    )
-    return LinearProbe(run_data.data_name(config), assign(train, None, splits.val), setup)
-
-
-def open_splits(config: ConfigDict) -> Splits:
-    """Opens the splits of a config for the probe of trained weights, and assigns their roles."""
-    return assign(*(run_data.open_split(config, name, None) for name in ("train", "val", "test")))
+    def line(self, result: ProbeResult, suffix: str) -> str:
+        """Returns the result as a sentence."""
+        return f"linear probe{suffix}: {sentence(result.summary())}"
 
 
 # The functions below format `ProbeResult.summary()`, as read from results.json.
@@ -293,9 +230,9 @@ def open_splits(config: ConfigDict) -> Splits:
 
 def sentence(summary: Mapping[str, Any]) -> str:
     """Formats the result of a probe as one line."""
-    low, high = summary["top1_interval"]
+    interval = span(summary["top1_interval"])
     figures = (
-        f"top-1 {summary['top1']:.2%} ({low:.2%} to {high:.2%}) of {summary['count']:,} images",
+        f"top-1 {summary['top1']:.2%} ({interval}) of {summary['count']:,} images",
         f"mean per class {summary['mean_per_class']:.2%}",
         f"lam {summary['lam']:g}",
     )
@@ -314,19 +251,22 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def table(
-    summaries: Mapping[str, Mapping[str, Any]], title: str = "linear probe"
-) -> list[tuple[str, ...]]:
-    """Returns the rows of a table, its header first: one row per probe."""
+def make_table(summaries: Mapping[str, Mapping[str, Any]], title: str = "linear probe") -> Table:
+    """Makes a table with a row per probe."""
+    rows = [
+        (
+            name,
+            f"{summary['count']:,}",
+            percent(summary["top1"]),
+            span(summary["top1_interval"]),
+            percent(summary["mean_per_class"]),
+            f"{summary['lam']:g}",
+            f"{summary['validation_count']:,} images",
+        )
+        for name, summary in summaries.items()
+    ]
     columns = ("test images", "top-1", "95 % interval", "per class", "lam", "lam chosen on")
-    rows = [(title, *columns)]
-    for name, summary in summaries.items():
-        low, high = summary["top1_interval"]
-        figures = f"{summary['top1']:.2%}", f"{low:.2%} to {high:.2%}"
-        per_class, lam = f"{summary['mean_per_class']:.2%}", f"{summary['lam']:g}"
-        images = f"{summary['validation_count']:,} images"
-        rows.append((name, f"{summary['count']:,}", *figures, per_class, lam, images))
-    return rows
+    return Table((title, *columns), rows)
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:

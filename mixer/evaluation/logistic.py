@@ -7,7 +7,7 @@ With features x_i (C,), weights W (C, K) and bias b (K,) the objective is
 over the n images. |W| is the Frobenius norm, and the penalty is one of
 
   "squared": lam / 2 * |W|^2, as scikit-learn's LogisticRegression with C = 1 / (lam * n);
-  "norm":    lam * |W|, as OmniBenchmark (Zhang et al., 2022, arXiv 2207.07106) [read].
+  "norm":    lam * |W|, as the code of OmniBenchmark (Zhang et al., 2022, arXiv 2207.07106).
 
 L-BFGS runs on the devices, on all data at once and in float64. Its variables are preconditioned so
 that F has about the same curvature in every direction: the features are centred, and W is scaled
@@ -25,7 +25,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mixer.evaluation import features as features_lib
 from mixer.parallel import sharding
 
 Variables = tuple[jax.Array, jax.Array]  # variables of the optimizer: (C, K) and (K,)
@@ -180,7 +179,8 @@ def _lay_out(array: np.ndarray, mesh: Mesh, *, width: int, padding: int) -> jax.
     widths = [(0, chunks * rows - len(array))] + [(0, 0)] * (array.ndim - 1)
     padded = np.pad(array, widths, constant_values=padding)
     row_sharding = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    return features_lib.put(padded.reshape(chunks, rows, *array.shape[1:]), row_sharding)
+    chunked = padded.reshape(chunks, rows, *array.shape[1:])
+    return jax.make_array_from_callback(chunked.shape, row_sharding, lambda index: chunked[index])
 
 
 def _cross_entropy(rows: _Rows, weights: jax.Array, bias: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """OmniBenchmark: linear probes on many realms, each a data set of its own, and their mean.
 
-The protocol is that of Zhang et al., 2022 (arXiv 2207.07106, `linear_probe` of its code) [read]: a
-bicubic resize of the short side, a central crop, frozen features, and a probe with the penalty
-lam * |W|. The probe chooses lam on the realm's val.txt, as the benchmark's README asks; the
-benchmark's code reports the best lam on the test split instead.
+The protocol follows the code of Zhang et al., 2022 (arXiv 2207.07106, `linear_probe`): a bicubic
+resize of the short side, a central crop, frozen features, and a probe with the penalty lam * |W|.
+The probe chooses lam on the realm's val.txt, as the benchmark's README asks; the benchmark's code
+reports the best lam on the test split instead.
 
 A realm is a folder with images and train.txt, val.txt and test.txt, whose lines are
 `relative/path.jpg CLASS_NUMBER`.
@@ -19,13 +19,15 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from mixer import files, formatting
 from mixer.data import splits as pipeline
 from mixer.data.sources import annotations, folder
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice
 from mixer.evaluation import linear_probe, logistic, scores
+from mixer.evaluation.evaluator import Batching
+from mixer.evaluation.linear_probe import Splits
+from mixer.evaluation.tables import Table, percent, span
 
 REALMS = (
     *("activity", "aircraft", "amphibian", "aquatic_vertebrate", "bird", "car", "consumer_goods"),
@@ -36,9 +38,7 @@ REALMS = (
 FILES = ("train.txt", "val.txt", "test.txt")
 PENALTY = "norm"
 # Ops of the model's own preprocessing that are applied to the realms too.
-MODEL_STEPS = ("permute_patches", "permute_pixels", "value_range")
-
-Splits = tuple[pipeline.Split, pipeline.Split, pipeline.Split]  # train, validation, test
+MODEL_OPS = ("permute_patches", "permute_pixels", "value_range")
 
 
 def preprocessing(image_size: tuple[int, int], model_preprocess: str | None) -> str:
@@ -46,16 +46,15 @@ def preprocessing(image_size: tuple[int, int], model_preprocess: str | None) -> 
 
     Args:
       image_size: (H, W) of the model's input; if it is not square, images are resized without crop.
-      model_preprocess: preprocessing of the data that the model was trained on, whose MODEL_STEPS
+      model_preprocess: preprocessing of the data that the model was trained on, whose MODEL_OPS
         are appended; None if it is unknown.
     """
     height, width = image_size
-    steps = f"decode|resize_small({height}, method='bicubic', antialias=True)"
-    steps += f"|central_crop({height})"
+    ops = f"decode|resize_small({height}, method='bicubic', antialias=True)|central_crop({height})"
     if height != width:
-        steps = f"decode|resize(({height}, {width}), method='bicubic', antialias=True)"
-    model_steps = [step.strip() for step in (model_preprocess or "").split("|")]
-    return "|".join([steps, *(step for step in model_steps if step.startswith(MODEL_STEPS))])
+        ops = f"decode|resize(({height}, {width}), method='bicubic', antialias=True)"
+    model_ops = [op.strip() for op in (model_preprocess or "").split("|")]
+    return "|".join([ops, *(op for op in model_ops if op.startswith(MODEL_OPS))])
 
 
 def open_realms(
@@ -89,28 +88,24 @@ def open_realms(
         raise UserError(f"--data_dir={root} is not a folder; expected the folder of the realms")
     available = _list_realms(root)
     for name in names:
-        if name not in available:
-            raise UserError(
-                f"--tasks={name}: {root} has no such realm; expected one of "
-                f"{', '.join(available)}.{nearest(name, available)}"
-            )
+        check_choice("--tasks", name, available, hint=f"the realms in {root}")
     names = [name for name in available if name in (names or available)]
-    files_missing = [
+    missing_files = [
         f"{root}/{name}/{file}"
         for name in names
         for file in FILES
         if not (root / name / file).exists()
     ]
-    if files_missing:
+    if missing_files:
         raise UserError(
-            f"annotation files are missing: {folder.listed(files_missing)}; expected "
+            f"annotation files are missing: {folder.listed(missing_files)}; expected "
             f"{', '.join(FILES)} in the folder of each realm"
         )
-    if realms_missing := [name for name in REALMS if name not in names]:
-        count = f"{len(realms_missing)} of the benchmark's {len(REALMS)} realms"
-        say(f"{count} are not evaluated: {', '.join(realms_missing)}")
-    steps = preprocessing(image_size, preprocess)
-    return {name: _open_realm(root / name, steps, image_size) for name in names}
+    if missing_realms := [name for name in REALMS if name not in names]:
+        count = f"{len(missing_realms)} of the benchmark's {len(REALMS)} realms"
+        say(f"{count} are not evaluated: {', '.join(missing_realms)}")
+    realm_preprocess = preprocessing(image_size, preprocess)
+    return {name: _open_realm(root / name, realm_preprocess, image_size) for name in names}
 
 
 def _list_realms(root: epath.Path) -> list[str]:
@@ -129,14 +124,16 @@ def _list_realms(root: epath.Path) -> list[str]:
     return realms
 
 
-def _open_realm(directory: epath.Path, steps: str, image_size: tuple[int, int]) -> Splits:
+def _open_realm(directory: epath.Path, preprocess: str, image_size: tuple[int, int]) -> Splits:
     """Opens the three splits of the realm in a folder."""
     listings = [annotations.read_annotations(directory / file, directory) for file in FILES]
     count = 1 + max(int(listing.labels.max()) for listing in listings)
     class_names = tuple(str(number) for number in range(count))
     return linear_probe.assign(
         *(
-            pipeline.open_listing(listing, steps, image_size=image_size, class_names=class_names)
+            pipeline.open_listing(
+                listing, preprocess, image_size=image_size, class_names=class_names
+            )
             for listing in listings
         )
     )
@@ -153,11 +150,9 @@ def evaluate(
     model: nn.Module,
     params: Mapping[str, Any],
     realms: Mapping[str, Splits],
-    recorded: Mapping[str, Mapping[str, Any]],
+    old_summaries: Mapping[str, Mapping[str, Any]],
     *,
-    mesh: Mesh,
-    global_batch_size: int,
-    prefetch_batches: int,
+    batching: Batching,
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Evaluates the realms; yields the name in results.json and the result of each realm.
@@ -166,18 +161,16 @@ def evaluate(
       model: the model whose pre_logits are the features.
       params: sets of parameters of the model, by the suffix of the results' names, "" or "_ema".
       realms: the realms that `open_realms` returns.
-      recorded: the results for the same weights in results.json. A realm that is recorded with the
-        same `settings` is not computed again.
-      mesh: mesh of the devices.
-      global_batch_size: images per batch, over all devices.
-      prefetch_batches: number of batches to prefetch to the devices.
+      old_summaries: the results for the same weights in results.json, by name. A realm whose
+        result has the same `settings` is not computed again.
+      batching: the batches of images.
       say: prints a line when a realm starts and when it ends.
     """
     tasks = [(name, suffix) for name in realms for suffix in params]
     images = {name: sum(split.num_examples for split in realms[name]) for name in realms}
     digests = {name: settings(splits) for name, splits in realms.items()}
     is_done = {
-        (name, suffix): recorded.get(name + suffix, {}).get("settings") == digests[name]
+        (name, suffix): old_summaries.get(name + suffix, {}).get("settings") == digests[name]
         for name, suffix in tasks
     }
     images_left = sum(images[name] for name, suffix in tasks if not is_done[name, suffix])
@@ -185,7 +178,7 @@ def evaluate(
     for number, (name, suffix) in enumerate(tasks, 1):
         progress = f"realm {number} of {len(tasks)}: {name}{suffix}"
         if is_done[name, suffix]:
-            summary = dict(recorded[name + suffix])
+            summary = dict(old_summaries[name + suffix])
             say(f"{progress}: {linear_probe.sentence(summary)}, already recorded")
             yield name + suffix, summary
             continue
@@ -198,10 +191,8 @@ def evaluate(
             model,
             params[suffix],
             realms[name],
+            batching=batching,
             penalty=PENALTY,
-            mesh=mesh,
-            global_batch_size=global_batch_size,
-            prefetch_batches=prefetch_batches,
         )
         duration = time.monotonic() - start
         weights = "ema" if suffix else "params"
@@ -217,22 +208,17 @@ class Mean:
     """The mean over realms, which have equal weights. Accuracies are in 0..1.
 
     Attributes:
-      weights: "params" or "ema".
+      name: "mean", or "mean (average)" for the moving average of the parameters.
       realms: names of the realms.
       top1, mean_per_class: means over the realms.
       top1_interval: 95 % interval (low, high), which covers only the sampling of test images.
     """
 
-    weights: str
+    name: str
     realms: tuple[str, ...]
     top1: float
     top1_interval: tuple[float, float]
     mean_per_class: float
-
-    @property
-    def name(self) -> str:
-        """The name in the table."""
-        return "mean (average)" if self.weights == "ema" else "mean"
 
     @property
     def extent(self) -> str:
@@ -243,14 +229,14 @@ class Mean:
 def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     """Computes the mean over the realms for each set of parameters, from results.json."""
     results = []
-    for weights in ("params", "ema"):
+    for weights, name in (("params", "mean"), ("ema", "mean (average)")):
         rows = [summary for summary in summaries.values() if summary["weights"] == weights]
         if not rows:
             continue
         top1, counts = (np.array([row[key] for row in rows]) for key in ("top1", "count"))
         results.append(
             Mean(
-                weights=weights,
+                name=name,
                 realms=tuple(row["realm"] for row in rows),
                 top1=float(top1.mean()),
                 top1_interval=scores.mean_interval(top1, counts),
@@ -260,14 +246,14 @@ def means(summaries: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
     return results
 
 
-def table(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Returns the rows of a table, its header first: one row per realm, then the means."""
-    rows = linear_probe.table(summaries, "realm")
+def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Makes a table with a row per realm, then a row per mean."""
+    realms = linear_probe.make_table(summaries, "realm")
+    rows = list(realms.rows)
     for mean in means(summaries):
-        low, high = mean.top1_interval
-        figures = f"{mean.top1:.2%}", f"{low:.2%} to {high:.2%}", f"{mean.mean_per_class:.2%}"
+        figures = percent(mean.top1), span(mean.top1_interval), percent(mean.mean_per_class)
         rows.append((mean.name, mean.extent, *figures, "", ""))
-    return rows
+    return Table(realms.header, rows)
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -275,8 +261,8 @@ def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     texts = linear_probe.notes(summaries)
     for mean in means(summaries):
         text = f"{mean.name}: over {mean.extent}"
-        if missing := [realm for realm in REALMS if realm not in mean.realms]:
-            text += f"; {len(missing)} of the benchmark's {len(REALMS)} are missing: "
-            text += ", ".join(missing)
+        if missing_realms := [realm for realm in REALMS if realm not in mean.realms]:
+            text += f"; {len(missing_realms)} of the benchmark's {len(REALMS)} are missing: "
+            text += ", ".join(missing_realms)
         texts.append(text)
     return texts

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from etils import epath
 from rich.text import Text
@@ -58,57 +57,9 @@ class Options:
     realms: Sequence[str] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """A probe of `--suite`, which has its own section in results.json.
-
-    Attributes:
-      open_data: function (subject, data_dir) -> data by the name of the result.
-      evaluate: function (model, params, data, mesh=, global_batch_size=, prefetch_batches=) ->
-        result; its `summary()` is written to results.json.
-    """
-
-    open_data: Callable[[Subject, str], Mapping[str, Any]]
-    evaluate: Callable[..., Any]
-
-
-def _open_fewshot(subject: Subject, data_dir: str) -> dict[str, tuple[Split, Split]]:
-    """Opens the training and test split of the config; without a config, of the authors' sets."""
-    config = subject.config
-    if config is None:
-        return suites.open_fewshot(subject.card.image_size, data_dir)
-    test_name = "test" if config.dataset.test_split else "val"
-    train, test = (run_data.open_split(config, name, None) for name in ("train", test_name))
-    if test is None:
-        raise UserError(
-            "few-shot: dataset.test_split and dataset.val_split are empty; expected one"
-        )
-    fewshot.check(train, test)
-    return {run_data.data_name(config): (train, test)}
-
-
-def _evaluate_fewshot(model: nn.Module, params: Any, data: tuple[Split, Split], **options: Any):
-    return fewshot.evaluate(model, params, *data, **options)
-
-
-def _open_linear_probe(subject: Subject, data_dir: str) -> dict[str, linear_probe.Splits]:
-    """Opens the splits of the config; without a config, of the few-shot probe's data sets."""
-    if subject.config is not None:
-        return {run_data.data_name(subject.config): linear_probe.open_splits(subject.config)}
-    sets = suites.open_fewshot(subject.card.image_size, data_dir)
-    return {name: linear_probe.assign(train, None, test) for name, (train, test) in sets.items()}
-
-
-def _evaluate_linear_probe(
-    model: nn.Module, params: Any, data: linear_probe.Splits, **options: Any
-):
-    return linear_probe.evaluate(model, params, data, penalty="squared", **options)
-
-
-PROBES = {
-    "fewshot": Probe(_open_fewshot, _evaluate_fewshot),
-    "linear_probe": Probe(_open_linear_probe, _evaluate_linear_probe),
-}
+# The probes of `--suite`: modules with `assign`, which takes the training, validation and test
+# split, and `evaluate`, which takes the splits that `assign` returns.
+PROBES = {"fewshot": fewshot, "linear_probe": linear_probe}
 
 
 def evaluate(
@@ -170,19 +121,38 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
             subject.config.dataset.label_file = options.label_file
     # Open all data first, so that errors in the data are raised before the evaluation.
     splits = _open_splits(subject, options, console.say)
+    probes = [name for name in PROBES if name in options.suite]
+    probe_splits = _open_probe_splits(subject, options.data_dir) if probes else {}
     probe_data = {
-        name: probe.open_data(subject, options.data_dir)
-        for name, probe in PROBES.items()
-        if name in options.suite
+        probe: {name: PROBES[probe].assign(*splits) for name, splits in probe_splits.items()}
+        for probe in probes
     }
-    realms = _open_realms(subject, options, console.say)
+    realms = {}
+    if OMNIBENCHMARK in options.suite:
+        realms = omnibenchmark.open_realms(
+            options.data_dir,
+            options.realms,
+            image_size=subject.card.image_size,
+            preprocess=subject.card.preprocess,
+            say=console.say,
+        )
     weights = read_weights(subject, console.say)
     card = ReportCard(subject, weights.identity)
     if splits:
         _classify(subject, weights, splits, options, card, console)
     for name, data in probe_data.items():
         _probe(name, subject, weights, data, card, console)
-    _evaluate_realms(subject, weights, realms, card, console)
+    if realms:
+        summaries = omnibenchmark.evaluate(
+            weights.model,
+            {suffix: read_params() for suffix, read_params in weights.params.items()},
+            realms,
+            card.read_section(OMNIBENCHMARK),
+            batching=subject.batching,
+            say=console.say,
+        )
+        for name, summary in summaries:
+            card.add(OMNIBENCHMARK, name, summary)
     if THROUGHPUT in options.suite:
         with console.status("throughput"):
             result = throughput.measure(
@@ -190,12 +160,12 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
                 weights.params[""](),
                 subject.card.image_size,
                 batch_sizes=options.batch_sizes,
-                mesh=subject.mesh,
+                mesh=subject.batching.mesh,
             )
-        card.add(THROUGHPUT, subject.card.variant or "model", result.summary())
+        card.add(THROUGHPUT, subject.card.variant or "model", result)
     _add_cost(subject, card, console)
     card.print(console)
-    return card.new
+    return card.new_results
 
 
 def _open_splits(
@@ -203,19 +173,34 @@ def _open_splits(
 ) -> dict[str, Split]:
     """Opens the splits to classify, keyed by the name of their results."""
     card = subject.card
-    opened = {} if options.suite else _open_own_splits(subject, options.splits, say)
+    splits = {} if options.suite else _open_own_splits(subject, options.splits, say)
     for name in _prepared_tasks(options, say):
         suites.check_preprocess(subject.name, card.preprocess, card.image_size)
-        opened[name] = suites.open_task(
+        splits[name] = suites.open_task(
             name,
             preprocess=card.preprocess,
             image_size=card.image_size,
             data_dir=options.data_dir,
         )
-    for split in opened.values():
+    for split in splits.values():
         if note := suites.check_classes(split, card.class_names, card.num_classes):
             say(f"{subject.name}: {note}")
-    return opened
+    return splits
+
+
+def _open_probe_splits(
+    subject: Subject, data_dir: str
+) -> dict[str, tuple[Split, Split | None, Split | None]]:
+    """Opens training, validation and test split of the data of probes, by the name of the result.
+
+    The data is that of the config; without a config, the data sets of the few-shot probe.
+    """
+    config = subject.config
+    if config is None:
+        sets = suites.open_fewshot(subject.card.image_size, data_dir)
+        return {name: (train, None, test) for name, (train, test) in sets.items()}
+    splits = (run_data.open_split(config, name, None) for name in ("train", "val", "test"))
+    return {run_data.data_name(config): tuple(splits)}
 
 
 def _open_own_splits(
@@ -234,7 +219,7 @@ def _open_own_splits(
         )
     record = subject.data_record() or {}
     class_names = subject.class_names if subject.has_own_data else None
-    opened = {}
+    splits = {}
     for name in split_names:
         split = run_data.open_own_split(config, name, class_names, record)
         if split is None:
@@ -248,22 +233,22 @@ def _open_own_splits(
                 f"{long_name}"
             )
         is_own = subject.has_own_data and name in record and not change
-        opened[name if is_own else long_name] = split
-    if not opened:
+        splits[name if is_own else long_name] = split
+    if not splits:
         keys = " and ".join(f"dataset.{name}_split" for name in split_names)
         raise UserError(f"{keys}: empty in the config of {subject.name}; expected a split")
-    return opened
+    return splits
 
 
 def _prepared_tasks(options: Options, say: Callable[[str], None]) -> list[str]:
     """Returns the tasks of the suite whose data is prepared, or all tasks if none is prepared."""
     tasks = [name for name in options.suite if name in suites.TASKS]
-    missing = [name for name in tasks if not suites.is_prepared(name, options.data_dir)]
-    if len(missing) == len(tasks):
+    missing_tasks = [name for name in tasks if not suites.is_prepared(name, options.data_dir)]
+    if len(missing_tasks) == len(tasks):
         return tasks  # opening the first task raises an error that names its data
-    for name in missing:
+    for name in missing_tasks:
         say(f"{name}: skipped, because {suites.TASKS[name].dataset} is not prepared")
-    return [name for name in tasks if name not in missing]
+    return [name for name in tasks if name not in missing_tasks]
 
 
 def _classify(
@@ -276,14 +261,15 @@ def _classify(
 ) -> None:
     """Evaluates every set of parameters on every split, and adds the results to the card."""
     eval_step = classification.make_eval_step(
-        make_predict(weights.model, subject.mesh),
+        make_predict(weights.model, subject.batching.mesh),
         losses.make_loss(subject.loss),
         subject.card.num_classes,
     )
     # Limit the batch size to the largest split: batches of small splits would be mostly padding.
-    shards = sharding.batch_shards(subject.mesh)
+    shards = sharding.batch_shards(subject.batching.mesh)
     largest = max(split.num_examples for split in splits.values())
-    batch_size = min(subject.batch_size, -(-largest // shards) * shards)
+    batch_size = min(subject.batching.global_batch_size, -(-largest // shards) * shards)
+    batching = dataclasses.replace(subject.batching, global_batch_size=batch_size)
     for suffix, read_params in weights.params.items():
         params = read_params()
         for name, split in splits.items():
@@ -293,9 +279,8 @@ def _classify(
                     eval_step,
                     params,
                     split,
-                    global_batch_size=batch_size,
-                    mesh=subject.mesh,
-                    prefetch_batches=subject.prefetch_batches,
+                    batching=batching,
+                    # Called after every batch; `count` moves the bar and returns None.
                     should_stop=lambda bar=bar: bool(bar.count(batch_size, "images")),
                 )
             card.add_split(name, result, split)
@@ -343,50 +328,9 @@ def _probe(
                     weights.model,
                     read_params(),
                     splits,
-                    mesh=subject.mesh,
-                    global_batch_size=subject.batch_size,
-                    prefetch_batches=2,
+                    batching=subject.batching,
                 )
             card.add(section, name + suffix, result.summary())
-
-
-def _open_realms(
-    subject: Subject, options: Options, say: Callable[[str], None]
-) -> dict[str, linear_probe.Splits]:
-    """Opens the realms of OmniBenchmark, if the suite includes OmniBenchmark."""
-    if OMNIBENCHMARK not in options.suite:
-        return {}
-    return omnibenchmark.open_realms(
-        options.data_dir,
-        options.realms,
-        image_size=subject.card.image_size,
-        preprocess=subject.card.preprocess,
-        say=say,
-    )
-
-
-def _evaluate_realms(
-    subject: Subject,
-    weights: Weights,
-    realms: Mapping[str, linear_probe.Splits],
-    card: ReportCard,
-    console: Console,
-) -> None:
-    """Adds the linear probe on each realm; does not recompute recorded realms."""
-    if not realms:
-        return
-    summaries = omnibenchmark.evaluate(
-        weights.model,
-        {suffix: read_params() for suffix, read_params in weights.params.items()},
-        realms,
-        card.recorded(OMNIBENCHMARK),
-        mesh=subject.mesh,
-        global_batch_size=subject.batch_size,
-        prefetch_batches=2,
-        say=console.say,
-    )
-    for name, summary in summaries:
-        card.add(OMNIBENCHMARK, name, summary)
 
 
 def _add_cost(subject: Subject, card: ReportCard, console: Console) -> None:
@@ -398,4 +342,4 @@ def _add_cost(subject: Subject, card: ReportCard, console: Console) -> None:
     config, _ = run.read_run(subject.workdir)
     cost = throughput.core_hours(rows, global_batch_size=config.global_batch_size)
     if cost is not None:
-        card.add("training", "cost", cost.summary())
+        card.add("training", "cost", cost)

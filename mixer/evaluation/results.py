@@ -126,7 +126,7 @@ class ReportCard:
         self._subject = subject
         self._identity = identity
         self._checkpoint_name = subject.checkpoint_name or "last"
-        self._new: dict[str, dict[str, Any]] = {}
+        self._new_sections: dict[str, dict[str, Any]] = {}
         output = subject.output
         self._directory = output / "evaluation"
         self._path = run_files.results_path(output, self._checkpoint_name)
@@ -138,11 +138,11 @@ class ReportCard:
             run_files.read_results(output, self._checkpoint_name)
 
     @property
-    def new(self) -> Results:
+    def new_results(self) -> Results:
         """The results that this object added to the file."""
-        return parse(self._new)
+        return parse(self._new_sections)
 
-    def recorded(self, section: str) -> dict[str, Any]:
+    def read_section(self, section: str) -> dict[str, Any]:
         """Returns a section of results.json for the same weights, on every process."""
         content = {}
         if processes.is_main():
@@ -158,14 +158,14 @@ class ReportCard:
 
     def add(self, section: str, name: str, summary: dict[str, Any]) -> None:
         """Adds a result to both files."""
-        self._new.setdefault(section, {})[name] = summary
+        self._new_sections.setdefault(section, {})[name] = summary
         if not processes.is_main():
             return
         output, checkpoint_name = self._subject.output, self._checkpoint_name
         run_directory.record_result(
             output, checkpoint_name, self._identity, name, summary, section=section
         )
-        blocks = report_blocks(self._subject, read(output, checkpoint_name) or self.new)
+        blocks = report_blocks(self._subject, read(output, checkpoint_name) or self.new_results)
         with files.atomic_write(self._path.with_suffix(".md")) as new_file:
             new_file.write_text(tables.markdown_document(_title(self._subject), blocks))
 
@@ -182,7 +182,7 @@ class ReportCard:
 
     def print(self, console: Console) -> None:
         """Prints the new results and the paths of the files with all results."""
-        blocks = report_blocks(self._subject, self.new)
+        blocks = report_blocks(self._subject, self.new_results)
         tables.print_document(console, _title(self._subject), blocks)
         console.say(f"written to {self._path.with_suffix('.md')} and {self._path.name}")
 
@@ -268,16 +268,6 @@ def _fewshot_blocks(summaries: Mapping[str, Any]) -> list[Block]:
     return [fewshot.make_table(summaries), notes]
 
 
-def _linear_probe_blocks(summaries: Mapping[str, Any]) -> list[Block]:
-    header, *rows = linear_probe.table(summaries)
-    return [Table(header, rows), linear_probe.notes(summaries)]
-
-
-def _omnibenchmark_blocks(summaries: Mapping[str, Any]) -> list[Block]:
-    header, *rows = omnibenchmark.table(summaries)
-    return [Table(header, rows), omnibenchmark.notes(summaries)]
-
-
 def _transfer_blocks(summaries: Mapping[str, Any]) -> list[Block]:
     keys = {"tasks", "means"}
     return [transfer_table(value) for value in summaries.values() if keys <= value.keys()]
@@ -295,10 +285,6 @@ def transfer_table(summary: Mapping[str, Any]) -> Table:
             count = f"{mean['num_tasks']} of {mean['of']} tasks"
         rows.append((group, count, percent(mean["top1"]), span(mean["top1_interval"]), ""))
     return Table(("task", "test images", "top-1", "interval", "mean per class"), rows)
-
-
-def _training_blocks(costs: Mapping[str, Any]) -> list[Block]:
-    return [[throughput.cost_sentence(cost) for cost in costs.values()]]
 
 
 def _fewshot_figures(summaries: Mapping[str, Any]) -> dict[str, str]:
@@ -352,13 +338,19 @@ class Section:
 # The sections of results.json besides "splits".
 SECTIONS = {
     "fewshot": Section(_fewshot_blocks, _fewshot_figures),
-    "linear_probe": Section(_linear_probe_blocks, _linear_probe_figures),
-    "omnibenchmark": Section(_omnibenchmark_blocks, _omnibenchmark_figures),
+    "linear_probe": Section(
+        lambda summaries: [linear_probe.make_table(summaries), linear_probe.notes(summaries)],
+        _linear_probe_figures,
+    ),
+    "omnibenchmark": Section(
+        lambda summaries: [omnibenchmark.make_table(summaries), omnibenchmark.notes(summaries)],
+        _omnibenchmark_figures,
+    ),
     "throughput": Section(
         lambda summaries: [throughput.make_table(summaries)], _throughput_figures
     ),
     "transfer": Section(_transfer_blocks),
-    "training": Section(_training_blocks),
+    "training": Section(lambda costs: [[throughput.cost_sentence(c) for c in costs.values()]]),
 }
 
 

@@ -1,12 +1,14 @@
 """The evaluation schedule of a training run: runs due and missed evaluators, records results."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
 from mixer.data import resident
+from mixer.data.splits import Split
 from mixer.evaluation import classification, fewshot, linear_probe, suites
-from mixer.evaluation.evaluator import Evaluator, Result, Setup
+from mixer.evaluation.evaluator import Batching, Evaluator, Result, Setup
 from mixer.runs import data as run_data
 from mixer.runs import directory
 from mixer.runs.best import Best, read_highest
@@ -16,10 +18,10 @@ from mixer.runs.resume import Start
 from mixer.training.state import TrainState
 from mixer.training.step import make_predict
 
-# The probes of `eval_suite`: functions (config, splits, setup) -> evaluator.
-PROBES: dict[str, Callable[[ConfigDict, run_data.Splits, Setup], Evaluator]] = {
-    "fewshot": fewshot.open_evaluator,
-    "linear_probe": linear_probe.open_evaluator,
+# The probes of `eval_suite`: functions (name of the data, train, val, setup) -> evaluator.
+PROBES: dict[str, Callable[[str, Split, Split, Setup], Evaluator]] = {
+    "fewshot": fewshot.FewShotEvaluator,
+    "linear_probe": linear_probe.LinearProbeEvaluator,
 }
 
 
@@ -45,18 +47,18 @@ class EvaluationSchedule:
 
         An evaluator that a signal interrupts is still due, and runs when training is resumed.
         """
-        due = [evaluator for evaluator in self._evaluators if evaluator.is_due(step)]
-        self._run(due, state, step, f"step {step}: ")
+        due_evaluators = [evaluator for evaluator in self._evaluators if evaluator.is_due(step)]
+        self._run(due_evaluators, state, step, f"step {step}: ")
 
     def run_missed(self, state: TrainState, step: int) -> None:
         """Runs the evaluators that were due at `step` but had not run when training stopped."""
         keys = self._keys_at(step)
-        missed = [
+        missed_evaluators = [
             evaluator
             for evaluator in self._evaluators
             if evaluator.is_due(step) and evaluator.key not in keys
         ]
-        self._run(missed, state, step, f"step {step}: ")
+        self._run(missed_evaluators, state, step, f"step {step}: ")
 
     def run_all(self, state: TrainState, step: int) -> None:
         """Runs all evaluators on the final state."""
@@ -109,33 +111,39 @@ def open_evaluators(config: ConfigDict, start: Start) -> tuple[list[Evaluator], 
     program, splits = start.program, start.splits
     setup = Setup(
         model=program.model,
-        mesh=program.mesh,
-        loss_fn=program.step.loss_fn,
-        global_batch_size=config.eval_batch_size or config.global_batch_size,
-        prefetch_batches=config.dataset.prefetch_batches,
+        batching=Batching(
+            mesh=program.mesh,
+            global_batch_size=config.eval_batch_size or config.global_batch_size,
+            prefetch_batches=config.dataset.prefetch_batches,
+        ),
         every_steps=config.eval_every_steps,
         total_steps=config.total_steps,
     )
     predict = make_predict(program.model, program.mesh)
-    eval_step = classification.make_eval_step(predict, setup.loss_fn, program.model.num_classes)
-
-    def classify(name, split):
-        return classification.SplitEvaluator(name, split, setup, eval_step)
-
+    eval_step = classification.make_eval_step(
+        predict, program.step.loss_fn, program.model.num_classes
+    )
+    classify = functools.partial(classification.SplitEvaluator, setup=setup, eval_step=eval_step)
     tasks, probes = suites.open_suite(config, splits, tuple(PROBES))
     if config.dataset.on_device != "off":
         tasks = {name: resident.remember(split) for name, split in tasks.items()}
-    regular: list[Evaluator] = []
-    final: list[Evaluator] = []
+    evaluators: list[Evaluator] = []
+    final_evaluators: list[Evaluator] = []
     if splits.val is not None:
-        regular.append(classify("val", splits.val))
-        regular += [classify(name, split) for name, split in tasks.items()]
-        regular += [PROBES[name](config, splits, setup) for name in probes]
+        evaluators.append(classify("val", splits.val))
+        evaluators += [classify(name, split) for name, split in tasks.items()]
+        if probes:
+            # Open the training split again, without augmentation.
+            train = run_data.open_split(
+                config, "train", splits.train.class_names, subfolders=splits.subfolders
+            )
+            dataset = run_data.data_name(config)
+            evaluators += [PROBES[name](dataset, train, splits.val, setup) for name in probes]
         if start.step == config.total_steps:
-            final.append(regular[0])
+            final_evaluators.append(evaluators[0])
     if splits.test is not None:
-        final.append(classify("test", splits.test))
-    return regular, final
+        final_evaluators.append(classify("test", splits.test))
+    return evaluators, final_evaluators
 
 
 def make_best(config: ConfigDict, run: OpenRun, log: TrainLog, *, start_step: int) -> Best | None:

@@ -15,12 +15,12 @@ def interval(hits: float, count: int) -> tuple[float, float]:
     if not count:
         return 0.0, 1.0
     share, z2 = hits / count, Z_95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    center = (share + z2 / (2 * count)) / (1 + z2 / count)
     spread = share * (1 - share) / count + z2 / (4 * count**2)
-    half = Z_95 * spread**0.5 / (1 + z2 / count)
+    half_width = Z_95 * spread**0.5 / (1 + z2 / count)
     # Return exact ends if there are no hits or no misses: with rounding they could be on the wrong
     # side of the share, by up to 1e-16.
-    return (middle - half if hits else 0.0), (middle + half if hits < count else 1.0)
+    return (center - half_width if hits else 0.0), (center + half_width if hits < count else 1.0)
 
 
 def mean_interval(shares: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
@@ -30,10 +30,11 @@ def mean_interval(shares: np.ndarray, counts: np.ndarray) -> tuple[float, float]
     squared. Each variance adds two hits and two misses (Agresti and Coull), so that a class of few
     images that are all hits does not get zero variance.
     """
-    guarded = (shares * counts + 2) / (counts + 4)
-    half = Z_95 * np.sqrt(np.sum(guarded * (1 - guarded) / (counts + 4))) / max(len(shares), 1)
+    adjusted_shares = (shares * counts + 2) / (counts + 4)
+    variances = adjusted_shares * (1 - adjusted_shares) / (counts + 4)
+    half_width = Z_95 * np.sqrt(np.sum(variances)) / max(len(shares), 1)
     mean = float(np.mean(shares)) if len(shares) else 0.0
-    return max(mean - half, 0.0), min(mean + half, 1.0)
+    return max(mean - half_width, 0.0), min(mean + half_width, 1.0)
 
 
 def calibration_error(probability: np.ndarray, hit: np.ndarray) -> float:
@@ -56,9 +57,21 @@ def calibration_error(probability: np.ndarray, hit: np.ndarray) -> float:
 
 def per_class(label: np.ndarray, hit: np.ndarray, num_classes: int) -> tuple[np.ndarray, ...]:
     """Returns hits and images per class as two (K,) arrays, over images with exactly one label."""
-    single = label >= 0
-    counts = np.bincount(label[single], minlength=num_classes)
-    return np.bincount(label[single], hit[single], num_classes), counts
+    has_one_label = label >= 0
+    counts = np.bincount(label[has_one_label], minlength=num_classes)
+    return np.bincount(label[has_one_label], hit[has_one_label], num_classes), counts
+
+
+def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Returns the mean accuracy of the classes that have images, and its 95 % interval.
+
+    Args:
+      hits: (K,) hits per class.
+      counts: (K,) images per class.
+    """
+    is_present = counts > 0
+    shares = hits[is_present] / counts[is_present]
+    return float(shares.mean()), mean_interval(shares, counts[is_present])
 
 
 def confusions(label: np.ndarray, guess: np.ndarray) -> np.ndarray:

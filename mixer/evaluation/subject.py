@@ -1,6 +1,7 @@
 """The subject of an evaluation: the weights of a run or a file, and data to evaluate them on."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,11 @@ import flax.linen as nn
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import files, run_files
 from mixer.errors import UserError
+from mixer.evaluation.evaluator import Batching
 from mixer.models.registry import num_params
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -44,8 +45,7 @@ class Subject:
       has_own_data: whether `config` is the config of the run `workdir`.
       published: published accuracies of these weights: (name, {data set: (top-1, source)}).
       output: directory of the results.
-      mesh: the mesh of all devices.
-      batch_size: images per batch, over all devices.
+      batching: the batches of images, on the mesh of all devices.
     """
 
     name: str
@@ -57,8 +57,7 @@ class Subject:
     has_own_data: bool
     published: tuple[str, dict[str, tuple[float, str]]] | None
     output: epath.Path
-    mesh: Mesh
-    batch_size: int
+    batching: Batching
 
     @property
     def step(self) -> int | None:
@@ -94,11 +93,6 @@ class Subject:
     def loss(self) -> str:
         """The loss, "softmax" or "sigmoid"."""
         return "softmax" if self.config is None else self.config.loss
-
-    @property
-    def prefetch_batches(self) -> int:
-        """The number of batches to prefetch to the devices."""
-        return 2 if self.config is None else self.config.dataset.prefetch_batches
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -181,8 +175,6 @@ def open_subject(
         stored = dataclasses.replace(stored, card=dataclasses.replace(card, preprocess=preprocess))
         if config is not None:
             config.dataset.eval_preprocess = preprocess
-    # The mesh has the devices of this process, whatever devices the run was trained on.
-    mesh = sharding.make_mesh({"data": -1})
     return Subject(
         name=name,
         path=str(path),
@@ -193,8 +185,7 @@ def open_subject(
         has_own_data=has_own_data,
         published=figures,
         output=_output_directory(output, name, workdir if checkpoint_name is not None else None),
-        mesh=mesh,
-        batch_size=_batch_size(config, mesh),
+        batching=_batching(config),
     )
 
 
@@ -216,7 +207,7 @@ def read_weights(subject: Subject, say: Callable[[str], None]) -> Weights:
         image_size=None if config is None else config.image_size,
         resize=subject.resize,
         dtype=None if config is None else config.model.dtype,
-        mesh=subject.mesh,
+        mesh=subject.batching.mesh,
         log=say,
     )
     arrays = traverse_util.flatten_dict(loaded.params, sep="/")
@@ -233,17 +224,15 @@ def read_weights(subject: Subject, say: Callable[[str], None]) -> Weights:
 
 
 def _run_weights(subject: Subject) -> Weights:
-    """The parameters of a run's checkpoint and, if the run keeps it, their moving average."""
-    _ = config, _ = _ = run.read_run(subject.workdir)
+    """Returns the parameters of a run's checkpoint and, if the run keeps one, their average."""
+    config, _ = run.read_run(subject.workdir)
     model = program.build_model(config)
-    abstract = abstract_params(model, subject.stored.card.image_size, subject.mesh)
+    abstract = abstract_params(model, subject.stored.card.image_size, subject.batching.mesh)
 
-    def reader(item: str) -> Callable[[], Any]:
-        return lambda: checkpoint.restore_params(subject.path, abstract, item=item)
-
-    params = {"": reader("params")}
+    restore = functools.partial(checkpoint.restore_params, subject.path, abstract)
+    params = {"": functools.partial(restore, item="params")}
     if config.optimizer.ema_decay:
-        params["_ema"] = reader("ema_params")
+        params["_ema"] = functools.partial(restore, item="ema_params")
     identity: dict[str, Any] = {"step": subject.step}
     if subject.output != subject.workdir:
         identity["weights"] = subject.path
@@ -251,13 +240,13 @@ def _run_weights(subject: Subject) -> Weights:
 
 
 def _find_run(path: epath.PathLike) -> epath.Path | None:
-    """The training run of a directory that is a run or one of its steps; None for other weights."""
+    """Returns the training run if the path is a run or one of its steps; None for other weights."""
     workdir = checkpoint.find_step(path).parent.parent
     return workdir if run_files.is_trained(run_files.read_config(workdir) or {}) else None
 
 
 def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
-    """The resolved config, with the dimensions of the weights."""
+    """Returns the resolved config, with the dimensions of the weights."""
     config = config.copy_and_resolve_references()
     run.check_config(config)
     config.model.update(card.dimensions, name=card.architecture)
@@ -269,14 +258,16 @@ def _output_directory(output: str | None, name: str, workdir: epath.Path | None)
         return files.parse_path("--output", output)
     if workdir is not None:
         return workdir
-    plain = re.sub(r"[^\w.-]+", "_", name.rpartition("://")[2]).strip("_.")
-    return epath.Path(f"runs/evaluate_{plain}")
+    file_name = re.sub(r"[^\w.-]+", "_", name.rpartition("://")[2]).strip("_.")
+    return epath.Path(f"runs/evaluate_{file_name}")
 
 
-def _batch_size(config: ConfigDict | None, mesh: Mesh) -> int:
-    """The batch size of the config, as a multiple of the devices that share a batch."""
+def _batching(config: ConfigDict | None) -> Batching:
+    """Returns the batches of the config; their size is rounded up to a multiple of the devices."""
+    # The mesh has all devices of this program, whatever mesh the run was trained on.
+    mesh = sharding.make_mesh({"data": -1})
     shards = sharding.batch_shards(mesh)
     if config is None:
-        return BATCH_SIZE * shards
+        return Batching(mesh, BATCH_SIZE * shards)
     batch_size = config.eval_batch_size or config.global_batch_size
-    return -(-batch_size // shards) * shards
+    return Batching(mesh, -(-batch_size // shards) * shards, config.dataset.prefetch_batches)

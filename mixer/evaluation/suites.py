@@ -60,8 +60,8 @@ TASKS = {
     "oxford_flowers102": Task("oxford_flowers102", "test", mean_per_class=True),
     "digits": Task("digits", "test"),
 }
-# Data sets of the few-shot probe [read: BV, common_fewshot]: TFDS name, split that the shots are
-# drawn from, test split. ImageNet's first 65,000 images have at least 30 of every class.
+# Data sets of the few-shot probe, as in big_vision's `common_fewshot`: TFDS name, split that the
+# shots are drawn from, test split. ImageNet's first 65,000 images have at least 30 of every class.
 FEWSHOT = {
     "caltech101": ("caltech101", "train", "test"),
     "cars196": ("cars196", "train", "test"),
@@ -72,9 +72,6 @@ FEWSHOT = {
     "uc_merced": ("uc_merced", "train[:1000]", "train[1000:]"),
 }
 GROUPS = {"imagenet": tuple(name for name in TASKS if name.startswith("imagenet_"))}
-
-
-TUNED = ("vtab", "transfer")  # suites that fine-tune the weights, see mixer/transfer.py
 
 
 def expand(names: Sequence[str], probes: Sequence[str] = ()) -> list[str]:
@@ -89,18 +86,22 @@ def expand(names: Sequence[str], probes: Sequence[str] = ()) -> list[str]:
     """
     tasks: dict[str, None] = {}
     for name in names:
-        hint = f"{' or '.join(TUNED)} as the only --suite"
+        hint = "vtab and transfer are suites of evaluate.py only"
         check_choice("suite", name, (*GROUPS, *probes, *TASKS), hint=hint)
         tasks |= dict.fromkeys(GROUPS.get(name, (name,)))
     return list(tasks)
 
 
+def dataset_config(name: str, data_dir: str, label_key: str = "") -> ConfigDict:
+    """Returns the keys of `config.dataset` that the evaluation of a data set reads."""
+    return ConfigDict(
+        dict(name=name, data_dir=data_dir, label_key=label_key)
+        | dict(label_file="", exclude="", shuffle_group_size=1)
+    )
+
+
 def open_task(
-    name: str,
-    *,
-    preprocess: str,
-    image_size: tuple[int, int],
-    data_dir: str = "",
+    name: str, *, preprocess: str, image_size: tuple[int, int], data_dir: str = ""
 ) -> pipeline.Split:
     """Opens the images of a task.
 
@@ -118,8 +119,7 @@ def open_task(
     root = files.parse_path("--data_dir", data_dir)
     if task.dataset == "digits" and not (root / "digits").is_dir():
         data_dir = ""  # do not write the digits, which are generated, to the user's image folder
-    dataset = dict(name=task.dataset, data_dir=data_dir, label_key=task.label_key)
-    dataset = ConfigDict(dataset | dict(label_file="", exclude="", shuffle_group_size=1))
+    dataset = dataset_config(task.dataset, data_dir, label_key=task.label_key)
     options = dict(image_size=image_size, num_classes=None)
     if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
         lines = _folder_lines(name, root)
@@ -141,8 +141,8 @@ def open_fewshot(
 ) -> dict[str, tuple[pipeline.Split, pipeline.Split]]:
     """Opens the training and test split of each prepared data set of FEWSHOT.
 
-    Images are resized to a square of 8/7 of `image_size` and cropped centrally [read: BV]. If
-    `image_size` is not square, they are resized to it without a crop.
+    Images are resized to a square of 8/7 of `image_size` and cropped centrally, as in big_vision.
+    If `image_size` is not square, they are resized to it without a crop.
 
     Raises:
       UserError: no data set is prepared.
@@ -153,23 +153,22 @@ def open_fewshot(
     preprocess = f"decode|resize({height * 8 // 7})|central_crop({height})"
     if height != width:
         preprocess = f"decode|resize(({height}, {width}))"
-    opened = {}
+    splits_by_name = {}
     for name, (dataset, *splits) in FEWSHOT.items():
         if not sources.tfds_builder(dataset, data_dir, prepared=False).is_prepared():
             continue
-        config = dict(name=dataset, data_dir=data_dir, label_key="", label_file="", exclude="")
-        config = ConfigDict(config | dict(shuffle_group_size=1))
-        opened[name] = tuple(
+        config = dataset_config(dataset, data_dir)
+        splits_by_name[name] = tuple(
             pipeline.open_split(config, split, preprocess, image_size=image_size, num_classes=None)
             for split in splits
         )
-    if not opened:
+    if not splits_by_name:
         sets = ", ".join(dataset for dataset, *_ in FEWSHOT.values())
         raise UserError(
             f"--suite=fewshot: none of {sets} is prepared; prepare one with `python -m "
             "mixer.tools.prepare tfds NAME`, or pass --config=FILE for other data"
         )
-    return opened
+    return splits_by_name
 
 
 def check_preprocess(weights: str, preprocess: str | None, image_size: tuple[int, int]) -> None:
@@ -255,12 +254,8 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
             f"{name} can only be read from TFDS; expected a TFDS folder imagenet2012 or "
             f"imagenet_v2 in {root}"
         )
-    for inner in ("val", "validation"):
-        if (root / inner).is_dir():
-            root, prefix = root / inner, f"{inner}/"
-            break
-    else:
-        prefix = ""
+    prefix = next((f"{name}/" for name in ("val", "validation") if (root / name).is_dir()), "")
+    root = root / prefix
     top = folder.list_folder(root, b"")
     images = [name for name, _ in top.files]
     for synset, _ in top.folders:
@@ -277,9 +272,9 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
     split = TASKS[name].split
     if name == "imagenet_val":
         synsets = {synset: label for label, synset in enumerate(imagenet_names.synsets(IMAGENET))}
-        if unknown := [path for path in paths if path.partition("/")[0] not in synsets]:
+        if stray_paths := [path for path in paths if path.partition("/")[0] not in synsets]:
             raise UserError(
-                f"{root}/{unknown[0]} is not in the folder of a synset; imagenet_val expects "
+                f"{root}/{stray_paths[0]} is not in the folder of a synset; imagenet_val expects "
                 "images in folders such as n01440764 (imagenet_real does not)"
             )
         return [

@@ -81,10 +81,6 @@ class Sweep:
     resize: str
     curves: tuple[Curve, ...]
 
-    def summary(self) -> dict[str, Any]:
-        """The sweep as JSON."""
-        return dataclasses.asdict(self)
-
 
 def check_subject(subject: Subject) -> None:
     """Raises UserError unless the weights take square images, have a head and have a config."""
@@ -102,8 +98,8 @@ def check_subject(subject: Subject) -> None:
         )
 
 
-def steps_at(preprocess: str, old: int, new: int) -> str:
-    """Changes preprocessing for images of side `old` to give images of side `new`.
+def preprocess_at(preprocess: str, old: int, new: int) -> str:
+    """Changes a preprocessing to images of side `old` so that it gives images of side `new`.
 
     The sizes of `resize`, `resize_small` and `central_crop` are multiplied by new / old, so that
     the same part of each picture is visible. Without any of these ops the pictures are stored at
@@ -112,7 +108,7 @@ def steps_at(preprocess: str, old: int, new: int) -> str:
     Raises:
       UserError: the preprocessing is invalid, or permutes the images.
     """
-    if old == new or not preprocess:  # synthetic data has no steps
+    if old == new or not preprocess:  # synthetic data is not preprocessed
         return preprocess
     spec = parse(preprocess)
     if spec.of_kind(Kind.PERMUTATION):
@@ -120,11 +116,12 @@ def steps_at(preprocess: str, old: int, new: int) -> str:
             f"{preprocess!r} permutes {old} x {old} images; expected none, because a permutation "
             f"has no equivalent at {new} x {new}"
         )
-    sized = [call for call in spec.calls if call.op.name in SCALED]
-    if not sized:
+    if not any(call.op.name in SCALED for call in spec.calls):
         return str(spec.with_image_op(f"resize({new}, antialias=True)"))
     calls = [
-        call.replace("size", _scaled(call.arguments["size"], new / old)) if call in sized else call
+        call.replace("size", _scaled(call.arguments["size"], new / old))
+        if call.op.name in SCALED
+        else call
         for call in spec.calls
     ]
     return str(Specification(tuple(calls)))
@@ -158,22 +155,22 @@ def resolution(
       UserError: the weights or the data do not support a size; raised before any evaluation.
     """
     sizes = sorted(set(sizes))
-    opened = {}
+    splits = {}
     for subject in subjects:
         for size in sizes:
             check_image_size((size, size), subject.stored.card.patch_size)
             load.resize_card(subject.stored, (size, size), resize)
-            opened[subject.path, size] = _open_split(subject, split_name, size)
+            splits[subject.path, size] = _open_split(subject, split_name, size)
     sweep_curves = []
     for subject in subjects:
         points = []
         for size in sizes:
-            split, preprocess = opened[subject.path, size]
+            split, preprocess = splits[subject.path, size]
             loaded = load.read_stored(
                 subject.stored,
                 image_size=size,
                 resize=resize,
-                mesh=subject.mesh,
+                mesh=subject.batching.mesh,
                 log=lambda line: None,
             )
             say(f"{subject.name} at {size} px: {preprocess}")
@@ -182,9 +179,7 @@ def resolution(
                 loaded.params,
                 split,
                 loss=subject.loss,
-                mesh=subject.mesh,
-                global_batch_size=subject.batch_size,
-                prefetch_batches=subject.prefetch_batches,
+                batching=subject.batching,
             )
             points.append(_point(size, [result], preprocess))
         sweep_curves.append(Curve(subject.name, "", split.name, tuple(points)))
@@ -216,11 +211,11 @@ def permutation(
     for share in shares:
         if not 0 <= share <= 1:
             raise UserError(f"--shares: {share:g}; expected shares of the patches, from 0 to 1")
-    opened = [
+    splits = [
         _open_split(subject, split_name, subject.stored.card.image_size[0]) for subject in subjects
     ]
     sweep_curves = []
-    for subject, (split, preprocess) in zip(subjects, opened, strict=True):
+    for subject, (split, preprocess) in zip(subjects, splits, strict=True):
         say(f"{subject.name}: {preprocess}")
         for kind, results in _shuffled_results(subject, split, shares).items():
             points = (_point(x, rs, preprocess) for x, rs in zip(shares, results, strict=True))
@@ -232,14 +227,15 @@ def _shuffled_results(
     subject: Subject, split: Split, shares: Sequence[float]
 ) -> dict[str, list[list[classification.Classification]]]:
     """Returns the results by kind and share, one per permutation, and only one for share 0."""
-    loaded = load.read_stored(subject.stored, mesh=subject.mesh, log=lambda line: None)
+    mesh = subject.batching.mesh
+    loaded = load.read_stored(subject.stored, mesh=mesh, log=lambda line: None)
     size = loaded.card.image_size
-    plain = make_predict(loaded.model, subject.mesh)
+    predict_logits = make_predict(loaded.model, mesh)
 
     def predict(params_and_order: tuple[Any, jax.Array], images: jax.Array) -> jax.Array:
         params, order = params_and_order
         pixels = images.reshape(images.shape[0], -1, images.shape[-1])
-        return plain(params, pixels[:, order].reshape(images.shape))
+        return predict_logits(params, pixels[:, order].reshape(images.shape))
 
     # Pass the order as an argument, so that all permutations share one compiled program.
     step = classification.make_eval_step(
@@ -255,12 +251,7 @@ def _shuffled_results(
                 size, patch_size, seed=seed, share=share, shuffle_within=False
             )
         return classification.evaluate(
-            step,
-            (loaded.params, order),
-            split,
-            global_batch_size=subject.batch_size,
-            mesh=subject.mesh,
-            prefetch_batches=subject.prefetch_batches,
+            step, (loaded.params, order), split, batching=subject.batching
         )
 
     return {
@@ -275,7 +266,7 @@ def _shuffled_results(
 def _open_split(subject: Subject, split_name: str, size: int) -> tuple[Split, str]:
     """Opens a split with images of side `size`; returns it and its preprocessing."""
     config = subject.config.copy_and_resolve_references()
-    preprocess = steps_at(config.dataset.eval_preprocess, config.image_size, size)
+    preprocess = preprocess_at(config.dataset.eval_preprocess, config.image_size, size)
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
     card = subject.stored.card
@@ -399,6 +390,6 @@ def write(sweep: Sweep, directory: epath.Path) -> tuple[epath.Path, epath.Path]:
     """Writes sweep_<kind>.json and sweep_<kind>.png to a directory and returns their paths."""
     numbers = directory / f"sweep_{sweep.kind}.json"
     picture = directory / f"sweep_{sweep.kind}.png"
-    run.write_json(numbers, sweep.summary())
+    run.write_json(numbers, dataclasses.asdict(sweep))
     draw(sweep, picture)
     return numbers, picture

@@ -1,7 +1,6 @@
 """Inference throughput of a model on these devices, and the cost of a run's training."""
 
 import collections
-import dataclasses
 import functools
 import math
 import statistics
@@ -25,8 +24,8 @@ from mixer.training.step import make_predict
 BATCH_SIZES = (1, 8, 64, 512)  # images per device
 WINDOWS = 5  # number of time windows; each gives one measurement of the rate
 IN_FLIGHT = 2  # maximum number of calls in flight
-# Mixers' images per second per TPUv3 core at PUBLISHED_SIZE, from the paper's tables.
-PUBLISHED = {
+# Images per second per TPUv3 core in inference at PUBLISHED_SIZE: table 3 of the paper.
+PUBLISHED_RATES = {
     "S/32": 11489,
     "S/16": 3994,
     "B/32": 4208,
@@ -38,50 +37,6 @@ PUBLISHED = {
 PUBLISHED_SIZE = (224, 224)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """Images per second of one device, in batches of `batch_size` images per device.
-
-    Attributes:
-      batch_size: images per device.
-      images_per_second: median over the windows; None if the batch does not fit into memory.
-      low, high: rates of the slowest and of the fastest window.
-    """
-
-    batch_size: int
-    images_per_second: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Throughput:
-    """Inference throughput of one model.
-
-    Attributes:
-      image_size: (H, W).
-      dtype: dtype of the computation.
-      device: kind of the devices.
-      devices: number of devices.
-      rates: the rate for each batch size.
-      variant: name of the model variant; None if no variant has the dimensions of the model.
-      published: the paper's images per second per TPUv3 core; None if the paper has no rate for the
-        model.
-    """
-
-    image_size: tuple[int, int]
-    dtype: str
-    device: str
-    devices: int
-    rates: tuple[Rate, ...]
-    variant: str | None
-    published: float | None
-
-    def summary(self) -> dict[str, Any]:
-        """All fields as JSON."""
-        return dataclasses.asdict(self)
-
-
 def measure(
     model: nn.Module,
     params: Any,
@@ -90,7 +45,7 @@ def measure(
     batch_sizes: Sequence[int],
     mesh: Mesh,
     seconds: float = 5.0,
-) -> Throughput:
+) -> dict[str, Any]:
     """Measures images per second, from uint8 pixels on the devices to logits.
 
     The measurement excludes reading, decoding and transfer of images, and compilation; the program
@@ -104,6 +59,13 @@ def measure(
       batch_sizes: images per device; the global batch is this times the devices along "data".
       mesh: mesh of the devices.
       seconds: duration for each batch size, divided into WINDOWS windows.
+
+    Returns:
+      The result as JSON: "image_size", (H, W); "dtype" of the computation; "device", the kind of
+      the devices; "devices", their number; "variant" of the model, or None; "published", the
+      paper's rate, or None; and "rates", for each batch size in images/s of one device:
+      "images_per_second", the median over the windows, and "low" and "high", the rates of the
+      slowest and the fastest window. All three are None if the batch does not fit into memory.
 
     Raises:
       UserError: a batch size is below 1, or the patch size does not divide the image size.
@@ -119,31 +81,40 @@ def measure(
     rates = []
     for batch_size in batch_sizes:
         shape = (batch_size * sharding.batch_shards(mesh), *image_size, 3)
-        windows = None
         try:
             windows = _windows(predict, params, shape, mesh, seconds)
-        except memory.NoRoomError:
-            pass
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except (memory.NoRoomError, jax.errors.JaxRuntimeError) as error:
+            is_full = isinstance(error, memory.NoRoomError) or "RESOURCE_EXHAUSTED" in str(error)
+            if not is_full:
                 raise
-        if windows is None:
-            rates.append(Rate(batch_size))
-            continue
+            windows = []
         per_device = [rate / mesh.size for rate in windows]
-        median = statistics.median(per_device)
-        rates.append(Rate(batch_size, median, min(per_device), max(per_device)))
-    variant = _variant(model)
-    is_published = architecture_of(model).name == "mixer" and tuple(image_size) == PUBLISHED_SIZE
-    return Throughput(
-        image_size=tuple(image_size),
-        dtype=model.dtype,
-        device=jax.devices()[0].device_kind,
-        devices=mesh.size,
-        rates=tuple(rates),
-        variant=variant,
-        published=PUBLISHED.get(variant) if is_published else None,
-    )
+        rates.append(
+            {
+                "batch_size": batch_size,
+                "images_per_second": statistics.median(per_device) if per_device else None,
+                "low": min(per_device, default=None),
+                "high": max(per_device, default=None),
+            }
+        )
+    architecture = architecture_of(model)
+    variants = architecture.variants
+    variant = next((name for name in variants if variants[name] == dimensions(model)), None)
+    is_mixer = architecture.name == "mixer"
+    return {
+        "image_size": tuple(image_size),
+        "dtype": model.dtype,
+        "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "rates": rates,
+        "variant": variant,
+        "published": published_rate(variant, image_size) if is_mixer else None,
+    }
+
+
+def published_rate(variant: str | None, image_size: tuple[int, int]) -> int | None:
+    """Returns the paper's images/s of a Mixer per TPUv3 core; None if the paper has no rate."""
+    return PUBLISHED_RATES.get(variant) if tuple(image_size) == PUBLISHED_SIZE else None
 
 
 def _windows(
@@ -155,9 +126,9 @@ def _windows(
     description = f"a batch of {shape[0]:,} images"
     memory.check_room(math.prod(shape), description)  # the compiler can crash on absurd shapes
     compiled = predict.lower(params, abstract).compile()
-    needs = compiled.memory_analysis()
-    if needs is not None:  # some backends have no memory analysis
-        sizes = needs.temp_size_in_bytes + needs.output_size_in_bytes
+    analysis = compiled.memory_analysis()
+    if analysis is not None:  # some backends have no memory analysis
+        sizes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         memory.check_room(sizes + math.prod(shape), description)
     images = jax.jit(functools.partial(_pixels, shape), out_shardings=batch_sharding)()
 
@@ -195,29 +166,21 @@ def _pixels(shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(jax.random.key(0), shape, "uint8")
 
 
-def _variant(model: nn.Module) -> str | None:
-    """Returns the name of the variant with the dimensions of the model; None if there is none."""
-    for name, variant in architecture_of(model).variants.items():
-        if variant == dimensions(model):
-            return name
-    return None
-
-
 def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Makes a table of `Throughput.summary()`s, which are keyed by name."""
+    """Makes a table with a row per batch size from results of `measure` by name."""
     rows = []
     for name, summary in summaries.items():
         height, width = summary["image_size"]
         model = f"{name}, {height} x {width}, {summary['dtype']}"
         devices = f"{summary['devices']} x {summary['device']}"
-        published = summary["published"]
-        published = "" if published is None else f"{published:,} ({summary['variant']})"
+        paper_rate = summary["published"]
+        paper_text = "" if paper_rate is None else f"{paper_rate:,} ({summary['variant']})"
         for rate in summary["rates"]:
             figures = "does not fit into memory", ""
             if rate["images_per_second"] is not None:
                 low_to_high = f"{_number(rate['low'])} to {_number(rate['high'])}"
                 figures = _number(rate["images_per_second"]), low_to_high
-            rows.append((model, f"{rate['batch_size']:,}", *figures, devices, published))
+            rows.append((model, f"{rate['batch_size']:,}", *figures, devices, paper_text))
     header = "throughput", "batch per device", "images/s per device", "lowest to highest", "devices"
     return Table((*header, "paper, TPUv3 core"), rows)
 
@@ -226,32 +189,10 @@ def _number(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingCost:
-    """The cost of a run's training.
-
-    Attributes:
-      images: number of training images, repeats included.
-      seconds: duration of training, excluding evaluation, checkpoints, start-up, compilation and
-        updates that were lost when the run was killed.
-      devices: smallest and largest number of devices in use.
-      device_hours: sum of devices times hours.
-      device_days: sum of devices times days; on TPUv3 cores, the paper's core-days.
-    """
-
-    images: int
-    seconds: float
-    devices: tuple[int, int]
-    device_hours: float
-    device_days: float
-
-    def summary(self) -> dict[str, Any]:
-        """All fields as JSON."""
-        return dataclasses.asdict(self)
-
-
-def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> TrainingCost | None:
-    """Computes the cost of a run from its metrics.jsonl; returns None if the log has no rates.
+def core_hours(
+    rows: Sequence[Mapping[str, float]], global_batch_size: int
+) -> dict[str, Any] | None:
+    """Computes the cost of a run's training from its metrics.jsonl.
 
     Each log step has the rate since the previous log step, of all devices and per device; their
     ratio is the number of devices. The cost is therefore also correct for a run that was resumed on
@@ -261,6 +202,13 @@ def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> T
     Args:
       rows: rows that `run_files.read_metrics` returns.
       global_batch_size: global batch size of the run.
+
+    Returns:
+      The cost as JSON: "images", the number of training images, repeats included; "seconds" of
+      training, excluding evaluation, checkpoints, start-up, compilation and updates that were lost
+      when the run was killed; "devices", the smallest and the largest number of devices in use;
+      "device_hours" and "device_days", sums of devices times duration: on TPUv3 cores, the latter
+      are the paper's core-days. None if the log has no rates.
     """
     seconds = device_seconds = 0.0
     last_step, counts = 0, []
@@ -276,22 +224,22 @@ def core_hours(rows: Sequence[Mapping[str, float]], global_batch_size: int) -> T
         last_step = row["step"]
     if not counts:
         return None
-    return TrainingCost(
-        images=last_step * global_batch_size,
-        seconds=seconds,
-        devices=(min(counts), max(counts)),
-        device_hours=device_seconds / 3600,
-        device_days=device_seconds / 86400,
-    )
+    return {
+        "images": last_step * global_batch_size,
+        "seconds": seconds,
+        "devices": (min(counts), max(counts)),
+        "device_hours": device_seconds / 3600,
+        "device_days": device_seconds / 86400,
+    }
 
 
-def cost_sentence(summary: Mapping[str, Any]) -> str:
-    """Formats `TrainingCost.summary()` as a sentence."""
-    low, high = summary["devices"]
+def cost_sentence(cost: Mapping[str, Any]) -> str:
+    """Formats the result of `core_hours` as a sentence."""
+    low, high = cost["devices"]
     devices = f"{low} device{'s' * (low > 1)}" if low == high else f"{low} to {high} devices"
     return (
-        f"Training: {summary['images']:,} images in {formatting.duration(summary['seconds'])} on "
-        f"{devices}, without evaluations and checkpoints: {summary['device_hours']:.3g} "
-        f"device-hours ({summary['device_days']:.3g} device-days; the paper reports core-days of "
+        f"Training: {cost['images']:,} images in {formatting.duration(cost['seconds'])} on "
+        f"{devices}, without evaluations and checkpoints: {cost['device_hours']:.3g} "
+        f"device-hours ({cost['device_days']:.3g} device-days; the paper reports core-days of "
         "TPUv3)."
     )

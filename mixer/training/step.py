@@ -245,15 +245,19 @@ def _new_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
     return new if _counts_steps(new) else jnp.where(finite, new, old)
 
 
-def make_predict(model: nn.Module, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
+def make_predict(
+    model: nn.Module, mesh: Mesh, layer: str | None = None
+) -> Callable[[Any, jax.Array], jax.Array]:
     """Returns the function `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not compiled.
 
-    The images must have the sharding `sharding.batch_sharding`.
+    The images must have the sharding `sharding.batch_sharding`. The function returns the output of
+    `layer` instead, such as "pre_logits" (N, C), unless `layer` is None.
     """
 
     def predict(params: Any, images: jax.Array) -> jax.Array:
         def apply(images: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, normalize(images))[0]
+            logits, out = model.apply({"params": params}, normalize(images))
+            return logits if layer is None else out[layer]
 
         return microbatches.map_images(model, apply, images)
 

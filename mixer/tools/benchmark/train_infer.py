@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from mixer.errors import UserError
+from mixer.evaluation import throughput
 from mixer.models import flops
 from mixer.parallel import sharding
 from mixer.tools.benchmark import contest, jax_side, limit, report, torch_side
@@ -59,6 +60,8 @@ def measure(
             figures = _figures(case, results)
             record.console.print(report.contest_table(record.console, figures))
             record.say(report.matmul_line(figures))
+            if rate := figures["paper_images_per_second_per_tpuv3_core"]:
+                record.say(f"the paper reports {rate:,} images/s per TPUv3 core")
             contests.append(figures)
             record.write(contests)
 
@@ -82,12 +85,15 @@ def _contestants(
 def _figures(case: contest.Case, results: dict[str, contest.Result]) -> dict[str, Any]:
     """Returns the results of a case as JSON."""
     matmul = limit.take_figures(results)
-    count = flops.train_flops if case.what == "train" else flops.forward_flops
-    per_image = count(jax_side.make_mixer(case), (case.image_size, case.image_size))
+    is_training, image_size = case.what == "train", (case.image_size, case.image_size)
+    count = flops.train_flops if is_training else flops.forward_flops
+    per_image = count(jax_side.make_mixer(case), image_size)
+    paper_rate = None if is_training else throughput.published_rate(case.model, image_size)
     return {
         **dataclasses.asdict(case),
         "title": report.case_title(case, jax.device_count()),
         "flops_per_image": per_image,
+        "paper_images_per_second_per_tpuv3_core": paper_rate,
         "matmul": matmul,
         "contestants": {
             name: contest.as_json(result, case.batch_size, per_image, matmul["limit"])

@@ -16,8 +16,9 @@ from mixer import files, run_files
 from mixer.data import splits
 from mixer.data.splits import Split
 from mixer.errors import UserError
-from mixer.evaluation import classification, results, scores
+from mixer.evaluation import classification, results, scores, suites
 from mixer.evaluation.classification import Classification
+from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.results import Results
 from mixer.evaluation.tables import Table, html_table, html_text, percent, span
 from mixer.models.registry import architecture_of
@@ -188,8 +189,7 @@ def _data_sections(
         loaded.params,
         split,
         loss=config.loss if config is not None else "softmax",
-        mesh=mesh,
-        global_batch_size=BATCH_SIZE * jax.device_count(),
+        batching=Batching(mesh, BATCH_SIZE * jax.device_count()),
     )
     sections.append(_confusion(result, split, page))
     sections.append(_images(loaded, result, split, page))
@@ -387,10 +387,8 @@ def _open(
         raise UserError("--data_dir is missing; expected a folder of images")
     if loaded.card.preprocess is None:
         raise UserError(f"{loaded.card.source} does not specify its preprocessing")
-    folder = dict(name="folder", data_dir=data_dir, label_file="", label_key="", exclude="")
-    folder = ConfigDict(folder | dict(shuffle_group_size=1))
     split = splits.open_split(
-        folder,
+        suites.dataset_config("folder", data_dir),
         split_name or "test",
         loaded.card.preprocess,
         image_size=loaded.card.image_size,
