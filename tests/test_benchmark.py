@@ -17,7 +17,9 @@ import safetensors.numpy
 import mixer
 from helpers import TINY, environment, run_program, run_python, tiny_config
 from mixer import memory
+from mixer.console import Console
 from mixer.errors import UserError
+from mixer.evaluation.tables import print_table
 from mixer.models import flops
 from mixer.models.registry import make_model
 from mixer.parallel import sharding
@@ -417,9 +419,8 @@ def test_a_users_mistake_is_no_lack_of_memory():
         looping.prepare(config, 6)
 
 
-def test_tables_are_markdown_where_no_terminal_shows_them(capsys):
-    console = report.make_console()
-    table = report.make_table(console, "", "images/s")
-    table.add_row("ours", "12")
-    console.print(table)
-    assert "| ours | " in capsys.readouterr().out
+def test_failure_is_a_literal_row_of_the_table(capsys):
+    matmul = {"limit": None}
+    case = {"matmul": matmul, "contestants": {"timm": {"failure": "[red] is no markup"}}}
+    print_table(Console(), report.contest_table(case))
+    assert "| timm | [red] is no markup " in capsys.readouterr().out

@@ -80,8 +80,6 @@ MEASUREMENTS = {
     "data": ("config", "batch_size", *_TURNS, "images_per_second_per_device"),
     "loop": ("config", *_TURNS, "examples"),
 }
-# Default seconds per turn, and default rounds.
-TURNS = {"train": (3.0, 5), "infer": (3.0, 5), "data": (10.0, 3), "loop": (3.0, 5)}
 # Removed measurements and their replacements.
 REMOVED = {
     "matmul": "train and infer print the rate of a large matmul",
@@ -109,7 +107,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     memory.compute_in_the_calling_thread()
     backend.start()
-    seconds, rounds = TURNS[name]
+    seconds, rounds = (10.0, 3) if name == "data" else (3.0, 5)
     options = dict(
         seconds=seconds if SECONDS.value is None else SECONDS.value,
         rounds=ROUNDS.value or rounds,

@@ -1,8 +1,9 @@
 """JAX contestants, which run in this process."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,18 @@ from mixer.training.step import TrainStep, make_predict
 WARM_UP_STEPS = 3
 
 
+@contextlib.contextmanager
+def may_fail() -> Iterator[None]:
+    """Converts errors on the device to `Failed`; decorates functions that compute."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        is_full = "RESOURCE_EXHAUSTED" in str(error)
+        raise Failed("does not fit into memory" if is_full else first_line(error)) from None
+    except memory.NoRoomError as error:
+        raise Failed(f"does not fit: {error}") from None
+
+
 class Program:
     """A contestant (see contest.py) that calls a function repeatedly."""
 
@@ -50,38 +63,15 @@ class Program:
     def _steps(self, count: int) -> None:
         jax.block_until_ready([self.call() for _ in range(count)])
 
+    @may_fail()
     def run(self, seconds: float) -> tuple[int, float]:
         """Runs as `Contestant.run` specifies; the first step, with cold caches, is not timed."""
-        return _fitting(lambda: self._run(seconds))
-
-    def _run(self, seconds: float) -> tuple[int, float]:
         self._steps(1)
         return throughput.run_for(self.call, seconds)
 
     def close(self) -> None:
         """Releases the arrays."""
         del self.call
-
-
-def _fitting(run: Callable[[], Any]) -> Any:
-    """Calls `run`; converts errors on the device to `Failed`."""
-    try:
-        return run()
-    except jax.errors.JaxRuntimeError as error:
-        is_full = "RESOURCE_EXHAUSTED" in str(error)
-        raise Failed("does not fit into memory" if is_full else first_line(error)) from None
-    except memory.NoRoomError as error:
-        raise Failed(f"does not fit: {error}") from None
-
-
-def may_fail(function: Callable) -> Callable:
-    """Decorates `function` to convert errors on the device to `Failed`."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _fitting(lambda: function(*args, **kwargs))
-
-    return wrapper
 
 
 def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
@@ -149,19 +139,19 @@ def _batch(case: Case, mesh: Mesh) -> dict[str, jax.Array]:
     return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
-def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Callable[[], Any]:
+def _repeat(train_step: Any, state: Any, batch: Any) -> Callable[[], Any]:
     """Returns a function that continues from the state of its previous call."""
     states = [state]
 
     def call() -> jax.Array:
         state, metrics = train_step(states.pop(), batch)
         states.append(state)
-        return loss_of(metrics)
+        return metrics["loss"]
 
     return call
 
 
-@may_fail
+@may_fail()
 def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     """Prepares the update of "ours" or "plain" on a batch that stays on the devices.
 
@@ -219,15 +209,13 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
         state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated), params, opt_state)
     batch = _batch(case, mesh)
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
-    jitted = jax.jit(
-        step, donate_argnums=0, out_shardings=(replicated, replicated), compiler_options=options
-    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated, compiler_options=options)
     program, seconds, size = compile_for(jitted, state, batch)
-    call = _repeat(program, state, batch, lambda m: m["loss"] if name == "ours" else m)
+    call = _repeat(program, state, batch)
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
-@may_fail
+@may_fail()
 def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     """Prepares inference by "ours" or "plain", from pixels on the devices; float32 parameters.
 
@@ -252,7 +240,7 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
-@may_fail
+@may_fail()
 def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
     """Prepares a matmul (m, k) x (k, n) on all devices at once, at JAX's default precision.
 

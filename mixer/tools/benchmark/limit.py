@@ -1,8 +1,7 @@
 """Measures a large square matmul, whose rate is the upper limit of training and inference."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,17 +14,6 @@ SIDES = {"cpu": 2048}  # side of the matmul by backend; 8192 on all others
 def torch_device() -> str:
     """Returns the device of the PyTorch contestants."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
-
-
-@contextlib.contextmanager
-def torch_child(python: str | None) -> Iterator[torch_side.Child | None]:
-    """Yields a worker that computes matmuls in torch, or None without a Python interpreter."""
-    child = torch_side.start(python) if python else None
-    try:
-        yield child
-    finally:
-        if child:
-            child.close()
 
 
 def _side() -> int:

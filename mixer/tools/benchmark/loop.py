@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import memory
@@ -38,7 +37,7 @@ class Loop:
         for _ in range(WARM_UP_CALLS):
             self.run(0.0)
 
-    @may_fail
+    @may_fail()
     def run(self, seconds: float) -> tuple[int, float]:
         """Runs updates as `Contestant.run` specifies, with two calls in flight as in training."""
         first_step, start = self._step, time.perf_counter()
@@ -89,23 +88,23 @@ def measure(
         "ours_is_times": {},
         "total_steps": config.total_steps,
     }
-    record.say(
+    record.console.say(
         f"training, {model.dtype}, {num_examples:,} images of {config.image_size} px on the "
         f"device, batches of {config.global_batch_size}, {config.dataset.train_preprocess}"
     )
-    record.console.print(report.contest_table(record.console, figures))
-    record.say(report.matmul_line(figures))
+    record.show(figures)
     if "failure" not in loop:
         duration = datetime.timedelta(
             seconds=round(config.total_steps * loop["seconds_per_step"]["median"])
         )
-        record.say(
+        record.console.say(
             f"the run's {config.total_steps:,} updates take {duration} at this rate, without "
             "evaluation and checkpoints"
         )
     record.write(figures)
 
 
+@may_fail()
 def prepare(config: ConfigDict, num_examples: int) -> Loop:
     """Prepares the training loop of a config on random images.
 
@@ -137,12 +136,6 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
     mesh = sharding.make_mesh(config.mesh)
     run.check_batch_size(config, mesh)
     steps = make_augment(spec, size) if placement.device else None
-    return _prepare(config, num_examples, steps, mesh)
-
-
-@may_fail
-def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh: Mesh) -> Loop:
-    size = (config.image_size, config.image_size)
     memory.check_room(3 * num_examples * size[0] * size[1], f"{num_examples:,} images")
     rng = np.random.default_rng(0)
     arrays = {

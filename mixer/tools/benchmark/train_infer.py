@@ -1,5 +1,6 @@
 """Measures training and inference of this project's models and the contestants of --against."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -44,10 +45,13 @@ def measure(
     versions = torch_side.versions(torch_python) if with_torch else {}
     record = report.Record("contests", output, versions)
     contests: list[dict[str, Any]] = []
-    with limit.torch_child(torch_python if with_torch else None) as child:
+    with contextlib.ExitStack() as stack:
+        child = None  # the worker that computes matmuls in torch
+        if with_torch:
+            child = stack.enter_context(contextlib.closing(torch_side.start(torch_python)))
         for case in cases:
-            record.say("")
-            record.say(report.case_title(case, jax.device_count()))
+            record.console.say("")
+            record.console.say(report.case_title(case, jax.device_count()))
             makers = _contestants(case, against, torch_python)
             with record.console.status("") as status:
                 results = contest.compete(
@@ -57,8 +61,7 @@ def measure(
                     say=status.update,
                 )
             figures = _figures(case, results)
-            record.console.print(report.contest_table(record.console, figures))
-            record.say(report.matmul_line(figures))
+            record.show(figures)
             contests.append(figures)
             record.write(contests)
 
