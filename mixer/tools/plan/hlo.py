@@ -157,16 +157,15 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
     """Parses "TYPE op(operands), attributes"."""
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    end = _parenthesised(text, 0)[1] if text.startswith("(") else text.index(" ")
     start = text.index("(", end)
-    close = _closing(text, start)
-    operands = [part.split()[-1].lstrip("%") for part in _split(text[start + 1 : close])]
+    operands, close = _parenthesised(text, start)
     return _Instruction(
         name=name,
         arrays=_arrays(text[:end]),
         op=text[end:start].strip(),
-        operands=tuple(operands),
-        attributes=text[close + 1 :],
+        operands=tuple(part.split()[-1].lstrip("%") for part in operands),
+        attributes=text[close:],
         is_root=is_root,
     )
 
@@ -182,25 +181,21 @@ def _arrays(text: str) -> tuple[_Array, ...]:
     )
 
 
-def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`."""
-    depth = 0
+def _parenthesised(text: str, start: int) -> tuple[list[str], int]:
+    """Returns the comma-separated parts of the list that opens at `start`, and the index after it.
+
+    Commas inside nested brackets do not separate parts.
+    """
+    parts, depth, part_start = [], 0, start + 1
     for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if not depth:
-            return index
-    raise ValueError(f"unbalanced parentheses: {text[:200]}")
-
-
-def _split(text: str) -> list[str]:
-    """Splits text at commas outside brackets."""
-    parts, depth, start = [], 0, 0
-    for index, letter in enumerate(text):
+        letter = text[index]
         depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            parts.append(text[start:index])
-            start = index + 1
-    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
+        if depth == 0 or (depth == 1 and letter == ","):
+            parts.append(text[part_start:index].strip())
+            part_start = index + 1
+        if depth == 0:
+            return [part for part in parts if part], index + 1
+    raise ValueError(f"unbalanced brackets: {text[:200]}")
 
 
 def _trip_count(loop: _Instruction, computations: dict) -> int | None:
@@ -240,12 +235,12 @@ def _count_instruction(
     collectives, flops = (), 0.0
     if kind in COLLECTIVES:
         collectives = ((kind, _traffic(kind, instruction, computation)),)
-    elif _is_gemm(instruction):
-        flops = _gemm_flops(instruction, computation[instruction.operands[0]].arrays[0].dims)
-    elif instruction.op in ("dot", "convolution"):
+    elif instruction.op in ("dot", "convolution") or _is_gemm(instruction):
         left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
-        count_flops = _dot_flops if instruction.op == "dot" else _convolution_flops
-        flops = count_flops(instruction, left, right)
+        if instruction.op == "convolution":
+            flops = _convolution_flops(instruction, left, right)
+        else:
+            flops = _matmul_flops(instruction, left)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
     return Counts(
         flops=flops,
@@ -260,16 +255,12 @@ def _is_gemm(instruction: _Instruction) -> bool:
     return instruction.op == "custom-call" and '"gemm_backend_config"' in instruction.attributes
 
 
-def _gemm_flops(gemm: _Instruction, left: tuple[int, ...]) -> float:
-    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', gemm.attributes)[1]
+def _matmul_flops(matmul: _Instruction, left: tuple[int, ...]) -> float:
+    """Returns 2 * result elements * contracted sizes of a dot or a matmul in a GPU library."""
+    # lhs_contracting_dims={1} in a dot, "lhs_contracting_dimensions":["1"] in a library's matmul
+    contracted = re.search(r'lhs_contracting_dim\w+"?[=:][{\[]([\d,"]*)', matmul.attributes)[1]
     sizes = [left[int(dim)] for dim in re.findall(r"\d+", contracted)]
-    return 2.0 * math.prod(gemm.arrays[0].dims) * math.prod(sizes)
-
-
-def _dot_flops(dot: _Instruction, left: tuple[int, ...], _: tuple[int, ...]) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)[1]
-    sizes = [left[int(dim)] for dim in contracted.split(",") if dim]
-    return 2.0 * math.prod(dot.arrays[0].dims) * math.prod(sizes)
+    return 2.0 * math.prod(matmul.arrays[0].dims) * math.prod(sizes)
 
 
 def _convolution_flops(

@@ -26,8 +26,8 @@ def candidates(subject: Subject) -> list[Step]:
     """
     config_settings, count = update.own_settings(subject), subject.topology.num_devices
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
-    steps = []
-    for parts in (2**n for n in range(5)):
+    batch_size, steps = subject.config.global_batch_size, []
+    for parts in (2**n for n in range(5) if batch_size % 2**n == 0):
         for tensor, fsdp in itertools.product([p for p in powers if p <= 8], powers):
             if count % (tensor * fsdp):
                 continue
@@ -48,7 +48,7 @@ def candidates(subject: Subject) -> list[Step]:
             break
     if not steps:
         raise UserError(
-            f"global_batch_size={subject.config.global_batch_size} is not divisible by any mesh of "
+            f"global_batch_size={batch_size} is not divisible by any mesh of "
             f"{count} devices; choose another number of devices or another batch size"
         )
     return sorted(steps, key=_rank)

@@ -11,10 +11,9 @@ import time
 from typing import Any
 
 from jax.errors import JaxRuntimeError
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from mixer.errors import UserError
 from mixer.models import placement
 from mixer.models.flops import layers
 from mixer.models.registry import architecture_of
@@ -140,17 +139,6 @@ def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
     return float(sharding.bytes_per_device(sharding.abstract(tree, shardings)))
 
 
-def _check(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError if the parts or the mesh do not divide the batch."""
-    parts = config.optimizer.accumulate_steps
-    if config.global_batch_size % parts:
-        raise UserError(
-            f"optimizer.accumulate_steps={parts} does not divide "
-            f"global_batch_size={config.global_batch_size}"
-        )
-    run.check_batch_size(config, mesh)
-
-
 def compile_step(subject: Subject, settings: Settings) -> Step:
     """Compiles the update for a TPU topology and counts its FLOPs and traffic.
 
@@ -159,7 +147,7 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
     """
     config = _with(subject, settings)
     mesh = sharding.make_mesh(config.mesh, subject.devices)
-    _check(config, mesh)
+    run.check_batch_size(config, mesh)
     train_program = program.make_program(config, mesh)
     abstract = train_program.state
     example = {"image": ((*subject.image_size, 3), "uint8"), "label": ((), "int32")}
@@ -232,7 +220,7 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     """
     config, model = _with(subject, settings), subject.model
     mesh = abstract_mesh(settings.data, settings.fsdp, settings.tensor)
-    _check(config, mesh)
+    run.check_batch_size(config, mesh)
     state = _bytes_per_device(subject.state, mesh)
     params = _bytes_per_device(subject.state.params, mesh)
     width = 2 if model.dtype == "bfloat16" else 4
