@@ -25,7 +25,7 @@ from mixer.errors import UserError
 from mixer.evaluation.tables import Table, print_table
 from mixer.models import flops
 from mixer.parallel import sharding
-from mixer.tools.benchmark import contest, jax_side, photographs, report
+from mixer.tools.benchmark import cases, jax_side, photographs, report, turns
 from mixer.training import program
 
 BATCH_SIZE = 256  # images per batch of the input
@@ -36,7 +36,7 @@ STEP = "training step"
 
 
 class Stream:
-    """A contestant of `mixer.tools.benchmark.contest` that reads batches of a pipeline."""
+    """A program (see turns.py) that reads batches of a pipeline."""
 
     devices, compile_seconds, memory = 1, 0.0, None
 
@@ -52,7 +52,7 @@ class Stream:
             pass
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs as `Contestant.run` specifies; batches in the buffers are not timed."""
+        """Runs as `Program.run` specifies; batches in the buffers are not timed."""
         next(self._batches)
         next(self._batches)
         start, cpu_start, count = time.perf_counter(), time.process_time(), 0
@@ -71,7 +71,7 @@ class Stream:
 def preprocessings(train: str, evaluation: str) -> dict[str, str]:
     """Returns the preprocessing that `measure_rates` measures, by name.
 
-    The result has HOST_PART if the device can run the last steps of the training preprocessing, and
+    The result has HOST_PART if the device can run the last ops of the training preprocessing, and
     "evaluation" if the config has evaluation preprocessing.
     """
     specs = {"training": train}
@@ -97,7 +97,7 @@ def measure(
       batch_size: images per device and training step.
       step_rate: images/s of a device in training; None: measure it.
       seconds: duration of a turn.
-      rounds: turns of each contestant.
+      rounds: turns of each program.
       output: JSON file; None: do not write a file.
 
     Raises:
@@ -105,14 +105,14 @@ def measure(
     """
     dataset = config.dataset
     if not dataset.train_preprocess:
-        raise UserError("dataset.train_preprocess is empty; expected the steps to measure")
+        raise UserError("dataset.train_preprocess is empty; expected the ops to measure")
     config.model.num_classes = config.model.num_classes or 1000
     model = program.build_model(config)
     specs = preprocessings(dataset.train_preprocess, dataset.eval_preprocess)
     record = report.Record("input", output)
     for name, spec in specs.items():
         record.console.say(f"{name}: {spec}")
-    on_device: dict[str, Callable[[], contest.Contestant]] = {}
+    on_device: dict[str, Callable[[], turns.Program]] = {}
     if step_rate is None:
         on_device[STEP] = functools.partial(training_step, model, config.image_size, batch_size)
     if HOST_PART in specs:
@@ -168,7 +168,7 @@ def _show_rates(console: Console, figures: dict[str, Any]) -> None:
 def _needs(
     figures: dict[str, Any], specs: dict[str, str], step: tuple[float, str], evaluation: float
 ) -> dict[str, tuple[float, str]]:
-    """Returns the images/s that a device needs by preprocessing, with the source of each rate."""
+    """Returns the images/s that a device needs and their source, by preprocessing."""
     rate, source = step
     needs = {name: step for name in specs}
     if HOST_PART in needs and (device := figures["device_part_per_device"]):
@@ -186,11 +186,11 @@ def _show_feeds(
     """Prints how many devices each preprocessing can feed; returns the results."""
     devices, figures = jax.local_device_count(), {}
     for name, (needed, source) in needs.items():
-        feeds = sufficiency(rates[name]["median"], needed, devices)
-        figures[name] = feeds | {"images_per_second_per_device": needed}
-        wait = feeds["wait_share"]
+        result = sufficiency(rates[name]["median"], needed, devices)
+        figures[name] = result | {"images_per_second_per_device": needed}
+        wait = result["wait_share"]
         console.say(
-            f"{name}: feeds {feeds['devices']:.3g} devices at {report.number(needed)} images/s "
+            f"{name}: feeds {result['devices']:.3g} devices at {report.number(needed)} images/s "
             f"each ({source}); the {devices} of this host would "
             + (f"wait {wait:.0%} of the time" if wait else "not wait")
         )
@@ -200,14 +200,14 @@ def _show_feeds(
 def measure_rates(
     specs: dict[str, str],
     image_size: int,
-    on_device: dict[str, Callable[[], contest.Contestant]],
+    on_device: dict[str, Callable[[], turns.Program]],
     *,
     step_batch_size: int,
     seconds: float,
     rounds: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measures preprocessing in turns with decoding alone and with the training step.
+    """Measures preprocessing, in turns with decoding alone and with programs on the devices.
 
     Decoding alone reads and decodes the same windows of the same files as "training".
 
@@ -217,11 +217,11 @@ def measure_rates(
       on_device: functions that make STEP and DEVICE_PART, as far as they are measured.
       step_batch_size: images per device and step.
       seconds: duration of a turn.
-      rounds: turns of each contestant.
+      rounds: turns of each program.
       say: prints a line that describes the photographs.
 
     Returns:
-      Images/s of each as JSON (for the step "step_per_device", for the device's part
+      Images/s of each program as JSON (for the step "step_per_device", for the device's part
       "device_part_per_device"), and the memory in GiB.
     """
     from mixer.data.sources import folder
@@ -243,15 +243,15 @@ def measure_rates(
         decoding = decoding_alone(specs["training"])
         splits[DECODING] = dataclasses.replace(splits["training"], function=decoding)
         busy: dict[str, list[float]] = {name: [] for name in splits}
-        makers: dict[str, Callable[[], contest.Contestant]] = {
+        makers: dict[str, Callable[[], turns.Program]] = {
             name: functools.partial(_open_stream, split, busy[name])
             for name, split in splits.items()
         }
         memory = [_memory()]
-        results = contest.compete(makers | on_device, seconds=seconds, rounds=rounds)
+        results = turns.take_turns(makers | on_device, seconds=seconds, rounds=rounds)
         memory.append(_memory())
     figures: dict[str, Any] = {
-        "images_per_second": {name: contest.rates(results[name], BATCH_SIZE) for name in splits},
+        "images_per_second": {name: turns.rates(results[name], BATCH_SIZE) for name in splits},
         "preprocess": specs,
         "photograph_bytes": mean_bytes,
         "cores": os.cpu_count(),
@@ -262,7 +262,7 @@ def measure_rates(
     }
     for name, key in ((STEP, "step"), (DEVICE_PART, "device_part")):
         if name in results:
-            figures[f"{key}_per_device"] = contest.rates(results[name], step_batch_size)
+            figures[f"{key}_per_device"] = turns.rates(results[name], step_batch_size)
             figures[f"{key}_failure"] = results[name].failure
     return figures
 
@@ -274,8 +274,8 @@ def _open_stream(split: Split, busy: list[float]) -> Stream:
     return Stream(batches, busy)
 
 
-@jax_side.may_fail()
-def device_part(spec: str, image_size: int, batch_size: int) -> jax_side.Program:
+@jax_side.convert_device_errors()
+def device_part(spec: str, image_size: int, batch_size: int) -> jax_side.JaxProgram:
     """Prepares the ops of `spec` that a device can compute, on one device.
 
     The images already have the final size.
@@ -287,10 +287,10 @@ def device_part(spec: str, image_size: int, batch_size: int) -> jax_side.Program
     images, keys = jax.device_put((images, keys), jax.local_devices()[0])
     compiled, seconds, size = jax_side.compile_for(jax.jit(ops), images, keys)
     call = functools.partial(compiled, images, keys)
-    return jax_side.Program(call, devices=1, compile_seconds=seconds, memory=size)
+    return jax_side.JaxProgram(call, devices=1, compile_seconds=seconds, memory=size)
 
 
-def training_step(model: nn.Module, image_size: int, batch_size: int) -> jax_side.Program:
+def training_step(model: nn.Module, image_size: int, batch_size: int) -> jax_side.JaxProgram:
     """Prepares the training of a model on all devices.
 
     Args:
@@ -298,10 +298,10 @@ def training_step(model: nn.Module, image_size: int, batch_size: int) -> jax_sid
       image_size: side in pixels.
       batch_size: images per device.
     """
-    case = contest.Case(
-        what="train",
+    case = cases.Case(
+        measurement="train",
         model="",
-        dimensions={name: getattr(model, name) for name in contest.CIFAR},
+        dimensions={name: getattr(model, name) for name in cases.CIFAR},
         image_size=image_size,
         num_classes=model.num_classes,
         batch_size=batch_size,
@@ -335,7 +335,7 @@ def evaluation_rate(model: nn.Module, image_size: int, step_rate: float) -> floa
 
 
 def decoding_alone(spec: str) -> Callable:
-    """Makes preprocessing that stops after decoding and returns only the shape."""
+    """Returns preprocessing that stops after decoding, and whose image is only the shape."""
     import tensorflow as tf
 
     from mixer.data.preprocessing import host as preprocess

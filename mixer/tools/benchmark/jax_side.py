@@ -1,4 +1,4 @@
-"""JAX contestants, which run in this process."""
+"""JAX implementations, which run in this process."""
 
 import contextlib
 import functools
@@ -21,7 +21,8 @@ from mixer.models import layers
 from mixer.models.registry import make_model, param_shapes
 from mixer.parallel import sharding
 from mixer.tools.benchmark import plain
-from mixer.tools.benchmark.contest import Case, Failed
+from mixer.tools.benchmark.cases import Case
+from mixer.tools.benchmark.turns import ProgramError
 from mixer.training.losses import make_loss
 from mixer.training.optimizer import make_optimizer, make_schedule
 from mixer.training.state import TrainState
@@ -31,19 +32,19 @@ WARM_UP_STEPS = 3
 
 
 @contextlib.contextmanager
-def may_fail() -> Iterator[None]:
-    """Converts errors on the device to `Failed`; decorates functions that compute."""
+def convert_device_errors() -> Iterator[None]:
+    """Converts errors on the device to `ProgramError`; decorates functions that compute."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         is_full = "RESOURCE_EXHAUSTED" in str(error)
-        raise Failed("does not fit into memory" if is_full else first_line(error)) from None
+        raise ProgramError("does not fit into memory" if is_full else first_line(error)) from None
     except memory.NoRoomError as error:
-        raise Failed(f"does not fit: {error}") from None
+        raise ProgramError(f"does not fit: {error}") from None
 
 
-class Program:
-    """A contestant (see contest.py) that calls a function repeatedly."""
+class JaxProgram:
+    """A program (see turns.py) that calls a function repeatedly."""
 
     def __init__(
         self, call: Callable[[], Any], *, devices: int, compile_seconds: float, memory: int | None
@@ -63,9 +64,9 @@ class Program:
     def _steps(self, count: int) -> None:
         jax.block_until_ready([self.call() for _ in range(count)])
 
-    @may_fail()
+    @convert_device_errors()
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs as `Contestant.run` specifies; the first step, with cold caches, is not timed."""
+        """Runs as `Program.run` specifies; the first step, with cold caches, is not timed."""
         self._steps(1)
         return throughput.run_for(self.call, seconds)
 
@@ -151,14 +152,14 @@ def _repeat(train_step: Any, state: Any, batch: Any) -> Callable[[], Any]:
     return call
 
 
-@may_fail()
-def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
+@convert_device_errors()
+def prepare_train(name: str, case: Case, mesh: Mesh) -> JaxProgram:
     """Prepares the update of "ours" or "plain" on a batch that stays on the devices.
 
     "ours" is the update of `train.py`, including clipping and metrics, which "plain" omits.
 
     Raises:
-      Failed: the update does not fit into memory.
+      ProgramError: the update does not fit into memory.
     """
     replicated = sharding.replicated(mesh)
     params = jax.device_put(draw_params(case), replicated)
@@ -212,15 +213,15 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated, compiler_options=options)
     program, seconds, size = compile_for(jitted, state, batch)
     call = _repeat(program, state, batch)
-    return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
+    return JaxProgram(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
-@may_fail()
-def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
+@convert_device_errors()
+def prepare_infer(name: str, case: Case, mesh: Mesh) -> JaxProgram:
     """Prepares inference by "ours" or "plain", from pixels on the devices; float32 parameters.
 
     Raises:
-      Failed: the program does not fit into memory.
+      ProgramError: the program does not fit into memory.
     """
     params = jax.device_put(draw_params(case), sharding.replicated(mesh))
     images = _batch(case, mesh)["image"]
@@ -237,15 +238,15 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     jitted = jax.jit(predict, out_shardings=batch_sharding, compiler_options=options)
     program, seconds, size = compile_for(jitted, params, images)
     call = functools.partial(program, params, images)
-    return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
+    return JaxProgram(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
-@may_fail()
-def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
+@convert_device_errors()
+def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> JaxProgram:
     """Prepares a matmul (m, k) x (k, n) on all devices at once, at JAX's default precision.
 
     Raises:
-      Failed: the matmul does not fit into memory.
+      ProgramError: the matmul does not fit into memory.
     """
     m, k, n = shape
     rng = np.random.default_rng(0)
@@ -263,4 +264,4 @@ def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
     start = time.perf_counter()
     jax.block_until_ready(call())
     seconds = time.perf_counter() - start
-    return Program(call, devices=len(pairs), compile_seconds=seconds, memory=None)
+    return JaxProgram(call, devices=len(pairs), compile_seconds=seconds, memory=None)

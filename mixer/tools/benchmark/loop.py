@@ -18,8 +18,8 @@ from mixer.errors import UserError
 from mixer.models import flops
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark import contest, limit, report
-from mixer.tools.benchmark.jax_side import may_fail, memory_of
+from mixer.tools.benchmark import limit, report, turns
+from mixer.tools.benchmark.jax_side import convert_device_errors, memory_of
 from mixer.training import program
 from mixer.training import updates as stepping
 
@@ -27,7 +27,7 @@ WARM_UP_CALLS = 12  # calls in which the number of updates per call grows
 
 
 class Loop:
-    """A contestant (see contest.py) whose step is an update of the global batch."""
+    """A program (see turns.py) whose step is an update of the global batch."""
 
     def __init__(self, source: stepping.Updates, state: Any, *, devices: int, seconds: float):
         """Warms the loop up; `seconds` is the compile time."""
@@ -37,9 +37,9 @@ class Loop:
         for _ in range(WARM_UP_CALLS):
             self.run(0.0)
 
-    @may_fail()
+    @convert_device_errors()
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs updates as `Contestant.run` specifies, with two calls in flight as in training."""
+        """Runs updates as `Program.run` specifies, with two calls in flight as in training."""
         first_step, start = self._step, time.perf_counter()
         while self._step == first_step or time.perf_counter() - start < seconds:
             call_time = time.perf_counter()
@@ -70,17 +70,15 @@ def measure(
     run.resolve_data(config, 10, num_examples)
     model = program.build_model(config)
     record = report.Record("loop", output)
-    makers: dict[str, Callable[[], contest.Contestant]] = {
-        "loop": lambda: prepare(config, num_examples)
-    }
+    makers: dict[str, Callable[[], turns.Program]] = {"loop": lambda: prepare(config, num_examples)}
     with record.console.status("") as status:
-        results = contest.compete(
+        results = turns.take_turns(
             makers | limit.prepare(model.dtype), seconds=seconds, rounds=rounds, say=status.update
         )
     matmul = limit.take_figures(results)
     per_image = flops.train_flops(model, (config.image_size, config.image_size))
     images = config.global_batch_size / results["loop"].devices
-    loop = contest.as_json(results["loop"], images, per_image, matmul["limit"])
+    loop = turns.as_json(results["loop"], images, per_image, matmul["limit"])
     figures = {
         "matmul": matmul,
         "flops_per_image": per_image,
@@ -104,7 +102,7 @@ def measure(
     record.write(figures)
 
 
-@may_fail()
+@convert_device_errors()
 def prepare(config: ConfigDict, num_examples: int) -> Loop:
     """Prepares the training loop of a config on random images.
 
@@ -114,7 +112,7 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
 
     Raises:
       UserError: the images cannot stay on the device.
-      Failed: the loop does not fit into memory.
+      ProgramError: the loop does not fit into memory.
     """
     dataset, size = config.dataset, (config.image_size, config.image_size)
     spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()

@@ -17,7 +17,7 @@ import psutil
 from mixer import files, memory
 from mixer.console import Console
 from mixer.evaluation.tables import Table, print_table
-from mixer.tools.benchmark.contest import Case
+from mixer.tools.benchmark.cases import Case
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -40,8 +40,8 @@ class Record:
             self.console.say(line)
 
     def show(self, case: Mapping[str, Any]) -> None:
-        """Prints the contestants of a case, and the rate of the matmul."""
-        print_table(self.console, contest_table(case))
+        """Prints the implementations of a case, and the rate of the matmul."""
+        print_table(self.console, case_table(case))
         self.console.say(matmul_line(case))
 
     def write(self, figures: Any) -> None:
@@ -77,7 +77,7 @@ def environment(versions: Mapping[str, str]) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
             **versions,
         },
-        "memory_setting": "kept, in every contestant" if memory.keeps() else "as glibc has it",
+        "memory_setting": "kept, in every program" if memory.keeps() else "glibc's default",
         "environment": variables,
     }
 
@@ -134,15 +134,15 @@ def header(environment: Mapping[str, Any]) -> list[str]:
 
 def case_title(case: Case, devices: int) -> str:
     """Returns a line that describes the computation of a case."""
-    task = "training" if case.what == "train" else "inference"
+    task = "training" if case.measurement == "train" else "inference"
     return (
         f"{task}, {case.model}, {case.image_size} px, {case.dtype}, batch {case.batch_size} per "
         f"device{f', {devices} devices' * (devices > 1)}, GELU {case.gelu}"
     )
 
 
-def contest_table(case: Mapping[str, Any]) -> Table:
-    """Makes the table of a case's contestants from the case's results as JSON."""
+def case_table(case: Mapping[str, Any]) -> Table:
+    """Makes the table of a case's implementations from the case's results as JSON."""
     unit, prefix = flops_unit(case["matmul"]["limit"])
     several = any(figures.get("devices", 1) > 1 for figures in case["contestants"].values())
     header = (
@@ -202,7 +202,7 @@ def flops_unit(rate: float | None) -> tuple[float, str]:
 
 
 def span(rate: Mapping[str, float], unit: float = 1) -> str:
-    """Formats the range of a `contest.spread` in multiples of `unit`."""
+    """Formats the range of a `turns.spread` in multiples of `unit`."""
     return f"{number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)}"
 
 

@@ -1,4 +1,4 @@
-"""Measures training and inference of this project's models and the contestants of --against."""
+"""Measures training and inference of this project's models and the implementations of --against."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,12 @@ import jax
 from mixer.errors import UserError
 from mixer.models import flops
 from mixer.parallel import sharding
-from mixer.tools.benchmark import contest, jax_side, limit, report, torch_side
+from mixer.tools.benchmark import jax_side, limit, report, torch_side, turns
+from mixer.tools.benchmark.cases import Case
 
 
 def measure(
-    cases: Sequence[contest.Case],
+    cases: Sequence[Case],
     *,
     against: Sequence[str],
     torch_python: str,
@@ -27,19 +28,19 @@ def measure(
 
     Args:
       cases: the cases, all of training or all of inference.
-      against: "plain" and names of `torch_side.CONTESTANTS`.
+      against: "plain" and names of `torch_side.IMPLEMENTATIONS`.
       torch_python: Python interpreter with torch and timm.
       seconds: duration of a turn.
-      rounds: turns of each contestant.
+      rounds: turns of each implementation.
       output: JSON file; None: do not write a file.
 
     Raises:
       UserError: torch is requested but not installed, or does not support the device.
     """
-    with_torch = any(name in torch_side.CONTESTANTS for name in against)
+    with_torch = any(name in torch_side.IMPLEMENTATIONS for name in against)
     if with_torch and jax.default_backend() not in ("cpu", "gpu"):
         raise UserError(
-            f"--against={','.join(against)}: the torch contestants do not run on "
+            f"--against={','.join(against)}: the torch implementations do not run on "
             f"{jax.default_backend()}; expected a CPU or an NVIDIA GPU (plain runs on all devices)"
         )
     versions = torch_side.versions(torch_python) if with_torch else {}
@@ -52,9 +53,9 @@ def measure(
         for case in cases:
             record.console.say("")
             record.console.say(report.case_title(case, jax.device_count()))
-            makers = _contestants(case, against, torch_python)
+            makers = _makers(case, against, torch_python)
             with record.console.status("") as status:
-                results = contest.compete(
+                results = turns.take_turns(
                     makers | limit.prepare(case.dtype, child),
                     seconds=seconds,
                     rounds=rounds,
@@ -66,14 +67,14 @@ def measure(
             record.write(contests)
 
 
-def _contestants(
-    case: contest.Case, against: Sequence[str], torch_python: str
-) -> dict[str, Callable[[], contest.Contestant]]:
+def _makers(
+    case: Case, against: Sequence[str], torch_python: str
+) -> dict[str, Callable[[], turns.Program]]:
     mesh = sharding.make_mesh({"data": -1})
-    in_jax = jax_side.prepare_train if case.what == "train" else jax_side.prepare_infer
+    in_jax = jax_side.prepare_train if case.measurement == "train" else jax_side.prepare_infer
     makers = {}
     for name in ("ours", *against):
-        if name in torch_side.CONTESTANTS:
+        if name in torch_side.IMPLEMENTATIONS:
             makers[name] = functools.partial(
                 torch_side.prepare, name, case, torch_python, limit.torch_device()
             )
@@ -82,22 +83,24 @@ def _contestants(
     return makers
 
 
-def _figures(case: contest.Case, results: dict[str, contest.Result]) -> dict[str, Any]:
+def _figures(case: Case, results: dict[str, turns.Result]) -> dict[str, Any]:
     """Returns the results of a case as JSON."""
     matmul = limit.take_figures(results)
-    count = flops.train_flops if case.what == "train" else flops.forward_flops
+    count = flops.train_flops if case.measurement == "train" else flops.forward_flops
     per_image = count(jax_side.make_mixer(case), (case.image_size, case.image_size))
+    fields = dataclasses.asdict(case)
     return {
-        **dataclasses.asdict(case),
+        "what": fields.pop("measurement"),
+        **fields,
         "title": report.case_title(case, jax.device_count()),
         "flops_per_image": per_image,
         "matmul": matmul,
         "contestants": {
-            name: contest.as_json(result, case.batch_size, per_image, matmul["limit"])
+            name: turns.as_json(result, case.batch_size, per_image, matmul["limit"])
             for name, result in results.items()
         },
         "ours_is_times": {
-            name: contest.ratio(results["ours"], result)
+            name: turns.ratio(results["ours"], result)
             for name, result in results.items()
             if name != "ours"
         },
@@ -106,7 +109,7 @@ def _figures(case: contest.Case, results: dict[str, contest.Result]) -> dict[str
 
 
 def _device_peak() -> int | None:
-    """Returns the peak memory of the first device over all contestants in this process.
+    """Returns the peak memory of the first device over all implementations in this process.
 
     The result is None if the device does not report it.
     """
