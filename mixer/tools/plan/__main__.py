@@ -49,7 +49,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; see python -m mixer.tools.plan --help")
     config = cli.config()
     if TOPOLOGY.value is None:
-        raise UserError("--topology is missing; expected v5e:16x16, gpu:8xH100 or the like")
+        raise UserError(
+            "--topology is missing; expected a topology such as v5e:16x16 or gpu:8xH100"
+        )
 
     from mixer import files
     from mixer.console import Console

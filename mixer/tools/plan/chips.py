@@ -88,8 +88,8 @@ class Topology:
         return math.ceil(self.num_devices / self.chip.devices_per_host)
 
     @property
-    def what(self) -> str:
-        """A description such as "128 cores" or "8 GPUs"."""
+    def size(self) -> str:
+        """The number and kind of the devices, such as "128 cores" or "8 GPUs"."""
         kind = "GPU" if self.is_gpu else "core" if self.generation == "v3" else "chip"
         return f"{self.num_devices:,} {kind}{'s' * (self.num_devices > 1)}"
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -129,9 +129,9 @@ class _Instruction:
         return re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)[1]
 
     def branches(self) -> list[str]:
-        listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        if listed:
-            return [name.strip().lstrip("%") for name in listed[1].split(",")]
+        names = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        if names:
+            return [name.strip().lstrip("%") for name in names[1].split(",")]
         return [self.attribute(f"{value}_computation") for value in ("true", "false")]
 
 
@@ -214,7 +214,7 @@ def _trip_count(loop: _Instruction, computations: dict) -> int | None:
     return int(limit.operands[0])
 
 
-def _fused(name: str, computations: dict):
+def _fused(name: str, computations: dict) -> Iterator[tuple[_Instruction, Counts]]:
     """Yields (instruction, counts) of a fusion's computation and of the fusions in it."""
     for inner in computations[name].values():
         counts = _count_instruction(inner, computations[name], computations, fused=True)
@@ -268,10 +268,10 @@ def _convolution_flops(
 ) -> float:
     """Returns 2 * batch * output features * input features * positions outside the padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
-    of_left, of_right, of_out = labels.groups()
+    left_labels, right_labels, out_labels = labels.groups()
     window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
     window = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
-    spatial = sorted(label for label in of_left if label.isdigit())
+    spatial = sorted(label for label in left_labels if label.isdigit())
 
     def values(key: str, default: str) -> list[str]:
         return window[key].split("x") if key in window else [default] * len(spatial)
@@ -285,18 +285,19 @@ def _convolution_flops(
         values("rhs_dilate", "1"),
         strict=True,
     ):
-        size = left[of_left.index(label)]
-        out = np.arange(convolution.arrays[0].dims[of_out.index(label)])[:, None]
-        tap = np.arange(right[of_right.index(label)])[None]
+        size = left[left_labels.index(label)]
+        out = np.arange(convolution.arrays[0].dims[out_labels.index(label)])[:, None]
+        tap = np.arange(right[right_labels.index(label)])[None]
         position = out * int(stride) + tap * int(right_step) - int(pad.split("_")[0])
         is_inside = (position >= 0) & (position <= (size - 1) * int(left_step))
         positions *= int(np.sum(is_inside & (position % int(left_step) == 0)))
     groups = re.search(r"batch_group_count=(\d+)", convolution.attributes)
-    batch = left[of_left.index("b")] // (int(groups[1]) if groups else 1)
-    return 2.0 * batch * right[of_right.index("i")] * right[of_right.index("o")] * positions
+    batch = left[left_labels.index("b")] // (int(groups[1]) if groups else 1)
+    return 2.0 * batch * right[right_labels.index("i")] * right[right_labels.index("o")] * positions
 
 
 def _traffic(kind: str, instruction: _Instruction, computation: dict[str, _Instruction]) -> Traffic:
+    """Returns the traffic of a collective."""
     size = sum(array.bytes for name in instruction.operands for array in computation[name].arrays)
     devices = _group_size(instruction.attributes)
     if kind == "all-gather":
@@ -309,16 +310,16 @@ def _traffic(kind: str, instruction: _Instruction, computation: dict[str, _Instr
 
 def _group_size(attributes: str) -> int:
     """Returns the number of devices in each group of a collective."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
-    if named:
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+    if mesh:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
-    strided = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
-    if strided:
-        return int(strided[1].split(",")[-1])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return len(listed[1].split(",")) if listed else 1
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
+    if iota:
+        return int(iota[1].split(",")[-1])
+    group = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    return len(group[1].split(",")) if group else 1
 
 
 def _bytes(

@@ -78,16 +78,11 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
     }
 
 
-def preprocess(subject: Subject) -> Specification:
-    """Returns the training preprocessing."""
-    text = subject.config.dataset.train_preprocess
-    return parse(text) if text else Specification()
-
-
 def _place_images(subject: Subject) -> Placement:
     """Decides whether the training images stay on the device, as far as a plan can know."""
-    config, topology, spec = subject.config, subject.topology, preprocess(subject)
-    mode = config.dataset.on_device
+    config, topology = subject.config, subject.topology
+    text, mode = config.dataset.train_preprocess, config.dataset.on_device
+    spec = parse(text) if text else Specification()
 
     def measure() -> Sizes | None:
         side = subject.stored_side if spec else config.image_size

@@ -90,7 +90,7 @@ def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row
         figures = f"measured on the compiled update ({step.compile_seconds:.0f} s to compile)"
     sizes = f"{subject.config.image_size} px, {model.num_classes:,} classes, {model.dtype}"
     return [
-        ("topology", f"{topology.name}: {topology.what} in {topology.num_hosts:,} host(s)"),
+        ("topology", f"{topology.name}: {topology.size} in {topology.num_hosts:,} host(s)"),
         ("model", f"{subject.num_params:,} parameters, {sizes}"),
         ("run", length),
         ("settings", str(step.settings)),
