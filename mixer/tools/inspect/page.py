@@ -1,6 +1,7 @@
 """Draws the pictures of `mixer.tools.inspect` and writes the HTML page that shows them."""
 
 import base64
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,16 +55,17 @@ pre { white-space: pre-wrap; font-size: 0.8rem; }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+@dataclasses.dataclass(frozen=True)
 class Page:
-    """The directory of the page and its pictures; reports pictures that cannot be drawn."""
+    """The directory of the page and its pictures; reports pictures that cannot be drawn.
 
-    def __init__(self, directory: epath.Path, log: Callable[[str], None]):
-        self._directory = directory
-        self.log = log
+    Attributes:
+      directory: the directory.
+      log: prints a line about the progress or about a missing picture.
+    """
 
-    def path(self, name: str) -> epath.Path:
-        """Returns the path of the picture `name`."""
-        return self._directory / name
+    directory: epath.Path
+    log: Callable[[str], None]
 
     def missing(self, content: str, reason: Any) -> str:
         """Logs that some content is not drawn; returns a paragraph that says so on the page."""
@@ -72,7 +74,7 @@ class Page:
 
     def write(self, title: str, sections: Iterable[str]) -> epath.Path:
         """Writes index.html and returns its path."""
-        path = self.path("index.html")
+        path = self.directory / "index.html"
         with files.whole(path) as new_file:
             new_file.write_text(document(title, sections))
         return path
@@ -211,7 +213,7 @@ def _comparison(
     if curves_by_name := {
         names[workdir]: run_rows for workdir, run_rows in rows.items() if run_rows
     }:
-        path = page.path("comparison.png")
+        path = page.directory / "comparison.png"
         curves.draw_comparison(curves_by_name, path)
         parts.append(_picture(path, f"curves of {len(curves_by_name)} runs in one picture"))
     for workdir, run_rows in rows.items():
@@ -226,7 +228,7 @@ def _comparison(
             accuracy = _accuracy(result.top1, result.top1_interval)
             body.append((names[workdir], split, f"{saved.step or 0:,}", accuracy))
     if lines:
-        path = page.path("results.png")
+        path = page.directory / "results.png"
         pictures.draw_results(lines, path)
         parts.append(_picture(path, "accuracies of the runs with their intervals"))
         head = ("run", "split", "step", "top-1 (95 % interval)")
@@ -242,7 +244,7 @@ def _comparison(
 def _curves(workdir: str, rows: curves.Rows, page: Page) -> str:
     if not rows:
         return _section("Curves", page.missing("curves", f"{workdir} has no metrics.jsonl"))
-    path = page.path("curves.png")
+    path = page.directory / "curves.png"
     curves.draw_curves(rows, path, epath.Path(workdir).name)
     last = rows[-1]["step"]
     return _section(
@@ -251,7 +253,7 @@ def _curves(workdir: str, rows: curves.Rows, page: Page) -> str:
 
 
 def _stem(loaded: loading.Loaded, page: Page) -> str:
-    path = page.path("stem.png")
+    path = page.directory / "stem.png"
     kernel = np.asarray(loaded.params["stem"]["kernel"])
     pictures.draw_filters(inspection.stem_filters(kernel), path)
     caption = (
@@ -278,7 +280,7 @@ def _units(loaded: loading.Loaded, page: Page) -> str:
         "weights.</p>"
     ]
     for blocks in pictures.unit_figures(units):
-        path = page.path(f"units_{blocks.start:02}.png")
+        path = page.directory / f"units_{blocks.start:02}.png"
         pictures.draw_units(units[blocks.start : blocks.stop], blocks.start, path)
         numbers = ", ".join(map(str, blocks))
         parts.append(_picture(path, f"token-mixing units of block {numbers}"))
@@ -288,7 +290,7 @@ def _units(loaded: loading.Loaded, page: Page) -> str:
 def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
     images = inspection.read_first(split, MAX_ACTIVATION_IMAGES)
     statistics = inspection.activations(loaded.model, loaded.params, images)
-    path = page.path("activations.png")
+    path = page.directory / "activations.png"
     pictures.draw_activations(statistics, path)
     caption = (
         "The residual stream after the stem (depth 0) and after each block, over all tokens of "
@@ -301,7 +303,7 @@ def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
 def _confusion(result: Classification, split: Split, page: Page) -> str:
     if not result.confusion.any():
         return _section("Confusions", page.missing("confusions", "no image has exactly one label"))
-    path, names = page.path("confusion.png"), split.class_names
+    path, names = page.directory / "confusion.png", split.class_names
     pictures.draw_confusion(result, names, path)
     caption = f"{int(result.confusion.sum()):,} images of {split.name}."
     parts = [_picture(path, "confusion matrix and accuracy of each class", caption)]
@@ -345,12 +347,12 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
                 short += f"\n({curves.shorten(label, 20)})"
             captions.append(f"{probability} {short}")
             body.append((split.example_id(int(index)), label, guess, probability))
-        pictures.draw_images(images, captions, page.path(file))
+        pictures.draw_images(images, captions, page.directory / file)
         caption = "Probability and first guess" + "; the label in brackets" * (not hit) + "."
         table = html_table(Table(("image", "label", "first guess", "probability"), body))
         parts += [
             f"<h3>{title.capitalize()}</h3>",
-            _picture(page.path(file), title, caption),
+            _picture(page.directory / file, title, caption),
             f"<details><summary>List of these images</summary>{table}</details>",
         ]
     return _section("Images", *parts)
@@ -385,10 +387,9 @@ def _open(
         raise UserError("--data_dir is missing; expected a folder of images")
     if loaded.card.preprocess is None:
         raise UserError(f"{loaded.card.source} does not specify its preprocessing")
-    folder = dict(name="folder", data_dir=data_dir, label_file="", label_key="", exclude="")
-    folder = ConfigDict(folder | dict(shuffle_group_size=1))
+    fields = dict(data_dir=data_dir, label_file="", label_key="", exclude="", shuffle_group_size=1)
     split = splits.open_split(
-        folder,
+        ConfigDict(dict(name="folder") | fields),
         split_name or "test",
         loaded.card.preprocess,
         image_size=loaded.card.image_size,
