@@ -135,8 +135,7 @@ def measure(
         measured = figures["step_per_device"]
         step = (measured["median"], "measured") if measured else (step_rate, "given")
         evaluation = evaluation_rate(model, config.image_size, step[0])
-        needs = _needs(figures, specs, step, evaluation)
-        figures["feeds"] = _show_feeds(record.console, figures["images_per_second"], needs)
+        figures["feeds"] = _show_feeds(record.console, figures, step, evaluation)
     record.write(figures)
 
 
@@ -165,36 +164,35 @@ def _show_rates(console: Console, figures: dict[str, Any]) -> None:
     console.say(f"memory {start:.2f} GiB at the start, {end:.2f} at the end")
 
 
-def _needs(
-    figures: dict[str, Any], specs: dict[str, str], step: tuple[float, str], evaluation: float
-) -> dict[str, tuple[float, str]]:
-    """Returns the images/s that a device needs and their source, by preprocessing."""
-    rate, source = step
-    needs = {name: step for name in specs}
-    if HOST_PART in needs and (device := figures["device_part_per_device"]):
-        # The device runs its preprocessing and the training step one after the other.
-        total = 1 / (1 / rate + 1 / device["median"])
-        needs[HOST_PART] = total, f"{source}, including the device's steps"
-    if "evaluation" in needs:
-        needs["evaluation"] = evaluation, "estimated by FLOPs"
-    return needs
-
-
 def _show_feeds(
-    console: Console, rates: dict[str, Any], needs: dict[str, tuple[float, str]]
+    console: Console, figures: dict[str, Any], step: tuple[float, str], evaluation: float
 ) -> dict[str, Any]:
-    """Prints how many devices each preprocessing can feed; returns the results."""
-    devices, figures = jax.local_device_count(), {}
-    for name, (needed, source) in needs.items():
-        result = sufficiency(rates[name]["median"], needed, devices)
-        figures[name] = result | {"images_per_second_per_device": needed}
+    """Prints how many devices each preprocessing can feed; returns the results.
+
+    Args:
+      console: console of the lines.
+      figures: the result of `measure_rates`.
+      step: images/s of a device in training, and the source of this rate.
+      evaluation: images/s of a device in evaluation.
+    """
+    num_devices, feeds = jax.local_device_count(), {}
+    for name in figures["preprocess"]:
+        needed, source = step
+        if name == "evaluation":
+            needed, source = evaluation, "estimated by FLOPs"
+        elif name == HOST_PART and (device_part := figures["device_part_per_device"]):
+            # The device runs its preprocessing and the training step one after the other.
+            needed = 1 / (1 / needed + 1 / device_part["median"])
+            source += ", including the device's steps"
+        result = sufficiency(figures["images_per_second"][name]["median"], needed, num_devices)
+        feeds[name] = result | {"images_per_second_per_device": needed}
         wait = result["wait_share"]
         console.say(
             f"{name}: feeds {result['devices']:.3g} devices at {report.number(needed)} images/s "
-            f"each ({source}); the {devices} of this host would "
+            f"each ({source}); the {num_devices} of this host would "
             + (f"wait {wait:.0%} of the time" if wait else "not wait")
         )
-    return figures
+    return feeds
 
 
 def measure_rates(
@@ -285,9 +283,7 @@ def device_part(spec: str, image_size: int, batch_size: int) -> jax_side.JaxProg
     images = rng.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
     keys = rng.integers(0, 1 << 32, (batch_size, 4), np.uint32)
     images, keys = jax.device_put((images, keys), jax.local_devices()[0])
-    compiled, seconds, size = jax_side.compile_for(jax.jit(ops), images, keys)
-    call = functools.partial(compiled, images, keys)
-    return jax_side.JaxProgram(call, devices=1, compile_seconds=seconds, memory=size)
+    return jax_side.compile_call(jax.jit(ops), images, keys, devices=1)
 
 
 def training_step(model: nn.Module, image_size: int, batch_size: int) -> jax_side.JaxProgram:

@@ -91,6 +91,13 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
     return program, seconds, size
 
 
+def compile_call(jitted: Any, *args: Any, devices: int) -> JaxProgram:
+    """Compiles a function for arguments; returns the program that calls it with them."""
+    compiled, seconds, size = compile_for(jitted, *args)
+    call = functools.partial(compiled, *args)
+    return JaxProgram(call, devices=devices, compile_seconds=seconds, memory=size)
+
+
 def memory_of(program: Any) -> int | None:
     """Returns the device memory of a compiled program in bytes; None if unknown."""
     analysis = program.memory_analysis()
@@ -236,9 +243,7 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> JaxProgram:
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
     batch_sharding = sharding.batch_sharding(mesh)
     jitted = jax.jit(predict, out_shardings=batch_sharding, compiler_options=options)
-    program, seconds, size = compile_for(jitted, params, images)
-    call = functools.partial(program, params, images)
-    return JaxProgram(call, devices=mesh.size, compile_seconds=seconds, memory=size)
+    return compile_call(jitted, params, images, devices=mesh.size)
 
 
 @convert_device_errors()

@@ -146,8 +146,7 @@ class Program:
         if sys.platform == "linux":  # ru_maxrss would include the peak of the parent process
             with open("/proc/self/status") as status:
                 return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read())[1])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
     @property
     def memory(self) -> int:

@@ -209,34 +209,31 @@ def _comparison(
     page: Page,
 ) -> str:
     names = _short_names(list(rows))
-    parts = []
-    if curves_by_name := {
-        names[workdir]: run_rows for workdir, run_rows in rows.items() if run_rows
-    }:
+    parts, missing = [], []
+    if curves_by_name := {names[workdir]: lines for workdir, lines in rows.items() if lines}:
         path = page.directory / "comparison.png"
         curves.draw_comparison(curves_by_name, path)
         parts.append(_picture(path, f"curves of {len(curves_by_name)} runs in one picture"))
-    for workdir, run_rows in rows.items():
-        if not run_rows:
+    for workdir, lines in rows.items():
+        if not lines:
             parts.append(page.missing("curves", f"{workdir} has no metrics.jsonl"))
-    lines, body = [], []
-    for workdir, saved in recorded.items():
-        if saved is None or not saved.splits:
-            continue
-        for split, result in saved.splits.items():
-            lines.append((names[workdir], split, result.top1, result.top1_interval))
-            accuracy = _accuracy(result.top1, result.top1_interval)
-            body.append((names[workdir], split, f"{saved.step or 0:,}", accuracy))
-    if lines:
-        path = page.directory / "results.png"
-        pictures.draw_results(lines, path)
-        parts.append(_picture(path, "accuracies of the runs with their intervals"))
-        head = ("run", "split", "step", "top-1 (95 % interval)")
-        parts.append(html_table(Table(head, body)))
+    drawn_results, body = [], []
     for workdir, saved in recorded.items():
         if saved is None or not saved.splits:
             reason = f"{workdir} has no results; run evaluate.py"
-            parts.append(page.missing("results", reason))
+            missing.append(page.missing("results", reason))
+            continue
+        for split, result in saved.splits.items():
+            drawn_results.append((names[workdir], split, result.top1, result.top1_interval))
+            accuracy = _accuracy(result.top1, result.top1_interval)
+            body.append((names[workdir], split, f"{saved.step or 0:,}", accuracy))
+    if body:
+        path = page.directory / "results.png"
+        pictures.draw_results(drawn_results, path)
+        parts.append(_picture(path, "accuracies of the runs with their intervals"))
+        head = ("run", "split", "step", "top-1 (95 % interval)")
+        parts.append(html_table(Table(head, body)))
+    parts += missing
     parts.append(f"<p>The pictures below show {html_text(next(iter(rows)))}.</p>")
     return _section("Comparison", *parts)
 
