@@ -24,7 +24,7 @@ from mixer.evaluation import classification
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.tools.inspect import activations as inspection
-from mixer.tools.inspect import page, pictures
+from mixer.tools.inspect import data, page, pictures
 from mixer.training import program
 from mixer.training.state import TrainState
 from mixer.weights import checkpoint
@@ -199,10 +199,10 @@ def test_frequent_confusions_and_surest_images():
 
 def test_pixels_of_images_on_any_scale():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    assert inspection.as_pixels(pixels, "decode|value_range(0, 1)") is pixels
+    assert data.as_pixels(pixels, "decode|value_range(0, 1)") is pixels
     for low, high in ((0, 1), (-1, 1), (-2, 3)):
         floats = low + (high - low) * pixels.astype(np.float32) / 255
-        back = inspection.as_pixels(floats, f"decode|value_range({low}, {high})")
+        back = data.as_pixels(floats, f"decode|value_range({low}, {high})")
         np.testing.assert_array_equal(back, pixels)
 
 

@@ -1,15 +1,13 @@
 """Computes the statistics that `mixer.tools.inspect` shows; pictures.py draws them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixer.data import splits as pipeline
-from mixer.data.preprocessing.spec import pixel_range
 from mixer.evaluation import classification
 from mixer.models.mlp_mixer import MlpBlock, MlpMixer
 from mixer.training.step import normalize
@@ -266,28 +264,3 @@ def most_confident(
     indices = np.flatnonzero(predictions.labelled & (predictions.hit == hit))
     order = np.argsort(-predictions.probability[indices], kind="stable")
     return indices[order[:max_count]]
-
-
-def read_images(split: pipeline.Split, indices: Sequence[int]) -> list[np.ndarray]:
-    """Reads the preprocessed images (H, W, 3) at the given indices of a split."""
-    images = []
-    for index in map(int, indices):
-        batch = next(split.sequential_batches(start=index, stop=index + 1, batch_size=1))
-        images.append(batch["image"][0])
-    return images
-
-
-def read_first(split: pipeline.Split, count: int) -> np.ndarray:
-    """Reads the first images (n, H, W, 3) of a split, whose order mixes the classes."""
-    stop = min(count, split.num_examples)
-    batches = split.sequential_batches(start=0, stop=stop, batch_size=stop)
-    return next(batches)["image"]
-
-
-def as_pixels(images: np.ndarray, preprocess: str | None) -> np.ndarray:
-    """Converts preprocessed images to uint8 pixels, including floats from `value_range`."""
-    if images.dtype == np.uint8:
-        return images
-    low, high = pixel_range(preprocess)
-    pixels = (np.asarray(images, np.float32) - low) / (high - low) * 255
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import files, run_files
-from mixer.data import splits
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification, results, scores
@@ -23,9 +22,8 @@ from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.tools.inspect import activations as inspection
-from mixer.tools.inspect import pictures
+from mixer.tools.inspect import data, pictures
 from mixer.tools.inspect.document import Page, embed_picture, make_section
-from mixer.tools.predict import prediction
 from mixer.weights import checkpoint, published
 from mixer.weights import load as loading
 
@@ -89,7 +87,7 @@ def write(
     metric_rows = []
     try:
         data_record = run_files.read_data(workdirs[0])["splits"] if workdirs else None
-        split = _open_split(config, loaded, split_name, data_dir, data_record)
+        split = data.open_split(config, loaded, split_name, data_dir, data_record)
     except UserError as error:
         if data_dir or split_name:
             raise
@@ -240,7 +238,7 @@ def _units(loaded: loading.Loaded, page: Page) -> str:
 
 
 def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
-    images = inspection.read_first(split, MAX_ACTIVATION_IMAGES)
+    images = data.read_first(split, MAX_ACTIVATION_IMAGES)
     statistics = inspection.activations(loaded.model, loaded.params, images)
     path = page.directory / "activations.png"
     pictures.draw_activations(statistics, path)
@@ -290,8 +288,8 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
             parts.append(page.missing(title, "there are none"))
             continue
         images = [
-            inspection.as_pixels(image, loaded.card.preprocess)
-            for image in inspection.read_images(split, indices)
+            data.as_pixels(image, loaded.card.preprocess)
+            for image in data.read_images(split, indices)
         ]
         captions, table_rows = [], []
         for index in indices:
@@ -314,60 +312,6 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
     return make_section("Images", *parts)
 
 
-def _open_split(
-    config: Any,
-    loaded: loading.Loaded,
-    split_name: str | None,
-    data_dir: str | None,
-    data_record: dict[str, Any] | None,
-) -> Split:
-    """Opens the split to evaluate: of a run's config, or of a folder if `config` is None.
-
-    Args:
-      config: config of the run; None for weights.
-      loaded: the weights.
-      split_name: "val" or "test"; None: the test split if there is one.
-      data_dir: data directory that replaces that of the config; for weights, the folder.
-      data_record: the entry "splits" of the run's data.json.
-
-    Raises:
-      UserError: the split or its data does not exist, or does not fit the weights.
-    """
-    if config is not None:
-        if data_dir is not None:
-            config.dataset.data_dir = data_dir
-        names = tuple(loaded.card.class_names)
-        for name in (split_name,) if split_name else ("test", "val"):
-            split = run.open_own_split(config, name, names, data_record)
-            if split is not None:
-                return split
-        keys = (
-            f"dataset.{split_name}_split"
-            if split_name
-            else "dataset.test_split and dataset.val_split"
-        )
-        raise UserError(f"{keys}: empty in the config; expected a split")
-    if data_dir is None:
-        raise UserError("--data_dir is missing; expected a folder of images")
-    if loaded.card.preprocess is None:
-        raise UserError(f"{loaded.card.source} does not specify its preprocessing")
-    fields = dict(data_dir=data_dir, label_file="", label_key="", exclude="", shuffle_group_size=1)
-    split = splits.open_split(
-        ConfigDict(dict(name="folder") | fields),
-        split_name or "test",
-        loaded.card.preprocess,
-        image_size=loaded.card.image_size,
-        num_classes=loaded.card.num_classes or None,
-        class_names=prediction.names_of(loaded.card),
-    )
-    if loaded.card.num_classes not in (0, len(split.class_names)):
-        raise UserError(
-            f"{split.name} has {len(split.class_names):,} classes; expected "
-            f"{loaded.card.num_classes:,}, as in {loaded.card.source}"
-        )
-    return split
-
-
 def _model_rows(loaded: loading.Loaded) -> list[tuple[str, str]]:
     card, dims = loaded.card, loaded.card.dimensions
     count = sharding.num_values(loaded.params)
@@ -386,16 +330,16 @@ def _model_rows(loaded: loading.Loaded) -> list[tuple[str, str]]:
 
 
 def _training_rows(config: Any) -> list[tuple[str, str]]:
-    data, optimizer = config.dataset, config.optimizer
+    dataset, optimizer = config.dataset, config.optimizer
     return [
-        ("data", " ".join(filter(None, (data.name, data.data_dir, data.train_split)))),
+        ("data", " ".join(filter(None, (dataset.name, dataset.data_dir, dataset.train_split)))),
         ("training", f"{config.total_steps:,} steps of {config.global_batch_size:,} images"),
         (
             "optimizer",
             f"{optimizer.name}, peak learning rate {optimizer.peak_lr:g}, weight decay "
             f"{optimizer.weight_decay:g}, {config.schedule.decay} schedule",
         ),
-        ("training images", data.train_preprocess),
+        ("training images", dataset.train_preprocess),
     ]
 
 

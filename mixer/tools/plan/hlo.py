@@ -12,16 +12,15 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-BYTES = {
-    **dict(pred=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4),
-    **dict(s64=8, u64=8, f64=8, c64=8, c128=16),
-}
+from mixer.tools.plan import hlo_text
+from mixer.tools.plan.hlo_text import Instruction
+
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
 # Instructions that move no data themselves; the computations that they call are counted.
-_FREE = {
+_NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "custom-call", "partition-id", "replica-id", "domain"),
     *("async-start", "async-update", "opt-barrier"),
@@ -70,7 +69,7 @@ def count(text: str) -> Counts:
     Args:
       text: HLO text, optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
     """
-    computations, entry = _parse(text)
+    computations, entry = hlo_text.parse(text)
 
     @functools.cache
     def counts_of(name: str) -> Counts:
@@ -94,7 +93,7 @@ def count(text: str) -> Counts:
             elif instruction.op == "fusion":
                 # On TPUs a collective that overlaps with matmuls appears in several fusions (its
                 # start, its overlap and its end) with the same channel.
-                for inner, counts in _fused(instruction.attribute("calls"), computations):
+                for inner, counts in _count_fusion(instruction.attribute("calls"), computations):
                     channel = re.search(r"channel_id=(\d+)", inner.attributes)
                     if counts.collectives and channel:
                         in_fusions[channel[1]] = counts
@@ -105,100 +104,7 @@ def count(text: str) -> Counts:
     return counts_of(entry)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    dtype: str
-    dims: tuple[int, ...]
-    in_memory: bool  # False: the array is in the core's fast memory
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.dims) * BYTES.get(self.dtype, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    arrays: tuple[_Array, ...]  # the arrays of the result, several for a tuple
-    op: str
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-    def attribute(self, key: str) -> str:
-        return re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)[1]
-
-    def branches(self) -> list[str]:
-        names = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        if names:
-            return [name.strip().lstrip("%") for name in names[1].split(",")]
-        return [self.attribute(f"{value}_computation") for value in ("true", "false")]
-
-
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Parses HLO text; returns all computations by name, and the name of the entry."""
-    computations: dict[str, dict[str, _Instruction]] = {}
-    current, entry = {}, ""
-    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
-        if not line.startswith(" "):
-            head = _HEAD.match(line)
-            if head and not line.startswith("HloModule"):
-                current = computations[head[2]] = {}
-                entry = head[2] if head[1] else entry
-        elif head := _INSTRUCTION.match(line):
-            current[head[2]] = _instruction(head[2], line[head.end() :], bool(head[1]))
-    return computations, entry
-
-
-def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
-    """Parses "TYPE op(operands), attributes"."""
-    end = _parenthesised(text, 0)[1] if text.startswith("(") else text.index(" ")
-    start = text.index("(", end)
-    operands, close = _parenthesised(text, start)
-    return _Instruction(
-        name=name,
-        arrays=_arrays(text[:end]),
-        op=text[end:start].strip(),
-        operands=tuple(part.split()[-1].lstrip("%") for part in operands),
-        attributes=text[close:],
-        is_root=is_root,
-    )
-
-
-def _arrays(text: str) -> tuple[_Array, ...]:
-    return tuple(
-        _Array(
-            dtype,
-            tuple(int(size.lstrip("<=")) for size in dims.split(",") if size),
-            not re.search(r"S\([1-9]\d*\)", layout or ""),
-        )
-        for dtype, dims, layout in _ARRAY.findall(text)
-    )
-
-
-def _parenthesised(text: str, start: int) -> tuple[list[str], int]:
-    """Returns the comma-separated parts of the list that opens at `start`, and the index after it.
-
-    Commas inside nested brackets do not separate parts.
-    """
-    parts, depth, part_start = [], 0, start + 1
-    for index in range(start, len(text)):
-        letter = text[index]
-        depth += (letter in "([{") - (letter in ")]}")
-        if depth == 0 or (depth == 1 and letter == ","):
-            parts.append(text[part_start:index].strip())
-            part_start = index + 1
-        if depth == 0:
-            return [part for part in parts if part], index + 1
-    raise ValueError(f"unbalanced brackets: {text[:200]}")
-
-
-def _trip_count(loop: _Instruction, computations: dict) -> int | None:
+def _trip_count(loop: Instruction, computations: dict) -> int | None:
     """Returns the trip count of a loop; None if it depends on the data."""
     constant = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if constant:
@@ -214,7 +120,7 @@ def _trip_count(loop: _Instruction, computations: dict) -> int | None:
     return int(limit.operands[0])
 
 
-def _fused(name: str, computations: dict) -> Iterator[tuple[_Instruction, Counts]]:
+def _count_fusion(name: str, computations: dict) -> Iterator[tuple[Instruction, Counts]]:
     """Yields (instruction, counts) of a fusion's computation and of the fusions in it."""
     for inner in computations[name].values():
         counts = _count_instruction(inner, computations[name], computations, fused=True)
@@ -224,11 +130,11 @@ def _fused(name: str, computations: dict) -> Iterator[tuple[_Instruction, Counts
             counts = dataclasses.replace(counts, collectives=(("reduce-scatter", traffic),))
         yield inner, counts
         if inner.op == "fusion":
-            yield from _fused(inner.attribute("calls"), computations)
+            yield from _count_fusion(inner.attribute("calls"), computations)
 
 
 def _count_instruction(
-    instruction: _Instruction, computation: dict[str, _Instruction], computations: dict, fused: bool
+    instruction: Instruction, computation: dict[str, Instruction], computations: dict, fused: bool
 ) -> Counts:
     """Counts an instruction without the computations that it calls."""
     kind = instruction.op.removesuffix("-start")
@@ -244,18 +150,18 @@ def _count_instruction(
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
     return Counts(
         flops=flops,
-        bytes=0.0 if fused else _bytes(instruction, computation, computations),
+        bytes=0.0 if fused else _count_bytes(instruction, computation, computations),
         collectives=collectives,
         cycles=float(cycles[1]) if cycles and not fused else 0.0,
     )
 
 
-def _is_gemm(instruction: _Instruction) -> bool:
+def _is_gemm(instruction: Instruction) -> bool:
     """Whether the instruction is a matmul in a GPU library, possibly with a bias and more."""
     return instruction.op == "custom-call" and '"gemm_backend_config"' in instruction.attributes
 
 
-def _matmul_flops(matmul: _Instruction, left: tuple[int, ...]) -> float:
+def _matmul_flops(matmul: Instruction, left: tuple[int, ...]) -> float:
     """Returns 2 * result elements * contracted sizes of a dot or a matmul in a GPU library."""
     # lhs_contracting_dims={1} in a dot, "lhs_contracting_dimensions":["1"] in a library's matmul
     contracted = re.search(r'lhs_contracting_dim\w+"?[=:][{\[]([\d,"]*)', matmul.attributes)[1]
@@ -264,7 +170,7 @@ def _matmul_flops(matmul: _Instruction, left: tuple[int, ...]) -> float:
 
 
 def _convolution_flops(
-    convolution: _Instruction, left: tuple[int, ...], right: tuple[int, ...]
+    convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> float:
     """Returns 2 * batch * output features * input features * positions outside the padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
@@ -296,7 +202,7 @@ def _convolution_flops(
     return 2.0 * batch * right[right_labels.index("i")] * right[right_labels.index("o")] * positions
 
 
-def _traffic(kind: str, instruction: _Instruction, computation: dict[str, _Instruction]) -> Traffic:
+def _traffic(kind: str, instruction: Instruction, computation: dict[str, Instruction]) -> Traffic:
     """Returns the traffic of a collective."""
     size = sum(array.bytes for name in instruction.operands for array in computation[name].arrays)
     devices = _group_size(instruction.attributes)
@@ -322,8 +228,8 @@ def _group_size(attributes: str) -> int:
     return len(group[1].split(",")) if group else 1
 
 
-def _bytes(
-    instruction: _Instruction, computation: dict[str, _Instruction], computations: dict
+def _count_bytes(
+    instruction: Instruction, computation: dict[str, Instruction], computations: dict
 ) -> float:
     """Returns the bytes of main memory that an instruction outside fusions reads and writes."""
     op = instruction.op
@@ -332,7 +238,11 @@ def _bytes(
         inputs = [computation[name].arrays for name in instruction.operands if name in computation]
         arrays = [*instruction.arrays[:-1], *(array for group in inputs for array in group)]
         return float(sum(array.bytes for array in arrays))
-    if op in _FREE or op.endswith(("-done", "-update")) or op.removesuffix("-start") in COLLECTIVES:
+    if (
+        op in _NO_TRAFFIC
+        or op.endswith(("-done", "-update"))
+        or op.removesuffix("-start") in COLLECTIVES
+    ):
         return 0.0
     out = sum(array.bytes for array in instruction.arrays if array.in_memory)
     operands = [computation[name] for name in instruction.operands if name in computation]
@@ -352,13 +262,11 @@ def _bytes(
     for number, operand in enumerate(operands):
         if all(array.in_memory for array in operand.arrays):
             size = sum(array.bytes for array in operand.arrays)
-            read += _read_inside(inner, number, size, computations)
-    return read + _written_inside(inner, out)
+            read += _bytes_read(inner, number, size, computations)
+    return read + _bytes_written(inner, out)
 
 
-def _read_inside(
-    inner: dict[str, _Instruction], number: int, size: int, computations: dict
-) -> float:
+def _bytes_read(inner: dict[str, Instruction], number: int, size: int, computations: dict) -> float:
     """Returns the bytes of an operand that a fusion reads: only the slices, if it slices it."""
     names = {i.name for i in inner.values() if i.op == "parameter" and i.operands == (str(number),)}
     read, has_grown = 0.0, True
@@ -374,13 +282,13 @@ def _read_inside(
             nested = computations[user.attribute("calls")]
             for index, name in enumerate(user.operands):
                 if name in names:
-                    read += _read_inside(nested, index, size, computations)
+                    read += _bytes_read(nested, index, size, computations)
         elif user.op != "dynamic-update-slice" or user.operands[0] not in names:
             return size
     return min(read, size)
 
 
-def _written_inside(inner: dict[str, _Instruction], size: float) -> float:
+def _bytes_written(inner: dict[str, Instruction], size: float) -> float:
     """Returns the bytes that a fusion writes: only the update, if it updates an array in place."""
     root = next(i for i in inner.values() if i.is_root)
     ends = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
