@@ -49,7 +49,7 @@ def test_pairs_are_those_of_the_greedy_choice():
         )
         wanted.add((one, other))
         left -= {one, other}
-    pairs, cosine = inspection.opposites(units)
+    pairs, cosine = inspection.pair_opposites(units)
     assert {tuple(pair) for pair in pairs.tolist()} == wanted
     np.testing.assert_allclose(cosine, similarity[tuple(pairs.T)], atol=1e-6)
 
@@ -64,7 +64,7 @@ def test_units_of_opposite_phase_stand_together_by_frequency():
     waves = _waves([3, 1, 2], grid)
     scale = np.array([1, 5, 0.2, 2, 1, 7])[:, None, None]
     units = np.concatenate([waves, -waves])[[4, 0, 2, 3, 1, 5]] * scale
-    found = inspection.paired_units(units.reshape(6, -1).T, grid)
+    found = inspection.pair_units(units.reshape(6, -1).T, grid)
     assert found.weights.shape == (3, 2, *grid) and found.num_units == 6
     wanted = _waves([1, 2, 3], grid)
     for (one, other), wave in zip(found.weights, wanted, strict=True):
@@ -78,7 +78,7 @@ def test_units_of_opposite_phase_stand_together_by_frequency():
 def test_units_that_are_alike_or_alone_are_no_fault(kernel):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = inspection.paired_units(kernel, (3, 4))
+        found = inspection.pair_units(kernel, (3, 4))
     assert found.weights.shape == (kernel.shape[1] // 2, 2, 3, 4)
     assert np.isfinite(found.weights).all() and found.cosine == found.chance == 0
 
@@ -284,7 +284,7 @@ def test_filters_of_any_size(tmp_path, side, count):
 def test_units_of_any_number(tmp_path, grid, count):
     """Beyond 320 pairs some are left out, and the picture says so."""
     kernel = np.random.default_rng(0).standard_normal((grid[0] * grid[1], count))
-    units = [inspection.paired_units(kernel, grid)] * 3
+    units = [inspection.pair_units(kernel, grid)] * 3
     groups = pictures.unit_figures(units)
     assert [block for group in groups for block in group] == [0, 1, 2]
     assert len(groups) == (1 if count < 100 else 3)

@@ -28,7 +28,9 @@ from mixer.parallel import backend
 MAX_INT32 = 2**31 - 1  # image indices on devices are int32
 
 MODELS = flags.DEFINE_list(
-    "models", ["S/32", "B/16"], "S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4)."
+    "models",
+    ["S/32", "B/16"],
+    "Models: S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4).",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",

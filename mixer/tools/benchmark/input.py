@@ -177,18 +177,18 @@ def _show_feeds(
     """
     num_devices, feeds = jax.local_device_count(), {}
     for name in figures["preprocess"]:
-        needed, source = step
+        demand, source = step
         if name == "evaluation":
-            needed, source = evaluation, "estimated by FLOPs"
+            demand, source = evaluation, "estimated by FLOPs"
         elif name == HOST_PART and (device_part := figures["device_part_per_device"]):
             # The device runs its preprocessing and the training step one after the other.
-            needed = 1 / (1 / needed + 1 / device_part["median"])
+            demand = 1 / (1 / demand + 1 / device_part["median"])
             source += ", including the device's steps"
-        result = sufficiency(figures["images_per_second"][name]["median"], needed, num_devices)
-        feeds[name] = result | {"images_per_second_per_device": needed}
+        result = sufficiency(figures["images_per_second"][name]["median"], demand, num_devices)
+        feeds[name] = result | {"images_per_second_per_device": demand}
         wait = result["wait_share"]
         console.say(
-            f"{name}: feeds {result['devices']:.3g} devices at {report.number(needed)} images/s "
+            f"{name}: feeds {result['devices']:.3g} devices at {report.number(demand)} images/s "
             f"each ({source}); the {num_devices} of this host would "
             + (f"wait {wait:.0%} of the time" if wait else "not wait")
         )

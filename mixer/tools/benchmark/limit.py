@@ -20,21 +20,21 @@ def _side() -> int:
     return SIDES.get(jax.default_backend(), 8192)
 
 
-def prepare(
+def makers(
     dtype: str, child: torch_side.Child | None = None
 ) -> dict[str, Callable[[], turns.Program]]:
     """Returns functions that prepare the programs "jax" and, with a worker, "torch"."""
     shape = (_side(),) * 3
-    makers = {"jax": functools.partial(jax_side.prepare_matmul, shape, dtype)}
+    functions = {"jax": functools.partial(jax_side.prepare_matmul, shape, dtype)}
     if child:
-        makers["torch"] = functools.partial(
+        functions["torch"] = functools.partial(
             torch_side.prepare_matmul, child, shape, dtype, torch_device()
         )
-    return makers
+    return functions
 
 
 def take_figures(results: dict[str, turns.Result]) -> dict[str, Any]:
-    """Removes the programs of `prepare` from the results, and returns their rates.
+    """Removes the programs of `makers` from the results, and returns their rates.
 
     Returns:
       As JSON: the side, the rates in FLOP/s per device by program, and their highest median

@@ -29,11 +29,11 @@ WARM_UP_CALLS = 12  # calls in which the number of updates per call grows
 class Loop:
     """A program (see turns.py) whose step is an update of the global batch."""
 
-    def __init__(self, source: stepping.Updates, state: Any, *, devices: int, seconds: float):
+    def __init__(self, updates: stepping.Updates, state: Any, *, devices: int, seconds: float):
         """Warms the loop up; `seconds` is the compile time."""
-        self._source, self._state, self._step = source, state, 0
+        self._updates, self._state, self._step = updates, state, 0
         self.devices, self.compile_seconds = devices, seconds
-        self.memory = memory_of(source.compiled)
+        self.memory = memory_of(updates.compiled)
         for _ in range(WARM_UP_CALLS):
             self.run(0.0)
 
@@ -43,16 +43,16 @@ class Loop:
         first_step, start = self._step, time.perf_counter()
         while self._step == first_step or time.perf_counter() - start < seconds:
             call_time = time.perf_counter()
-            count, update = self._source.next(self._step, stepping.MAX_STEPS)
+            count, update = self._updates.next(self._step, stepping.MAX_STEPS)
             self._state, metrics = update(self._state)
             self._step += count
-            self._source.sent(metrics["loss"], count, call_time)
-        self._source.drain()
+            self._updates.sent(metrics["loss"], count, call_time)
+        self._updates.drain()
         return self._step - first_step, time.perf_counter() - start
 
     def close(self) -> None:
         """Releases the arrays."""
-        del self._source, self._state
+        del self._updates, self._state
 
 
 def measure(
@@ -73,7 +73,7 @@ def measure(
     makers: dict[str, Callable[[], turns.Program]] = {"loop": lambda: prepare(config, num_examples)}
     with record.console.status("") as status:
         results = turns.take_turns(
-            makers | limit.prepare(model.dtype), seconds=seconds, rounds=rounds, say=status.update
+            makers | limit.makers(model.dtype), seconds=seconds, rounds=rounds, say=status.update
         )
     matmul = limit.take_figures(results)
     per_image = flops.train_flops(model, (config.image_size, config.image_size))
@@ -146,6 +146,6 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
     state = train_program.init_state()
     examples = resident.Examples(arrays, steps, "")
     start = time.perf_counter()
-    source = stepping.make_resident(config, examples, train_program)
+    updates = stepping.make_resident(config, examples, train_program)
     seconds = time.perf_counter() - start
-    return Loop(source, state, devices=mesh.size, seconds=seconds)
+    return Loop(updates, state, devices=mesh.size, seconds=seconds)

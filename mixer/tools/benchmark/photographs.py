@@ -1,4 +1,4 @@
-"""Generates the photographs whose reading `data` measures."""
+"""Writes generated photographs, which the measurement `data` reads."""
 
 import io
 from pathlib import Path

@@ -56,7 +56,7 @@ def measure(
             makers = _makers(case, against, torch_python)
             with record.console.status("") as status:
                 results = turns.take_turns(
-                    makers | limit.prepare(case.dtype, child),
+                    makers | limit.makers(case.dtype, child),
                     seconds=seconds,
                     rounds=rounds,
                     say=status.update,

@@ -50,7 +50,7 @@ class Result:
 
 
 def take_turns(
-    prepare: Mapping[str, Callable[[], Program]],
+    makers: Mapping[str, Callable[[], Program]],
     *,
     seconds: float,
     rounds: int,
@@ -61,37 +61,37 @@ def take_turns(
     Each round starts with a different program.
 
     Args:
-      prepare: functions that return a compiled and warmed-up program, by name.
+      makers: functions that return a compiled and warmed-up program, by name.
       seconds: duration of a turn.
       rounds: turns of each program.
       say: prints the name of the program in preparation.
     """
-    ready: dict[str, Program] = {}
+    programs: dict[str, Program] = {}
     results: dict[str, Result] = {}
     try:
-        for name, make in prepare.items():
+        for name, make in makers.items():
             say(f"preparing {name}")
             try:
-                ready[name] = make()
+                programs[name] = make()
                 memory.give_back_freed_memory()  # the next program may need it
             except ProgramError as error:
                 results[name] = Result(failure=str(error))
             else:
-                results[name] = Result(ready[name].devices, ready[name].compile_seconds)
+                results[name] = Result(programs[name].devices, programs[name].compile_seconds)
         for turn in range(rounds):
-            names = [name for name in ready if results[name].failure is None]
+            names = [name for name in programs if results[name].failure is None]
             start = turn % max(len(names), 1)
             for name in [*names[start:], *names[:start]]:
                 try:
-                    steps, duration = ready[name].run(seconds)
+                    steps, duration = programs[name].run(seconds)
                     memory.give_back_freed_memory()
                 except ProgramError as error:
                     results[name].failure = str(error)
                     continue
                 results[name].rounds.append(duration / steps)
-                results[name].memory = ready[name].memory
+                results[name].memory = programs[name].memory
     finally:
-        for program in ready.values():
+        for program in programs.values():
             program.close()
     return results
 

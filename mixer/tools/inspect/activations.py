@@ -90,7 +90,7 @@ def stem_filters(kernel: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * filters / np.maximum(largest, np.finfo(np.float32).tiny)
 
 
-def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
+def pair_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
     """Pairs the token-mixing units of a block by opposite phase, as the paper's figure 5 does.
 
     Pairing is greedy: the two units with the lowest cosine similarity are paired first.
@@ -100,9 +100,9 @@ def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
       grid: (H/P, W/P), the grid of the S patches.
     """
     units = np.asarray(kernel, np.float32).T
-    pairs, cosine = opposites(units)
+    pairs, cosine = pair_opposites(units)
     shuffled = np.random.default_rng(0).permuted(units, axis=1)
-    _, chance = opposites(shuffled)
+    _, chance = pair_opposites(shuffled)
     tiles = units.reshape(-1, *grid)
     largest = np.abs(tiles).max(axis=(1, 2), keepdims=True)
     tiles = tiles / np.maximum(largest, np.finfo(np.float32).tiny)
@@ -115,7 +115,7 @@ def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
     )
 
 
-def opposites(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pair_opposites(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs vectors (D, S) greedily by the lowest cosine similarity.
 
     Returns:
@@ -163,10 +163,10 @@ def activations(
       images: (n, H, W, 3) preprocessed images: uint8, or floats in the model's input range.
       batch_size: images per batch.
     """
-    step = _make_step(model)
+    compute_sums = _make_compute_sums(model)
     sums: dict[str, np.ndarray] = {}
     for start in range(0, len(images), batch_size):
-        batch_sums = jax.device_get(step(params, images[start : start + batch_size]))
+        batch_sums = jax.device_get(compute_sums(params, images[start : start + batch_size]))
         for key, value in batch_sums.items():
             sums[key] = sums.get(key, 0) + value.astype(np.float64)
     num_tokens = len(images) * np.prod(images.shape[1:3]) / model.patch_size**2
@@ -190,7 +190,7 @@ def activations(
     )
 
 
-def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+def _make_compute_sums(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
     """Returns a compiled function `(params, images) -> sums` over the tokens of a batch.
 
     "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the stream x and of x^T x at each
@@ -205,7 +205,7 @@ def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Arra
         return x.astype(jnp.float32).reshape(-1, model.hidden_dim)
 
     @jax.jit
-    def step(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    def compute_sums(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         (_, out), state = model.apply(
             {"params": params}, normalize(images), capture_intermediates=is_branch
         )
@@ -225,7 +225,7 @@ def _make_step(model: MlpMixer) -> Callable[[Any, jax.Array], dict[str, jax.Arra
             "channel": jnp.stack([jnp.sum(x**2) for x in channel]),
         }
 
-    return step
+    return compute_sums
 
 
 def cluster_order(confusion: np.ndarray) -> np.ndarray:

@@ -216,7 +216,7 @@ def _stem(loaded: loading.Loaded, page: Page) -> str:
 def _units(loaded: loading.Loaded, page: Page) -> str:
     grid = loaded.card.grid
     units = [
-        inspection.paired_units(
+        inspection.pair_units(
             np.asarray(loaded.params[f"MixerBlock_{i}"]["token_mixing"]["Dense_0"]["kernel"]), grid
         )
         for i in range(loaded.card.num_blocks)

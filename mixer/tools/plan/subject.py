@@ -36,8 +36,8 @@ class Set:
     side: int | None = None
 
 
-# Counts from TFDS [recalled], sizes from its downloads; ImageNet-21k is the fall 2011 release. A
-# length in epochs needs the counts, and a plan does not read the data.
+# Counts from TFDS (quoted from memory), sizes from its downloads; ImageNet-21k is the fall 2011
+# release. A length in epochs needs the counts, and a plan does not read the data.
 SETS = {
     "imagenet2012": Set({"train": 1_281_167, "validation": 50_000}, 1000, 110e3),
     "imagenet21k": Set({"train": 14_197_122}, 21843, 92e3),

@@ -31,7 +31,7 @@ SAVED_COPIES = {
     "tpu scan": {"none": (3, 6), "dots": (1, 1), "full": (1, 0), "working": (4, 5)},
     "gpu": {"none": (4, 3), "dots": (3, 1), "full": (1, 0), "working": (4, 4)},
 }
-# Traffic between a block and the main memory, in the same copies; "gpu" is [estimated].
+# Traffic between a block and the main memory, in the same copies; "gpu" is an estimate.
 MOVED_COPIES = {
     "tpu": {"none": (5, 8), "dots": (5, 8), "full": (5, 9.5)},
     "tpu scan": {"none": (8, 15), "dots": (6, 10), "full": (6, 10)},
