@@ -12,15 +12,15 @@ import pytest
 
 from helpers import TINY
 from mixer.models import layers
-from mixer.tools.benchmark import contest, jax_side
+from mixer.tools.benchmark import cases, jax_side
 from mixer.training.step import normalize
 
 SMALL = 1e-3  # of the whole gradient's norm: a parameter's smaller gradient counts as that large
 
 
 def _case(model, dimensions, *, image_size, num_classes, batch_size, dtype):
-    return contest.Case(
-        what="train",
+    return cases.Case(
+        measurement="train",
         model=model,
         dimensions=dimensions,
         image_size=image_size,
@@ -106,6 +106,6 @@ def test_on_a_gpu_ours_is_about_as_far_off_as_plain(model, dtype):
     if jax.default_backend() != "gpu":
         pytest.skip("JAX runs on no GPU; JAX_PLATFORMS=cuda selects it")
     sizes = dict(image_size=224, num_classes=1000, batch_size=32)
-    ours, plain = _errors(_case(model, contest.MODELS[model], **sizes, dtype=dtype))
+    ours, plain = _errors(_case(model, cases.MODELS[model], **sizes, dtype=dtype))
     for what, error in ours.items():
         assert error < 2 * plain[what] + 1e-5, (what, ours, plain)

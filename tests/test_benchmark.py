@@ -1,4 +1,4 @@
-"""The benchmark's contestants do the same work, and its figures are of what was done."""
+"""The benchmark's implementations do the same work, and its figures describe that work."""
 
 import importlib.util
 import json
@@ -17,12 +17,14 @@ import safetensors.numpy
 import mixer
 from helpers import TINY, environment, run_program, run_python, tiny_config
 from mixer import memory
+from mixer.console import Console
 from mixer.errors import UserError
+from mixer.evaluation.tables import print_table
 from mixer.models import flops
 from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark import contest, jax_side, limit, report, torch_side
+from mixer.tools.benchmark import cases, jax_side, limit, report, torch_side, turns
 from mixer.tools.benchmark import input as pipeline
 from mixer.tools.benchmark import loop as looping
 
@@ -42,9 +44,10 @@ def cache_stays(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
 
 
-def tiny_case(what="train", **values):
+def tiny_case(measurement="train", **values):
     fields = dict(model="tiny", image_size=16, num_classes=7, batch_size=4, dtype="float32")
-    return contest.Case(**dict(fields, what=what, dimensions=DIMENSIONS, gelu="tanh") | values)
+    fields |= dict(measurement=measurement, dimensions=DIMENSIONS, gelu="tanh")
+    return cases.Case(**fields | values)
 
 
 def run_tool(*arguments, code=0):
@@ -93,7 +96,7 @@ class Fake:
     def run(self, seconds):
         self.turns += 1
         if self.turns == self.fails_in:
-            raise contest.Failed("does not fit into memory")
+            raise turns.ProgramError("does not fit into memory")
         self.log.append(self.name)
         return 10, 10 * self.seconds * self.turns
 
@@ -101,13 +104,13 @@ class Fake:
         self.log.append(f"{self.name} closed")
 
 
-def test_contestants_take_turns_in_rotating_order():
+def test_programs_take_turns_in_rotating_order():
     log = []
 
     def cannot():
-        raise contest.Failed("why")
+        raise turns.ProgramError("why")
 
-    results = contest.compete(
+    results = turns.take_turns(
         {
             "a": lambda: Fake(log, "a", 0.5),
             "b": cannot,
@@ -120,14 +123,14 @@ def test_contestants_take_turns_in_rotating_order():
     assert log == [*"acd", *"ca", *"ac", "a closed", "c closed", "d closed"]
     assert results["b"].failure == "why" and "memory" in results["d"].failure
     assert results["a"].rounds == [0.5, 1.0, 1.5]
-    assert contest.ratio(results["a"], results["c"]) == dict(median=2, lowest=2, highest=2)
-    assert contest.ratio(results["a"], results["d"]) is None
-    figures = contest.as_json(results["a"], images=8, flops=1e9, limit=16e9)
+    assert turns.ratio(results["a"], results["c"]) == dict(median=2, lowest=2, highest=2)
+    assert turns.ratio(results["a"], results["d"]) is None
+    figures = turns.as_json(results["a"], images=8, flops=1e9, limit=16e9)
     assert figures["images_per_second_per_device"] == dict(median=8, lowest=8 / 1.5, highest=16)
     assert figures["images_per_second"]["median"] == 16  # two devices
     assert figures["flops_per_second_per_device"]["median"] == 8e9
     assert figures["share_of_matmul"] == 0.5
-    assert contest.as_json(results["b"], 8, 1e9, 16e9) == {"failure": "why"}
+    assert turns.as_json(results["b"], 8, 1e9, 16e9) == {"failure": "why"}
 
 
 def test_closed_form_of_training():
@@ -148,7 +151,7 @@ def test_what_does_not_fit_is_a_reason(monkeypatch):
         raise memory.NoRoomError("too much")
 
     monkeypatch.setattr(memory, "check_room", refuse)
-    with pytest.raises(contest.Failed, match="too much"):
+    with pytest.raises(turns.ProgramError, match="too much"):
         jax_side.prepare_infer("ours", tiny_case("infer"), sharding.make_mesh({"data": -1}))
 
 
@@ -170,17 +173,17 @@ for line in sys.stdin:
 
 def test_child_answers_and_its_end_is_told():
     child = torch_side.Child([sys.executable, "-c", ECHO])
-    program = torch_side.Program(child, "x", {"program": "timm"}, owns_child=True)
+    program = torch_side.TorchProgram(child, "x", {"program": "timm"}, owns_child=True)
     assert program.run(1.0) == (2, 0.5)
     assert (program.compile_seconds, program.memory, program.devices) == (3.0, 9, 1)
-    with pytest.raises(contest.Failed, match="cannot"):
-        torch_side.Program(child, "y", {"program": "cannot"}, owns_child=True)
-    with pytest.raises(contest.Failed, match=r"\b1\b.*out of luck"):
+    with pytest.raises(turns.ProgramError, match="cannot"):
+        torch_side.TorchProgram(child, "y", {"program": "cannot"}, owns_child=True)
+    with pytest.raises(turns.ProgramError, match=r"\b1\b.*out of luck"):
         child.ask({"run": "dies"})
     program.close()
 
 
-def test_child_of_the_matmuls_serves_every_contest():
+def test_child_of_the_matmuls_serves_every_case():
     child = torch_side.Child([sys.executable, "-c", ECHO])
     for _ in range(2):
         matmul = torch_side.prepare_matmul(child, (8, 4, 6), "float32", "cpu")
@@ -201,7 +204,7 @@ def test_timm_has_the_same_size_and_runs():
     child = torch_side.start(TORCH_PYTHON)
     matmul = torch_side.prepare_matmul(child, (8, 4, 6), "bfloat16", "cpu")
     assert matmul.run(0.0)[0] == 1
-    with pytest.raises(contest.Failed, match=r"\w+Error"):
+    with pytest.raises(turns.ProgramError, match=r"\w+Error"):
         child.ask({"run": "nothing"})
     child.close()
 
@@ -243,8 +246,8 @@ WITHOUT = """
 import runpy, sys
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections"):
     sys.modules[name] = None
-from mixer.tools.benchmark import contest, limit
-contest.MODELS["cifar"].update(num_blocks=1, channels_mlp_dim=32)
+from mixer.tools.benchmark import cases, limit
+cases.MODELS["cifar"].update(num_blocks=1, channels_mlp_dim=32)
 limit.SIDES["cpu"] = 64
 sys.argv = ["benchmark", *sys.argv[1:]]
 runpy.run_module("mixer.tools.benchmark", run_name="__main__", alter_sys=True)
@@ -252,7 +255,7 @@ runpy.run_module("mixer.tools.benchmark", run_name="__main__", alter_sys=True)
 
 
 def test_inference_is_measured_and_written_as_json(tmp_path, monkeypatch):
-    monkeypatch.setitem(contest.MODELS, "cifar", DIMENSIONS | dict(patch_size=4))
+    monkeypatch.setitem(cases.MODELS, "cifar", DIMENSIONS | dict(patch_size=4))
     monkeypatch.setitem(limit.SIDES, "cpu", 64)
     path = tmp_path / "found.json"
     arguments = ("infer", "--models=cifar", "--batch_size=2", "--dtype=bfloat16", "--seconds=0")
@@ -277,7 +280,7 @@ def _check_inference(text, path):
 
 
 def test_inference_prints_the_papers_rate(tmp_path, monkeypatch):
-    monkeypatch.setitem(contest.MODELS, "S/32", DIMENSIONS | dict(patch_size=32))
+    monkeypatch.setitem(cases.MODELS, "S/32", DIMENSIONS | dict(patch_size=32))
     monkeypatch.setitem(limit.SIDES, "cpu", 64)
     path = tmp_path / "figures.json"
     arguments = ("infer", "--models=S/32", "--batch_size=1", "--seconds=0", "--rounds=1")
@@ -429,9 +432,8 @@ def test_a_users_mistake_is_no_lack_of_memory():
         looping.prepare(config, 6)
 
 
-def test_tables_are_markdown_where_no_terminal_shows_them(capsys):
-    console = report.make_console()
-    table = report.make_table(console, "", "images/s")
-    table.add_row("ours", "12")
-    console.print(table)
-    assert "| ours | " in capsys.readouterr().out
+def test_failure_is_a_literal_row_of_the_table(capsys):
+    matmul = {"limit": None}
+    case = {"matmul": matmul, "contestants": {"timm": {"failure": "[red] is no markup"}}}
+    print_table(Console(), report.case_table(case))
+    assert "| timm | [red] is no markup " in capsys.readouterr().out

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import GOLDENS, ROOT, run_program, run_python
+from mixer.data.imagenet import names as imagenet_names
 from mixer.errors import UserError
 from mixer.tools.export import serving
 from mixer.weights import load as loading
@@ -164,7 +165,7 @@ def test_written_whole_or_not_at_all(tmp_path, loaded, monkeypatch):
 
 
 def test_known_lists_of_classes_are_written_out(loaded, monkeypatch):
-    monkeypatch.setattr(serving.imagenet_names, "class_names", lambda name: (name, "two"))
+    monkeypatch.setattr(imagenet_names, "class_names", lambda name: (name, "two"))
     card = dataclasses.replace(loaded.card, class_names="imagenet1k")
     one = dataclasses.replace(loaded, card=card)
     program = make(one, batch_size=2)

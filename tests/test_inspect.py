@@ -25,7 +25,7 @@ from mixer.runs import config as run
 from mixer.runs import curves, directory
 from mixer.runs import data as run_data
 from mixer.tools.inspect import activations as inspection
-from mixer.tools.inspect import page, pictures
+from mixer.tools.inspect import data, page, pictures
 from mixer.training import program
 from mixer.training.state import TrainState
 from mixer.weights import checkpoint
@@ -50,7 +50,7 @@ def test_pairs_are_those_of_the_greedy_choice():
         )
         wanted.add((one, other))
         left -= {one, other}
-    pairs, cosine = inspection.opposites(units)
+    pairs, cosine = inspection.pair_opposites(units)
     assert {tuple(pair) for pair in pairs.tolist()} == wanted
     np.testing.assert_allclose(cosine, similarity[tuple(pairs.T)], atol=1e-6)
 
@@ -65,7 +65,7 @@ def test_units_of_opposite_phase_stand_together_by_frequency():
     waves = _waves([3, 1, 2], grid)
     scale = np.array([1, 5, 0.2, 2, 1, 7])[:, None, None]
     units = np.concatenate([waves, -waves])[[4, 0, 2, 3, 1, 5]] * scale
-    found = inspection.paired_units(units.reshape(6, -1).T, grid)
+    found = inspection.pair_units(units.reshape(6, -1).T, grid)
     assert found.weights.shape == (3, 2, *grid) and found.num_units == 6
     wanted = _waves([1, 2, 3], grid)
     for (one, other), wave in zip(found.weights, wanted, strict=True):
@@ -79,7 +79,7 @@ def test_units_of_opposite_phase_stand_together_by_frequency():
 def test_units_that_are_alike_or_alone_are_no_fault(kernel):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = inspection.paired_units(kernel, (3, 4))
+        found = inspection.pair_units(kernel, (3, 4))
     assert found.weights.shape == (kernel.shape[1] // 2, 2, 3, 4)
     assert np.isfinite(found.weights).all() and found.cosine == found.chance == 0
 
@@ -200,10 +200,10 @@ def test_frequent_confusions_and_surest_images():
 
 def test_pixels_of_images_on_any_scale():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    assert inspection.as_pixels(pixels, "decode|value_range(0, 1)") is pixels
+    assert data.as_pixels(pixels, "decode|value_range(0, 1)") is pixels
     for low, high in ((0, 1), (-1, 1), (-2, 3)):
         floats = low + (high - low) * pixels.astype(np.float32) / 255
-        back = inspection.as_pixels(floats, f"decode|value_range({low}, {high})")
+        back = data.as_pixels(floats, f"decode|value_range({low}, {high})")
         np.testing.assert_array_equal(back, pixels)
 
 
@@ -285,7 +285,7 @@ def test_filters_of_any_size(tmp_path, side, count):
 def test_units_of_any_number(tmp_path, grid, count):
     """Beyond 320 pairs some are left out, and the picture says so."""
     kernel = np.random.default_rng(0).standard_normal((grid[0] * grid[1], count))
-    units = [inspection.paired_units(kernel, grid)] * 3
+    units = [inspection.pair_units(kernel, grid)] * 3
     groups = pictures.unit_figures(units)
     assert [block for group in groups for block in group] == [0, 1, 2]
     assert len(groups) == (1 if count < 100 else 3)

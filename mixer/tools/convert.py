@@ -13,10 +13,9 @@ layout), .safetensors is timm's, and a name without an extension is a run, which
 (docs/weights.md). Values are not changed: a round trip is bit-identical.
 """
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -95,49 +94,51 @@ def _layout(out: epath.Path) -> str:
     return layout
 
 
-@contextlib.contextmanager
-def _writing(out: epath.Path) -> Iterator[None]:
-    """Turns errors of the file system into a UserError with a one-line message."""
+def write(out: epath.Path, loaded: Any, layout: str) -> None:
+    """Writes weights as a file of `layout` with its JSON file, or as a run; prints what it wrote.
+
+    Args:
+      out: path of the file or the run.
+      loaded: the weights, a `mixer.weights.load.Loaded`.
+      layout: "run" or a key of `mixer.weights.formats.GELU_OF`.
+
+    Raises:
+      UserError: the file system reports an error.
+    """
+    from mixer.weights import formats
+
     try:
-        yield
+        if layout == "run":
+            description = _write_run(out, loaded)
+        else:
+            description = _write_file(out, loaded, layout)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}; expected a writable folder with "
             "enough disk space"
         ) from None
+    print(f"written: {out} {description}")
+    gelu = loaded.card.gelu
+    default_gelu = formats.GELU_OF.get(layout, gelu)  # the config of a run specifies its GELU
+    if gelu != default_gelu:
+        programs = "timm" if layout == "timm" else "vision_transformer and big_vision"
+        note = f"note: these weights need GELU {gelu}; {programs} default to {default_gelu}"
+        print(note, file=sys.stderr)
 
 
-def write(out: epath.Path, loaded, layout: str) -> None:
-    """Writes the weights as a file of `layout` with its JSON file, or as a run."""
+def _write_file(out: epath.Path, loaded: Any, layout: str) -> str:
+    """Writes a file of `layout` and its JSON file; returns a description of both."""
     from mixer.parallel import sharding
     from mixer.weights import formats
 
-    if layout == "run":
-        with _writing(out):
-            write_run(out, loaded)
-        print(f"written: {out} (checkpoints/0, config.json, data.json)")
-        return
     arrays = sharding.by_name(loaded.params)
-    with _writing(out):
-        card_path = formats.write_file(out, arrays, loaded.card, layout=layout)
-    count = sharding.num_values(arrays)
-    size = out.stat().length / 1e6
-    description = f"{layout} layout, {count:,} parameters, {size:,.1f} MB"
-    print(f"written: {out} ({description}), {card_path.name}")
-    default_gelu = formats.GELU_OF[layout]
-    if loaded.card.gelu != default_gelu:
-        programs = "timm" if layout == "timm" else "vision_transformer and big_vision"
-        note = f"note: these weights need GELU {loaded.card.gelu}; {programs} default to"
-        print(f"{note} {default_gelu}", file=sys.stderr)
+    card_path = formats.write_file(out, arrays, loaded.card, layout=layout)
+    count, size = sharding.num_values(arrays), out.stat().length / 1e6
+    return f"({layout} layout, {count:,} parameters, {size:,.1f} MB), {card_path.name}"
 
 
-def write_run(out: epath.Path, loaded) -> None:
-    """Writes weights as a run with zero updates, atomically."""
-    with files.atomic_directory(out) as new_directory:
-        _fill_run(new_directory, loaded)
-
-
-def _fill_run(directory: epath.Path, loaded) -> None:
+def _write_run(out: epath.Path, loaded: Any) -> str:
+    """Writes a run with zero updates, atomically; returns the list of its files."""
     import jax.numpy as jnp
 
     from mixer import run_files
@@ -145,9 +146,6 @@ def _fill_run(directory: epath.Path, loaded) -> None:
     from mixer.weights import checkpoint
 
     card = loaded.card
-    with checkpoint.Checkpoints(directory / "checkpoints", keep_last=1) as checkpoints:
-        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()))
-        checkpoints.wait()
     height, width = card.image_size
     fields = {
         "name": card.architecture,
@@ -161,8 +159,13 @@ def _fill_run(directory: epath.Path, loaded) -> None:
         "model": {"variant": card.variant, "dtype": loaded.model.dtype} | fields,
         "dataset": {"eval_preprocess": card.preprocess},
     }
-    run_files.write_json(directory / "config.json", config)
-    run_files.write_json(directory / "data.json", {"class_names": card.class_names})
+    with files.atomic_directory(out) as directory:
+        with checkpoint.Checkpoints(directory / "checkpoints", keep_last=1) as checkpoints:
+            checkpoints.save(TrainState(jnp.zeros((), jnp.int32), loaded.params, ()))
+            checkpoints.wait()
+        run_files.write_json(directory / "config.json", config)
+        run_files.write_json(directory / "data.json", {"class_names": card.class_names})
+    return "(checkpoints/0, config.json, data.json)"
 
 
 if __name__ == "__main__":

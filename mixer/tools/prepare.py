@@ -139,17 +139,16 @@ def _progress() -> Iterator[Callable[[Any], None]]:
         rate = (state.images - start.images) / seconds
         speed = (state.done_bytes - start.done_bytes) / seconds
         # The bytes read from a packed file slightly exceed its size.
-        left_bytes = max(state.total_bytes - state.done_bytes, 0)
-        left = duration(left_bytes / speed) if speed else "?"
-        status = (
-            f"{state.images:,} images  {rate:,.0f} images/s  {state.skipped:,} faults  left {left}"
-        )
+        remaining_bytes = max(state.total_bytes - state.done_bytes, 0)
+        time_left = duration(remaining_bytes / speed) if speed else "?"
+        faults = f"{state.skipped:,} faults"
+        status = f"{state.images:,} images  {rate:,.0f} images/s  {faults}  left {time_left}"
         if bar:
             if state.stage not in tasks:
                 tasks[state.stage] = bar.add_task(state.stage, total=state.total_bytes, status="")
             bar.update(tasks[state.stage], completed=state.done_bytes, status=status)
         else:
-            share = 1 - left_bytes / state.total_bytes
+            share = 1 - remaining_bytes / state.total_bytes
             console.say(f"{state.stage} {share:.1%}  {status}")
 
     with bar or contextlib.nullcontext():

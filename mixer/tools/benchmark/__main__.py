@@ -5,7 +5,7 @@
   python -m mixer.tools.benchmark data --config=configs/mixer_b16_i1k.py
   python -m mixer.tools.benchmark loop --config=configs/cifar10.py:epochs=300
 
-The contestants take turns in one process; tables show medians, minima and maxima. `data` measures
+The implementations take turns; tables show medians, minima and maxima. `data` measures
 the input pipeline of a config on this host, and prints how many devices it can feed. `loop` trains
 a config with device-resident images, and prints how long the complete run would take. Only `data`
 needs TensorFlow. docs/benchmark.md explains every column.
@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-# Contestants in other processes need memory of the same GPU.
+# PyTorch implementations, in other processes, need memory of the same GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags
@@ -28,7 +28,9 @@ from mixer.parallel import backend
 MAX_INT32 = 2**31 - 1  # image indices on devices are int32
 
 MODELS = flags.DEFINE_list(
-    "models", ["S/32", "B/16"], "S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4)."
+    "models",
+    ["S/32", "B/16"],
+    "Models: S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4).",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -36,7 +38,7 @@ DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16"],
     "dtype of the computation; trained parameters are float32.",
 )
-GELU = flags.DEFINE_enum("gelu", "tanh", ["tanh", "erf"], "GELU of every contestant.")
+GELU = flags.DEFINE_enum("gelu", "tanh", ["tanh", "erf"], "GELU of every implementation.")
 IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "Side in pixels. Default: 224, or 32 for cifar.", 1, 1 << 15
 )
@@ -52,10 +54,10 @@ AGAINST = flags.DEFINE_list(
     "(torch.compile, max-autotune); empty: none.",
 )
 SECONDS = flags.DEFINE_float(
-    "seconds", None, "Seconds per turn of a contestant. Default: 3, or 10 for data.", 0, 3600
+    "seconds", None, "Seconds per turn of an implementation. Default: 3, or 10 for data.", 0, 3600
 )
 ROUNDS = flags.DEFINE_integer(
-    "rounds", None, "Turns of each contestant. Default: 5, or 3 for data.", 1, 1000
+    "rounds", None, "Turns of each implementation. Default: 5, or 3 for data.", 1, 1000
 )
 TORCH_PYTHON = flags.DEFINE_string(
     "torch_python", sys.executable, "Python interpreter with torch and timm, if not this one."
@@ -80,8 +82,6 @@ MEASUREMENTS = {
     "data": ("config", "batch_size", *_TURNS, "images_per_second_per_device"),
     "loop": ("config", *_TURNS, "examples"),
 }
-# Default seconds per turn, and default rounds.
-TURNS = {"train": (3.0, 5), "infer": (3.0, 5), "data": (10.0, 3), "loop": (3.0, 5)}
 # Removed measurements and their replacements.
 REMOVED = {
     "matmul": "train and infer print the rate of a large matmul",
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     memory.compute_in_the_calling_thread()
     backend.start()
-    seconds, rounds = TURNS[name]
+    seconds, rounds = (10.0, 3) if name == "data" else (3.0, 5)
     options = dict(
         seconds=seconds if SECONDS.value is None else SECONDS.value,
         rounds=ROUNDS.value or rounds,
@@ -148,7 +148,7 @@ def _check_flags(measurement: str) -> None:
     if STEP_RATE.value == 0:
         raise UserError(f"--{STEP_RATE.name}=0; expected a rate above 0")
     for name in AGAINST.value:
-        check_choice("--against", name, ("plain", *torch_side.CONTESTANTS))
+        check_choice("--against", name, ("plain", *torch_side.IMPLEMENTATIONS))
 
 
 def _config() -> Any:
@@ -168,21 +168,21 @@ def _cases(measurement: str) -> list[Any]:
       UserError: a model is unknown, or its patch size does not divide the image size.
     """
     from mixer.models.modules import check_image_size
-    from mixer.tools.benchmark import contest
+    from mixer.tools.benchmark import cases
 
     if not MODELS.value:
-        raise UserError(f"--models is empty; expected some of {', '.join(contest.MODELS)}")
-    cases = []
+        raise UserError(f"--models is empty; expected some of {', '.join(cases.MODELS)}")
+    selected = []
     for name in MODELS.value:
-        check_choice("--models", name, contest.MODELS)
+        check_choice("--models", name, cases.MODELS)
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
-        check_image_size((size, size), contest.MODELS[name]["patch_size"])
+        check_image_size((size, size), cases.MODELS[name]["patch_size"])
         for batch_size in _batch_sizes():
-            cases.append(
-                contest.Case(
-                    what=measurement,
+            selected.append(
+                cases.Case(
+                    measurement=measurement,
                     model=name,
-                    dimensions=contest.MODELS[name],
+                    dimensions=cases.MODELS[name],
                     image_size=size,
                     num_classes=NUM_CLASSES.get(name, 1000),
                     batch_size=batch_size,
@@ -190,7 +190,7 @@ def _cases(measurement: str) -> list[Any]:
                     gelu=GELU.value,
                 )
             )
-    return cases
+    return selected
 
 
 def _batch_sizes() -> list[int]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import itertools
 import os
 import statistics
@@ -18,21 +17,20 @@ import numpy as np
 import psutil
 from ml_collections import ConfigDict
 
+from mixer.console import Console
 from mixer.data.order import Reading
 from mixer.data.preprocessing import device as augment
 from mixer.data.preprocessing.spec import parse
 from mixer.data.splits import Split
 from mixer.errors import UserError
+from mixer.evaluation.tables import Table, print_table
 from mixer.models import flops
 from mixer.models.registry import architecture_of, dimensions
 from mixer.parallel import sharding
-from mixer.tools.benchmark import contest, jax_side, report
+from mixer.tools.benchmark import cases, jax_side, photographs, report, turns
 from mixer.training import program
 
-PHOTOGRAPHS = 1024  # 110 MB, which fits into the page cache, so that the disk is not measured
-PHOTOGRAPH_BYTES = 110_000  # mean file size in ImageNet
-PHOTOGRAPH_SIZE = (375, 500)  # the most common size in ImageNet
-SMALL = 64  # pixels; data sets up to this image size are stored at that size
+BATCH_SIZE = 256  # images per batch of the input
 HOST_PART = "training, host's steps"
 DEVICE_PART = "training, device's steps"
 DECODING = "decoding alone"
@@ -40,7 +38,7 @@ STEP = "training step"
 
 
 class Stream:
-    """A contestant of `mixer.tools.benchmark.contest` that reads batches of a pipeline."""
+    """A program (see turns.py) that reads batches of a pipeline."""
 
     devices, compile_seconds, memory = 1, 0.0, None
 
@@ -56,7 +54,7 @@ class Stream:
             pass
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs as `Contestant.run` specifies; batches in the buffers are not timed."""
+        """Runs as `Program.run` specifies; batches in the buffers are not timed."""
         next(self._batches)
         next(self._batches)
         start, cpu_start, count = time.perf_counter(), time.process_time(), 0
@@ -75,7 +73,7 @@ class Stream:
 def preprocessings(train: str, evaluation: str) -> dict[str, str]:
     """Returns the preprocessing that `measure_rates` measures, by name.
 
-    The result has HOST_PART if the device can run the last steps of the training preprocessing, and
+    The result has HOST_PART if the device can run the last ops of the training preprocessing, and
     "evaluation" if the config has evaluation preprocessing.
     """
     specs = {"training": train}
@@ -101,7 +99,7 @@ def measure(
       batch_size: images per device and training step.
       step_rate: images/s of a device in training; None: measure it.
       seconds: duration of a turn.
-      rounds: turns of each contestant.
+      rounds: turns of each program.
       output: JSON file; None: do not write a file.
 
     Raises:
@@ -109,123 +107,121 @@ def measure(
     """
     dataset = config.dataset
     if not dataset.train_preprocess:
-        raise UserError("dataset.train_preprocess is empty; expected the steps to measure")
+        raise UserError("dataset.train_preprocess is empty; expected the ops to measure")
     config.model.num_classes = config.model.num_classes or 1000
     model = program.build_model(config)
     specs = preprocessings(dataset.train_preprocess, dataset.eval_preprocess)
     record = report.Record("input", output)
     for name, spec in specs.items():
-        record.say(f"{name}: {spec}")
+        record.console.say(f"{name}: {spec}")
+    on_device: dict[str, Callable[[], turns.Program]] = {}
+    if step_rate is None:
+        on_device[STEP] = functools.partial(training_step, model, config.image_size, batch_size)
+    if HOST_PART in specs:
+        on_device[DEVICE_PART] = functools.partial(
+            device_part, dataset.train_preprocess, config.image_size, batch_size
+        )
     figures = measure_rates(
         specs,
         config.image_size,
-        training_step(model, config.image_size, batch_size) if step_rate is None else None,
-        device_part(dataset.train_preprocess, config.image_size, batch_size),
-        batch_size=256,
+        on_device,
         step_batch_size=batch_size,
         seconds=seconds,
         rounds=rounds,
-        say=record.say,
+        say=record.console.say,
     )
-    _show_rates(record, figures)
-    measured_rate = figures["step_per_device"]
-    if step_rate is None and measured_rate is None:
-        record.say(f"the training step: {figures['step_failure']}")
+    _show_rates(record.console, figures)
+    if failure := figures.get("step_failure"):
+        record.console.say(f"the training step: {failure}")
     else:
-        source = "given" if measured_rate is None else "measured"
-        rate = step_rate if measured_rate is None else measured_rate["median"]
-        evaluation = evaluation_rate(model, config.image_size, rate)
-        needs = _needs(figures, specs, (rate, source), evaluation)
-        figures["feeds"] = _show_feeds(record, figures["images_per_second"], needs)
+        measured = figures["step_per_device"]
+        step = (measured["median"], "measured") if measured else (step_rate, "given")
+        evaluation = evaluation_rate(model, config.image_size, step[0])
+        figures["feeds"] = _show_feeds(record.console, figures, step, evaluation)
     record.write(figures)
 
 
-def _show_rates(record: report.Record, figures: dict[str, Any]) -> None:
-    table = report.make_table(
-        record.console, "", "images/s", "lowest to highest", "of decoding", "cores busy"
-    )
+def _show_rates(console: Console, figures: dict[str, Any]) -> None:
     rates = figures["images_per_second"]
-    for name, rate in rates.items():
-        table.add_row(
+    rows = [
+        (
             name,
             report.number(rate["median"]),
-            f"{report.number(rate['lowest'])} to {report.number(rate['highest'])}",
+            report.span(rate),
             f"{rate['median'] / rates[DECODING]['median']:.1%}",
             f"{figures['cores_busy'][name]:.2f}",
         )
-    record.console.print(table)
+        for name, rate in rates.items()
+    ]
+    header = ("", "images/s", "lowest to highest", "of decoding", "cores busy")
+    print_table(console, Table(header, rows))
     if rate := figures["device_part_per_device"]:
-        record.say(
+        console.say(
             f"{DEVICE_PART}: {report.number(rate['median'])} images/s per device "
-            f"({report.number(rate['lowest'])} to {report.number(rate['highest'])})"
+            f"({report.span(rate)})"
         )
-    elif figures.get("device_part_failure"):
-        record.say(f"{DEVICE_PART}: {figures['device_part_failure']}")
+    elif failure := figures.get("device_part_failure"):
+        console.say(f"{DEVICE_PART}: {failure}")
     start, end = figures["memory_gib"]
-    record.say(f"memory {start:.2f} GiB at the start, {end:.2f} at the end")
-
-
-def _needs(
-    figures: dict[str, Any], specs: dict[str, str], step: tuple[float, str], evaluation: float
-) -> dict[str, tuple[float, str]]:
-    """Returns the images/s that a device needs by preprocessing, with the source of each rate."""
-    rate, source = step
-    needs = {name: step for name in specs}
-    if HOST_PART in needs and (device := figures["device_part_per_device"]):
-        # The device runs its preprocessing and the training step one after the other.
-        total = 1 / (1 / rate + 1 / device["median"])
-        needs[HOST_PART] = total, f"{source}, including the device's steps"
-    if "evaluation" in needs:
-        needs["evaluation"] = evaluation, "estimated by FLOPs"
-    return needs
+    console.say(f"memory {start:.2f} GiB at the start, {end:.2f} at the end")
 
 
 def _show_feeds(
-    record: report.Record, rates: dict[str, Any], needs: dict[str, tuple[float, str]]
+    console: Console, figures: dict[str, Any], step: tuple[float, str], evaluation: float
 ) -> dict[str, Any]:
-    """Prints how many devices each preprocessing can feed; returns the results."""
-    devices, figures = jax.local_device_count(), {}
-    for name, (needed, source) in needs.items():
-        feeds = sufficiency(rates[name]["median"], needed, devices)
-        figures[name] = feeds | {"images_per_second_per_device": needed}
-        wait = feeds["wait_share"]
-        record.say(
-            f"{name}: feeds {feeds['devices']:.3g} devices at {report.number(needed)} images/s "
-            f"each ({source}); the {devices} of this host would "
+    """Prints how many devices each preprocessing can feed; returns the results.
+
+    Args:
+      console: console of the lines.
+      figures: the result of `measure_rates`.
+      step: images/s of a device in training, and the source of this rate.
+      evaluation: images/s of a device in evaluation.
+    """
+    num_devices, feeds = jax.local_device_count(), {}
+    for name in figures["preprocess"]:
+        demand, source = step
+        if name == "evaluation":
+            demand, source = evaluation, "estimated by FLOPs"
+        elif name == HOST_PART and (device_part := figures["device_part_per_device"]):
+            # The device runs its preprocessing and the training step one after the other.
+            demand = 1 / (1 / demand + 1 / device_part["median"])
+            source += ", including the device's steps"
+        result = sufficiency(figures["images_per_second"][name]["median"], demand, num_devices)
+        feeds[name] = result | {"images_per_second_per_device": demand}
+        wait = result["wait_share"]
+        console.say(
+            f"{name}: feeds {result['devices']:.3g} devices at {report.number(demand)} images/s "
+            f"each ({source}); the {num_devices} of this host would "
             + (f"wait {wait:.0%} of the time" if wait else "not wait")
         )
-    return figures
+    return feeds
 
 
 def measure_rates(
     specs: dict[str, str],
     image_size: int,
-    step: Callable[[], contest.Contestant] | None,
-    device_part: Callable[[], contest.Contestant] | None,
+    on_device: dict[str, Callable[[], turns.Program]],
     *,
-    batch_size: int,
     step_batch_size: int,
     seconds: float,
     rounds: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measures preprocessing in turns with decoding alone and with the training step.
+    """Measures preprocessing, in turns with decoding alone and with programs on the devices.
 
     Decoding alone reads and decodes the same windows of the same files as "training".
 
     Args:
       specs: preprocessing by name; "training" is the config's.
       image_size: side in pixels after the preprocessing.
-      step: makes the training step; None: do not measure it.
-      device_part: makes the device's part of the preprocessing; None: do not measure it.
-      batch_size: images per batch of the input.
+      on_device: functions that make STEP and DEVICE_PART, as far as they are measured.
       step_batch_size: images per device and step.
       seconds: duration of a turn.
-      rounds: turns of each contestant.
+      rounds: turns of each program.
       say: prints a line that describes the photographs.
 
     Returns:
-      Images/s of each as JSON (for the step "step_per_device", for the device's part
+      Images/s of each program as JSON (for the step "step_per_device", for the device's part
       "device_part_per_device"), and the memory in GiB.
     """
     from mixer.data.sources import folder
@@ -234,12 +230,12 @@ def measure_rates(
 
     size = (image_size, image_size)
     with tempfile.TemporaryDirectory(prefix="mixer_benchmark_") as root:
-        stored = PHOTOGRAPH_SIZE if image_size > SMALL else size
-        mean_bytes = write_photographs(Path(root) / "train" / "photograph", stored)
-        photographs = folder.scan(root)
-        source = sources.folder_source(photographs, "train", photographs.class_names, ())
+        stored = photographs.size_for(image_size)
+        mean_bytes = photographs.write(Path(root) / "train" / "photograph", stored)
+        scan = folder.scan(root)
+        source = sources.folder_source(scan, "train", scan.class_names, ())
         say(
-            f"{PHOTOGRAPHS} photographs of {stored[1]} x {stored[0]}, "
+            f"{photographs.COUNT} photographs of {stored[1]} x {stored[0]}, "
             f"{mean_bytes / 1000:.3g} kB on average, {os.cpu_count()} cores"
         )
 
@@ -247,16 +243,15 @@ def measure_rates(
         decoding = decoding_alone(specs["training"])
         splits[DECODING] = dataclasses.replace(splits["training"], function=decoding)
         busy: dict[str, list[float]] = {name: [] for name in splits}
-        makers: dict[str, Callable[[], contest.Contestant]] = {
-            name: functools.partial(_open_stream, split, batch_size, busy[name])
+        makers: dict[str, Callable[[], turns.Program]] = {
+            name: functools.partial(_open_stream, split, busy[name])
             for name, split in splits.items()
         }
-        makers |= {name: make for name, make in ((STEP, step), (DEVICE_PART, device_part)) if make}
         memory = [_memory()]
-        results = contest.compete(makers, seconds=seconds, rounds=rounds)
+        results = turns.take_turns(makers | on_device, seconds=seconds, rounds=rounds)
         memory.append(_memory())
     figures: dict[str, Any] = {
-        "images_per_second": {name: contest.rates(results[name], batch_size) for name in splits},
+        "images_per_second": {name: turns.rates(results[name], BATCH_SIZE) for name in splits},
         "preprocess": specs,
         "photograph_bytes": mean_bytes,
         "cores": os.cpu_count(),
@@ -267,51 +262,39 @@ def measure_rates(
     }
     for name, key in ((STEP, "step"), (DEVICE_PART, "device_part")):
         if name in results:
-            figures[f"{key}_per_device"] = contest.rates(results[name], step_batch_size)
+            figures[f"{key}_per_device"] = turns.rates(results[name], step_batch_size)
             figures[f"{key}_failure"] = results[name].failure
     return figures
 
 
-def _open_stream(split: Split, batch_size: int, busy: list[float]) -> Stream:
-    return Stream(split.train_batches(0, Reading(seed=0, global_batch_size=batch_size)), busy)
+def _open_stream(split: Split, busy: list[float]) -> Stream:
+    return Stream(split.train_batches(0, Reading(seed=0, global_batch_size=BATCH_SIZE)), busy)
 
 
-def device_part(
-    spec: str, image_size: int, batch_size: int
-) -> Callable[[], contest.Contestant] | None:
-    """Returns a function that makes the contestant for the last steps of `spec` on one device.
+@jax_side.convert_device_errors()
+def device_part(spec: str, image_size: int, batch_size: int) -> jax_side.JaxProgram:
+    """Prepares the ops of `spec` that a device can compute, on one device.
 
-    The result is None if no step can run on a device. The images already have the final size.
+    The images already have the final size.
     """
-    parsed = parse(spec)
-    if not parsed.parts.device:
-        return None
-    steps = augment.make_augment(parsed, (image_size, image_size))
-
-    @jax_side.may_fail
-    def prepare() -> contest.Contestant:
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
-        keys = rng.integers(0, 1 << 32, (batch_size, 4), np.uint32)
-        images, keys = jax.device_put((images, keys), jax.local_devices()[0])
-        program, seconds, size = jax_side.compile_for(jax.jit(steps), images, keys)
-        return jax_side.Program(
-            lambda: program(images, keys), devices=1, compile_seconds=seconds, memory=size
-        )
-
-    return prepare
+    ops = augment.make_augment(parse(spec), (image_size, image_size))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
+    keys = rng.integers(0, 1 << 32, (batch_size, 4), np.uint32)
+    images, keys = jax.device_put((images, keys), jax.local_devices()[0])
+    return jax_side.compile_call(jax.jit(ops), images, keys, devices=1)
 
 
-def training_step(model: nn.Module, image_size: int, batch_size: int) -> Callable[[], Any]:
-    """Returns a function that makes the contestant that trains a model on all devices.
+def training_step(model: nn.Module, image_size: int, batch_size: int) -> jax_side.JaxProgram:
+    """Prepares the training of a model on all devices.
 
     Args:
       model: model of the config.
       image_size: side in pixels.
       batch_size: images per device.
     """
-    case = contest.Case(
-        what="train",
+    case = cases.Case(
+        measurement="train",
         model="",
         dimensions={"name": architecture_of(model).name, **dimensions(model)},
         image_size=image_size,
@@ -321,7 +304,7 @@ def training_step(model: nn.Module, image_size: int, batch_size: int) -> Callabl
         gelu=model.gelu,
     )
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
-    return lambda: jax_side.prepare_train("ours", case, mesh)
+    return jax_side.prepare_train("ours", case, mesh)
 
 
 def sufficiency(input_rate: float, step_rate: float, devices: int) -> dict[str, float]:
@@ -347,7 +330,7 @@ def evaluation_rate(model: nn.Module, image_size: int, step_rate: float) -> floa
 
 
 def decoding_alone(spec: str) -> Callable:
-    """Makes preprocessing that stops after decoding and returns only the shape."""
+    """Returns preprocessing that stops after decoding, and whose image is only the shape."""
     import tensorflow as tf
 
     from mixer.data.preprocessing import host as preprocess
@@ -368,46 +351,3 @@ def decoding_alone(spec: str) -> Callable:
 
 def _memory() -> float:
     return psutil.Process().memory_info().rss / 2**30
-
-
-def write_photographs(directory: Path, size: tuple[int, int] = PHOTOGRAPH_SIZE) -> float:
-    """Writes JPEGs of a size (H, W), which are random windows of scikit-learn's two photographs.
-
-    For PHOTOGRAPH_SIZE, the JPEG quality is chosen to match the mean file size of ImageNet; for
-    other sizes it is 95.
-
-    Returns:
-      Mean size in bytes.
-    """
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    photographs = load_sample_images().images  # 427 x 640
-    rng = np.random.default_rng(0)
-    height, width = size
-
-    def encode(quality: int) -> list[bytes]:
-        files = []
-        for picture in windows:
-            encoded = io.BytesIO()
-            picture.save(encoded, "JPEG", quality=quality)
-            files.append(encoded.getvalue())
-        return files
-
-    def window(number: int) -> Image.Image:
-        top, left = rng.integers(427 - height + 1), rng.integers(640 - width + 1)
-        pixels = photographs[number % 2][top : top + height, left : left + width]
-        return Image.fromarray(pixels[:, :: rng.choice((-1, 1))])
-
-    quality = 95
-    if size == PHOTOGRAPH_SIZE:
-        windows = [window(number) for number in range(16)]
-        quality = min(
-            range(80, 100), key=lambda q: abs(np.mean([*map(len, encode(q))]) - PHOTOGRAPH_BYTES)
-        )
-    windows = [window(number) for number in range(PHOTOGRAPHS)]
-    directory.mkdir(parents=True)
-    files = encode(quality)
-    for number, content in enumerate(files):
-        (directory / f"{number:04}.jpg").write_bytes(content)
-    return float(np.mean([len(content) for content in files]))

@@ -1,8 +1,9 @@
-"""JAX contestants, which run in this process."""
+"""JAX implementations, which run in this process."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +21,8 @@ from mixer.models import layers
 from mixer.models.registry import make_model, param_shapes
 from mixer.parallel import sharding
 from mixer.tools.benchmark import plain
-from mixer.tools.benchmark.contest import Case, Failed
+from mixer.tools.benchmark.cases import Case
+from mixer.tools.benchmark.turns import ProgramError
 from mixer.training.losses import make_loss
 from mixer.training.optimizer import make_optimizer, make_schedule
 from mixer.training.state import TrainState
@@ -29,8 +31,20 @@ from mixer.training.step import TrainStep, make_predict
 WARM_UP_STEPS = 3
 
 
-class Program:
-    """A contestant (see contest.py) that calls a function repeatedly."""
+@contextlib.contextmanager
+def convert_device_errors() -> Iterator[None]:
+    """Converts errors on the device to `ProgramError`; decorates functions that compute."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        is_full = "RESOURCE_EXHAUSTED" in str(error)
+        raise ProgramError("does not fit into memory" if is_full else first_line(error)) from None
+    except memory.NoRoomError as error:
+        raise ProgramError(f"does not fit: {error}") from None
+
+
+class JaxProgram:
+    """A program (see turns.py) that calls a function repeatedly."""
 
     def __init__(
         self, call: Callable[[], Any], *, devices: int, compile_seconds: float, memory: int | None
@@ -50,38 +64,15 @@ class Program:
     def _steps(self, count: int) -> None:
         jax.block_until_ready([self.call() for _ in range(count)])
 
+    @convert_device_errors()
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs as `Contestant.run` specifies; the first step, with cold caches, is not timed."""
-        return _fitting(lambda: self._run(seconds))
-
-    def _run(self, seconds: float) -> tuple[int, float]:
+        """Runs as `Program.run` specifies; the first step, with cold caches, is not timed."""
         self._steps(1)
         return throughput.run_for(self.call, seconds)
 
     def close(self) -> None:
         """Releases the arrays."""
         del self.call
-
-
-def _fitting(run: Callable[[], Any]) -> Any:
-    """Calls `run`; converts errors on the device to `Failed`."""
-    try:
-        return run()
-    except jax.errors.JaxRuntimeError as error:
-        is_full = "RESOURCE_EXHAUSTED" in str(error)
-        raise Failed("does not fit into memory" if is_full else first_line(error)) from None
-    except memory.NoRoomError as error:
-        raise Failed(f"does not fit: {error}") from None
-
-
-def may_fail(function: Callable) -> Callable:
-    """Decorates `function` to convert errors on the device to `Failed`."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _fitting(lambda: function(*args, **kwargs))
-
-    return wrapper
 
 
 def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
@@ -98,6 +89,13 @@ def compile_for(jitted: Any, *args: Any) -> tuple[Any, float, int | None]:
         arguments = program.memory_analysis().argument_size_in_bytes
         memory.check_room(size - arguments, "the temporary arrays of a step")
     return program, seconds, size
+
+
+def compile_call(jitted: Any, *args: Any, devices: int) -> JaxProgram:
+    """Compiles a function for arguments; returns the program that calls it with them."""
+    compiled, seconds, size = compile_for(jitted, *args)
+    call = functools.partial(compiled, *args)
+    return JaxProgram(call, devices=devices, compile_seconds=seconds, memory=size)
 
 
 def memory_of(program: Any) -> int | None:
@@ -149,26 +147,26 @@ def _batch(case: Case, mesh: Mesh) -> dict[str, jax.Array]:
     return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
-def _repeat(train_step: Any, state: Any, batch: Any, loss_of: Callable) -> Callable[[], Any]:
+def _repeat(train_step: Any, state: Any, batch: Any) -> Callable[[], Any]:
     """Returns a function that continues from the state of its previous call."""
     states = [state]
 
     def call() -> jax.Array:
         state, metrics = train_step(states.pop(), batch)
         states.append(state)
-        return loss_of(metrics)
+        return metrics["loss"]
 
     return call
 
 
-@may_fail
-def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
+@convert_device_errors()
+def prepare_train(name: str, case: Case, mesh: Mesh) -> JaxProgram:
     """Prepares the update of "ours" or "plain" on a batch that stays on the devices.
 
     "ours" is the update of `train.py`, including clipping and metrics, which "plain" omits.
 
     Raises:
-      Failed: the update does not fit into memory.
+      ProgramError: the update does not fit into memory.
     """
     replicated = sharding.replicated(mesh)
     params = jax.device_put(draw_params(case), replicated)
@@ -219,20 +217,18 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> Program:
         state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated), params, opt_state)
     batch = _batch(case, mesh)
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
-    jitted = jax.jit(
-        step, donate_argnums=0, out_shardings=(replicated, replicated), compiler_options=options
-    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated, compiler_options=options)
     program, seconds, size = compile_for(jitted, state, batch)
-    call = _repeat(program, state, batch, lambda m: m["loss"] if name == "ours" else m)
-    return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
+    call = _repeat(program, state, batch)
+    return JaxProgram(call, devices=mesh.size, compile_seconds=seconds, memory=size)
 
 
-@may_fail
-def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
+@convert_device_errors()
+def prepare_infer(name: str, case: Case, mesh: Mesh) -> JaxProgram:
     """Prepares inference by "ours" or "plain", from pixels on the devices; float32 parameters.
 
     Raises:
-      Failed: the program does not fit into memory.
+      ProgramError: the program does not fit into memory.
     """
     params = jax.device_put(draw_params(case), sharding.replicated(mesh))
     images = _batch(case, mesh)["image"]
@@ -247,17 +243,15 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> Program:
     options = layers.compiler_options(jax.default_backend()) if name == "ours" else {}
     batch_sharding = sharding.batch_sharding(mesh)
     jitted = jax.jit(predict, out_shardings=batch_sharding, compiler_options=options)
-    program, seconds, size = compile_for(jitted, params, images)
-    call = functools.partial(program, params, images)
-    return Program(call, devices=mesh.size, compile_seconds=seconds, memory=size)
+    return compile_call(jitted, params, images, devices=mesh.size)
 
 
-@may_fail
-def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
+@convert_device_errors()
+def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> JaxProgram:
     """Prepares a matmul (m, k) x (k, n) on all devices at once, at JAX's default precision.
 
     Raises:
-      Failed: the matmul does not fit into memory.
+      ProgramError: the matmul does not fit into memory.
     """
     m, k, n = shape
     rng = np.random.default_rng(0)
@@ -275,4 +269,4 @@ def prepare_matmul(shape: tuple[int, int, int], dtype: str) -> Program:
     start = time.perf_counter()
     jax.block_until_ready(call())
     seconds = time.perf_counter() - start
-    return Program(call, devices=len(pairs), compile_seconds=seconds, memory=None)
+    return JaxProgram(call, devices=len(pairs), compile_seconds=seconds, memory=None)

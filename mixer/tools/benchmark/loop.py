@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import memory
@@ -19,8 +18,8 @@ from mixer.errors import UserError
 from mixer.models import flops
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark import contest, limit, report
-from mixer.tools.benchmark.jax_side import may_fail, memory_of
+from mixer.tools.benchmark import limit, report, turns
+from mixer.tools.benchmark.jax_side import convert_device_errors, memory_of
 from mixer.training import program
 from mixer.training import updates as stepping
 
@@ -28,32 +27,32 @@ WARM_UP_CALLS = 12  # calls in which the number of updates per call grows
 
 
 class Loop:
-    """A contestant (see contest.py) whose step is an update of the global batch."""
+    """A program (see turns.py) whose step is an update of the global batch."""
 
-    def __init__(self, source: stepping.Updates, state: Any, *, devices: int, seconds: float):
+    def __init__(self, updates: stepping.Updates, state: Any, *, devices: int, seconds: float):
         """Warms the loop up; `seconds` is the compile time."""
-        self._source, self._state, self._step = source, state, 0
+        self._updates, self._state, self._step = updates, state, 0
         self.devices, self.compile_seconds = devices, seconds
-        self.memory = memory_of(source.compiled)
+        self.memory = memory_of(updates.compiled)
         for _ in range(WARM_UP_CALLS):
             self.run(0.0)
 
-    @may_fail
+    @convert_device_errors()
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs updates as `Contestant.run` specifies, with two calls in flight as in training."""
+        """Runs updates as `Program.run` specifies, with two calls in flight as in training."""
         first_step, start = self._step, time.perf_counter()
         while self._step == first_step or time.perf_counter() - start < seconds:
             call_time = time.perf_counter()
-            count, update = self._source.next(self._step, stepping.MAX_STEPS)
+            count, update = self._updates.next(self._step, stepping.MAX_STEPS)
             self._state, metrics = update(self._state)
             self._step += count
-            self._source.sent(metrics["loss"], count, call_time)
-        self._source.drain()
+            self._updates.sent(metrics["loss"], count, call_time)
+        self._updates.drain()
         return self._step - first_step, time.perf_counter() - start
 
     def close(self) -> None:
         """Releases the arrays."""
-        del self._source, self._state
+        del self._updates, self._state
 
 
 def measure(
@@ -71,17 +70,15 @@ def measure(
     run.resolve_data(config, 10, num_examples)
     model = program.build_model(config)
     record = report.Record("loop", output)
-    makers: dict[str, Callable[[], contest.Contestant]] = {
-        "loop": lambda: prepare(config, num_examples)
-    }
+    makers: dict[str, Callable[[], turns.Program]] = {"loop": lambda: prepare(config, num_examples)}
     with record.console.status("") as status:
-        results = contest.compete(
-            makers | limit.prepare(model.dtype), seconds=seconds, rounds=rounds, say=status.update
+        results = turns.take_turns(
+            makers | limit.makers(model.dtype), seconds=seconds, rounds=rounds, say=status.update
         )
     matmul = limit.take_figures(results)
     per_image = flops.train_flops(model, (config.image_size, config.image_size))
     images = config.global_batch_size / results["loop"].devices
-    loop = contest.as_json(results["loop"], images, per_image, matmul["limit"])
+    loop = turns.as_json(results["loop"], images, per_image, matmul["limit"])
     figures = {
         "matmul": matmul,
         "flops_per_image": per_image,
@@ -89,23 +86,23 @@ def measure(
         "ours_is_times": {},
         "total_steps": config.total_steps,
     }
-    record.say(
+    record.console.say(
         f"training, {model.dtype}, {num_examples:,} images of {config.image_size} px on the "
         f"device, batches of {config.global_batch_size}, {config.dataset.train_preprocess}"
     )
-    record.console.print(report.contest_table(record.console, figures))
-    record.say(report.matmul_line(figures))
+    record.show(figures)
     if "failure" not in loop:
         duration = datetime.timedelta(
             seconds=round(config.total_steps * loop["seconds_per_step"]["median"])
         )
-        record.say(
+        record.console.say(
             f"the run's {config.total_steps:,} updates take {duration} at this rate, without "
             "evaluation and checkpoints"
         )
     record.write(figures)
 
 
+@convert_device_errors()
 def prepare(config: ConfigDict, num_examples: int) -> Loop:
     """Prepares the training loop of a config on random images.
 
@@ -115,7 +112,7 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
 
     Raises:
       UserError: the images cannot stay on the device.
-      Failed: the loop does not fit into memory.
+      ProgramError: the loop does not fit into memory.
     """
     dataset, size = config.dataset, (config.image_size, config.image_size)
     spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
@@ -137,12 +134,6 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
     mesh = sharding.make_mesh(config.mesh)
     run.check_batch_size(config, mesh)
     steps = make_augment(spec, size) if placement.device else None
-    return _prepare(config, num_examples, steps, mesh)
-
-
-@may_fail
-def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh: Mesh) -> Loop:
-    size = (config.image_size, config.image_size)
     memory.check_room(3 * num_examples * size[0] * size[1], f"{num_examples:,} images")
     rng = np.random.default_rng(0)
     arrays = {
@@ -155,6 +146,6 @@ def _prepare(config: ConfigDict, num_examples: int, steps: Callable | None, mesh
     state = train_program.init_state()
     examples = resident.Examples(arrays, steps, "")
     start = time.perf_counter()
-    source = stepping.make_resident(config, examples, train_program)
+    updates = stepping.make_resident(config, examples, train_program)
     seconds = time.perf_counter() - start
-    return Loop(source, state, devices=mesh.size, seconds=seconds)
+    return Loop(updates, state, devices=mesh.size, seconds=seconds)

@@ -77,9 +77,9 @@ class Mixer(nn.Module):
 
 
 def make_train_step(model: Mixer, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """Returns `((params, opt_state), batch) -> ((params, opt_state), loss)`, not yet compiled."""
+    """Returns `((params, opt_state), batch) -> ((params, opt_state), metrics)`, not compiled."""
 
-    def train_step(state: tuple, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
+    def train_step(state: tuple, batch: dict[str, jax.Array]) -> tuple[tuple, dict[str, jax.Array]]:
         params, opt_state = state
 
         def mean_loss(params: Any) -> jax.Array:
@@ -89,6 +89,6 @@ def make_train_step(model: Mixer, tx: optax.GradientTransformation) -> Callable[
 
         loss, grads = jax.value_and_grad(mean_loss)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return (optax.apply_updates(params, updates), opt_state), {"loss": loss}
 
     return train_step

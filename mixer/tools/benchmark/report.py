@@ -13,29 +13,13 @@ from typing import Any
 
 import jax
 import psutil
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from mixer import files, memory
-from mixer.tools.benchmark.contest import Case
+from mixer.console import Console
+from mixer.evaluation.tables import Table, print_table
+from mixer.tools.benchmark.cases import Case
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-
-
-def make_console() -> Console:
-    """Makes a console that is wide enough for the tables, which are Markdown off a terminal."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
-
-
-def make_table(console: Console, *columns: str) -> Table:
-    """Makes an empty table; all columns except the first hold numbers."""
-    table = Table(box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
 
 
 class Record:
@@ -49,16 +33,16 @@ class Record:
           output: the file; None: do not write a file.
           versions: versions of packages of another Python interpreter.
         """
-        self.console = make_console()
+        self.console = Console()
         self._key, self._output = key, output
-        command = shlex.join(["python", "-m", "mixer.tools.benchmark", *sys.argv[1:]])
-        self._environment = environment(command, versions or {})
+        self._environment = environment(versions or {})
         for line in header(self._environment):
-            self.say(line)
+            self.console.say(line)
 
-    def say(self, line: str) -> None:
-        """Prints a line without markup."""
-        self.console.print(line, markup=False)
+    def show(self, case: Mapping[str, Any]) -> None:
+        """Prints the implementations of a case, and the rate of the matmul."""
+        print_table(self.console, case_table(case))
+        self.console.say(matmul_line(case))
 
     def write(self, figures: Any) -> None:
         """Writes the environment and the results up to now to the file."""
@@ -68,11 +52,10 @@ class Record:
                 new_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Returns machine, versions and settings as JSON.
+def environment(versions: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the command line, machine, versions and settings as JSON.
 
     Args:
-      command: the command line.
       versions: versions of packages of another Python interpreter.
     """
     variables = {
@@ -81,7 +64,7 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
         if name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_PLATFORMS")
     }
     return {
-        "command": command,
+        "command": shlex.join(["python", "-m", "mixer.tools.benchmark", *sys.argv[1:]]),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "backend": jax.default_backend(),
@@ -94,9 +77,9 @@ def environment(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
             **versions,
         },
-        "memory_setting": "kept, in every contestant"
-        if memory.keeps_freed_memory()
-        else "as glibc has it",
+        "memory_setting": (
+            "kept, in every program" if memory.keeps_freed_memory() else "glibc's default"
+        ),
         "environment": variables,
     }
 
@@ -153,19 +136,18 @@ def header(environment: Mapping[str, Any]) -> list[str]:
 
 def case_title(case: Case, devices: int) -> str:
     """Returns a line that describes the computation of a case."""
-    task = "training" if case.what == "train" else "inference"
+    task = "training" if case.measurement == "train" else "inference"
     return (
         f"{task}, {case.model}, {case.image_size} px, {case.dtype}, batch {case.batch_size} per "
         f"device{f', {devices} devices' * (devices > 1)}, GELU {case.gelu}"
     )
 
 
-def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
-    """Makes the table of a case's contestants from the case's results as JSON."""
-    unit, prefix = flops_unit(case["matmul"]["limit"] or 1e9)
+def case_table(case: Mapping[str, Any]) -> Table:
+    """Makes the table of a case's implementations from the case's results as JSON."""
+    unit, prefix = flops_unit(case["matmul"]["limit"])
     several = any(figures.get("devices", 1) > 1 for figures in case["contestants"].values())
-    table = make_table(
-        console,
+    header = (
         "",
         "images/s" + " per device" * several,
         "lowest to highest",
@@ -176,16 +158,17 @@ def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
         "compile s",
         "ours is x times (lowest to highest)",
     )
+    rows = []
     for name, figures in case["contestants"].items():
         if "failure" in figures:
-            table.add_row(name, escape(figures["failure"]))
+            rows.append((name, figures["failure"]))
             continue
         rate, memory = figures["images_per_second_per_device"], figures["memory_bytes_per_device"]
         share, ratio = figures["share_of_matmul"], case["ours_is_times"].get(name)
-        table.add_row(
+        cells = (
             name,
             number(rate["median"]),
-            f"{number(rate['lowest'])} to {number(rate['highest'])}",
+            span(rate),
             number(1e3 * figures["seconds_per_step"]["median"]),
             number(figures["flops_per_second_per_device"]["median"] / unit),
             f"{share:.1%}" if share else "",
@@ -195,16 +178,16 @@ def contest_table(console: Console, case: Mapping[str, Any]) -> Table:
             if ratio
             else "",
         )
-    return table
+        rows.append(cells)
+    return Table(header, rows)
 
 
 def matmul_line(case: Mapping[str, Any]) -> str:
     """Returns a line with the rates of the large matmul and the FLOPs per image of a case."""
     matmul = case["matmul"]
-    unit, prefix = flops_unit(matmul["limit"] or 1e9)
+    unit, prefix = flops_unit(matmul["limit"])
     rates = ", ".join(
-        f"{name} {number(rate['median'] / unit)} "
-        f"({number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)})"
+        f"{name} {number(rate['median'] / unit)} ({span(rate, unit)})"
         for name, rate in matmul["flops_per_second_per_device"].items()
         if rate
     )
@@ -215,9 +198,14 @@ def matmul_line(case: Mapping[str, Any]) -> str:
     )
 
 
-def flops_unit(rate: float) -> tuple[float, str]:
-    """Returns a readable unit for a rate, and the prefix of the unit."""
-    return (1e9, "G") if rate < 1e13 else (1e12, "T")
+def flops_unit(rate: float | None) -> tuple[float, str]:
+    """Returns a readable unit for a rate in FLOP/s, and the prefix of the unit."""
+    return (1e12, "T") if rate and rate >= 1e13 else (1e9, "G")
+
+
+def span(rate: Mapping[str, float], unit: float = 1) -> str:
+    """Formats the range of a `turns.spread` in multiples of `unit`."""
+    return f"{number(rate['lowest'] / unit)} to {number(rate['highest'] / unit)}"
 
 
 def number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Runs the PyTorch contestants in a worker process that `mixer.tools.benchmark.torch_side` starts.
+"""Runs PyTorch implementations in a worker process that `mixer.tools.benchmark.torch_side` starts.
 
 The worker reads requests and writes answers, one line of JSON each. It does not import JAX, which
 need not be installed next to torch.
@@ -19,7 +19,7 @@ from typing import Any
 
 from mixer import memory
 
-memory.keep_freed_memory()  # the same setting as for the JAX contestants
+memory.keep_freed_memory()  # the same setting as in the JAX implementations
 
 import torch
 
@@ -71,22 +71,22 @@ def make_step(request: dict[str, Any], device: torch.device) -> Callable[[], Any
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(0, request["num_classes"], (request["batch_size"],), device=device)
     model = make_timm(request, device)
-    narrow = request["dtype"] == "bfloat16"
-    train = request["what"] == "train"
-    if not train:
+    is_bfloat16 = request["dtype"] == "bfloat16"
+    is_training = request["measurement"] == "train"
+    if not is_training:
         model = model.train(False).requires_grad_(False)
-        model = model.to(torch.bfloat16) if narrow else model
-    mode = MODES.get((request["program"], request["what"]))
+        model = model.to(torch.bfloat16) if is_bfloat16 else model
+    mode = MODES.get((request["program"], request["measurement"]))
     if mode == "max-autotune":
         from torch._inductor import config as inductor
 
         inductor.freezing = True  # convert the layout of the weights once
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        pixels = images.to(torch.bfloat16 if narrow and not train else torch.float32)
+        pixels = images.to(torch.bfloat16 if is_bfloat16 and not is_training else torch.float32)
         return model(pixels / 127.5 - 1)
 
-    if not train:
+    if not is_training:
         predict = torch.compile(forward, mode=mode) if mode else forward
 
         def infer() -> torch.Tensor:
@@ -97,7 +97,7 @@ def make_step(request: dict[str, Any], device: torch.device) -> Callable[[], Any
         return infer
 
     def mean_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
             return torch.nn.functional.cross_entropy(forward(images), labels)
 
     loss_of = torch.compile(mean_loss, mode=mode) if mode else mean_loss
@@ -131,12 +131,12 @@ class Program:
         self._call = make(request, device)
         start = time.perf_counter()
         self._steps(1)
-        first = time.perf_counter() - start
+        first_seconds = time.perf_counter() - start
         self._steps(WARM_UP_STEPS)
         start = time.perf_counter()
         self._steps(1)
-        compiles = (request["program"], request.get("what")) in MODES
-        self.compile_seconds = compiles * max(first - (time.perf_counter() - start), 0.0)
+        compiles = (request["program"], request.get("measurement")) in MODES
+        self.compile_seconds = compiles * max(first_seconds - (time.perf_counter() - start), 0.0)
         memory.give_back_freed_memory()
 
     def _memory(self) -> int:
@@ -146,8 +146,7 @@ class Program:
         if sys.platform == "linux":  # ru_maxrss would include the peak of the parent process
             with open("/proc/self/status") as status:
                 return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read())[1])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
     @property
     def memory(self) -> int:
@@ -164,7 +163,7 @@ class Program:
         self._wait()
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs as `Contestant.run` of mixer.tools.benchmark.contest specifies."""
+        """Runs as `Program.run` of mixer.tools.benchmark.turns specifies."""
         self._steps(1)
         in_flight: collections.deque[torch.cuda.Event] = collections.deque()
         start, steps = time.perf_counter(), 0
@@ -178,9 +177,9 @@ class Program:
                 if len(in_flight) > IN_FLIGHT:
                     in_flight.popleft().synchronize()
         self._wait()
-        passed = time.perf_counter() - start
+        duration = time.perf_counter() - start
         memory.give_back_freed_memory()
-        return steps, passed
+        return steps, duration
 
 
 def answer(programs: dict[str, Program], request: dict[str, Any]) -> dict[str, Any]:
@@ -197,8 +196,8 @@ def answer(programs: dict[str, Program], request: dict[str, Any]) -> dict[str, A
             program = programs[request["prepare"]] = Program(request, device)
             return {"compile_seconds": program.compile_seconds}
         program = programs[request["run"]]
-        steps, passed = program.run(request["seconds"])
-        return {"steps": steps, "seconds": passed, "memory": program.memory}
+        steps, duration = program.run(request["seconds"])
+        return {"steps": steps, "seconds": duration, "memory": program.memory}
     except torch.OutOfMemoryError:
         return {"failure": "does not fit into memory"}
 

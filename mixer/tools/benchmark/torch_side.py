@@ -1,4 +1,4 @@
-"""PyTorch contestants, each in its own process (`mixer.tools.benchmark.torch_child`)."""
+"""PyTorch implementations, each in its own process (`mixer.tools.benchmark.torch_child`)."""
 
 import dataclasses
 import json
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mixer.errors import UserError
-from mixer.tools.benchmark.contest import Case, Failed
+from mixer.tools.benchmark.cases import Case
+from mixer.tools.benchmark.turns import ProgramError
 
-CONTESTANTS = ("timm", "timm_compiled", "timm_autotuned")
+IMPLEMENTATIONS = ("timm", "timm_compiled", "timm_autotuned")
 _MODULE = "mixer.tools.benchmark.torch_child"
 _VERSIONS = """
 import importlib.metadata as metadata, json, platform
@@ -66,7 +67,7 @@ class Child:
         """Sends a request and returns the response.
 
         Raises:
-          Failed: the worker reported an error or exited.
+          ProgramError: the worker reported an error or exited.
         """
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -78,10 +79,10 @@ class Child:
             code = self._process.wait()
             self._errors.seek(0)
             lines = self._errors.read().strip().splitlines() or ["no output on stderr"]
-            raise Failed(f"worker exited with code {code}: {lines[-1][:300]}")
+            raise ProgramError(f"worker exited with code {code}: {lines[-1][:300]}")
         answer = json.loads(answer)
         if "failure" in answer:
-            raise Failed(answer["failure"])
+            raise ProgramError(answer["failure"])
         return answer
 
     def close(self) -> None:
@@ -92,8 +93,8 @@ class Child:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-class Program:
-    """A contestant of `mixer.tools.benchmark.contest` in a worker process, on one device."""
+class TorchProgram:
+    """A program (see turns.py) that a worker process runs on one device."""
 
     devices = 1
     memory: int | None = None
@@ -104,7 +105,7 @@ class Program:
         self.compile_seconds = child.ask({"prepare": key, **request})["compile_seconds"]
 
     def run(self, seconds: float) -> tuple[int, float]:
-        """Runs the program in the worker, as `Contestant.run` specifies."""
+        """Runs the program in the worker, as `Program.run` specifies."""
         answer = self._child.ask({"run": self._key, "seconds": seconds})
         self.memory = answer["memory"]
         return answer["steps"], answer["seconds"]
@@ -120,32 +121,34 @@ def start(python: str) -> Child:
     return Child([python, "-m", _MODULE])
 
 
-def prepare(name: str, case: Case, python: str, device: str) -> Program:
+def prepare(name: str, case: Case, python: str, device: str) -> TorchProgram:
     """Prepares a timm model in a new worker.
 
     Args:
-      name: one of CONTESTANTS.
+      name: one of IMPLEMENTATIONS.
       case: the computation.
       python: Python interpreter with torch and timm.
       device: "cpu" or "cuda".
 
     Raises:
-      Failed: the program cannot run.
+      ProgramError: the program cannot run.
     """
     child = start(python)
     try:
         request = {"program": name, "device": device, **dataclasses.asdict(case)}
-        return Program(child, name, request, owns_child=True)
+        return TorchProgram(child, name, request, owns_child=True)
     except BaseException:
         child.close()
         raise
 
 
-def prepare_matmul(child: Child, shape: tuple[int, int, int], dtype: str, device: str) -> Program:
+def prepare_matmul(
+    child: Child, shape: tuple[int, int, int], dtype: str, device: str
+) -> TorchProgram:
     """Prepares a matmul (m, k) x (k, n) in an existing worker, which can hold several programs.
 
     Raises:
-      Failed: the program cannot run.
+      ProgramError: the program cannot run.
     """
     request = {"program": "matmul", "device": device, "shape": shape, "dtype": dtype}
-    return Program(child, str(shape), request, owns_child=False)
+    return TorchProgram(child, str(shape), request, owns_child=False)

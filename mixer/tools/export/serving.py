@@ -16,10 +16,10 @@ from flax import traverse_util
 from jax import export
 
 from mixer import files
-from mixer.data.imagenet import names as imagenet_names
 from mixer.errors import UserError, check_choice
 from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
+from mixer.tools.predict.prediction import names_of
 from mixer.weights.arrays import write_safetensors
 from mixer.weights.load import Loaded
 
@@ -170,9 +170,6 @@ def describe(
     order if they are known, and "call" is Python code that runs the program from its folder.
     """
     images, (output,) = program.in_avals[-1], program.out_avals
-    names = loaded.card.class_names
-    if isinstance(names, str):
-        names = imagenet_names.class_names(names)
     size = ", ".join(map(str, images.shape[1:]))
     example = images.shape[0] if isinstance(images.shape[0], int) else 1
     call = [
@@ -204,7 +201,7 @@ def describe(
         "calling_convention": program.calling_convention_version,
         "call": call,
         "card": loaded.card.as_json(),
-        "classes": names,
+        "classes": names_of(loaded.card),
     }
 
 

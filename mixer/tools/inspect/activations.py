@@ -1,7 +1,7 @@
 """Computes the statistics that `mixer.tools.inspect` shows; pictures.py draws them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixer.data import splits as pipeline
-from mixer.data.preprocessing.spec import pixel_range
 from mixer.evaluation import classification
 from mixer.models.registry import architecture_of
 from mixer.training.step import normalize
@@ -93,7 +91,7 @@ def stem_filters(kernel: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * filters / np.maximum(largest, np.finfo(np.float32).tiny)
 
 
-def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
+def pair_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
     """Pairs the token-mixing units of a block by opposite phase, as the paper's figure 5 does.
 
     Pairing is greedy: the two units with the lowest cosine similarity are paired first.
@@ -103,9 +101,9 @@ def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
       grid: (H/P, W/P), the grid of the S patches.
     """
     units = np.asarray(kernel, np.float32).T
-    pairs, cosine = opposites(units)
+    pairs, cosine = pair_opposites(units)
     shuffled = np.random.default_rng(0).permuted(units, axis=1)
-    _, chance = opposites(shuffled)
+    _, chance = pair_opposites(shuffled)
     tiles = units.reshape(-1, *grid)
     largest = np.abs(tiles).max(axis=(1, 2), keepdims=True)
     tiles = tiles / np.maximum(largest, np.finfo(np.float32).tiny)
@@ -118,7 +116,7 @@ def paired_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
     )
 
 
-def opposites(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pair_opposites(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs vectors (D, S) greedily by the lowest cosine similarity.
 
     Returns:
@@ -166,10 +164,10 @@ def activations(
       images: (n, H, W, 3) preprocessed images: uint8, or floats in the model's input range.
       batch_size: images per batch.
     """
-    step = _make_step(model)
+    compute_sums = _make_compute_sums(model)
     sums: dict[str, np.ndarray] = {}
     for start in range(0, len(images), batch_size):
-        batch_sums = jax.device_get(step(params, images[start : start + batch_size]))
+        batch_sums = jax.device_get(compute_sums(params, images[start : start + batch_size]))
         for key, value in batch_sums.items():
             sums[key] = sums.get(key, 0) + value.astype(np.float64)
     num_tokens = len(images) * np.prod(images.shape[1:3]) / model.patch_size**2
@@ -193,7 +191,7 @@ def activations(
     )
 
 
-def _make_step(model: nn.Module) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+def _make_compute_sums(model: nn.Module) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
     """Returns a compiled function `(params, images) -> sums` over the tokens of a batch.
 
     "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the stream x and of x^T x at each
@@ -209,7 +207,7 @@ def _make_step(model: nn.Module) -> Callable[[Any, jax.Array], dict[str, jax.Arr
         return x.astype(jnp.float32).reshape(-1, model.hidden_dim)
 
     @jax.jit
-    def step(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    def compute_sums(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         (_, out), state = model.apply(
             {"params": params}, normalize(images), capture_intermediates=is_branch
         )
@@ -229,7 +227,7 @@ def _make_step(model: nn.Module) -> Callable[[Any, jax.Array], dict[str, jax.Arr
             "channel": jnp.stack([jnp.sum(x**2) for x in channel]),
         }
 
-    return step
+    return compute_sums
 
 
 def cluster_order(confusion: np.ndarray) -> np.ndarray:
@@ -268,28 +266,3 @@ def most_confident(
     indices = np.flatnonzero(predictions.labelled & (predictions.hit == hit))
     order = np.argsort(-predictions.probability[indices], kind="stable")
     return indices[order[:max_count]]
-
-
-def read_images(split: pipeline.Split, indices: Sequence[int]) -> list[np.ndarray]:
-    """Reads the preprocessed images (H, W, 3) at the given indices of a split."""
-    images = []
-    for index in map(int, indices):
-        batch = next(split.sequential_batches(start=index, stop=index + 1, batch_size=1))
-        images.append(batch["image"][0])
-    return images
-
-
-def read_first(split: pipeline.Split, count: int) -> np.ndarray:
-    """Reads the first images (n, H, W, 3) of a split, whose order mixes the classes."""
-    stop = min(count, split.num_examples)
-    batches = split.sequential_batches(start=0, stop=stop, batch_size=stop)
-    return next(batches)["image"]
-
-
-def as_pixels(images: np.ndarray, preprocess: str | None) -> np.ndarray:
-    """Converts preprocessed images to uint8 pixels, including floats from `value_range`."""
-    if images.dtype == np.uint8:
-        return images
-    low, high = pixel_range(preprocess)
-    pixels = (np.asarray(images, np.float32) - low) / (high - low) * 255
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

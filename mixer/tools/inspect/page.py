@@ -1,9 +1,8 @@
-"""Draws the pictures of `mixer.tools.inspect` and writes the HTML page that shows them."""
+"""Draws the pictures of `mixer.tools.inspect`, and composes the page that shows them."""
 
-import base64
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mixer import files, run_files
-from mixer.data import splits
 from mixer.data.splits import Split
 from mixer.errors import UserError
-from mixer.evaluation import classification, results, scores, suites
+from mixer.evaluation import classification, results, scores
 from mixer.evaluation.classification import Classification
 from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.results import Results
@@ -25,10 +23,9 @@ from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.runs import curves
-from mixer.runs import data as run_data
 from mixer.tools.inspect import activations as inspection
-from mixer.tools.inspect import pictures
-from mixer.tools.predict import prediction
+from mixer.tools.inspect import data, pictures
+from mixer.tools.inspect.document import Page, embed_picture, make_section
 from mixer.weights import checkpoint, published
 from mixer.weights import load as loading
 
@@ -36,49 +33,6 @@ MAX_ACTIVATION_IMAGES = 256  # images in the statistics of the activations
 MAX_SHOWN_IMAGES = 12  # images with the most confident right guesses, and as many wrong ones
 MAX_CONFUSIONS = 20  # rows in the table of the most frequent confusions
 BATCH_SIZE = 64  # images per device
-
-STYLE = """
-:root { color-scheme: light dark; --line: #d0d0d0; --quiet: #666; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --quiet: #aaa; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto;
-  padding: 0 1rem 3rem; }
-h1, h2, td, th, p, pre, figcaption { overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-figure { margin: 1rem 0; }
-.wide { overflow-x: auto; }
-.wide img { min-width: 36rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-figcaption, .missing { color: var(--quiet); font-size: 0.9rem; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-td, th { text-align: left; vertical-align: top; min-width: 3.6rem; padding: 0.2rem 0.8rem 0.2rem 0;
-  border-bottom: 1px solid var(--line); }
-pre { white-space: pre-wrap; font-size: 0.8rem; }
-"""
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-class Page:
-    """The directory of the page and its pictures; reports pictures that cannot be drawn."""
-
-    def __init__(self, directory: epath.Path, log: Callable[[str], None]):
-        self._directory = directory
-        self.log = log
-
-    def path(self, name: str) -> epath.Path:
-        """Returns the path of the picture `name`."""
-        return self._directory / name
-
-    def missing(self, content: str, reason: Any) -> str:
-        """Logs that some content is not drawn; returns a paragraph that says so on the page."""
-        self.log(f"not drawn: {content}: {reason}")
-        return f'<p class="missing">Not drawn: {html_text(content)}: {html_text(reason)}</p>'
-
-    def write(self, title: str, sections: Iterable[str]) -> epath.Path:
-        """Writes index.html and returns its path."""
-        path = self.path("index.html")
-        with files.atomic_write(path) as new_file:
-            new_file.write_text(document(title, sections))
-        return path
 
 
 def write(
@@ -128,43 +82,43 @@ def write(
     page = Page(files.make_directory(directory, "--output" if output else ""), log)
     mesh = sharding.make_mesh({"data": -1})
     loaded = loading.read(source, image_size=image_size, mesh=mesh, log=log)
-    recorded = {workdir: results.read(workdir, checkpoint_name) for workdir in workdirs}
-    sections = _run_sections(recorded, page) if workdirs else []
+    saved_results = {workdir: results.read(workdir, checkpoint_name) for workdir in workdirs}
+    sections = _run_sections(saved_results, page) if workdirs else []
     log("drawing the stem's filters and the token-mixing units")
     sections.append(_stem(loaded, page))
     if kernel := architecture_of(loaded.model).token_kernel:
         sections.append(_units(loaded, kernel, page))
     metric_rows = []
     try:
-        record = run_files.read_data(workdirs[0])["splits"] if workdirs else None
-        split = _open(config, loaded, split_name, data_dir, record)
+        data_record = run_files.read_data(workdirs[0])["splits"] if workdirs else None
+        split = data.open_split(config, loaded, split_name, data_dir, data_record)
     except UserError as error:
         if data_dir or split_name:
             raise
         reason = page.missing("activations, confusions and images", error)
-        sections.append(_section("Data", reason))
+        sections.append(make_section("Data", reason))
     else:
         data_sections, metric_rows = _data_sections(loaded, config, split, mesh, page)
         sections += data_sections
     rows = [("weights", published.redact(source)), *_model_rows(loaded)]
     if config is not None:
         rows += _training_rows(config)
-        rows += _recorded_rows(recorded[workdirs[0]])
+        rows += _result_rows(saved_results[workdirs[0]])
     summary = [html_table(Table((), rows + metric_rows))]
     if config is not None:
         text = json.dumps(config.to_dict(), indent=2)
         summary.append(f"<details><summary>config</summary><pre>{html_text(text)}</pre></details>")
     title = str(workdirs[0] if workdirs else weights)
-    return page.write(title, [_section("Summary", *summary), *sections])
+    return page.write(title, [make_section("Summary", *summary), *sections])
 
 
-def _run_sections(recorded: Mapping[str, Results | None], page: Page) -> list[str]:
+def _run_sections(saved_results: Mapping[str, Results | None], page: Page) -> list[str]:
     """Returns the comparison of several runs and the curves of the first run."""
-    rows = {workdir: run_files.read_metrics(workdir, page.log) for workdir in recorded}
+    rows = {workdir: run_files.read_metrics(workdir, page.log) for workdir in saved_results}
     sections = []
     if len(rows) > 1:
         page.log(f"comparing {len(rows)} runs")
-        sections.append(_comparison(rows, recorded, page))
+        sections.append(_comparison(rows, saved_results, page))
     workdir = next(iter(rows))
     return [*sections, _curves(workdir, rows[workdir], page)]
 
@@ -182,7 +136,7 @@ def _data_sections(
     sections = [_activations(loaded, split, page)]
     if not loaded.card.num_classes:
         reason = page.missing("confusions and images", "the weights have no head")
-        return [*sections, _section("Guesses", reason)], []
+        return [*sections, make_section("Guesses", reason)], []
     page.log(f"evaluating {split.num_examples:,} images of {split.name}")
     result = classification.evaluate_model(
         loaded.model,
@@ -207,68 +161,65 @@ def _data_sections(
 
 def _comparison(
     rows: Mapping[str, curves.Rows],
-    recorded: Mapping[str, Results | None],
+    saved_results: Mapping[str, Results | None],
     page: Page,
 ) -> str:
     names = _short_names(list(rows))
-    parts = []
-    if curves_by_name := {
-        names[workdir]: run_rows for workdir, run_rows in rows.items() if run_rows
-    }:
-        path = page.path("comparison.png")
+    parts, notes = [], []
+    if curves_by_name := {names[workdir]: lines for workdir, lines in rows.items() if lines}:
+        path = page.directory / "comparison.png"
         curves.draw_comparison(curves_by_name, path)
-        parts.append(_picture(path, f"curves of {len(curves_by_name)} runs in one picture"))
-    for workdir, run_rows in rows.items():
-        if not run_rows:
+        parts.append(embed_picture(path, f"curves of {len(curves_by_name)} runs in one picture"))
+    for workdir, lines in rows.items():
+        if not lines:
             parts.append(page.missing("curves", f"{workdir} has no metrics.jsonl"))
-    lines, body = [], []
-    for workdir, saved in recorded.items():
-        if saved is None or not saved.splits:
-            continue
-        for split, result in saved.splits.items():
-            lines.append((names[workdir], split, result.top1, result.top1_interval))
-            accuracy = _accuracy(result.top1, result.top1_interval)
-            body.append((names[workdir], split, f"{saved.step or 0:,}", accuracy))
-    if lines:
-        path = page.path("results.png")
-        pictures.draw_results(lines, path)
-        parts.append(_picture(path, "accuracies of the runs with their intervals"))
-        head = ("run", "split", "step", "top-1 (95 % interval)")
-        parts.append(html_table(Table(head, body)))
-    for workdir, saved in recorded.items():
+    drawn_results, table_rows = [], []
+    for workdir, saved in saved_results.items():
         if saved is None or not saved.splits:
             reason = f"{workdir} has no results; run evaluate.py"
-            parts.append(page.missing("results", reason))
+            notes.append(page.missing("results", reason))
+            continue
+        for split, result in saved.splits.items():
+            drawn_results.append((names[workdir], split, result.top1, result.top1_interval))
+            accuracy = _accuracy(result.top1, result.top1_interval)
+            table_rows.append((names[workdir], split, f"{saved.step or 0:,}", accuracy))
+    if table_rows:
+        path = page.directory / "results.png"
+        pictures.draw_results(drawn_results, path)
+        parts.append(embed_picture(path, "accuracies of the runs with their intervals"))
+        header = ("run", "split", "step", "top-1 (95 % interval)")
+        parts.append(html_table(Table(header, table_rows)))
+    parts += notes
     parts.append(f"<p>The pictures below show {html_text(next(iter(rows)))}.</p>")
-    return _section("Comparison", *parts)
+    return make_section("Comparison", *parts)
 
 
 def _curves(workdir: str, rows: curves.Rows, page: Page) -> str:
     if not rows:
-        return _section("Curves", page.missing("curves", f"{workdir} has no metrics.jsonl"))
-    path = page.path("curves.png")
+        return make_section("Curves", page.missing("curves", f"{workdir} has no metrics.jsonl"))
+    path = page.directory / "curves.png"
     curves.draw_curves(rows, path, epath.Path(workdir).name)
     last = rows[-1]["step"]
-    return _section(
-        "Curves", _picture(path, f"training curves, {len(rows):,} lines, {last:,} steps")
+    return make_section(
+        "Curves", embed_picture(path, f"training curves, {len(rows):,} lines, {last:,} steps")
     )
 
 
 def _stem(loaded: loading.Loaded, page: Page) -> str:
-    path = page.path("stem.png")
+    path = page.directory / "stem.png"
     kernel = sharding.by_name(loaded.params)[next(architecture_of(loaded.model).leaf_names(0))]
     pictures.draw_filters(inspection.stem_filters(kernel), path)
     caption = (
         "The stem's filters, largest norm first. Each filter is divided by its largest absolute "
         "weight; grey is 0."
     )
-    return _section("Stem", _picture(path, "the stem's filters as colour tiles", caption))
+    return make_section("Stem", embed_picture(path, "the stem's filters as colour tiles", caption))
 
 
 def _units(loaded: loading.Loaded, kernel: str, page: Page) -> str:
     grid, params = loaded.card.grid, sharding.by_name(loaded.params)
     units = [
-        inspection.paired_units(np.asarray(params[kernel.format(i)]), grid)
+        inspection.pair_units(np.asarray(params[kernel.format(i)]), grid)
         for i in range(loaded.card.num_blocks)
     ]
     parts = [
@@ -280,46 +231,50 @@ def _units(loaded: loading.Loaded, kernel: str, page: Page) -> str:
         "weights.</p>"
     ]
     for blocks in pictures.unit_figures(units):
-        path = page.path(f"units_{blocks.start:02}.png")
+        path = page.directory / f"units_{blocks.start:02}.png"
         pictures.draw_units(units[blocks.start : blocks.stop], blocks.start, path)
         numbers = ", ".join(map(str, blocks))
-        parts.append(_picture(path, f"token-mixing units of block {numbers}"))
-    return _section("Token mixing", *parts)
+        parts.append(embed_picture(path, f"token-mixing units of block {numbers}"))
+    return make_section("Token mixing", *parts)
 
 
 def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:
-    images = inspection.read_first(split, MAX_ACTIVATION_IMAGES)
+    images = data.read_first(split, MAX_ACTIVATION_IMAGES)
     statistics = inspection.activations(loaded.model, loaded.params, images)
-    path = page.path("activations.png")
+    path = page.directory / "activations.png"
     pictures.draw_activations(statistics, path)
     caption = (
         "The residual stream after the stem (depth 0) and after each block, over all tokens of "
         f"the first {len(images):,} images of {split.name}. Bands show quantiles over the channels."
     )
     alt = "statistics of the channels by depth"
-    return _section("Activations", _picture(path, alt, caption))
+    return make_section("Activations", embed_picture(path, alt, caption))
 
 
 def _confusion(result: Classification, split: Split, page: Page) -> str:
     if not result.confusion.any():
-        return _section("Confusions", page.missing("confusions", "no image has exactly one label"))
-    path, names = page.path("confusion.png"), split.class_names
+        return make_section(
+            "Confusions", page.missing("confusions", "no image has exactly one label")
+        )
+    path, names = page.directory / "confusion.png", split.class_names
     pictures.draw_confusion(result, names, path)
     caption = f"{int(result.confusion.sum()):,} images of {split.name}."
-    parts = [_picture(path, "confusion matrix and accuracy of each class", caption)]
+    parts = [embed_picture(path, "confusion matrix and accuracy of each class", caption)]
     if pairs := inspection.frequent_confusions(result.confusion, MAX_CONFUSIONS):
-        body = [(names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in pairs]
-        head = ("label", "first guess", "images", "share of the label's images")
-        parts += ["<h3>The most frequent confusions</h3>", html_table(Table(head, body))]
+        table_rows = [
+            (names[c.label], names[c.guess], f"{c.count:,}", f"{c.share:.1%}") for c in pairs
+        ]
+        header = ("label", "first guess", "images", "share of the label's images")
+        parts += ["<h3>The most frequent confusions</h3>", html_table(Table(header, table_rows))]
     order = np.argsort(np.nan_to_num(result.per_class, nan=2), kind="stable")
     counts = result.confusion.sum(axis=1)
-    body = []
+    table_rows = []
     for k in order[: np.count_nonzero(counts)]:
         interval = scores.interval(result.confusion[k, k], counts[k])
-        body.append((names[k], f"{counts[k]:,}", _accuracy(result.per_class[k], interval)))
-    table = html_table(Table(("class", "images", "accuracy (95 % interval)"), body))
+        table_rows.append((names[k], f"{counts[k]:,}", _accuracy(result.per_class[k], interval)))
+    table = html_table(Table(("class", "images", "accuracy (95 % interval)"), table_rows))
     parts.append(f"<details><summary>Accuracy of each class</summary>{table}</details>")
-    return _section("Confusions", *parts)
+    return make_section("Confusions", *parts)
 
 
 def _images(loaded: loading.Loaded, result: Classification, split: Split, page: Page) -> str:
@@ -334,10 +289,10 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
             parts.append(page.missing(title, "there are none"))
             continue
         images = [
-            inspection.as_pixels(image, loaded.card.preprocess)
-            for image in inspection.read_images(split, indices)
+            data.as_pixels(image, loaded.card.preprocess)
+            for image in data.read_images(split, indices)
         ]
-        captions, body = [], []
+        captions, table_rows = [], []
         for index in indices:
             label = "several" if predictions.label[index] < 0 else names[predictions.label[index]]
             guess = names[predictions.guesses[index, 0]]
@@ -346,61 +301,16 @@ def _images(loaded: loading.Loaded, result: Classification, split: Split, page: 
             if not hit:
                 short += f"\n({curves.shorten(label, 20)})"
             captions.append(f"{probability} {short}")
-            body.append((split.example_id(int(index)), label, guess, probability))
-        pictures.draw_images(images, captions, page.path(file))
+            table_rows.append((split.example_id(int(index)), label, guess, probability))
+        pictures.draw_images(images, captions, page.directory / file)
         caption = "Probability and first guess" + "; the label in brackets" * (not hit) + "."
-        table = html_table(Table(("image", "label", "first guess", "probability"), body))
+        table = html_table(Table(("image", "label", "first guess", "probability"), table_rows))
         parts += [
             f"<h3>{title.capitalize()}</h3>",
-            _picture(page.path(file), title, caption),
+            embed_picture(page.directory / file, title, caption),
             f"<details><summary>List of these images</summary>{table}</details>",
         ]
-    return _section("Images", *parts)
-
-
-# The data, and the rows of the summary.
-
-
-def _open(
-    config: Any,
-    loaded: loading.Loaded,
-    split_name: str | None,
-    data_dir: str | None,
-    record: dict[str, Any] | None,
-) -> Split:
-    """Opens the split to evaluate: from a run's config, or from a folder if `config` is None."""
-    if config is not None:
-        if data_dir is not None:
-            config.dataset.data_dir = data_dir
-        names = tuple(loaded.card.class_names)
-        for name in (split_name,) if split_name else ("test", "val"):
-            split = run_data.open_own_split(config, name, names, record)
-            if split is not None:
-                return split
-        keys = (
-            f"dataset.{split_name}_split"
-            if split_name
-            else "dataset.test_split and dataset.val_split"
-        )
-        raise UserError(f"{keys}: empty in the config; expected a split")
-    if data_dir is None:
-        raise UserError("--data_dir is missing; expected a folder of images")
-    if loaded.card.preprocess is None:
-        raise UserError(f"{loaded.card.source} does not specify its preprocessing")
-    split = splits.open_split(
-        suites.dataset_config("folder", data_dir),
-        split_name or "test",
-        loaded.card.preprocess,
-        image_size=loaded.card.image_size,
-        num_classes=loaded.card.num_classes or None,
-        class_names=prediction.names_of(loaded.card),
-    )
-    if loaded.card.num_classes not in (0, len(split.class_names)):
-        raise UserError(
-            f"{split.name} has {len(split.class_names):,} classes; expected "
-            f"{loaded.card.num_classes:,}, as in {loaded.card.source}"
-        )
-    return split
+    return make_section("Images", *parts)
 
 
 def _model_rows(loaded: loading.Loaded) -> list[tuple[str, str]]:
@@ -418,20 +328,20 @@ def _model_rows(loaded: loading.Loaded) -> list[tuple[str, str]]:
 
 
 def _training_rows(config: Any) -> list[tuple[str, str]]:
-    data, optimizer = config.dataset, config.optimizer
+    dataset, optimizer = config.dataset, config.optimizer
     return [
-        ("data", " ".join(filter(None, (data.name, data.data_dir, data.train_split)))),
+        ("data", " ".join(filter(None, (dataset.name, dataset.data_dir, dataset.train_split)))),
         ("training", f"{config.total_steps:,} steps of {config.global_batch_size:,} images"),
         (
             "optimizer",
             f"{optimizer.name}, peak learning rate {optimizer.peak_lr:g}, weight decay "
             f"{optimizer.weight_decay:g}, {config.schedule.decay} schedule",
         ),
-        ("training images", data.train_preprocess),
+        ("training images", dataset.train_preprocess),
     ]
 
 
-def _recorded_rows(saved: Results | None) -> list[tuple[str, str]]:
+def _result_rows(saved: Results | None) -> list[tuple[str, str]]:
     """Returns a row for each accuracy in the run's results.json."""
     if saved is None:
         return []
@@ -445,32 +355,6 @@ def _short_names(workdirs: Sequence[str]) -> dict[str, str]:
     """Returns the base names of the runs, or their paths if base names are not unique."""
     names = [epath.Path(workdir).name for workdir in workdirs]
     return dict(zip(workdirs, names if len({*names}) == len(names) else workdirs, strict=True))
-
-
-# HTML.
-
-
-def document(title: str, sections: Iterable[str]) -> str:
-    """Returns a self-contained HTML document, without scripts and external resources."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html_text(title)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{html_text(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _picture(path: epath.Path, alt: str, caption: str = "") -> str:
-    """Returns the HTML of an embedded picture that scrolls on narrow screens."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    image = f'<img alt="{html_text(alt)}" src="data:image/png;base64,{data}">'
-    box = f'<div class="wide" tabindex="0">{image}</div>'
-    return f"<figure>{box}<figcaption>{html_text(caption)}</figcaption></figure>"
 
 
 def _accuracy(share: float, interval: tuple[float, float]) -> str:

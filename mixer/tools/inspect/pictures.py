@@ -53,9 +53,9 @@ def draw_results(
 def draw_filters(filters: np.ndarray, path: epath.PathLike) -> None:
     """Draws filters (C, P, P, 3) in 0..1 as tiles, row by row."""
     count, side = filters.shape[:2]
-    tiles = _enlarged(filters, -(-FILTER_PIXELS * (1 + (count <= FEW)) // side))
+    tiles = _enlarge(filters, -(-FILTER_PIXELS * (1 + (count <= FEW)) // side))
     tiles = (tiles * 255).round().astype(np.uint8)
-    image = _tiled(tiles, max_columns=int(np.sqrt(count * 2)), gap=2, gap_value=255)
+    image = _tile(tiles, max_columns=int(np.sqrt(count * 2)), gap=2, gap_value=255)
     title = f"{len(filters):,} filters of {side} x {side} pixels, by energy; grey is 0"
     _draw_tiles([(title, image)], path, colors=None)
 
@@ -144,7 +144,7 @@ def draw_confusion(
             _draw_named(shares, result.per_class, intervals, class_names, path)
         else:
             order = cluster_order(result.confusion)
-            _draw_many(shares[order][:, order], result.per_class, intervals, path)
+            _draw_clustered(shares[order][:, order], result.per_class, intervals, path)
 
 
 def draw_images(
@@ -212,7 +212,7 @@ def _draw_named(
     curves.save_figure(figure, path)
 
 
-def _draw_many(
+def _draw_clustered(
     shares: np.ndarray, accuracies: np.ndarray, intervals: np.ndarray, path: epath.PathLike
 ) -> None:
     """Draws a matrix of at most LARGEST_MATRIX cells per side, and the sorted accuracies."""
@@ -256,11 +256,11 @@ def _draw_many(
 # Tiles.
 
 
-def _enlarged(tiles: np.ndarray, factor: int) -> np.ndarray:
+def _enlarge(tiles: np.ndarray, factor: int) -> np.ndarray:
     return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def _tiled(tiles: np.ndarray, *, max_columns: int, gap: int, gap_value: int) -> np.ndarray:
+def _tile(tiles: np.ndarray, *, max_columns: int, gap: int, gap_value: int) -> np.ndarray:
     """Arranges tiles (n, h, w, 3) row by row in one uint8 image, in rows of about equal length.
 
     The tiles are surrounded by `gap` pixels of the grey value `gap_value`.
@@ -286,11 +286,11 @@ def _unit_image(block: Units) -> np.ndarray:
     count, _, height, width = weights.shape
     side = UNIT_PIXELS * (1 + (block.num_units <= FEW))
     colors = colormaps["RdBu_r"](0.5 + weights / 2, bytes=True)[..., :3]
-    tiles = _enlarged(colors.reshape(-1, height, width, 3), max(side // max(height, width), 1))
+    tiles = _enlarge(colors.reshape(-1, height, width, 3), max(side // max(height, width), 1))
     _, height, width, _ = tiles.shape
     pairs = np.full((count, height, 2 * width + 2, 3), GREY, np.uint8)
     pairs[:, :, :width], pairs[:, :, width + 2 :] = tiles[0::2], tiles[1::2]
-    return _tiled(pairs, max_columns=1000 // (2 * width + 10), gap=8, gap_value=GREY)
+    return _tile(pairs, max_columns=1000 // (2 * width + 10), gap=8, gap_value=GREY)
 
 
 def _draw_tiles(

@@ -49,22 +49,19 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; see python -m mixer.tools.plan --help")
     config = cli.config()
     if TOPOLOGY.value is None:
-        raise UserError("--topology is missing; expected v5e:16x16, gpu:8xH100 or the like")
-
-    from rich.console import Console
+        raise UserError(
+            "--topology is missing; expected a topology such as v5e:16x16 or gpu:8xH100"
+        )
 
     from mixer import files
+    from mixer.console import Console
     from mixer.runs import config as run
     from mixer.tools.plan import report, search, update
     from mixer.tools.plan.subject import open_subject
 
     if JSON.value:
         files.check_output("--json", JSON.value)
-    console = Console(highlight=False, soft_wrap=True)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False)
-
+    say = Console().say
     subject = open_subject(
         config,
         TOPOLOGY.value,

@@ -1,10 +1,10 @@
 """Specifications of accelerators: memory, peak rates, links and hosts.
 
-The figures are published by the vendors, and recalled unless stated otherwise: TPUs from Google's
-pages about each generation and its machine types (v3's links from Jouppi et al., 2020, "A
-domain-specific supercomputer for training deep neural networks"), GPUs from NVIDIA's data sheets.
-The memory of TPUs is the memory available to a program, from the error message of libtpu 0.0.42 for
-a program that does not fit [measured].
+The figures are published by the vendors and quoted from memory: those of TPUs from Google's pages
+about each generation and its machine types, those of GPUs from NVIDIA's data sheets. v3's links are
+from Jouppi et al., 2020, "A domain-specific supercomputer for training deep neural networks". The
+memory of TPUs is the memory available to a program, as libtpu 0.0.42 reports it for a program that
+does not fit.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ TPUS = {
     "v5p": Chip(95.74 * GIB, 459e12, 459e12, 2765e9, 600e9, 0, 4, 208, 448e9, 1.75e9),
     "v6e": Chip(31.25 * GIB, 918e12, 918e12, 1638e9, 400e9, 0, 4, 180, 720e9),
 }
-# Generations with two-dimensional slices; the others have three [vendor documentation, recalled].
+# Generations with two-dimensional slices; the others have three dimensions (quoted from memory).
 FLAT = ("v3", "v5e", "v6e")
 FLAT_SHAPES = [[2, 2], [2, 4], [4, 4], [4, 8], [8, 8], [8, 16], [16, 16], [16, 32], [32, 32]]
 # JAX uses 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
@@ -88,8 +88,8 @@ class Topology:
         return math.ceil(self.num_devices / self.chip.devices_per_host)
 
     @property
-    def what(self) -> str:
-        """A description such as "128 cores" or "8 GPUs"."""
+    def size(self) -> str:
+        """The number and kind of the devices, such as "128 cores" or "8 GPUs"."""
         kind = "GPU" if self.is_gpu else "core" if self.generation == "v3" else "chip"
         return f"{self.num_devices:,} {kind}{'s' * (self.num_devices > 1)}"
 

@@ -8,20 +8,19 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-BYTES = {
-    **dict(pred=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4),
-    **dict(s64=8, u64=8, f64=8, c64=8, c128=16),
-}
+from mixer.tools.plan import hlo_text
+from mixer.tools.plan.hlo_text import Instruction
+
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
 # Instructions that move no data themselves; the computations that they call are counted.
-_FREE = {
+_NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "custom-call", "partition-id", "replica-id", "domain"),
     *("async-start", "async-update", "opt-barrier"),
@@ -70,7 +69,7 @@ def count(text: str) -> Counts:
     Args:
       text: HLO text, optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
     """
-    computations, entry = _parse(text)
+    computations, entry = hlo_text.parse(text)
 
     @functools.cache
     def counts_of(name: str) -> Counts:
@@ -94,7 +93,7 @@ def count(text: str) -> Counts:
             elif instruction.op == "fusion":
                 # On TPUs a collective that overlaps with matmuls appears in several fusions (its
                 # start, its overlap and its end) with the same channel.
-                for inner, counts in _fused(instruction.attribute("calls"), computations):
+                for inner, counts in _count_fusion(instruction.attribute("calls"), computations):
                     channel = re.search(r"channel_id=(\d+)", inner.attributes)
                     if counts.collectives and channel:
                         in_fusions[channel[1]] = counts
@@ -105,105 +104,7 @@ def count(text: str) -> Counts:
     return counts_of(entry)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    dtype: str
-    dims: tuple[int, ...]
-    in_memory: bool  # False: the array is in the core's fast memory
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.dims) * BYTES.get(self.dtype, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    arrays: tuple[_Array, ...]  # the arrays of the result, several for a tuple
-    op: str
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-    def attribute(self, key: str) -> str:
-        return re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)[1]
-
-    def branches(self) -> list[str]:
-        listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        if listed:
-            return [name.strip().lstrip("%") for name in listed[1].split(",")]
-        return [self.attribute(f"{value}_computation") for value in ("true", "false")]
-
-
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Parses HLO text; returns all computations by name, and the name of the entry."""
-    computations: dict[str, dict[str, _Instruction]] = {}
-    current, entry = {}, ""
-    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
-        if not line.startswith(" "):
-            head = _HEAD.match(line)
-            if head and not line.startswith("HloModule"):
-                current = computations[head[2]] = {}
-                entry = head[2] if head[1] else entry
-        elif head := _INSTRUCTION.match(line):
-            current[head[2]] = _instruction(head[2], line[head.end() :], bool(head[1]))
-    return computations, entry
-
-
-def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
-    """Parses "TYPE op(operands), attributes"."""
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    start = text.index("(", end)
-    close = _closing(text, start)
-    operands = [part.split()[-1].lstrip("%") for part in _split(text[start + 1 : close])]
-    return _Instruction(
-        name=name,
-        arrays=_arrays(text[:end]),
-        op=text[end:start].strip(),
-        operands=tuple(operands),
-        attributes=text[close + 1 :],
-        is_root=is_root,
-    )
-
-
-def _arrays(text: str) -> tuple[_Array, ...]:
-    return tuple(
-        _Array(
-            dtype,
-            tuple(int(size.lstrip("<=")) for size in dims.split(",") if size),
-            not re.search(r"S\([1-9]\d*\)", layout or ""),
-        )
-        for dtype, dims, layout in _ARRAY.findall(text)
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if not depth:
-            return index
-    raise ValueError(f"unbalanced parentheses: {text[:200]}")
-
-
-def _split(text: str) -> list[str]:
-    """Splits text at commas outside brackets."""
-    parts, depth, start = [], 0, 0
-    for index, letter in enumerate(text):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            parts.append(text[start:index])
-            start = index + 1
-    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
-
-
-def _trip_count(loop: _Instruction, computations: dict) -> int | None:
+def _trip_count(loop: Instruction, computations: dict) -> int | None:
     """Returns the trip count of a loop; None if it depends on the data."""
     constant = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if constant:
@@ -219,7 +120,7 @@ def _trip_count(loop: _Instruction, computations: dict) -> int | None:
     return int(limit.operands[0])
 
 
-def _fused(name: str, computations: dict):
+def _count_fusion(name: str, computations: dict) -> Iterator[tuple[Instruction, Counts]]:
     """Yields (instruction, counts) of a fusion's computation and of the fusions in it."""
     for inner in computations[name].values():
         counts = _count_instruction(inner, computations[name], computations, fused=True)
@@ -229,58 +130,54 @@ def _fused(name: str, computations: dict):
             counts = dataclasses.replace(counts, collectives=(("reduce-scatter", traffic),))
         yield inner, counts
         if inner.op == "fusion":
-            yield from _fused(inner.attribute("calls"), computations)
+            yield from _count_fusion(inner.attribute("calls"), computations)
 
 
 def _count_instruction(
-    instruction: _Instruction, computation: dict[str, _Instruction], computations: dict, fused: bool
+    instruction: Instruction, computation: dict[str, Instruction], computations: dict, fused: bool
 ) -> Counts:
     """Counts an instruction without the computations that it calls."""
     kind = instruction.op.removesuffix("-start")
     collectives, flops = (), 0.0
     if kind in COLLECTIVES:
         collectives = ((kind, _traffic(kind, instruction, computation)),)
-    elif _is_gemm(instruction):
-        flops = _gemm_flops(instruction, computation[instruction.operands[0]].arrays[0].dims)
-    elif instruction.op in ("dot", "convolution"):
+    elif instruction.op in ("dot", "convolution") or _is_gemm(instruction):
         left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
-        count_flops = _dot_flops if instruction.op == "dot" else _convolution_flops
-        flops = count_flops(instruction, left, right)
+        if instruction.op == "convolution":
+            flops = _convolution_flops(instruction, left, right)
+        else:
+            flops = _matmul_flops(instruction, left)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
     return Counts(
         flops=flops,
-        bytes=0.0 if fused else _bytes(instruction, computation, computations),
+        bytes=0.0 if fused else _count_bytes(instruction, computation, computations),
         collectives=collectives,
         cycles=float(cycles[1]) if cycles and not fused else 0.0,
     )
 
 
-def _is_gemm(instruction: _Instruction) -> bool:
+def _is_gemm(instruction: Instruction) -> bool:
     """Whether the instruction is a matmul in a GPU library, possibly with a bias and more."""
     return instruction.op == "custom-call" and '"gemm_backend_config"' in instruction.attributes
 
 
-def _gemm_flops(gemm: _Instruction, left: tuple[int, ...]) -> float:
-    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', gemm.attributes)[1]
+def _matmul_flops(matmul: Instruction, left: tuple[int, ...]) -> float:
+    """Returns 2 * result elements * contracted sizes of a dot or a matmul in a GPU library."""
+    # lhs_contracting_dims={1} in a dot, "lhs_contracting_dimensions":["1"] in a library's matmul
+    contracted = re.search(r'lhs_contracting_dim\w+"?[=:][{\[]([\d,"]*)', matmul.attributes)[1]
     sizes = [left[int(dim)] for dim in re.findall(r"\d+", contracted)]
-    return 2.0 * math.prod(gemm.arrays[0].dims) * math.prod(sizes)
-
-
-def _dot_flops(dot: _Instruction, left: tuple[int, ...], _: tuple[int, ...]) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)[1]
-    sizes = [left[int(dim)] for dim in contracted.split(",") if dim]
-    return 2.0 * math.prod(dot.arrays[0].dims) * math.prod(sizes)
+    return 2.0 * math.prod(matmul.arrays[0].dims) * math.prod(sizes)
 
 
 def _convolution_flops(
-    convolution: _Instruction, left: tuple[int, ...], right: tuple[int, ...]
+    convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> float:
     """Returns 2 * batch * output features * input features * positions outside the padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
-    of_left, of_right, of_out = labels.groups()
+    left_labels, right_labels, out_labels = labels.groups()
     window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
     window = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
-    spatial = sorted(label for label in of_left if label.isdigit())
+    spatial = sorted(label for label in left_labels if label.isdigit())
 
     def values(key: str, default: str) -> list[str]:
         return window[key].split("x") if key in window else [default] * len(spatial)
@@ -294,18 +191,19 @@ def _convolution_flops(
         values("rhs_dilate", "1"),
         strict=True,
     ):
-        size = left[of_left.index(label)]
-        out = np.arange(convolution.arrays[0].dims[of_out.index(label)])[:, None]
-        tap = np.arange(right[of_right.index(label)])[None]
+        size = left[left_labels.index(label)]
+        out = np.arange(convolution.arrays[0].dims[out_labels.index(label)])[:, None]
+        tap = np.arange(right[right_labels.index(label)])[None]
         position = out * int(stride) + tap * int(right_step) - int(pad.split("_")[0])
         is_inside = (position >= 0) & (position <= (size - 1) * int(left_step))
         positions *= int(np.sum(is_inside & (position % int(left_step) == 0)))
     groups = re.search(r"batch_group_count=(\d+)", convolution.attributes)
-    batch = left[of_left.index("b")] // (int(groups[1]) if groups else 1)
-    return 2.0 * batch * right[of_right.index("i")] * right[of_right.index("o")] * positions
+    batch = left[left_labels.index("b")] // (int(groups[1]) if groups else 1)
+    return 2.0 * batch * right[right_labels.index("i")] * right[right_labels.index("o")] * positions
 
 
-def _traffic(kind: str, instruction: _Instruction, computation: dict[str, _Instruction]) -> Traffic:
+def _traffic(kind: str, instruction: Instruction, computation: dict[str, Instruction]) -> Traffic:
+    """Returns the traffic of a collective."""
     size = sum(array.bytes for name in instruction.operands for array in computation[name].arrays)
     devices = _group_size(instruction.attributes)
     if kind == "all-gather":
@@ -318,20 +216,20 @@ def _traffic(kind: str, instruction: _Instruction, computation: dict[str, _Instr
 
 def _group_size(attributes: str) -> int:
     """Returns the number of devices in each group of a collective."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
-    if named:
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+    if mesh:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
-    strided = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
-    if strided:
-        return int(strided[1].split(",")[-1])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return len(listed[1].split(",")) if listed else 1
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
+    if iota:
+        return int(iota[1].split(",")[-1])
+    group = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    return len(group[1].split(",")) if group else 1
 
 
-def _bytes(
-    instruction: _Instruction, computation: dict[str, _Instruction], computations: dict
+def _count_bytes(
+    instruction: Instruction, computation: dict[str, Instruction], computations: dict
 ) -> float:
     """Returns the bytes of main memory that an instruction outside fusions reads and writes."""
     op = instruction.op
@@ -340,7 +238,11 @@ def _bytes(
         inputs = [computation[name].arrays for name in instruction.operands if name in computation]
         arrays = [*instruction.arrays[:-1], *(array for group in inputs for array in group)]
         return float(sum(array.bytes for array in arrays))
-    if op in _FREE or op.endswith(("-done", "-update")) or op.removesuffix("-start") in COLLECTIVES:
+    if (
+        op in _NO_TRAFFIC
+        or op.endswith(("-done", "-update"))
+        or op.removesuffix("-start") in COLLECTIVES
+    ):
         return 0.0
     out = sum(array.bytes for array in instruction.arrays if array.in_memory)
     operands = [computation[name] for name in instruction.operands if name in computation]
@@ -360,13 +262,11 @@ def _bytes(
     for number, operand in enumerate(operands):
         if all(array.in_memory for array in operand.arrays):
             size = sum(array.bytes for array in operand.arrays)
-            read += _read_inside(inner, number, size, computations)
-    return read + _written_inside(inner, out)
+            read += _bytes_read(inner, number, size, computations)
+    return read + _bytes_written(inner, out)
 
 
-def _read_inside(
-    inner: dict[str, _Instruction], number: int, size: int, computations: dict
-) -> float:
+def _bytes_read(inner: dict[str, Instruction], number: int, size: int, computations: dict) -> float:
     """Returns the bytes of an operand that a fusion reads: only the slices, if it slices it."""
     names = {i.name for i in inner.values() if i.op == "parameter" and i.operands == (str(number),)}
     read, has_grown = 0.0, True
@@ -382,13 +282,13 @@ def _read_inside(
             nested = computations[user.attribute("calls")]
             for index, name in enumerate(user.operands):
                 if name in names:
-                    read += _read_inside(nested, index, size, computations)
+                    read += _bytes_read(nested, index, size, computations)
         elif user.op != "dynamic-update-slice" or user.operands[0] not in names:
             return size
     return min(read, size)
 
 
-def _written_inside(inner: dict[str, _Instruction], size: float) -> float:
+def _bytes_written(inner: dict[str, Instruction], size: float) -> float:
     """Returns the bytes that a fusion writes: only the update, if it updates an array in place."""
     root = next(i for i in inner.values() if i.is_root)
     ends = [inner[name] for name in root.operands] if root.op == "tuple" else [root]

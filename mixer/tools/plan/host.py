@@ -14,12 +14,12 @@ CORE_RATE = {True: 530, False: 840}
 PROCESS_BYTES = 4e9  # assumed memory of Python, JAX, TensorFlow and its threads
 
 
-def host_figures(subject: Subject, needed: float, checkpoint_bytes: int) -> dict[str, Any]:
+def host_figures(subject: Subject, required_rate: float, checkpoint_bytes: int) -> dict[str, Any]:
     """Returns a host's read rate, send rate, memory and input figures as JSON.
 
     Args:
       subject: the subject of the plan.
-      needed: images/s that the host's devices need.
+      required_rate: images/s that the host's devices need.
       checkpoint_bytes: size of a checkpoint, a copy of which is written in the background.
     """
     dataset, topology = subject.config.dataset, subject.topology
@@ -38,19 +38,19 @@ def host_figures(subject: Subject, needed: float, checkpoint_bytes: int) -> dict
         "memory": memory,
         "memory_needed": sum(memory.values()),
         "memory_there": topology.chip.host_memory,
-        "images_per_second": needed,
-        "read_bytes_per_second": needed * subject.image_bytes,
-        "send_bytes_per_second": needed * pixels,
-        "input": _input(subject, needed),
+        "images_per_second": required_rate,
+        "read_bytes_per_second": required_rate * subject.image_bytes,
+        "send_bytes_per_second": required_rate * pixels,
+        "input": _input_figures(subject, required_rate),
     }
 
 
-def _input(subject: Subject, needed: float) -> dict[str, Any]:
+def _input_figures(subject: Subject, required_rate: float) -> dict[str, Any]:
     """Checks whether a host's cores prepare as many images per second as its devices need.
 
     Args:
       subject: the subject of the plan.
-      needed: images/s that the host's devices need.
+      required_rate: images/s that the host's devices need.
 
     Returns:
       "steps": the host's part of the preprocessing. "core_rate": images/s per core.
@@ -64,11 +64,11 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
     core_rate = CORE_RATE[bool(placement.host.of_kind(Kind.POLICY))]
     cores = topology.chip.host_cores
     devices = min(topology.num_devices, topology.chip.devices_per_host)
-    share = cores * core_rate / needed
+    share = cores * core_rate / required_rate
     return {
         "steps": str(placement.host),
         "core_rate": core_rate,
-        "cores_needed": needed / core_rate,
+        "cores_needed": required_rate / core_rate,
         "cores_there": cores,
         "images_per_second": float(cores * core_rate),
         "feeds_devices": share * devices,
@@ -79,16 +79,11 @@ def _input(subject: Subject, needed: float) -> dict[str, Any]:
     }
 
 
-def preprocess(subject: Subject) -> Specification:
-    """Returns the training preprocessing."""
-    text = subject.config.dataset.train_preprocess
-    return parse(text) if text else Specification()
-
-
 def _place_images(subject: Subject) -> Placement:
     """Decides whether the training images stay on the device, as far as a plan can know."""
-    config, topology, spec = subject.config, subject.topology, preprocess(subject)
-    mode = config.dataset.on_device
+    config, topology = subject.config, subject.topology
+    text, mode = config.dataset.train_preprocess, config.dataset.on_device
+    spec = parse(text) if text else Specification()
 
     def measure() -> Sizes | None:
         side = subject.stored_side if spec else config.image_size

@@ -90,7 +90,7 @@ def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row
         figures = f"measured on the compiled update ({step.compile_seconds:.0f} s to compile)"
     sizes = f"{subject.config.image_size} px, {model.num_classes:,} classes, {model.dtype}"
     return [
-        ("topology", f"{topology.name}: {topology.what} in {topology.num_hosts:,} host(s)"),
+        ("topology", f"{topology.name}: {topology.size} in {topology.num_hosts:,} host(s)"),
         ("model", f"{subject.num_params:,} parameters, {sizes}"),
         ("run", length),
         ("settings", str(step.settings)),
@@ -107,7 +107,7 @@ def _memory_rows(subject: Subject, step: Step) -> list[Row]:
         return [("fits", f"yes: {verdict} ({parts})")]
     excess = (step.memory - memory) / gib
     return [
-        ("fits", f"NO: {verdict}, {excess:.2f} too many ({parts})"),
+        ("fits", f"NO: {verdict}, {excess:.2f} GiB over the limit ({parts})"),
         ("to change", advice(subject, step)),
         ("", "the figures below are estimates that ignore the memory limit"),
     ]
@@ -189,7 +189,10 @@ def _input_rows(subject: Subject, prepared: dict[str, Any]) -> list[Row]:
         total = prepared["images_per_second"] * subject.topology.num_hosts
         wait = f"the devices wait {prepared['wait_share']:.0%} of the time"
         rows = [
-            ("input suffices", f"NO: {figures}. It gives {total:,.0f} images/s in all, and {wait}")
+            (
+                "input suffices",
+                f"NO: {figures}. All hosts prepare {total:,.0f} images/s, and {wait}",
+            )
         ]
         spec = parse(prepared["steps"]) if prepared["steps"] else Specification()
         if can_augment(spec):

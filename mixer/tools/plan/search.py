@@ -26,8 +26,8 @@ def candidates(subject: Subject) -> list[Step]:
     """
     config_settings, count = update.own_settings(subject), subject.topology.num_devices
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
-    steps = []
-    for parts in (2**n for n in range(5)):
+    batch_size, steps = subject.config.global_batch_size, []
+    for parts in (2**n for n in range(5) if batch_size % 2**n == 0):
         for tensor, fsdp in itertools.product([p for p in powers if p <= 8], powers):
             if count % (tensor * fsdp):
                 continue
@@ -48,7 +48,7 @@ def candidates(subject: Subject) -> list[Step]:
             break
     if not steps:
         raise UserError(
-            f"global_batch_size={subject.config.global_batch_size} is not divisible by any mesh of "
+            f"global_batch_size={batch_size} is not divisible by any mesh of "
             f"{count} devices; choose another number of devices or another batch size"
         )
     return sorted(steps, key=_rank)
@@ -84,33 +84,33 @@ def search(subject: Subject, say: Callable[[str], None]) -> list[Step]:
     compiled: list[Step] = []
     ratio = 1.0  # compiled memory divided by estimated memory
     limit = subject.topology.chip.memory
-    started = time.perf_counter()
-    waiting = list(estimated)
-    while waiting and len(compiled) < COMPILES:
-        fitting = [s for s in waiting if s.memory * ratio <= limit] or waiting[:1]
-        tried = {step.settings.remat for step in compiled}
-        best = next((s for s in fitting if s.settings.remat not in tried), fitting[0])
-        waiting.remove(best)
+    start_time = time.perf_counter()
+    pending = list(estimated)
+    while pending and len(compiled) < COMPILES:
+        fitting = [s for s in pending if s.memory * ratio <= limit] or pending[:1]
+        compiled_policies = {step.settings.remat for step in compiled}
+        best = next((s for s in fitting if s.settings.remat not in compiled_policies), fitting[0])
+        pending.remove(best)
         step = update.compile_step(subject, best.settings)
         ratio = step.memory / best.memory
         compiled.append(step)
-        mean_secs = (time.perf_counter() - started) / len(compiled)
+        mean_secs = (time.perf_counter() - start_time) / len(compiled)
         verdict = f"{step.seconds * 1e3:.1f} ms" if step.fits else "does not fit"
         say(
             f"compiled {len(compiled)} of {COMPILES}: {step.settings}: "
             f"{step.memory / chips.GIB:.1f} GiB, {verdict}; {mean_secs:.0f} s each, "
             f"{mean_secs * (COMPILES - len(compiled)):.0f} s left"
         )
-    return [*sorted(compiled, key=_rank), *waiting]
+    return [*sorted(compiled, key=_rank), *pending]
 
 
 def advice(subject: Subject, step: Step) -> str:
     """Returns advice for a step that does not fit: the fastest settings estimated to fit."""
     ratio = step.memory / update.estimate_step(subject, step.settings).memory
     mesh = (step.settings.data, step.settings.fsdp, step.settings.tensor)
-    narrower = ""
+    dtype_advice = ""
     if subject.topology.is_gpu and subject.model.dtype == "float32":
-        narrower = "--config.model.dtype=bfloat16 halves activations and time; or "
+        dtype_advice = "--config.model.dtype=bfloat16 halves activations and time; or "
     # Prefer settings with the requested mesh over settings with another mesh.
     for candidate in sorted(
         candidates(subject),
@@ -119,7 +119,7 @@ def advice(subject: Subject, step: Step) -> str:
         memory = candidate.memory * ratio
         if memory <= subject.topology.chip.memory and candidate.settings != step.settings:
             return (
-                f"{narrower}should fit, at {memory / chips.GIB:.1f} GiB (estimated): "
+                f"{dtype_advice}should fit, at {memory / chips.GIB:.1f} GiB (estimated): "
                 f"{candidate.settings.overrides}"
             )
     return "no mesh, rematerialisation or accumulation should make it fit: use more devices"

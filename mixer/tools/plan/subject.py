@@ -36,8 +36,8 @@ class Set:
     side: int | None = None
 
 
-# Counts from TFDS [recalled], sizes from its downloads; ImageNet-21k is the fall 2011 release. A
-# length in epochs needs the counts, and a plan does not read the data.
+# Counts from TFDS (quoted from memory), sizes from its downloads; ImageNet-21k is the fall 2011
+# release. A length in epochs needs the counts, and a plan does not read the data.
 SETS = {
     "imagenet2012": Set({"train": 1_281_167, "validation": 50_000}, 1000, 110e3),
     "imagenet21k": Set({"train": 14_197_122}, 21843, 92e3),
@@ -180,11 +180,11 @@ def train_flops(subject: Subject) -> float:
     trained = {
         name for name, factor in zip(sharding.by_name(params), factors, strict=True) if factor
     }
-    total, has_trained_input = 0.0, False
+    total, needs_input_gradient = 0.0, False
     for layer, flops in layers(subject.model, subject.image_size):
-        trained_here = {name for name in trained if name.rpartition("/")[0] == layer}
-        total += flops * (1 + has_trained_input + (f"{layer}/kernel" in trained_here))
-        has_trained_input = has_trained_input or bool(trained_here)
+        trained_leaves = {name for name in trained if name.rpartition("/")[0] == layer}
+        total += flops * (1 + needs_input_gradient + (f"{layer}/kernel" in trained_leaves))
+        needs_input_gradient = needs_input_gradient or bool(trained_leaves)
     return total * (2 if subject.config.optimizer.sam_rho else 1)
 
 

@@ -11,10 +11,9 @@ import time
 from typing import Any
 
 from jax.errors import JaxRuntimeError
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from mixer.errors import UserError
 from mixer.models import placement
 from mixer.models.flops import layers
 from mixer.models.registry import architecture_of
@@ -32,7 +31,7 @@ SAVED_COPIES = {
     "tpu scan": {"none": (3, 6), "dots": (1, 1), "full": (1, 0), "working": (4, 5)},
     "gpu": {"none": (4, 3), "dots": (3, 1), "full": (1, 0), "working": (4, 4)},
 }
-# Traffic between a block and the main memory, in the same copies; "gpu" is [estimated].
+# Traffic between a block and the main memory, in the same copies; "gpu" is an estimate.
 MOVED_COPIES = {
     "tpu": {"none": (5, 8), "dots": (5, 8), "full": (5, 9.5)},
     "tpu scan": {"none": (8, 15), "dots": (6, 10), "full": (6, 10)},
@@ -88,7 +87,7 @@ class Step:
       floors: minimum seconds for matmuls, memory and links, each at its peak rate.
       seconds: expected duration, the maximum of the matmuls at the expected utilization, the other
         floors and `schedule`.
-      limit: the one of these that determines `seconds`.
+      limit: the name of the one that determines `seconds`.
       schedule: the TPU compiler's estimate for the kernels in sequence, in seconds, without
         communication; 0 if unknown.
       compile_seconds: compile time; 0 if the figures are estimated.
@@ -113,10 +112,10 @@ class Step:
 
 
 def own_settings(subject: Subject) -> Settings:
-    """The settings of the config itself.
+    """Returns the settings of the config.
 
     Raises:
-      UserError: its mesh does not fit the topology.
+      UserError: the mesh of the config does not fit the topology.
     """
     config = subject.config
     return Settings(
@@ -127,7 +126,8 @@ def own_settings(subject: Subject) -> Settings:
     )
 
 
-def _with(subject: Subject, settings: Settings) -> ConfigDict:
+def _config_with(subject: Subject, settings: Settings) -> ConfigDict:
+    """Returns a copy of the config with these settings."""
     config = subject.config.copy_and_resolve_references()
     config.mesh.update({axis: getattr(settings, axis) for axis in sharding.AXES})
     config.model.update(remat=settings.remat, scan_blocks=settings.scan_blocks)
@@ -140,31 +140,20 @@ def _bytes_per_device(tree: Any, mesh: AbstractMesh) -> float:
     return float(sharding.bytes_per_device(sharding.abstract(tree, shardings)))
 
 
-def _check(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError if the parts or the mesh do not divide the batch."""
-    parts = config.optimizer.accumulate_steps
-    if config.global_batch_size % parts:
-        raise UserError(
-            f"optimizer.accumulate_steps={parts} does not divide "
-            f"global_batch_size={config.global_batch_size}"
-        )
-    run.check_batch_size(config, mesh)
-
-
 def compile_step(subject: Subject, settings: Settings) -> Step:
     """Compiles the update for a TPU topology and counts its FLOPs and traffic.
 
     Raises:
       UserError: the settings do not divide the batch or a width.
     """
-    config = _with(subject, settings)
+    config = _config_with(subject, settings)
     mesh = sharding.make_mesh(config.mesh, subject.devices)
-    _check(config, mesh)
+    run.check_batch_size(config, mesh)
     train_program = program.make_program(config, mesh)
     abstract = train_program.state
     example = {"image": ((*subject.image_size, 3), "uint8"), "label": ((), "int32")}
     batch = sharding.abstract_batch(example, config.global_batch_size, mesh)
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     lowered = train_program.jit_step().lower(abstract, batch)
     try:
         compiled = lowered.compile()
@@ -178,18 +167,18 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
             fits=False,
             memory=needed,
             memory_parts={"state": float(sharding.bytes_per_device(abstract))},
-            compile_seconds=time.perf_counter() - started,
+            compile_seconds=time.perf_counter() - start_time,
         )
-    seconds = time.perf_counter() - started
-    used = compiled.memory_analysis()
+    seconds = time.perf_counter() - start_time
+    analysis = compiled.memory_analysis()
     state = sharding.bytes_per_device(abstract)
     # Arguments stay allocated; results count unless they reuse the memory of an argument.
-    persistent = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory = {
         "state": float(state),
-        "batch and results": float(persistent - state),
-        "temporary": float(used.temp_size_in_bytes),
-        "program": float(used.generated_code_size_in_bytes),
+        "batch and results": float(analysis.argument_size_in_bytes + results - state),
+        "temporary": float(analysis.temp_size_in_bytes),
+        "program": float(analysis.generated_code_size_in_bytes),
     }
     counts = hlo.count(compiled.as_text())
     clock = subject.topology.chip.clock
@@ -230,9 +219,9 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     Raises:
       UserError: the settings do not divide the batch or a width.
     """
-    config, model = _with(subject, settings), subject.model
+    config, model = _config_with(subject, settings), subject.model
     mesh = abstract_mesh(settings.data, settings.fsdp, settings.tensor)
-    _check(config, mesh)
+    run.check_batch_size(config, mesh)
     state = _bytes_per_device(subject.state, mesh)
     params = _bytes_per_device(subject.state.params, mesh)
     width = 2 if model.dtype == "bfloat16" else 4
@@ -245,30 +234,31 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     hidden *= width / settings.tensor
 
     kind = "gpu" if subject.topology.is_gpu else "tpu" + " scan" * settings.scan_blocks
-    stored, passed = (
+    saved_bytes, moved_bytes = (
         {policy: copies[0] * stream + copies[1] * hidden for policy, copies in table[kind].items()}
         for table in (SAVED_COPIES, MOVED_COPIES)
     )
-    activations = model.num_blocks * stored[settings.remat] + stored["working"]
+    activations = model.num_blocks * saved_bytes[settings.remat] + saved_bytes["working"]
     pixels = 3 * math.prod(subject.image_size)
-    gathered = params * settings.fsdp / model.num_blocks * (settings.fsdp > 1)  # a block's weights
-    temporary = microbatch * activations + 4 * images * pixels + params + gathered
+    # While a block computes, its gathered weights are in memory.
+    gathered_bytes = params * settings.fsdp / model.num_blocks * (settings.fsdp > 1)
+    temporary = microbatch * activations + 4 * images * pixels + params + gathered_bytes
     memory = {
         "state": state,
         "batch and results": images * pixels,
         "temporary": temporary,
     }
 
-    # The state is read and written once; the gathered weights with each part of a batch.
-    moved = images * model.num_blocks * passed[settings.remat] + 2 * state
-    moved += 2 * params * settings.fsdp * settings.accumulate_steps
+    # The state is read and written once, and the gathered weights once per part of a batch.
+    num_bytes = images * model.num_blocks * moved_bytes[settings.remat] + 2 * state
+    num_bytes += 2 * params * settings.fsdp * settings.accumulate_steps
     image_flops = train_flops(subject) + _recomputed_flops(subject, settings)
     return _timed(
         subject,
         settings,
         memory=memory,
         flops=image_flops * images / settings.tensor,
-        num_bytes=moved,
+        num_bytes=num_bytes,
         collectives=_collectives(subject, settings, params, stream * images),
     )
 
@@ -300,29 +290,30 @@ def _collectives(
       params: bytes of a device's share of the parameters.
       stream: bytes of the residual stream of a device's images.
     """
-    gathered = params * settings.fsdp
+    gathered_bytes = params * settings.fsdp
     collectives = {}
     if settings.fsdp > 1:
         # Each part of a batch gathers the weights in the forward and the backward pass, in the
         # dtype of the matmuls.
         share = (settings.fsdp - 1) / settings.fsdp * settings.accumulate_steps
         is_float32 = subject.topology.is_gpu and subject.model.dtype == "float32"
-        matmul_bytes = gathered if is_float32 else gathered / 2
+        matmul_bytes = gathered_bytes if is_float32 else gathered_bytes / 2
         collectives["all-gather"] = hlo.Traffic(
             0, 2 * matmul_bytes * settings.accumulate_steps, 2 * matmul_bytes * share
         )
         collectives["reduce-scatter"] = hlo.Traffic(
-            0, gathered * settings.accumulate_steps, gathered * share
+            0, gathered_bytes * settings.accumulate_steps, gathered_bytes * share
         )
-    reduced = sent = 0.0
+    reduced_bytes = sent_bytes = 0.0
     if settings.data > 1:
-        reduced, sent = params, 2 * params * (settings.data - 1) / settings.data
+        reduced_bytes = params
+        sent_bytes = 2 * params * (settings.data - 1) / settings.data
     if settings.tensor > 1:
         times = (5 if settings.remat == "full" else 4) * subject.model.num_blocks
-        reduced += times * stream
-        sent += times * stream * 2 * (settings.tensor - 1) / settings.tensor
-    if reduced:
-        collectives["all-reduce"] = hlo.Traffic(0, reduced, sent)
+        reduced_bytes += times * stream
+        sent_bytes += times * stream * 2 * (settings.tensor - 1) / settings.tensor
+    if reduced_bytes:
+        collectives["all-reduce"] = hlo.Traffic(0, reduced_bytes, sent_bytes)
     return collectives
 
 
@@ -336,22 +327,23 @@ def _timed(
     collectives: dict[str, hlo.Traffic],
     schedule: float = 0.0,
 ) -> Step:
+    """Returns the step with its duration and the limit that determines the duration."""
     chip, topology = subject.topology.chip, subject.topology
-    sent = sum(traffic.sent for traffic in collectives.values())
-    links = sent / chip.link
+    sent_bytes = sum(traffic.sent for traffic in collectives.values())
+    link_secs = sent_bytes / chip.link
     if chip.network and topology.num_hosts > 1:
         # Devices first reduce within their host; then each of them sends a share of the sum.
-        links += sent / chip.devices_per_host / chip.network
+        link_secs += sent_bytes / chip.devices_per_host / chip.network
     floors = {
         "matmuls": flops / peak(subject),
         "memory": num_bytes / chip.bandwidth,
-        "links": links,
+        "links": link_secs,
     }
-    expected = floors | {
+    durations = floors | {
         "matmuls": floors["matmuls"] / subject.utilization,
         "the compiler's schedule": schedule,
     }
-    limit = max(expected, key=expected.__getitem__)
+    limit = max(durations, key=durations.__getitem__)
     total = sum(memory.values())
     return Step(
         settings=settings,
@@ -362,9 +354,9 @@ def _timed(
         flops=flops,
         bytes=num_bytes,
         collectives=collectives,
-        sent=sent,
+        sent=sent_bytes,
         floors=floors,
-        seconds=expected[limit],
+        seconds=durations[limit],
         limit=limit,
         schedule=schedule,
     )

@@ -82,15 +82,14 @@ def main(argv: list[str]) -> None:
     if names is None and loaded.card.num_classes:
         say("the class names are unknown; classes are printed as numbers, from 0")
     # Hide the bar if JSON goes to the terminal, so that it does not appear between the lines.
-    bar_options = dict(
-        total=len(images),
-        redirect_stdout=False,
-        is_shown=len(images) > BATCH_SIZE.value and not (JSON.value and output.is_terminal),
+    is_shown = len(images) > BATCH_SIZE.value and not (JSON.value and output.is_terminal)
+    bar = ProgressBar(
+        console, "predicting", total=len(images), redirect_stdout=False, is_shown=is_shown
     )
     predictions: list[prediction.Prediction] = []
     readable: list[str] = []
     features = None
-    with ProgressBar(console, "predicting", **bar_options) as bar:
+    with bar:
         for result in results:
             bar.count(1, "images")
             if isinstance(result, prediction.Unreadable):

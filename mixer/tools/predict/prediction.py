@@ -146,7 +146,7 @@ def predict(
     batch_size = min(batch_size, len(images))
     compute = _make_compute(loaded.model, min(top, card.num_classes), layer)
     read = make_reader(preprocess, card.image_size)
-    results = _ahead(read, images, 2 * batch_size)
+    results = _read_ahead(read, images, 2 * batch_size)
     return _predictions(functools.partial(compute, loaded.params), results, batch_size)
 
 
@@ -218,7 +218,7 @@ def _predict_batch(
         yield Prediction(image, classes[i], probabilities[i], values)
 
 
-def _ahead(read: Callable, images: Iterable[str], count: int) -> Iterator:
+def _read_ahead(read: Callable, images: Iterable[str], count: int) -> Iterator:
     """Yields `read(image)` for each image in order, reading up to `count` images ahead."""
     pool = ThreadPoolExecutor(thread_name_prefix="read")
     try:

@@ -6,52 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from mixer import memory
-from mixer.models.registry import ARCHITECTURES
-
-# The reference recipe's model for CIFAR-10: github.com/omihub777/MLP-Mixer-CIFAR,
-# configs/cifar10.py.
-CIFAR = dict(patch_size=4, hidden_dim=128, num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=512)
-# The models of --models, as fields for `make_model`. The names of other architectures' models have
-# the architecture as a prefix.
-MODELS = {"cifar": CIFAR}
-for _name, _entry in ARCHITECTURES.items():
-    for _variant, _dimensions in _entry.variants.items():
-        if _name == "mixer":
-            MODELS[_variant] = _dimensions
-        else:
-            MODELS[f"{_name}-{_variant}"] = {"name": _name, **_dimensions}
 
 
-class Failed(Exception):
-    """A contestant cannot run; the message has the reason, and the other contestants continue."""
+class ProgramError(Exception):
+    """A program cannot run; the message has the reason, and the other programs continue."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """The computation of all contestants of a contest.
-
-    Attributes:
-      what: "train" (an AdamW update with softmax cross-entropy) or "infer" (pixels to logits).
-      model: name of the model.
-      dimensions: fields of the model for `make_model`.
-      image_size: side in pixels.
-      num_classes: number of classes.
-      batch_size: images per device; they are on the device as uint8.
-      dtype: dtype of the computation, "float32" or "bfloat16"; trained parameters are float32.
-      gelu: "tanh" or "erf".
-    """
-
-    what: str
-    model: str
-    dimensions: Mapping[str, int]
-    image_size: int
-    num_classes: int
-    batch_size: int
-    dtype: str
-    gelu: str
-
-
-class Contestant(Protocol):
+class Program(Protocol):
     """A program that is ready to run.
 
     Attributes:
@@ -73,12 +34,12 @@ class Contestant(Protocol):
 
 @dataclasses.dataclass
 class Result:
-    """The measurements of a contestant.
+    """The measurements of a program.
 
     Attributes:
-      devices, compile_seconds, memory: attributes of the contestant.
+      devices, compile_seconds, memory: attributes of the program.
       rounds: seconds per step in each round.
-      failure: the reason why the contestant failed; None if it did not.
+      failure: the reason why the program failed; None if it did not.
     """
 
     devices: int = 1
@@ -88,51 +49,50 @@ class Result:
     failure: str | None = None
 
 
-def compete(
-    prepare: Mapping[str, Callable[[], Contestant]],
+def take_turns(
+    makers: Mapping[str, Callable[[], Program]],
     *,
     seconds: float,
     rounds: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Result]:
-    """Prepares contestants one after the other, then runs them in turns.
+    """Prepares programs one after the other, then runs them in turns.
 
-    Each round starts with a different contestant.
+    Each round starts with a different program.
 
     Args:
-      prepare: functions that return a compiled and warmed-up contestant, by name.
+      makers: functions that return a compiled and warmed-up program, by name.
       seconds: duration of a turn.
-      rounds: turns of each contestant.
-      say: prints the name of the contestant in preparation.
+      rounds: turns of each program.
+      say: prints the name of the program in preparation.
     """
-    ready: dict[str, Contestant] = {}
+    programs: dict[str, Program] = {}
     results: dict[str, Result] = {}
     try:
-        for name, make in prepare.items():
+        for name, make in makers.items():
             say(f"preparing {name}")
             try:
-                ready[name] = make()
-                memory.give_back_freed_memory()  # the next contestant may need it
-            except Failed as error:
+                programs[name] = make()
+                memory.give_back_freed_memory()  # the next program may need it
+            except ProgramError as error:
                 results[name] = Result(failure=str(error))
             else:
-                contestant = ready[name]
-                results[name] = Result(contestant.devices, contestant.compile_seconds)
+                results[name] = Result(programs[name].devices, programs[name].compile_seconds)
         for turn in range(rounds):
-            names = [name for name in ready if results[name].failure is None]
+            names = [name for name in programs if results[name].failure is None]
             start = turn % max(len(names), 1)
             for name in [*names[start:], *names[:start]]:
                 try:
-                    steps, duration = ready[name].run(seconds)
+                    steps, duration = programs[name].run(seconds)
                     memory.give_back_freed_memory()
-                except Failed as error:
+                except ProgramError as error:
                     results[name].failure = str(error)
                     continue
                 results[name].rounds.append(duration / steps)
-                results[name].memory = ready[name].memory
+                results[name].memory = programs[name].memory
     finally:
-        for contestant in ready.values():
-            contestant.close()
+        for program in programs.values():
+            program.close()
     return results
 
 
@@ -142,10 +102,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def rates(result: Result, work: float) -> dict[str, float] | None:
-    """Returns the `spread` of the work per second; None if the contestant failed.
+    """Returns the `spread` of the work per second; None if the program failed.
 
     Args:
-      result: result of a contestant.
+      result: result of a program.
       work: work per step, such as images or FLOPs.
     """
     if result.failure is not None:
@@ -156,7 +116,7 @@ def rates(result: Result, work: float) -> dict[str, float] | None:
 def ratio(result: Result, baseline: Result) -> dict[str, float] | None:
     """Returns the `spread` of the speed per device relative to `baseline`, round by round.
 
-    The result is None if one of the two contestants failed.
+    The result is None if one of the two programs failed.
     """
     if result.failure is not None or baseline.failure is not None:
         return None
@@ -164,10 +124,10 @@ def ratio(result: Result, baseline: Result) -> dict[str, float] | None:
 
 
 def as_json(result: Result, images: int, flops: float, limit: float | None) -> dict[str, Any]:
-    """Returns the results of a contestant as JSON.
+    """Returns the results of a program as JSON.
 
     Args:
-      result: result of the contestant.
+      result: result of the program.
       images: images per step and device.
       flops: FLOPs per image, by the closed form.
       limit: FLOP/s of a large matmul on a device; None if unknown.
