@@ -27,8 +27,8 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 
 def _picture(mode="RGB", height=30, width=40):
     """Returns a smooth picture without symmetry; with RGBA, alpha takes many values."""
-    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
-    picture = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+    coarse_pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    picture = Image.fromarray(coarse_pixels).resize((width, height), Image.BICUBIC)
     if mode == "RGBA":
         picture.putalpha(picture.getchannel(0))
     return picture
@@ -191,10 +191,8 @@ def test_inception_crop_uses_the_accurate_dct():
     ]
     expected = preprocess.inception_window(decode(data, dct="accurate"), KEY).numpy()
     assert (crops[0] != crops[1]).any()
-    interior = (
-        slice(8, -8),
-        slice(8, -8),
-    )  # chroma is interpolated differently at the border of a window
+    # Chroma is interpolated differently at the border of a window.
+    interior = (slice(8, -8), slice(8, -8))
     np.testing.assert_array_equal(crops[1][interior], expected[interior])
 
 
@@ -247,11 +245,11 @@ LITERALS += ((8, 8, 8), 1j, "lambda: 0")
 def test_invalid_literals_are_rejected_by_every_op():
     """Any literal but a valid one is a `UserError` that names the op."""
     for name, op in spec_module.OPS.items():
-        required = {
+        required_arguments = {
             key: 8 for key, (_, default) in op.arguments.items() if default is spec_module.REQUIRED
         }
         for key, value in itertools.product(op.arguments, LITERALS):
-            arguments = {**required, key: value}
+            arguments = {**required_arguments, key: value}
             argument_text = ", ".join(
                 f"{k}={v if v in ('1e999', 'nan', '-1e999', 'lambda: 0') else repr(v)}"
                 for k, v in arguments.items()
@@ -268,7 +266,9 @@ def test_invalid_literals_are_rejected_by_every_op():
 
 
 def test_preprocessing_is_checked_before_data_is_read(monkeypatch):
-    monkeypatch.setattr(pipeline, "open_split", lambda *args, **kwargs: pytest.fail("opened"))
+    monkeypatch.setattr(
+        pipeline, "open_split", lambda *args, **kwargs: pytest.fail("data was opened")
+    )
     for key in ("train_preprocess", "eval_preprocess"):
         config = tiny_config(dataset__name="folder", dataset__data_dir="/none")
         config.dataset.update(train_preprocess="decode|resize(8)", eval_preprocess="decode")

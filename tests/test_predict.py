@@ -24,8 +24,8 @@ PREPROCESS = "decode|resize(32)"
 
 def _picture(height=40, width=47, seed=0):
     """Returns a smooth picture without symmetry."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+    coarse_pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(coarse_pixels).resize((width, height), Image.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +110,23 @@ def test_16_bit_pictures_keep_the_high_byte(read, tmp_path, ending):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("ending", "options"), [("tif", {}), ("jpg", {"quality": 95})])
 def test_exif_orientation_is_applied(read, tmp_path, orientation, ending, options):
-    upright, path = _picture(), tmp_path / f"picture.{ending}"
+    upright_picture, path = _picture(), tmp_path / f"picture.{ending}"
     stored = next(  # the transposed picture that the EXIF orientation turns upright
         image
         for method in (None, *Image.Transpose)
-        for image in [upright.copy() if method is None else upright.transpose(method)]
-        if _apply_exif(image, orientation).tobytes() == upright.tobytes()
+        for image in [
+            upright_picture.copy() if method is None else upright_picture.transpose(method)
+        ]
+        if _apply_exif(image, orientation).tobytes() == upright_picture.tobytes()
     )
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(path, exif=exif, **options)
-    difference = np.abs(_pixels(read, path) - np.asarray(upright).astype(int))
+    difference = np.abs(_pixels(read, path) - np.asarray(upright_picture).astype(int))
     assert difference.mean() < (1 if ending == "tif" else 4)
     # The fallback through Pillow, too: TensorFlow decodes JPEG, and only Pillow reads TIFF.
     bmp = Image.open(io.BytesIO(prediction.as_bmp(path.read_bytes())))
-    assert np.abs(np.asarray(bmp).astype(int) - np.asarray(upright)).mean() < 4
+    assert np.abs(np.asarray(bmp).astype(int) - np.asarray(upright_picture)).mean() < 4
 
 
 def _apply_exif(image, orientation):
@@ -134,10 +136,10 @@ def _apply_exif(image, orientation):
 
 @pytest.mark.parametrize("ending", ["gif", "tif"])
 def test_first_frame_of_an_animation_is_read(read, tmp_path, ending):
-    red, blue = (Image.new("RGB", (47, 40), color) for color in ("red", "blue"))
+    red_frame, blue_frame = (Image.new("RGB", (47, 40), color) for color in ("red", "blue"))
     path = tmp_path / f"film.{ending}"
-    red.save(path, save_all=True, append_images=[blue])
-    np.testing.assert_array_equal(_pixels(read, path), np.asarray(red))
+    red_frame.save(path, save_all=True, append_images=[blue_frame])
+    np.testing.assert_array_equal(_pixels(read, path), np.asarray(red_frame))
 
 
 def test_value_range_gives_float_pixels(tmp_path):

@@ -118,8 +118,8 @@ def test_flip_mirrors_half_of_the_images():
 def test_inception_crop_area_and_aspect_stay_in_their_ranges(kind):
     """Area and aspect stay in their ranges; the image encodes where each pixel came from."""
     y, x = np.mgrid[:200, :240]
-    place = np.stack([y, x, 0 * x], -1).astype(np.uint8)
-    source = _encoded(place, kind)
+    coordinates = np.stack([y, x, 0 * x], -1).astype(np.uint8)
+    source = _encoded(coordinates, kind)
     areas = []
     for i in range(60):
         crop = HOST["inception_crop"](source, tf.constant([0, i]), 64).numpy().astype(float)
@@ -233,13 +233,13 @@ def _with_exif(data, orientation, order, jfif=True):
 @pytest.mark.parametrize(("order", "jfif"), [("<", True), (">", False)])
 def test_exif_orientation_is_applied(orientation, order, jfif):
     jpeg = _encoded(_photo(), "JPEG").numpy()
-    rotated = tf.constant(_with_exif(jpeg, orientation, order, jfif))
+    jpeg_with_exif = tf.constant(_with_exif(jpeg, orientation, order, jfif))
     pixels = Image.fromarray(HOST["decode"](tf.constant(jpeg)).numpy())
     pixels.getexif()[0x0112] = orientation
     expected = np.asarray(ImageOps.exif_transpose(pixels))
-    np.testing.assert_array_equal(HOST["decode"](rotated), expected)
+    np.testing.assert_array_equal(HOST["decode"](jpeg_with_exif), expected)
     key = tf.constant([4, orientation])
-    crop = HOST["inception_crop"](rotated, key, 16)
+    crop = HOST["inception_crop"](jpeg_with_exif, key, 16)
     if orientation in range(2, 9):
         np.testing.assert_array_equal(crop, HOST["inception_crop"](tf.constant(expected), key, 16))
 
@@ -252,9 +252,10 @@ def test_exif_after_other_segments_and_invalid_exif_decode():
     )
     assert HOST["decode"](tf.constant(data)).shape == (80, 60, 3)
     tiff_start = data.index(b"Exif\0\0") + 6
-    for cut in range(tiff_start + 8, tiff_start + 24):  # invalid EXIF must not stop the decoder
-        invalid = data[:cut] + b"\xff" * (tiff_start + 24 - cut) + data[tiff_start + 24 :]
-        assert sorted(HOST["decode"](tf.constant(invalid)).shape) == [3, 60, 80]
+    end = tiff_start + 24
+    for start in range(tiff_start + 8, end):  # invalid EXIF must not stop the decoder
+        invalid_jpeg = data[:start] + b"\xff" * (end - start) + data[end:]
+        assert sorted(HOST["decode"](tf.constant(invalid_jpeg)).shape) == [3, 60, 80]
 
 
 @pytest.mark.parametrize(
@@ -431,12 +432,12 @@ def test_randaugment_draws_every_operation_and_sign():
         if name != "cutout"
     }
     augment = tf.function(lambda key: HOST["randaugment"](image, key, 1, 7, mode))
-    augmented = [augment(tf.constant([5, i])).numpy() for i in range(320)]
-    names = [candidates.get(pixels.tobytes(), "cutout") for pixels in augmented]
+    augmented_images = [augment(tf.constant([5, i])).numpy() for i in range(320)]
+    names = [candidates.get(pixels.tobytes(), "cutout") for pixels in augmented_images]
     counts = {name: names.count(name) for name in randaugment.OPERATIONS}
     assert all(6 <= count <= 40 for count in counts.values()), counts
-    assert set(candidates) <= {pixels.tobytes() for pixels in augmented}  # both signs occur
-    for pixels, name in zip(augmented, names, strict=True):
+    assert set(candidates) <= {pixels.tobytes() for pixels in augmented_images}  # both signs occur
+    for pixels, name in zip(augmented_images, names, strict=True):
         if name == "cutout":
             assert ((pixels == image.numpy()).all(-1) | (pixels == 128).all(-1)).all()
     two_layers = HOST["randaugment"](image, KEY, 2, 7, mode).numpy()
@@ -509,18 +510,18 @@ def test_autoaugment_draws_every_sub_policy():
             sub_policies.setdefault(picture, set()).add(number)
     augment = tf.function(lambda key: HOST["autoaugment_cifar"](image, key))
     candidates = np.stack([np.frombuffer(picture, np.uint8) for picture in sub_policies])
-    augmented = []
+    augmented_images = []
     for i in range(500):
         pixels = augment(tf.constant([6, i])).numpy().reshape(-1)
         difference = np.abs(candidates.astype(int) - pixels).max(1)
         assert difference.min() <= 3  # rounding may differ in graph mode
-        augmented.append(list(sub_policies)[difference.argmin()])
-    changed = [picture for picture in augmented if picture != image.numpy().tobytes()]
-    assert set().union(*(sub_policies[picture] for picture in changed)) == set(range(25))
+        augmented_images.append(list(sub_policies)[difference.argmin()])
+    changed_images = [picture for picture in augmented_images if picture != image.numpy().tobytes()]
+    assert set().union(*(sub_policies[picture] for picture in changed_images)) == set(range(25))
     unchanged_share = np.mean(
         [np.prod([1 - chance for _, chance, _ in pair]) for pair in autoaugment.CIFAR_POLICY]
     )
-    assert 1 - len(changed) / 500 == pytest.approx(unchanged_share, abs=0.08)
+    assert 1 - len(changed_images) / 500 == pytest.approx(unchanged_share, abs=0.08)
 
 
 # Erasing, ranges, labels.

@@ -15,15 +15,15 @@ from mixer.weights import fetch as remote
 from mixer.weights import published
 from mixer.weights.published import CHECKPOINTS, facts, timm_facts
 
-TIMM_STEPS = (
+TIMM_OPS = (
     "decode(dct='accurate')|resize_small(256, method='bicubic', antialias=True)|central_crop(224)"
 )
-MIIL_STEPS = (
+MIIL_OPS = (
     "decode(dct='accurate')|resize_small(256, method='bilinear', antialias=True)|central_crop(224)"
     "|value_range(0, 1)"
 )
 HUB_CACHE = "/cache/models--timm--mixer_b16_224.goog_in21k/snapshots/0a"
-BV_STEPS = "decode|resize_small(256, method='area')|central_crop(224)"
+BV_OPS = "decode|resize_small(256, method='area')|central_crop(224)"
 
 
 def _shapes(variant, num_classes):
@@ -46,25 +46,25 @@ def _shapes(variant, num_classes):
     ],
 )
 def test_released_file_sizes_and_shapes_are_checked(name):
-    released = CHECKPOINTS[name]
-    shapes = _shapes(released.variant, released.num_classes)
-    size = 4 * released.num_params + 20_000
-    published.check(released, shapes, size)
+    checkpoint = CHECKPOINTS[name]
+    shapes = _shapes(checkpoint.variant, checkpoint.num_classes)
+    size = 4 * checkpoint.num_params + 20_000
+    published.check(checkpoint, shapes, size)
     with pytest.raises(UserError, match=rf"{size - 30_000:,}"):
-        published.check(released, shapes, size - 30_000)
+        published.check(checkpoint, shapes, size - 30_000)
     with pytest.raises(UserError, match=rf"{size + 2_000_000:,}"):
-        published.check(released, shapes, size + 2_000_000)
+        published.check(checkpoint, shapes, size + 2_000_000)
     headless_shapes = {key: shape for key, shape in shapes.items() if "head" not in key}
-    with pytest.raises(UserError, match=rf"{released.num_params:,} .*\d"):
-        published.check(released, headless_shapes, size)
+    with pytest.raises(UserError, match=rf"{checkpoint.num_params:,} .*\d"):
+        published.check(checkpoint, headless_shapes, size)
 
 
 def test_released_checkpoints_have_the_right_urls_and_classes():
-    assert len(CHECKPOINTS) == 11 == len({released.url for released in CHECKPOINTS.values()})
+    assert len(CHECKPOINTS) == 11 == len({checkpoint.url for checkpoint in CHECKPOINTS.values()})
     url = "https://storage.googleapis.com/mixer_models/"
-    for name, released in CHECKPOINTS.items():
+    for name, checkpoint in CHECKPOINTS.items():
         expected = ("imagenet21k", 21843) if name.endswith("i21k") else ("imagenet1k", 1000)
-        assert (released.class_names, released.num_classes) == expected
+        assert (checkpoint.class_names, checkpoint.num_classes) == expected
     assert CHECKPOINTS["L/16-i21k"].url == f"{url}imagenet21k/Mixer-L_16.npz"
     assert CHECKPOINTS["S/8-gsam"].url == f"{url}gsam/Mixer-S_8.npz"
     for source in ("B/16-sam", f"{url}sam/Mixer-B_16.npz", "gs://mixer_models/sam/Mixer-B_16.npz"):
@@ -75,9 +75,8 @@ def test_released_checkpoints_have_the_right_urls_and_classes():
 
 def test_short_names_are_resolved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (
-        published.by_short_name("B-i21k/16") is CHECKPOINTS["B/16-i21k"]
-    )  # the name in big_vision
+    # big_vision uses this name.
+    assert published.by_short_name("B-i21k/16") is CHECKPOINTS["B/16-i21k"]
     for name in ("B/16-i12k", "H/14-jft", "B/16", "b/16-i1k"):
         with pytest.raises(UserError, match=rf"{name}'.*B/16-i1k, L/16-i1k, "):
             published.by_short_name(name)
@@ -90,11 +89,11 @@ def test_short_names_are_resolved(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "num_classes", "class_names", "steps"),
+    ("source", "num_classes", "class_names", "ops"),
     [
-        ("B/16-i1k", 1000, "imagenet1k", BV_STEPS),
-        ("gs://mixer_models/imagenet21k/Mixer-B_16.npz", 21843, "imagenet21k", BV_STEPS),
-        ("/data/Mixer-L_16.npz", 1000, "imagenet1k", BV_STEPS),
+        ("B/16-i1k", 1000, "imagenet1k", BV_OPS),
+        ("gs://mixer_models/imagenet21k/Mixer-B_16.npz", 21843, "imagenet21k", BV_OPS),
+        ("/data/Mixer-L_16.npz", 1000, "imagenet1k", BV_OPS),
         ("/data/Mixer-B_16.npz", 10, None, None),  # fine-tuned
         ("/data/mine.npz", 1000, None, None),
         ("/data/mine.npz", 21843, "imagenet21k", None),
@@ -102,39 +101,37 @@ def test_short_names_are_resolved(tmp_path, monkeypatch):
     ],
 )
 def test_name_of_an_npz_file_implies_classes_and_preprocessing(
-    source, num_classes, class_names, steps
+    source, num_classes, class_names, ops
 ):
-    implied = facts(source, layout="published", num_classes=num_classes)
-    assert (implied.class_names, implied.preprocess((224, 224))) == (class_names, steps)
-    by_name = steps is not None and source.startswith("/")  # recognised by file name, not by URL
-    assert ("imagenet1k" in implied.note) == by_name and bool(implied.note) == by_name
+    implied_facts = facts(source, layout="published", num_classes=num_classes)
+    assert (implied_facts.class_names, implied_facts.preprocess((224, 224))) == (class_names, ops)
+    by_name = ops is not None and source.startswith("/")  # recognised by file name, not by URL
+    assert ("imagenet1k" in implied_facts.note) == by_name and bool(implied_facts.note) == by_name
 
 
 @pytest.mark.parametrize(
-    ("source", "num_classes", "class_names", "steps", "notes"),
+    ("source", "num_classes", "class_names", "ops", "notes"),
     [
-        ("hf://timm/mixer_b16_224.goog_in21k_ft_in1k", 1000, "imagenet1k", TIMM_STEPS, "651 tanh"),
-        ("hf://timm/mixer_l16_224.goog_in21k", 21843, "imagenet21k", TIMM_STEPS, "tanh"),
-        ("hf://timm/mixer_b16_224.miil_in21k", 11221, "imagenet21k_miil", MIIL_STEPS, ""),
-        ("/w/mixer_b16_224.miil_in21k_ft_in1k.safetensors", 1000, "imagenet1k", MIIL_STEPS, ""),
-        ("/w/mixer_b16_224_miil-9229a591.safetensors", 1000, "imagenet1k", MIIL_STEPS, ""),
+        ("hf://timm/mixer_b16_224.goog_in21k_ft_in1k", 1000, "imagenet1k", TIMM_OPS, "651 tanh"),
+        ("hf://timm/mixer_l16_224.goog_in21k", 21843, "imagenet21k", TIMM_OPS, "tanh"),
+        ("hf://timm/mixer_b16_224.miil_in21k", 11221, "imagenet21k_miil", MIIL_OPS, ""),
+        ("/w/mixer_b16_224.miil_in21k_ft_in1k.safetensors", 1000, "imagenet1k", MIIL_OPS, ""),
+        ("/w/mixer_b16_224_miil-9229a591.safetensors", 1000, "imagenet1k", MIIL_OPS, ""),
         ("mixer_b16_224.goog_in21k_tuned.safetensors", 1000, None, None, ""),  # a user's file
-        ("/w/jx_mixer_b16_224-76587d61.safetensors", 1000, "imagenet1k", TIMM_STEPS, "651 tanh"),
-        (HUB_CACHE + "/model.safetensors", 21843, "imagenet21k", TIMM_STEPS, "tanh"),
+        ("/w/jx_mixer_b16_224-76587d61.safetensors", 1000, "imagenet1k", TIMM_OPS, "651 tanh"),
+        (HUB_CACHE + "/model.safetensors", 21843, "imagenet21k", TIMM_OPS, "tanh"),
         ("/w/mixer_b16_224.goog_in21k_ft_in1k/model.safetensors", 37, None, None, ""),
         ("/w/mixer_b16_224.safetensors", 1000, None, None, ""),
         ("/googler/miil/model.safetensors", 1000, None, None, ""),
     ],
 )
-def test_timm_name_implies_classes_and_preprocessing(
-    source, num_classes, class_names, steps, notes
-):
-    implied = facts(source, layout="timm", num_classes=num_classes)
-    assert (implied.class_names, implied.preprocess((224, 224))) == (class_names, steps)
-    assert bool(implied.note) == bool(notes)
+def test_timm_name_implies_classes_and_preprocessing(source, num_classes, class_names, ops, notes):
+    implied_facts = facts(source, layout="timm", num_classes=num_classes)
+    assert (implied_facts.class_names, implied_facts.preprocess((224, 224))) == (class_names, ops)
+    assert bool(implied_facts.note) == bool(notes)
     for word in notes.split():
-        assert word in implied.note
-    assert ("651" in implied.note) == ("651" in notes)
+        assert word in implied_facts.note
+    assert ("651" in implied_facts.note) == ("651" in notes)
 
 
 def test_implied_preprocessing_depends_on_the_image_size():
@@ -183,37 +180,40 @@ def _timm_facts(fields, num_classes=1000):
 
 
 def test_timm_config_implies_classes_and_preprocessing():
-    implied = _timm_facts(_hub_config())
-    assert (implied.class_names, implied.preprocess((224, 224))) == ("imagenet1k", TIMM_STEPS)
-    assert "651" in implied.note and "tanh" in implied.note
+    implied_facts = _timm_facts(_hub_config())
+    assert (implied_facts.class_names, implied_facts.preprocess((224, 224))) == (
+        "imagenet1k",
+        TIMM_OPS,
+    )
+    assert "651" in implied_facts.note and "tanh" in implied_facts.note
     miil = dict(mean=[0.0] * 3, std=[1.0] * 3, interpolation="bilinear")
-    implied = _timm_facts(_hub_config("miil_in21k", **miil), 11221)
-    assert implied.preprocess((224, 224)) == MIIL_STEPS
-    assert (implied.class_names, implied.note) == ("imagenet21k_miil", "")
+    implied_facts = _timm_facts(_hub_config("miil_in21k", **miil), 11221)
+    assert implied_facts.preprocess((224, 224)) == MIIL_OPS
+    assert (implied_facts.class_names, implied_facts.note) == ("imagenet21k_miil", "")
     user_config = _hub_config(
         "", mean=[0.25] * 3, std=[0.5] * 3, crop_pct=1.0, label_names=["cat", "dog"]
     )
-    implied = _timm_facts(user_config, 2)
-    assert implied.class_names == ("cat", "dog")
-    assert implied.preprocess((64, 64)).endswith(
+    implied_facts = _timm_facts(user_config, 2)
+    assert implied_facts.class_names == ("cat", "dog")
+    assert implied_facts.preprocess((64, 64)).endswith(
         "resize_small(64, method='bicubic', antialias=True)|central_crop(64)|value_range(-0.5, 1.5)"
     )
-    assert (
-        _timm_facts(user_config, 3).class_names is None
-    )  # two names do not fit a head of three classes
-    flat_config = {
-        "architecture": "mixer_b16_224",
-        **_hub_config()["pretrained_cfg"],
-    }  # early exports
-    assert _timm_facts(flat_config).preprocess((224, 224)) == TIMM_STEPS
+    # Two class names do not fit a head of three classes.
+    assert _timm_facts(user_config, 3).class_names is None
+    # Early exports of timm have a flat config.
+    flat_config = {"architecture": "mixer_b16_224", **_hub_config()["pretrained_cfg"]}
+    assert _timm_facts(flat_config).preprocess((224, 224)) == TIMM_OPS
 
 
 def test_timm_preprocessing_without_an_equivalent_op_is_noted():
     imagenet = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     for values, word in ((imagenet, "0.485"), (dict(crop_mode="squash"), "squash")):
-        implied = _timm_facts(_hub_config(**values))
-        assert implied.preprocess((224, 224)) is None and implied.class_names == "imagenet1k"
-        assert word in implied.note and "hf://me/mine" in implied.note
+        implied_facts = _timm_facts(_hub_config(**values))
+        assert (
+            implied_facts.preprocess((224, 224)) is None
+            and implied_facts.class_names == "imagenet1k"
+        )
+        assert word in implied_facts.note and "hf://me/mine" in implied_facts.note
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.rules, self.asked = {}, {}, []
+        self.files, self.rules, self.requests = {}, {}, []
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_address[1]}/{path}"
@@ -253,7 +253,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0].lstrip("/")
         rule = self.server.rules.get(path, {})
         first = int((self.headers["Range"] or "bytes=0-")[6:-1])
-        self.server.asked.append((path, first))
+        self.server.requests.append((path, first))
         data = self.server.files.get(path)
         if data is None or "code" in rule:
             self.send_error(rule.get("code", 404))
@@ -304,9 +304,9 @@ def test_download_is_cached_with_its_name_and_json(server):
     assert path.read_bytes() == DATA and path.name == "Mixer-B_16.npz"
     assert json.loads(path.with_name(path.name + ".json").read_text()) == {"x": 1}
     assert server.url("a/Mixer-B_16.npz") in line and str(path) in line
-    num_requests = len(server.asked)
+    num_requests = len(server.requests)
     cached_path, line = _fetch(server.url("a/Mixer-B_16.npz?download=true"))
-    assert cached_path == path and "cached" in line and len(server.asked) == num_requests
+    assert cached_path == path and "cached" in line and len(server.requests) == num_requests
     other_path, _ = _fetch(server.url("a/Mixer-B_16.npz"))  # a different URL has its own folder
     assert other_path != path
 
@@ -326,7 +326,7 @@ def test_interrupted_download_resumes(server):
     server.rules = {"x.npz": dict(at_most=2000)}
     path, _ = _fetch(server.url("x.npz"))
     assert path.read_bytes() == DATA
-    assert server.asked[:3] == [("x.npz", 0), ("x.npz", 2000), ("x.npz", 4000)]
+    assert server.requests[:3] == [("x.npz", 0), ("x.npz", 2000), ("x.npz", 4000)]
 
 
 def test_download_without_range_support_restarts(server):
@@ -378,7 +378,7 @@ def test_refused_connection_and_unsupported_suffix_are_errors(server):
     for name in ("pytorch_model.bin", "mixer.pth", ""):
         with pytest.raises(UserError, match=r"\.npz or \.safetensors"):
             remote.fetch(server.url(name), log=print)
-    assert not server.asked
+    assert not server.requests
 
 
 def test_unwritable_cache_is_an_error(server, tmp_path):
@@ -394,7 +394,7 @@ def test_second_process_waits_and_uses_the_first_download(server, monkeypatch):
     server.files = {"x.npz": DATA}
     path, _ = _fetch(server.url("x.npz"))
     path.unlink()
-    server.asked.clear()
+    server.requests.clear()
     lock = fcntl.flock
 
     def flock_after_download(file, operation):
@@ -403,7 +403,7 @@ def test_second_process_waits_and_uses_the_first_download(server, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock_after_download)
     assert remote.fetch(server.url("x.npz"), log=print).read_bytes() == b"from the first"
-    assert not server.asked
+    assert not server.requests
 
 
 def test_progress_bar_is_drawn_on_a_terminal_only(server, monkeypatch, capsys):

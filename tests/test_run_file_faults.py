@@ -72,14 +72,14 @@ def _set_key(key, value):
     """Returns a function that sets the key a.b.c of a JSON file; a value of `...` deletes it."""
 
     def edit(path):
-        *groups, last = key.split(".")
+        *groups, leaf_key = key.split(".")
         values = parent = json.loads(path.read_text())
         for group in groups:
             parent = parent[group]
         if value is ...:
-            del parent[last]
+            del parent[leaf_key]
         else:
-            parent[last] = value
+            parent[leaf_key] = value
         path.write_text(json.dumps(values))
 
     return edit
@@ -227,12 +227,12 @@ def test_programs_report_a_damaged_run_in_one_line(run_copy):
     for name in EDITS:
         content = (run_copy / name).read_text()
         (run_copy / name).write_text('{"model": 3, "splits": 3, "total_steps": 4}')
-        before = _files(run_copy)
+        files_before = _files(run_copy)
         for program in programs[:2] if name == "results.json" else programs:
             with pytest.raises(UserError, match=name):
                 program()
-        after = _files(run_copy)
-        assert {key: after[key] for key in before} == before
+        files_after = _files(run_copy)
+        assert {key: files_after[key] for key in files_before} == files_before
         (run_copy / name).write_text(content)
     result = run_program("evaluate.py", f"--workdir={run_copy}/none")
     assert (
@@ -262,9 +262,13 @@ def test_schema_matches_the_configs_and_completes_older_runs(trained_run):
         key: value for key, value in saved_config.items() if key not in ("mixup", "stall_secs")
     }
     del config["optimizer"]["ema_decay"], config["dataset"]["label_file"], config["mesh"]["fsdp"]
-    completed = run_files.completed(config)
-    assert completed["mixup"] == saved_config["mixup"] and completed["stall_secs"] == 120
-    assert completed["optimizer"]["ema_decay"] == 0.0 and completed["mesh"]["fsdp"] == 1
+    completed_config = run_files.completed(config)
+    assert (
+        completed_config["mixup"] == saved_config["mixup"] and completed_config["stall_secs"] == 120
+    )
+    assert (
+        completed_config["optimizer"]["ema_decay"] == 0.0 and completed_config["mesh"]["fsdp"] == 1
+    )
     assert "mixup" not in config  # the original is compared on resume
 
 
@@ -400,10 +404,14 @@ def test_paths_that_orbax_misreads_are_rejected_before_writing(tmp_path, name):
 
 
 def test_run_in_a_path_that_orbax_misreads_is_not_damaged(saved_run, tmp_path):
-    for name, is_read in (("a\\b", False), ("caf\udce9", False), ("[0]", True), ("x*", True)):
+    for name, is_readable in (("a\\b", False), ("caf\udce9", False), ("[0]", True), ("x*", True)):
         path = tmp_path / name
         shutil.copytree(saved_run, path)
-        with contextlib.nullcontext() if is_read else pytest.raises(UserError, match="whose name"):
+        with (
+            contextlib.nullcontext()
+            if is_readable
+            else pytest.raises(UserError, match="whose name")
+        ):
             checkpoint.restore_params(path, ABSTRACT.params)
         assert sorted(entry.name for entry in path.iterdir()) == ["checkpoints"]
 
@@ -436,12 +444,12 @@ def test_faults_outside_the_checkpoint_move_nothing(
         monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "restore", fail)
     else:
         monkeypatch.setattr(checkpoint, "fingerprint", fail)
-    before = _files(tmp_path / "run")
+    files_before = _files(tmp_path / "run")
     with pytest.raises(UserError if is_user_error else type(error)) as caught:
         _restore(tmp_path / "run")
     assert not isinstance(caught.value, checkpoint.DamagedError)
     assert not is_user_error or "could not be read" in str(caught.value)
-    assert _files(tmp_path / "run") == before
+    assert _files(tmp_path / "run") == files_before
 
 
 def test_missing_jax_backend_is_not_checkpoint_damage(saved_run, tmp_path, monkeypatch):
@@ -479,11 +487,11 @@ def test_damaged_checkpoint_is_moved_aside(saved_run, tmp_path, file, content):
 
 
 _WRITES = {"os.mkdir": 0, "os.rename": 1, "open": 0}  # audit event: index of its path argument
-_watch = {"directory": None, "place": 0, "errno": 0, "operations": []}
+_watch = {"directory": None, "first_failure": 0, "errno": 0, "operations": []}
 
 
 def _full_disk(event, arguments):
-    """Audit hook that makes writes fail from operation `place` on; hooks cannot be removed."""
+    """Audit hook that makes writes fail from `first_failure` on; hooks cannot be removed."""
     if _watch["directory"] is None or event not in _WRITES:
         return
     path = arguments[_WRITES[event]]
@@ -491,17 +499,19 @@ def _full_disk(event, arguments):
         return
     if _watch["directory"] in str(path):
         _watch["operations"].append(event)
-        if len(_watch["operations"]) >= _watch["place"]:
+        if len(_watch["operations"]) >= _watch["first_failure"]:
             raise OSError(_watch["errno"], os.strerror(_watch["errno"]), str(path))
 
 
 @contextlib.contextmanager
-def _failing_writes(directory, number, place=1):
-    """Makes every write below `directory` fail with an errno, from operation `place` on."""
+def _failing_writes(directory, number, first_failure=1):
+    """Makes every write below `directory` fail with an errno, from operation `first_failure` on."""
     if not _watch.setdefault("is_installed", False):
         sys.addaudithook(_full_disk)
         _watch["is_installed"] = True
-    _watch.update(directory=str(directory), place=place, errno=number, operations=[])
+    _watch.update(
+        directory=str(directory), first_failure=first_failure, errno=number, operations=[]
+    )
     try:
         yield
     finally:
@@ -510,19 +520,19 @@ def _failing_writes(directory, number, place=1):
 
 def test_full_disk_ends_a_save_with_the_reason(saved_run, tmp_path):
     """Covers the writes made by Python, and checks that no Orbax thread is left waiting."""
-    for place in (1, 2, 4, 100):
-        path, reason = tmp_path / str(place), None
+    for first_failure in (1, 2, 4, 100):
+        path, reason = tmp_path / str(first_failure), None
         shutil.copytree(saved_run, path)
         try:
             with (
                 checkpoint.Checkpoints(path / "checkpoints", keep_last=2) as checkpoints,
-                _failing_writes(path, errno.ENOSPC, place),
+                _failing_writes(path, errno.ENOSPC, first_failure),
             ):
                 checkpoints.save(_state(3))
                 checkpoints.wait()
         except UserError as error:
             reason = str(error)
-        if place == 100:
+        if first_failure == 100:
             break
         assert "No space left on device" in reason
         assert f"last complete checkpoint: {path}/checkpoints/" in reason
@@ -550,7 +560,7 @@ def test_missing_metrics_or_checkpoints_are_an_error(tmp_path, fate):
                     moved_path, tmp_path / name
                 )
         problem = "is gone" if fate == "removed" else "is a different"
-        for act, name in (
+        for action, name in (
             (lambda: writer.write(2, {"train/loss": 1.0}), "metrics.jsonl"),
             (writer.check, "metrics.jsonl"),
             (checkpoints.check, "checkpoints"),
@@ -558,7 +568,7 @@ def test_missing_metrics_or_checkpoints_are_an_error(tmp_path, fate):
             (checkpoints.wait, "checkpoints"),
         ):
             with pytest.raises(UserError, match=f"{name} {problem}"):
-                act()
+                action()
     assert (tmp_path / "metrics.jsonl").exists() == (fate == "replaced")
 
 
@@ -589,12 +599,12 @@ def test_missing_last_checkpoint_is_an_error(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
 def test_run_without_config_or_data_file_is_an_error(run_copy, name):
     (run_copy / name).unlink()
-    before = _files(run_copy)
+    files_before = _files(run_copy)
     with pytest.raises(UserError, match=rf"{name} is missing.*--allow_config_change"):
         trainer.train(_config(seed=7), run_copy)
     with pytest.raises(UserError, match=f"not a run: it has no {name}"):
         run.read_run(run_copy)
-    assert _files(run_copy) == before
+    assert _files(run_copy) == files_before
     config, data = run.read_saved(run_copy, allow_config_change=True)
     assert (config is None) == (name == "config.json") and (data is None) == (name == "data.json")
 
@@ -767,17 +777,17 @@ def test_lock_file_disk_error_is_a_user_error(tmp_path, monkeypatch):
 
 def test_output_path_is_checked_before_evaluation(run_copy, monkeypatch):
     def fail(*args, **kwargs):
-        raise AssertionError("computed")
+        raise AssertionError("the evaluation has started")
 
     monkeypatch.setattr(report.classification, "evaluate", fail)
     (run_copy / "evaluation").write_text("a file in place of the folder")
     with pytest.raises(UserError, match=r"run/evaluation is not a directory"):
         _evaluate(run_copy)
     (run_copy / "evaluation").unlink()
-    before = _files(run_copy)
+    files_before = _files(run_copy)
     with (
         _failing_writes(run_copy, errno.EACCES),
         pytest.raises(UserError, match=rf"--output={run_copy}.*Permission denied"),
     ):
         _evaluate(run_copy)
-    assert _files(run_copy) == before
+    assert _files(run_copy) == files_before

@@ -61,7 +61,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.asked = {}, []
+        self.files, self.requests = {}, []
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_address[1]}/{path}"
@@ -73,7 +73,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0].lstrip("/")
-        self.server.asked.append((path, self.headers["Range"]))
+        self.server.requests.append((path, self.headers["Range"]))
         content = self.server.files.get(path)
         if content is None:
             self.send_error(404)
@@ -117,13 +117,13 @@ def test_short_names_load_from_the_bucket(server, monkeypatch):
     card = loading.read(PUBLISHED, log=print).card
     monkeypatch.setitem(VARIANTS, "T/8", card.dimensions)
     monkeypatch.setattr(published, "IMAGE_SIZE", 32)
-    released = published.Published(server.url("t/Mixer-T_8.npz"), "T/8", 7, "imagenet1k")
-    monkeypatch.setitem(published.CHECKPOINTS, "T/8-i1k", released)
+    published_file = published.Published(server.url("t/Mixer-T_8.npz"), "T/8", 7, "imagenet1k")
+    monkeypatch.setitem(published.CHECKPOINTS, "T/8-i1k", published_file)
     server.files = {"t/Mixer-T_8.npz": PUBLISHED.read_bytes()}
     _, params = mixer.load("T/8-i1k", log=lambda line: None)
     assert_same_bits(params, golden_params())
-    loading.find(released.url, log=print)
-    assert len(server.asked) == 1
+    loading.find(published_file.url, log=print)
+    assert len(server.requests) == 1
 
 
 # A file that changes on the server during a download.
@@ -135,7 +135,7 @@ def _serve_changing_file(part):
     """Answers first with a truncated old file, then with `part`, then with the new file."""
 
     def answer(handler):
-        number = len([path for path, _ in handler.server.asked if path == "x.npz"])
+        number = len([path for path, _ in handler.server.requests if path == "x.npz"])
         if number == 1:
             handler.answer(OLD[:2000], length=5000, **part.get("first", {"ETag": '"old"'}))
         elif number == 2 and handler.headers["Range"]:
@@ -179,7 +179,7 @@ def test_download_resumes_if_the_version_is_unchanged(server):
 
 def test_download_restarts_if_the_file_became_shorter(server):
     def answer(handler):
-        if len(handler.server.asked) == 1:
+        if len(handler.server.requests) == 1:
             handler.answer(OLD[:2000], length=5000, ETag='"old"')
         elif handler.headers["Range"]:
             handler.send_error(416)
@@ -338,10 +338,10 @@ def test_missing_home_directory_is_an_error(monkeypatch):
 
 
 def test_error_for_a_damaged_cached_file_says_what_to_delete(server):
-    corrupted = bytearray(PUBLISHED.read_bytes())
-    corrupted[len(corrupted) // 2] ^= 255
+    corrupted_bytes = bytearray(PUBLISHED.read_bytes())
+    corrupted_bytes[len(corrupted_bytes) // 2] ^= 255
     sidecar = json.dumps({"format": "mlp-mixer weights, 1"}).encode()
-    server.files = {"x.npz": b"none", "y.npz": bytes(corrupted)}
+    server.files = {"x.npz": b"none", "y.npz": bytes(corrupted_bytes)}
     server.files |= {"z.npz": PUBLISHED.read_bytes(), "z.npz.json": sidecar}
     for name in "xyz":
         path = remote.fetch(server.url(f"{name}.npz"), log=print)
@@ -427,11 +427,11 @@ def test_array_headers_are_checked_against_the_file(tmp_path, header):
 
 
 def test_archives_that_decompress_too_far_are_rejected_unread(tmp_path):
-    consistent = _npy(_shaped("(5000000,)"), bytes(20_000_000))
+    consistent_array = _npy(_shaped("(5000000,)"), bytes(20_000_000))
     trailing_data = _npy(_shaped("(1,)"), bytes(20_000_000))
     header = _npy(" " * 5_000_000, version=2)
     for member, message in (
-        (consistent, "would decompress to 20,0"),
+        (consistent_array, "would decompress to 20,0"),
         (trailing_data, "would"),
         (header, "would"),
     ):
@@ -456,8 +456,8 @@ def test_huge_block_numbers_in_array_names_are_an_error(tmp_path, number):
 def test_array_names_do_not_break_the_error_line(tmp_path):
     np.savez(tmp_path / "x.npz", **{"a\nb\x1b[31m": np.zeros(1, np.float32)})
     assert "\x1b" not in expect_error(tmp_path / "x.npz", r"a\\nb")
-    empty = {"stem/kernel": np.zeros((0, 8, 3, 24), np.float32)}
-    np.savez(tmp_path / "x.npz", **read_arrays(PUBLISHED) | empty)
+    empty_array = {"stem/kernel": np.zeros((0, 8, 3, 24), np.float32)}
+    np.savez(tmp_path / "x.npz", **read_arrays(PUBLISHED) | empty_array)
     expect_error(tmp_path / "x.npz", r"stem/kernel: \(0, 8, 3, 24\) is empty")
 
 
@@ -568,8 +568,8 @@ module("safetensors", torch=safe)
     result = subprocess.run(
         [sys.executable, "-c", stand_ins + code], capture_output=True, text=True, cwd=tmp_path
     )
-    out = name.partition(".")[0] + ".safetensors"
-    assert result.stdout.strip() == f"{{'stem': 'saved'}} {out}", result.stderr
+    output_name = name.partition(".")[0] + ".safetensors"
+    assert result.stdout.strip() == f"{{'stem': 'saved'}} {output_name}", result.stderr
 
 
 def test_big_vision_checkpoints_are_recognised(tmp_path):
@@ -614,8 +614,8 @@ def test_suggested_command_converts_a_vision_transformer_checkpoint(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / "vt", tmp_path / "vt" / "checkpoint_100"):
         exec(_printed_code(expect_error(path, "is a Flax checkpoint")), {})
-        converted = read_arrays(tmp_path / "checkpoint_100.npz")
-        assert_same_bits(traverse_util.unflatten_dict(converted, sep="/"), golden_params())
+        converted_arrays = read_arrays(tmp_path / "checkpoint_100.npz")
+        assert_same_bits(traverse_util.unflatten_dict(converted_arrays, sep="/"), golden_params())
         (tmp_path / "checkpoint_100.npz").unlink()
 
 
@@ -640,23 +640,23 @@ def headless(tmp_path_factory):
 
 
 def test_headless_weights_can_be_converted(headless, tmp_path):
-    original = loading.read(headless, log=print)
-    assert original.card.num_classes == 0 and "head" not in original.params
+    original_weights = loading.read(headless, log=print)
+    assert original_weights.card.num_classes == 0 and "head" not in original_weights.params
     for name in ("b.safetensors", "run"):
         result = run_program("mixer.tools.convert", headless, tmp_path / name)
         assert result.returncode == 0, result.stderr
-        converted = loading.read(tmp_path / name, log=print)
-        assert converted.card == original.card
-        assert_same_bits(converted.params, original.params)
+        converted_weights = loading.read(tmp_path / name, log=print)
+        assert converted_weights.card == original_weights.card
+        assert_same_bits(converted_weights.params, original_weights.params)
     headless_weights = loading.read(PUBLISHED, num_classes=0, log=print)
-    assert_same_bits(headless_weights.params, original.params)
+    assert_same_bits(headless_weights.params, original_weights.params)
     with pytest.raises(UserError, match="head/kernel: not in the model"):
         loading.read(PUBLISHED, num_classes=0, head="keep", log=print)
 
 
 def test_unwritable_output_is_one_line_of_error(headless, tmp_path, monkeypatch):
-    for out in (tmp_path / ("a" * 300 + ".npz"), "/proc/x.npz", "/proc/run"):
-        result = run_program("mixer.tools.convert", headless, out)
+    for output_path in (tmp_path / ("a" * 300 + ".npz"), "/proc/x.npz", "/proc/run"):
+        result = run_program("mixer.tools.convert", headless, output_path)
         assert result.returncode == 2 and "cannot be written" in result.stderr
         assert len(result.stderr.splitlines()) == 1
 
@@ -678,12 +678,12 @@ def picture(tmp_path_factory):
 
 
 def test_headless_weights_give_features_only(headless, picture, tmp_path):
-    out = tmp_path / "features.npz"
+    output_path = tmp_path / "features.npz"
     arguments = (picture, f"--weights={headless}", "--preprocess=decode")
-    result = run_program("mixer.tools.predict", *arguments, f"--features={out}")
+    result = run_program("mixer.tools.predict", *arguments, f"--features={output_path}")
     assert result.returncode == 0, result.stderr
-    assert read_arrays(out)["features"].shape == (1, 24) and not result.stdout
-    for options in ((), (f"--features={out}", "--layer=logits")):
+    assert read_arrays(output_path)["features"].shape == (1, 24) and not result.stdout
+    for options in ((), (f"--features={output_path}", "--layer=logits")):
         result = run_program("mixer.tools.predict", *arguments, *options)
         assert result.returncode == 2 and "has no head" in result.stderr
 
