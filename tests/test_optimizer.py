@@ -110,9 +110,8 @@ def test_momentum_dtype_applies_to_the_first_moment_only(name, dtype):
     )
     state = tx.init({"kernel": jnp.ones((2, 2))})
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape == (2, 2)]
-    assert dtypes[0] == jnp.dtype(dtype) and all(
-        moment_dtype == jnp.float32 for moment_dtype in dtypes[1:]
-    )
+    assert dtypes[0] == jnp.dtype(dtype)
+    assert all(moment_dtype == jnp.float32 for moment_dtype in dtypes[1:])
 
 
 def test_first_multiplier_rule_that_matches_the_whole_name_wins():
@@ -177,10 +176,8 @@ def test_second_moment_in_bfloat16_follows_float32():
         (moments,) = (node for node in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(node))
         assert moments.nu["w"].dtype == dtype
         results[dtype] = np.asarray(moments.nu["w"], np.float64), np.asarray(updates["w"])
-    (float32_moment, float32_updates), (bfloat16_moment, bfloat16_updates) = (
-        results["float32"],
-        results["bfloat16"],
-    )
+    float32_moment, float32_updates = results["float32"]
+    bfloat16_moment, bfloat16_updates = results["bfloat16"]
     assert np.mean(bfloat16_moment) == pytest.approx(float32_moment[0], rel=2e-3)  # no bias
     assert 1e-3 < np.std(bfloat16_moment) / float32_moment[0] < 3e-2  # the rounding is random
     np.testing.assert_allclose(bfloat16_updates, float32_updates, rtol=0.05)

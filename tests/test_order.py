@@ -8,9 +8,8 @@ from mixer.data import order
 
 def _examples(steps, **settings):
     pairs = [order.batch_examples(step, **settings) for step in steps]
-    return np.concatenate([epoch for epoch, _ in pairs]), np.concatenate(
-        [example for _, example in pairs]
-    )
+    epochs, examples = zip(*pairs, strict=True)
+    return np.concatenate(epochs), np.concatenate(examples)
 
 
 def test_each_epoch_has_every_example_and_batches_may_span_two():

@@ -110,23 +110,21 @@ def test_16_bit_pictures_keep_the_high_byte(read, tmp_path, ending):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("ending", "options"), [("tif", {}), ("jpg", {"quality": 95})])
 def test_exif_orientation_is_applied(read, tmp_path, orientation, ending, options):
-    upright_picture, path = _picture(), tmp_path / f"picture.{ending}"
+    picture, path = _picture(), tmp_path / f"picture.{ending}"
     stored = next(  # the transposed picture that the EXIF orientation turns upright
         image
         for method in (None, *Image.Transpose)
-        for image in [
-            upright_picture.copy() if method is None else upright_picture.transpose(method)
-        ]
-        if _apply_exif(image, orientation).tobytes() == upright_picture.tobytes()
+        for image in [picture.copy() if method is None else picture.transpose(method)]
+        if _apply_exif(image, orientation).tobytes() == picture.tobytes()
     )
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(path, exif=exif, **options)
-    difference = np.abs(_pixels(read, path) - np.asarray(upright_picture).astype(int))
+    difference = np.abs(_pixels(read, path) - np.asarray(picture).astype(int))
     assert difference.mean() < (1 if ending == "tif" else 4)
     # The fallback through Pillow, too: TensorFlow decodes JPEG, and only Pillow reads TIFF.
     bmp = Image.open(io.BytesIO(prediction.as_bmp(path.read_bytes())))
-    assert np.abs(np.asarray(bmp).astype(int) - np.asarray(upright_picture)).mean() < 4
+    assert np.abs(np.asarray(bmp).astype(int) - np.asarray(picture)).mean() < 4
 
 
 def _apply_exif(image, orientation):
@@ -425,11 +423,8 @@ def test_command_writes_json_and_features(loaded, pictures, tmp_path):
 )
 def test_invalid_flags_are_one_line_of_error(arguments, message):
     command = run_program("mixer.tools.predict", *arguments)
-    assert (
-        command.returncode == 2
-        and message in command.stderr
-        and len(command.stderr.splitlines()) == 1
-    )
+    assert command.returncode == 2 and message in command.stderr
+    assert len(command.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -209,10 +209,8 @@ def test_timm_preprocessing_without_an_equivalent_op_is_noted():
     imagenet = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     for values, word in ((imagenet, "0.485"), (dict(crop_mode="squash"), "squash")):
         implied_facts = _timm_facts(_hub_config(**values))
-        assert (
-            implied_facts.preprocess((224, 224)) is None
-            and implied_facts.class_names == "imagenet1k"
-        )
+        assert implied_facts.preprocess((224, 224)) is None
+        assert implied_facts.class_names == "imagenet1k"
         assert word in implied_facts.note and "hf://me/mine" in implied_facts.note
 
 

@@ -79,11 +79,9 @@ def test_growing_twice_by_two_equals_growing_by_four():
     grid = (1, 2)
     params = random_params(make_model(**SMALL, tokens_mlp_dim=3), (P, 2 * P))
     images = random_images(2, (4 * P, 8 * P))
-    params_by_two_twice = grow_all(grow_all(params, grid, (2, 2)), (2, 4), (2, 2))
-    params_by_four = grow_all(params, grid, (4, 4))
-    for actual, expected in zip(
-        outputs(params_by_two_twice, images), outputs(params_by_four, images), strict=True
-    ):
+    actual_outputs = outputs(grow_all(grow_all(params, grid, (2, 2)), (2, 4), (2, 2)), images)
+    expected_outputs = outputs(grow_all(params, grid, (4, 4)), images)
+    for actual, expected in zip(actual_outputs, expected_outputs, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 

@@ -59,10 +59,8 @@ def test_missing_run_file_is_an_error_unless_changes_are_allowed(copied_run, nam
 )
 def test_finished_run_with_more_steps_is_extended(total_steps, checkpoint_steps, expected):
     saved_run = SavedRun({"total_steps": 12}, {})
-    assert (
-        resume.extends(saved_run, tiny_config(total_steps=total_steps), checkpoint_steps)
-        == expected
-    )
+    config = tiny_config(total_steps=total_steps)
+    assert resume.extends(saved_run, config, checkpoint_steps) == expected
     assert not resume.extends(SavedRun(None, None), tiny_config(), checkpoint_steps)
 
 

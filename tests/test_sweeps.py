@@ -120,19 +120,13 @@ def test_permutation_sweep_matches_the_permutation_op(weights_file, config, monk
     assert len(set(reference.predictions.guesses[:, 0])) > 2
     for curve in sweep.curves:
         assert [point.x for point in curve.points] == [0, 1]
-        intact_point, shuffled_point = curve.points
-        assert (
-            intact_point.top1_by_seed == (reference.top1,)
-            and intact_point.top1_interval == reference.top1_interval
-        )
-        assert intact_point.loss == pytest.approx(reference.loss, rel=1e-6) != shuffled_point.loss
-        assert len(shuffled_point.top1_by_seed) == 2 and shuffled_point.top1 == np.mean(
-            shuffled_point.top1_by_seed
-        )
-        assert (
-            shuffled_point.top1_interval == sweeps.interval(shuffled_point.top1_by_seed, 360)
-            and shuffled_point.count == 360
-        )
+        share_0, share_1 = curve.points
+        assert share_0.top1_by_seed == (reference.top1,)
+        assert share_0.top1_interval == reference.top1_interval
+        assert share_0.loss == pytest.approx(reference.loss, rel=1e-6) != share_1.loss
+        assert len(share_1.top1_by_seed) == 2 and share_1.top1 == np.mean(share_1.top1_by_seed)
+        assert share_1.top1_interval == sweeps.interval(share_1.top1_by_seed, 360)
+        assert share_1.count == 360
     shuffled_results = [
         _evaluate(weights_file, config, f"decode|permute_pixels(8, seed={seed})") for seed in (0, 3)
     ]
@@ -149,10 +143,7 @@ def test_permutation_sweep_matches_the_permutation_op(weights_file, config, monk
     with Image.open(plot_path) as image:
         assert image.format == "PNG" and image.width > 500
         assert plot_path.stat().length > 10_000  # an empty plot is smaller
-    low, high = (
-        min(shuffled_results[0].top1, shuffled_results[1].top1),
-        max(shuffled_results[0].top1, shuffled_results[1].top1),
-    )
+    low, high = sorted(result.top1 for result in shuffled_results)
     assert f"{low:.2%} to {high:.2%}" in sweeps.make_table(sweep).rows[-1]
 
 

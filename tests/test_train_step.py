@@ -253,10 +253,8 @@ def test_non_finite_update_is_skipped_and_counted():
     state, metrics = step(state, finite_batch)
     assert int(metrics["skipped_steps"]) == 0
     skipped_state, metrics = step(state, nan_batch)
-    assert (
-        np.isnan(metrics["loss"])
-        and int(metrics["skipped_steps"]) == int(skipped_state.skipped) == 1
-    )
+    assert np.isnan(metrics["loss"])
+    assert int(metrics["skipped_steps"]) == int(skipped_state.skipped) == 1
     assert int(skipped_state.step) == 2
     assert_same_bits(
         (skipped_state.params, skipped_state.ema_params), (state.params, state.ema_params)
