@@ -71,10 +71,10 @@ def write_arrays(path, arrays):
 
 
 def expect_error(path, match, **options):
-    with pytest.raises(UserError, match=match) as caught:
+    with pytest.raises(UserError, match=match) as error_info:
         mixer.load(path, log=lambda line: None, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(error_info.value)
+    return str(error_info.value)
 
 
 # Layouts and variants.

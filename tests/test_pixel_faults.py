@@ -134,9 +134,9 @@ def test_decoder_is_thread_safe():
     ids=["os2-8", "bmp-16", "cut-webp", "cut-gif", "cut-bmp", "gif", "flags", "huge-png", "eps"],
 )
 def test_undecodable_image_is_one_line_with_the_reason(data, reason):
-    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+    with pytest.raises(tf.errors.InvalidArgumentError) as error_info:
         decode(tf.constant(data))
-    line = first_line(caught.value)
+    line = first_line(error_info.value)
     assert reason in line and "\n" not in line and "0x" not in line
 
 
@@ -230,9 +230,9 @@ def test_inception_crop_uses_the_accurate_dct():
     ],
 )
 def test_invalid_argument_is_one_line_of_error(spec, fragments):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error_info:
         preprocess.make_preprocess(spec, (8, 8))
-    line = str(caught.value)
+    line = str(error_info.value)
     assert "\n" not in line
     for fragment in fragments.split(" | "):
         assert fragment in line.removeprefix(f"preprocessing {spec!r}"), line
@@ -260,9 +260,9 @@ def test_invalid_literals_are_rejected_by_every_op():
             if is_valid_range or (key == "antialias" and value is True):
                 spec_module.parse(spec)
                 continue
-            with pytest.raises(UserError) as caught:
+            with pytest.raises(UserError) as error_info:
                 spec_module.parse(spec)
-            assert f"{name}: " in str(caught.value), spec
+            assert f"{name}: " in str(error_info.value), spec
 
 
 def test_preprocessing_is_checked_before_data_is_read(monkeypatch):

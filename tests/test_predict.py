@@ -196,9 +196,9 @@ def test_folders_files_and_lists_of_images_are_expanded(tmp_path, monkeypatch):
         (["@bad.txt"], "@bad.txt line 2: missing.png: "),
         (["@none.txt"], "@none.txt: "),
     ):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error_info:
             prediction.list_images(arguments)
-        assert message in str(caught.value)
+        assert message in str(error_info.value)
 
 
 # Predictions.

@@ -273,11 +273,11 @@ def test_unsupported_formats_are_named_in_the_error(kind, message, op):
         data = _file(Image.fromarray(_photo()), kind)
     except (KeyError, OSError):
         pytest.skip(f"Pillow cannot write {kind} here")
-    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+    with pytest.raises(tf.errors.InvalidArgumentError) as error_info:
         make_preprocess(f"{op}(8)" if op != "decode" else "decode|resize(8)", (8, 8))(
             {"image": tf.constant(data)}, KEY
         )
-    assert message in first_line(caught.value)
+    assert message in first_line(error_info.value)
 
 
 @pytest.mark.parametrize(
@@ -617,6 +617,6 @@ def test_output_spec_describes_the_result():
     ],
 )
 def test_invalid_specification_is_one_line_of_error(spec, message):
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as error_info:
         make_preprocess(spec, (8, 8))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error_info.value)

@@ -192,9 +192,9 @@ def test_invalid_run_file_is_an_error_with_file_key_and_value(trained_run, tmp_p
     ]
     for case, damage_file, key, value in cases:
         damage_file(tmp_path / name)
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error_info:
             READERS[name](tmp_path)
-        line = str(caught.value)
+        line = str(error_info.value)
         assert f"{tmp_path / name}" in line and "\n" not in line and len(line) < 500, case
         assert key is None or key in line, (case, line)
         if key and isinstance(value, str | int | type(None)) and value != 10**400:
@@ -392,9 +392,9 @@ def test_paths_that_orbax_misreads_are_rejected_before_writing(tmp_path, name):
         lambda: trainer.train(_config(), workdir),
         lambda: checkpoint.Checkpoints(f"{workdir}/checkpoints", keep_last=1),
     ):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error_info:
             write()
-        assert str(caught.value).isprintable()
+        assert str(error_info.value).isprintable()
     assert not list(tmp_path.iterdir())
 
 
@@ -440,10 +440,10 @@ def test_faults_outside_the_checkpoint_move_nothing(
     else:
         monkeypatch.setattr(checkpoint, "fingerprint", fail)
     files_before = _files(tmp_path / "run")
-    with pytest.raises(UserError if is_user_error else type(error)) as caught:
+    with pytest.raises(UserError if is_user_error else type(error)) as error_info:
         _restore(tmp_path / "run")
-    assert not isinstance(caught.value, checkpoint.DamagedError)
-    assert not is_user_error or "could not be read" in str(caught.value)
+    assert not isinstance(error_info.value, checkpoint.DamagedError)
+    assert not is_user_error or "could not be read" in str(error_info.value)
     assert _files(tmp_path / "run") == files_before
 
 

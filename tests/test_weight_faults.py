@@ -40,10 +40,10 @@ SECRET = "53cr3t"
 
 
 def expect_error(path, match, **options):
-    with pytest.raises(UserError, match=match) as caught:
+    with pytest.raises(UserError, match=match) as error_info:
         loading.read(path, log=lambda line: None, **options)
-    assert "\n" not in str(caught.value) and SECRET not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(error_info.value) and SECRET not in str(error_info.value)
+    return str(error_info.value)
 
 
 def read_arrays(path):
