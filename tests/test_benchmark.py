@@ -24,7 +24,15 @@ from mixer.models import flops
 from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark import cases, jax_side, limit, report, torch_side, turns
+from mixer.tools.benchmark import (
+    cases,
+    jax_side,
+    limit,
+    photographs,
+    report,
+    torch_side,
+    turns,
+)
 from mixer.tools.benchmark import input as pipeline
 from mixer.tools.benchmark import loop as looping
 
@@ -437,3 +445,9 @@ def test_failure_is_a_literal_row_of_the_table(capsys):
     case = {"matmul": matmul, "contestants": {"timm": {"failure": "[red] is no markup"}}}
     print_table(Console(), report.case_table(case))
     assert "| timm | [red] is no markup " in capsys.readouterr().out
+
+
+def test_missing_scikit_learn_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"scikit-learn.*\[bench\]"):
+        photographs.write(tmp_path / "photographs", (32, 32))
