@@ -81,7 +81,7 @@ def _compile(mode: str) -> None:
 
 
 # Started first: started last, one of them would keep one process busy after the other has ended.
-LONGEST = ("test_readme", "test_trainer", "test_resident", "test_loading", "test_multihost")
+LONGEST = ("test_readme", "test_bitwise", "test_trainer", "test_loading", "test_multihost")
 
 
 def pytest_collection_modifyitems(items):
@@ -145,6 +145,21 @@ def finished_run(tmp_path_factory, tfds_dir):
     return _made_once(
         tmp_path_factory, "run", lambda path: trainer.train(tiny_config(tfds_dir), path)
     )
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(tmp_path_factory, tfds_dir):
+    """A finished run of `tiny_digits`, streamed and never stopped, for tests that compare bits."""
+    import tiny_digits
+
+    from mixer import trainer
+
+    def train(path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TFDS_DIR", str(tfds_dir))
+            trainer.train(tiny_digits.get_config(), path)
+
+    return _made_once(tmp_path_factory, "uninterrupted", train)
 
 
 @pytest.fixture

@@ -122,6 +122,30 @@ def final_state(workdir, step=None):
         )
 
 
+def read_reproducible_metrics(workdir):
+    """The rows of metrics.jsonl without the values that depend on the clock."""
+    from mixer.runs.record import read_metrics
+
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")}
+        for row in read_metrics(workdir)
+    ]
+
+
+def raise_signal_at_step(monkeypatch, step, signum):
+    """Makes the training loop send this process a signal when it shows step `step`."""
+    from mixer import console
+
+    show_step = console.Terminal.step
+
+    def show(self, number):
+        if number == step:
+            os.kill(os.getpid(), signum)
+        show_step(self, number)
+
+    monkeypatch.setattr(console.Terminal, "step", show)
+
+
 def environment(**extra):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     if "XLA_FLAGS" in extra:  # several devices: as mixer.cli.config does for the programs

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 
 import jax
 import multihost
@@ -13,15 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import assert_same_bits, final_state, run_python, tiny_config
+from helpers import (
+    assert_same_bits,
+    final_state,
+    read_reproducible_metrics,
+    run_python,
+    tiny_config,
+)
 from mixer import trainer
 from mixer.data import placement, resident
 from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.parallel import sharding
-from mixer.parallel.signals import Stopped
 from mixer.runs import config as run
-from mixer.runs.record import read_metrics
 from mixer.training import updates as stepping
 
 STEPS = "decode|resize(8)|random_crop(8, pad=1)|flip_lr"
@@ -47,12 +49,6 @@ def _config(tfds_dir, tmp_path, **values):
     assert config.mixup.alpha and config.model.stoch_depth and config.optimizer.ema_decay
     assert config.optimizer.accumulate_steps > 1
     return config
-
-
-def _record(workdir):
-    """By step, without what depends on the clock."""
-    rows = read_metrics(workdir)
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
 @pytest.mark.slow
@@ -354,56 +350,6 @@ def test_several_processes_give_the_streams_numbers(tmp_path):
 # Bits.
 
 
-@pytest.fixture(scope="module")
-def streamed(tmp_path_factory, tfds_dir):
-    path = tmp_path_factory.mktemp("streamed")
-    trainer.train(_config(tfds_dir, path, dataset__on_device="off"), path / "run")
-    return path / "run"
-
-
-@pytest.mark.bitwise
-def test_images_on_the_device_give_the_streams_bits(streamed, tfds_dir, tmp_path, capsys):
-    """The run's second half, 12 steps across the border of an epoch, in calls of several steps."""
-    path = shutil.copytree(streamed, tmp_path / "run")
-    shutil.rmtree(path / "checkpoints" / "24")
-    config = _config(tfds_dir, streamed.parent, dataset__on_device="on", log_every_steps=10)
-    trainer.train(config, path)
-    out = capsys.readouterr().out
-    assert "continuing from step 12" in out and "stay on the device: 198 of 8 x 8 px" in out
-    assert_same_bits(final_state(path), final_state(streamed))
-    rows = [row for row in _record(path) if row["step"] in (20, 24)]
-    assert rows == [row for row in _record(streamed) if row["step"] in (20, 24)]
-
-
-@pytest.mark.slow
-@pytest.mark.bitwise
-def test_run_is_that_of_the_stream_bit_for_bit(streamed, tfds_dir, tmp_path, monkeypatch):
-    """Stopped and continued, its calls ending elsewhere: to log, to evaluate, around a profile."""
-    calls, stopped = [], []
-    next_call = stepping.Resident.next
-
-    def record_call(self, step, max_count):
-        count, update = next_call(self, step, max_count)
-        calls.append((step, count))
-        if step >= 7 and not stopped:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stopped.append(step + count)
-        return count, update
-
-    monkeypatch.setattr(stepping.Resident, "next", record_call)
-    monkeypatch.setattr(stepping, "CALL_SECS", 600.0)  # grows, however slow this machine is
-    with pytest.raises(Stopped):
-        trainer.train(_config(tfds_dir, tmp_path, log_every_steps=10), tmp_path / "run")
-    assert max(count for _, count in calls) > 1
-    assert (tmp_path / "run" / "checkpoints" / str(stopped[0])).is_dir()
-    trainer.train(_config(tfds_dir, tmp_path, profile_steps=(14, 17)), tmp_path / "run")
-    assert_same_bits(final_state(tmp_path / "run"), final_state(streamed))
-    rows = [row for row in _record(tmp_path / "run") if row["step"] > 10]
-    assert rows == [row for row in _record(streamed) if row["step"] > 10]
-    assert {12, 13, 17, 24} <= {step + count for step, count in calls}
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-
-
 @pytest.mark.slow
 @pytest.mark.bitwise
 def test_images_of_several_labels_train_as_streamed(tmp_path):
@@ -423,10 +369,11 @@ def test_nothing_of_the_update_is_compiled_with_the_augmentation(tfds_dir, tmp_p
     config.mixup.update(cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.sam_rho = 0.05
     trainer.train(config, tmp_path / "stream")
+    stream_metrics = read_reproducible_metrics(tmp_path / "stream")
     for on_device, augment_on in (("on", "auto"), ("off", "device")):
         config.dataset.update(on_device=on_device, augment_on=augment_on)
         trainer.train(config, tmp_path / on_device)
         assert_same_bits(final_state(tmp_path / on_device), final_state(tmp_path / "stream"))
-        assert _record(tmp_path / on_device) == _record(tmp_path / "stream")
+        assert read_reproducible_metrics(tmp_path / on_device) == stream_metrics
     out = capsys.readouterr().out
     assert "on_device=off" in out and "random_crop(8, pad=1)|flip_lr\n" in out

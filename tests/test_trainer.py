@@ -4,15 +4,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
-import tiny_digits
 
 from helpers import (
     ROOT,
@@ -20,26 +17,18 @@ from helpers import (
     assert_same_bits,
     environment,
     final_state,
+    read_reproducible_metrics,
     run_program,
     run_python,
     tiny_config,
 )
-from mixer import console, trainer
+from mixer import trainer
 from mixer.errors import UserError
 from mixer.evaluation import classification
 from mixer.parallel import sharding
-from mixer.parallel.signals import Stopped
 from mixer.runs import record as metrics
 from mixer.runs.record import read_metrics
 from mixer.training import updates as stepping
-
-
-def _metrics(workdir):
-    """The record without what depends on the clock."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith("perf/")}
-        for row in read_metrics(workdir)
-    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +53,7 @@ def unfinished(finished):
 
 
 def _assert_same_record(workdir, expected):
-    rows, expected = _metrics(workdir), _metrics(expected)
+    rows, expected = read_reproducible_metrics(workdir), read_reproducible_metrics(expected)
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     for row, other in zip(rows, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
@@ -98,34 +87,6 @@ def test_metrics_of_every_log_step_are_recorded(finished_run):
             assert row["train/epoch"] == pytest.approx(row["step"] * 16 / 1257)
     assert [row["step"] for row in rows if "val/top1" in row] == [6, 12]
     assert [row["step"] for row in rows if "test/top1" in row] == [12]
-
-
-def _raise_at_step(monkeypatch, step, signum):
-    """Sends this process a signal when the loop shows step `step`."""
-    shown = console.Terminal.step
-
-    def show(self, number):
-        if number == step:
-            os.kill(os.getpid(), signum)
-        shown(self, number)
-
-    monkeypatch.setattr(console.Terminal, "step", show)
-
-
-@pytest.mark.slow
-def test_signal_in_the_loop_saves_and_the_run_goes_on(
-    tmp_path, tfds_dir, finished_run, monkeypatch
-):
-    config = tiny_config(tfds_dir)
-    with monkeypatch.context() as patch:
-        _raise_at_step(patch, 5, signal.SIGTERM)
-        with pytest.raises(Stopped) as caught:
-            trainer.train(config, tmp_path)
-    assert caught.value.exit_code == 143
-    assert (tmp_path / "checkpoints" / "5").is_dir()
-    trainer.train(config, tmp_path)
-    assert_close(final_state(tmp_path), final_state(finished_run))
-    _assert_same_record(tmp_path, finished_run)
 
 
 def test_crash_between_checkpoint_and_evaluation_is_made_good(
@@ -572,7 +533,7 @@ def test_progress_bar_at_a_terminal(tmp_path, tfds_dir):
 
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, *COMMAND, f"--workdir={tmp_path}"],
+        [sys.executable, "train.py", "--config=tests/tiny_digits.py", f"--workdir={tmp_path}"],
         cwd=ROOT,
         env=environment(TFDS_DIR=str(tfds_dir), TERM="xterm-256color", COLUMNS="200"),
         stdout=theirs,
@@ -589,106 +550,3 @@ def test_progress_bar_at_a_terminal(tmp_path, tfds_dir):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.decode())
     assert re.search(r"training .*40/40 loss \d.* accuracy .*images/s .*data wait .* left", text)
     assert re.search(r"test accuracy \d+", text) and "Traceback" not in text
-
-
-# Bits: one run without an interruption, and the same interrupted in this process and in others.
-
-COMMAND = ["train.py", "--config=tests/tiny_digits.py"]
-
-
-def _popen(workdir, tfds_dir):
-    return subprocess.Popen(
-        [sys.executable, *COMMAND, f"--workdir={workdir}"],
-        cwd=ROOT,
-        env=environment(TFDS_DIR=str(tfds_dir)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.fixture
-def config(tfds_dir, monkeypatch):
-    """That of the command: augmentation, mixup, masks, an average and accumulation."""
-    monkeypatch.setenv("TFDS_DIR", str(tfds_dir))
-    config = tiny_digits.get_config()
-    assert config.mixup.alpha and config.model.stoch_depth and config.optimizer.ema_decay
-    assert config.optimizer.accumulate_steps > 1 and "random" in config.dataset.train_preprocess
-    return config
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tfds_dir):
-    """The uninterrupted run, in this process."""
-    path = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DIR", str(tfds_dir))
-        trainer.train(tiny_digits.get_config(), path)
-    return path
-
-
-@pytest.mark.slow
-@pytest.mark.bitwise
-@pytest.mark.parametrize("stop_at", [1, 15, 20, 39])
-def test_stopped_and_continued_run_is_the_same_bit_for_bit(
-    tmp_path, config, whole, stop_at, monkeypatch
-):
-    """SIGTERM is raised during step `stop_at`; parameters, optimizer and record are compared."""
-    with monkeypatch.context() as patch:
-        _raise_at_step(patch, stop_at, signal.SIGTERM)
-        with pytest.raises(Stopped) as caught:
-            trainer.train(config, tmp_path)
-    assert caught.value.exit_code == 143
-    assert (tmp_path / "checkpoints" / str(stop_at)).is_dir()
-    trainer.train(config, tmp_path)
-    assert_same_bits(final_state(tmp_path), final_state(whole))
-    assert _metrics(tmp_path) == _metrics(whole)
-
-
-@pytest.mark.bitwise
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
-def test_process_stopped_by_a_signal_and_continued_here_is_the_same_bit_for_bit(
-    tmp_path, tfds_dir, config, whole, signum, code, capsys
-):
-    """While it runs, its directory is refused to others."""
-    process = _popen(tmp_path, tfds_dir)
-    out = [next(process.stdout)]
-    second = run_program(*COMMAND, f"--workdir={tmp_path}")
-    assert second.returncode == 2
-    assert re.fullmatch(rf"train\.py: .*pid {process.pid}\b.*\n", second.stderr)
-    for line in process.stdout:
-        out.append(line)
-        if line.startswith("step 8/"):
-            process.send_signal(signum)
-    assert process.wait(200) == code, out
-    assert any(re.match(rf"{signal.Signals(signum).name}: .*\d+", line) for line in out)
-    assert "Traceback" not in "".join(out)
-    saved = int(re.search(r"checkpoints/(\d+)", out[-1])[1])
-    assert 8 <= saved < 40
-    trainer.train(config, tmp_path)
-    assert f"continuing from step {saved}\n" in capsys.readouterr().out
-    assert_same_bits(final_state(tmp_path), final_state(whole))
-    assert _metrics(tmp_path) == _metrics(whole)
-
-
-@pytest.mark.slow
-@pytest.mark.bitwise
-def test_killed_at_any_moment_ends_the_same_bit_for_bit(tmp_path, tfds_dir, config, whole):
-    """SIGKILL in the first steps, around a checkpoint and later; then once to the end."""
-    for kill_at in (2, 20, 32):
-        process = _popen(tmp_path, tfds_dir)
-        for line in process.stdout:
-            step = re.match(r"step (\d+)/", line)
-            if step and int(step[1]) >= kill_at:
-                break
-        time.sleep(0.05 * kill_at % 0.13)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
-    assert max(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*[0-9]")) < 40
-    trainer.train(config, tmp_path)
-    assert_same_bits(final_state(tmp_path), final_state(whole))
-    assert _metrics(tmp_path) == _metrics(whole)
