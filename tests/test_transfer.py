@@ -310,14 +310,17 @@ def _mock(name, data_dir, splits):
 
 
 def _vtab(names, data_dir):
-    """The tasks as evaluate.py has them, cut to 2 steps; their sets are made in `data_dir`."""
+    """Makes the sets in `data_dir`; returns the tasks and the sizes of their test splits.
+
+    The tasks are those of evaluate.py, with 2 steps and at most the first 400 test images.
+    """
     from mixer.data.sources.stored import absolute
 
     weights = data_dir.with_name("one_block.npz")
     arrays = np.load(WEIGHTS)
     first = [key for key in arrays.files if not key.startswith(("MixerBlock_1/", "MixerBlock_2/"))]
     np.savez(weights, **{key: arrays[key] for key in first})
-    tasks, read = {}, {}
+    tasks, read, test_sizes = {}, {}, {}
     for name in names:
         config = finetune.get_config(f"dataset=vtab/{name},split=1000,res=32,init={weights}")
         config.dataset.data_dir = str(data_dir)
@@ -326,33 +329,38 @@ def _vtab(names, data_dir):
         config.schedule.warmup_steps = 0
         tasks[name] = config
         sizes = MOCKS[config.dataset.name]
+        (part,) = absolute(config.dataset.test_split, sizes)
+        first, end = part.from_ or 0, part.to or sizes[part.splitname]
+        test_sizes[name] = end - first
+        config.dataset.test_split = f"{part.splitname}[{first}:{min(end, first + 400)}]"
         for spec in (config.dataset.train_split, config.dataset.test_split):
             for part in absolute(spec, sizes):
                 part = (part.splitname, part.from_ or 0, part.to or sizes[part.splitname])
                 read.setdefault(config.dataset.name, []).append(part)
     for name, splits in read.items():
         _mock(name, str(data_dir), splits)
-    return tasks
+    return tasks, test_sizes
 
 
 def _check_vtab(names, directory):
-    lines = []
+    tasks, test_sizes = _vtab(names, directory / "tfds")
     result = transfer.fine_tune(
-        _vtab(names, directory / "tfds"),
+        tasks,
         directory,
         groups=finetune.VTAB_GROUPS,
-        say=lines.append,
+        say=lambda line: None,
         train_examples=finetune.VTAB_TRAIN_EXAMPLES,
     )
     assert [task.name for task in result.tasks] == list(names)
     for task in result.tasks:
         assert (task.train_examples, task.steps) == (1000, 2)
+        assert task.count == min(test_sizes[task.name], 400)
         low, high = task.top1_interval
         assert low - 1e-9 <= task.top1 <= high + 1e-9
         classes = json.loads((directory / task.name / "data.json").read_text())["class_names"]
         assert len(classes) == VTAB_CLASSES[task.name]
     assert len(result.markdown()) == 2 + len(names) + len(result.means())
-    return {task.name: task.count for task in result.tasks}, result.means()
+    return test_sizes, result.means()
 
 
 # Classes of each task [recalled: the benchmark's table]; TFDS's caltech101 counts the background.
@@ -393,11 +401,11 @@ def test_groups_of_vtab_are_its_tasks_each_once():
 @pytest.mark.slow
 def test_all_tasks_of_vtab(tmp_path):
     names = [name for names in finetune.VTAB_GROUPS.values() for name in names]
-    counts, means = _check_vtab(names, tmp_path)
-    wanted = dict.fromkeys(names, 24)
-    wanted |= dict(eurosat=5400, resisc45=6300, smallnorb_azimuth=400, smallnorb_elevation=400)
-    wanted |= dict(dsprites_location=73_728, dsprites_orientation=73_728)
-    assert counts == wanted
+    test_sizes, means = _check_vtab(names, tmp_path)
+    expected = dict.fromkeys(names, 24)
+    expected |= dict(eurosat=5400, resisc45=6300, smallnorb_azimuth=400, smallnorb_elevation=400)
+    expected |= dict(dsprites_location=73_728, dsprites_orientation=73_728)
+    assert test_sizes == expected
     assert {key: (mean.num_tasks, mean.of) for key, mean in means.items()} == {
         "natural": (7, 7),
         "specialised": (4, 4),
@@ -408,7 +416,7 @@ def test_all_tasks_of_vtab(tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_tasks(tmp_path):
-    """Six tasks of a model whose state, of 50 MB, would be seen if it stayed.
+    """Four tasks of a model whose state has 50 MB, which would show in the memory if it stayed.
 
     What malloc keeps of freed memory is chance: it has one arena, which is trimmed first.
     """
@@ -422,8 +430,9 @@ def say(line):
         ctypes.CDLL(None).malloc_trim(0)
         held.append(psutil.Process().memory_info().rss / 2**20)
 tasks = {{}}
-for seed in range(6):
+for seed in range(4):
     config = tiny_config(seed=seed, total_steps=2, image_size=64, schedule__warmup_steps=0)
+    config.dataset.val_split = ""
     config.model.update(hidden_dim=512, channels_mlp_dim=2048, patch_size=16)
     tasks[str(seed)] = config
 transfer.fine_tune(tasks, {str(tmp_path)!r}, groups={{}}, say=say)
@@ -431,5 +440,5 @@ print("held", *held)
 """
     words = run_python("-c", code, MALLOC_ARENA_MAX="1").stdout.splitlines()[-1].split()
     held = [float(word) for word in words[1:]]
-    assert len(held) == 6
-    assert held[5] - held[1] < 40, held  # 4 states would be 200
+    assert len(held) == 4
+    assert held[3] - held[1] < 40, held  # 2 states would be 100
