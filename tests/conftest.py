@@ -142,9 +142,12 @@ def finished_run(tmp_path_factory, tfds_dir):
     from helpers import tiny_config
     from mixer import trainer
 
-    return _made_once(
-        tmp_path_factory, "run", lambda path: trainer.train(tiny_config(tfds_dir), path)
-    )
+    def train(path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
+            trainer.train(tiny_config(tfds_dir), path)
+
+    return _made_once(tmp_path_factory, "run", train)
 
 
 @pytest.fixture(scope="session")

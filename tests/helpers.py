@@ -67,6 +67,7 @@ def tiny_config(tfds_dir=None, **values):
     if tfds_dir is None:
         config.dataset.name = "synthetic"
     else:
+        config.model.dropout = 0.0  # stochastic depth draws masks; those of dropout compile slowly
         config.mixup.alpha = 0.2
         config.optimizer.update(ema_decay=0.9, accumulate_steps=2, momentum_dtype="bfloat16")
         config.optimizer.lr_multipliers = (("stem/bias", 0.0), ("head/.*", 2.0))
@@ -155,7 +156,7 @@ def environment(**extra):
 
 def run_python(*arguments, timeout=300, check=True, cwd=ROOT, **extra):
     """Runs Python, in the project's root by default; returns the process with its output."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=environment(**extra),
@@ -163,8 +164,8 @@ def run_python(*arguments, timeout=300, check=True, cwd=ROOT, **extra):
         text=True,
         timeout=timeout,
     )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    assert not check or process.returncode == 0, process.stdout + process.stderr
+    return process
 
 
 def run_program(program, *arguments, cwd=ROOT):

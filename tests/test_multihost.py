@@ -97,7 +97,7 @@ def test_run_stopped_on_two_processes_continues_on_two_one_and_four(tmp_path):
         assert [row["step"] for row in read_reproducible_metrics(tmp_path / name)] == steps
 
 
-def test_process_with_other_settings_ends_the_run_with_its_reason(tmp_path):
+def test_processes_with_different_configs_stop_and_name_the_keys(tmp_path):
     """Whichever finds out first tells the others, who are on their way to a collective."""
     address = multihost.free_address()
     flags = [(), ("--config.optimizer.peak_lr=0.2", "--config.seed=3")]
@@ -114,7 +114,7 @@ def test_process_with_other_settings_ends_the_run_with_its_reason(tmp_path):
     assert "Traceback" not in out + other_out
 
 
-def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
+def test_unshared_directory_and_damaged_checkpoint(tmp_path):
     address = multihost.free_address()
     started = [
         multihost.start_one(address, 2, i, *TRAIN, f"--workdir={tmp_path / str(i)}")
@@ -148,7 +148,7 @@ def test_evaluate_on_two_processes(tmp_path):
     assert two["top1"] == one["top1"] and two["loss"] == pytest.approx(one["loss"], abs=1e-6)
 
 
-def test_write_that_fails_in_the_background_of_one_process_ends_all(tmp_path):
+def test_failed_background_write_of_one_process_stops_all(tmp_path):
     """As on a full disk: the others wait for it in Orbax, which waits minutes."""
     code = """
 import errno, sys

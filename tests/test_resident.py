@@ -1,4 +1,4 @@
-"""Training images that stay on the device: the same run as from a stream, however it is cut."""
+"""Training images that stay on the device: which, in what order, and with the same results."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def no_curves():
 
 
 def _config(tfds_dir, tmp_path, **values):
-    """198 digits, of which 24 steps take each once or twice, and what is random in an update."""
+    """198 digits for 24 steps, almost two epochs, and every random part of an update."""
     exclude = tmp_path / "exclude.jsonl"
     names = [f"digits-train.tfrecord-00000-of-00001:{number}" for number in (3, 90)]
     exclude.write_text("".join(json.dumps({"example": name}) + "\n" for name in names))
@@ -45,15 +45,14 @@ def _config(tfds_dir, tmp_path, **values):
     config = tiny_config(tfds_dir, **values)
     config.dataset.update(train_split="train[:200]", train_preprocess=STEPS, exclude=str(exclude))
     config.dataset.test_split = ""
-    config.model.dropout = 0.0  # what stochastic depth draws is masks enough
     assert config.mixup.alpha and config.model.stoch_depth and config.optimizer.ema_decay
     assert config.optimizer.accumulate_steps > 1
     return config
 
 
 @pytest.mark.slow
-def test_a_run_that_was_begun_as_a_stream_stays_one(finished_run, tfds_dir, tmp_path, capsys):
-    """Its first 12 steps draw less than an epoch, these 80 more: "auto" would keep the images."""
+def test_run_that_started_streamed_stays_streamed(finished_run, tfds_dir, tmp_path, capsys):
+    """The first 12 steps draw less than an epoch; "auto" would place the images of 80 steps."""
     path = shutil.copytree(finished_run, tmp_path / "run")
     config = tiny_config(tfds_dir, total_steps=80, log_every_steps=20, eval_every_steps=None)
     config.update(checkpoint=dict(every_steps=80))
@@ -62,7 +61,9 @@ def test_a_run_that_was_begun_as_a_stream_stays_one(finished_run, tfds_dir, tmp_
     assert json.loads((path / "data.json").read_text())["on_device"] is False
 
 
-def test_changed_data_is_refused_before_it_is_read(finished_run, tfds_dir, tmp_path, monkeypatch):
+def test_changed_data_is_refused_before_reading_images(
+    finished_run, tfds_dir, tmp_path, monkeypatch
+):
     path = shutil.copytree(finished_run, tmp_path / "run")
     data = json.loads((path / "data.json").read_text())
     data["splits"]["train"]["fingerprint"] = "other"
@@ -72,7 +73,7 @@ def test_changed_data_is_refused_before_it_is_read(finished_run, tfds_dir, tmp_p
         trainer.train(tiny_config(tfds_dir, total_steps=80), path)
 
 
-def test_images_of_any_size_are_no_batch_for_the_device(tfds_dir, tmp_path):
+def test_device_augmentation_refuses_images_of_varying_size(tfds_dir, tmp_path):
     config = _config(tfds_dir, tmp_path, dataset__on_device="off", dataset__augment_on="device")
     config.dataset.train_preprocess = STEPS.replace("|resize(8)", "")
     with pytest.raises(UserError, match=r"augment_on=device.*'decode'"):
@@ -85,17 +86,17 @@ def _read(config, mode="on", num_drawn=10**6):
 
 
 def test_arrays_are_the_examples_in_order(tfds_dir, tmp_path):
-    """Labels as their steps leave them, wherever these stand; numbers count excluded ones."""
+    """Labels pass through their ops; the numbers count excluded examples."""
     config = _config(tfds_dir, tmp_path)
     config.dataset.train_preprocess = f"{STEPS}|one_hot(10)|value_range(0, 1)"
     examples, _ = _read(config)
     config.dataset.train_preprocess = "decode|one_hot(10)"
     split = run.open_split(config, "train", None, augment=True)
-    (whole,) = split.sequential_batches(start=0, stop=198, batch_size=198)
+    (batch,) = split.sequential_batches(start=0, stop=198, batch_size=198)
     assert examples.arrays.keys() == {"image", "label", "number"}
     for name in ("image", "label"):
-        assert examples.arrays[name].dtype == whole[name].dtype
-        np.testing.assert_array_equal(examples.arrays[name], whole[name])
+        assert examples.arrays[name].dtype == batch[name].dtype
+        np.testing.assert_array_equal(examples.arrays[name], batch[name])
     numbers = np.delete(np.arange(200), [3, 90])
     np.testing.assert_array_equal(examples.arrays["number"], numbers)
 
@@ -121,13 +122,13 @@ def _several_labels(tmp_path):
     return config
 
 
-def test_several_labels_are_kept_with_their_weights(tmp_path):
+def test_resident_examples_include_label_weights(tmp_path):
     examples, split = _read(_several_labels(tmp_path))
     assert split.multi_label
     assert examples.arrays.keys() == {"image", "label", "label_weight", "number"}
 
 
-def test_places_and_epochs_are_the_streams_order():
+def test_resident_order_equals_the_streamed_order():
     config = tiny_config()
     split = run.open_split(config, "train", None)
     mesh = sharding.make_mesh({})
@@ -156,11 +157,11 @@ def _folder(tmp_path, sizes):
 
 
 def _place(spec, *, side=32, stored_bytes=0, **facts):
-    """Where 100 images lie, of which a run draws 1000, unless the facts say otherwise."""
+    """The placement of 100 images of which a run draws 1000; `facts` override these values."""
     sizes = placement.Sizes((side, side), 100 * 3 * side**2, stored_bytes, 1 << 25)
-    usual = dict(mode="auto", augment_on="auto", backend="gpu", num_processes=1, num_examples=100)
-    usual |= dict(num_drawn=1000, measure=lambda: sizes)
-    return placement.place(parse(spec), **(usual | facts))
+    defaults = dict(mode="auto", augment_on="auto", backend="gpu", num_processes=1)
+    defaults |= dict(num_examples=100, num_drawn=1000, measure=lambda: sizes)
+    return placement.place(parse(spec), **(defaults | facts))
 
 
 FLIP = "decode|resize(32)|flip_lr"
@@ -194,15 +195,15 @@ POLICY = "decode|resize(224)|randaugment(2, 15)"
         (FLIP, dict(stored_bytes=1 << 30, mode="on"), ""),
     ],
 )
-def test_which_images_stay_on_the_device(spec, facts, reason):
+def test_placement_of_training_images(spec, facts, reason):
     decision = _place(spec, **facts)
     assert decision.on_device == (not reason) and re.search(reason, decision.reason)
-    if decision.on_device:  # all that a device can compute is computed there
+    if decision.on_device:  # the device computes every op that it can
         parts = parse(spec).parts
         assert (decision.host, decision.device) == (parts.host, parts.device)
 
 
-def test_sizes_are_not_measured_where_another_rule_decides():
+def test_sizes_are_measured_only_if_no_other_rule_decides():
     assert "on_device=off" in _place(FLIP, mode="off", measure=lambda: pytest.fail("read")).reason
 
 
@@ -217,13 +218,13 @@ def test_sizes_are_not_measured_where_another_rule_decides():
         ("decode|resize(8)", "device", "gpu", ""),
     ],
 )
-def test_which_ops_of_a_stream_the_device_computes(spec, augment_on, backend, device):
+def test_ops_of_a_stream_that_run_on_the_device(spec, augment_on, backend, device):
     decision = placement.stream(parse(spec), "a reason", augment_on=augment_on, backend=backend)
     assert (decision.reason, str(decision.device)) == ("a reason", device)
     assert str(decision.host) == spec.removesuffix(f"|{device}" if device else "")
 
 
-def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
+def test_reason_against_residence_is_named(tmp_path, monkeypatch):
     config = _folder(tmp_path, [8, 8, 8, 9])
     with pytest.raises(
         UserError,
@@ -243,12 +244,12 @@ def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
     config.dataset.train_preprocess = "decode|resize(8)|flip_lr"
     assert not isinstance(_read(config, "auto")[0], str)
     monkeypatch.setattr(placement, "AUTO_BYTES", 1000)
-    assert " 1." in _read(config, "auto")[0]  # kB of PNG; as arrays 784 B
+    assert " 1." in _read(config, "auto")[0]  # kB as PNG, 784 B as arrays
     monkeypatch.setattr(placement, "AUTO_BYTES", 100)
     assert "on_device=auto" in _read(config, "auto")[0] and "100 B" in _read(config, "auto")[0]
 
 
-def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
+def test_remembered_split_is_read_once(tfds_dir, monkeypatch):
     read = []
 
     split = run.open_split(tiny_config(tfds_dir), "val", None)
@@ -261,11 +262,11 @@ def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
         return from_storage(self, **part)
 
     monkeypatch.setattr(type(split), "read", counted)
-    how = dict(global_batch_size=64, process_count=1, process_index=0)
-    expected = list(split.eval_batches(**how))
-    next(remembered.eval_batches(**how))  # given up in the middle: not kept
+    shard = dict(global_batch_size=64, process_count=1, process_index=0)
+    expected = list(split.eval_batches(**shard))
+    next(remembered.eval_batches(**shard))  # a pass that ends early is not remembered
     for _ in range(3):
-        actual = list(remembered.eval_batches(**how))
+        actual = list(remembered.eval_batches(**shard))
         assert [batch.keys() for batch in actual] == [batch.keys() for batch in expected]
         for one, other in zip(actual, expected, strict=True):
             for name in one:
@@ -275,7 +276,7 @@ def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
     assert resident.remember(split) is split and resident.remember(None) is None
 
 
-def test_calls_grow_until_they_take_long_enough():
+def test_steps_per_call_grow_to_the_target_time():
     class Lowered:
         def compile(self):
             return lambda state, examples, order, count: (state + int(count), order)
@@ -296,7 +297,7 @@ def test_calls_grow_until_they_take_long_enough():
     assert source.next(0, 100)[0] == 4
 
 
-def test_calls_end_where_the_host_has_something_to_do():
+def test_calls_end_at_log_checkpoint_and_profile_steps():
     config = tiny_config(total_steps=40, log_every_steps=7, eval_every_steps=None)
     config.update(profile_steps=(17, 19), checkpoint=dict(every_steps=12))
     ends = [0]
@@ -327,15 +328,15 @@ print(max(np.abs(ends[0][k].astype(np.float64) - ends[1][k]).max() for k in ends
 
 
 @pytest.mark.slow
-def test_several_devices_give_the_streams_numbers(tfds_dir, tmp_path):
+def test_resident_run_on_several_devices_equals_streamed(tfds_dir, tmp_path):
     flags = "--xla_force_host_platform_device_count=4"
-    done = run_python("-c", ON_DEVICES, tmp_path, tfds_dir, XLA_FLAGS=flags)
-    assert "stay on the device: 1,257" in done.stdout
-    assert float(done.stdout.split()[-1]) <= 1e-6
+    process = run_python("-c", ON_DEVICES, tmp_path, tfds_dir, XLA_FLAGS=flags)
+    assert "stay on the device: 1,257" in process.stdout
+    assert float(process.stdout.split()[-1]) <= 1e-6
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_streams_numbers(tmp_path):
+def test_resident_run_on_several_processes_equals_streamed(tmp_path):
     command = ("train.py", "--config=tests/tiny_synthetic.py", "--config.total_steps=20")
     for mode in ("off", "on"):
         out = multihost.run(
@@ -352,19 +353,19 @@ def test_several_processes_give_the_streams_numbers(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.bitwise
-def test_images_of_several_labels_train_as_streamed(tmp_path):
-    """Their labels and weights are drawn with the images."""
+def test_resident_multi_label_run_equals_streamed_bitwise(tmp_path):
+    """The images' labels and weights are drawn with them."""
     config = _several_labels(tmp_path)
-    trainer.train(config, tmp_path / "kept")
+    trainer.train(config, tmp_path / "resident")
     config.dataset.on_device = "off"
     trainer.train(config, tmp_path / "streamed")
-    assert_same_bits(final_state(tmp_path / "kept"), final_state(tmp_path / "streamed"))
+    assert_same_bits(final_state(tmp_path / "resident"), final_state(tmp_path / "streamed"))
 
 
 @pytest.mark.slow
 @pytest.mark.bitwise
-def test_nothing_of_the_update_is_compiled_with_the_augmentation(tfds_dir, tmp_path, capsys):
-    """Mixing is what a compiler would join with it, and round otherwise."""
+def test_augmentation_on_the_device_does_not_change_the_update(tfds_dir, tmp_path, capsys):
+    """XLA could fuse mixing with the augmentation and round differently."""
     config = _config(tfds_dir, tmp_path, dataset__on_device="off")
     config.mixup.update(cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.sam_rho = 0.05

@@ -1,8 +1,7 @@
-"""Transfer: tasks that are fine-tuned one after the other, and their table; VTAB's data as mocks.
+"""Fine-tuning several tasks in turn, the table of their results, and VTAB with mock data.
 
-A mock has the builder, the features and the version that TFDS has, and as many examples in each
-split as its real one where VTAB's splits count from the start of one. What no split reads is
-declared and not written.
+A mock has TFDS's builder, features and version. Where VTAB's splits count from the start of a
+split, the mock's split has its real size; examples that no task reads are declared, not written.
 """
 
 import json
@@ -39,7 +38,7 @@ def _tasks(names=("a", "b/x"), **values):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def finished(tmp_path_factory):
     """Two tasks, finished without a stop: (directory, result, lines, records, arrays).
 
     The records are those of `transfer.json` after each task, the arrays how many more lived on the
@@ -63,11 +62,11 @@ def _result(name, count, top1):
     return transfer.TaskResult(name, count, top1, interval, top1, interval, 1000, 2500)
 
 
-# What comes of it.
+# Results.
 
 
-def test_each_task_is_a_run_and_its_accuracy_is_that_of_the_run(done):
-    directory, result, *_ = done
+def test_task_results_equal_the_results_of_their_runs(finished):
+    directory, result, *_ = finished
     assert [task.name for task in result.tasks] == ["a", "b/x"]
     for task, folder in zip(result.tasks, ("a", "b_x"), strict=True):
         saved = json.loads((directory / folder / "results.json").read_text())["splits"]["test"]
@@ -79,8 +78,8 @@ def test_each_task_is_a_run_and_its_accuracy_is_that_of_the_run(done):
         assert int(final_state(directory / folder)["step"]) == 4
 
 
-def test_record_is_written_after_each_task(done):
-    directory, result, _, records, _ = done
+def test_record_is_written_after_each_task(finished):
+    directory, result, _, records, _ = finished
     assert [list(record["tasks"]) for record in records] == [["a"], ["a", "b/x"]]
     assert [record["unfinished"] for record in records] == [["b/x"], []]
     assert records[0]["means"]["one"]["num_tasks"] == 1
@@ -88,13 +87,13 @@ def test_record_is_written_after_each_task(done):
     assert last == records[1] == json.loads(json.dumps(result.summary()))
 
 
-def test_nothing_of_a_task_stays_on_the_device(done):
-    *_, arrays = done
+def test_finished_task_frees_its_device_arrays(finished):
+    *_, arrays = finished
     assert len(arrays) == 2 and max(arrays) <= 0
 
 
-def test_lines_tell_begin_end_and_what_is_left(done):
-    _, result, lines, *_ = done
+def test_log_reports_start_end_and_remaining_time_of_each_task(finished):
+    _, result, lines, *_ = finished
     assert "2 tasks" in lines[0]
     assert lines[1].startswith("task 1 of 2: a: ")
     assert lines[2].startswith(f"task 1 of 2: a: {result.tasks[0].top1:.2%} (")
@@ -102,7 +101,7 @@ def test_lines_tell_begin_end_and_what_is_left(done):
     assert len(lines) == 5
 
 
-def test_means_are_over_the_tasks_that_are_there():
+def test_means_cover_the_finished_tasks():
     shares = dict(p=0.5, q=0.7, r=0.9)
     tasks = tuple(_result(name, 1000, share) for name, share in shares.items())
     groups = {"first": ("p", "q"), "second": ("r", "s", "t"), "third": ("u",)}
@@ -111,12 +110,12 @@ def test_means_are_over_the_tasks_that_are_there():
     assert list(means) == ["first", "second", "mean"]
     assert [(each.num_tasks, each.of) for each in means.values()] == [(2, 2), (1, 3), (3, 6)]
     assert [each.top1 for each in means.values()] == pytest.approx([0.6, 0.9, 0.7])
-    # Of independent tasks: the variances of the shares add up, over the number of tasks squared.
+    # The variance of a mean of independent shares is the sum of theirs over the squared count.
     variance = sum(share * (1 - share) / 1000 for share in shares.values()) / 9
     low, high = means["mean"].top1_interval
     assert (high - low) / 2 == pytest.approx(1.96 * variance**0.5, rel=0.01)
     assert result.summary()["unfinished"] == ["s"]
-    # One group that is all the tasks has the mean of all.
+    # The mean of a group of all tasks is the overall mean.
     five = transfer.Transfer(tasks, ("p", "q", "r"), {"avg 5": ("p", "q", "r", "s", "t")})
     assert [(key, mean.of) for key, mean in five.means().items()] == [("avg 5", 5)]
 
@@ -137,48 +136,48 @@ def test_table_has_every_task_and_mean():
 # Resumption.
 
 
-def test_finished_tasks_are_read_and_not_run_again(done, tmp_path, monkeypatch):
-    directory, result, *_ = done
+def test_finished_tasks_are_not_run_again(finished, tmp_path, monkeypatch):
+    directory, result, *_ = finished
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(trainer, "train", None)
     (tmp_path / "transfer.json").unlink()
     lines = []
-    again = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=lines.append)
-    assert again == result
+    resumed = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=lines.append)
+    assert resumed == result
     assert len(lines) == 2
     assert (tmp_path / "transfer.json").read_bytes() == (directory / "transfer.json").read_bytes()
-    # Of fewer tasks, the means are of those.
-    few = transfer.fine_tune(_tasks(("a",)), tmp_path, groups=GROUPS, say=lines.append)
-    assert {key: (each.num_tasks, each.of) for key, each in few.means().items()} == {
+    # With fewer tasks, the means cover only those.
+    subset = transfer.fine_tune(_tasks(("a",)), tmp_path, groups=GROUPS, say=lines.append)
+    assert {key: (each.num_tasks, each.of) for key, each in subset.means().items()} == {
         "one": (1, 3),
         "mean": (1, 5),
     }
 
 
-def test_stopped_and_continued_is_the_same(done, tmp_path, monkeypatch):
-    """The first task is finished; SIGTERM arrives at the second's third step."""
-    directory, result, *_ = done
+def test_interrupted_transfer_resumes_with_the_same_result(finished, tmp_path, monkeypatch):
+    """SIGTERM arrives at the third step of the second task."""
+    directory, result, *_ = finished
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "b_x")
-    steps, shown = [], console.Terminal.step
+    steps, show_step = [], console.Terminal.step
 
     def step(self, number):
         steps.append(number)
         if number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        shown(self, number)
+        show_step(self, number)
 
     monkeypatch.setattr(console.Terminal, "step", step)
     with pytest.raises(signals.Stopped):
         transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert (tmp_path / "b_x" / "checkpoints" / "3").is_dir()
-    again = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
+    resumed = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert steps == [1, 2, 3, 4]  # all of the second task
-    assert again == result
+    assert resumed == result
     assert_close(final_state(tmp_path / "b_x"), final_state(directory / "b_x"))
 
 
-# What is refused, before the first training.
+# Mistakes that stop before the first training.
 
 
 def _refused(tasks, directory, message, **more):
@@ -189,8 +188,8 @@ def _refused(tasks, directory, message, **more):
     return str(caught.value)
 
 
-def test_finished_task_of_another_config_is_refused_by_name(done):
-    directory, *_ = done
+def test_finished_task_with_another_config_is_refused_by_name(finished):
+    directory, *_ = finished
     for change in (dict(optimizer__peak_lr=1.0), dict(total_steps=8), dict(global_batch_size=8)):
         tasks = _tasks() | {"b/x": _tasks(**change)["b/x"]}
         key = next(iter(change)).replace("__", r"\.")
@@ -198,7 +197,7 @@ def test_finished_task_of_another_config_is_refused_by_name(done):
             transfer.fine_tune(tasks, directory, groups={}, say=print)
 
 
-def test_sets_that_are_not_prepared_are_listed_together(tmp_path):
+def test_unprepared_data_sets_are_listed_together(tmp_path):
     tasks = _tasks(("a",))
     for name in ("dmlab", "clevr_count", "clevr_distance", "sun397"):
         tasks[name] = finetune.get_config(f"dataset=vtab/{name},res=32,init={WEIGHTS}")
@@ -219,7 +218,7 @@ def test_sets_that_are_not_prepared_are_listed_together(tmp_path):
         (dict(init_from=WEIGHTS), "^b: .*image"),
     ],
 )
-def test_faults_of_a_later_task_are_found_before_the_first(tmp_path, change, message):
+def test_fault_in_a_later_task_stops_before_the_first(tmp_path, change, message):
     tasks = {**_tasks(("a",)), "b": tiny_config(**change)}
     _refused(tasks, tmp_path, message)
 
@@ -275,7 +274,7 @@ def _example(feature, rng):
 def _mock(name, data_dir, splits):
     """Prepares the TFDS set `name` with random examples, those of `splits` (name, first, last).
 
-    The files between them are declared and not written: reading one would fail.
+    Files of other examples are declared and not written, so that reading one fails.
     """
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -387,7 +386,7 @@ VTAB_CLASSES = {
 }
 
 
-def test_groups_of_vtab_are_its_tasks_each_once():
+def test_vtab_groups_partition_its_tasks():
     assert {group: len(names) for group, names in finetune.VTAB_GROUPS.items()} == {
         "natural": 7,
         "specialised": 4,
@@ -399,7 +398,7 @@ def test_groups_of_vtab_are_its_tasks_each_once():
 
 
 @pytest.mark.slow
-def test_all_tasks_of_vtab(tmp_path):
+def test_vtab_tasks_run(tmp_path):
     names = [name for names in finetune.VTAB_GROUPS.values() for name in names]
     test_sizes, means = _check_vtab(names, tmp_path)
     expected = dict.fromkeys(names, 24)
@@ -418,7 +417,7 @@ def test_all_tasks_of_vtab(tmp_path):
 def test_memory_does_not_grow_with_the_tasks(tmp_path):
     """Four tasks of a model whose state has 50 MB, which would show in the memory if it stayed.
 
-    What malloc keeps of freed memory is chance: it has one arena, which is trimmed first.
+    malloc holds on to an unpredictable part of freed memory; one arena, trimmed first, avoids that.
     """
     code = f"""
 import ctypes, psutil
@@ -439,6 +438,6 @@ transfer.fine_tune(tasks, {str(tmp_path)!r}, groups={{}}, say=say)
 print("held", *held)
 """
     words = run_python("-c", code, MALLOC_ARENA_MAX="1").stdout.splitlines()[-1].split()
-    held = [float(word) for word in words[1:]]
-    assert len(held) == 4
-    assert held[3] - held[1] < 40, held  # 2 states would be 100
+    memory_mb = [float(word) for word in words[1:]]
+    assert len(memory_mb) == 4
+    assert memory_mb[3] - memory_mb[1] < 40, memory_mb  # 2 states would be 100

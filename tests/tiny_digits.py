@@ -14,7 +14,6 @@ def get_config():
     config.total_steps = 40
     config.eval_every_steps = 20
     config.checkpoint.every_steps = 10
-    config.model.dropout = 0.0  # stochastic depth draws masks
     config.dataset.update(train_split="train[:200]", on_device="off")
     config.dataset.train_preprocess = "decode|random_crop(8, pad=1)|flip_lr"
     return config
