@@ -12,7 +12,7 @@ import pytest
 from helpers import final_state, leaves, read_reproducible_metrics
 from mixer.runs.record import read_metrics
 
-# Two processes that agree and stop together are tested in test_distributed.py before each commit.
+# test_distributed.py has a fast test of two processes that stop together.
 pytestmark = pytest.mark.slow
 
 TRAIN = ("train.py", "--config=tests/tiny_synthetic.py")
@@ -48,7 +48,7 @@ def test_two_processes_give_the_bits_of_one(tmp_path):
 
 
 def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM):
-    """Starts an endless run, sends process 1 a signal in it; returns the step it has saved."""
+    """Starts an endless run and sends process 1 a signal; returns the step that the run saves."""
     started = multihost.start(
         processes, devices_each, *TRAIN, "--config.total_steps=100000", *flags,
         f"--workdir={workdir}",
@@ -98,7 +98,7 @@ def test_run_stopped_on_two_processes_continues_on_two_one_and_four(tmp_path):
 
 
 def test_processes_with_different_configs_stop_and_name_the_keys(tmp_path):
-    """Whichever finds out first tells the others, who are on their way to a collective."""
+    """The process that detects the difference tells the others, which may wait in a collective."""
     address = multihost.free_address()
     flags = [(), ("--config.optimizer.peak_lr=0.2", "--config.seed=3")]
     started = [
@@ -126,7 +126,7 @@ def test_unshared_directory_and_damaged_checkpoint(tmp_path):
     flags = ("--config.checkpoint.every_steps=4", "--config.mesh.fsdp=2")
     multihost.run(2, 1, *TRAIN, *flags, f"--workdir={run}")
     before = leaves(final_state(run))
-    # What process 1 has written of the newest checkpoint is cut off.
+    # Truncates the file that process 1 has written for the newest checkpoint.
     data = sorted(
         (run / "checkpoints" / "8" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
     )
@@ -138,7 +138,7 @@ def test_unshared_directory_and_damaged_checkpoint(tmp_path):
 
 
 def test_evaluate_on_two_processes(tmp_path):
-    """Of a run on more devices than there are now."""
+    """The run used four devices, and the evaluation uses two."""
     multihost.run(1, 4, *TRAIN, "--config.mesh.fsdp=4", f"--workdir={tmp_path}")
     one = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
     (tmp_path / "results.json").unlink()
@@ -149,7 +149,7 @@ def test_evaluate_on_two_processes(tmp_path):
 
 
 def test_failed_background_write_of_one_process_stops_all(tmp_path):
-    """As on a full disk: the others wait for it in Orbax, which waits minutes."""
+    """As on a full disk. The other process would wait for it in Orbax for minutes."""
     code = """
 import errno, sys
 sys.path.insert(0, "tests")
