@@ -96,8 +96,8 @@ def test_relative_errors_cover_the_whole_and_the_worst_parameter():
     reference = np.ones(4), {"a": np.array([3.0, 0.0]), "b": np.array([0.0, 4.0]), "c": np.zeros(2)}
     actual = np.full(4, 1.5), {**reference[1], "a": np.array([3.0, 3.0])}
     assert _relative_errors(actual, reference) == dict(logits=0.5, gradient=0.6, worst=1.0)
-    noisy = reference[0], {**reference[1], "c": np.array([0.0, 1e-3])}
-    worst = _relative_errors(noisy, reference)["worst"]
+    noisy_result = reference[0], {**reference[1], "c": np.array([0.0, 1e-3])}
+    worst = _relative_errors(noisy_result, reference)["worst"]
     assert worst == pytest.approx(1e-3 / (MIN_SHARE * 5))
 
 

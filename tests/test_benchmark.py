@@ -83,7 +83,7 @@ def test_mixer_and_plain_give_the_same_logits():
     np.testing.assert_allclose(logits["ours"], logits["plain"], atol=1e-4)
 
 
-class Fake:
+class FakeProgram:
     devices, compile_seconds, memory = 2, 1.5, 64
 
     def __init__(self, log, name, seconds, fails_in=None):
@@ -109,10 +109,10 @@ def test_contestants_take_turns_in_rotating_order():
 
     results = contest.compete(
         {
-            "a": lambda: Fake(log, "a", 0.5),
+            "a": lambda: FakeProgram(log, "a", 0.5),
             "b": fail,
-            "c": lambda: Fake(log, "c", 1.0),
-            "d": lambda: Fake(log, "d", 2.0, fails_in=2),
+            "c": lambda: FakeProgram(log, "c", 1.0),
+            "d": lambda: FakeProgram(log, "d", 2.0, fails_in=2),
         },
         seconds=1.0,
         rounds=3,

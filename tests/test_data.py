@@ -142,8 +142,10 @@ def test_batches_from_step_k_match_those_streamed_from_0(train_split):
     assert batches[0]["label"].dtype == np.int32
     for start in (1, steps - 2):
         _assert_same_batches(_take(train_split, steps - start, start_step=start), batches[start:])
-    shuffled = _take(train_split, 2, seed=1)
-    assert any((a["image"] != b["image"]).any() for a, b in zip(shuffled, batches[:2], strict=True))
+    seed_1_batches = _take(train_split, 2, seed=1)
+    assert any(
+        (a["image"] != b["image"]).any() for a, b in zip(seed_1_batches, batches[:2], strict=True)
+    )
 
 
 def test_two_processes_read_the_same_batches_as_one(train_split, request):
@@ -206,7 +208,7 @@ def test_resumed_run_opens_only_the_files_it_needs(
     split = run.open_split(config, "train", None, augment=True)
     settings = dict(process_index=process_index, process_count=process_count, num_readers=2)
     expected = _take(split, 2, start_step=70, **settings)
-    required = set()
+    required_files = set()
     for reader, rows in order.reader_rows(16, process_index, process_count, 2):
         groups = order.groups(
             70,
@@ -220,11 +222,13 @@ def test_resumed_run_opens_only_the_files_it_needs(
             group_size=100,
         )
         # The group of step 70, and the next one, which is prefetched.
-        required |= {piece.file for group in itertools.islice(groups, 2) for piece in group.pieces}
+        required_files |= {
+            piece.file for group in itertools.islice(groups, 2) for piece in group.pieces
+        }
     files = info.filepaths
-    assert len(required) < len(files)
+    assert len(required_files) < len(files)
     for number, path in enumerate(files):
-        if number not in required:
+        if number not in required_files:
             path.unlink()
     _assert_same_batches(_take(split, 2, start_step=70, **settings), expected)
 
@@ -237,9 +241,9 @@ def test_folder_finds_all_classes_and_image_extensions(image_folder):
         (image_folder / split / "ant").mkdir()
     for extension in ("bmp", "GIF", "webp"):
         Image.new("RGB", (12, 12)).save(image_folder / "test" / "ant" / f"1.{extension}")
-    scanned = folder.scan(str(image_folder))
-    assert scanned.class_names == ("ant", *CLASSES) and not scanned.faults
-    assert {split: len(files) for split, files in scanned.files.items()} == {
+    listing = folder.scan(str(image_folder))
+    assert listing.class_names == ("ant", *CLASSES) and not listing.faults
+    assert {split: len(files) for split, files in listing.files.items()} == {
         "train": 30,
         "test": 11,
     }

@@ -128,12 +128,12 @@ cli.run(main)
 def _free_port(low=1):
     """Returns a free port that is at least `low`."""
     for port in [0] if low == 1 else range(low, 65536):
-        with socket.socket() as free:
+        with socket.socket() as listener:
             try:
-                free.bind(("", port))
+                listener.bind(("", port))
             except OSError:
                 continue
-            return free.getsockname()[1]
+            return listener.getsockname()[1]
 
 
 def _start(plans, environments=None, devices=1):
@@ -151,12 +151,12 @@ def _start(plans, environments=None, devices=1):
     ]
 
 
-def _by_flags(count, **plan):
+def _make_plans(count, **plan):
     address = f"localhost:{_free_port()}"
     return [dict(join=[address, count, index], **plan) for index in range(count)]
 
 
-def _end(workers):
+def _wait(workers):
     """Waits for the workers and returns the exit code, merged `show` values and errors of each."""
     try:
         outputs = [worker.communicate(timeout=120) for worker in workers]
@@ -194,7 +194,9 @@ def test_two_processes_agree_stop_together_and_report_the_failure(tmp_path):
     # `record` uses a directory per process, so only process 0 has a metrics.jsonl.
     calls = [["talk"], ["record"], ["stop", "SIGTERM", 1], ["stop", "SIGINT", 1], ["finish"]]
     calls += [["mistake", 1]]
-    process_0, process_1 = _end(_start(_by_flags(2, shared=str(tmp_path), calls=calls), devices=2))
+    process_0, process_1 = _wait(
+        _start(_make_plans(2, shared=str(tmp_path), calls=calls), devices=2)
+    )
     values_0, values_1 = process_0.values, process_1.values
     for index, values in enumerate((values_0, values_1)):
         assert (values["devices"], values["local"], values["index"]) == (4, 2, index), (
@@ -231,7 +233,7 @@ def test_two_processes_agree_stop_together_and_report_the_failure(tmp_path):
     assert len(process_0.errors.strip().splitlines()) == 1
 
 
-def _slurm(count):
+def _slurm_environments(count):
     """Returns the environment variables that srun sets for each process on one node."""
     port = _free_port(61440)  # JAX derives the port from the job id
     shared = dict(SLURM_JOB_ID=str(port - 61440), SLURM_STEP_NODELIST="localhost")
@@ -244,7 +246,7 @@ def _slurm(count):
 @pytest.mark.slow
 def test_slurm_processes_name_the_killed_process():
     calls = [["stop", "SIGTERM", 3], ["kill", 2, False]]
-    results = _end(_start([dict(join=[], calls=calls)] * 4, _slurm(4)))
+    results = _wait(_start([dict(join=[], calls=calls)] * 4, _slurm_environments(4)))
     assert len({result.values["last_call"] for result in results}) == 1
     assert [result.code for result in results] == [1, 1, -signal.SIGKILL, 1]
     for index in (0, 1, 3):
@@ -255,7 +257,7 @@ def test_slurm_processes_name_the_killed_process():
 
 @pytest.mark.slow
 def test_failed_collective_names_the_killed_process_without_traceback():
-    process_0, process_1, process_2 = _end(_start(_by_flags(3, calls=[["kill", 1, True]])))
+    process_0, process_1, process_2 = _wait(_start(_make_plans(3, calls=[["kill", 1, True]])))
     assert (process_0.code, process_1.code, process_2.code) == (1, -signal.SIGKILL, 1)
     for result in (process_0, process_2):
         assert "Traceback" not in result.output
@@ -264,14 +266,14 @@ def test_failed_collective_names_the_killed_process_without_traceback():
 
 @pytest.mark.slow
 def test_other_processes_end_when_process_0_is_killed():
-    process_0, process_1 = _end(_start(_by_flags(2, calls=[["kill", 0, False]])))
+    process_0, process_1 = _wait(_start(_make_plans(2, calls=[["kill", 0, False]])))
     assert (process_0.code, process_1.code) == (-signal.SIGKILL, 1)
     assert process_1.errors.splitlines()[-1].startswith("process 0 (localhost)")
 
 
 @pytest.mark.slow
 def test_all_processes_report_an_exception_of_process_0():
-    results = _end(_start(_by_flags(4, calls=[["fault", 0]])))
+    results = _wait(_start(_make_plans(4, calls=[["fault", 0]])))
     assert [result.code for result in results] == [1] * 4
     assert "Traceback" in results[0].errors and "KeyError: 'labels'" in results[0].errors
     for result in results[1:]:
@@ -283,10 +285,10 @@ def test_all_processes_report_an_exception_of_process_0():
 @pytest.mark.parametrize("kind", ["mistake", "signal"])
 def test_processes_that_fail_together_keep_their_own_exit_codes(kind):
     calls = [["leave", "SIGTERM"]] if kind == "signal" else [["mistake", 0]]
-    plans = _by_flags(2, calls=calls)
+    plans = _make_plans(2, calls=calls)
     if kind == "mistake":
         plans[1]["calls"] = [["mistake", 1]]
-    results = _end(_start(plans))
+    results = _wait(_start(plans))
     assert [result.code for result in results] == [143 if kind == "signal" else 2] * 2
     assert not any(re.search(r"process \d", result.errors) for result in results)
 
@@ -466,7 +468,7 @@ def _watch(stall_secs=120):
 
 def test_stall_is_reported_whenever_its_length_doubles():
     watch, clock, lines = _watch()
-    for doing, secs, expected in (
+    for activity, secs, expected in (
         ("starting", 125, [r"starting.*125 s"]),
         ("compiling", 130, [r"compiling.*130 s"]),
         ("waiting for data", 119, []),
@@ -478,15 +480,15 @@ def test_stall_is_reported_whenever_its_length_doubles():
         ("computing", 100, []),
         ("computing", 21, [r"121 s.*step 1\b.*computing"]),
     ):
-        watch.beat(int(doing in ("computing", "waiting for data", "saving")), doing)
+        watch.beat(int(activity in ("computing", "waiting for data", "saving")), activity)
         clock.secs += secs
         watch.check()
-        assert len(lines) == len(expected), (doing, secs)
+        assert len(lines) == len(expected), (activity, secs)
         assert all(map(re.search, expected, lines)), lines
         lines.clear()
     for step in range(2, 10):  # steps of 100 s each
-        for doing in ("waiting for data", "computing"):
-            watch.beat(step, doing)
+        for activity in ("waiting for data", "computing"):
+            watch.beat(step, activity)
             clock.secs += 50
             watch.check()
     assert lines == []
@@ -552,8 +554,8 @@ def test_process_0_detects_starved_and_dead_processes(monkeypatch):
     failures = []
     monkeypatch.setattr(watch, "end", failures.append)
 
-    def beat_others(*, dead):
-        for process in {1, 2} - dead:
+    def beat_others(*, dead_processes):
+        for process in {1, 2} - dead_processes:
             row = dict(beats=clock.secs, host=f"h{process}", step=7, doing="computing", secs=1)
             if process == 2:
                 row.update(doing="waiting for data", secs=clock.secs)
@@ -563,26 +565,26 @@ def test_process_0_detects_starved_and_dead_processes(monkeypatch):
     watch.beat(7, "computing")
     for _ in range(13):
         clock.secs += 10
-        beat_others(dead=set())
+        beat_others(dead_processes=set())
     (line,) = lines
     assert re.search(r"120 s.*step 7\b.*process 2 \(h2\).*waiting for data.*120 s", line)
     for _ in range(6):
         clock.secs += 10
-        beat_others(dead={1})
+        beat_others(dead_processes={1})
     assert not failures  # silence of 60 s is tolerated
     clock.secs += 5
-    beat_others(dead={1})
+    beat_others(dead_processes={1})
     assert failures[0]["process"] == 1 and "65 s" in failures[0]["reason"]
 
     # After a failed collective, 11 s of silence are enough.
     failures.clear(), client.rows.pop("mixer/failure/0")
     clock.secs += 5
-    beat_others(dead=set())
+    beat_others(dead_processes=set())
     clock.secs += 11
-    beat_others(dead={2})
+    beat_others(dead_processes={2})
     assert not failures
     client.rows["mixer/suspect/1"] = ""
-    beat_others(dead={2})
+    beat_others(dead_processes={2})
     assert failures[0]["process"] == 2
 
 

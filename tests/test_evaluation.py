@@ -76,12 +76,12 @@ def test_interval_covers_the_true_accuracy():
 def test_interval_of_a_class_mean_covers_the_true_mean():
     rng = np.random.default_rng(1)
     shares, counts = rng.uniform(0.5, 1, 30), rng.integers(5, 60, 30)
-    covered = []
+    is_covered = []
     for _ in range(500):
         accuracies = rng.binomial(counts, shares) / counts
         low, high = scores.mean_interval(accuracies, counts)
-        covered.append(low <= shares.mean() <= high)
-    assert 0.92 < np.mean(covered) <= 1.0
+        is_covered.append(low <= shares.mean() <= high)
+    assert 0.92 < np.mean(is_covered) <= 1.0
 
 
 def test_calibration_error_matches_a_manual_computation():

@@ -33,8 +33,8 @@ def _features(count, dim, num_classes, seed=0):
 
 
 def _design(features, mean, deviation):
-    scaled = (features.astype(np.float64) - mean) / deviation
-    return np.hstack([scaled, np.full((len(scaled), 1), 100.0)])
+    scaled_features = (features.astype(np.float64) - mean) / deviation
+    return np.hstack([scaled_features, np.full((len(scaled_features), 1), 100.0)])
 
 
 def _reference(features, labels, num_classes):

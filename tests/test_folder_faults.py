@@ -45,7 +45,7 @@ def data(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / "data")
 
 
-def config_of(data, **values):
+def folder_config(data, **values):
     config = tiny_config(dataset__name="folder", dataset__data_dir=str(data), image_size=8)
     config.dataset.update(train_split="train", val_split="", test_split="test")
     config.dataset.update(train_preprocess="decode", eval_preprocess="decode")
@@ -53,7 +53,7 @@ def config_of(data, **values):
     return config
 
 
-def names_of(split):
+def example_ids(split):
     return {split.example_id(place) for place in range(split.num_examples)}
 
 
@@ -78,7 +78,7 @@ def check_images(tmp_path, capsys):
     return check
 
 
-def one_line(error):
+def one_line_message(error):
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -102,16 +102,16 @@ def test_walker_follows_links_and_terminates(tmp_path):
     (tmp_path / "root" / "c" / "gone.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "root" / "c" / "pipe.png")
     faults = dict(folder.walk(tmp_path / "root"))
-    regular = {b"b/1.png", b"b/deep/er/2.PNG", b"c/3.png", b"link/6.png"}
-    assert {path for path, fault in faults.items() if not fault} == regular
-    assert {path: faults[path] for path in faults.keys() - regular} == {
+    regular_files = {b"b/1.png", b"b/deep/er/2.PNG", b"c/3.png", b"link/6.png"}
+    assert {path for path, fault in faults.items() if not fault} == regular_files
+    assert {path: faults[path] for path in faults.keys() - regular_files} == {
         b"loop.png": "Too many levels of symbolic links",
         b"c/gone.png": "No such file or directory",
         b"c/pipe.png": "a named pipe, not a regular file",
     }
     with pytest.raises(UserError, match=r"nowhere cannot be read: No such file") as error:
         dict(folder.walk(tmp_path / "nowhere"))
-    one_line(error)
+    one_line_message(error)
 
 
 def test_folders_that_link_to_each_other_are_walked_once(tmp_path):
@@ -135,7 +135,7 @@ def test_nested_images_are_read_and_reported(data, tmp_path, check_images):
     (data / "train" / "cow").rename(tmp_path / "all_nested")
     (data / "train" / "cow").mkdir()
     (tmp_path / "all_nested").rename(data / "train" / "cow" / "2020")
-    config = config_of(data)
+    config = folder_config(data)
     splits = run.open_splits(config, None)
     labels = read_all(splits.train)
     assert len(labels) == 12 and all(name.split("/")[1] == label for name, label in labels.items())
@@ -150,13 +150,13 @@ def test_example_order_and_fingerprint_match_older_versions(data):
     """Examples are sorted by a hash of their names, so added images do not reorder the others."""
     files = [f"train/{name}/{i}.png" for name in CLASSES for i in range(4)]
     files.sort(key=lambda file: hashlib.blake2b(file.encode(), digest_size=16).digest())
-    split = run.open_split(config_of(data, train_split="train[:50%]"), "train", None)
+    split = run.open_split(folder_config(data, train_split="train[:50%]"), "train", None)
     assert [split.example_id(place) for place in range(6)] == files[:6]
     rows = "".join(f"{file}\0{CLASSES.index(file.split('/')[1])}\n" for file in files[:6])
     assert split.fingerprint == hashlib.blake2b(rows.encode(), digest_size=16).hexdigest()
 
 
-def record_of(splits):
+def make_record(splits):
     return json.loads(json.dumps(run.data_record(splits, 1)))
 
 
@@ -169,8 +169,8 @@ def old_record(record):
 
 
 def test_run_of_an_older_version_keeps_its_images(data):
-    config = config_of(data)
-    record = record_of(run.open_splits(config, None))
+    config = folder_config(data)
+    record = make_record(run.open_splits(config, None))
     run.check_same_data(
         "run", old_record(record), run.open_splits(config, None, old_record(record)).train
     )
@@ -183,11 +183,11 @@ def test_run_of_an_older_version_keeps_its_images(data):
         "1 images in subfolders of a class folder, such as train/bee/more/9.png, are left out"
         in (splits.remarks[0])
     )
-    new_record = record_of(splits)  # has file sizes and no nested image
+    new_record = make_record(splits)  # has file sizes and no nested image
     assert new_record["splits"]["train"]["files"]["num_files"] == 12
-    reopened = run.open_splits(config, CLASSES, new_record)
-    run.check_same_data("run", new_record, reopened.train)
-    assert reopened.train.num_examples == 12
+    new_splits = run.open_splits(config, CLASSES, new_record)
+    run.check_same_data("run", new_record, new_splits.train)
+    assert new_splits.train.num_examples == 12
     # A record of this version counts nested images, so a new one is a change.
     with pytest.raises(UserError, match=r"12 examples, now .* with 13 "):
         run.check_same_data("run", record, run.open_splits(config, CLASSES, record).train)
@@ -200,20 +200,20 @@ def test_run_of_an_older_version_keeps_its_images(data):
 def stored_config(request, data):
     """A config that labels images by class folder, or by a label file with one or two labels."""
     if request.param == "folder":
-        return config_of(data)
+        return folder_config(data)
     rows = []
     for file in sorted(data.glob("*/*/*.png")):
         split, name, image = file.parts[-3:]
         labels = [name, "animal"] if request.param == "several" else name
         rows.append({"path": f"{split}/{name}/{image}", "labels": labels, "split": split})
     (data / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    config = config_of(data, label_file=str(data / "labels.jsonl"))
+    config = folder_config(data, label_file=str(data / "labels.jsonl"))
     config.loss = "sigmoid"
     return config
 
 
 def test_replaced_image_is_named_in_the_error(stored_config, data):
-    record = record_of(run.open_splits(stored_config, None))
+    record = make_record(run.open_splits(stored_config, None))
     total = sum(file.stat().st_size for file in data.glob("train/*/*.png"))
     assert record["splits"]["train"]["files"]["num_bytes"] == total
     file = data / "train" / "bee" / "2.png"
@@ -222,7 +222,7 @@ def test_replaced_image_is_named_in_the_error(stored_config, data):
     new_total = total - old_size + file.stat().st_size
     with pytest.raises(UserError) as error:
         run.check_same_data("run", record, run.open_splits(stored_config, None, record).train)
-    message = one_line(error)
+    message = one_line_message(error)
     assert f"{total:,} bytes" in message and f"{new_total:,}" in message
     assert "train/bee/2.png" in message
     assert ("class 'bee' had 4" in message) == ("class_bytes" in record["splits"]["train"]["files"])
@@ -230,7 +230,7 @@ def test_replaced_image_is_named_in_the_error(stored_config, data):
     assert not run.data_change(record["splits"]["test"], test)
     # Two files of a class trade sizes: all totals are unchanged, so no file is named.
     file.write_bytes(bytes(old_size))
-    record = record_of(run.open_splits(stored_config, None))
+    record = make_record(run.open_splits(stored_config, None))
     sibling = data / "train" / "bee" / "1.png"
     sizes = file.stat().st_size, sibling.stat().st_size
     file.write_bytes(bytes(sizes[1] + 3))
@@ -245,7 +245,7 @@ def test_recorded_sizes_ignore_excluded_images(stored_config, data, tmp_path):
     exclude = tmp_path / "exclude.jsonl"
     exclude.write_text('{"example": "train/cow/1.png"}\n')
     stored_config.dataset.exclude = str(exclude)
-    record = record_of(run.open_splits(stored_config, None))
+    record = make_record(run.open_splits(stored_config, None))
     (data / "train" / "cow" / "1.png").write_bytes(b"repaired")
     run.check_same_data("run", record, run.open_splits(stored_config, None, record).train)
 
@@ -253,7 +253,7 @@ def test_recorded_sizes_ignore_excluded_images(stored_config, data, tmp_path):
 def test_replaced_tfds_records_are_named_in_the_error(tfds_dir, tmp_path):
     data_dir = shutil.copytree(tfds_dir, tmp_path / "tfds")
     config = tiny_config(data_dir)
-    record = record_of(run.open_splits(config, None))
+    record = make_record(run.open_splits(config, None))
     run.check_same_data("run", record, run.open_splits(config, None, record).train)
     file = next(data_dir.rglob("digits-train.tfrecord*"))
     file.write_bytes(file.read_bytes() + file.read_bytes())
@@ -283,10 +283,10 @@ def irregular_files(data):
 def test_irregular_files_are_an_error_unless_excluded(
     irregular_files, data, tmp_path, check_images
 ):
-    config = config_of(data)
+    config = folder_config(data)
     with pytest.raises(UserError, match=r"2 images .* train/(bee/pipe.jpg|ant/s.png): a ") as error:
         run.open_splits(config, None)
-    message = one_line(error)
+    message = one_line_message(error)
     with pytest.raises(UserError, match=r"test/cow/zero.jpg: a device"):
         run.open_split(config, "test", None)
     _, reasons = check_images(config)
@@ -306,7 +306,7 @@ def test_irregular_files_in_a_label_file_are_an_error(
     ]
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = config_of(data, label_file=str(path), test_split="")
+    config = folder_config(data, label_file=str(path), test_split="")
     with pytest.raises(UserError, match=r"3 images .*: a (device|named pipe|socket)"):
         run.open_split(config, "train", None)
     _, reasons = check_images(config)
@@ -337,7 +337,7 @@ def test_list_that_is_not_a_regular_file_is_an_error(kind, data, tmp_path):
         path.symlink_to("/dev/zero")
     for key in ("label_file", "exclude"):
         with pytest.raises(UserError, match=rf"dataset\.{key}=.*list cannot be read: a .*{kind}"):
-            run.open_split(config_of(data, **{key: str(path)}), "train", None)
+            run.open_split(folder_config(data, **{key: str(path)}), "train", None)
     with pytest.raises(UserError, match=rf"@.*list: the list cannot be read: a .*{kind}"):
         prediction.list_images([f"@{path}"])
 
@@ -352,13 +352,13 @@ def test_file_names_that_are_not_utf8_are_supported(data, tmp_path, check_images
     os.rename(root + b"/train/bee/0.png", root + b"/train/bee/caf\xe9.png")
     with open(root + b"/train/k\xfche/bad\xe9.png", "wb") as file:
         file.write(b"no image")
-    config = config_of(data)
+    config = folder_config(data)
     _, reasons = check_images(config)
     broken_file = r"train/k\xfche/bad\xe9.png"
     assert list(reasons) == [broken_file]
     with pytest.raises(UserError) as error:
         read_all(run.open_split(config, "train", None))
-    assert f"{broken_file}: {reasons[broken_file]}" in one_line(error)
+    assert f"{broken_file}: {reasons[broken_file]}" in one_line_message(error)
     config.dataset.exclude = str(tmp_path / "list.jsonl")
     labels = read_all(run.open_split(config, "train", None))
     assert labels[r"train/bee/caf\xe9.png"] == "bee" and len(labels) == 12
@@ -379,15 +379,15 @@ def test_label_file_may_contain_names_that_are_not_utf8(data, tmp_path):
     path = tmp_path / "labels.jsonl"
     lines = [{"path": "train/bee/\udce9.png", "labels": "be\udce9"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    split = run.open_split(config_of(data, label_file=str(path)), "train", None)
+    split = run.open_split(folder_config(data, label_file=str(path)), "train", None)
     assert read_all(split) == {r"train/bee/\xe9.png": "be\udce9"}
 
 
 def test_control_characters_in_names_are_escaped_in_messages(data):
     os.rename(data / "train" / "bee" / "0.png", data / "train" / "bee" / "a\n\x1b[31m.tif")
     with pytest.raises(UserError, match=r"a\\n\\x1b\[31m\.tif: TensorFlow cannot decode") as error:
-        run.open_split(config_of(data), "train", None)
-    one_line(error)
+        run.open_split(folder_config(data), "train", None)
+    one_line_message(error)
     assert folder.displayed("a\udce9\u2028é\t") == r"a\udce9\u2028é\t"
 
 
@@ -402,14 +402,14 @@ def test_folders_next_to_the_splits_are_ignored_or_reported(data):
     (data / "annotations" / "xmls" / "0.xml").touch()
     (data / "train" / "stray.png").touch()
     (data / "train" / "bee" / "x.ppm").touch()
-    scanned = folder.scan(str(data))
-    assert scanned.class_names == CLASSES and list(scanned.files) == ["test", "train"]
-    assert ["train/stray.png" in line for line in scanned.remarks] == [True, False]
-    assert "train/bee/x.ppm" in scanned.remarks[1]
+    listing = folder.scan(str(data))
+    assert listing.class_names == CLASSES and list(listing.files) == ["test", "train"]
+    assert ["train/stray.png" in line for line in listing.remarks] == [True, False]
+    assert "train/bee/x.ppm" in listing.remarks[1]
     shutil.copytree(data / "train", data / "backup" / "train")
     with pytest.raises(UserError, match=r"backup/train: the name of a split") as error:
         folder.scan(str(data))
-    one_line(error)
+    one_line_message(error)
     shutil.rmtree(data / "backup")
     (data / "train" / "backup").mkdir()
     with pytest.raises(
@@ -442,7 +442,7 @@ def test_suspicious_class_names_are_reported(data, tmp_path, check_images):
     (tmp_path / "list").write_text(
         '{"example": "train/cow/77.png"}\n{"example": "test/bees/0.png"}'
     )
-    config = config_of(data, exclude=str(tmp_path / "list"))
+    config = folder_config(data, exclude=str(tmp_path / "list"))
     remarks = run.open_splits(config, None).remarks
     assert len(remarks) == 3
     assert "3 of 6 classes have no training image" in remarks[0] and "bees" in remarks[0]
@@ -457,7 +457,7 @@ def test_suspicious_class_names_in_a_label_file_are_reported(data, tmp_path):
     lines.append({"path": "b.png", "labels": ["cat "], "split": "test"})
     (tmp_path / "labels").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "list").write_text('{"example": "c.png"}\n{"example": "b.png"}')
-    config = config_of(data, label_file=str(tmp_path / "labels"), test_split="")
+    config = folder_config(data, label_file=str(tmp_path / "labels"), test_split="")
     config.dataset.exclude = str(tmp_path / "list")
     remarks = run.open_splits(config, None).remarks
     assert ["'cat '" in line or "cat " in line for line in remarks] == [True, True, False]
@@ -474,7 +474,7 @@ def test_single_class_and_unmatched_exclusions_are_reported(data, tfds_dir, tmp_
     for split in ("train", "test"):
         shutil.rmtree(data / split / "bee")
         shutil.rmtree(data / split / "cow")
-    (line,) = run.open_splits(config_of(data), None).remarks
+    (line,) = run.open_splits(folder_config(data), None).remarks
     assert "one class, ant" in line
     names = ["digits-test.tfrecord-00000-of-00001:0", "digits-test.tfrecord-00000-of-00001:360"]
     path = tmp_path / "list.jsonl"
@@ -493,7 +493,7 @@ def test_malformed_exclusion_line_is_named_in_the_error(data, tmp_path, line):
     path.write_bytes(b'{"example": "x"}\n\n' + line.encode("latin-1") + b"\n")
     with pytest.raises(UserError, match=r"dataset\.exclude=.*, line 3: expected") as error:
         pipeline.read_exclusions(str(path))
-    one_line(error)
+    one_line_message(error)
 
 
 # The syntax of splits.
@@ -508,7 +508,8 @@ def test_split_may_have_any_name(data):
         ("all", 18),
     ):
         assert (
-            run.open_split(config_of(data, train_split=spec), "train", None).num_examples == count
+            run.open_split(folder_config(data, train_split=spec), "train", None).num_examples
+            == count
         )
 
 
@@ -531,17 +532,17 @@ def test_split_may_have_any_name(data):
 )
 def test_invalid_split_specs_are_one_line_errors(data, spec):
     with pytest.raises(UserError, match=r"split|empty") as error:
-        run.open_split(config_of(data, train_split=spec), "train", None)
-    one_line(error)
+        run.open_split(folder_config(data, train_split=spec), "train", None)
+    one_line_message(error)
 
 
 def test_split_called_all_is_ambiguous(data):
     (data / "test").rename(data / "all")
     for spec in ("all", "train+all", "all[:1]"):
         with pytest.raises(UserError, match=r"`all` means all complete splits") as error:
-            run.open_split(config_of(data, train_split=spec), "train", None)
-        one_line(error)
-    assert run.open_split(config_of(data), "train", None).num_examples == 12
+            run.open_split(folder_config(data, train_split=spec), "train", None)
+        one_line_message(error)
+    assert run.open_split(folder_config(data), "train", None).num_examples == 12
 
 
 # Links in folders for prediction, and ImageNet's folder.
@@ -564,7 +565,7 @@ def test_imagenet_folder_may_be_nested_and_contain_links(data, tmp_path):
     os.mkfifo(tmp_path / "val" / "__MACOSX" / "x.png")
     options = dict(preprocess="decode", image_size=(8, 8), data_dir=str(tmp_path))
     split = suites.open_task("imagenet_val", **options)
-    assert sorted(names_of(split)) == [
+    assert sorted(example_ids(split)) == [
         *(f"val/{synsets[0]}/part/a.png", f"val/{synsets[1]}/0.png", f"val/{synsets[1]}/1.png")
     ]
     os.mkfifo(tmp_path / "val" / synsets[0] / "x.png")
@@ -586,12 +587,16 @@ def test_imagenet_folder_may_be_nested_and_contain_links(data, tmp_path):
     ],
 )
 def test_unsupported_data_dirs_are_one_line_errors(path, hint, tfds_dir):
-    for config in (config_of(path), tiny_config(path), config_of(path, label_file=str(tfds_dir))):
+    for config in (
+        folder_config(path),
+        tiny_config(path),
+        folder_config(path, label_file=str(tfds_dir)),
+    ):
         if config.dataset.name == "digits" and len(path) > 1000:
             continue
         with pytest.raises(UserError, match=hint) as error:
             run.open_split(config, "train", None)
-        one_line(error)
+        one_line_message(error)
         assert "data_dir=" in str(error.value)
 
 
@@ -626,7 +631,7 @@ def test_failed_download_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "tfds_builder", lambda *args, **options: Builder())
     with pytest.raises(UserError, match=r"mnist could not be prepared in .*: host: gone") as error:
         prepare.prepare_tfds("mnist", str(tmp_path))
-    one_line(error)
+    one_line_message(error)
 
 
 # `prepare check`, ImageNet-21k, and runs of older versions.
@@ -644,7 +649,7 @@ def test_failed_download_is_a_one_line_error(tmp_path, monkeypatch):
 def test_check_reports_the_same_config_errors_as_training(
     data, tmp_path, values, message, check_images
 ):
-    config = config_of(data, **values)
+    config = folder_config(data, **values)
     with pytest.raises(UserError, match=message) as training_error:
         run.open_splits(config, None)
     with pytest.raises(UserError) as check_error:
@@ -665,7 +670,7 @@ def test_run_of_an_older_version_is_resumed_and_evaluated(data, tmp_path, capsys
     from mixer.evaluation.subject import open_subject
 
     workdir = tmp_path / "run"
-    config = config_of(data, train_split="train[:75%]", val_split="train[75%:]")
+    config = folder_config(data, train_split="train[:75%]", val_split="train[75%:]")
     config.total_steps, config.schedule.warmup_steps, config.checkpoint.keep_best = 2, 1, False
     trainer.train(config, str(workdir))
     data_record = json.loads((workdir / "data.json").read_text())
@@ -699,8 +704,8 @@ def test_run_of_an_older_version_is_resumed_and_evaluated(data, tmp_path, capsys
 def test_vanished_file_with_a_name_that_is_not_utf8_is_named(data):
     file = os.fsencode(data) + b"/train/bee/caf\xe9.png"
     os.rename(os.fsencode(data) + b"/train/bee/0.png", file)
-    split = run.open_split(config_of(data), "train", None)
+    split = run.open_split(folder_config(data), "train", None)
     os.unlink(file)
     with pytest.raises(UserError, match=r"cannot use train/bee/caf\\xe9\.png") as error:
         read_all(split)
-    one_line(error)
+    one_line_message(error)

@@ -69,10 +69,10 @@ def _prepare(source, data_dir, release="fall11", **options):
 
 
 def _shards(data_dir, release="fall11"):
-    return {path.name: path.read_bytes() for path in _shards_of(data_dir, release)}
+    return {path.name: path.read_bytes() for path in _shard_paths(data_dir, release)}
 
 
-def _shards_of(data_dir, release="fall11"):
+def _shard_paths(data_dir, release="fall11"):
     return sorted((data_dir / "imagenet21k" / release / "1.0.0").glob("*tfrecord*"))
 
 
@@ -86,7 +86,7 @@ def _examples(data_dir, split="train", release="fall11"):
     ]
 
 
-def _skipped(data_dir, release="fall11"):
+def _read_skipped(data_dir, release="fall11"):
     path = data_dir / "imagenet21k" / release / "1.0.0" / "skipped.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -124,7 +124,7 @@ def test_records_contain_every_file_and_its_label(prepared_source):
     assert max(info.splits["train"].shard_lengths) - min(info.splits["train"].shard_lengths) <= 1
     # The examples are shuffled, so a part of the split contains most classes.
     assert len({label for label, _, _ in _examples(data_dir, "train[:25%]")}) >= 4
-    for shard in _shards_of(data_dir):  # serialized the same way by every process
+    for shard in _shard_paths(data_dir):  # serialized the same way by every process
         for record in tf.data.TFRecordDataset(str(shard)).as_numpy_iterator():
             example = tf.train.Example.FromString(record)
             assert example.SerializeToString(deterministic=True) == record
@@ -203,27 +203,32 @@ def test_processed_winter21_keeps_its_splits(tmp_path):
 
 def test_undecodable_images_are_skipped_and_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet21k_source, "MAX_IMAGE_BYTES", 1 << 14)
-    usable = {
+    usable_images = {
         "jpeg": _image(1),
         "png.JPEG": _image(2, kind="PNG"),
         "grey": _image(3, "L"),
         "cmyk": _image(4, "CMYK"),
     }
-    unusable = {
+    unusable_images = {
         "empty": b"",
         "text": b"no image" * 9,
         "truncated": _image(5)[:-40],
         "vast": bytes(1 << 15),
     }
     synset_a, synset_b = SYNSETS[:2]
-    members = [*usable.items(), *unusable.items(), ("jpeg", _image(6)), ("._jpeg", b"hidden")]
+    members = [
+        *usable_images.items(),
+        *unusable_images.items(),
+        ("jpeg", _image(6)),
+        ("._jpeg", b"hidden"),
+    ]
     source = _write(tmp_path / "s", {f"{synset_a}.tar": _tar(members)})
     _tars(source, {synset_b: FILES[synset_b]})
     summary = _prepare(source, tmp_path / "data")
-    images = {n: image for label, n, image in _examples(tmp_path / "data") if n in usable}
-    assert images == usable  # unmodified; the first of two with the same name
-    reasons = {line["member"]: line["reason"] for line in _skipped(tmp_path / "data")}
-    assert reasons.keys() == {*unusable, "jpeg"}
+    images = {n: image for label, n, image in _examples(tmp_path / "data") if n in usable_images}
+    assert images == usable_images  # unmodified; the first of two with the same name
+    reasons = {line["member"]: line["reason"] for line in _read_skipped(tmp_path / "data")}
+    assert reasons.keys() == {*unusable_images, "jpeg"}
     assert "32,768 bytes" not in reasons["empty"] and "empty" in reasons["empty"]
     assert "JPEG" in reasons["truncated"] and "too many" in reasons["vast"]
     assert "second" in reasons["jpeg"]
@@ -240,7 +245,7 @@ def test_first_of_several_images_with_one_name_is_kept(tmp_path):
     summary = _prepare(source, tmp_path / "data", shard_bytes=1200)
     assert {name: image for _, name, image in _examples(tmp_path / "data")} == dict(members[:3])
     assert len(_shards(tmp_path / "data")) > 2
-    num_skipped = collections.Counter(line["member"] for line in _skipped(tmp_path / "data"))
+    num_skipped = collections.Counter(line["member"] for line in _read_skipped(tmp_path / "data"))
     assert num_skipped == {name: copies - 1 for name in names}
     assert (summary.skipped, summary.damaged) == (len(members) - len(names), 0)
 
@@ -285,7 +290,7 @@ def test_images_before_the_damage_in_a_tar_are_used(tmp_path, damage, max_images
     count_0, count_1, count_2 = (counts[imagenet21k.synsets().index(s)] for s in SYNSETS[:3])
     assert count_0 == count_2 == IMAGES
     assert (count_1 > 0) == (max_images > 0) and count_1 <= max_images
-    (line,) = _skipped(tmp_path / "data")
+    (line,) = _read_skipped(tmp_path / "data")
     assert (line["synset"], line["member"]) == (SYNSETS[1], "") and line["reason"]
     assert (summary.skipped, summary.damaged, summary.synsets) == (1, 1, 3)
 
@@ -297,7 +302,7 @@ def test_synsets_before_the_end_of_a_truncated_tar_are_used(tmp_path, compressio
     source = _write(tmp_path / "s", {"whole.tar": tar[: len(tar) * 2 // 3]})
     summary = _prepare(source, tmp_path / "data")
     assert 2 <= summary.synsets < 5 and summary.damaged
-    lines = _skipped(tmp_path / "data")
+    lines = _read_skipped(tmp_path / "data")
     assert any("whole.tar is damaged" in line["reason"] for line in lines)
     labels = {label for label, _, _ in _examples(tmp_path / "data")}
     assert len(labels) == summary.synsets or len(labels) == summary.synsets - 1
@@ -369,7 +374,7 @@ def test_interrupted_preparation_resumes_to_the_same_records(
     summary = _prepare(source, data_dir)
     assert not work.exists()
     assert _shards(data_dir) == _shards(prepared_source[1])
-    assert sorted(line["member"] for line in _skipped(data_dir)) == [
+    assert sorted(line["member"] for line in _read_skipped(data_dir)) == [
         f"{s}_bad.JPEG" for s in SYNSETS
     ]
     assert (summary.skipped, summary.synsets) == (len(SYNSETS), len(SYNSETS))

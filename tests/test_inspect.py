@@ -64,13 +64,13 @@ def test_opposite_units_are_paired_and_sorted_by_frequency():
     waves = _waves([3, 1, 2], grid)
     scale = np.array([1, 5, 0.2, 2, 1, 7])[:, None, None]
     units = np.concatenate([waves, -waves])[[4, 0, 2, 3, 1, 5]] * scale
-    paired = inspection.paired_units(units.reshape(6, -1).T, grid)
-    assert paired.weights.shape == (3, 2, *grid) and paired.num_units == 6
+    pairs = inspection.paired_units(units.reshape(6, -1).T, grid)
+    assert pairs.weights.shape == (3, 2, *grid) and pairs.num_units == 6
     expected = _waves([1, 2, 3], grid)
-    for (unit, opposite), wave in zip(paired.weights, expected, strict=True):
+    for (unit, opposite), wave in zip(pairs.weights, expected, strict=True):
         np.testing.assert_allclose(unit, -opposite, atol=1e-5)
         np.testing.assert_allclose(np.abs(unit), np.abs(wave) / np.abs(wave).max(), atol=1e-5)
-    assert paired.cosine == pytest.approx(-1) and -0.9 < paired.chance < 0
+    assert pairs.cosine == pytest.approx(-1) and -0.9 < pairs.chance < 0
     np.testing.assert_allclose(
         inspection.frequencies(expected + 5), [1 / 8, 2 / 8, 3 / 8], rtol=1e-6
     )
@@ -80,12 +80,12 @@ def test_opposite_units_are_paired_and_sorted_by_frequency():
 def test_identical_or_single_units_cause_no_warning(kernel):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        paired = inspection.paired_units(kernel, (3, 4))
-    assert paired.weights.shape == (kernel.shape[1] // 2, 2, 3, 4)
-    assert np.isfinite(paired.weights).all() and paired.cosine == paired.chance == 0
+        pairs = inspection.paired_units(kernel, (3, 4))
+    assert pairs.weights.shape == (kernel.shape[1] // 2, 2, 3, 4)
+    assert np.isfinite(pairs.weights).all() and pairs.cosine == pairs.chance == 0
 
 
-def test_filters_are_sorted_by_energy_and_scaled_one_by_one():
+def test_filters_are_sorted_by_energy_and_scaled_separately():
     kernel = np.zeros((2, 2, 3, 3), np.float32)
     kernel[..., 0] = 0.5
     kernel[0, 0, 0, 1], kernel[1, 1, 2, 1] = -8, 4
@@ -185,7 +185,7 @@ def test_confused_classes_become_neighbours():
         assert max(positions) - min(positions) == 4
 
 
-def test_frequent_confusions_and_most_confident_images():
+def test_frequent_confusions_and_confident_images_are_listed():
     confusion = np.array([[90, 0, 10], [3, 5, 2], [0, 0, 7]])
     confusions = inspection.frequent_confusions(confusion, 2)
     assert [(c.label, c.guess, c.count, c.share) for c in confusions] == [
@@ -299,8 +299,8 @@ def test_any_number_of_units_is_drawn(tmp_path, grid, count):
 
 def test_long_names_are_shortened_in_the_middle():
     assert curves.shorten("a  b\nc\x00d", 20) == "a b c d"
-    shortened = curves.shorten("abcdefghij" * 5, 12)
-    assert len(shortened) == 12 and shortened == "abcdefg…ghij"
+    short_name = curves.shorten("abcdefghij" * 5, 12)
+    assert len(short_name) == 12 and short_name == "abcdefg…ghij"
 
 
 # The page.
@@ -435,7 +435,7 @@ def test_page_of_an_incomplete_run_reports_what_is_missing(workdir, tmp_path):
     assert "step 3" not in text  # results.json describes another checkpoint
 
 
-def test_page_of_a_weight_file_at_a_rectangular_size(tmp_path):
+def test_page_is_written_for_a_weight_file_at_another_size(tmp_path):
     """The golden weights have 16 patches, here 2 x 8; a weight file has no curves and no data."""
     golden = str(GOLDENS / "mixer_tiny_official.npz")
     path, lines = _write(weights=golden, output=str(tmp_path), image_size=(16, 64))
@@ -445,7 +445,7 @@ def test_page_of_a_weight_file_at_a_rectangular_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_page_of_a_weight_file_with_images(workdir, tmp_path):
+def test_page_is_written_for_a_weight_file_with_images(workdir, tmp_path):
     from flax import traverse_util
 
     loaded = loading.read(str(workdir), log=lambda line: None)

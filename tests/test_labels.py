@@ -376,11 +376,13 @@ def _mock_examples(name):
 # test_suites.py tests the label of ImageNet-ReaL.
 @pytest.mark.parametrize("name", [name for name in labels.DERIVED if name != "real_label"])
 def test_derived_label_matches_the_definition_of_the_benchmark(name):
-    derived = labels.DERIVED[name]
+    derived_label = labels.DERIVED[name]
     num_classes = dict(clevr_count=8, clevr_distance=6, kitti_distance=4, dsprites_position=16)
     num_classes.update(dsprites_orientation=16, smallnorb_azimuth=18, smallnorb_elevation=9)
-    assert len(derived.class_names) == num_classes[name] == len(set(derived.class_names))
-    compute, computed_labels = tf.function(derived.compute, reduce_retracing=True), set()
+    assert (
+        len(derived_label.class_names) == num_classes[name] == len(set(derived_label.class_names))
+    )
+    compute, computed_labels = tf.function(derived_label.compute, reduce_retracing=True), set()
     for example in _mock_examples(name):
         label = compute(jax.tree.map(tf.constant, example))
         assert label.dtype == tf.int32 and label.shape == ()
@@ -397,7 +399,7 @@ def test_scene_without_annotations_gets_an_invalid_label():
         assert not 0 <= label < len(labels.DERIVED[name].class_names)
 
 
-def test_derived_label_of_a_tfds_data_set(tmp_path):
+def test_tfds_data_set_gets_a_derived_label(tmp_path):
     features = {
         "image": tfds.features.Image(shape=(8, 8, 3)),
         "objects": tfds.features.Sequence(
@@ -458,7 +460,7 @@ def test_guess_is_correct_if_it_is_one_of_the_labels():
     index = np.where(mask > 0, np.arange(size), -1)
     batch = {"image": logits, "label": label.astype(np.int32), "mask": mask, "index": index}
     columns = step(None, {**batch, "label_weight": weight.astype(np.float32)})
-    unmasked = {name: np.asarray(columns[name])[:180] for name in columns}
+    valid_columns = {name: np.asarray(columns[name])[:180] for name in columns}
 
     guesses = np.argsort(-logits, axis=1)[:180]
     label_sets = [set(row[row >= 0]) for row in label[:180]]
@@ -469,14 +471,18 @@ def test_guess_is_correct_if_it_is_one_of_the_labels():
     loss = np.sum(np.logaddexp(0, logits) - rows * logits, axis=1)[:180]
     labelled = sum(map(bool, label_sets))
     assert 0 < labelled < 180
-    assert [unmasked[name].sum() for name in ("labelled", "hit", "hit5")] == [labelled, top1, top5]
-    np.testing.assert_allclose(unmasked["loss"], loss, rtol=1e-5)
-    np.testing.assert_array_equal(unmasked["guesses"], guesses[:, :5])
+    assert [valid_columns[name].sum() for name in ("labelled", "hit", "hit5")] == [
+        labelled,
+        top1,
+        top5,
+    ]
+    np.testing.assert_allclose(valid_columns["loss"], loss, rtol=1e-5)
+    np.testing.assert_array_equal(valid_columns["guesses"], guesses[:, :5])
     np.testing.assert_allclose(
-        unmasked["probability"], 1 / (1 + np.exp(-logits[:180].max(axis=1))), rtol=1e-5
+        valid_columns["probability"], 1 / (1 + np.exp(-logits[:180].max(axis=1))), rtol=1e-5
     )
     expected_label = [min(members) if len(members) == 1 else -1 for members in label_sets]
-    np.testing.assert_array_equal(unmasked["label"], expected_label)
+    np.testing.assert_array_equal(valid_columns["label"], expected_label)
 
 
 def test_three_label_formats_give_the_same_metrics():
@@ -493,10 +499,10 @@ def test_three_label_formats_give_the_same_metrics():
     padded = np.stack([label, np.full(50, -1, np.int32)], 1)
     weight = (padded >= 0).astype(np.float32)
     assert_same_bits(step(None, {**batch, "label": padded, "label_weight": weight}), expected)
-    unlabelled = step(None, {**batch, "label": jnp.full((50, 7), 0.01)})
-    assert not np.any(unlabelled["labelled"]) and not np.any(unlabelled["hit"])
-    smoothed = step(None, {**batch, "label": 0.9 * one_hot + 0.01})  # label smoothing
-    assert_same_bits({**smoothed, "loss": expected["loss"]}, expected)
+    unlabelled_columns = step(None, {**batch, "label": jnp.full((50, 7), 0.01)})
+    assert not np.any(unlabelled_columns["labelled"]) and not np.any(unlabelled_columns["hit"])
+    smoothed_columns = step(None, {**batch, "label": 0.9 * one_hot + 0.01})  # label smoothing
+    assert_same_bits({**smoothed_columns, "loss": expected["loss"]}, expected)
 
 
 def test_accuracy_ignores_images_without_labels(tmp_path):

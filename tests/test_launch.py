@@ -14,13 +14,13 @@ from helpers import ROOT, environment
 LAUNCH = ROOT / "docs" / "launch"
 
 
-def _program(path, text):
+def _write_program(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{text}")
     path.chmod(0o755)
 
 
-def _bash(*arguments, path=None, cwd=ROOT, check=True, **extra):
+def _run_bash(*arguments, path=None, cwd=ROOT, check=True, **extra):
     """Runs a script with the directory `path` at the start of PATH."""
     if path:
         extra["PATH"] = f"{path}{os.pathsep}{os.environ['PATH']}"
@@ -38,7 +38,7 @@ def _bash(*arguments, path=None, cwd=ROOT, check=True, **extra):
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
 def test_script_is_valid_bash_and_executable(script):
-    _bash("-n", script)
+    _run_bash("-n", script)
     assert os.access(script, os.X_OK)
 
 
@@ -47,7 +47,7 @@ def test_again_retries_only_failures_that_may_be_transient(tmp_path):
     for code, runs in ((0, 3), (2, 3), (143, 3)):
         count = tmp_path / str(code)
         command = f'echo x >> {count}; [ "$(wc -l < {count})" -ge 3 ] && exit {code}; exit 1'
-        result = _bash(LAUNCH / "again.sh", "bash", "-c", command, check=False, AGAIN_SECS="0")
+        result = _run_bash(LAUNCH / "again.sh", "bash", "-c", command, check=False, AGAIN_SECS="0")
         assert result.returncode == code
         assert len(count.read_text().split()) == runs
 
@@ -101,10 +101,10 @@ print("process", jax.process_index(), jax.process_count(), *processes.gather(sys
 @pytest.mark.slow
 def test_tasks_of_a_slurm_job_join(tmp_path):
     """`mixer.parallel.join` reads Slurm's variables; a probe replaces train.py."""
-    _program(tmp_path / "srun", SRUN)
-    _program(tmp_path / "python", f"exec {sys.executable} -c '{PROBE}' \"$@\"")
+    _write_program(tmp_path / "srun", SRUN)
+    _write_program(tmp_path / "python", f"exec {sys.executable} -c '{PROBE}' \"$@\"")
     job_id = os.getpid() % 4096  # JAX derives the port from the job id
-    result = _bash(
+    result = _run_bash(
         LAUNCH / "slurm.sh",
         "--workdir=x",
         path=tmp_path,
@@ -118,10 +118,10 @@ def test_tasks_of_a_slurm_job_join(tmp_path):
 
 
 def test_interrupted_slurm_job_is_requeued(tmp_path):
-    _program(tmp_path / "scontrol", f'echo "$@" > {tmp_path}/scontrol.log')
+    _write_program(tmp_path / "scontrol", f'echo "$@" > {tmp_path}/scontrol.log')
     for code in (143, 2):
-        _program(tmp_path / "srun", f"exit {code}")
-        result = _bash(LAUNCH / "slurm.sh", path=tmp_path, check=False, SLURM_JOB_ID="7")
+        _write_program(tmp_path / "srun", f"exit {code}")
+        result = _run_bash(LAUNCH / "slurm.sh", path=tmp_path, check=False, SLURM_JOB_ID="7")
         assert result.returncode == code
         log = tmp_path / "scontrol.log"
         assert log.exists() == (code == 143)
@@ -172,8 +172,8 @@ chmod +x .venv/bin/python
 def cloud(tmp_path):
     """A git repository, and a fake gcloud whose workers are local directories."""
     programs, project, cloud = (tmp_path / name for name in ("programs", "project", "cloud"))
-    _program(programs / "gcloud", GCLOUD)
-    _program(programs / "uv", UV)
+    _write_program(programs / "gcloud", GCLOUD)
+    _write_program(programs / "uv", UV)
     cloud.mkdir()
     shutil.copytree(LAUNCH, project / "docs" / "launch")
     identity = ("-c", "user.name=test", "-c", "user.email=test@example.com")
@@ -183,7 +183,7 @@ def cloud(tmp_path):
 
     def tpu(*arguments, **extra):
         script = project / "docs" / "launch" / "tpu.sh"
-        return _bash(script, *arguments, path=programs, cwd=project, **settings, **extra)
+        return _run_bash(script, *arguments, path=programs, cwd=project, **settings, **extra)
 
     yield cloud, tpu
     for pid in cloud.glob("w*/mixer.pid"):
@@ -222,7 +222,7 @@ def test_tpu_script_restarts_a_preempted_run(cloud):
     directory, tpu = cloud
     (directory / "state").write_text("SUSPENDED\n")
     # This `sleep` ends the process of worker 0 once it runs; `keep` notices and returns.
-    _program(
+    _write_program(
         directory.parent / "programs" / "sleep",
         'pid=$(cat "$CLOUD/w0/mixer.pid" 2> /dev/null) && kill -KILL -- "-$pid" '
         '&& echo 0 > "$CLOUD/w0/mixer.code"; exit 0',

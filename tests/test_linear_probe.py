@@ -47,26 +47,26 @@ def _fit(features, labels, penalty):
     return {lam: fitter.fit(lam) for lam in sorted(linear_probe.LAMBDAS, reverse=True)}
 
 
-def _objective(fitted, features, labels):
+def _objective(fit, features, labels):
     """Returns the mean cross-entropy and its gradients for weights (centred features) and bias."""
-    logits = features.astype(np.float64) @ fitted.weights + fitted.bias
+    logits = features.astype(np.float64) @ fit.weights + fit.bias
     log_softmax = logits - special.logsumexp(logits, axis=1, keepdims=True)
     loss = -log_softmax[np.arange(len(labels)), labels].mean()
     error = (np.exp(log_softmax) - np.eye(CLASSES)[labels]) / len(labels)
-    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
-    return loss, centred.T @ error, error.sum(axis=0)
+    centred_features = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    return loss, centred_features.T @ error, error.sum(axis=0)
 
 
 def test_squared_penalty_reaches_the_optimum_of_scikit_learn():
     features, labels = _features()
     test_features = _features(seed=1)[0].astype(np.float64)
     fits = _fit(features, labels, "squared")
-    for lam, fitted in fits.items():
-        assert fitted.converged and 0 < fitted.iterations < 100
-        loss, weight_grads, bias_grads = _objective(fitted, features, labels)
-        objective = loss + lam / 2 * np.sum(fitted.weights**2)
-        assert fitted.objective == pytest.approx(objective, rel=1e-9)
-        penalty_grads = lam * fitted.weights
+    for lam, fit in fits.items():
+        assert fit.converged and 0 < fit.iterations < 100
+        loss, weight_grads, bias_grads = _objective(fit, features, labels)
+        objective = loss + lam / 2 * np.sum(fit.weights**2)
+        assert fit.objective == pytest.approx(objective, rel=1e-9)
+        penalty_grads = lam * fit.weights
         residual = np.linalg.norm(weight_grads + penalty_grads) / np.linalg.norm(penalty_grads)
         assert residual < logistic.TOLERANCE
         np.testing.assert_allclose(bias_grads, 0, atol=1e-4)
@@ -76,7 +76,7 @@ def test_squared_penalty_reaches_the_optimum_of_scikit_learn():
         optimum = -np.log(probabilities[np.arange(COUNT), labels]).mean()
         optimum += lam / 2 * np.sum(reference.coef_**2)
         assert objective == pytest.approx(optimum, abs=1e-6)
-        logits = test_features @ fitted.weights + fitted.bias
+        logits = test_features @ fit.weights + fit.bias
         low, high = np.sort(logits, axis=1)[:, -2:].T
         assert np.all(
             (logits.argmax(axis=1) == reference.predict(test_features)) | (high - low < 1e-2)
@@ -88,19 +88,19 @@ def test_norm_penalty_satisfies_its_optimality_condition(monkeypatch):
     monkeypatch.setattr(logistic, "CHUNK_VALUES", 125 * WIDTH)  # three chunks, the last one partial
     features, labels = _features()
     fits = _fit(features, labels, "norm")
-    zeros = {lam for lam, fitted in fits.items() if not fitted.weights.any()}
+    zeros = {lam for lam, fit in fits.items() if not fit.weights.any()}
     assert 1.0 in zeros and not zeros & {1e-5, 1e-4, 3e-4, 1e-3, 1e-2} and len(fits) == 7
-    for lam, fitted in fits.items():
-        assert fitted.converged
-        loss, weight_grads, bias_grads = _objective(fitted, features, labels)
-        norm = np.linalg.norm(fitted.weights)
-        assert fitted.objective == pytest.approx(loss + lam * norm, rel=1e-9)
+    for lam, fit in fits.items():
+        assert fit.converged
+        loss, weight_grads, bias_grads = _objective(fit, features, labels)
+        norm = np.linalg.norm(fit.weights)
+        assert fit.objective == pytest.approx(loss + lam * norm, rel=1e-9)
         np.testing.assert_allclose(bias_grads, 0, atol=1e-2 * lam)
         if lam in zeros:
-            assert np.linalg.norm(weight_grads) <= lam and fitted.iterations == 0
-            np.testing.assert_allclose(np.exp(fitted.bias), 1 / CLASSES)
+            assert np.linalg.norm(weight_grads) <= lam and fit.iterations == 0
+            np.testing.assert_allclose(np.exp(fit.bias), 1 / CLASSES)
         else:
-            residual = weight_grads + lam * fitted.weights / norm
+            residual = weight_grads + lam * fit.weights / norm
             assert np.linalg.norm(residual) < logistic.TOLERANCE * lam
 
 
@@ -141,8 +141,8 @@ def test_evaluator_holds_out_training_images_and_can_be_stopped(tiny):
     assert (result.dataset, result.weights, result.section) == ("synthetic", "params", probe.name)
     assert result.name == "synthetic" and probe.key in result.metrics
     summary = json.loads(json.dumps(result.summary))
-    count, held_out = splits.train.num_examples, summary["validation_count"]
-    assert summary["train_count"] == count - held_out and held_out <= count / 10
+    count, num_held_out = splits.train.num_examples, summary["validation_count"]
+    assert summary["train_count"] == count - num_held_out and num_held_out <= count / 10
     assert (summary["test"], summary["count"]) == (splits.val.name, splits.val.num_examples)
     assert summary["penalty"] == "squared" and len(summary["path"]) == 7
     # Among the penalties with the best validation accuracy, the strongest wins.
@@ -186,11 +186,11 @@ def test_run_records_the_probe_at_validation(tmp_path, tfds_dir):
 def test_unusable_splits_are_one_line_errors():
     train, test = (run.open_split(tiny_config(), name, None) for name in ("train", "test"))
     one_per_class = train.select(np.unique(train.labels(), return_index=True)[1])
-    renamed = dataclasses.replace(test, class_names=tuple("abcdefghij"))
+    renamed_test = dataclasses.replace(test, class_names=tuple("abcdefghij"))
     for message, splits in {
         "test_split": (train, None, None),
         "synthetic test.*several": (train, train, dataclasses.replace(test, multi_label=True)),
-        "10.*10": (train, None, renamed),
+        "10.*10": (train, None, renamed_test),
         "synthetic train.*one class": (
             train.select(np.flatnonzero(train.labels() == 4)),
             None,
@@ -205,15 +205,16 @@ def test_unusable_splits_are_one_line_errors():
 
 def test_one_tenth_of_each_class_is_held_out():
     train = run.open_split(tiny_config(), "train", None)
-    fitted, held_out = linear_probe.hold_out(train)
+    fit_split, held_out_split = linear_probe.hold_out(train)
     counts = np.bincount(train.labels(), minlength=10)
-    np.testing.assert_array_equal(np.bincount(held_out.labels(), minlength=10), counts // 10)
+    np.testing.assert_array_equal(np.bincount(held_out_split.labels(), minlength=10), counts // 10)
     names = [
-        {split.example_id(i) for i in range(split.num_examples)} for split in (fitted, held_out)
+        {split.example_id(i) for i in range(split.num_examples)}
+        for split in (fit_split, held_out_split)
     ]
     assert not names[0] & names[1] and sum(map(len, names)) == train.num_examples
-    repeated = linear_probe.hold_out(train)[1]
-    assert repeated.fingerprint == held_out.fingerprint
+    second_split = linear_probe.hold_out(train)[1]
+    assert second_split.fingerprint == held_out_split.fingerprint
 
 
 # Several devices and processes.
