@@ -1,4 +1,4 @@
-"""Compares logits and gradients of the mixer with the plain implementation, on the local device.
+"""Logits and gradients of the mixer, compared with the plain implementation on the local device.
 
 The reference is the plain implementation in float32 with the highest matmul precision. An error is
 |x - reference| / |reference|.

@@ -130,7 +130,7 @@ def _flip(path):
 
 
 def _damage_data_files(directory, damage):
-    """Damages every data file, because it depends on threads which of them contain the arrays."""
+    """Damages every data file, since thread timing decides which of them contain the arrays."""
     for path in _files(directory):
         if f"{os.sep}d{os.sep}" in path:
             damage(path)

@@ -53,7 +53,7 @@ def _compile(function, *arguments, options=OPTIONS, **jit_options):
 
 
 def _programs(mesh, options):
-    """Returns (text, bytes of temporaries) of the training step, of the mixer and of plain Flax."""
+    """Returns (text, bytes of temporaries) of one training step of the mixer and of plain Flax."""
     model = make_model(**FIELDS)
     tx = optax.adamw(1e-3)
     step = TrainStep(

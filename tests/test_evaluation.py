@@ -406,7 +406,7 @@ def test_results_of_an_older_version_are_read():
 
 
 def test_table_is_rendered_in_markdown_html_and_terminal(capsys):
-    """Markup in names is escaped, also that of rich; figures are aligned to the right."""
+    """Markup in names is escaped, including rich's; figures are aligned to the right."""
     table = tables.Table(("a|b", "[b]n"), [("<i>", "1"), ("c\nd", "22")])
     assert tables.markdown(table) == [
         "| a&#124;b | &#91;b&#93;n |",

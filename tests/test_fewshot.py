@@ -49,7 +49,7 @@ def _reference(features, labels, num_classes):
     "count", [200, 33, 32, 12], ids=["many", "dimensions", "dimensions - 1", "few"]
 )
 def test_probe_matches_ridge_regression_of_scikit_learn(count):
-    """Fits 33 dimensions (32 features and a constant) to more, equally many and fewer examples."""
+    """Covers more, as many and fewer examples than dimensions (32 features and a constant)."""
     features, labels = _features(count, 32, 4)
     scores, weights = _reference(features, labels, 4)
     probe = fewshot.fit(features, labels, L2, 4)
