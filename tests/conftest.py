@@ -1,5 +1,6 @@
 """What holds for every test: quiet on the CPU, one compile cache, cheap compilation."""
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -39,10 +40,13 @@ def _prune(directory: Path) -> None:
     for other in CACHE.glob("*"):
         if other != directory:
             shutil.rmtree(other, ignore_errors=True)
-    files = sorted(directory.glob("*"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = []
+    for file in directory.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another session may have deleted it
+            files.append((file, file.stat()))
     total = 0
-    for file in files:
-        total += file.stat().st_size
+    for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime, reverse=True):
+        total += stat.st_size
         if total > CACHE_BYTES:
             file.unlink(missing_ok=True)
 

@@ -488,7 +488,8 @@ _watch = {"directory": None, "first_failure": 0, "errno": 0, "operations": []}
 
 def _full_disk(event, arguments):
     """Audit hook that makes writes fail from `first_failure` on; hooks cannot be removed."""
-    if _watch["directory"] is None or event not in _WRITES:
+    # Python still calls the hook at exit, after it has set the names of this module to None.
+    if _watch is None or _watch["directory"] is None or event not in _WRITES:
         return
     path = arguments[_WRITES[event]]
     if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & os.O_CREAT):
