@@ -91,7 +91,9 @@ def check_config(config: ConfigDict) -> None:
         for key, value in lengths.items():
             may_be_0 = stem.startswith("schedule.")
             if not 0 <= value < math.inf or (value == 0 and not may_be_0):
-                raise UserError(f"{key}={value}; expected {'0 or ' * may_be_0}more than 0")
+                raise UserError(
+                    f"{key}={value}; expected a number {'of at least' if may_be_0 else 'above'} 0"
+                )
     if not get_lengths(config, "total_"):
         raise UserError(
             "the run has no length; expected total_steps, total_epochs or total_examples"
