@@ -183,7 +183,7 @@ def test_json_contains_the_class_names_of_a_named_list(loaded, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "platforms", "message"),
     [
-        ("tiny.npz", ["cpu"], r"tiny\.npz.*\.stablehlo"),
+        ("old.safetensors", ["cpu"], r"old\.safetensors"),
         ("none/tiny.stablehlo", ["cpu"], "none"),
         ("tiny.stablehlo", ["gpu"], "'gpu'.*cpu, cuda, rocm, tpu"),
         ("tiny.stablehlo", [], "''"),
@@ -207,6 +207,18 @@ def test_missing_weights_are_a_one_line_error(tmp_path):
     result = run_program("mixer.tools.export", tmp_path / "no.npz", tmp_path / "tiny.stablehlo")
     assert result.returncode == 2 and "no.npz" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_format_is_that_of_the_ending_or_of_the_flag(tmp_path):
+    done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir")
+    assert done.returncode == 2 and ".stablehlo" in done.stderr and ".onnx" in done.stderr
+    options = "--format=stablehlo", "--platforms=cpu"
+    done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir", *options)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.mlir", "tiny.mlir.json"}
+    target = tmp_path / "two.stablehlo"
+    done = run_program("mixer.tools.export", WEIGHTS, target, "--max_inside_bytes=9")
+    assert done.returncode == 2 and "--max_inside_bytes=9" in done.stderr and not target.exists()
 
 
 @pytest.mark.slow
