@@ -82,7 +82,8 @@ def base() -> ConfigDict:
         # Folder only, the order of the classes: sorted (by name), natural (class2 before class10),
         # or a file with one class name per line, which may also name classes without images.
         class_order="sorted",
-        # The splits; for a folder, auto chooses by the splits that the data has (docs/data.md).
+        # The splits, such as train[:90%]; auto chooses by the splits that the data has
+        # (docs/data.md).
         train_split="train",
         val_split="validation",  # evaluated during training; empty: none
         test_split="test",  # evaluated once, at the end; empty: none

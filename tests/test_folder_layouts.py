@@ -201,9 +201,11 @@ def test_splits_that_are_not_clear_are_refused(made, tmp_path, names, message):
     one_line(caught)
 
 
-def test_auto_is_for_folders():
-    with pytest.raises(UserError, match=r"dataset.val_split=auto.*'synthetic'"):
-        run_data.open_splits(tiny_config(dataset__val_split="auto"), None)
+def test_splits_of_other_data_are_chosen_too(tfds_dir):
+    for config in (tiny_config(), tiny_config(tfds_dir)):
+        config.dataset.update(train_split="auto", val_split="auto")
+        run_data.open_splits(config, None)
+        assert specs_of(config) == ("train", "validation", "test")
 
 
 # CSV and metadata files.

@@ -381,7 +381,13 @@ def has_named_classes(dataset) -> bool:
 
 
 def split_names(dataset) -> list[str]:
-    """Returns the names of the splits of a folder or label file."""
+    """Returns the names of the splits that a data set has."""
+    if dataset.name == "synthetic":
+        return list(synthetic.SPLITS)
+    if dataset.name != "folder":
+        from mixer.data.sources import stored as sources
+
+        return list(sources.tfds_builder(dataset.name, dataset.data_dir).info.splits)
     if dataset.label_file:
         return list(_read_label_file(dataset.label_file, dataset.data_dir).splits)
     return list(_scan(dataset.data_dir, subfolders=True).files)

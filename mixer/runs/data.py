@@ -62,29 +62,24 @@ def choose_splits(config: ConfigDict) -> str:
       A line for the user on the splits; "" if no split is "auto".
 
     Raises:
-      UserError: the data is not a folder, or its splits are not clear.
+      UserError: the data has no split train, or several for validation.
     """
     dataset = config.dataset
     keys = [key for key in SPLIT_KEYS if dataset[key] == AUTO]
     if not keys:
         return ""
-    if dataset.name != "folder":
-        raise UserError(
-            f"dataset.{keys[0]}=auto is for a folder; dataset.name is {dataset.name!r}, which "
-            "needs the name of a split"
-        )
     names = pipeline.split_names(dataset)
     listed = folder.listed(names)
     val_names = [name for name in folder.VAL_SPLITS if name in names]
     if "train_split" in keys and folder.TRAIN_SPLIT not in names:
         raise UserError(
-            f"dataset.train_split=auto: {printable(dataset.data_dir)} has no split train; its "
-            f"splits are {listed}; expected one of them as dataset.train_split"
+            f"dataset.train_split=auto, but {data_name(config)} has no split train; its splits "
+            f"are {listed}; expected one of them as dataset.train_split"
         )
     if "val_split" in keys and len(val_names) > 1:
         raise UserError(
-            f"dataset.val_split=auto: {printable(dataset.data_dir)} has several splits for "
-            f"validation, {' and '.join(val_names)}; expected one of them as dataset.val_split"
+            f"dataset.val_split=auto, but {data_name(config)} has several splits for validation: "
+            f"{' and '.join(val_names)}; expected one of them as dataset.val_split"
         )
     has_test = folder.TEST_SPLIT in names
     chosen = {
