@@ -17,7 +17,9 @@ from mixer.data import splits as pipeline
 from mixer.data.sources import folder
 from mixer.errors import UserError
 from mixer.runs import data as run_data
+from mixer.tools.inspect import data as inspect_data
 from mixer.training import losses
+from mixer.weights.load import read
 
 # The first images of `made`.
 PINNED = [b"class2/16.png", b"class1/33.png", b"class1/2.png", b"class2/2.png", b"class1/1.png"]
@@ -442,6 +444,7 @@ def balanced_run(made, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_balance_changes_the_update(made, balanced_run, tmp_path):
     trainer.train(train_config(made, class_balance=0.0), str(tmp_path / "run"))
     one, other = (final_state(run)["params"] for run in (balanced_run, tmp_path / "run"))
@@ -459,12 +462,20 @@ def test_balanced_run_is_the_same_resumed_and_resident(made, balanced_run, tmp_p
     assert_same_bits(final_state(balanced_run), final_state(resumed))
 
 
-def test_a_resumed_run_keeps_its_splits(made, balanced_run, tmp_path):
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_splits(made, tmp_path):
     """A split that is added later does not change what "auto" has chosen."""
-    resumed = shutil.copytree(balanced_run, tmp_path / "resumed")
-    trainer.train(train_config(made, class_balance=1.0), str(resumed))  # finished: nothing changes
+    shutil.copytree(made, tmp_path / "data" / "train")
+    run = tmp_path / "run"
+    trainer.train(train_config(tmp_path / "data", total_steps=3), str(run))
+    shutil.copytree(made, tmp_path / "data" / "test")
+    trainer.train(train_config(tmp_path / "data", total_steps=4), str(run))
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["total_steps"] == 4
+    assert saved["dataset"]["train_split"] == "train[:80%]"
+    assert saved["dataset"]["test_split"] == "train[90%:]"
     with pytest.raises(UserError, match=r"dataset.train_split: 'train\[:80%\]' -> 'train'"):
-        trainer.train(train_config(made, **{"dataset.train_split": "train"}), str(resumed))
+        trainer.train(train_config(made, **{"dataset.train_split": "train"}), str(run))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
@@ -512,6 +523,15 @@ def test_part_of_the_classes_is_evaluated(made, balanced_run, tmp_path):
         ("class2", 20),
     ]
     assert split["mean_per_class"] == np.mean([rows[0]["accuracy"], rows[2]["accuracy"]])
+
+
+def test_part_of_the_classes_is_drawn(made, balanced_run, tmp_path):
+    """`inspect` takes a folder without splits as a whole."""
+    shutil.copytree(made / "class2", tmp_path / "part" / "class2")
+    loaded = read(str(balanced_run), log=lambda line: None)
+    split = inspect_data.open_split(None, loaded, None, str(tmp_path / "part"), None)
+    assert split.class_names == ("class1", "class10", "class2") and split.num_examples == 20
+    assert set(split.labels().tolist()) == {2}
 
 
 def test_classes_that_the_weights_lack_are_named(made, balanced_run, tmp_path):

@@ -51,12 +51,16 @@ def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
         )
 
 
-def choose_splits(config: ConfigDict) -> str:
+def choose_splits(config: ConfigDict, names: Sequence[str] | None = None) -> str:
     """Replaces every split "auto" of the config by a split that the data has.
 
     A split that the data has is used as a whole. If the data has neither a validation nor a test
     split, 10 % of the training split are held out for each; if it has only a test split, 10 % for
     validation. Nothing is held out of a training split that the user has set.
+
+    Args:
+      config: the config; it is modified.
+      names: names of the splits of the data; None: they are read from the data.
 
     Returns:
       A line for the user on the splits; "" if no split is "auto".
@@ -68,7 +72,8 @@ def choose_splits(config: ConfigDict) -> str:
     keys = [key for key in SPLIT_KEYS if dataset[key] == AUTO]
     if not keys:
         return ""
-    names = pipeline.split_names(dataset)
+    if names is None:
+        names = pipeline.split_names(dataset)
     listed = folder.listed(names)
     val_names = [name for name in folder.VAL_SPLITS if name in names]
     if "train_split" in keys and folder.TRAIN_SPLIT not in names:

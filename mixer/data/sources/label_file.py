@@ -212,8 +212,9 @@ def read_label_file(file: str, root: str) -> LabelFile:
       UserError: the file or folder does not exist, or a line (named by its number) is invalid.
     """
     root = root or os.path.dirname(file) or "."
-    root = folder.find_root(root, f"dataset.label_file={file} has paths relative to it")
+    hint = f"dataset.label_file={file} has paths relative to it"
     file = folder.find_file("dataset.label_file", file)
+    root = folder.find_root(root, hint)
     parse = _parse_csv if file.suffix.lower() == ".csv" else _parse
     try:
         listing = collect(file, root, parse(file))
