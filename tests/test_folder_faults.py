@@ -422,9 +422,10 @@ def test_folders_next_to_the_splits_are_ignored_or_reported(data):
 
 
 def test_images_without_a_class_folder_are_an_error(tmp_path):
-    (tmp_path / "cats").mkdir()
-    (tmp_path / "cats" / "1.png").touch()
-    with pytest.raises(UserError, match=r"no images .*<split>/<class>.*cats/1\.png"):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    with pytest.raises(UserError, match=r"no images .*<split>/<class>.*(train|test)/1\.png"):
         folder.scan(str(tmp_path))
 
 

@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from configs import finetune
+from mixer.runs import data as run_data
 
 # Split sizes in TFDS, and the sizes of VTAB's test splits as the VTAB paper gives them.
 SIZES = {
@@ -191,8 +192,10 @@ def examples(spec, sizes):
 
 @pytest.mark.parametrize("dataset", [*finetune.SETS, *(f"vtab/{task}" for task in finetune.VTAB)])
 def test_fine_tuning_splits_are_complete_and_disjoint(dataset):
-    config = build("finetune", f"dataset={dataset}").dataset
-    sizes = SIZES.get(config.name, dict(train=1000, test=100))  # any sizes will do for a folder
+    config = build("finetune", f"dataset={dataset}")
+    sizes = SIZES.get(config.dataset.name, dict(train=1000, test=100))  # any for a folder
+    run_data.choose_splits(config, tuple(sizes))
+    config = config.dataset
     train, val, test = (
         examples(config[f"{name}_split"], sizes) for name in ("train", "val", "test")
     )

@@ -21,6 +21,7 @@ from mixer.models.modules import check_image_size
 from mixer.models.registry import ARCHITECTURES, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
+from mixer.runs import data as run_data
 from mixer.weights import load as loading
 from mixer.weights import published
 
@@ -75,6 +76,8 @@ def check_config(config: ConfigDict) -> None:
         check_number(f"optimizer.{name}", config.optimizer[name])
     check_number("seed", config.seed, limit=1 << 32)  # JAX's keys use 32 bits of the seed
     check_number("label_smoothing", config.label_smoothing, limit=1)
+    if not 0 <= config.class_balance <= 1:
+        raise UserError(f"class_balance={config.class_balance}; expected a number from 0 to 1")
     check_number("optimizer.ema_decay", config.optimizer.ema_decay, limit=1)
     if config.global_batch_size % config.optimizer.accumulate_steps:
         raise UserError(
@@ -136,6 +139,13 @@ def get_lengths(config: ConfigDict, stem: str) -> dict[str, float]:
 def needs_epochs(config: ConfigDict) -> bool:
     """Returns whether a length is in epochs; only the data's size converts epochs to steps."""
     return any(key.endswith("epochs") for stem in LENGTHS for key in get_lengths(config, stem))
+
+
+def needs_data(config: ConfigDict) -> bool:
+    """Returns whether the update, or a value of the config, depends on the data."""
+    has_auto = any(config.dataset[key] == run_data.AUTO for key in run_data.SPLIT_KEYS)
+    is_unknown = config.model.num_classes is None or needs_epochs(config)
+    return is_unknown or has_auto or config.class_balance > 0
 
 
 def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
@@ -203,7 +213,8 @@ def resolve(
     """Returns a copy of `config` in which every value is set that does not depend on the data.
 
     These are the model fields that the initial weights determine, and the preprocessing op of
-    `dataset.permutation`. `resolve_data` sets the remaining values.
+    `dataset.permutation`. A resumed run keeps the splits that "auto" has chosen. `resolve_data`
+    sets the remaining values.
 
     Args:
       config: the config from the command line.
@@ -214,6 +225,10 @@ def resolve(
     config.init_from = published.redact(config.init_from)  # saved configs must not hold secrets
     resolve_model(config, initial, saved_config)
     resolve_permutation(config)
+    if saved_config:
+        for key in run_data.SPLIT_KEYS:
+            if config.dataset[key] == run_data.AUTO:
+                config.dataset[key] = saved_config["dataset"][key]
     return config
 
 
