@@ -222,6 +222,32 @@ def test_format_is_that_of_the_ending_or_of_the_flag(tmp_path):
 
 
 @pytest.mark.slow
+def test_savedmodel_and_tflite_as_the_docs_say(tmp_path, finished_run):
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("jax.experimental.jax2tf")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)
+    (code,) = [block for block in blocks if "jax2tf" in block]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits").symlink_to(finished_run)
+    code += """
+import numpy as np
+images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+expected = np.asarray(apply(images))
+saved = tf.saved_model.load("digits_saved_model")
+for n in (1, 5):
+    np.testing.assert_allclose(saved.call(images[:n]), expected[:n], rtol=0, atol=1e-6)
+lite = tf.lite.Interpreter("digits.tflite")
+lite.allocate_tensors()
+(source,), (target,) = lite.get_input_details(), lite.get_output_details()
+lite.set_tensor(source["index"], images[:1])
+lite.invoke()
+np.testing.assert_allclose(lite.get_tensor(target["index"]), expected[:1], rtol=0, atol=1e-6)
+assert np.ptp(expected) > 0.1
+"""
+    run_python("-c", code, cwd=tmp_path)
+
+
+@pytest.mark.slow
 def test_export_runs_as_a_program(tmp_path):
     run_python("-m", "mixer.tools.export", WEIGHTS, "tiny.stablehlo", cwd=tmp_path)
     assert (tmp_path / "tiny.stablehlo.json").exists()
