@@ -209,7 +209,7 @@ def test_missing_weights_are_a_one_line_error(tmp_path):
     assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_format_is_that_of_the_ending_or_of_the_flag(tmp_path):
+def test_ending_or_flag_selects_the_format(tmp_path):
     done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir")
     assert done.returncode == 2 and ".stablehlo" in done.stderr and ".onnx" in done.stderr
     options = "--format=stablehlo", "--platforms=cpu"
@@ -222,7 +222,7 @@ def test_format_is_that_of_the_ending_or_of_the_flag(tmp_path):
 
 
 @pytest.mark.slow
-def test_savedmodel_and_tflite_as_the_docs_say(tmp_path, finished_run):
+def test_savedmodel_and_tflite_run_as_documented(tmp_path, finished_run):
     pytest.importorskip("tensorflow")
     pytest.importorskip("jax.experimental.jax2tf")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)
