@@ -204,9 +204,30 @@ def test_timm_config_implies_classes_and_preprocessing():
     assert _timm_facts(flat_config).preprocess((224, 224)) == TIMM_OPS
 
 
+def test_timm_squash_resizes_both_sides():
+    ops_for = _timm_facts(_hub_config(crop_mode="squash")).preprocess
+    resize = "decode(dct='accurate')|resize({}, method='bicubic', antialias=True)"
+    assert ops_for((224, 224)) == resize.format(256) + "|central_crop(224)"
+    assert ops_for((64, 96)) is None
+    ops_for = _timm_facts(_hub_config(crop_mode="squash", crop_pct=1.0)).preprocess
+    assert ops_for((64, 96)) == resize.format((64, 96))
+    assert ops_for((64, 64)) == resize.format(64)
+
+
+def test_timm_config_implies_the_image_size():
+    assert _timm_facts(_hub_config(input_size=[3, 64, 96])).image_size == (64, 96)
+    for side, size in ((448, (448, 448)), ([64, 96], (64, 96))):
+        config = _hub_config() | {"model_args": {"img_size": side}}
+        assert _timm_facts(config).image_size == size
+    assert _timm_facts(_hub_config(input_size=None)).image_size is None
+    for size in ([3, 0, 0], [3, "a", "b"], 7):
+        with pytest.raises(UserError, match=r"config\.json of hf://me/mine"):
+            _timm_facts(_hub_config(input_size=size))
+
+
 def test_timm_preprocessing_without_an_equivalent_op_is_noted():
     imagenet = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    for values, word in ((imagenet, "0.485"), (dict(crop_mode="squash"), "squash")):
+    for values, word in ((imagenet, "0.485"), (dict(crop_mode="border"), "border")):
         implied_facts = _timm_facts(_hub_config(**values))
         assert implied_facts.preprocess((224, 224)) is None
         assert implied_facts.class_names == "imagenet1k"
@@ -499,6 +520,7 @@ def hub(tmp_path, monkeypatch):
 
     module = types.ModuleType("huggingface_hub")
     module.errors, module.hf_hub_download = errors, hf_hub_download
+    module.list_repo_files = lambda repository: [path.name for path in folder.iterdir()]
     module.fault, module.offline = None, False
     module.utils = types.SimpleNamespace(disable_progress_bars=lambda: None)
     module.folder = folder

@@ -12,6 +12,9 @@ import shlex
 from etils import epath
 
 ENDINGS = (".npz", ".safetensors")  # supported formats
+INDEX_ENDING = ".safetensors.index.json"  # of the index of a sharded safetensors file
+# The weights in a folder of the Hugging Face Hub, in order of preference.
+HUB_NAMES = ("model.safetensors", f"model{INDEX_ENDING}")
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".th")
 _MAX_NAMES = 10_000  # names that are examined in a folder
 
@@ -22,8 +25,8 @@ _FLAX = re.compile(r"checkpoint_\d+")
 def advice(path: epath.PathLike) -> str:
     """Returns a line that names another program's format at `path` and a conversion; else ""."""
     path = epath.Path(path)
-    if is_pickled(path.name):
-        return f"{path} {pickle_advice(path.name)}"
+    if line := file_advice(path.name):
+        return f"{path} {line}"
     names = [path.name, *_names_in(path)]
     if any(map(_BIG_VISION.fullmatch, names)) or any(name.startswith("params~") for name in names):
         place = path
@@ -50,9 +53,33 @@ def advice(path: epath.PathLike) -> str:
     files = [name for name in names[1:] if name.endswith(ENDINGS)]
     if files:
         return f"no checkpoint in {path}; pass a file in it instead: {path / min(files)}"
-    if pickled := [name for name in names[1:] if is_pickled(name)]:
-        return f"{path / min(pickled)} {pickle_advice(min(pickled))}"
+    for name in sorted(names[1:]):
+        if line := file_advice(name):
+            return f"{path / name} {line}"
     return ""
+
+
+def file_advice(name: str) -> str:
+    """Returns what a file of another program is, and a conversion; "" if its name is unknown."""
+    if is_pickled(name):
+        return pickle_advice(name)
+    if name.lower().endswith(".msgpack"):
+        out = name[: -len(".msgpack")]
+        return "is a Flax msgpack file; " + _command(
+            "import flax, numpy; from flax.serialization import msgpack_restore; "
+            f"numpy.savez({_quoted(out)}, **flax.traverse_util.flatten_dict("
+            f'msgpack_restore(open({_quoted(name)}, "rb").read()), sep="/"))',
+            f"{out}.npz",
+        )
+    return ""
+
+
+def hub_weights(path: epath.PathLike) -> epath.Path | None:
+    """Returns the weight file in a folder of the Hugging Face Hub; None for any other path."""
+    path = epath.Path(path).expanduser()
+    if "://" in str(path) or (path / "checkpoints").is_dir():  # a run
+        return None
+    return next((path / name for name in HUB_NAMES if (path / name).is_file()), None)
 
 
 def is_pickled(name: str) -> bool:
@@ -63,6 +90,8 @@ def is_pickled(name: str) -> bool:
 def pickle_advice(name: str) -> str:
     """Returns why a pickled file is not opened, and a command that converts it to safetensors."""
     out = re.sub(f"({'|'.join(map(re.escape, PICKLED))})+$", "", name, flags=re.IGNORECASE)
+    if out == "pytorch_model":  # as files in a Hub folder are named
+        out = "model"
     # timm's load_state_dict extracts the weights from a training checkpoint, and prefers an EMA.
     # Tensors that share memory must be cloned before they can be saved.
     return (
