@@ -538,6 +538,35 @@ def test_weights_are_downloaded_from_the_hub(hub):
     assert _fetch("hf://timm/mixer_b16_224.goog_in21k/sub/x.npz")[0].read_bytes() == b"npz"
 
 
+def test_sharded_hub_file_is_fetched_with_its_shards(hub):
+    places = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    index = hub.folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    (hub.folder / "config.json").write_text("{}")
+    (hub.folder / places["a"]).write_bytes(DATA)
+    repository = "hf://timm/mixer_b16_224.goog_in21k"
+    with pytest.raises(UserError, match=r"has no file that its model\.safetensors\.index\.json"):
+        remote.fetch(repository, log=print)
+    (hub.folder / places["b"]).write_bytes(DATA)
+    for name in (repository, f"{repository}/{index.name}"):
+        assert _fetch(name)[0] == remote.epath.Path(index)
+    (hub.folder / "model.safetensors").write_bytes(DATA)  # is preferred
+    assert _fetch(repository)[0].name == "model.safetensors"
+
+
+def test_hub_error_suggests_a_conversion(hub):
+    for name in ("README.md", "pytorch_model.bin"):
+        (hub.folder / name).write_bytes(b"")
+    repository = "hf://timm/mixer_b16_224.goog_in21k"
+    pickled = (
+        rf"has no model\.safetensors.*{repository}/pytorch_model\.bin is a pickled file.*python -c"
+    )
+    with pytest.raises(UserError, match=pickled):
+        remote.fetch(repository, log=print)
+    with pytest.raises(UserError, match=r"flax_model\.msgpack is a Flax msgpack file.*python -c"):
+        remote.fetch(f"{repository}/flax_model.msgpack", log=print)
+
+
 def test_offline_hub_uses_cached_weights_and_names_missing_files(hub):
     (hub.folder / "model.safetensors").write_bytes(DATA)
     (hub.folder / "config.json").write_text("{}")

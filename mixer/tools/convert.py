@@ -87,11 +87,9 @@ def main(argv: list[str]) -> None:
 
 def _results(source: str) -> dict[str, dict[str, Any]]:
     """Returns the results of the weights at `source` by split; {} if they are not a run's."""
-    from mixer.weights import fetch, foreign, hub
+    from mixer.weights import fetch, hub
 
-    if not fetch.is_directory(source) or foreign.hub_weights(source):
-        return {}
-    return hub.read_results(source)
+    return hub.read_results(source) if fetch.is_run(source) else {}
 
 
 def _layout(out: epath.Path) -> str:

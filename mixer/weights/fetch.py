@@ -28,8 +28,10 @@ from mixer import files
 from mixer.errors import UserError, first_line
 from mixer.files import STORES
 from mixer.weights import arrays, download, foreign, published
-from mixer.weights.foreign import ENDINGS
+from mixer.weights.foreign import ENDINGS, INDEX_ENDING
 
+# The weights in a folder or repository of the Hugging Face Hub, in order of preference.
+HUB_NAMES = ("model.safetensors", f"model{INDEX_ENDING}")
 MAX_CARD_BYTES = 16_000_000  # size of a JSON sidecar; 21,843 class names take about 1 MB
 # Query parameters that sign a URL and do not identify the file.
 _SIGNATURES = re.compile(
@@ -70,6 +72,19 @@ def is_directory(path: epath.PathLike) -> bool:
       UserError: the URL is invalid, or the cloud storage does not answer.
     """
     return not is_remote_file(path) and _query(path, lambda path: path.is_dir())
+
+
+def is_run(path: epath.PathLike) -> bool:
+    """Returns whether `path` is a directory that is not a folder of the Hub."""
+    return is_directory(path) and hub_weights(path) is None
+
+
+def hub_weights(path: epath.PathLike) -> epath.Path | None:
+    """Returns the weight file in a folder of the Hugging Face Hub; None for any other path."""
+    path = epath.Path(path).expanduser()
+    if "://" in str(path) or (path / "checkpoints").is_dir():  # a run
+        return None
+    return next((path / name for name in HUB_NAMES if (path / name).is_file()), None)
 
 
 def exists(path: epath.PathLike) -> bool:
@@ -204,7 +219,7 @@ def _check_ending(name: str, label: str) -> None:
 
 def _json_names(name: str) -> list[str]:
     """Returns the names of the JSON files that may describe the weight file `name`."""
-    config = ["config.json"] if name.endswith((".safetensors", foreign.INDEX_ENDING)) else []
+    config = ["config.json"] if name.endswith((".safetensors", INDEX_ENDING)) else []
     return [f"{name}.json", *config]
 
 
@@ -264,7 +279,7 @@ def _copy(url: str, target: Path, max_bytes: int | None = None) -> None:
 
 
 def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
-    """Fetches hf://owner/name/file; for hf://owner/name, the first of foreign.HUB_NAMES.
+    """Fetches hf://owner/name/file; for hf://owner/name, the first of HUB_NAMES.
 
     For the index of a sharded file, its files are fetched too.
     """
@@ -273,9 +288,9 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
     has_bad_part = {"", ".", ".."}.intersection(remainder.split("/"))
     if len(parts) < 2 or has_bad_part or not remainder.isprintable():
         raise UserError(f"{url}: expected hf://owner/name or hf://owner/name/file.npz")
-    repository, names = "/".join(parts[:2]), parts[2:] or foreign.HUB_NAMES
+    repository, names = "/".join(parts[:2]), parts[2:] or HUB_NAMES
     for name in names:
-        if not name.endswith(foreign.INDEX_ENDING):
+        if not name.endswith(INDEX_ENDING):
             _check_ending(name, url)
     try:
         from huggingface_hub import errors, hf_hub_download, list_repo_files, utils
@@ -316,7 +331,7 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
     try:
         path, name = get_first(names)
         folder = name.rpartition("/")[0]
-        if name.endswith(foreign.INDEX_ENDING):
+        if name.endswith(INDEX_ENDING):
             expected = f"file that its {name} lists"
             for shard in arrays.shard_names(path):
                 get(f"{folder}/{shard}".lstrip("/"))

@@ -13,8 +13,6 @@ from etils import epath
 
 ENDINGS = (".npz", ".safetensors")  # supported formats
 INDEX_ENDING = ".safetensors.index.json"  # of the index of a sharded safetensors file
-# The weights in a folder of the Hugging Face Hub, in order of preference.
-HUB_NAMES = ("model.safetensors", f"model{INDEX_ENDING}")
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".th")
 _MAX_NAMES = 10_000  # names that are examined in a folder
 
@@ -72,14 +70,6 @@ def file_advice(name: str) -> str:
             f"{out}.npz",
         )
     return ""
-
-
-def hub_weights(path: epath.PathLike) -> epath.Path | None:
-    """Returns the weight file in a folder of the Hugging Face Hub; None for any other path."""
-    path = epath.Path(path).expanduser()
-    if "://" in str(path) or (path / "checkpoints").is_dir():  # a run
-        return None
-    return next((path / name for name in HUB_NAMES if (path / name).is_file()), None)
 
 
 def is_pickled(name: str) -> bool:

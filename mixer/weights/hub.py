@@ -21,11 +21,10 @@ from mixer.data.preprocessing.ops import Kind
 from mixer.errors import UserError
 from mixer.models.registry import ARCHITECTURES
 from mixer.parallel import sharding
-from mixer.weights import checkpoint, formats
+from mixer.weights import checkpoint, fetch, formats
 from mixer.weights.card import Card
-from mixer.weights.foreign import HUB_NAMES
 
-WEIGHTS_NAME = HUB_NAMES[0]
+WEIGHTS_NAME = fetch.HUB_NAMES[0]
 # The preprocessing of timm's Mixers, for weights without a known preprocessing.
 _DEFAULT_RESIZE = {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 # timm's (Pillow's) name of each method of a resize; other methods have no counterpart.

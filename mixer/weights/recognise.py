@@ -74,10 +74,9 @@ def find(
         with _refetch_hint():
             return _find_file(source, local, image_size, gelu, fetched=True)
     local = epath.Path(path).expanduser()
-    if fetch.is_directory(path):
-        if file := foreign.hub_weights(local):
-            return _find_file(source, file, image_size, gelu, fetched=False)
+    if fetch.is_run(path):
         return _find_run(source, local, gelu)
+    local = fetch.hub_weights(local) or local
     if not fetch.exists(path) and local.suffix.lower() not in foreign.ENDINGS:
         newest = local.with_name(f"{local.name}-LAST")  # big_vision's name of the newest
         raise UserError(
