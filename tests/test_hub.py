@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -156,6 +157,8 @@ def test_faults_of_sharded_files(shards):
     name, file = next(iter(places.items()))
     other = next(other for other in places.values() if other != file)
 
+    os.mkfifo(index.with_name("pipe.safetensors"))
+
     def write(value):
         index.write_text(value if isinstance(value, str) else json.dumps({"weight_map": value}))
 
@@ -163,6 +166,8 @@ def test_faults_of_sharded_files(shards):
         (places | {name: other}, rf"{name}: not in {other}"),
         (places | {name: "../x.safetensors"}, r"'\.\./x\.safetensors'"),
         (places | {name: "x.bin"}, "'x.bin'"),
+        (places | {name: "a\n.safetensors"}, "a.*safetensors"),
+        (places | {name: "pipe.safetensors"}, "pipe.safetensors is not a regular file"),
         (places | {name: 7}, "'7'"),
         (places | {name: ["a.safetensors"]}, r"\['a\.safetensors'\]"),
         ({}, "weight_map"),

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import math
+import os
 import struct
 import tokenize
 import warnings
@@ -182,7 +183,7 @@ def _weight_map(path: epath.Path) -> dict[str, str]:
         if not isinstance(places, dict) or not places:
             raise ValueError("its weight_map is not an object with the file of each array")
         for name in set(map(str, places.values())):
-            if not name.endswith(".safetensors") or "/" in name or "\0" in name:
+            if not name.endswith(".safetensors") or "/" in name or not name.isprintable():
                 raise ValueError(f"{name!r} is not the name of a .safetensors file beside it")
         if len(set(places.values())) > MAX_SHARDS:
             raise ValueError(f"it lists more than {MAX_SHARDS:,} files")
@@ -199,8 +200,12 @@ def open_sharded(path: epath.Path) -> tuple[dict[str, StoredArray], dict[str, st
       UserError: the index or a file cannot be read.
       DamagedError: the index or a file is damaged, or a file lacks an array.
     """
-    places = _weight_map(path)
-    shards = {name: open_safetensors(path.with_name(name)) for name in shard_names(path)}
+    places, shards = _weight_map(path), {}
+    for name in sorted(set(places.values())):
+        shard = path.with_name(name)
+        if os.path.exists(shard) and not os.path.isfile(shard):
+            raise UserError(f"{shard} is not a regular file")
+        shards[name] = open_safetensors(shard)
     missing = [
         f"{name}: not in {file}" for name, file in places.items() if name not in shards[file][0]
     ]
