@@ -413,5 +413,6 @@ def _timm_limits(card: Card) -> str:
     if note := _preprocessing_note(card):
         limits.append(note)
     return "\n".join(f"- {limit}" for limit in limits) or (
-        "Nothing: with timm's own preprocessing, its logits equal ours up to rounding."
+        "Nothing: for the same pixels, timm's logits equal ours up to float32 rounding. For the "
+        "same image file, rounding in the resize changes some pixels by 1 or 2 of 255 levels."
     )
