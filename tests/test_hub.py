@@ -242,7 +242,7 @@ def test_config_json_of_other_widths_sizes_and_heads():
     assert "label_names" not in hub.timm_config(make_card(num_classes=0))
 
 
-@pytest.mark.parametrize("side", [32, 64, 224, 299, 384])
+@pytest.mark.parametrize("side", [9, 32, 64, 224, 299, 384])
 @pytest.mark.parametrize("larger", [0, 1, 5, 32])
 def test_exact_preprocessing_goes_through_config_json(side, larger):
     start, method = (
