@@ -1,8 +1,9 @@
-"""Folders of the Hugging Face Hub: what we write, what timm writes, and sharded files."""
+"""Folders for the Hugging Face Hub, folders that timm wrote, and sharded files."""
 
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 import yaml
 from etils import epath
-from flax import traverse_util
+from flax import serialization, traverse_util
 
 import mixer
 from helpers import GOLDENS, TINY, assert_same_bits, golden, run_program
@@ -25,8 +26,8 @@ from mixer.weights.card import Card
 from mixer.weights.published import timm_facts
 
 TIMM = GOLDENS / "mixer_tiny_timm.safetensors"
-TIMM_HUB = GOLDENS / "timm_hub"  # made by timm
-# What timm does to an image, in our words.
+TIMM_HUB = GOLDENS / "timm_hub"  # written by timm
+# A preprocessing that config.json expresses exactly.
 SPEC = "decode(dct='accurate')|resize_small(36, method='bicubic', antialias=True)|central_crop(32)"
 
 
@@ -36,7 +37,7 @@ def read(path, **options):
     return loaded, lines[-1]
 
 
-def refused(path, match):
+def expect_error(path, match):
     with pytest.raises(UserError, match=match) as caught:
         read(path)
     assert "\n" not in str(caught.value)
@@ -47,7 +48,7 @@ def make_card(variant=None, **values):
     dims = VARIANTS[variant] if variant else TINY
     fields = dict(architecture="mixer", variant=variant, dimensions=dims, num_classes=7)
     fields |= dict(image_size=(224, 224), gelu="erf", preprocess=None, class_names=None)
-    return Card(**fields | dict(source="made up") | values)
+    return Card(**fields | dict(source="random") | values)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def folder(tmp_path):
     """The golden weights, with a card that config.json can express, as a folder."""
     loaded, _ = read(GOLDENS / "mixer_tiny_official.npz")
     names = tuple(f"class {i}" for i in range(7))
-    card = dataclasses.replace(loaded.card, preprocess=SPEC, class_names=names, source="made up")
+    card = dataclasses.replace(loaded.card, preprocess=SPEC, class_names=names, source="random")
     path = epath.Path(tmp_path / "pets.v1")
     convert.write(path, dataclasses.replace(loaded, card=card), "hub")
     return path, loaded.params, card
@@ -64,10 +65,10 @@ def folder(tmp_path):
 # Reading.
 
 
-def test_a_folder_that_timm_wrote_gives_timms_logits():
+def test_folder_written_by_timm_reproduces_its_logits():
     loaded, line = read(TIMM_HUB)
     card = loaded.card
-    assert card.image_size == (16, 24) and "config.json" in line  # 6 patches make no square
+    assert card.image_size == (16, 24) and "config.json" in line  # 6 patches do not form a square
     assert card.class_names == ("cat", "dog", "fox") and card.value_range == (0, 1)
     resize = "resize((16, 24), method='bicubic', antialias=True)"
     assert card.preprocess == f"decode(dct='accurate')|{resize}|value_range(0, 1)"
@@ -79,30 +80,30 @@ def test_a_folder_that_timm_wrote_gives_timms_logits():
     assert_same_bits(params, loaded.params)
 
 
-def test_our_folder_comes_back(folder):
+def test_folder_round_trip_is_bit_identical(folder):
     path, params, card = folder
     loaded, _ = read(path)
     assert_same_bits(loaded.params, params)
     assert loaded.card == card
-    (path / "model.safetensors.json").unlink()  # then config.json and the header tell the same
+    (path / "model.safetensors.json").unlink()  # config.json and the header suffice
     loaded, line = read(path)
     assert_same_bits(loaded.params, params)
     assert loaded.card == dataclasses.replace(card, source=str(path))
     assert "tanh (its header)" in line
 
 
-def test_a_run_that_holds_a_weight_file_is_a_run(finished_run, tmp_path):
+def test_run_with_a_weight_file_is_loaded_as_a_run(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     shutil.copy(TIMM, run / "model.safetensors")
     assert "run, step 12" in read(run)[1]
 
 
-def test_a_folder_is_evaluated_as_weights_without_a_run(folder):
+def test_folder_is_evaluated_without_a_run(folder):
     subject = open_subject(folder[0], say=print)
     assert subject.workdir is None and subject.card == folder[2]
 
 
-def test_an_image_size_that_does_not_fit_the_arrays_is_not_believed(tmp_path):
+def test_config_image_size_is_ignored_if_it_does_not_fit_the_arrays(tmp_path):
     folder = shutil.copytree(TIMM_HUB, tmp_path / "x")
     config = json.loads((folder / "config.json").read_text())
     shutil.copy(TIMM, folder / "model.safetensors")  # of 32 x 32
@@ -114,7 +115,7 @@ def test_an_image_size_that_does_not_fit_the_arrays_is_not_believed(tmp_path):
     assert read(folder, image_size=(16, 64))[0].card.image_size == (16, 64)
 
 
-def test_the_prefix_of_transformers(tmp_path):
+def test_transformers_prefix_is_removed(tmp_path):
     arrays = safetensors.numpy.load_file(TIMM_HUB / "model.safetensors")
     arrays = {f"timm_model.{name}": value for name, value in arrays.items()}
     safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
@@ -143,7 +144,7 @@ def shards(tmp_path):
     return index, places
 
 
-def test_sharded_files(shards):
+def test_sharded_file_loads_like_a_single_file(shards):
     index, _ = shards
     expected, _ = read(TIMM)
     for path in (index, index.parent):
@@ -152,7 +153,7 @@ def test_sharded_files(shards):
         assert loaded.card == dataclasses.replace(expected.card, source=str(path))
 
 
-def test_faults_of_sharded_files(shards):
+def test_damaged_index_raises_one_line(shards):
     index, places = shards
     name, file = next(iter(places.items()))
     other = next(other for other in places.values() if other != file)
@@ -182,27 +183,23 @@ def test_faults_of_sharded_files(shards):
         (places | {name: "none.safetensors"}, "none.safetensors"),
     ):
         write(value)
-        refused(index, message)
+        expect_error(index, message)
     write(places)
     (index.parent / file).write_bytes((index.parent / file).read_bytes()[:50])
-    refused(index.parent, file)
+    expect_error(index.parent, file)
     index.unlink()
-    refused(index, "no such run or file")
+    expect_error(index, "no such run or file")
 
 
-def test_folders_of_other_formats_are_refused_with_a_line(tmp_path, monkeypatch):
+def test_other_formats_in_a_folder_get_a_conversion_command(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    text = refused(tmp_path, r"pytorch_model\.bin is a pickled file")
-    assert '"model.safetensors"' in text  # which the folder is then read from
+    text = expect_error(tmp_path, r"pytorch_model\.bin is a pickled file")
+    assert '"model.safetensors"' in text  # the name that mixer.load reads
     (tmp_path / "pytorch_model.bin").unlink()
-    import shlex
-
-    from flax import serialization
-
     arrays = {"params": traverse_util.unflatten_dict(dict(golden("official")), sep="/")}
     (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(arrays))
-    text = refused(tmp_path, r"flax_model\.msgpack is a Flax msgpack file")
+    text = expect_error(tmp_path, r"flax_model\.msgpack is a Flax msgpack file")
     monkeypatch.chdir(tmp_path)
     exec(shlex.split(text.split("`")[1])[2], {})
     expected, _ = read(GOLDENS / "mixer_tiny_official.npz")
@@ -244,7 +241,7 @@ def test_config_json_of_other_widths_sizes_and_heads():
 
 @pytest.mark.parametrize("side", [9, 32, 64, 224, 299, 384])
 @pytest.mark.parametrize("larger", [0, 1, 5, 32])
-def test_exact_preprocessing_goes_through_config_json(side, larger):
+def test_exact_preprocessing_survives_config_json(side, larger):
     start, method = (
         "decode(dct='accurate')|",
         f"({side + larger}, method='bilinear', antialias=True)",
@@ -257,7 +254,7 @@ def test_exact_preprocessing_goes_through_config_json(side, larger):
         assert facts.preprocess((side, side)) == steps
 
 
-def test_the_card_says_what_timm_cannot_express():
+def test_model_card_lists_what_timm_cannot_express():
     def limits(**values):
         card = make_card(values.pop("variant", "B/16"), **values)
         text = hub.model_card(card, name="x", num_params=1, license_name="mit", results={})
@@ -279,7 +276,7 @@ def test_the_card_says_what_timm_cannot_express():
         assert text.count("- ") == 1 and "Preprocessing" in text and word in text
 
 
-def test_a_run_becomes_a_folder_with_its_results(finished_run, tmp_path):
+def test_model_card_contains_the_results_of_the_run(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     splits = {
         "test": {"count": 50, "top1": 0.5},
@@ -310,11 +307,11 @@ def test_a_run_becomes_a_folder_with_its_results(finished_run, tmp_path):
     assert hub.read_results(run) == {}
 
 
-def test_mistakes_get_one_line(tmp_path):
-    (tmp_path / "there").mkdir()
+def test_invalid_arguments_exit_with_one_line(tmp_path):
+    (tmp_path / "existing").mkdir()
     for arguments, message in (
         ((TIMM, tmp_path / "x.npz", "--to=hub"), "x.npz"),
-        ((TIMM, tmp_path / "there", "--to=hub"), "there exists already"),
+        ((TIMM, tmp_path / "existing", "--to=hub"), "existing exists already"),
         ((TIMM, tmp_path / "x", "--to=hub", "--license=a b\n"), "--license"),
         ((TIMM, tmp_path / "x.npz", "--license=mit"), "--license=mit"),
         ((TIMM, tmp_path / "x", "--to=hub", "--layout=legacy"), "--layout=legacy"),
@@ -322,7 +319,7 @@ def test_mistakes_get_one_line(tmp_path):
         done = run_program("mixer.tools.convert", *arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert message in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["existing"]
 
 
 def test_timm_opens_the_folder(folder):
