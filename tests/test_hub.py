@@ -280,6 +280,7 @@ def test_model_card_contains_the_results_of_the_run(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     splits = {
         "test": {"count": 50, "top1": 0.5},
+        "val_ema": {"count": 4, "top1": 0.5, "data": "/data/of mine/pets val"},
         "test_ema": {"count": 1797, "top1": 0.96875, "top1_interval": [0.95, 0.98], "top5": 1.0}
         | {"loss": 0.125, "data": 'digits "test"'},
     }
@@ -293,7 +294,8 @@ def test_model_card_contains_the_results_of_the_run(finished_run, tmp_path):
     assert front["license"] == "apache-2.0" and front["library_name"] == "jax"
     assert front["pipeline_tag"] == "image-classification" and "mlp-mixer" in front["tags"]
     (entry,) = front["model-index"]
-    (result,) = entry["results"]  # of the average, which is what was written
+    second, result = entry["results"]  # of the average, which is what was written
+    assert second["dataset"]["name"] == "pets val" and "/data" not in text
     assert entry["name"] == "pets" and result["dataset"]["name"] == 'digits "test"'
     assert result["metrics"] == [{"type": "accuracy", "value": 0.96875}]
     assert "| test | 1,797 | 96.88 % | 95.00 % to 98.00 % | 100.00 % | 0.1250 |" in text

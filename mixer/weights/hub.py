@@ -47,19 +47,24 @@ def write_folder(
 ) -> None:
     """Writes the folder atomically.
 
+    Absolute paths in the card and the results are shortened to their last part, because the folder
+    will be public.
+
     Args:
       path: the folder, which does not exist.
       arrays: float32 arrays by published name.
-      card: the card of the weights. An absolute path in its `source` is shortened to the name,
-        because the folder will be public.
+      card: the card of the weights.
       license_name: the license of the weights, as the Hub spells it.
-      results: results by split, as `read_results` returns them.
+      results: results by split, as `read_results` returns them; their "data" is optional.
 
     Raises:
       UserError: a value is NaN or infinite, or timm has no such architecture.
     """
-    if os.path.isabs(card.source):
-        card = dataclasses.replace(card, source=os.path.basename(card.source))
+    card = dataclasses.replace(card, source=_without_folder(card.source))
+    results = {
+        split: summary | {"data": _without_folder(summary.get("data", split))}
+        for split, summary in results.items()
+    }
     with files.atomic_directory(path) as folder:
         formats.write_file(folder / WEIGHTS_NAME, arrays, card, layout="timm")
         run_files.write_json(folder / "config.json", timm_config(card))
@@ -71,6 +76,11 @@ def write_folder(
             results=results,
         )
         files.write_text(folder / "README.md", text)
+
+
+def _without_folder(text: str) -> str:
+    """Returns text such as "/data/pets val" without the folder of the path that it starts with."""
+    return text.rpartition("/")[2] if os.path.isabs(text) else text
 
 
 def read_results(run: epath.PathLike) -> dict[str, dict[str, Any]]:
@@ -286,7 +296,7 @@ def _front_matter(
             "  - task:",
             "      type: image-classification",
             "    dataset:",
-            f"      name: {_yaml(summary.get('data', split))}",
+            f"      name: {_yaml(summary['data'])}",
             f"      type: {_yaml(split)}",
             "    metrics:",
             "    - type: accuracy",
@@ -333,7 +343,7 @@ def _results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     notes = [
         f"`{split}` is {summary['data']}."
         for split, summary in results.items()
-        if "data" in summary
+        if summary["data"] != split
     ]
     return "\n".join(rows) + "\n\nIntervals are Wilson's." + "".join(f" {note}" for note in notes)
 
