@@ -386,6 +386,17 @@ def to_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
     return array[None] if layout == "legacy" and "_mixing/Dense_" in name else array
 
 
+# timm's models by name, and the arguments of its class that each name sets (timm 1.0.31).
+TIMM_MODELS = {
+    f"mixer_{name[0].lower()}{name[2:]}_224": dict(
+        patch_size=VARIANTS[name]["patch_size"],
+        num_blocks=VARIANTS[name]["num_blocks"],
+        embed_dim=VARIANTS[name]["hidden_dim"],
+    )
+    for name in ("S/32", "S/16", "B/32", "B/16", "L/32", "L/16")
+}
+
+
 def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:
     """Returns the arguments of timm.models.mlp_mixer.MlpMixer for a model equal to `model`.
 

@@ -58,6 +58,8 @@ class Architecture:
       timm_arguments: (model, image_size) -> arguments of timm's class for the same model.
       resize: for the name of each method, such as "interpolate": (published name, array, grid=,
         new_grid=) -> the array for images of another size.
+      timm_class: path of timm's class for the same models; "" if timm has none.
+      timm_models: names of timm's models, and the arguments of its class that each name sets.
     """
 
     name: str
@@ -83,6 +85,8 @@ class Architecture:
     to_layout: Callable
     timm_arguments: Callable
     resize: Mapping[str, Callable]
+    timm_class: str = ""
+    timm_models: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -115,6 +119,8 @@ _ENTRIES = (
         to_layout=mlp_mixer.to_layout,
         timm_arguments=mlp_mixer.timm_arguments,
         resize={"grow": mlp_mixer.grow, "interpolate": mlp_mixer.interpolate},
+        timm_class="timm.models.mlp_mixer.MlpMixer",
+        timm_models=mlp_mixer.TIMM_MODELS,
     ),
 )
 ARCHITECTURES = {entry.name: entry for entry in _ENTRIES}

@@ -27,6 +27,7 @@ from mixer.weights.arrays import (
     describe_non_finite,
     open_npz,
     open_safetensors,
+    open_sharded,
     printable_line,
     write_npz,
     write_safetensors,
@@ -77,10 +78,10 @@ def open_file(path: epath.PathLike) -> File:
             arrays = open_npz(path)
         case ".safetensors":
             arrays, metadata = open_safetensors(path)
-            gelu = metadata.get("gelu")
-            if gelu not in (None, *GELUS):
-                expected = ", ".join(GELUS)
-                raise DamagedError(path, f"header of {path}: gelu={gelu!r}; expected {expected}")
+            gelu = _gelu_in(path, metadata)
+        case ".json" if path.name.endswith(foreign.INDEX_ENDING):
+            arrays, metadata = open_sharded(path)
+            gelu = _gelu_in(path, metadata)
         case _:
             advice = foreign.advice(path)
             raise UserError(advice or f"{path} is not a weight file; expected .npz or .safetensors")
@@ -107,9 +108,18 @@ def open_file(path: epath.PathLike) -> File:
     return File(path, name, layout, shapes, read, gelu, notes)
 
 
+def _gelu_in(path: epath.Path, metadata: Mapping[str, str]) -> str | None:
+    """Returns the GELU form in a safetensors header; None if the header has none."""
+    gelu = metadata.get("gelu")
+    if gelu not in (None, *GELUS):
+        expected = ", ".join(GELUS)
+        raise DamagedError(path, f"header of {path}: gelu={gelu!r}; expected {expected}")
+    return gelu
+
+
 # Keys under which training programs nest weights, in order of preference: averages come first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "_orig_mod")
-_WRAPPERS += ("params", "opt/target", "target")
+_WRAPPERS += ("params", "opt/target", "target", "timm_model")  # the last: of transformers
 
 
 def _first_parts(architecture: Architecture) -> set[str]:
@@ -209,7 +219,8 @@ def write_file(
     with files.atomic_write(path) as new, files.atomic_write(card_path(path)) as new_card:
         files.write_text(new_card, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if layout == "timm":
-            write_safetensors(new, stored, {"gelu": card.gelu})
+            # transformers refuses a file whose header has entries but no "format".
+            write_safetensors(new, stored, {"format": "pt", "gelu": card.gelu})
         else:
             write_npz(new, stored)
     return card_path(path)

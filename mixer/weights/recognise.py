@@ -74,14 +74,15 @@ def find(
         with _refetch_hint():
             return _find_file(source, local, image_size, gelu, fetched=True)
     local = epath.Path(path).expanduser()
-    if fetch.is_directory(path):
+    if fetch.is_run(path):
         return _find_run(source, local, gelu)
+    local = fetch.hub_weights(local) or local
     if not fetch.exists(path) and local.suffix.lower() not in foreign.ENDINGS:
         newest = local.with_name(f"{local.name}-LAST")  # big_vision's name of the newest
         raise UserError(
             (fetch.exists(newest) and foreign.advice(local))
             or f"{path}: no such run or file; expected a run, one of its checkpoints, an .npz or "
-            f".safetensors file, or one of {', '.join(published.CHECKPOINTS)}"
+            f".safetensors file, a folder of the Hub, or one of {', '.join(published.CHECKPOINTS)}"
         )
     return _find_file(source, local, image_size, gelu, fetched=False)
 
@@ -126,7 +127,9 @@ def _find_file(
     if sidecar:
         size = sidecar["image_size"]
     else:
-        size, assumption = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
+        size, assumption = _assumed_size(
+            source, num_tokens, dims["patch_size"], image_size, facts.image_size
+        )
         about.append(assumption)
     gelu_sources = (
         (gelu, "as requested"),
@@ -193,15 +196,22 @@ def _timm_config(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _assumed_size(
-    source: str, num_tokens: int, patch_size: int, image_size: int | tuple[int, int] | None
+    source: str,
+    num_tokens: int,
+    patch_size: int,
+    image_size: int | tuple[int, int] | None,
+    config_size: tuple[int, int] | None,
 ) -> tuple[tuple[int, int], str]:
     """Returns an image size with `num_tokens` patches, and the reason for the choice.
 
-    The arrays give only the number of patches, not the height and width.
+    The arrays give only the number of patches, not the height and width. `config_size` is that of
+    timm's config.json; older versions of timm did not update it if the model was resized.
     """
     size = image_size if image_size is None else parse_size(image_size)
     if size and math.prod(size) == num_tokens * patch_size**2:
         return size, "image size as requested"
+    if config_size and math.prod(config_size) == num_tokens * patch_size**2:
+        return config_size, "image size of its config.json"
     if side := _square_side(num_tokens, patch_size):
         return (side, side), "assuming a square image"
     raise UserError(
