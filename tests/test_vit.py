@@ -11,12 +11,14 @@ import pytest
 from flax import traverse_util
 
 import mixer
-from helpers import GOLDENS, TINY_VIT, assert_same_bits, final_state, tiny_config
+from helpers import GOLDENS, TINY, TINY_VIT, assert_same_bits, final_state, tiny_config
 from mixer import trainer
 from mixer.errors import UserError
-from mixer.models import registry, vit
+from mixer.models import flops, placement, registry, vit
 from mixer.models.registry import make_model
 from mixer.runs import config as run
+from mixer.tools.inspect import activations
+from mixer.tools.plan import hlo
 from mixer.weights import formats, load
 
 # REFERENCE: parameters with 1,000 classes at 224 px: class token with a position for each patch,
@@ -243,3 +245,57 @@ def test_files_and_keys_of_another_architecture_are_refused():
             config.model.tokens_mlp_dim = 8
         with pytest.raises(UserError, match=rf"model\.{key}="):
             run.check_config(config)
+
+
+@pytest.mark.parametrize("kind", ["official_token", "official_gap"])
+def test_attention_maps_are_those_of_the_formula(kind):
+    images, params = golden(f"{kind}_outputs")["image"], golden_params(kind)
+    model = tiny(**KINDS[kind])
+    maps = activations.attention_maps(model, params, images, batch_size=3)
+    x = np.asarray(model.apply({"params": params}, images)[1]["tokens"], np.float64)
+    block = params["Transformer"]["encoderblock_0"]
+    norm, attention = block["LayerNorm_0"], block["MultiHeadDotProductAttention_0"]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    x = x * norm["scale"] + norm["bias"]
+    query, key = (
+        np.einsum("ntc,chd->nhtd", x, attention[name]["kernel"]) + attention[name]["bias"][:, None]
+        for name in ("query", "key")
+    )
+    weights = np.exp(query @ key.swapaxes(2, 3) / np.sqrt(6))
+    weights /= weights.sum(-1, keepdims=True)
+    weights = weights[:, :, 0, 1:] if kind == "official_token" else weights.mean(2)
+    assert maps.shape == (3, 4, 4, 4)
+    np.testing.assert_allclose(maps[0], weights.mean(0).reshape(4, 4, 4), rtol=1e-4)
+    mixer_model = make_model(num_classes=7, **TINY)
+    mixer_params = jax.jit(mixer_model.init)(jax.random.key(0), images)["params"]
+    assert activations.attention_maps(mixer_model, mixer_params, images) is None
+
+
+@pytest.mark.parametrize("options", [{}, dict(pooling="gap", positions="sincos2d")])
+def test_flops_are_those_of_the_compiled_program(options):
+    model, size = tiny(hidden_dim=64, mlp_dim=128, **options), (64, 64)
+    images = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
+    params = registry.param_shapes(model, size)
+    params = traverse_util.unflatten_dict(params, sep="/")
+
+    def loss(params, images):
+        return model.apply({"params": params}, images)[0].sum()
+
+    for function, expected in ((loss, flops.forward_flops), (jax.grad(loss), flops.train_flops)):
+        counted = hlo.count(jax.jit(function).lower(params, images).compile().as_text()).flops
+        assert counted == pytest.approx(2 * expected(model, size), rel=0.01)
+
+
+def test_heads_and_mlp_are_split_over_the_mesh():
+    mesh = jax.sharding.AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
+    shapes = registry.param_shapes(tiny(), (32, 32))
+    shapes = traverse_util.unflatten_dict(shapes, sep="/")
+    shardings = traverse_util.flatten_dict(placement.state_shardings(mesh, shapes), sep="/")
+    block = "Transformer/encoderblock_2"
+    specs = {name: tuple(value.spec) for name, value in shardings.items()}
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+    assert specs[f"{attention}/query/kernel"] == ("fsdp", "tensor", None)
+    assert specs[f"{attention}/value/bias"] == ("tensor", None)
+    assert specs[f"{attention}/out/kernel"] == ("tensor", None, "fsdp")
+    assert specs[f"{block}/MlpBlock_0/Dense_1/kernel"] == ("tensor", "fsdp")
+    assert specs["embedding/kernel"][-1] == "fsdp" and specs["cls"] == ()

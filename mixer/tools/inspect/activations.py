@@ -236,6 +236,44 @@ def _make_compute_sums(model: nn.Module) -> Callable[[Any, jax.Array], dict[str,
     return compute_sums
 
 
+def attention_maps(
+    model: nn.Module, params: Any, images: np.ndarray, batch_size: int = 16
+) -> np.ndarray | None:
+    """Returns how much each patch is attended to, (L, heads, H/P, W/P), as a mean over images.
+
+    The queries are the class token, or the mean of all tokens if there is none. None: the model's
+    blocks have no attention.
+
+    Args:
+      model: the model.
+      params: parameters of the model.
+      images: (n, H, W, 3) preprocessed images: uint8, or floats in the model's input range.
+      batch_size: images per batch.
+    """
+    architecture = architecture_of(model)
+    grid = tuple(side // model.patch_size for side in images.shape[1:3])
+
+    @jax.jit
+    def sum_maps(params: Any, images: jax.Array) -> list[jax.Array]:
+        _, state = model.apply({"params": params}, normalize(images), mutable=["attention"])
+        weights = traverse_util.flatten_dict(state.get("attention", {}), sep="/")
+        maps = []
+        for name in (f"{architecture.block.format(i)}/" for i in range(model.num_blocks)):
+            for value in (weights[key][0] for key in weights if key.startswith(name)):
+                num_first = value.shape[-1] - grid[0] * grid[1]  # 1 with a class token
+                queries = value[:, :, :num_first] if num_first else value
+                maps.append(queries[..., num_first:].mean(2).sum(0))  # heads, patches
+        return maps
+
+    total = 0
+    for start in range(0, len(images), batch_size):
+        maps = jax.device_get(sum_maps(params, images[start : start + batch_size]))
+        if not maps:
+            return None
+        total = total + np.stack(maps)
+    return total.reshape(*total.shape[:2], *grid) / len(images)
+
+
 def cluster_order(confusion: np.ndarray) -> np.ndarray:
     """Returns an order (K,) of the classes in which confused classes are adjacent.
 
