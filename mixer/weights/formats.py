@@ -32,7 +32,7 @@ from mixer.weights.arrays import (
     write_npz,
     write_safetensors,
 )
-from mixer.weights.card import FORMAT, Card, card_path, checksum
+from mixer.weights.card import FORMAT, Card, card_path, checksum, read_card, read_json
 
 # For each layout, the suffix of its files and the GELU form of the code base that defines it.
 ENDINGS = {"published": ".npz", "legacy": ".npz", "timm": ".safetensors"}
@@ -90,7 +90,8 @@ def open_file(path: epath.PathLike) -> File:
     check_dtypes(arrays, path)
 
     architecture = ARCHITECTURES[name]
-    stored_names = {}  # published name -> name in the file
+    fields = _read_fields(path)
+    stored_names = {}  # published name -> name in the file; several leaves may share an array
     for leaf in architecture.leaf_names(count_blocks(arrays)):
         if (stored := architecture.stored_name(leaf, layout)) in arrays:
             stored_names[leaf] = stored
@@ -99,10 +100,10 @@ def open_file(path: epath.PathLike) -> File:
     def shape(leaf: str) -> tuple[int, ...]:
         # broadcast_to allocates no memory for the array.
         placeholder = np.broadcast_to(np.float32(0), arrays[stored_names[leaf]].shape)
-        return architecture.from_layout(leaf, placeholder, layout).shape
+        return architecture.from_layout(leaf, placeholder, layout, fields).shape
 
     def read(leaf: str) -> np.ndarray:
-        return architecture.from_layout(leaf, arrays[stored_names[leaf]].read(), layout)
+        return architecture.from_layout(leaf, arrays[stored_names[leaf]].read(), layout, fields)
 
     shapes = {leaf: shape(leaf) for leaf in stored_names}
     return File(path, name, layout, shapes, read, gelu, notes)
@@ -115,6 +116,15 @@ def _gelu_in(path: epath.Path, metadata: Mapping[str, str]) -> str | None:
         expected = ", ".join(GELUS)
         raise DamagedError(path, f"header of {path}: gelu={gelu!r}; expected {expected}")
     return gelu
+
+
+def _read_fields(path: epath.Path) -> dict[str, Any]:
+    """Returns the model's fields in the JSON sidecar of a file, or else in timm's config.json."""
+    if (sidecar := read_card(path)) is not None:
+        return sidecar
+    config = read_json(path.with_name("config.json")) if path.suffix == ".safetensors" else None
+    fields = config.get("model_args") if isinstance(config, dict) else None
+    return fields if isinstance(fields, dict) else {}
 
 
 # Keys under which training programs nest weights, in order of preference: averages come first.
@@ -171,7 +181,7 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
         first = next(iter(architecture.leaf_names(0)))
         layouts = architecture.layouts
         names = (f"{architecture.stored_name(first, lay)} ({lay} layout)" for lay in layouts)
-        expected.append(f"an {architecture.title} has {' or '.join(names)}")
+        expected.append(f"{architecture.title}: {' or '.join(names)}")
     names = ", ".join(map(printable_line, sorted(shapes)[:4])) or "no arrays"
     ending = " ..." if len(shapes) > 4 else ""
     raise UserError(
@@ -197,24 +207,35 @@ def write_file(
       The path of the JSON.
 
     Raises:
-      UserError: a value is NaN or infinite, the architecture has no such layout, or the suffix
-        belongs to another layout.
+      UserError: a value is NaN or infinite, the architecture has no such layout, timm has no such
+        model, or the suffix belongs to another layout.
     """
     path = epath.Path(path)
     architecture = ARCHITECTURES[card.architecture]
     check_choice("layout", layout, architecture.layouts)
     if path.suffix != ENDINGS[layout]:
         raise UserError(f"{path}: files in the {layout} layout end in {ENDINGS[layout]}")
-    stored = {}
+    timm_arguments = architecture.timm_arguments(card.model(), card.image_size)
+    if layout == "timm" and timm_arguments is None:
+        options = ", ".join(f"{key}={card.dimensions[key]}" for key in architecture.options)
+        raise UserError(f"{path}: timm has no {architecture.title} with {options}")
+    parts: dict[str, dict[str, np.ndarray]] = {}  # the leaves of each array in the file
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
         if fault := describe_non_finite(array):
             raise UserError(f"{path} is not written: {name} {fault}")
         array = architecture.to_layout(name, array, layout)
-        stored[architecture.stored_name(name, layout)] = array
+        parts.setdefault(architecture.stored_name(name, layout), {})[name] = array
+    order = list(architecture.leaf_names(card.num_blocks))
+    stored = {
+        name: np.concatenate([leaves[leaf] for leaf in sorted(leaves, key=order.index)])
+        if len(leaves) > 1
+        else next(iter(leaves.values()))
+        for name, leaves in parts.items()
+    }
     values = {"format": FORMAT, "layout": layout} | card.as_json()
     values["checksum"] = checksum(lambda name: np.asarray(arrays[name]), arrays)
-    values["timm"] = architecture.timm_arguments(card.model(), card.image_size)
+    values["timm"] = timm_arguments
     # The JSON gets its final name first, because arrays without it could be misidentified.
     with files.atomic_write(path) as new, files.atomic_write(card_path(path)) as new_card:
         files.write_text(new_card, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
