@@ -138,7 +138,7 @@ def check_place(workdir: epath.Path) -> None:
     ):
         for path in (workdir / name for name in names):
             if os.path.lexists(path) and not has_type(path):
-                raise UserError(f"{path} is not a {noun}, as a run needs; move it away")
+                raise UserError(f"{path} is not a {noun}, which a run needs there; move it away")
 
 
 def record_result(

@@ -86,7 +86,9 @@ def _layout(out: epath.Path) -> str:
     from mixer.weights.card import card_path
 
     if "://" in str(out):
-        raise UserError(f"{out}: remote path; expected a local path (copy the files afterwards)")
+        raise UserError(
+            f"{out} is a remote path; expected a local path (copy the files afterwards)"
+        )
     for path in (out, card_path(out)) if out.suffix else (out,):
         if os.path.lexists(path):
             raise UserError(f"{path} exists already; remove it, or choose another name")
