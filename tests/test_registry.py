@@ -50,15 +50,15 @@ def test_dimensions_are_inferred_from_shapes(model):
 def test_layouts_are_recognised_and_restore_the_arrays(model):
     architecture, rng = registry.architecture_of(model), np.random.default_rng(0)
     for layout in ENDINGS:
-        stored = {}
+        stored_arrays = {}
         for name, leaf in trace_params(model).items():
             array = rng.normal(size=leaf.shape).astype(np.float32)
             stored_name = architecture.stored_name(name, layout)
-            assert stored_name not in stored
-            stored[stored_name] = architecture.to_layout(name, array, layout)
-            restored = architecture.from_layout(name, stored[stored_name], layout)
-            np.testing.assert_array_equal(restored, array)
-        shapes = {name: array.shape for name, array in stored.items()}
+            assert stored_name not in stored_arrays
+            stored_arrays[stored_name] = architecture.to_layout(name, array, layout)
+            restored_array = architecture.from_layout(name, stored_arrays[stored_name], layout)
+            np.testing.assert_array_equal(restored_array, array)
+        shapes = {name: array.shape for name, array in stored_arrays.items()}
         assert architecture.recognise(shapes, "x") == layout
 
 

@@ -48,8 +48,8 @@ class OpenRun:
             return
         self.checkpoints.wait()
         if self.checkpoints.steps:
-            last = self.checkpoints.describe_last()
-            say(f"saved {last}; the same command continues from it")
+            description = self.checkpoints.describe_last()
+            say(f"saved {description}; the same command continues from it")
         else:
             say(f"{self.signals.name}: no checkpoint saved, as the run has not finished a step")
         raise signals.Stopped(self.signals.received)

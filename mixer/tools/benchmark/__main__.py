@@ -172,13 +172,13 @@ def _cases(measurement: str) -> list[Any]:
 
     if not MODELS.value:
         raise UserError(f"--models is empty; expected some of {', '.join(cases.MODELS)}")
-    selected = []
+    selected_cases = []
     for name in MODELS.value:
         check_choice("--models", name, cases.MODELS)
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
         check_image_size((size, size), cases.MODELS[name]["patch_size"])
         for batch_size in _batch_sizes():
-            selected.append(
+            selected_cases.append(
                 cases.Case(
                     measurement=measurement,
                     model=name,
@@ -190,7 +190,7 @@ def _cases(measurement: str) -> list[Any]:
                     gelu=GELU.value,
                 )
             )
-    return selected
+    return selected_cases
 
 
 def _batch_sizes() -> list[int]:

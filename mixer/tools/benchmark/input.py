@@ -134,8 +134,8 @@ def measure(
     if failure := figures.get("step_failure"):
         record.console.say(f"the training step: {failure}")
     else:
-        measured = figures["step_per_device"]
-        step = (measured["median"], "measured") if measured else (step_rate, "given")
+        measured_rate = figures["step_per_device"]
+        step = (measured_rate["median"], "measured") if measured_rate else (step_rate, "given")
         evaluation = evaluation_rate(model, config.image_size, step[0])
         figures["feeds"] = _show_feeds(record.console, figures, step, evaluation)
     record.write(figures)

@@ -163,9 +163,10 @@ def _host_rows(subject: Subject, host: dict[str, Any]) -> list[Row]:
     rows = []
     if not host["input"]["stays_on_device"]:
         images = f"{host['images_per_second']:,.0f} images/s"
-        read = short(host["read_bytes_per_second"], "B/s")
-        sent = short(host["send_bytes_per_second"], "B/s")
-        rows.append(("each host reads", f"{images}, {read} of files, sends {sent} to its devices"))
+        read_rate = short(host["read_bytes_per_second"], "B/s")
+        send_rate = short(host["send_bytes_per_second"], "B/s")
+        text = f"{images}, {read_rate} of files, sends {send_rate} to its devices"
+        rows.append(("each host reads", text))
     needs = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in host["memory"].items())
     total = f"{host['memory_needed'] / 1e9:,.1f} of {host['memory_there'] / 1e9:,.0f} GB"
     return [
