@@ -342,8 +342,8 @@ def _receive(port: int, num_processes: int) -> None:
 def _print_progress(line: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
     """Prints `line()` every `TELL_SECS` during the block."""
 
-    def tell(done: threading.Event) -> None:
-        while not done.wait(TELL_SECS):
+    def tell(stop_event: threading.Event) -> None:
+        while not stop_event.wait(TELL_SECS):
             print(f"waiting at most {JOIN_SECS:.0f} s: {line()}", flush=True)
 
     return processes.helper_thread(tell, "meeting")

@@ -152,13 +152,13 @@ class Watch:
             self._acknowledge(failure["process"])
         _leave(1)
 
-    def _acknowledge(self, failed: int | None = None) -> None:
+    def _acknowledge(self, failed_id: int | None = None) -> None:
         """Acknowledges the failure; process 0 waits until all processes have acknowledged it."""
         this = processes.state()
         this.client.key_value_set(f"mixer/ended/{this.process_id}", "", True)
         if this.process_id == 0:
             deadline = time.monotonic() + LEAVE_SECS
-            live_processes = {*range(this.num_processes)} - {failed}
+            live_processes = {*range(this.num_processes)} - {failed_id}
             while not live_processes <= _rows("mixer/ended").keys() and time.monotonic() < deadline:
                 time.sleep(0.1)
 
