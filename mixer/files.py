@@ -30,7 +30,7 @@ def parse_path(option: str, path: epath.PathLike) -> epath.Path:
         if scheme == "file":
             hint = f"; use {option}={remainder}" if option else f"; use {remainder}"
         raise UserError(
-            f"{name}: {scheme}:// is not supported; expected a path, or a URL in "
+            f"{name}: {scheme}:// is not supported; expected a path, or a URL that starts with "
             f"{', '.join(f'{store}://' for store in STORES)}{hint}"
         )
     if separator and not remainder.strip("/"):
@@ -127,7 +127,7 @@ def check_output(option: str, path: epath.PathLike) -> epath.Path:
     if "://" in os.fspath(target):
         return target  # an object store has no folders
     if not target.parent.is_dir():
-        raise UserError(f"{name}: there is no folder {target.parent}")
+        raise UserError(f"{name}: no folder {target.parent}; expected a file in an existing folder")
     hint = "; expected a file in a writable folder"
     with storage_errors(target, f"{name} cannot be written", hint):
         if os.path.exists(target) and not os.path.isfile(target):

@@ -37,9 +37,9 @@ def _cache_key() -> str:
 
 def _prune(directory: Path) -> None:
     """Deletes the caches of other keys, and the programs used longest ago beyond CACHE_BYTES."""
-    for other in CACHE.glob("*"):
-        if other != directory:
-            shutil.rmtree(other, ignore_errors=True)
+    for cache in CACHE.glob("*"):
+        if cache != directory:
+            shutil.rmtree(cache, ignore_errors=True)
     files = []
     for file in directory.glob("*"):
         with contextlib.suppress(FileNotFoundError):  # another session may have deleted it

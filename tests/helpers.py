@@ -89,12 +89,12 @@ def leaves(tree):
     }
 
 
-def assert_same_bits(one, other):
-    one, other = leaves(one), leaves(other)
-    assert one.keys() == other.keys()
-    for path in one:
-        assert one[path].dtype == other[path].dtype, path
-        assert one[path].tobytes() == other[path].tobytes(), path
+def assert_same_bits(actual, expected):
+    actual, expected = leaves(actual), leaves(expected)
+    assert actual.keys() == expected.keys()
+    for path in actual:
+        assert actual[path].dtype == expected[path].dtype, path
+        assert actual[path].tobytes() == expected[path].tobytes(), path
 
 
 def assert_close(state, expected):
@@ -102,9 +102,9 @@ def assert_close(state, expected):
     state, expected = leaves(state), leaves(expected)
     assert state.keys() == expected.keys()
     for path, value in state.items():
-        other = expected[path].astype(np.float64)
+        expected_value = expected[path].astype(np.float64)
         np.testing.assert_allclose(
-            value.astype(np.float64), other, rtol=1e-5, atol=1e-6, err_msg=path
+            value.astype(np.float64), expected_value, rtol=1e-5, atol=1e-6, err_msg=path
         )
 
 

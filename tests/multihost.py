@@ -62,5 +62,5 @@ def run(count, devices_each, *arguments, timeout=300):
     return results[0][1]
 
 
-def copy(run, other):
-    shutil.copytree(run, other, dirs_exist_ok=True)
+def copy(run, target):
+    shutil.copytree(run, target, dirs_exist_ok=True)

@@ -293,10 +293,12 @@ def test_inference_prints_the_papers_rate(tmp_path, monkeypatch):
     path = tmp_path / "figures.json"
     arguments = ("infer", "--models=S/32", "--batch_size=1", "--seconds=0", "--rounds=1")
     for image_size, expected in ((224, 11489), (32, None)):  # the paper's rates are for 224 px
-        done = run_tool(*arguments, "--against=", f"--image_size={image_size}", f"--output={path}")
+        result = run_tool(
+            *arguments, "--against=", f"--image_size={image_size}", f"--output={path}"
+        )
         (case,) = json.loads(path.read_text())["contests"]
         assert case["paper_images_per_second_per_tpuv3_core"] == expected
-        assert ("11,489 images/s per TPUv3 core" in done.stdout) == (expected is not None)
+        assert ("11,489 images/s per TPUv3 core" in result.stdout) == (expected is not None)
 
 
 @pytest.mark.slow

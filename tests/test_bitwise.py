@@ -111,17 +111,17 @@ def test_stopped_and_continued_run_has_the_bits_of_a_resident_one(
     The uninterrupted run has its images on the device: the same bits as from a stream. A second
     process is refused a run's directory.
     """
-    stopped = tmp_path / "stopped"
-    process = _start(stopped, tfds_dir)
+    stopped_run = tmp_path / "stopped"
+    process = _start(stopped_run, tfds_dir)
     lines = [next(process.stdout)]
-    second = run_program(*COMMAND, f"--workdir={stopped}")
+    second = run_program(*COMMAND, f"--workdir={stopped_run}")
     assert second.returncode == 2
     assert re.fullmatch(rf"train\.py: .*pid {process.pid}\b.*\n", second.stderr)
     lines += _read_until_step(process, 8)
     process.send_signal(signal.SIGTERM)
     step = _assert_stopped(process, lines, signal.SIGTERM)
     assert 8 <= step < 40
-    trainer.train(config, stopped)
+    trainer.train(config, stopped_run)
     out = capsys.readouterr().out
     assert f"continuing from step {step}\n" in out and "stay on the device" not in out
 
@@ -129,9 +129,9 @@ def test_stopped_and_continued_run_has_the_bits_of_a_resident_one(
     config.log_every_steps = 10  # the device makes several steps a call
     trainer.train(config, tmp_path / "resident")
     assert "stay on the device: 200 of 8 x 8 px" in capsys.readouterr().out
-    assert_same_bits(final_state(stopped), final_state(tmp_path / "resident"))
+    assert_same_bits(final_state(stopped_run), final_state(tmp_path / "resident"))
     expected = read_reproducible_metrics(tmp_path / "resident")
-    rows = [row for row in read_reproducible_metrics(stopped) if row["step"] % 10 == 0]
+    rows = [row for row in read_reproducible_metrics(stopped_run) if row["step"] % 10 == 0]
     assert rows == expected and {row["step"] for row in rows} == {10, 20, 30, 40}
 
 

@@ -98,7 +98,7 @@ def test_channel_mlp_gelu_is_fused_into_the_matmul(programs):
 @cuda_backend
 @needs_plugin
 def test_token_mlp_gelu_is_fused_into_the_matmul(programs):
-    """The product is padded anyway, so the bias is an extra row of it."""
+    """The product is padded anyway, so the bias uses one of the padding rows."""
     (text, _), _ = programs
     assert text.count('"epilogue":"GELU_AUX"') == BLOCKS
 

@@ -210,15 +210,17 @@ def test_missing_weights_are_a_one_line_error(tmp_path):
 
 
 def test_ending_or_flag_selects_the_format(tmp_path):
-    done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir")
-    assert done.returncode == 2 and ".stablehlo" in done.stderr and ".onnx" in done.stderr
+    result = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir")
+    assert result.returncode == 2 and ".stablehlo" in result.stderr and ".onnx" in result.stderr
     options = "--format=stablehlo", "--platforms=cpu"
-    done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir", *options)
-    assert done.returncode == 0, done.stderr
+    result = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir", *options)
+    assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.mlir", "tiny.mlir.json"}
     target = tmp_path / "two.stablehlo"
-    done = run_program("mixer.tools.export", WEIGHTS, target, "--max_inside_bytes=9")
-    assert done.returncode == 2 and "--max_inside_bytes=9" in done.stderr and not target.exists()
+    result = run_program("mixer.tools.export", WEIGHTS, target, "--max_inside_bytes=9")
+    assert (
+        result.returncode == 2 and "--max_inside_bytes=9" in result.stderr and not target.exists()
+    )
 
 
 @pytest.mark.slow

@@ -416,7 +416,7 @@ def test_folders_next_to_the_splits_are_ignored_or_reported(data):
     shutil.rmtree(data / "backup")
     (data / "train" / "backup").mkdir()
     with pytest.raises(
-        UserError, match=r"1 of 4 classes have no image in any split: train/backup;"
+        UserError, match=r"1 of 4 classes have no images in any split: train/backup;"
     ):
         folder.scan(str(data))
 
@@ -486,7 +486,7 @@ def test_single_class_and_unmatched_exclusions_are_reported(data, tfds_dir, tmp_
     path.write_text("".join(json.dumps({"example": name}) + "\n" for name in names))
     (line,) = run_data.open_splits(tiny_config(tfds_dir, dataset__exclude=str(path)), None).remarks
     assert "1 names" in line and names[1] in line and names[0] not in line
-    with pytest.raises(UserError, match=r"dataset.exclude='x' is for stored images"):
+    with pytest.raises(UserError, match=r"dataset.exclude='x' is only for stored images"):
         run_data.open_split(tiny_config(dataset__exclude="x"), "train", None)
 
 

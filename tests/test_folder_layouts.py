@@ -134,7 +134,7 @@ def test_layout_with_splits_wins(flat):
 def test_empty_class_of_a_flat_folder_is_refused(flat):
     (flat / "class3").mkdir()
     (flat / "class3" / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"1 of 4 classes have no image .*class3") as caught:
+    with pytest.raises(UserError, match=r"1 of 4 classes have no images .*class3") as caught:
         run_data.open_splits(config_of(flat), None)
     one_line(caught)
 

@@ -370,7 +370,7 @@ def test_unusable_realms_are_one_line_errors(tmp_path):
             _open_realms(tmp_path)
         assert "\n" not in str(error.value)
     file.write_text("\n")
-    with pytest.raises(UserError, match=r"bird/val\.txt lists no image"):
+    with pytest.raises(UserError, match=r"bird/val\.txt lists no images"):
         _open_realms(tmp_path)
     file.unlink()
     (tmp_path / "car" / "test.txt").unlink()
@@ -380,7 +380,7 @@ def test_unusable_realms_are_one_line_errors(tmp_path):
         _open_realms(tmp_path, "care")
     with pytest.raises(UserError, match="none is not a folder"):
         _open_realms(tmp_path / "none")
-    with pytest.raises(UserError, match="contains no realm"):
+    with pytest.raises(UserError, match="contains no realms"):
         _open_realms(tmp_path / "bird")
     with pytest.raises(UserError, match="--data_dir is missing"):
         _open_realms("")

@@ -525,12 +525,12 @@ from mixer.parallel import sharding
 
 mesh = sharding.make_mesh({{"data": 2, "fsdp": 2, "tensor": 2}})
 for path, size in (({str(PUBLISHED)!r}, 32), ({str(plain_run)!r}, 16)):
-    one, many = (
+    plain_params, sharded_params = (
         mixer.load(path, image_size=size, num_classes=8, mesh=target)[1] for target in (None, mesh)
     )
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+    for a, b in zip(jax.tree.leaves(plain_params), jax.tree.leaves(sharded_params), strict=True):
         np.testing.assert_array_equal(a, b)
-    kernel = many["MixerBlock_0"]["channel_mixing"]["Dense_0"]["kernel"]
+    kernel = sharded_params["MixerBlock_0"]["channel_mixing"]["Dense_0"]["kernel"]
     sides = [side // 2 for side in kernel.shape]
     assert [list(part.data.shape) for part in kernel.addressable_shards] == [sides] * 8
 print("same", len(kernel.addressable_shards))

@@ -18,15 +18,15 @@ pytestmark = pytest.mark.slow
 TRAIN = ("train.py", "--config=tests/tiny_synthetic.py")
 
 
-def _difference(one, other):
-    one, other = leaves(final_state(one)), leaves(final_state(other))
-    assert one.keys() == other.keys()
-    return max(np.abs(one[k].astype(np.float64) - other[k]).max() for k in one)
+def _difference(actual, expected):
+    actual, expected = leaves(final_state(actual)), leaves(final_state(expected))
+    assert actual.keys() == expected.keys()
+    return max(np.abs(actual[k].astype(np.float64) - expected[k]).max() for k in actual)
 
 
-def _same_bits(one, other):
-    one, other = leaves(final_state(one)), leaves(final_state(other))
-    return all(one[k].tobytes() == other[k].tobytes() for k in one)
+def _same_bits(actual, expected):
+    actual, expected = leaves(final_state(actual)), leaves(final_state(expected))
+    return all(actual[k].tobytes() == expected[k].tobytes() for k in actual)
 
 
 @pytest.mark.bitwise
@@ -49,16 +49,16 @@ def test_two_processes_give_the_bits_of_one(tmp_path):
 
 def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM):
     """Starts an endless run and sends process 1 a signal; returns the step that the run saves."""
-    started = multihost.start(
+    children = multihost.start(
         processes, devices_each, *TRAIN, "--config.total_steps=100000", *flags,
         f"--workdir={workdir}",
     )  # fmt: skip
     deadline = time.time() + 200
     while not any("train/loss" in row for row in read_metrics(workdir)):
-        assert time.time() < deadline and started[0].poll() is None, multihost.finish(started, 1)
+        assert time.time() < deadline and children[0].poll() is None, multihost.finish(children, 1)
         time.sleep(0.1)
-    started[1].send_signal(signum)
-    results = multihost.finish(started)
+    children[1].send_signal(signum)
+    results = multihost.finish(children)
     assert [code for code, _ in results] == [128 + signum] * processes, results
     assert f"{signal.Signals(signum).name} on process 1" in results[0][1]
     (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
@@ -101,13 +101,13 @@ def test_processes_with_different_configs_stop_and_name_the_keys(tmp_path):
     """The process that detects the difference tells the others, which may wait in a collective."""
     address = multihost.free_address()
     flags = [(), ("--config.optimizer.peak_lr=0.2", "--config.seed=3")]
-    started = [
+    children = [
         multihost.start_one(
             address, 2, index, *TRAIN, *flags[index], f"--workdir={tmp_path / 'run'}"
         )
         for index in range(2)
     ]
-    (code, out), (other_code, other_out) = multihost.finish(started, 120)
+    (code, out), (other_code, other_out) = multihost.finish(children, 120)
     assert other_code == 2 and "process 0" in other_out
     assert re.search(r"optimizer\.peak_lr.*0\.1.*0\.2.*seed.*0.*3", other_out)
     assert code == 1 and "process 1" in out and "seed" in out
@@ -116,16 +116,16 @@ def test_processes_with_different_configs_stop_and_name_the_keys(tmp_path):
 
 def test_unshared_directory_and_damaged_checkpoint(tmp_path):
     address = multihost.free_address()
-    started = [
+    children = [
         multihost.start_one(address, 2, i, *TRAIN, f"--workdir={tmp_path / str(i)}")
         for i in range(2)
     ]
-    for code, out in multihost.finish(started, 120):
+    for code, out in multihost.finish(children, 120):
         assert code == 2 and str(tmp_path) in out, out
     run = tmp_path / "run"
     flags = ("--config.checkpoint.every_steps=4", "--config.mesh.fsdp=2")
     multihost.run(2, 1, *TRAIN, *flags, f"--workdir={run}")
-    before = leaves(final_state(run))
+    original = leaves(final_state(run))
     # Truncates the file that process 1 has written for the newest checkpoint.
     data = sorted(
         (run / "checkpoints" / "8" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
@@ -133,19 +133,20 @@ def test_unshared_directory_and_damaged_checkpoint(tmp_path):
     data[-1].write_bytes(data[-1].read_bytes()[:100])
     out = multihost.run(2, 1, *TRAIN, *flags, f"--workdir={run}")
     assert str(run / "checkpoints" / "8") in out and re.search(r"\bstep 4\b", out)
-    after = leaves(final_state(run))
-    assert all(before[k].tobytes() == after[k].tobytes() for k in before)
+    repeated = leaves(final_state(run))
+    assert all(original[k].tobytes() == repeated[k].tobytes() for k in original)
 
 
 def test_evaluate_on_two_processes(tmp_path):
     """The run used four devices, and the evaluation uses two."""
     multihost.run(1, 4, *TRAIN, "--config.mesh.fsdp=4", f"--workdir={tmp_path}")
-    one = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
+    train_result = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
     (tmp_path / "results.json").unlink()
     flags = ("evaluate.py", f"--workdir={tmp_path}", "--split=test")
     multihost.run(2, 1, *flags)
-    two = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
-    assert two["top1"] == one["top1"] and two["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    eval_result = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
+    assert eval_result["top1"] == train_result["top1"]
+    assert eval_result["loss"] == pytest.approx(train_result["loss"], abs=1e-6)
 
 
 def test_failed_background_write_of_one_process_stops_all(tmp_path):
@@ -177,7 +178,7 @@ cli.run(main)
 """
     script = tmp_path / "fail.py"
     script.write_text(code)
-    started = multihost.start(2, 1, script, f"--workdir={tmp_path / 'run'}")
-    (code, out), (other_code, other_out) = multihost.finish(started, 150)
+    children = multihost.start(2, 1, script, f"--workdir={tmp_path / 'run'}")
+    (code, out), (other_code, other_out) = multihost.finish(children, 150)
     assert other_code == 2 and "No space left on device" in other_out, (other_code, other_out)
     assert code == 1 and "No space left on device" in out, (code, out)

@@ -163,9 +163,9 @@ def test_file_is_written_and_read_in_its_layouts(workdir, tmp_path):
     with pytest.raises(UserError, match=r"resize=grow.*MeanNet.*interpolate"):
         mixer.load(path, image_size=16, log=lambda line: None)
     mixer.load(path, image_size=16, resize="interpolate", log=lambda line: None)
-    other = dataclasses.replace(published.CHECKPOINTS["B/16-i1k"], architecture="mean")
+    mean_checkpoint = dataclasses.replace(published.CHECKPOINTS["B/16-i1k"], architecture="mean")
     with pytest.raises(UserError, match=r"B/16.*T/2"):
-        other.num_params  # noqa: B018
+        mean_checkpoint.num_params  # noqa: B018
 
 
 def test_initial_weights_are_of_the_configs_architecture(workdir):

@@ -83,10 +83,10 @@ def test_tiny_weights_distinguish_the_forms_of_gelu(tmp_path):
 
 def test_command_and_example_run_as_documented(tmp_path):
     arguments = TOOL, WEIGHTS, tmp_path / "B16.onnx"
-    done = run_program(*arguments)
-    assert done.returncode == 0, done.stderr
+    result = run_program(*arguments)
+    assert result.returncode == 0, result.stderr
     size = (tmp_path / "B16.onnx").stat().st_size
-    assert f"B16.onnx: {size:,} bytes" in done.stdout
+    assert f"B16.onnx: {size:,} bytes" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["B16.onnx"]
     check(tmp_path / "B16.onnx", read())
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)
@@ -97,9 +97,9 @@ def test_command_and_example_run_as_documented(tmp_path):
         exec(code, space)
     assert space["logits"].shape == (8, 7)
 
-    done = run_program(*arguments)
-    assert done.returncode == 2 and "B16.onnx already exists" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    result = run_program(*arguments)
+    assert result.returncode == 2 and "B16.onnx already exists" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_metadata_contains_classes_preprocessing_and_card(tmp_path, monkeypatch):
@@ -135,13 +135,13 @@ def test_file_has_opset_20_and_its_oldest_ir_version(tmp_path):
 
 def test_weights_above_the_limit_become_external_data(tmp_path):
     total = sum(array.nbytes for array in sharding.by_name(read().params).values())
-    done = run_program(TOOL, WEIGHTS, tmp_path / "one.onnx", f"--max_inside_bytes={total + 999}")
-    assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ["one.onnx"]
+    result = run_program(TOOL, WEIGHTS, tmp_path / "one.onnx", f"--max_inside_bytes={total + 999}")
+    assert result.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ["one.onnx"]
     # The scale and the range of pixels and a few shapes are constants too.
-    done = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx", f"--max_inside_bytes={total}")
-    assert done.returncode == 0, done.stderr
+    result = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx", f"--max_inside_bytes={total}")
+    assert result.returncode == 0, result.stderr
     for name in ("tiny.onnx", "tiny.onnx.data"):
-        assert f"{name}: {(tmp_path / name).stat().st_size:,} bytes" in done.stdout
+        assert f"{name}: {(tmp_path / name).stat().st_size:,} bytes" in result.stdout
     assert (tmp_path / "tiny.onnx").stat().st_size < (tmp_path / "one.onnx").stat().st_size / 2
     check(tmp_path / "tiny.onnx", read())
     (tmp_path / "elsewhere").mkdir()
@@ -165,8 +165,8 @@ def test_run_in_bfloat16_is_exported_in_float32(tmp_path, finished_run):
     config["model"]["dtype"] = "bfloat16"
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     assert read(tmp_path / "run").model.dtype == "bfloat16"
-    done = run_program(TOOL, tmp_path / "run", tmp_path / "digits.onnx", "--dtype=float32")
-    assert done.returncode == 0, done.stderr
+    result = run_program(TOOL, tmp_path / "run", tmp_path / "digits.onnx", "--dtype=float32")
+    assert result.returncode == 0, result.stderr
     session = check(tmp_path / "digits.onnx", read(tmp_path / "run", dtype="float32"))
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == list("0123456789")
@@ -182,9 +182,9 @@ def test_run_in_bfloat16_is_exported_in_float32(tmp_path, finished_run):
     ],
 )
 def test_options_for_stablehlo_are_errors(tmp_path, options, message):
-    done = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx", *options)
-    assert done.returncode == 2 and re.search(message, done.stderr)
-    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+    result = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx", *options)
+    assert result.returncode == 2 and re.search(message, result.stderr)
+    assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_invalid_arguments_are_errors(tmp_path, monkeypatch):
@@ -207,9 +207,9 @@ def test_missing_onnx_is_a_one_line_error_with_the_command(tmp_path, monkeypatch
     for name in ("onnx_model", "onnx_graphs"):
         monkeypatch.delitem(sys.modules, f"{TOOL}.{name}")
         monkeypatch.delattr(package, name)
-    done = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx")
-    assert done.returncode == 2 and "pip install -e .[onnx]" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+    result = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx")
+    assert result.returncode == 2 and "pip install -e .[onnx]" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_failed_write_leaves_no_files(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def no_curves():
         yield
 
 
-# Sorting the first 12 integers of PCG64([0, 0]).
+# The argsort of the first 12 integers of PCG64([0, 0]).
 GOLDEN = [11, 3, 2, 1, 8, 6, 0, 7, 4, 10, 5, 9]
 
 
@@ -46,37 +46,43 @@ def test_order_is_pinned():
 
 
 def test_share_selects_the_positions_that_move():
-    for share, moved in ((0, 0), (0.25, 250), (0.5, 500), (1, 1000)):
+    for share, max_moved in ((0, 0), (0.25, 250), (0.5, 500), (1, 1000)):
         order = permutation.shuffled(1000, seed=3, share=share)
         assert np.array_equal(np.sort(order), np.arange(1000))
         places = np.flatnonzero(order != np.arange(1000))
-        assert moved - 8 < len(places) <= moved  # one position on average stays by chance
+        # On average, one of the selected positions keeps its place by chance.
+        assert max_moved - 8 < len(places) <= max_moved
         if share == 0.25:
-            smaller = set(places)
+            quarter_places = set(places)
     half = permutation.shuffled(1000, seed=3, share=0.5)
-    assert len(smaller & set(np.flatnonzero(half != np.arange(1000)))) > 240
+    half_places = set(np.flatnonzero(half != np.arange(1000)))
+    assert len(quarter_places & half_places) > 240
 
 
 def _patches(image, patch_size):
     rows, columns = image.shape[0] // patch_size, image.shape[1] // patch_size
-    cut = image.reshape(rows, patch_size, columns, patch_size, -1).swapaxes(1, 2)
-    return cut.reshape(rows * columns, patch_size**2, -1)
+    patches = image.reshape(rows, patch_size, columns, patch_size, -1).swapaxes(1, 2)
+    return patches.reshape(rows * columns, patch_size**2, -1)
 
 
 def test_all_patches_get_the_same_pixel_order():
     image = np.arange(8 * 12 * 3).reshape(8, 12, 3)
-    old = _patches(image, 4)
-    between = permutation.shuffled(6, seed=5)
-    within = permutation.shuffled(16, seed=5, stream=1)
-    for inside, expected in ((False, old[between]), (True, old[between][:, within])):
-        order = permutation.patch_order((8, 12), 4, seed=5, shuffle_within=inside)
-        new = image.reshape(96, 3)[order].reshape(8, 12, 3)
-        assert np.array_equal(_patches(new, 4), expected)
-    assert not np.array_equal(between, np.arange(6))
+    patches = _patches(image, 4)
+    patch_permutation = permutation.shuffled(6, seed=5)
+    pixel_permutation = permutation.shuffled(16, seed=5, stream=1)
+    permuted_patches = patches[patch_permutation]
+    for shuffle_within, expected in (
+        (False, permuted_patches),
+        (True, permuted_patches[:, pixel_permutation]),
+    ):
+        order = permutation.patch_order((8, 12), 4, seed=5, shuffle_within=shuffle_within)
+        permuted_image = image.reshape(96, 3)[order].reshape(8, 12, 3)
+        assert np.array_equal(_patches(permuted_image, 4), expected)
+    assert not np.array_equal(patch_permutation, np.arange(6))
 
 
 @pytest.mark.parametrize(
-    ("step", "rest", "order"),
+    ("op", "later_ops", "order"),
     [
         ("permute_patches(8, 4, seed=2)", "", permutation.patch_order((8, 8), 4, seed=2)),
         (
@@ -87,22 +93,23 @@ def test_all_patches_get_the_same_pixel_order():
         ("permute_pixels(8)", "|value_range(0, 1)", permutation.pixel_order((8, 8), seed=0)),
     ],
 )
-def test_permutation_op_runs_after_the_other_image_ops(step, rest, order):
+def test_permutation_op_runs_after_the_other_image_ops(op, later_ops, order):
     import tensorflow as tf
 
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     example = {"image": tf.io.encode_png(pixels), "label": tf.constant(1)}
-    plain = "decode|flip_lr" + rest
-    permuted = parse(plain).with_image_op(step)
-    assert permuted.with_image_op(step) == permuted  # once
-    for seed in (0, 2):  # mirrored or not
+    plain_spec = "decode|flip_lr" + later_ops
+    permuted_spec = parse(plain_spec).with_image_op(op)
+    assert permuted_spec.with_image_op(op) == permuted_spec  # the op is added once
+    for seed in (0, 2):  # flip_lr mirrors the image for one of the two seeds
         key = tf.constant([seed, 0], tf.int64)
-        before, after = (
+        plain_image, permuted_image = (
             make_preprocess(spec, (8, 8))(example, key)["image"].numpy()
-            for spec in (plain, permuted)
+            for spec in (plain_spec, permuted_spec)
         )
-        assert np.array_equal(after, before.reshape(64, 3)[order].reshape(8, 8, 3))
-        assert not np.array_equal(after, before)
+        expected = plain_image.reshape(64, 3)[order].reshape(8, 8, 3)
+        assert np.array_equal(permuted_image, expected)
+        assert not np.array_equal(permuted_image, plain_image)
 
 
 @pytest.mark.parametrize(
@@ -128,20 +135,20 @@ def test_invalid_permutation_is_refused(tmp_path, tfds_dir, values, message):
         trainer.train(tiny_config(tfds_dir, **values), tmp_path)
 
 
-STEPS = {"patches": "permute_patches(8, 2, seed=0)", "pixels": "permute_pixels(8, seed=0)"}
+OPS = {"patches": "permute_patches(8, 2, seed=0)", "pixels": "permute_pixels(8, seed=0)"}
 
 
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", OPS)
 def test_permutation_adds_its_op_once(kind):
     config = tiny_config("", dataset__permutation=kind)
     for _ in range(2):  # a second call does not add the op again
         run.resolve_permutation(config)
-        assert config.dataset.train_preprocess == "decode|random_crop(8, pad=1)|" + STEPS[kind]
-        assert config.dataset.eval_preprocess == "decode|" + STEPS[kind]
+        assert config.dataset.train_preprocess == "decode|random_crop(8, pad=1)|" + OPS[kind]
+        assert config.dataset.eval_preprocess == "decode|" + OPS[kind]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tfds_dir):
+def permuted_run(tmp_path_factory, tfds_dir):
     """A run under a permutation: its directory and the config it was started with."""
     path = tmp_path_factory.mktemp("permuted")
     values = dict(total_steps=4, dataset__permutation="patches", dataset__val_split="")
@@ -152,42 +159,42 @@ def trained(tmp_path_factory, tfds_dir):
     return path, config
 
 
-def test_saved_config_has_the_op_and_the_same_command_resumes(trained):
-    path, config = trained
-    saved = json.loads((path / "config.json").read_text())["dataset"]
-    assert saved["eval_preprocess"] == "decode|" + STEPS["patches"]
+def test_saved_config_has_the_op_and_the_same_command_resumes(permuted_run):
+    path, config = permuted_run
+    saved_dataset = json.loads((path / "config.json").read_text())["dataset"]
+    assert saved_dataset["eval_preprocess"] == "decode|" + OPS["patches"]
     assert config.dataset.eval_preprocess == "decode"  # the caller's config is unchanged
-    other = config.copy_and_resolve_references()
-    other.optimizer.peak_lr = 1.0
+    changed_config = config.copy_and_resolve_references()
+    changed_config.optimizer.peak_lr = 1.0
     with pytest.raises(UserError, match=r"optimizer.peak_lr: 0.003 -> 1.0"):
-        trainer.train(other, path)
-    other = config.copy_and_resolve_references()
-    other.dataset.permutation = ""
+        trainer.train(changed_config, path)
+    changed_config = config.copy_and_resolve_references()
+    changed_config.dataset.permutation = ""
     with pytest.raises(UserError, match=r"dataset\.eval_preprocess: .*dataset\.permutation"):
-        trainer.train(other, path)
+        trainer.train(changed_config, path)
 
 
-def test_evaluation_prediction_and_converted_weights_agree(trained, tmp_path, tfds_dir):
-    path, _ = trained
+def test_evaluation_prediction_and_converted_weights_agree(permuted_run, tmp_path, tfds_dir):
+    path, _ = permuted_run
     # The test images as files, and the evaluation's predictions.
-    plain = run_data.open_split(tiny_config(tfds_dir), "test", None)
+    plain_split = run_data.open_split(tiny_config(tfds_dir), "test", None)
     files = []
     for number, pixels in enumerate(
-        next(plain.sequential_batches(start=0, stop=48, batch_size=48))["image"]
+        next(plain_split.sequential_batches(start=0, stop=48, batch_size=48))["image"]
     ):
         files.append(str(tmp_path / f"{number:02}.png"))
         Image.fromarray(pixels).save(files[-1])
-    saved, class_names = run.read_run(path)
+    saved_config, class_names = run.read_run(path)
     loaded = loading.read(path, log=lambda line: None)
     mesh = sharding.make_mesh({"data": -1})
     result = classification.evaluate(
         classification.make_eval_step(make_predict(loaded.model, mesh), make_loss("softmax"), 10),
         loaded.params,
-        run_data.open_split(saved, "test", class_names),
+        run_data.open_split(saved_config, "test", class_names),
         batching=Batching(mesh, global_batch_size=64),
     )
-    in_training = json.loads((path / "results.json").read_text())["splits"]["test"]
-    assert result.loss == pytest.approx(in_training["loss"], rel=1e-6)
+    training_results = json.loads((path / "results.json").read_text())["splits"]["test"]
+    assert result.loss == pytest.approx(training_results["loss"], rel=1e-6)
 
     arrays = {"/".join(k.key for k in p): np.asarray(v) for p, v in _leaves(loaded.params)}
     weights.write_file(tmp_path / "weights.npz", arrays, loaded.card, layout="published")
@@ -195,7 +202,7 @@ def test_evaluation_prediction_and_converted_weights_agree(trained, tmp_path, tf
 
     def guesses(source, preprocess):
         predictions = prediction.predict(source, files, preprocess=preprocess, top=5, batch_size=48)
-        return np.array([each.classes for each in predictions])
+        return np.array([image_prediction.classes for image_prediction in predictions])
 
     expected = result.predictions.guesses[:48]
     assert np.array_equal(guesses(loaded, loaded.card.preprocess), expected)
@@ -207,28 +214,30 @@ def _leaves(params):
     return jax.tree_util.tree_leaves_with_path(params)
 
 
-def _permuted_params(params, between, within):
-    """Parameters that give on permuted images the logits that `params` give on plain ones."""
+def _permuted_params(params, patch_permutation, pixel_permutation):
+    """Returns parameters with the logits on permuted images that `params` have on plain images."""
 
-    def permuted(path, leaf):
+    def permute_leaf(path, leaf):
         name = "/".join(key.key for key in path)
         if name == "stem/kernel":
-            return leaf.reshape(len(within), *leaf.shape[2:])[within].reshape(leaf.shape)
+            rows = leaf.reshape(len(pixel_permutation), *leaf.shape[2:])
+            return rows[pixel_permutation].reshape(leaf.shape)
         if name.endswith("token_mixing/Dense_0/kernel"):
-            return leaf[between]
+            return leaf[patch_permutation]
         if "token_mixing/Dense_1" in name:
-            return leaf[..., between]
+            return leaf[..., patch_permutation]
         return leaf
 
-    return jax.tree_util.tree_map_with_path(permuted, params)
+    return jax.tree_util.tree_map_with_path(permute_leaf, params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "lr"), [("sgd", 0.3), ("adamw", 3e-3)])
 def test_permuted_patches_and_parameters_give_the_same_losses(tfds_dir, name, lr):
-    """With augmentation, weight decay and clipping, 10 steps.
+    """Compares the losses of 10 steps, with augmentation, weight decay and clipping.
 
-    Without dropout, whose masks after the token MLP are drawn token by token.
+    Dropout is off: its masks after the token MLP are drawn per token, so they would not follow the
+    permutation.
     """
     values = dict(total_steps=10, global_batch_size=32, model__num_classes=10, mixup__alpha=0.0)
     values |= dict(model__dropout=0.0, model__stoch_depth=0.0)
@@ -238,17 +247,19 @@ def test_permuted_patches_and_parameters_give_the_same_losses(tfds_dir, name, lr
     config.schedule.update(warmup_steps=0, cooldown_steps=0, decay="constant")
     train_program = program.make_program(config, sharding.make_mesh({"data": -1}))
     start = train_program.init_state()
-    between = permutation.shuffled(16, seed=0)
-    within = permutation.shuffled(4, seed=0, stream=1)
-    rearranged = start.replace(params=_permuted_params(start.params, between, within))
+    patch_permutation = permutation.shuffled(16, seed=0)
+    pixel_permutation = permutation.shuffled(4, seed=0, stream=1)
+    permuted_state = start.replace(
+        params=_permuted_params(start.params, patch_permutation, pixel_permutation)
+    )
     step = jax.jit(train_program.step)
 
     def losses(kind, state):
-        """The losses of 10 steps under a permutation."""
-        permuted = config.copy_and_resolve_references()
-        permuted.dataset.permutation = kind
-        run.resolve_permutation(permuted)
-        split = run_data.open_split(permuted, "train", None, augment=True)
+        """Returns the losses of 10 steps under a permutation."""
+        permuted_config = config.copy_and_resolve_references()
+        permuted_config.dataset.permutation = kind
+        run.resolve_permutation(permuted_config)
+        split = run_data.open_split(permuted_config, "train", None, augment=True)
         batches = split.train_batches(0, Reading(seed=0, global_batch_size=32))
         values = []
         for _ in range(10):
@@ -256,11 +267,11 @@ def test_permuted_patches_and_parameters_give_the_same_losses(tfds_dir, name, lr
             values.append(float(metrics["loss"]))
         return np.array(values)
 
-    plain = losses("", start)
-    assert np.ptp(plain) > 0.02  # the loss changes; else every curve would be equal
-    np.testing.assert_allclose(losses("patches", rearranged), plain, rtol=0, atol=1e-5)
-    # No arrangement of the parameters undoes a permutation of all pixels.
-    assert np.abs(losses("pixels", rearranged) - plain).max() > 1e-3
+    plain_losses = losses("", start)
+    assert np.ptp(plain_losses) > 0.02  # the loss changes, so that equal curves mean something
+    np.testing.assert_allclose(losses("patches", permuted_state), plain_losses, rtol=0, atol=1e-5)
+    # No permutation of the parameters undoes a permutation of all pixels.
+    assert np.abs(losses("pixels", permuted_state) - plain_losses).max() > 1e-3
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.plan import chips, hlo, report, search, update
-from mixer.tools.plan.subject import SETS, open_subject, split_size, train_flops
+from mixer.tools.plan.subject import DATA_SETS, open_subject, split_size, train_flops
 from mixer.training import program
 
 
@@ -198,7 +198,7 @@ ENTRY %main (x: f32[2,5,3], w: f32[3,3,4]) -> f32[2,5,4] {
     ],
 )
 def test_split_size_follows_the_split_specification(spec, size):
-    assert split_size(spec, SETS["imagenet2012"].splits) == size
+    assert split_size(spec, DATA_SETS["imagenet2012"].splits) == size
 
 
 def test_steps_hours_and_checkpoint_of_the_published_recipe():

@@ -150,7 +150,7 @@ def test_interrupt_in_a_callback_is_raised_afterwards():
     def forget():
         Thing()
 
-    saved = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGALRM)]
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGALRM)]
     hook = sys.unraisablehook
     try:
         for function in (_xla_gc_callback, forget):
@@ -161,19 +161,19 @@ def test_interrupt_in_a_callback_is_raised_afterwards():
             assert interrupts.was_raised()
     finally:
         sys.unraisablehook = hook
-        for number, handler in saved:
+        for number, handler in handlers:
             signal.signal(number, handler)
 
 
 def test_interrupt_that_a_library_converts_is_still_an_interrupt(monkeypatch, tmp_path):
-    def interrupted(*_, **__):
+    def interrupt(*_, **__):
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         except KeyboardInterrupt:
             raise ImportError("while initializing the extension") from None
 
-    monkeypatch.setattr(files, "check_output", interrupted)
+    monkeypatch.setattr(files, "check_output", interrupt)
     flags = ("--config=configs/digits.py", "--topology=gpu:8xH100", f"--json={tmp_path / 'x'}")
     process = run_program("mixer.tools.plan", *flags)
     assert (process.returncode, process.stderr) == (130, "mixer.tools.plan: interrupted\n")
@@ -206,7 +206,7 @@ def test_interrupt_at_any_moment_of_the_start_is_one_line(program, tmp_path):
     arguments = ["--config=configs/digits.py", f"--workdir={tmp_path}"]
     if program[0] == "-m":
         arguments = ["x.png", "--weights=B/16-i1k"]
-    for after in np.arange(0.15, 2.5, 0.3):
+    for delay_secs in np.arange(0.15, 2.5, 0.3):
         process = subprocess.Popen(
             [sys.executable, *program, *arguments],
             cwd=ROOT,
@@ -215,15 +215,15 @@ def test_interrupt_at_any_moment_of_the_start_is_one_line(program, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        time.sleep(after)
+        time.sleep(delay_secs)
         process.send_signal(signal.SIGINT)
         stderr = process.communicate(timeout=60)[1]
         if "site.py" in stderr or "init_import_site" in stderr:
             continue  # Python itself had not started yet
         if process.returncode == -signal.SIGINT:  # Python had already removed its handlers
-            assert stderr.endswith("x.png: no such file or folder\n"), (after, stderr)
+            assert stderr.endswith("x.png: no such file or folder\n"), (delay_secs, stderr)
             continue
-        assert process.returncode in (130, 2) and "Traceback" not in stderr, (after, stderr)
+        assert process.returncode in (130, 2) and "Traceback" not in stderr, (delay_secs, stderr)
 
 
 # Several processes.
@@ -241,20 +241,22 @@ def _in_thread(results, function, *args):
     return thread
 
 
-@pytest.mark.parametrize("failed", [0, 1])
-def test_bad_flag_of_one_process_reaches_the_others(failed, monkeypatch):
+@pytest.mark.parametrize("failed_id", [0, 1])
+def test_bad_flag_of_one_process_reaches_the_others(failed_id, monkeypatch):
     monkeypatch.setattr(join, "JOIN_SECS", 30.0)
     address, results, start = multihost.free_address(), {}, time.monotonic()
     reason = "config has no key 'x'"
-    teller = _in_thread(results, join.tell_failure, address, 3, failed, reason)
+    teller = _in_thread(results, join.tell_failure, address, 3, failed_id, reason)
     teller.join(0.3)  # it may start first
-    joining = [
-        _in_thread(results, join.meet, address, 3, index) for index in range(3) if index != failed
+    joining_threads = [
+        _in_thread(results, join.meet, address, 3, index)
+        for index in range(3)
+        if index != failed_id
     ]
-    for thread in (teller, *joining):
+    for thread in (teller, *joining_threads):
         thread.join()
-    assert sorted(results) == sorted({0, 1, 2} - {failed}) and time.monotonic() - start < 10
-    name = f"process {failed} ({socket.gethostname()}) failed: {reason}"
+    assert sorted(results) == sorted({0, 1, 2} - {failed_id}) and time.monotonic() - start < 10
+    name = f"process {failed_id} ({socket.gethostname()}) failed: {reason}"
     assert set(results.values()) == {name}
 
 
@@ -297,11 +299,11 @@ def test_bad_flag_is_reported_with_the_process_index(monkeypatch):
 def test_bad_flag_of_one_process_stops_both(tmp_path):
     start, address = time.monotonic(), multihost.free_address()
     flags = ("train.py", "--config=tests/tiny_synthetic.py", f"--workdir={tmp_path / 'run'}")
-    started = [
+    children = [
         multihost.start_one(address, 2, 0, *flags),
         multihost.start_one(address, 2, 1, *flags, "--config.typo=1"),
     ]
-    for code, output in multihost.finish(started, 120):
+    for code, output in multihost.finish(children, 120):
         assert code == 2 and "typo" in output, output
     assert time.monotonic() - start < 60
 
@@ -550,9 +552,9 @@ def test_no_images_give_no_logits():
         channels_mlp_dim=8,
         num_classes=3,
     )
-    one, none = (jax.ShapeDtypeStruct((n, 48, 48, 3), "float32") for n in (1, 0))
-    params = jax.eval_shape(model.init, jax.random.key(0), one)
-    logits, out = jax.eval_shape(model.apply, params, none)
+    one_image, no_images = (jax.ShapeDtypeStruct((n, 48, 48, 3), "float32") for n in (1, 0))
+    params = jax.eval_shape(model.init, jax.random.key(0), one_image)
+    logits, out = jax.eval_shape(model.apply, params, no_images)
     assert logits.shape == (0, 3) and out["stem"].shape == (0, 12, 12, 8)
 
 

@@ -270,24 +270,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.split("?")[0].lstrip("/")
         rule = self.server.rules.get(path, {})
-        first = int((self.headers["Range"] or "bytes=0-")[6:-1])
-        self.server.requests.append((path, first))
+        start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+        self.server.requests.append((path, start))
         data = self.server.files.get(path)
         if data is None or "code" in rule:
             self.send_error(rule.get("code", 404))
             return
         tag = f'"{zlib.crc32(data)}"'
         if rule.get("no_range") or self.headers["If-Range"] != tag:
-            first = 0
-        self.send_response(206 if first else 200)
+            start = 0
+        self.send_response(206 if start else 200)
         self.send_header("ETag", tag)
-        if first:
-            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Type", rule.get("type", "application/octet-stream"))
         if not rule.get("no_length"):
-            self.send_header("Content-Length", str(rule.get("length", len(data)) - first))
+            self.send_header("Content-Length", str(rule.get("length", len(data)) - start))
         self.end_headers()
-        self.wfile.write(data[first : first + rule.get("at_most", len(data))])
+        self.wfile.write(data[start : start + rule.get("at_most", len(data))])
 
 
 @pytest.fixture

@@ -252,28 +252,28 @@ def test_reason_against_residence_is_named(tmp_path, monkeypatch):
 
 
 def test_remembered_split_is_read_once(tfds_dir, monkeypatch):
-    read = []
+    parts = []
 
     split = run_data.open_split(tiny_config(tfds_dir), "val", None)
     remembered = resident.remember(split)
     from_storage = type(split).read
 
-    def counted(self, **part):
+    def read_and_count(self, **part):
         if self is remembered:
-            read.append(part)
+            parts.append(part)
         return from_storage(self, **part)
 
-    monkeypatch.setattr(type(split), "read", counted)
+    monkeypatch.setattr(type(split), "read", read_and_count)
     shard = dict(global_batch_size=64, process_count=1, process_index=0)
     expected = list(split.eval_batches(**shard))
     next(remembered.eval_batches(**shard))  # a pass that ends early is not remembered
     for _ in range(3):
         actual = list(remembered.eval_batches(**shard))
         assert [batch.keys() for batch in actual] == [batch.keys() for batch in expected]
-        for one, other in zip(actual, expected, strict=True):
-            for name in one:
-                np.testing.assert_array_equal(one[name], other[name])
-    assert len(read) == 2
+        for batch, expected_batch in zip(actual, expected, strict=True):
+            for name in batch:
+                np.testing.assert_array_equal(batch[name], expected_batch[name])
+    assert len(parts) == 2
     monkeypatch.setattr(host_or_device, "AUTO_BYTES", 100)
     assert resident.remember(split) is split and resident.remember(None) is None
 
@@ -345,8 +345,10 @@ def test_resident_run_on_several_processes_equals_streamed(tmp_path):
             2, 2, *command, f"--config.dataset.on_device={mode}", f"--workdir={tmp_path / mode}"
         )
     assert "stay on the device: 2,048" in out
-    one, other = (final_state(tmp_path / mode)["params"] for mode in ("on", "off"))
-    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, other)
+    resident_params, streamed_params = (
+        final_state(tmp_path / mode)["params"] for mode in ("on", "off")
+    )
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), resident_params, streamed_params)
     assert max(jax.tree.leaves(differences)) <= 1e-6
 
 

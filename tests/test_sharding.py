@@ -32,12 +32,12 @@ if mixing:
     config.label_smoothing = 0.1
 split = run_data.open_split(config, "train", None)
 config.model.num_classes = len(split.class_names)
-first = None
+reference = None  # losses and parameters on one device
 for axes, changes in [({"data": 1}, {}), *variants]:
-    changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict(changes)
-    mesh = sharding.make_mesh(axes, jax.devices()[:1] if first is None else None)
-    train_program = program.make_program(changed, mesh)
+    changed_config = config.copy_and_resolve_references()
+    changed_config.update_from_flattened_dict(changes)
+    mesh = sharding.make_mesh(axes, jax.devices()[:1] if reference is None else None)
+    train_program = program.make_program(changed_config, mesh)
     assert train_program.model.dropout and train_program.model.stoch_depth
     abstract, state = train_program.state, train_program.init_state()
     start = leaves(state.params)
@@ -51,15 +51,15 @@ for axes, changes in [({"data": 1}, {}), *variants]:
         assert shards[0].data.shape[0] == 16 // sharding.batch_shards(mesh)
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    where = jax.tree.map(lambda leaf: leaf.sharding, (abstract, state))
-    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, *where))  # it stays where it belongs
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (abstract, state))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, *shardings))  # the layout does not change
     end = leaves((state.params, state.ema_params))
-    if first is None:
+    if reference is None:
         assert max(np.abs(end["[0]" + k] - start[k]).max() for k in start) > 1e-3
-        first = losses, end
+        reference = losses, end
         continue
-    print(max(abs(a - b) for a, b in zip(losses, first[0])),
-        max(np.abs(end[k] - first[1][k]).max() for k in end), mesh.shape)
+    print(max(abs(a - b) for a, b in zip(losses, reference[0])),
+        max(np.abs(end[k] - reference[1][k]).max() for k in end), mesh.shape)
 """
 MESHES = [
     ({"fsdp": 8}, {}),

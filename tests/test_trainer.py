@@ -40,16 +40,16 @@ def no_curves():
 
 
 @pytest.fixture
-def finished(finished_run, tmp_path):
+def run_copy(finished_run, tmp_path):
     """A copy of the finished run, to continue or to damage."""
     return shutil.copytree(finished_run, tmp_path / "finished")
 
 
 @pytest.fixture
-def unfinished(finished):
+def unfinished_run(run_copy):
     """A copy of the finished run that has stopped at step 8 of 12."""
-    shutil.rmtree(finished / "checkpoints" / "12")
-    return finished
+    shutil.rmtree(run_copy / "checkpoints" / "12")
+    return run_copy
 
 
 def _assert_same_record(workdir, expected):
@@ -106,23 +106,23 @@ def test_restart_runs_the_evaluation_that_crashed(tmp_path, tfds_dir, finished_r
     _assert_same_record(tmp_path, finished_run)
 
 
-def test_restart_skips_a_damaged_newest_checkpoint(finished, tfds_dir, finished_run, capsys):
-    shutil.rmtree(finished / "checkpoints" / "12" / "state" / "d")
-    trainer.train(tiny_config(tfds_dir), finished)
+def test_restart_skips_a_damaged_newest_checkpoint(run_copy, tfds_dir, finished_run, capsys):
+    shutil.rmtree(run_copy / "checkpoints" / "12" / "state" / "d")
+    trainer.train(tiny_config(tfds_dir), run_copy)
     out = capsys.readouterr().out
     assert "12 is damaged" in out and "continuing from step 8" in out
-    assert_close(final_state(finished), final_state(finished_run))
-    _assert_same_record(finished, finished_run)
+    assert_close(final_state(run_copy), final_state(finished_run))
+    _assert_same_record(run_copy, finished_run)
 
 
-def test_partial_last_line_of_the_metrics_is_dropped(finished, finished_run):
-    with (finished / "metrics.jsonl").open("a") as file:
+def test_partial_last_line_of_the_metrics_is_dropped(run_copy, finished_run):
+    with (run_copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 14, "train/lo')
-    assert len(read_metrics(finished)) == len(read_metrics(finished_run))
-    writer = metrics.MetricWriter(finished, last_step=6, tensorboard=False)
+    assert len(read_metrics(run_copy)) == len(read_metrics(finished_run))
+    writer = metrics.MetricWriter(run_copy, last_step=6, tensorboard=False)
     writer.write(8, {"train/loss": 1.0})
     writer.close()
-    assert [row["step"] for row in read_metrics(finished)] == [2, 4, 6, 6, 8]
+    assert [row["step"] for row in read_metrics(run_copy)] == [2, 4, 6, 6, 8]
 
 
 def _tensorboard(workdir):
@@ -153,19 +153,19 @@ def test_tensorboard_matches_the_metrics_after_a_restart(tmp_path):
         np.testing.assert_allclose(actual[tag], expected, rtol=1e-6)
 
 
-def test_finished_run_only_evaluates(finished, tfds_dir, capsys):
-    before = final_state(finished)
-    trainer.train(tiny_config(tfds_dir), finished)
+def test_finished_run_only_evaluates(run_copy, tfds_dir, capsys):
+    saved_state = final_state(run_copy)
+    trainer.train(tiny_config(tfds_dir), run_copy)
     out = capsys.readouterr().out
     assert "finished" in out and re.search(r"test accuracy \d+\.\d+% \(\d+ of 360\)", out)
-    assert_same_bits(final_state(finished), before)
+    assert_same_bits(final_state(run_copy), saved_state)
 
 
 @pytest.mark.slow
-def test_finished_run_can_be_extended(finished, tfds_dir, capsys):
-    trainer.train(tiny_config(tfds_dir, total_steps=14), finished)
+def test_finished_run_can_be_extended(run_copy, tfds_dir, capsys):
+    trainer.train(tiny_config(tfds_dir, total_steps=14), run_copy)
     assert "continuing from step 12\n" in capsys.readouterr().out
-    assert int(final_state(finished)["step"]) == 14
+    assert int(final_state(run_copy)["step"]) == 14
 
 
 @pytest.mark.parametrize(
@@ -186,31 +186,31 @@ def test_finished_run_can_be_extended(finished, tfds_dir, capsys):
     ],
     ids=str,
 )
-def test_changed_config_is_refused_by_key(finished, tfds_dir, change):
+def test_changed_config_is_refused_by_key(run_copy, tfds_dir, change):
     key = re.escape(next(iter(change)).replace("__", "."))
     with pytest.raises(UserError, match=rf"{key}: .* -> .*--allow_config_change"):
-        trainer.train(tiny_config(tfds_dir, **change), finished)
+        trainer.train(tiny_config(tfds_dir, **change), run_copy)
 
 
 @pytest.mark.slow
-def test_longer_unfinished_run_is_refused_and_allowed_on_request(unfinished, tfds_dir):
+def test_longer_unfinished_run_is_refused_and_allowed_on_request(unfinished_run, tfds_dir):
     config = tiny_config(tfds_dir, total_steps=14)
     with pytest.raises(UserError, match=r"total_steps: 12 -> 14"):
-        trainer.train(config, unfinished)
-    trainer.train(config, unfinished, allow_config_change=True)
-    assert int(final_state(unfinished)["step"]) == 14
+        trainer.train(config, unfinished_run)
+    trainer.train(config, unfinished_run, allow_config_change=True)
+    assert int(final_state(unfinished_run)["step"]) == 14
 
 
-def test_intervals_may_change_and_the_best_checkpoint_survives(unfinished, tfds_dir):
+def test_intervals_may_change_and_the_best_checkpoint_survives(unfinished_run, tfds_dir):
     config = tiny_config(tfds_dir, log_every_steps=1, eval_every_steps=1)
     config.checkpoint.update(every_steps=2, keep_last=1)
-    trainer.train(config, unfinished)
-    assert [path.name for path in (unfinished / "checkpoints").iterdir()] == ["12"]
-    rows = [row for row in read_metrics(unfinished) if "val_ema/top1" in row]
+    trainer.train(config, unfinished_run)
+    assert [path.name for path in (unfinished_run / "checkpoints").iterdir()] == ["12"]
+    rows = [row for row in read_metrics(unfinished_run) if "val_ema/top1" in row]
     assert [row["step"] for row in rows] == [6, 8, 9, 10, 11, 12]
     tops = {row["step"]: row["val_ema/top1"] for row in rows}
     best = max(tops, key=lambda step: (tops[step], -step))
-    assert [path.name for path in (unfinished / "best").iterdir()] == [str(best)]
+    assert [path.name for path in (unfinished_run / "best").iterdir()] == [str(best)]
 
 
 @pytest.mark.slow
@@ -234,9 +234,10 @@ def test_lengths_in_epochs_and_examples_become_steps(tmp_path):
     trainer.train(config, tmp_path)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if "val/top1" in row] == [4, 8]
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["total_steps"] == 8 and saved["total_epochs"] == 0.0625
-    assert saved["schedule"]["warmup_steps"] == 2 and saved["schedule"]["cooldown_steps"] == 0
+    saved_config = json.loads((tmp_path / "config.json").read_text())
+    assert saved_config["total_steps"] == 8 and saved_config["total_epochs"] == 0.0625
+    assert saved_config["schedule"]["warmup_steps"] == 2
+    assert saved_config["schedule"]["cooldown_steps"] == 0
     rates = [row["train/learning_rate"] for row in rows if "train/loss" in row]
     np.testing.assert_allclose(rates[:3], [0, 1.5e-3, 3e-3], rtol=1e-6)
     config.total_epochs = 0.125  # a finished run, extended, its warm-up with it
@@ -245,20 +246,20 @@ def test_lengths_in_epochs_and_examples_become_steps(tmp_path):
     assert int(final_state(tmp_path)["step"]) == 16
 
 
-def test_ema_and_parameters_are_both_evaluated(finished):
+def test_ema_and_parameters_are_both_evaluated(run_copy):
     from mixer.evaluation import report
     from mixer.evaluation.subject import open_subject
 
-    (row,) = (row for row in read_metrics(finished) if row["step"] == 12 and "val/top1" in row)
+    (row,) = (row for row in read_metrics(run_copy) if row["step"] == 12 and "val/top1" in row)
     assert row["val_ema/loss"] != row["val/loss"] and row["val_ema/count"] == 180
-    before = json.loads((finished / "results.json").read_text())["splits"]
-    assert set(before) == {"val", "val_ema", "test", "test_ema"}
-    opened = [lambda: open_subject(str(finished), checkpoint_name="last")]
-    report.evaluate(opened, report.Options(splits=["test"]))
-    after = json.loads((finished / "results.json").read_text())["splits"]
-    for name, result in before.items():
-        assert {key: after[name][key] for key in result} == result
-    assert after["test_ema"]["loss"] != after["test"]["loss"]
+    results = json.loads((run_copy / "results.json").read_text())["splits"]
+    assert set(results) == {"val", "val_ema", "test", "test_ema"}
+    subjects = [lambda: open_subject(str(run_copy), checkpoint_name="last")]
+    report.evaluate(subjects, report.Options(splits=["test"]))
+    new_results = json.loads((run_copy / "results.json").read_text())["splits"]
+    for name, result in results.items():
+        assert {key: new_results[name][key] for key in result} == result
+    assert new_results["test_ema"]["loss"] != new_results["test"]["loss"]
 
 
 def test_diverging_run_stops_and_names_peak_lr(tmp_path):
@@ -286,13 +287,13 @@ def _remove_from_checkpoint(directory, keys):
         checkpointer.save(directory, state)
 
 
-def test_run_of_an_older_version_continues(unfinished, tfds_dir):
+def test_run_of_an_older_version_continues(unfinished_run, tfds_dir):
     """Its checkpoints lack a newer entry of the state."""
-    _remove_from_checkpoint(unfinished / "checkpoints" / "8" / "state", ["skipped"])
-    trainer.train(tiny_config(tfds_dir), unfinished)
-    state = final_state(unfinished)
+    _remove_from_checkpoint(unfinished_run / "checkpoints" / "8" / "state", ["skipped"])
+    trainer.train(tiny_config(tfds_dir), unfinished_run)
+    state = final_state(unfinished_run)
     assert int(state["step"]) == 12 and state["skipped"] is None
-    assert not (unfinished / "damaged").exists()
+    assert not (unfinished_run / "damaged").exists()
 
 
 @pytest.mark.slow

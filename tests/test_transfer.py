@@ -39,20 +39,20 @@ def _tasks(names=("a", "b/x"), **values):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_tasks(tmp_path_factory):
     """Two tasks, finished without a stop: (directory, result, lines, records, arrays).
 
-    The records are those of `transfer.json` after each task, the arrays how many more lived on the
-    device then than before.
+    The records are those of `transfer.json` after each task; the arrays are the numbers of device
+    arrays after each task that did not exist before.
     """
     directory, lines, records, arrays = tmp_path_factory.mktemp("done"), [], [], []
-    before = len(jax.live_arrays())
+    num_before = len(jax.live_arrays())
 
     def say(line):
         lines.append(line)
         if ", took " in line:
             records.append(json.loads((directory / "transfer.json").read_text()))
-            arrays.append(len(jax.live_arrays()) - before)
+            arrays.append(len(jax.live_arrays()) - num_before)
 
     result = transfer.fine_tune(_tasks(), directory, groups=GROUPS, say=say)
     return directory, result, lines, records, arrays
@@ -66,35 +66,37 @@ def _result(name, count, top1):
 # Results.
 
 
-def test_task_results_equal_the_results_of_their_runs(finished):
-    directory, result, *_ = finished
+def test_task_results_equal_the_results_of_their_runs(finished_tasks):
+    directory, result, *_ = finished_tasks
     assert [task.name for task in result.tasks] == ["a", "b/x"]
     for task, folder in zip(result.tasks, ("a", "b_x"), strict=True):
-        saved = json.loads((directory / folder / "results.json").read_text())["splits"]["test"]
-        assert (task.count, task.top1, task.steps) == (saved["count"], saved["top1"], 4)
-        assert list(task.top1_interval) == saved["top1_interval"]
-        assert task.mean_per_class == saved["mean_per_class"]
+        results = json.loads((directory / folder / "results.json").read_text())
+        saved_result = results["splits"]["test"]
+        assert (task.count, task.top1) == (saved_result["count"], saved_result["top1"])
+        assert task.steps == 4
+        assert list(task.top1_interval) == saved_result["top1_interval"]
+        assert task.mean_per_class == saved_result["mean_per_class"]
         data = json.loads((directory / folder / "data.json").read_text())
         assert task.train_examples == data["splits"]["train"]["num_examples"]
         assert int(final_state(directory / folder)["step"]) == 4
 
 
-def test_record_is_written_after_each_task(finished):
-    directory, result, _, records, _ = finished
+def test_record_is_written_after_each_task(finished_tasks):
+    directory, result, _, records, _ = finished_tasks
     assert [list(record["tasks"]) for record in records] == [["a"], ["a", "b/x"]]
     assert [record["unfinished"] for record in records] == [["b/x"], []]
     assert records[0]["means"]["one"]["num_tasks"] == 1
-    last = json.loads((directory / "transfer.json").read_text())
-    assert last == records[1] == json.loads(json.dumps(result.summary()))
+    final_record = json.loads((directory / "transfer.json").read_text())
+    assert final_record == records[1] == json.loads(json.dumps(result.summary()))
 
 
-def test_finished_task_frees_its_device_arrays(finished):
-    *_, arrays = finished
+def test_finished_task_frees_its_device_arrays(finished_tasks):
+    *_, arrays = finished_tasks
     assert len(arrays) == 2 and max(arrays) <= 0
 
 
-def test_log_reports_start_end_and_remaining_time_of_each_task(finished):
-    _, result, lines, *_ = finished
+def test_log_reports_start_end_and_remaining_time_of_each_task(finished_tasks):
+    _, result, lines, *_ = finished_tasks
     assert "2 tasks" in lines[0]
     assert lines[1].startswith("task 1 of 2: a: ")
     assert lines[2].startswith(f"task 1 of 2: a: {result.tasks[0].top1:.2%} (")
@@ -137,14 +139,14 @@ def test_table_has_every_task_and_mean():
 # Resumption.
 
 
-def test_finished_tasks_are_not_run_again(finished, tmp_path, monkeypatch):
-    directory, result, *_ = finished
+def test_finished_tasks_are_not_run_again(finished_tasks, tmp_path, monkeypatch):
+    directory, result, *_ = finished_tasks
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(trainer, "train", None)
     (tmp_path / "transfer.json").unlink()
     lines = []
-    resumed = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=lines.append)
-    assert resumed == result
+    second_result = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=lines.append)
+    assert second_result == result
     assert len(lines) == 2
     assert (tmp_path / "transfer.json").read_bytes() == (directory / "transfer.json").read_bytes()
     # With fewer tasks, the means cover only those.
@@ -155,9 +157,9 @@ def test_finished_tasks_are_not_run_again(finished, tmp_path, monkeypatch):
     }
 
 
-def test_interrupted_transfer_resumes_with_the_same_result(finished, tmp_path, monkeypatch):
+def test_interrupted_transfer_resumes_with_the_same_result(finished_tasks, tmp_path, monkeypatch):
     """SIGTERM arrives at the third step of the second task."""
-    directory, result, *_ = finished
+    directory, result, *_ = finished_tasks
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "b_x")
     steps, finish_step = [], TrainLog.finish_step
@@ -172,25 +174,25 @@ def test_interrupted_transfer_resumes_with_the_same_result(finished, tmp_path, m
     with pytest.raises(signals.Stopped):
         transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert (tmp_path / "b_x" / "checkpoints" / "3").is_dir()
-    resumed = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
+    second_result = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert steps == [1, 2, 3, 4]  # all of the second task
-    assert resumed == result
+    assert second_result == result
     assert_close(final_state(tmp_path / "b_x"), final_state(directory / "b_x"))
 
 
 # Mistakes that stop before the first training.
 
 
-def _refused(tasks, directory, message, **more):
+def _refused(tasks, directory, message, **options):
     with pytest.raises(UserError, match=message) as caught:
-        transfer.fine_tune(tasks, directory, groups={}, say=lambda line: None, **more)
+        transfer.fine_tune(tasks, directory, groups={}, say=lambda line: None, **options)
     assert "\n" not in str(caught.value)
     assert not list(directory.glob("*/checkpoints/*"))
     return str(caught.value)
 
 
-def test_finished_task_with_another_config_is_refused_by_name(finished):
-    directory, *_ = finished
+def test_finished_task_with_another_config_is_refused_by_name(finished_tasks):
+    directory, *_ = finished_tasks
     for change in (dict(optimizer__peak_lr=1.0), dict(total_steps=8), dict(global_batch_size=8)):
         tasks = _tasks() | {"b/x": _tasks(**change)["b/x"]}
         key = next(iter(change)).replace("__", r"\.")
@@ -256,7 +258,7 @@ def _example(feature, rng):
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.FeaturesDict):
-        return {key: _example(each, rng) for key, each in feature.items()}
+        return {key: _example(value_feature, rng) for key, value_feature in feature.items()}
     if isinstance(feature, tfds.features.Sequence):
         return [_example(feature.feature, rng) for _ in range(rng.integers(3, 11))]
     if isinstance(feature, tfds.features.Image):
@@ -288,8 +290,8 @@ def _mock(name, data_dir, splits):
     ]
     infos = []
     for split, size in MOCKS[name].items():
-        read = sorted({(a, b) for which, a, b in splits if which == split})
-        edges = sorted({0, size, *(edge for part in read for edge in part)})
+        parts = sorted({(a, b) for which, a, b in splits if which == split})
+        edges = sorted({0, size, *(edge for part in parts for edge in part)})
         lengths = list(np.diff(edges))
         template = tfds.core.ShardedFileTemplate(
             data_dir=builder.data_path,
@@ -299,8 +301,8 @@ def _mock(name, data_dir, splits):
         )
         infos.append(tfds.core.SplitInfo(split, list(map(int, lengths)), 1 << 20, template))
         builder.data_path.mkdir(parents=True, exist_ok=True)
-        for shard, (first, length) in enumerate(zip(edges, lengths, strict=False)):
-            if any(a <= first < b for a, b in read):
+        for shard, (start, length) in enumerate(zip(edges, lengths, strict=False)):
+            if any(a <= start < b for a, b in parts):
                 path = template.sharded_filepath(shard_index=shard, num_shards=len(lengths))
                 with tf.io.TFRecordWriter(str(path)) as writer:
                     for number in range(length):
@@ -318,9 +320,9 @@ def _vtab(names, data_dir):
 
     weights = data_dir.with_name("one_block.npz")
     arrays = np.load(WEIGHTS)
-    first = [key for key in arrays.files if not key.startswith(("MixerBlock_1/", "MixerBlock_2/"))]
-    np.savez(weights, **{key: arrays[key] for key in first})
-    tasks, read, test_sizes = {}, {}, {}
+    keys = [key for key in arrays.files if not key.startswith(("MixerBlock_1/", "MixerBlock_2/"))]
+    np.savez(weights, **{key: arrays[key] for key in keys})
+    tasks, parts_by_name, test_sizes = {}, {}, {}
     for name in names:
         config = finetune.get_config(f"dataset=vtab/{name},split=1000,res=32,init={weights}")
         config.dataset.data_dir = str(data_dir)
@@ -330,14 +332,14 @@ def _vtab(names, data_dir):
         tasks[name] = config
         sizes = MOCKS[config.dataset.name]
         (part,) = absolute(config.dataset.test_split, sizes)
-        first, end = part.from_ or 0, part.to or sizes[part.splitname]
-        test_sizes[name] = end - first
-        config.dataset.test_split = f"{part.splitname}[{first}:{min(end, first + 400)}]"
+        start, end = part.from_ or 0, part.to or sizes[part.splitname]
+        test_sizes[name] = end - start
+        config.dataset.test_split = f"{part.splitname}[{start}:{min(end, start + 400)}]"
         for spec in (config.dataset.train_split, config.dataset.test_split):
             for part in absolute(spec, sizes):
                 part = (part.splitname, part.from_ or 0, part.to or sizes[part.splitname])
-                read.setdefault(config.dataset.name, []).append(part)
-    for name, splits in read.items():
+                parts_by_name.setdefault(config.dataset.name, []).append(part)
+    for name, splits in parts_by_name.items():
         _mock(name, str(data_dir), splits)
     return tasks, test_sizes
 

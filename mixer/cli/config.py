@@ -133,7 +133,7 @@ def _load(value: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={path}: get_config() returns {type(config).__name__}; expected the "
-            "ConfigDict of configs.common.base()"
+            "ConfigDict that configs.common.base() makes"
         )
     return config
 
@@ -180,7 +180,9 @@ def _parse(argv: list[str]) -> list[str]:
     overrides = [arg for arg in argv if re.match(r"--(no)?config\.", arg)]
     types = dict(_types(_load(values[-1]))) if values else {}
     if overrides and not values:
-        raise UserError("--config=FILE.py is missing; --config.KEY=VALUE changes a key of it")
+        raise UserError(
+            "--config=FILE.py is missing; --config.KEY=VALUE only overrides a key of that config"
+        )
     if overrides and argv.index(f"--config={values[-1]}") > argv.index(overrides[0]):
         raise UserError("--config=FILE.py must precede --config.KEY=VALUE")
     for arg in overrides:

@@ -48,7 +48,7 @@ def check_values(argv: Sequence[str]) -> None:
         if not equals and name in flags.FLAGS and not flags.FLAGS[name].boolean:
             value = following
         if argument.startswith("-") and value.startswith("--"):
-            raise UserError(f"--{name} lacks its value: {value} follows; expected --{name}=VALUE")
+            raise UserError(f"--{name} has no value: {value} follows it; expected --{name}=VALUE")
 
 
 def numbers(

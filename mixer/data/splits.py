@@ -273,7 +273,8 @@ def open_split(
     ):
         if dataset[key] and not is_owner:
             raise UserError(
-                f"dataset.{key}={dataset[key]!r} is for {owner}; dataset.name is {dataset.name!r}"
+                f"dataset.{key}={dataset[key]!r} is only for {owner}; "
+                f"dataset.name is {dataset.name!r}"
             )
     if dataset.name == "synthetic":
         split = _open_synthetic(spec, image_size, num_classes or 10)
@@ -284,11 +285,11 @@ def open_split(
             fingerprint = f"{split.fingerprint} {_fingerprint_suffix(source.kept_numbers)}"
             split = dataclasses.replace(split, fingerprint=fingerprint)
     if not split.num_examples:
-        raise UserError(f"{split.name} is empty: no examples are left in this split")
+        raise UserError(f"{split.name} is empty; expected at least one example")
     if class_names is not None and split.class_names != tuple(class_names):
         raise UserError(
-            f"{split.name} has other classes than the run: {len(split.class_names)} "
-            f"({folder_lib.listed(split.class_names)}) and not {len(class_names)} "
+            f"{split.name} has {len(split.class_names)} classes "
+            f"({folder_lib.listed(split.class_names)}); expected the run's {len(class_names)} "
             f"({folder_lib.listed(class_names)})"
         )
     return split

@@ -64,10 +64,11 @@ def collect(
         if columns is None:
             return None
         features.append(columns["features"])
-        broken = np.flatnonzero(~np.isfinite(features[-1]).all(axis=1))
-        if len(broken):
+        broken_indices = np.flatnonzero(~np.isfinite(features[-1]).all(axis=1))
+        if len(broken_indices):
             raise UserError(
-                f"{split.name}: the features of {len(broken):,} images are not finite, first for "
-                f"{split.example_id(int(broken[0]))}; the weights are damaged or have diverged"
+                f"{split.name}: the features of {len(broken_indices):,} images are not "
+                f"finite, first for {split.example_id(int(broken_indices[0]))}; the weights are "
+                "damaged or have diverged"
             )
     return features

@@ -136,7 +136,8 @@ def assign(train: Split, validation: Split | None, test: Split | None) -> tuple[
     test = validation if test is None else test
     if test is None:
         raise UserError(
-            "few-shot: dataset.test_split and dataset.val_split are empty; expected one"
+            "few-shot: dataset.test_split and dataset.val_split are empty; expected a "
+            "split in one of them"
         )
     check(train, test)
     return train, test
@@ -232,7 +233,8 @@ def check(train: Split, test: Split) -> tuple[np.ndarray, np.ndarray]:
     for split in (train, test):
         if split.multi_label:
             raise UserError(
-                f"few-shot: {split.name} has images with several labels or none; expected one"
+                f"few-shot: {split.name} has images with several labels or none; expected one "
+                "label per image"
             )
     if len(names) < 2:
         raise UserError(f"few-shot: {train.name} has one class, {names[0]}; expected two or more")

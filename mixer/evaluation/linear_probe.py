@@ -84,7 +84,7 @@ def hold_out(train: Split) -> tuple[Split, Split]:
             is_held_out[indices[: max(int(HELD_OUT_SHARE * len(indices)), 1)]] = True
     if not is_held_out.any():
         raise UserError(
-            f"linear probe: {train.name} has one image per class; expected two or more, of which "
+            f"linear probe: {train.name} has one image per class; expected at least two, because "
             "one is held out to choose lam"
         )
     return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
@@ -103,7 +103,10 @@ def assign(train: Split, validation: Split | None, test: Split | None) -> Splits
     if test is None:
         validation, test = None, validation
     if test is None:
-        raise UserError("linear probe: dataset.test_split and dataset.val_split are empty")
+        raise UserError(
+            "linear probe: dataset.test_split and dataset.val_split are empty; expected a split in "
+            "one of them"
+        )
     for split in (train, validation or test, test):
         if split.multi_label:
             raise UserError(

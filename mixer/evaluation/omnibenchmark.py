@@ -85,7 +85,9 @@ def open_realms(
         )
     root = files.parse_path("--data_dir", data_dir)
     if not root.is_dir():
-        raise UserError(f"--data_dir={root} is not a folder; expected the folder of the realms")
+        raise UserError(
+            f"--data_dir={root} is not a folder; expected the folder that contains the realms"
+        )
     available = _list_realms(root)
     for name in names:
         check_choice("--tasks", name, available, hint=f"the realms in {root}")
@@ -118,7 +120,7 @@ def _list_realms(root: epath.Path) -> list[str]:
     ]
     if not realms:
         raise UserError(
-            f"--data_dir={root} contains no realm; expected folders such as {root}/bird with "
+            f"--data_dir={root} contains no realms; expected folders such as {root}/bird with "
             f"{', '.join(FILES)}"
         )
     return realms

@@ -96,7 +96,9 @@ def evaluate(
     if len(results_by_name) > 1:
         _show_side_by_side(results_by_name, console, output)
     if failures:
-        raise UserError(f"{len(failures)} of {len(subjects)} not evaluated: {'; '.join(failures)}")
+        raise UserError(
+            f"{len(failures)} of {len(subjects)} were not evaluated: {'; '.join(failures)}"
+        )
 
 
 def _show_side_by_side(

@@ -85,19 +85,19 @@ def read(directory: epath.PathLike, checkpoint_name: str) -> Results | None:
     Raises:
       UserError: the file is damaged.
     """
-    saved = run_files.read_results(directory, checkpoint_name)
-    return None if saved is None else parse(saved)
+    content = run_files.read_results(directory, checkpoint_name)
+    return None if content is None else parse(content)
 
 
-def parse(saved: Mapping[str, Any]) -> Results:
+def parse(content: Mapping[str, Any]) -> Results:
     """Parses the content of a results.json; skips splits without a count or an accuracy."""
     splits = {
         name: _split_result(value)
-        for name, value in saved.get("splits", {}).items()
+        for name, value in content.get("splits", {}).items()
         if {"count", "top1"} <= value.keys()
     }
-    sections = {name: saved[name] for name in SECTIONS if name in saved}
-    return Results(saved.get("step"), splits, sections)
+    sections = {name: content[name] for name in SECTIONS if name in content}
+    return Results(content.get("step"), splits, sections)
 
 
 def _split_result(value: Mapping[str, Any]) -> SplitResult:

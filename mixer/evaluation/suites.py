@@ -288,15 +288,15 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
         have_one_length = len({len(path) for path in paths}) == 1
         if len(paths) != imagenet_real.NUM_IMAGES or not is_flat or not have_one_length:
             raise UserError(
-                f"{root}/{paths[numbers.index(None)]} is one of {len(paths):,} images and has no "
-                "number in its name; expected a name such as ILSVRC2012_val_00000001.JPEG, or all "
+                f"{root}/{paths[numbers.index(None)]}, one of {len(paths):,} images, has no number "
+                "in its name; expected a name such as ILSVRC2012_val_00000001.JPEG, or all "
                 f"{imagenet_real.NUM_IMAGES:,} images in one folder, with names of equal length "
                 "in the original order"
             )
         numbers = range(len(paths))
     if len(set(numbers)) < len(numbers):
         duplicate = next(number for number in numbers if list(numbers).count(number) > 1)
-        raise UserError(f"{root} has image {duplicate + 1} of ImageNet's validation set twice")
+        raise UserError(f"{root} contains image {duplicate + 1} of ImageNet's validation set twice")
     return [
         {"path": prefix + path, "labels": imagenet_real.image_labels(number), "split": split}
         for path, number in zip(paths, numbers, strict=True)

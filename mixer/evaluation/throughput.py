@@ -23,7 +23,7 @@ from mixer.training.step import make_predict
 
 BATCH_SIZES = (1, 8, 64, 512)  # images per device
 WINDOWS = 5  # number of time windows; each gives one measurement of the rate
-IN_FLIGHT = 2  # maximum number of calls in flight
+MAX_CALLS_IN_FLIGHT = 2
 # Images per second per TPUv3 core in inference at PUBLISHED_SIZE: table 3 of the paper.
 PUBLISHED_RATES = {
     "S/32": 11489,
@@ -88,13 +88,13 @@ def measure(
             if not is_full:
                 raise
             windows = []
-        per_device = [rate / mesh.size for rate in windows]
+        device_rates = [rate / mesh.size for rate in windows]
         rates.append(
             {
                 "batch_size": batch_size,
-                "images_per_second": statistics.median(per_device) if per_device else None,
-                "low": min(per_device, default=None),
-                "high": max(per_device, default=None),
+                "images_per_second": statistics.median(device_rates) if device_rates else None,
+                "low": min(device_rates, default=None),
+                "high": max(device_rates, default=None),
             }
         )
     architecture = architecture_of(model)
@@ -142,7 +142,7 @@ def _windows(
 
 
 def run_for(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
-    """Calls a function repeatedly, at least once, with at most IN_FLIGHT calls in flight.
+    """Calls a function repeatedly, at least once, with at most MAX_CALLS_IN_FLIGHT calls in flight.
 
     Args:
       call: function that starts a computation and returns its arrays.
@@ -156,7 +156,7 @@ def run_for(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
     while calls == 0 or time.perf_counter() - start < seconds:
         in_flight.append(call())
         calls += 1
-        if len(in_flight) > IN_FLIGHT:
+        if len(in_flight) > MAX_CALLS_IN_FLIGHT:
             jax.block_until_ready(in_flight.popleft())
     jax.block_until_ready(list(in_flight))
     return calls, time.perf_counter() - start
@@ -196,8 +196,8 @@ def core_hours(
 
     Each log step has the rate since the previous log step, of all devices and per device; their
     ratio is the number of devices. The cost is therefore also correct for a run that was resumed on
-    other devices. Updates after the last log step before a checkpoint count at the rate of the next
-    log step.
+    other devices. If a run is resumed, the updates between its last log step and the checkpoint
+    count at the rate of the next log step.
 
     Args:
       rows: rows that `run_files.read_metrics` returns.
@@ -214,10 +214,10 @@ def core_hours(
     last_step, counts = 0, []
     for row in rows:
         rate = row.get("perf/images_per_second", 0)
-        per_device = row.get("perf/images_per_second_per_device", 0)
-        if rate <= 0 or per_device <= 0:
+        rate_per_device = row.get("perf/images_per_second_per_device", 0)
+        if rate <= 0 or rate_per_device <= 0:
             continue
-        counts.append(round(rate / per_device))
+        counts.append(round(rate / rate_per_device))
         duration = (row["step"] - last_step) * global_batch_size / rate
         seconds += duration
         device_seconds += duration * counts[-1]

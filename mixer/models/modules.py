@@ -45,7 +45,10 @@ def check_images(images: jax.Array, patch_size: int) -> None:
     The authors' code silently pads images that the patch size does not divide.
     """
     if images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f"images have the shape {images.shape}; expected (N, H, W, 3), RGB last")
+        raise UserError(
+            f"images have the shape {images.shape}; expected (N, H, W, 3), with RGB in the "
+            "last dimension"
+        )
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(f"images are {images.dtype}; expected floats, such as images / 127.5 - 1")
     check_image_size(images.shape[1:3], patch_size)

@@ -212,7 +212,7 @@ def _check_fields(architecture: Architecture, fields: Mapping[str, Any]) -> None
     if missing := [key for key in architecture.dimensions if key not in fields]:
         variants = ", ".join(architecture.variants)
         raise UserError(
-            f"model dimensions missing: {', '.join(missing)}; expected all of them, or "
+            f"model dimensions are missing: {', '.join(missing)}; expected all of them, or "
             f"model.variant, one of {variants}"
         )
     for key in ("num_classes", *architecture.dimensions):

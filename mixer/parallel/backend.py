@@ -52,7 +52,7 @@ def start() -> None:
         if platforms := jax.config.jax_platforms:
             raise UserError(
                 f"JAX finds no {platforms} device (JAX_PLATFORMS={platforms}); expected an "
-                "installed platform, or no JAX_PLATFORMS"
+                "installed platform, or JAX_PLATFORMS unset"
             ) from error
         raise UserError(f"JAX finds no device: {first_line(error)}") from error
 

@@ -46,12 +46,12 @@ def initialize(
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    missing = [name for name, value in place.items() if value is None]
+    missing_flags = [name for name, value in place.items() if value is None]
     if processes.state().client is not None:
         return  # an earlier run in this process has joined
-    if 0 < len(missing) < 3:
-        raise UserError(f"expected all of {', '.join(place)}; missing: {', '.join(missing)}")
-    if missing:
+    if 0 < len(missing_flags) < 3:
+        raise UserError(f"expected all of {', '.join(place)}; missing: {', '.join(missing_flags)}")
+    if missing_flags:
         join = cluster(os.environ)
         if join is None:
             return
@@ -288,10 +288,10 @@ class _Meeting:
 
     def missing(self) -> str:
         """Returns the problem after `JOIN_SECS`: the processes that have not arrived."""
-        missing = sorted({*range(1, self._num_processes)} - self._arrived.keys())
+        missing_ids = sorted({*range(1, self._num_processes)} - self._arrived.keys())
         return (
             f"after {JOIN_SECS:.0f} s {len(self._arrived) + 1} of {self._num_processes} processes "
-            f"have arrived; missing: --process_id={', '.join(map(str, missing))}"
+            f"have arrived; missing: --process_id={', '.join(map(str, missing_ids))}"
         )
 
     def departure(self) -> str | None:
@@ -319,7 +319,7 @@ def _receive(port: int, num_processes: int) -> None:
     meeting, problem = _Meeting(server, num_processes), None
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
-        stack.enter_context(_telling(meeting.progress))
+        stack.enter_context(_print_progress(meeting.progress))
         while problem is None and not meeting.is_complete():
             peer = meeting.accept(deadline)
             if peer is not None:
@@ -339,11 +339,11 @@ def _receive(port: int, num_processes: int) -> None:
         raise UserError(problem)
 
 
-def _telling(line: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+def _print_progress(line: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
     """Prints `line()` every `TELL_SECS` during the block."""
 
-    def tell(done: threading.Event) -> None:
-        while not done.wait(TELL_SECS):
+    def tell(stop_event: threading.Event) -> None:
+        while not stop_event.wait(TELL_SECS):
             print(f"waiting at most {JOIN_SECS:.0f} s: {line()}", flush=True)
 
     return processes.helper_thread(tell, "meeting")
@@ -361,7 +361,7 @@ def _report(address: tuple[str, int], num_processes: int, process_id: int) -> No
     """Reports this process to process 0, and waits for its response."""
     flag = "--coordinator_address={}:{}".format(*address)
     deadline = time.monotonic() + JOIN_SECS
-    with _telling(lambda: f"process {process_id} waits for process 0, {flag}"):
+    with _print_progress(lambda: f"process {process_id} waits for process 0, {flag}"):
         try:
             peer = _connect(address, deadline)
         except OSError as error:

@@ -76,14 +76,14 @@ def write_line(line: str, *, descriptor: int) -> None:
 
 @contextlib.contextmanager
 def helper_thread(run: Callable[[threading.Event], None], name: str) -> Iterator[None]:
-    """Runs `run(done)` in a thread during the block; the end of the block sets `done`."""
-    done = threading.Event()
-    thread = threading.Thread(target=run, args=(done,), name=name, daemon=True)
+    """Runs `run(stop_event)` in a thread; the end of the block sets `stop_event`."""
+    stop_event = threading.Event()
+    thread = threading.Thread(target=run, args=(stop_event,), name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        stop_event.set()
         thread.join(5)
 
 

@@ -36,7 +36,7 @@ def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
     requested = {name: axes.get(name, 1) for name in AXES}
     fixed = [size for size in requested.values() if size != -1]
     if len(fixed) < len(requested) - 1 or min(fixed) < 1:
-        raise UserError(f"mesh {requested}: sizes are at least 1, and only one of them may be -1")
+        raise UserError(f"mesh {requested}; expected sizes of at least 1, or -1 for one of them")
     remaining = count // math.prod(fixed)
     sizes = {name: remaining if size == -1 else size for name, size in requested.items()}
     if math.prod(sizes.values()) != count:
@@ -218,8 +218,8 @@ def data_processes(mesh: Mesh) -> tuple[int, int]:
     if sum(map(len, parts)) != batch_shards(mesh) or len(set(map(len, parts))) > 1:
         sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         raise UserError(
-            f"mesh ({sizes}) cuts the batch across {len(processes)} processes unevenly; choose "
-            "tensor so that it divides the devices of a host or is a multiple of them"
+            f"mesh ({sizes}) divides the batch unevenly among {len(processes)} processes; "
+            "choose tensor so that it divides the devices of a host or is a multiple of them"
         )
     return parts.index(local_shards(mesh, jax.process_index())), len(parts)
 

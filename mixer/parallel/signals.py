@@ -65,20 +65,20 @@ class Signals:
             self._stopped = self._stop_at is not None and self._calls >= self._stop_at
             return self._stopped
 
-    def share(self, done: threading.Event) -> None:
-        """Exchanges notices with the other processes until `done` is set; runs in a thread.
+    def share(self, stop_event: threading.Event) -> None:
+        """Exchanges notices with the other processes until `stop_event` is set; runs in a thread.
 
         After a notice each process stops counting its calls, publishes its count and reads the
         others' counts. No process has started the call after the highest count, so all stop there.
         """
         # If the service does not answer, process 0 is gone, and JAX ends this process.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._share(done)
+            self._share(stop_event)
 
-    def _share(self, done: threading.Event) -> None:
+    def _share(self, stop_event: threading.Event) -> None:
         state, key = processes.state(), self._key
         notice = None
-        while notice is None and not done.wait(NOTICE_SECS):
+        while notice is None and not stop_event.wait(NOTICE_SECS):
             if self.received is not None:
                 own_notice = dict(signum=self.received, who=processes.process_name())
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first

@@ -128,9 +128,9 @@ class Watch:
         # At exit JAX would wait for the other processes and for unfinished collectives.
         code = exit_code(error)
         atexit.register(self.leave, code)
-        late = threading.Timer(2 * LEAVE_SECS, _leave, [code])
-        late.daemon = True
-        late.start()
+        timer = threading.Timer(2 * LEAVE_SECS, _leave, [code])
+        timer.daemon = True
+        timer.start()
 
     def leave(self, code: int) -> None:
         """Ends this process, which has printed its reason; process 0 waits for the others.
@@ -152,13 +152,13 @@ class Watch:
             self._acknowledge(failure["process"])
         _leave(1)
 
-    def _acknowledge(self, failed: int | None = None) -> None:
+    def _acknowledge(self, failed_id: int | None = None) -> None:
         """Acknowledges the failure; process 0 waits until all processes have acknowledged it."""
         this = processes.state()
         this.client.key_value_set(f"mixer/ended/{this.process_id}", "", True)
         if this.process_id == 0:
             deadline = time.monotonic() + LEAVE_SECS
-            live_processes = {*range(this.num_processes)} - {failed}
+            live_processes = {*range(this.num_processes)} - {failed_id}
             while not live_processes <= _rows("mixer/ended").keys() and time.monotonic() < deadline:
                 time.sleep(0.1)
 
@@ -223,22 +223,22 @@ def watch(
         wait for; it repeats the line whenever the time has doubled. None or 0: never.
       tell: shows a line to the user.
     """
-    watching = Watch(stall_secs=stall_secs, tell=tell)
-    _watches[:] = [watching]
+    run_watch = Watch(stall_secs=stall_secs, tell=tell)
+    _watches[:] = [run_watch]
     with _naming_lost_coordinator():
-        watching.start()
+        run_watch.start()
         try:
-            yield watching
+            yield run_watch
             processes.barrier("end of the run")
         except BaseException as error:
             if processes.state().num_processes > 1:
                 if hasattr(error, "exit_code"):  # signals.Stopped, which all processes raise
                     processes.barrier("end of the run")
                 else:
-                    watching.fail(error)
+                    run_watch.fail(error)
             raise
         finally:
-            watching.stop()
+            run_watch.stop()
 
 
 def abort(error: BaseException) -> None:
@@ -271,21 +271,21 @@ def stall_line(seconds: float, states: Sequence[Mapping[str, Any]]) -> str:
         doing = f"; {main['doing']} for {main['secs']:.0f} s"
         return line + doing * (main["doing"] not in QUIET)
     # The slowest process sets the pace; among the slowest, one that waits for data is the cause.
-    last = min(row["step"] for row in states)
-    behind = [row for row in states if row["step"] == last]
-    blamed = [row for row in states if row["doing"] == "silent"]
-    blamed = blamed or [row for row in behind if row["doing"] == "waiting for data"] or behind
-    if len(blamed) == len(states):
+    lowest_step = min(row["step"] for row in states)
+    slowest = [row for row in states if row["step"] == lowest_step]
+    causes = [row for row in states if row["doing"] == "silent"]
+    causes = causes or [row for row in slowest if row["doing"] == "waiting for data"] or slowest
+    if len(causes) == len(states):
         if main["doing"] in QUIET:
             return line
         return f"{line}; all processes have been {main['doing']} for {main['secs']:.0f} s"
     who = ", ".join(
         f"{processes.process_name(row['process'], row['host'])} has been {row['doing']} for "
         f"{row['secs']:.0f} s"
-        for row in blamed[:4]
+        for row in causes[:4]
     )
-    suffix = f" and {len(blamed) - 4} more are behind" if len(blamed) > 4 else ""
-    return f"{line}; {who}{suffix}; the others wait for {'it' if len(blamed) == 1 else 'them'}"
+    suffix = f" and {len(causes) - 4} more are behind" if len(causes) > 4 else ""
+    return f"{line}; {who}{suffix}; the others wait for {'it' if len(causes) == 1 else 'them'}"
 
 
 def _rows(directory: str) -> dict[int, Any]:
@@ -312,8 +312,15 @@ def _is_lost_connection(error: BaseException | None) -> bool:
     """
     if error is None:
         return False
-    lost = ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNKNOWN")
-    if re.match(f"({'|'.join(lost)}):", str(error)):
+    error_codes = (
+        "ABORTED",
+        "CANCELLED",
+        "DEADLINE_EXCEEDED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "UNKNOWN",
+    )
+    if re.match(f"({'|'.join(error_codes)}):", str(error)):
         return True
     return _is_lost_connection(error.__cause__ or error.__context__)
 
@@ -342,7 +349,7 @@ def _naming_lost_coordinator() -> Iterator[None]:
     address = processes.host_and_port(this.coordinator_address)
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def aborted(signum: int) -> None:
+    def handle_abort(signum: int) -> None:
         if _exit_codes:
             os._exit(_exit_codes[0])
         try:
@@ -357,8 +364,8 @@ def _naming_lost_coordinator() -> Iterator[None]:
 
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    _abort_handlers.append(aborted)
-    previous = libc.signal(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
+    _abort_handlers.append(handle_abort)
+    previous = libc.signal(signal.SIGABRT, ctypes.cast(handle_abort, ctypes.c_void_p))
     yield
     # After an exception the handler stays: JAX may abort this process until it has ended.
     libc.signal(signal.SIGABRT, previous)

@@ -346,7 +346,7 @@ def check_same_everywhere(tree: dict[str, Any], noun: str) -> None:
     ]
     if differences:
         raise UserError(
-            f"{distributed.process_name()} has other {noun} than process 0: "
+            f"{distributed.process_name()} has different {noun} from process 0: "
             f"{'; '.join(differences)}"
         )
 

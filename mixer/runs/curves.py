@@ -93,9 +93,9 @@ def draw_comparison(runs: Mapping[str, Rows], path: epath.PathLike) -> None:
 
 def smooth(values: Sequence[float]) -> np.ndarray:
     """Returns a curve's running mean over 1/50 of its points; the window is shorter at the ends."""
-    count, half = len(values), len(values) // 100
-    start = np.maximum(np.arange(count) - half, 0)
-    stop = np.minimum(np.arange(count) + half + 1, count)
+    count, half_width = len(values), len(values) // 100
+    start = np.maximum(np.arange(count) - half_width, 0)
+    stop = np.minimum(np.arange(count) + half_width + 1, count)
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return (sums[stop] - sums[start]) / (stop - start)
 

@@ -256,7 +256,9 @@ def describe_change(old: dict[str, Any], split: pipeline.Split) -> str:
         for files in (old_files, new_files)
     ]
     pairs = zip(*rows, strict=False)
-    label = next((label for label, (one, two) in enumerate(pairs) if one != two), None)
+    label = next(
+        (label for label, (old_row, new_row) in enumerate(pairs) if old_row != new_row), None
+    )
     if label is None and old_files["num_bytes"] == new_files["num_bytes"]:
         return f"{change}: some files have other names or other sizes"
     if label is not None:

@@ -48,8 +48,8 @@ class OpenRun:
             return
         self.checkpoints.wait()
         if self.checkpoints.steps:
-            last = self.checkpoints.describe_last()
-            say(f"saved {last}; the same command continues from it")
+            description = self.checkpoints.describe_last()
+            say(f"saved {description}; the same command continues from it")
         else:
             say(f"{self.signals.name}: no checkpoint saved, as the run has not finished a step")
         raise signals.Stopped(self.signals.received)
@@ -138,7 +138,7 @@ def check_place(workdir: epath.Path) -> None:
     ):
         for path in (workdir / name for name in names):
             if os.path.lexists(path) and not has_type(path):
-                raise UserError(f"{path} is not a {noun}, as a run needs; move it away")
+                raise UserError(f"{path} is not a {noun}, which a run needs there; move it away")
 
 
 def record_result(

@@ -134,12 +134,14 @@ class TrainLog:
         problem = f"the loss is {metrics['train/loss']} at step {step}"
         if skips:
             problem = (
-                f"{metrics['train/skipped_steps']:.0f} updates up to step {step} were not finite "
-                f"and skipped, more than max_skipped_steps={config.max_skipped_steps}"
+                f"{metrics['train/skipped_steps']:.0f} updates up to step {step} were skipped "
+                "because they were not finite, more than "
+                f"max_skipped_steps={config.max_skipped_steps}"
             )
         raise UserError(
             f"{problem}; last good checkpoint: {self._run.checkpoints.describe_last()}. Try a "
-            "lower optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
+            "lower optimizer.peak_lr or a longer schedule.warmup_steps, or set "
+            "optimizer.grad_clip_norm"
         )
 
 

@@ -207,7 +207,7 @@ def read_saved(run: OpenRun, *, allow_config_change: bool) -> SavedRun:
         if value is None and not allow_config_change:
             raise UserError(
                 f"{run.path / name} is missing, but {run.path} has checkpoints, so the run's "
-                "settings are not known. Restore the file, or pass another --workdir, or "
+                "settings are unknown. Restore the file, or pass another --workdir, or "
                 "--allow_config_change to continue with the settings of this command"
             )
     return SavedRun(config, data)

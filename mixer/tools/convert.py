@@ -117,7 +117,9 @@ def _layout(out: epath.Path) -> str:
     from mixer.weights.card import card_path
 
     if "://" in str(out):
-        raise UserError(f"{out}: remote path; expected a local path (copy the files afterwards)")
+        raise UserError(
+            f"{out} is a remote path; expected a local path (copy the files afterwards)"
+        )
     for path in (out,) if layout in ("run", "hub") else (out, card_path(out)):
         if os.path.lexists(path):
             raise UserError(f"{path} exists already; remove it, or choose another name")

@@ -52,12 +52,12 @@ def make_schedule(
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
             f"schedule.warmup_steps={warmup_steps} does not fit total_steps={total_steps}; "
-            f"it must be in 0..{total_steps - 1}"
+            f"expected 0 to {total_steps - 1}"
         )
     if not 0 <= cooldown_steps <= total_steps - warmup_steps:
         raise UserError(
             f"schedule.cooldown_steps={cooldown_steps} does not fit total_steps={total_steps} "
-            f"after {warmup_steps} steps of warm-up; it must be in 0..{total_steps - warmup_steps}"
+            f"after {warmup_steps} steps of warm-up; expected 0 to {total_steps - warmup_steps}"
         )
     check_number("schedule.rsqrt_timescale", rsqrt_timescale, minimum=1)
 
@@ -121,10 +121,12 @@ def multipliers(params: Any, rules: Rules) -> Any:
             names = list(sharding.by_name(params))
             raise UserError(
                 f"optimizer.lr_multipliers: {rule[0]!r} applies to no parameter; expected a regex "
-                f"of a full name, such as {names[0]} or {names[-1]}, without an earlier match"
+                f"for a full name, such as {names[0]} or {names[-1]}, that no earlier rule matches"
             )
     if not any(jax.tree.leaves(tree)):
-        raise UserError("optimizer.lr_multipliers freezes every parameter")
+        raise UserError(
+            "optimizer.lr_multipliers freezes every parameter; expected a multiplier above 0"
+        )
     return tree
 
 
@@ -238,7 +240,7 @@ def make_optimizer(
     check_number("optimizer.b1", b1, limit=1)
     check_number("optimizer.b2", b2, limit=1)
     if not 0 < eps < math.inf:
-        raise UserError(f"optimizer.eps is {eps}; expected a finite number above 0")
+        raise UserError(f"optimizer.eps={eps}; expected a finite number above 0")
     if weight_decay_form == "schedule":
         weight_decay = weight_decay / peak_lr if peak_lr else 0.0
     decay = optax.add_decayed_weights(weight_decay, kernels) if weight_decay else optax.identity()

@@ -130,7 +130,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"step {step}: parameters or optimizer state hold NaN or infinity; nothing was "
                 f"saved. Last good checkpoint: {self.describe_last()}. Try a lower "
-                "optimizer.peak_lr, a longer schedule.warmup_steps or optimizer.grad_clip_norm"
+                "optimizer.peak_lr or a longer schedule.warmup_steps, or set "
+                "optimizer.grad_clip_norm"
             )
         info = {"step": step, "checksums": sums, "versions": versions()}
         if value is not None:

@@ -53,7 +53,7 @@ def parse_url(url: str) -> str:
     if not is_valid or parts.scheme not in ("http", "https"):
         raise UserError(f"{label} is not an HTTP URL; expected https://HOST/PATH/FILE.npz")
     if "@" in netloc:
-        raise UserError(f"{label}: expected a URL without a user or a password")
+        raise UserError(f"{label}: expected a URL without a user name or a password")
     path = urllib.parse.quote(parts.path or "/", safe="%/:@!$&'()*+,;=~")
     query = urllib.parse.quote(parts.query, safe="%/:@!$&'()*+,;=~?[]")
     return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, ""))

@@ -352,7 +352,7 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
             f"hf://{repository} is gated: accept its terms on the Hub and log in"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"hf://{repository}: no such repository, or a private one") from None
+        raise UserError(f"hf://{repository}: the repository does not exist or is private") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise UserError(f"{url} cannot be read: {first_line(error)}") from None
     note = f"; could not check for {' and '.join(unreachable)}" if unreachable else ""

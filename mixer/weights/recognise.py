@@ -273,7 +273,9 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
     if config is None:
         side = _square_side(num_tokens, dims["patch_size"]) if num_tokens else None
         if side is None:
-            raise UserError(f"{path}: the image size is unknown, as the run has no config.json")
+            raise UserError(
+                f"{path}: the image size is unknown, because the run has no config.json"
+            )
         config = {"image_size": side, "model": {}, "dataset": {}}
         about.append("no config.json: assuming the authors' GELU and a square image")
     fields = config["model"]

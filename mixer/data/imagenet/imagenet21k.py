@@ -252,8 +252,8 @@ def prepare(
     location = data_dir or os.environ.get("TFDS_DATA_DIR", "")
     if "://" in location:
         raise UserError(
-            f"--data_dir={location}: a preparation appends to files; expected a folder on a local "
-            "disk (prepare there, and copy the finished folder)"
+            f"--data_dir={location} is not on a local disk; expected a local folder, because the "
+            "preparation appends to files (copy the finished folder afterwards)"
         )
     target = builder(source.release, data_dir)
     final = Path(target.data_path)
@@ -274,9 +274,7 @@ def prepare(
         names = sorted({name.partition("-")[0] for name in state["files"]} - {SKIPPED})
         if not names:
             skipped_path = work / "files" / SKIPPED
-            raise UserError(
-                f"{source.path}: no image can be used; {skipped_path} lists the reasons"
-            )
+            raise UserError(f"{source.path}: no image is usable; {skipped_path} lists the reasons")
         splits = [_write(name, target, work, state, pool, workers, report) for name in names]
         summary = _finish(splits, target, work, state)
         (work / "ready").replace(final)

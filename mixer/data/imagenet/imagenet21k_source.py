@@ -112,7 +112,9 @@ def find_source(source: str, release: str = "") -> Source:
         _refuse_unknown(path, {unit.synset for unit in units})
         twice = [name for name, n in collections.Counter(u.name for u in units).items() if n > 1]
         if twice:
-            raise UserError(f"{path} contains {twice[0]} as a tar file and a folder; remove one")
+            raise UserError(
+                f"{path} contains {twice[0]} both as a tar file and as a folder; remove one"
+            )
         num_bytes = sum(_size(unit.path) for unit in units)
     return Source(path, release or _find_release(path, units), num_bytes, units)
 
@@ -132,7 +134,7 @@ def _look_into(path: Path) -> tuple[Path, tuple[Unit, ...] | None]:
         if len(tars) == 1:
             return tars[0], None
         if len(folders) != 1 or tars:
-            raise UserError(f"--source={path}: no synset in it; {_EXPECTED}")
+            raise UserError(f"--source={path} contains no synsets; {_EXPECTED}")
         path = folders[0]  # the top folder of an archive
 
 
@@ -313,7 +315,7 @@ def _archive_units(path: Path) -> Iterator[tuple[Unit, Iterator[Member]]]:
             else:
                 yield unit, (_member(tar, info, unit) for info in infos)
     if not parts:
-        raise UserError(f"--source={path}: no synset in it; {_EXPECTED}")
+        raise UserError(f"--source={path} contains no synsets; {_EXPECTED}")
 
 
 def _place(info: tarfile.TarInfo) -> tuple[str, str, str]:

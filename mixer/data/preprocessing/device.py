@@ -83,7 +83,7 @@ def random_crop(images, keys, size, pad=0):
 
 def _check_window(images, size):
     if min(images.shape[1:3]) < size:
-        raise ValueError(f"a crop of {size} pixels from an image of {list(images.shape[1:3])}")
+        raise ValueError(f"crop size {size} is larger than the image, {list(images.shape[1:3])}")
 
 
 def flip_lr(images, keys):
@@ -105,7 +105,9 @@ def permute_pixels(images, size, seed=0):
 def _check_sides(images, size):
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if images.shape[1:3] != sides:
-        raise ValueError(f"a permutation of {list(sides)} for images of {list(images.shape[1:3])}")
+        raise ValueError(
+            f"permutation size {list(sides)} differs from the image, {list(images.shape[1:3])}"
+        )
     return sides
 
 

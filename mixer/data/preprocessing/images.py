@@ -49,7 +49,7 @@ def pixels(data: bytes, formats: tuple[str, ...]) -> np.ndarray:
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"its pixels are in {values.min()} to {values.max()}; expected 8 or 16 bits"
+                f"pixel values from {values.min()} to {values.max()}; expected 8 or 16 bits"
             )
         image = Image.fromarray((values >> 8).astype(np.uint8))
     return np.asarray(image.convert("RGB"))

@@ -165,7 +165,7 @@ def _make_call(text: str, place: int) -> Call:
     except (MemoryError, RecursionError):  # the parser's own limits
         raise _syntax_error(text) from None
     if len(keywords) < len(call.keywords):
-        raise ValueError(f"{name}: an argument occurs twice")
+        raise ValueError(f"{name}: an argument is given twice")
     try:
         bound = op.signature.bind(*values, **keywords)
     except TypeError as error:
@@ -223,10 +223,10 @@ def _check_order(calls: tuple[Call, ...]) -> None:
         names = [op.name for op in OPS.values() if op.kind is Kind.DECODING]
         raise ValueError(f"the first op must be {' or '.join(names)}")
     if any(call.op.name == "decode" for call in calls[1:]):
-        raise ValueError("decode must be the first op, once")
+        raise ValueError("decode must occur once, as the first op")
     on_image = [call for call in calls if call.op.kind is not Kind.LABEL]
     if any(call.op.kind is Kind.RANGE for call in on_image[:-1]):
-        raise ValueError("no op on the image may follow value_range")
+        raise ValueError("no image op may follow value_range")
 
 
 def _check_sizes(calls: tuple[Call, ...]) -> tuple[int, int] | None:

@@ -42,7 +42,7 @@ def read_annotations(file: epath.PathLike, root: epath.PathLike) -> LabelFile:
         raise UserError(f"{file} is missing; expected lines such as {LINE}")
     listing = collect(file, root, _parse(file, content))
     if not len(listing.lines):
-        raise UserError(f"{file} lists no image; expected lines such as {LINE}")
+        raise UserError(f"{file} lists no images; expected lines such as {LINE}")
     listing = dataclasses.replace(listing, splits={"images": np.arange(len(listing.lines))})
     _check_images(listing)
     return listing

@@ -489,13 +489,13 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     shown = printable(str(tree.root))
     if tree.misplaced_splits:
         raise UserError(
-            f"{shown}: {listed(map(decode, tree.misplaced_splits))}: the name of a split in the "
-            f"place of a class; {LAYOUT} (move a second data set out of this folder)"
+            f"{shown}: {listed(map(decode, tree.misplaced_splits))}: the name of a split, "
+            f"in the place of a class folder; {LAYOUT} (move a second data set out of this folder)"
         )
     if not tree.images:
         other_images = tree.stray_images + tree.rare_images
         hint = f" (not as {printable(decode(other_images[0]))})" if other_images else ""
-        raise UserError(f"{shown} contains no images ({ACCEPTED}) of a class; {LAYOUT}{hint}")
+        raise UserError(f"{shown} contains no images ({ACCEPTED}) in class folders; {LAYOUT}{hint}")
     names = {
         decode(_class_of(image, tree.is_flat))
         for images in tree.images.values()
@@ -504,7 +504,7 @@ def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     if empty := sorted(set(tree.class_folders) - names):
         folders = [decode(folder) for name in empty for folder in tree.class_folders[name]]
         raise UserError(
-            f"{shown}: {len(empty)} of {len(tree.class_folders)} classes have no image in any "
+            f"{shown}: {len(empty)} of {len(tree.class_folders)} classes have no images in any "
             f"split: {listed(folders)}; put images ({ACCEPTED}) into these folders, or remove them"
         )
     sort = _stratified if tree.is_flat else _in_order

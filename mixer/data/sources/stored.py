@@ -495,7 +495,7 @@ def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: st
     if not is_image or label_key not in choices:
         raise UserError(
             f"dataset {builder.name!r} has no image {image_key!r} with label {label_key!r}; "
-            f"dataset.label_key must be one of: {', '.join(choices) or 'none'}."
+            f"expected one of these in dataset.label_key: {', '.join(choices) or 'none'}."
             f"{nearest(label_key, choices)}"
         )
 

@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     """Runs the measurement in the arguments."""
     name = " ".join(argv[1:])
     if name in REMOVED:
-        raise UserError(f"{name}: this measurement was removed; use instead: {REMOVED[name]}")
+        raise UserError(f"{name}: this measurement was removed; instead: {REMOVED[name]}")
     if name not in MEASUREMENTS:
         raise UserError(
             f"{name or 'no measurement'}; expected one of {', '.join(MEASUREMENTS)}; see "
@@ -144,7 +144,7 @@ def _check_flags(measurement: str) -> None:
     for flag in (SECONDS, STEP_RATE):
         check_number(f"--{flag.name}", flag.value or 0)
     if measurement == "data" and BATCH_SIZE.value is not None and len(BATCH_SIZE.value) > 1:
-        raise UserError(f"--batch_size={','.join(BATCH_SIZE.value)}; data expects one number")
+        raise UserError(f"--batch_size={','.join(BATCH_SIZE.value)}; expected one number for data")
     if STEP_RATE.value == 0:
         raise UserError(f"--{STEP_RATE.name}=0; expected a rate above 0")
     for name in AGAINST.value:
@@ -172,7 +172,7 @@ def _cases(measurement: str) -> list[Any]:
 
     if not MODELS.value:
         raise UserError(f"--models is empty; expected some of {', '.join(cases.MODELS)}")
-    selected = []
+    selected_cases = []
     for name in MODELS.value:
         check_choice("--models", name, cases.MODELS)
         if AGAINST.value and cases.MODELS[name].get("name", "mixer") != "mixer":
@@ -183,7 +183,7 @@ def _cases(measurement: str) -> list[Any]:
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
         check_image_size((size, size), cases.MODELS[name]["patch_size"])
         for batch_size in _batch_sizes():
-            selected.append(
+            selected_cases.append(
                 cases.Case(
                     measurement=measurement,
                     model=name,
@@ -195,7 +195,7 @@ def _cases(measurement: str) -> list[Any]:
                     gelu=GELU.value,
                 )
             )
-    return selected
+    return selected_cases
 
 
 def _batch_sizes() -> list[int]:

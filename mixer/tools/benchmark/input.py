@@ -134,8 +134,8 @@ def measure(
     if failure := figures.get("step_failure"):
         record.console.say(f"the training step: {failure}")
     else:
-        measured = figures["step_per_device"]
-        step = (measured["median"], "measured") if measured else (step_rate, "given")
+        measured_rate = figures["step_per_device"]
+        step = (measured_rate["median"], "measured") if measured_rate else (step_rate, "given")
         evaluation = evaluation_rate(model, config.image_size, step[0])
         figures["feeds"] = _show_feeds(record.console, figures, step, evaluation)
     record.write(figures)
@@ -153,7 +153,7 @@ def _show_rates(console: Console, figures: dict[str, Any]) -> None:
         )
         for name, rate in rates.items()
     ]
-    header = ("", "images/s", "lowest to highest", "of decoding", "cores busy")
+    header = ("", "images/s", "lowest to highest", "share of decoding rate", "cores busy")
     print_table(console, Table(header, rows))
     if rate := figures["device_part_per_device"]:
         console.say(
@@ -181,7 +181,7 @@ def _show_feeds(
     for name in figures["preprocess"]:
         demand, source = step
         if name == "evaluation":
-            demand, source = evaluation, "estimated by FLOPs"
+            demand, source = evaluation, "estimated from FLOPs"
         elif name == HOST_PART and (device_part := figures["device_part_per_device"]):
             # The device runs its preprocessing and the training step one after the other.
             demand = 1 / (1 / demand + 1 / device_part["median"])
@@ -209,7 +209,7 @@ def measure_rates(
 ) -> dict[str, Any]:
     """Measures preprocessing, in turns with decoding alone and with programs on the devices.
 
-    Decoding alone reads and decodes the same windows of the same files as "training".
+    Decoding alone reads and decodes the same crop windows of the same files as "training".
 
     Args:
       specs: preprocessing by name; "training" is the config's.

@@ -36,7 +36,7 @@ def write(directory: Path, size: tuple[int, int]) -> float:
         from sklearn.datasets import load_sample_images
     except ImportError:
         raise UserError(
-            "scikit-learn is missing, which has the photographs; run pip install -e .[bench]"
+            "scikit-learn, which contains the photographs, is missing; run pip install -e .[bench]"
         ) from None
 
     photographs = load_sample_images().images  # 427 x 640

@@ -153,10 +153,10 @@ def case_table(case: Mapping[str, Any]) -> Table:
         "lowest to highest",
         "ms per step",
         f"{prefix}FLOP/s",
-        "of matmul",
+        "share of matmul rate",
         "GiB",
         "compile s",
-        "ours is x times (lowest to highest)",
+        "speedup of ours (lowest to highest)",
     )
     rows = []
     for name, figures in case["contestants"].items():

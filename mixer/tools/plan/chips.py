@@ -105,7 +105,8 @@ def find(name: str) -> Topology:
         match = re.fullmatch(r"([1-9]\d*)x(\w+)", shape)
         if not match or match[2] not in GPUS:
             raise UserError(
-                f"--topology={name}; expected gpu:NUMBERxKIND, the kind one of {', '.join(GPUS)}"
+                f"--topology={name}; expected gpu:NUMBERxKIND, where KIND is one of "
+                f"{', '.join(GPUS)}"
             )
         chip = GPUS[match[2]]
         count = int(match[1])

@@ -24,13 +24,13 @@ def host_figures(subject: Subject, required_rate: float, checkpoint_bytes: int) 
     """
     dataset, topology = subject.config.dataset, subject.topology
     pixels = 3 * subject.config.image_size**2
-    shuffled = 2 * dataset.shuffle_group_size * subject.image_bytes
+    shuffle_bytes = 2 * dataset.shuffle_group_size * subject.image_bytes
     if subject.num_examples is not None:
-        shuffled = min(shuffled, subject.num_examples * subject.image_bytes)
+        shuffle_bytes = min(shuffle_bytes, subject.num_examples * subject.image_bytes)
     batch = subject.config.global_batch_size / topology.num_hosts * pixels
     memory = {
         "process": PROCESS_BYTES,
-        "shuffling": shuffled,
+        "shuffling": shuffle_bytes,
         "batches": (dataset.prefetch_batches + 2) * batch,
         "checkpoint": float(checkpoint_bytes),
     }

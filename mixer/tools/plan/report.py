@@ -136,24 +136,25 @@ def _step_rows(subject: Subject, step: Step, plan: dict[str, Any]) -> list[Row]:
         schedule = f"{short(step.schedule, 's')} per step, without communication"
         rows.append(("compiler's schedule", schedule))
     seconds = f"{short(step.seconds, 's')} per step with matmuls at {subject.utilization:.0%} of"
-    rate, per_device = plan["images_per_second"], plan["images_per_second_per_device"]
-    rates = f"{rate:,.0f} images/s, {per_device:,.0f} per device"
+    rate, rate_per_device = plan["images_per_second"], plan["images_per_second_per_device"]
+    rates = f"{rate:,.0f} images/s, {rate_per_device:,.0f} per device"
     rows.append(("expected", f"{seconds} their peak, limited by {step.limit}: {rates}"))
     return rows
 
 
 def _run_rows(plan: dict[str, Any]) -> list[Row]:
     """Returns rows on the duration of the run and on its checkpoints."""
-    saved = plan["checkpoint"]
+    checkpoint = plan["checkpoint"]
     hours = f"{plan['hours']:,.3g} hours, {plan['device_hours']:,.4g} device-hours"
     evaluation = duration(plan["evaluation_seconds"])
     return [
-        ("whole run", f"{hours} (evaluation {evaluation} of it, as min:s)"),
+        ("whole run", f"{hours} (including {evaluation} min:s of evaluation)"),
         (
             "checkpoint",
-            f"{short(saved['bytes'], 'B')}, every {duration(saved['every_seconds'])}; "
-            f"{saved['write_seconds']:,.0f} s to write during training at "
-            f"{short(WRITE_RATE, 'B/s')} (assumed); {short(saved['kept_bytes'], 'B')} are kept",
+            f"{short(checkpoint['bytes'], 'B')}, every {duration(checkpoint['every_seconds'])}; "
+            f"{checkpoint['write_seconds']:,.0f} s to write during training at "
+            f"{short(WRITE_RATE, 'B/s')} (assumed); "
+            f"{short(checkpoint['kept_bytes'], 'B')} are kept",
         ),
     ]
 
@@ -162,9 +163,10 @@ def _host_rows(subject: Subject, host: dict[str, Any]) -> list[Row]:
     rows = []
     if not host["input"]["stays_on_device"]:
         images = f"{host['images_per_second']:,.0f} images/s"
-        read = short(host["read_bytes_per_second"], "B/s")
-        sent = short(host["send_bytes_per_second"], "B/s")
-        rows.append(("each host reads", f"{images}, {read} of files, sends {sent} to its devices"))
+        read_rate = short(host["read_bytes_per_second"], "B/s")
+        send_rate = short(host["send_bytes_per_second"], "B/s")
+        text = f"{images}, {read_rate} of files, sends {send_rate} to its devices"
+        rows.append(("each host reads", text))
     needs = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in host["memory"].items())
     total = f"{host['memory_needed'] / 1e9:,.1f} of {host['memory_there'] / 1e9:,.0f} GB"
     return [
@@ -199,5 +201,5 @@ def _input_rows(subject: Subject, prepared: dict[str, Any]) -> list[Row]:
             change = f"--config.dataset.augment_on=device ({spec.parts.device} on the devices)"
             rows.append(("to change", change))
     if prepared["steps"] != subject.config.dataset.train_preprocess:
-        rows.append(("", f"the host runs {prepared['steps']}; the devices run the other steps"))
+        rows.append(("", f"the host runs {prepared['steps']}; the devices run the other ops"))
     return rows

@@ -1,4 +1,4 @@
-"""Searches settings of a run that fit into memory, and ranks them by speed."""
+"""Searches for settings of a run that fit into memory, and ranks them by speed."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,9 @@ TABLE_ROWS = 12
 
 
 def candidates(subject: Subject) -> list[Step]:
-    """Estimates all settings worth considering; returns the fastest that should fit first.
+    """Estimates all settings worth considering.
+
+    Steps that are expected to fit come first, the fastest at the top.
 
     The candidates are meshes of powers of two that divide batch and widths, with "tensor" at most
     8; every rematerialisation policy; and, if nothing else fits, up to 16 parts of a batch.
@@ -48,8 +50,8 @@ def candidates(subject: Subject) -> list[Step]:
             break
     if not steps:
         raise UserError(
-            f"global_batch_size={batch_size} is not divisible by any mesh of "
-            f"{count} devices; choose another number of devices or another batch size"
+            f"global_batch_size={batch_size}: no mesh of {count} devices divides it; choose "
+            "another number of devices or another batch size"
         )
     return sorted(steps, key=_rank)
 
@@ -77,19 +79,22 @@ def search(subject: Subject, say: Callable[[str], None]) -> list[Step]:
       subject: the subject of the plan.
       say: prints a line about each compilation, with the time left.
     """
-    estimated = candidates(subject)
+    estimates = candidates(subject)
     if subject.topology.is_gpu:
-        return estimated
-    say(f"{len(estimated)} settings estimated; at most {COMPILES} are compiled")
+        return estimates
+    say(f"{len(estimates)} settings estimated; at most {COMPILES} are compiled")
     compiled: list[Step] = []
     ratio = 1.0  # compiled memory divided by estimated memory
     limit = subject.topology.chip.memory
     start_time = time.perf_counter()
-    pending = list(estimated)
+    pending = list(estimates)
     while pending and len(compiled) < COMPILES:
-        fitting = [s for s in pending if s.memory * ratio <= limit] or pending[:1]
+        steps_that_fit = [s for s in pending if s.memory * ratio <= limit] or pending[:1]
         compiled_policies = {step.settings.remat for step in compiled}
-        best = next((s for s in fitting if s.settings.remat not in compiled_policies), fitting[0])
+        best = next(
+            (s for s in steps_that_fit if s.settings.remat not in compiled_policies),
+            steps_that_fit[0],
+        )
         pending.remove(best)
         step = update.compile_step(subject, best.settings)
         ratio = step.memory / best.memory
@@ -119,10 +124,13 @@ def advice(subject: Subject, step: Step) -> str:
         memory = candidate.memory * ratio
         if memory <= subject.topology.chip.memory and candidate.settings != step.settings:
             return (
-                f"{dtype_advice}should fit, at {memory / chips.GIB:.1f} GiB (estimated): "
-                f"{candidate.settings.overrides}"
+                f"{dtype_advice}use {candidate.settings.overrides} "
+                f"(estimated: {memory / chips.GIB:.1f} GiB, should fit)"
             )
-    return "no mesh, rematerialisation or accumulation should make it fit: use more devices"
+    return (
+        "by the estimates, no mesh, rematerialisation policy or accumulation makes it fit; "
+        "use more devices"
+    )
 
 
 def ranking(subject: Subject, steps: list[Step]) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The subject of a plan: a config resolved without its data, its model, length and devices."""
+"""The subject of a plan: a config, resolved without reading its data, and its model and devices."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from mixer.training.optimizer import multipliers
 
 
 @dataclasses.dataclass(frozen=True)
-class Set:
+class DataSetInfo:
     """A public data set.
 
     Attributes:
@@ -39,15 +39,15 @@ class Set:
 
 # Counts from TFDS (quoted from memory), sizes from its downloads; ImageNet-21k is the fall 2011
 # release. A length in epochs needs the counts, and a plan does not read the data.
-SETS = {
-    "imagenet2012": Set({"train": 1_281_167, "validation": 50_000}, 1000, 110e3),
-    "imagenet21k": Set({"train": 14_197_122}, 21843, 92e3),
-    "cifar10": Set({"train": 50_000, "test": 10_000}, 10, 2.3e3, 32),
-    "cifar100": Set({"train": 50_000, "test": 10_000}, 100, 2.3e3, 32),
-    "oxford_iiit_pet": Set({"train": 3680, "test": 3669}, 37, 105e3),
-    "oxford_flowers102": Set({"train": 1020, "validation": 1020, "test": 6149}, 102, 40e3),
-    "digits": Set({"train": 1257, "validation": 180, "test": 360}, 10, 200.0, 8),
-    "synthetic": Set(synthetic.SPLITS, 10, 0.0),
+DATA_SETS = {
+    "imagenet2012": DataSetInfo({"train": 1_281_167, "validation": 50_000}, 1000, 110e3),
+    "imagenet21k": DataSetInfo({"train": 14_197_122}, 21843, 92e3),
+    "cifar10": DataSetInfo({"train": 50_000, "test": 10_000}, 10, 2.3e3, 32),
+    "cifar100": DataSetInfo({"train": 50_000, "test": 10_000}, 100, 2.3e3, 32),
+    "oxford_iiit_pet": DataSetInfo({"train": 3680, "test": 3669}, 37, 105e3),
+    "oxford_flowers102": DataSetInfo({"train": 1020, "validation": 1020, "test": 6149}, 102, 40e3),
+    "digits": DataSetInfo({"train": 1257, "validation": 180, "test": 360}, 10, 200.0, 8),
+    "synthetic": DataSetInfo(synthetic.SPLITS, 10, 0.0),
 }
 IMAGE_BYTES = 110e3  # assumed for unknown data sets: ImageNet's mean
 
@@ -63,7 +63,7 @@ class Subject:
     num_examples: int | None
     eval_examples: int
     image_bytes: float
-    stored_side: int | None  # side of all stored images in pixels, if they have the same
+    stored_side: int | None  # side of all stored images in pixels; None if unknown or mixed
     state: train_state.TrainState  # the shapes of the state
     devices: list  # devices of a TPU topology; empty for GPUs
 
@@ -86,24 +86,24 @@ def open_subject(
     num_examples: int | None = None,
     num_classes: int | None = None,
 ) -> Subject:
-    """Resolves a config as training does, without its data.
+    """Resolves a config as training does, without reading its data.
 
     Args:
       config: config of the run.
       topology_name: name of the topology, as in `chips.find`.
       utilization: expected utilization of the peak matmul rate.
-      num_examples: number of training examples; None: from `SETS`.
-      num_classes: number of classes, if the config has none; None: from `SETS`.
+      num_examples: number of training examples; None: from `DATA_SETS`.
+      num_classes: number of classes, if the config has none; None: from `DATA_SETS`.
 
     Raises:
-      UserError: a value is invalid, or a value that only the data has is missing.
+      UserError: a value is invalid, or a value that only the data could provide is missing.
     """
     run.check_config(config)
     topology = chips.find(topology_name)
     if not 0 < utilization <= 1:
         raise UserError(f"--utilization={utilization}; expected a number above 0 and at most 1")
     config = run.resolve(config, initial=run.find_initial(config))
-    data_set = SETS.get(config.dataset.name.removesuffix("/fall11"))
+    data_set = DATA_SETS.get(config.dataset.name.removesuffix("/fall11"))
     num_classes = config.model.num_classes or num_classes or (data_set and data_set.num_classes)
     if num_classes is None:
         raise UserError(
@@ -128,7 +128,9 @@ def open_subject(
         eval_examples = evaluations * (split_size(config.dataset.val_split, data_set.splits) or 0)
     if data_set and config.dataset.test_split:
         eval_examples += split_size(config.dataset.test_split, data_set.splits) or 0
-    eval_examples *= 2 if config.optimizer.ema_decay else 1  # the average is evaluated too
+    eval_examples *= (
+        2 if config.optimizer.ema_decay else 1
+    )  # the averaged parameters are evaluated too
     return Subject(
         config=config,
         model=train_program.model,
@@ -174,18 +176,19 @@ def split_size(spec: str, splits: dict[str, int]) -> int | None:
 def train_flops(subject: Subject) -> float:
     """Returns the matmul FLOPs per image in an update, without recomputation.
 
-    The forward pass counts once, and once more for the gradient of each trained kernel and for the
-    gradient of each layer's input if an earlier layer is trained: three times the forward pass,
-    less the unused gradient with respect to the pixels. SAM computes two gradients.
+    Each layer's forward pass counts once, once more if its kernel is trained, and once more if an
+    earlier layer is trained (gradient of its input). If all layers are trained, this is three times
+    the forward pass, less the unused gradient with respect to the pixels. SAM computes two
+    gradients.
     """
     params = subject.state.params
     factors = jax.tree.leaves(multipliers(params, subject.config.optimizer.lr_multipliers))
-    trained = {
+    trained_names = {
         name for name, factor in zip(sharding.by_name(params), factors, strict=True) if factor
     }
     total, needs_input_gradient = 0.0, False
     for layer, flops in layers(subject.model, subject.image_size):
-        trained_leaves = {name for name in trained if name.rpartition("/")[0] == layer}
+        trained_leaves = {name for name in trained_names if name.rpartition("/")[0] == layer}
         total += flops * (1 + needs_input_gradient + (f"{layer}/kernel" in trained_leaves))
         needs_input_gradient = needs_input_gradient or bool(trained_leaves)
     return total * (2 if subject.config.optimizer.sam_rho else 1)

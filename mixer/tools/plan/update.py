@@ -158,14 +158,14 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
     try:
         compiled = lowered.compile()
     except JaxRuntimeError as error:
-        needed = memory_of_error(str(error))
-        if needed is None:
+        needed_bytes = memory_of_error(str(error))
+        if needed_bytes is None:
             raise
         return dataclasses.replace(
             estimate_step(subject, settings),
             compiled=True,
             fits=False,
-            memory=needed,
+            memory=needed_bytes,
             memory_parts={"state": float(sharding.bytes_per_device(abstract))},
             compile_seconds=time.perf_counter() - start_time,
         )
