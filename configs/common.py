@@ -225,8 +225,9 @@ def eval_preprocess(res: int) -> str:
     """Returns the evaluation ops for images of `res` pixels [read: BV].
 
     The short side is resized to 8/7 of `res` (256 for 224) by area averaging, then cropped.
+    `published` truncates values as BV does.
     """
-    return f"decode|resize_small({res * 8 // 7}, method='area')|central_crop({res})"
+    return f"decode|resize_small({res * 8 // 7}, method='area', published=True)|central_crop({res})"
 
 
 def make_smoke(config: ConfigDict, *, num_classes: int | None) -> None:
@@ -272,6 +273,7 @@ def pretraining(
 
     Sigmoid loss, Adam (0.9, 0.999) with decoupled weight decay, clipping at global norm 1, warm-up
     over 10,000 steps, linear decay to 1e-5 of the peak, inception crop [read: BV, mlp_mixer_i1k].
+    The preprocessing gives the pixels of BV's code (docs/preprocessing.md, "The published form").
     `weight_decay` is in the form "lr" and is multiplied by the learning rate. BV's 1e-4 at a peak
     of 1e-3, in the form "schedule", is 0.1 here.
 
@@ -327,7 +329,7 @@ def pretraining(
         train_split=train_split,
         val_split=val_split,
         test_split=test_split,
-        train_preprocess=f"inception_crop({arg.res})|{augment}",
+        train_preprocess=f"inception_crop({arg.res}, published=True)|{augment}",
         eval_preprocess=eval_preprocess(arg.res),
     )
     if arg.data == "synthetic":
@@ -358,7 +360,7 @@ def imagenet1k(arg: str, *, model: str) -> ConfigDict:
         train_split="train[:99%]",
         val_split="train[99%:]",
         test_split="validation",
-        augment="flip_lr|randaugment(2, 15)",
+        augment="flip_lr|randaugment(2, 15, mode='published')",
         peak_lr=1e-3,
         weight_decay=0.1,
         head_bias_init=-6.9,
@@ -383,7 +385,7 @@ def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> Config
         train_split="train[51200:]",
         val_split="train[25600:51200]",
         test_split="train[:25600]",
-        augment=f"flip_lr|randaugment(2, {magnitude})",
+        augment=f"flip_lr|randaugment(2, {magnitude}, mode='published')",
         peak_lr=1e-3,
         weight_decay=0.1,
         head_bias_init=-10.0,

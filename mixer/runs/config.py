@@ -5,6 +5,7 @@ In a run directory, `config.json` holds the resolved config.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,7 +202,8 @@ def resolve(
     """Returns a copy of `config` in which every value is set that does not depend on the data.
 
     These are the model fields that the initial weights determine, and the preprocessing op of
-    `dataset.permutation`. `resolve_data` sets the remaining values.
+    `dataset.permutation`. `resolve_data` sets the remaining values. A resumed run keeps its
+    preprocessing (`keep_preprocessing`).
 
     Args:
       config: the config from the command line.
@@ -212,6 +214,8 @@ def resolve(
     config.init_from = published.redact(config.init_from)  # saved configs must not hold secrets
     resolve_model(config, initial, saved_config)
     resolve_permutation(config)
+    if saved_config:
+        keep_preprocessing(config, saved_config)
     return config
 
 
@@ -289,6 +293,19 @@ def resolve_permutation(config: ConfigDict) -> None:
         op = f"permute_patches({size}, {patch_size}, seed=0)"
     for key in ("train_preprocess", "eval_preprocess"):
         dataset[key] = str(parse(dataset[key]).with_image_op(op))
+
+
+def keep_preprocessing(config: ConfigDict, saved_config: dict[str, Any]) -> None:
+    """Keeps the preprocessing of a run that began before its recipe took the published form.
+
+    Args:
+      config: the config from the command line; it is modified.
+      saved_config: config of the run that is resumed.
+    """
+    for key in ("train_preprocess", "eval_preprocess"):
+        saved = saved_config["dataset"][key]
+        if re.sub(r", (published=True|mode='published')", "", config.dataset[key]) == saved:
+            config.dataset[key] = saved
 
 
 def check_same_config(
