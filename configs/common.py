@@ -230,6 +230,17 @@ def eval_preprocess(res: int) -> str:
     return f"decode|resize_small({res * 8 // 7}, method='area', published=True)|central_crop({res})"
 
 
+def randaugment(res: int, magnitude: int) -> str:
+    """Returns RandAugment with two operations per image [read: BV].
+
+    At 224 px it gives the pixels of BV's code. At other sizes BV's lengths stay those for 224 px,
+    which moves all of a small image out of sight. There is no published figure for such sizes, and
+    the lengths scale with the image.
+    """
+    mode = ", mode='published'" if res == 224 else ""
+    return f"randaugment(2, {magnitude}{mode})"
+
+
 def make_smoke(config: ConfigDict, *, num_classes: int | None) -> None:
     """Reduces a recipe to 8 steps of 16 synthetic images and a model of 2 blocks.
 
@@ -353,14 +364,15 @@ def imagenet1k(arg: str, *, model: str) -> ConfigDict:
       arg: the arguments of `pretraining`, as text.
       model: the variant, unless `arg` sets another one.
     """
+    arg = parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet2012")
     return pretraining(
-        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet2012"),
+        arg,
         dataset="imagenet2012",
         num_classes=1000,
         train_split="train[:99%]",
         val_split="train[99%:]",
         test_split="validation",
-        augment="flip_lr|randaugment(2, 15, mode='published')",
+        augment=f"flip_lr|{randaugment(arg.res, 15)}",
         peak_lr=1e-3,
         weight_decay=0.1,
         head_bias_init=-6.9,
@@ -378,14 +390,15 @@ def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> Config
       magnitude: magnitude of RandAugment.
       mixup: parameter of the Beta distribution.
     """
+    arg = parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet21k")
     return pretraining(
-        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet21k"),
+        arg,
         dataset="imagenet21k",
         num_classes=21843,
         train_split="train[51200:]",
         val_split="train[25600:51200]",
         test_split="train[:25600]",
-        augment=f"flip_lr|randaugment(2, {magnitude}, mode='published')",
+        augment=f"flip_lr|{randaugment(arg.res, magnitude)}",
         peak_lr=1e-3,
         weight_decay=0.1,
         head_bias_init=-10.0,
