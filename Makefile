@@ -12,9 +12,10 @@ UV_PYTHON := 3.13
 train: .venv/installed
 	.venv/bin/python train.py --config=$(CONFIG)
 
-# Two processes, because most tests compile small programs, which uses one core.
+# Two processes, because most tests compile small programs, which uses one core. tests/conftest.py
+# orders the files; pytest-xdist's own order would start those with the fewest tests last.
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not tpu_backend and not cuda_backend and not gpu"

@@ -24,6 +24,9 @@ def base() -> ConfigDict:
     config.image_size = config_dict.placeholder(int)  # side in pixels, a multiple of the patch
     config.loss = "softmax"  # softmax, or sigmoid (summed over the classes)
     config.label_smoothing = 0.0  # s: labels become (1 - s) * labels + s / classes
+    # b: a class with n training images has the weight n^-b in the loss, up to a common factor. 0:
+    # images count the same; 1: classes count the same (docs/training.md).
+    config.class_balance = 0.0
     # Number of devices along each axis; -1 on one axis takes the remaining devices
     # (docs/scaling.md). data and fsdp both split the batch. Along data, every device holds all
     # parameters; along fsdp, it holds a part of the parameters and of the optimizer state. tensor
@@ -73,9 +76,14 @@ def base() -> ConfigDict:
         # Which label of a TFDS set to use: the name of a feature, or a computed label of
         # mixer/data/labels.py such as "clevr_count". Empty: the label of the set.
         label_key="",
-        # Folder only: a jsonl file of paths and labels, one or several per image (docs/data.md).
-        # Empty: the label is the name of the class folder.
+        # Folder only: a jsonl or CSV file of paths and labels (docs/data.md). Empty: the label is
+        # the name of the class folder.
         label_file="",
+        # Folder only, the order of the classes: sorted (by name), natural (class2 before class10),
+        # or a file with one class name per line, which may also name classes without images.
+        class_order="sorted",
+        # The splits, such as train[:90%]; auto chooses by the splits that the data has
+        # (docs/data.md).
         train_split="train",
         val_split="validation",  # evaluated during training; empty: none
         test_split="test",  # evaluated once, at the end; empty: none

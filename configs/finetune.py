@@ -39,8 +39,8 @@ Arguments:
 Values: SGD with momentum 0.9 in bfloat16, batch 512, clipping at global norm 1, no weight decay,
 warm-up, cosine decay to 0, softmax loss [read: VT]; splits, steps and warm-up of ImageNet, CIFAR,
 Pets and Flowers [read: BV `transfer`]; VTAB's splits and labels [read:
-google-research/task_adaptation], its 2,500 steps and warm-up of 200 [paper]. folder: 90 % of the
-training images and 2,500 steps are our own choice; adapt them to your data.
+google-research/task_adaptation], its 2,500 steps and warm-up of 200 [paper]. folder: the
+splits are chosen by what the folder has (docs/data.md); they and 2,500 steps are our own choice.
 Preprocessing: inception crop and flip [read: VT]. For evaluation, CIFAR is resized to res x res
 [read: VT]; the others are resized to a short side of 8/7 of res and cropped centrally [read: BV].
 VTAB is resized to res x res without augmentation, as its protocol demands [recalled]. TFDS has
@@ -59,7 +59,7 @@ SETS = {
     "cifar100": ("train[:98%]", "train[98%:]", "test", 10_000, 500),
     "oxford_iiit_pet": ("train[:90%]", "train[90%:]", "test", 500, 100),
     "oxford_flowers102": ("train[:90%]", "train[90%:]", "test", 500, 100),
-    "folder": ("train[:90%]", "train[90%:]", "test", 2500, 200),
+    "folder": ("auto", "auto", "auto", 2500, 200),
 }
 # VTAB-1k's tasks: (TFDS name, label_key, 200 images of the validation split, test split). All of
 # them train on train[:800]. If TFDS has no validation split, VTAB's starts after the first 90 % of

@@ -1,13 +1,15 @@
-"""A Mixer on your own images, from scratch, in folders `<split>/<class>/<image>`.
+"""A Mixer on your own images, from scratch, in folders `<class>/<image>`.
 
 python train.py --config=configs/folder.py:res=64,patch=8 --config.dataset.data_dir=/data/pets
 
 Arguments: res= is the side of the images in pixels, patch= the patch size.
 
-The class names are the names of the folders. 10 % of the training images, chosen by a hash of their
-names, are held out for validation. The folder test/ is evaluated at the end. The recipe is for
-photographs of 64 pixels or more. Expect the accuracy of a small network that is trained from
-scratch on your data.
+The class names are the names of the folders. The folders may also be `<split>/<class>/<image>`
+with the splits train, val (or valid, validation) and test. Without val, 10 % of the training
+images, chosen by a hash of their names, are held out for validation; with neither val nor test,
+another 10 % are held out for the test at the end. The run prints which splits it uses
+(docs/data.md). The recipe is for photographs of 64 pixels or more. Expect the accuracy of a small
+network that is trained from scratch on your data.
 """
 
 from configs import common
@@ -31,9 +33,9 @@ def get_config(arg=""):
     )
     config.dataset.update(
         name="folder",
-        train_split="train[:90%]",
-        val_split="train[90%:]",
-        test_split="test",
+        train_split="auto",
+        val_split="auto",
+        test_split="auto",
         train_preprocess=f"inception_crop({arg.res})|flip_lr",
         eval_preprocess=f"decode|resize_small({arg.res * 8 // 7})|central_crop({arg.res})",
     )

@@ -1,5 +1,6 @@
 """What holds for every test: quiet on the CPU, one compile cache, cheap compilation."""
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -39,10 +40,13 @@ def _prune(directory: Path) -> None:
     for other in CACHE.glob("*"):
         if other != directory:
             shutil.rmtree(other, ignore_errors=True)
-    files = sorted(directory.glob("*"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = []
+    for file in directory.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another session may have deleted it
+            files.append((file, file.stat()))
     total = 0
-    for file in files:
-        total += file.stat().st_size
+    for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime, reverse=True):
+        total += stat.st_size
         if total > CACHE_BYTES:
             file.unlink(missing_ok=True)
 
@@ -80,13 +84,13 @@ def _compile(mode: str) -> None:
     compilation_cache.reset_cache()  # JAX asks once whether there is one
 
 
-# Started first: started last, one of them would keep one process busy after the other has ended.
-LONGEST = ("test_readme", "test_trainer", "test_resident", "test_loading", "test_multihost")
+# If one of these files started last, one process would work on it long after the other has ended.
+LONGEST = ["test_bitwise", "test_trainer", "test_readme", "test_loading", "test_multihost"]
 
 
 def pytest_collection_modifyitems(items):
     """Sorts the files that take longest to the start; the others keep their order."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -142,9 +146,27 @@ def finished_run(tmp_path_factory, tfds_dir):
     from helpers import tiny_config
     from mixer import trainer
 
-    return _made_once(
-        tmp_path_factory, "run", lambda path: trainer.train(tiny_config(tfds_dir), path)
-    )
+    def train(path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
+            trainer.train(tiny_config(tfds_dir), path)
+
+    return _made_once(tmp_path_factory, "run", train)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(tmp_path_factory, tfds_dir):
+    """A finished run of `tiny_digits`, streamed and never stopped, for tests that compare bits."""
+    import tiny_digits
+
+    from mixer import trainer
+
+    def train(path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TFDS_DIR", str(tfds_dir))
+            trainer.train(tiny_digits.get_config(), path)
+
+    return _made_once(tmp_path_factory, "uninterrupted", train)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""A `gs://` that is a folder of this machine, for the three libraries by which the project uses it.
+"""A fake Google Cloud Storage whose buckets are local directories.
 
-TensorStore, which stores Orbax's arrays, speaks HTTP with a small server; etils.epath goes through
-TensorFlow's file system calls as it does on Google Cloud; Orbax's question about the bucket's kind
-is answered by a stand-in for google-cloud-storage.
+It serves the three libraries through which the project uses `gs://`: TensorStore, which writes
+Orbax's arrays, talks to a small HTTP server; etils.epath calls a fake of TensorFlow's file system;
+Orbax, which asks for the type of the bucket, calls a fake of google-cloud-storage.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from etils.epath import backend, gpath
 
 
 def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
-    """The part of Cloud Storage's JSON API that TensorStore uses, for buckets in `root`."""
+    """Returns a handler of the JSON API calls that TensorStore uses, for buckets in `root`."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -36,8 +36,8 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(body)
 
-        def _asked(self) -> tuple[Path, str, dict[str, str]]:
-            """Bucket's folder, object's name and parameters of the request."""
+        def _parse_request(self) -> tuple[Path, str, dict[str, str]]:
+            """Returns the bucket's directory, the object's name, and the query parameters."""
             url = urllib.parse.urlsplit(self.path)
             bucket, _, name = url.path.partition("/b/")[2].partition("/o")
             values = {key: value[0] for key, value in urllib.parse.parse_qs(url.query).items()}
@@ -49,7 +49,7 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
             return str(int(digest, 16) + 1) if path.is_file() else "0"
 
         def do_GET(self) -> None:
-            bucket, name, values = self._asked()
+            bucket, name, values = self._parse_request()
             if not name:  # a listing
                 start, end = values.get("startOffset", ""), values.get("endOffset", "\uffff")
                 names = (
@@ -59,9 +59,9 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
                 )
                 prefix = values.get("prefix", "")
                 items = [
-                    {"name": each, "size": str((bucket / each).stat().st_size)}
-                    for each in names
-                    if each.startswith(prefix) and start <= each < end
+                    {"name": name, "size": str((bucket / name).stat().st_size)}
+                    for name in names
+                    if name.startswith(prefix) and start <= name < end
                 ]
                 self._answer(200, json.dumps({"items": items}).encode())
                 return
@@ -72,19 +72,19 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
             data = path.read_bytes()
             headers = {"x_goog_generation": self._generation(path)}
             if "Range" in self.headers:
-                first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-                stop = min(int(last) + 1 if last else len(data), len(data))
-                headers["Content_Range"] = f"bytes {first}-{stop - 1}/{len(data)}"
-                self._answer(206, data[int(first) : stop], **headers)
+                start, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
+                stop = min(int(end) + 1 if end else len(data), len(data))
+                headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+                self._answer(206, data[int(start) : stop], **headers)
             else:
                 self._answer(200, data, **headers)
 
         def do_POST(self) -> None:
-            bucket, _, values = self._asked()
+            bucket, _, values = self._parse_request()
             data = self.rfile.read(int(self.headers["Content-Length"]))
             path = bucket / values["name"]
-            wanted = values.get("ifGenerationMatch")
-            if wanted is not None and wanted != (self._generation(path) if path.exists() else "0"):
+            generation = self._generation(path) if path.exists() else "0"
+            if values.get("ifGenerationMatch", generation) != generation:
                 self._answer(412, b"{}")
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
             self._answer(200, json.dumps(body).encode())
 
         def do_DELETE(self) -> None:
-            bucket, name, _ = self._asked()
+            bucket, name, _ = self._parse_request()
             (bucket / name).unlink(missing_ok=True)
             self._answer(204, b"")
 
@@ -101,30 +101,33 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
 
 
 class _Backend(backend._TfBackend):
-    """TensorFlow's calls, in the folder instead of in the bucket."""
+    """TensorFlow's file system calls, with paths in local directories instead of buckets."""
 
     def __init__(self, root: Path):
-        def local(path):
+        def local_path(path):
             text = os.fspath(path)
             return str(root / text.removeprefix("gs://")) if text.startswith("gs://") else text
 
-        real = super().gfile
+        tf_gfile = super().gfile
 
         def listdir(path):
-            # Cloud Storage gives the names of directories with a slash.
-            names = real.listdir(local(path))
-            return [f"{n}/" if real.isdir(f"{local(path)}/{n}") else n for n in names]
+            # Cloud Storage adds a slash to the names of directories.
+            names = tf_gfile.listdir(local_path(path))
+            return [f"{n}/" if tf_gfile.isdir(f"{local_path(path)}/{n}") else n for n in names]
 
         def glob(pattern):
-            return [f"gs://{Path(path).relative_to(root)}" for path in real.glob(local(pattern))]
+            return [
+                f"gs://{Path(path).relative_to(root)}"
+                for path in tf_gfile.glob(local_path(pattern))
+            ]
 
-        def translated(function):
-            return lambda *paths, **values: function(*map(local, paths), **values)
+        def with_local_paths(function):
+            return lambda *paths, **values: function(*map(local_path, paths), **values)
 
         names = ("exists", "isdir", "makedirs", "mkdir", "rmtree", "remove", "rename", "stat")
         self._gfile = types.SimpleNamespace(
-            **{name: translated(getattr(real, name)) for name in names},
-            GFile=lambda path, mode: real.GFile(local(path), mode),
+            **{name: with_local_paths(getattr(tf_gfile, name)) for name in names},
+            GFile=lambda path, mode: tf_gfile.GFile(local_path(path), mode),
             listdir=listdir,
             glob=glob,
         )
@@ -136,23 +139,23 @@ class _Backend(backend._TfBackend):
 
 @contextlib.contextmanager
 def buckets(root: Path, monkeypatch):
-    """Within it, `gs://BUCKET/x` is `root/BUCKET/x`."""
+    """A context in which `gs://BUCKET/x` is `root/BUCKET/x`."""
     server = ThreadingHTTPServer(("localhost", 0), _handler(root))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "x")
-    kind = types.SimpleNamespace(hierarchical_namespace_enabled=False)
+    bucket = types.SimpleNamespace(hierarchical_namespace_enabled=False)
     storage = types.ModuleType("google.cloud.storage")
-    storage.Client = lambda: types.SimpleNamespace(get_bucket=lambda name: kind)
+    storage.Client = lambda: types.SimpleNamespace(get_bucket=lambda name: bucket)
     cloud = types.ModuleType("google.cloud")
     cloud.storage = storage
     monkeypatch.setitem(sys.modules, "google.cloud", cloud)
     monkeypatch.setitem(sys.modules, "google.cloud.storage", storage)
-    fake, real = _Backend(root), gpath._GPath._backend.fget
+    fake_backend, real_backend = _Backend(root), gpath._GPath._backend.fget
     monkeypatch.setattr(
         gpath._GPath,
         "_backend",
-        property(lambda path: fake if path._uri_scheme == "gs" else real(path)),
+        property(lambda path: fake_backend if path._uri_scheme == "gs" else real_backend(path)),
     )
     try:
         yield

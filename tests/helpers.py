@@ -67,6 +67,7 @@ def tiny_config(tfds_dir=None, **values):
     if tfds_dir is None:
         config.dataset.name = "synthetic"
     else:
+        config.model.dropout = 0.0  # stochastic depth draws masks; those of dropout compile slowly
         config.mixup.alpha = 0.2
         config.optimizer.update(ema_decay=0.9, accumulate_steps=2, momentum_dtype="bfloat16")
         config.optimizer.lr_multipliers = (("stem/bias", 0.0), ("head/.*", 2.0))
@@ -122,6 +123,30 @@ def final_state(workdir, step=None):
         )
 
 
+def read_reproducible_metrics(workdir):
+    """The rows of metrics.jsonl without the values that depend on the clock."""
+    from mixer.runs.record import read_metrics
+
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")}
+        for row in read_metrics(workdir)
+    ]
+
+
+def raise_signal_at_step(monkeypatch, step, signum):
+    """Makes the training loop send this process a signal when it logs step `step`."""
+    from mixer.runs.log import TrainLog
+
+    finish_step = TrainLog.finish_step
+
+    def finish(self, first, last, metrics):
+        if last == step:
+            os.kill(os.getpid(), signum)
+        finish_step(self, first, last, metrics)
+
+    monkeypatch.setattr(TrainLog, "finish_step", finish)
+
+
 def environment(**extra):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     if "XLA_FLAGS" in extra:  # several devices: as mixer.cli.config does for the programs
@@ -131,7 +156,7 @@ def environment(**extra):
 
 def run_python(*arguments, timeout=300, check=True, cwd=ROOT, **extra):
     """Runs Python, in the project's root by default; returns the process with its output."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=environment(**extra),
@@ -139,8 +164,8 @@ def run_python(*arguments, timeout=300, check=True, cwd=ROOT, **extra):
         text=True,
         timeout=timeout,
     )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    assert not check or process.returncode == 0, process.stdout + process.stderr
+    return process
 
 
 def run_program(program, *arguments, cwd=ROOT):

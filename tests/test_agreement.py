@@ -1,6 +1,6 @@
-"""Ours and the plain formulation: logits and gradients of one loss, on the device of this machine.
+"""Logits and gradients of the mixer, compared with the plain implementation on the local device.
 
-Each is compared with the plain one in float32 at the highest precision of matmuls, as
+The reference is the plain implementation in float32 with the highest matmul precision. An error is
 |x - reference| / |reference|.
 """
 
@@ -15,7 +15,8 @@ from mixer.models import layers
 from mixer.tools.benchmark import cases, jax_side
 from mixer.training.step import normalize
 
-SMALL = 1e-3  # of the whole gradient's norm: a parameter's smaller gradient counts as that large
+# A parameter's gradient counts as at least this share of the norm of the whole gradient.
+MIN_SHARE = 1e-3
 
 
 def _case(model, dimensions, *, image_size, num_classes, batch_size, dtype):
@@ -32,17 +33,17 @@ def _case(model, dimensions, *, image_size, num_classes, batch_size, dtype):
 
 
 def _errors(case):
-    """Errors of ours and of plain, both in the case's dtype."""
+    """Returns the errors of the mixer and of the plain implementation, both in the case's dtype."""
     params = jax_side.draw_params(case)
     rng = np.random.default_rng(2)
     shape = (case.batch_size, case.image_size, case.image_size, 3)
     images = rng.integers(0, 256, shape, np.uint8)
     label = rng.integers(0, case.num_classes, case.batch_size, np.int32)
 
-    def ours(params, images):
+    def mixer(params, images):
         return jax_side.make_mixer(case).apply({"params": params}, normalize(images))[0]
 
-    def plain(dtype):
+    def make_plain(dtype):
         model = jax_side.make_plain(case).clone(dtype=dtype)
         return lambda params, images: model.apply({"params": params}, images)
 
@@ -57,55 +58,58 @@ def _errors(case):
         return jax.device_get((logits, grads))
 
     with jax.default_matmul_precision("highest"):
-        reference = compute(plain("float32"), {})
+        reference = compute(make_plain("float32"), {})
     options = layers.compiler_options(jax.default_backend())
     return (
-        _relative_errors(compute(ours, options), reference),
-        _relative_errors(compute(plain(case.dtype), {}), reference),
+        _relative_errors(compute(mixer, options), reference),
+        _relative_errors(compute(make_plain(case.dtype), {}), reference),
     )
 
 
 def _relative_errors(actual, reference):
-    """Of the logits, of the whole gradient, and of the parameter whose gradient is worst."""
-    (logits, grads), (true_logits, true_grads) = actual, reference
+    """Returns the errors of the logits, the whole gradient, and the worst parameter's gradient."""
+    (logits, grads), (ref_logits, ref_grads) = actual, reference
     norms = np.array(
         [
-            (np.linalg.norm(one - other), np.linalg.norm(other))
-            for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True)
+            (np.linalg.norm(grad - ref_grad), np.linalg.norm(ref_grad))
+            for grad, ref_grad in zip(
+                jax.tree.leaves(grads), jax.tree.leaves(ref_grads), strict=True
+            )
         ]
     )
-    off, size = np.linalg.norm(norms, axis=0)
-    # The bias that follows token mixing has no gradient but rounding: the norm takes it away.
-    worst = np.max(norms[:, 0] / np.maximum(norms[:, 1], SMALL * size))
-    logits_off = np.linalg.norm(logits - true_logits) / np.linalg.norm(true_logits)
-    return dict(logits=logits_off, gradient=off / size, worst=worst)
+    error, size = np.linalg.norm(norms, axis=0)
+    # The bias after token mixing has a gradient of 0 up to rounding, since a norm cancels it.
+    worst = np.max(norms[:, 0] / np.maximum(norms[:, 1], MIN_SHARE * size))
+    logits_error = np.linalg.norm(logits - ref_logits) / np.linalg.norm(ref_logits)
+    return dict(logits=logits_error, gradient=error / size, worst=worst)
 
 
-def test_ours_is_the_plain_function_of_the_same_parameters():
+def test_mixer_matches_the_plain_implementation():
     sizes = dict(image_size=16, num_classes=7, batch_size=4)
     case = _case("tiny", TINY | dict(num_blocks=1), **sizes, dtype="float32")
-    ours, plain = _errors(case)
-    assert 0 < ours["gradient"] < 1e-5 and ours["worst"] < 1e-4 and ours["logits"] < 1e-5
-    assert plain["logits"] < 1e-5
+    mixer_errors, plain_errors = _errors(case)
+    assert 0 < mixer_errors["gradient"] < 1e-5 and mixer_errors["worst"] < 1e-4
+    assert mixer_errors["logits"] < 1e-5 and plain_errors["logits"] < 1e-5
 
 
-def test_errors_are_of_the_whole_and_of_the_worst():
-    true = np.ones(4), {"a": np.array([3.0, 0.0]), "b": np.array([0.0, 4.0]), "c": np.zeros(2)}
-    other = np.full(4, 1.5), {**true[1], "a": np.array([3.0, 3.0])}
-    assert _relative_errors(other, true) == dict(logits=0.5, gradient=0.6, worst=1.0)
-    noise = true[0], {**true[1], "c": np.array([0.0, 1e-3])}
-    assert _relative_errors(noise, true)["worst"] == pytest.approx(0.2)  # of a thousandth of 5
+def test_relative_errors_cover_the_whole_and_the_worst_parameter():
+    reference = np.ones(4), {"a": np.array([3.0, 0.0]), "b": np.array([0.0, 4.0]), "c": np.zeros(2)}
+    actual = np.full(4, 1.5), {**reference[1], "a": np.array([3.0, 3.0])}
+    assert _relative_errors(actual, reference) == dict(logits=0.5, gradient=0.6, worst=1.0)
+    noisy_result = reference[0], {**reference[1], "c": np.array([0.0, 1e-3])}
+    worst = _relative_errors(noisy_result, reference)["worst"]
+    assert worst == pytest.approx(1e-3 / (MIN_SHARE * 5))
 
 
 @pytest.mark.gpu
 @pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["S/32", "B/16"])
-def test_on_a_gpu_ours_is_about_as_far_off_as_plain(model, dtype):
-    """In bfloat16 that is about 1e-2; a wrong form of a layer is off by its own size."""
+def test_mixer_is_as_accurate_as_plain_on_a_gpu(model, dtype):
+    """The errors are about 1e-2 in bfloat16; a wrong layer has an error of about 1."""
     if jax.default_backend() != "gpu":
         pytest.skip("JAX runs on no GPU; JAX_PLATFORMS=cuda selects it")
     sizes = dict(image_size=224, num_classes=1000, batch_size=32)
-    ours, plain = _errors(_case(model, cases.MODELS[model], **sizes, dtype=dtype))
-    for what, error in ours.items():
-        assert error < 2 * plain[what] + 1e-5, (what, ours, plain)
+    mixer_errors, plain_errors = _errors(_case(model, cases.MODELS[model], **sizes, dtype=dtype))
+    for key, error in mixer_errors.items():
+        assert error < 2 * plain_errors[key] + 1e-5, (key, mixer_errors, plain_errors)

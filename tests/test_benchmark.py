@@ -1,4 +1,4 @@
-"""The benchmark's implementations do the same work, and its figures describe that work."""
+"""The benchmark: implementations do the same work, and the figures match the measurement."""
 
 import importlib.util
 import json
@@ -24,13 +24,21 @@ from mixer.models import flops
 from mixer.models.registry import make_model
 from mixer.parallel import sharding
 from mixer.runs import config as run
-from mixer.tools.benchmark import cases, jax_side, limit, report, torch_side, turns
+from mixer.tools.benchmark import (
+    cases,
+    jax_side,
+    limit,
+    photographs,
+    report,
+    torch_side,
+    turns,
+)
 from mixer.tools.benchmark import input as pipeline
 from mixer.tools.benchmark import loop as looping
 
 DIMENSIONS = TINY | dict(num_blocks=1)
 
-# A Python with torch and timm, where this one has none.
+# A Python with torch and timm, if they are not installed in this one.
 TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
 needs_timm = pytest.mark.skipif(
     sys.executable == TORCH_PYTHON and importlib.util.find_spec("timm") is None,
@@ -39,8 +47,8 @@ needs_timm = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def cache_stays(monkeypatch):
-    """The tool measures compilation; the tests after these share what is compiled."""
+def keep_compilation_cache(monkeypatch):
+    """Keeps the benchmark from disabling the compilation cache, which all tests share."""
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
 
 
@@ -51,12 +59,12 @@ def tiny_case(measurement="train", **values):
 
 
 def run_tool(*arguments, code=0):
-    done = run_program("mixer.tools.benchmark", *arguments)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+    result = run_program("mixer.tools.benchmark", *arguments)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
 
 
-def test_ours_has_the_plain_parameters():
+def test_mixer_and_plain_have_the_same_parameters():
     case = tiny_case()
     images = jnp.zeros((1, 16, 16, 3))
     shapes = jax.eval_shape(jax_side.make_plain(case).init, jax.random.key(0), images)["params"]
@@ -64,19 +72,19 @@ def test_ours_has_the_plain_parameters():
 
 
 @pytest.mark.parametrize("name", ["ours", pytest.param("plain", marks=pytest.mark.slow)])
-def test_a_step_of_training_trains(name):
-    """The loss on the one batch falls, and what is measured is what was run."""
+def test_measured_training_steps_reduce_the_loss(name):
+    """The loss on a single batch decreases, and `run` reports the steps that it has taken."""
     program = jax_side.prepare_train(name, tiny_case(), sharding.make_mesh({"data": -1}))
-    first = float(program.call())
-    for _ in range(10 if name == "plain" else 30):  # ours is in its warm-up
-        last = float(program.call())
-    assert last < first
+    first_loss = float(program.call())
+    for _ in range(10 if name == "plain" else 30):  # the mixer is still in its warm-up
+        last_loss = float(program.call())
+    assert last_loss < first_loss
     assert program.compile_seconds > 0 and program.memory > 10_000
     steps, seconds = program.run(0.0)
     assert steps == 1 and seconds > 0
 
 
-def test_inference_gives_logits():
+def test_mixer_and_plain_give_the_same_logits():
     logits = {}
     for name in ("ours", "plain"):
         case = tiny_case("infer", gelu="erf")
@@ -86,7 +94,7 @@ def test_inference_gives_logits():
     np.testing.assert_allclose(logits["ours"], logits["plain"], atol=1e-4)
 
 
-class Fake:
+class FakeProgram:
     devices, compile_seconds, memory = 2, 1.5, 64
 
     def __init__(self, log, name, seconds, fails_in=None):
@@ -107,15 +115,15 @@ class Fake:
 def test_programs_take_turns_in_rotating_order():
     log = []
 
-    def cannot():
+    def fail():
         raise turns.ProgramError("why")
 
     results = turns.take_turns(
         {
-            "a": lambda: Fake(log, "a", 0.5),
-            "b": cannot,
-            "c": lambda: Fake(log, "c", 1.0),
-            "d": lambda: Fake(log, "d", 2.0, fails_in=2),
+            "a": lambda: FakeProgram(log, "a", 0.5),
+            "b": fail,
+            "c": lambda: FakeProgram(log, "c", 1.0),
+            "d": lambda: FakeProgram(log, "d", 2.0, fails_in=2),
         },
         seconds=1.0,
         rounds=3,
@@ -133,24 +141,24 @@ def test_programs_take_turns_in_rotating_order():
     assert turns.as_json(results["b"], 8, 1e9, 16e9) == {"failure": "why"}
 
 
-def test_closed_form_of_training():
+def test_flops_of_b16_match_known_figures():
     model = make_model(variant="B/16", num_classes=1000)
     assert flops.forward_flops(model, (224, 224)) == pytest.approx(25.2e9, rel=1e-2)
     assert flops.train_flops(model, (224, 224)) == pytest.approx(75.4e9, rel=1e-3)
 
 
-def test_matmul_counts_devices():
+def test_matmul_runs_on_every_device():
     program = jax_side.prepare_matmul((8, 4, 6), "bfloat16")
     assert program.devices == jax.local_device_count()
     (product, *_) = program.call()
     assert product.shape == (8, 6) and product.dtype == jnp.bfloat16
 
 
-def test_what_does_not_fit_is_a_reason(monkeypatch):
-    def refuse(num_bytes, what):
+def test_lack_of_memory_fails_with_the_reason(monkeypatch):
+    def raise_no_room(num_bytes, what):
         raise memory.NoRoomError("too much")
 
-    monkeypatch.setattr(memory, "check_room", refuse)
+    monkeypatch.setattr(memory, "check_room", raise_no_room)
     with pytest.raises(turns.ProgramError, match="too much"):
         jax_side.prepare_infer("ours", tiny_case("infer"), sharding.make_mesh({"data": -1}))
 
@@ -160,10 +168,10 @@ import json, sys
 print("noise", file=sys.stderr)
 for line in sys.stdin:
     request = json.loads(line)
-    if request.get("run") == "dies":
-        sys.exit("out of luck")
-    if request.get("program") == "cannot":
-        print(json.dumps({"failure": "cannot"}), flush=True)
+    if request.get("run") == "exit":
+        sys.exit("exit message")
+    if request.get("program") == "broken":
+        print(json.dumps({"failure": "broken program"}), flush=True)
     elif "prepare" in request:
         print(json.dumps({"compile_seconds": 3.0}), flush=True)
     else:
@@ -171,19 +179,19 @@ for line in sys.stdin:
 """
 
 
-def test_child_answers_and_its_end_is_told():
+def test_failures_of_a_child_process_are_reported():
     child = torch_side.Child([sys.executable, "-c", ECHO])
     program = torch_side.TorchProgram(child, "x", {"program": "timm"}, owns_child=True)
     assert program.run(1.0) == (2, 0.5)
     assert (program.compile_seconds, program.memory, program.devices) == (3.0, 9, 1)
-    with pytest.raises(turns.ProgramError, match="cannot"):
-        torch_side.TorchProgram(child, "y", {"program": "cannot"}, owns_child=True)
-    with pytest.raises(turns.ProgramError, match=r"\b1\b.*out of luck"):
-        child.ask({"run": "dies"})
+    with pytest.raises(turns.ProgramError, match="broken program"):
+        torch_side.TorchProgram(child, "y", {"program": "broken"}, owns_child=True)
+    with pytest.raises(turns.ProgramError, match=r"\b1\b.*exit message"):
+        child.ask({"run": "exit"})
     program.close()
 
 
-def test_child_of_the_matmuls_serves_every_case():
+def test_matmul_child_process_is_reused():
     child = torch_side.Child([sys.executable, "-c", ECHO])
     for _ in range(2):
         matmul = torch_side.prepare_matmul(child, (8, 4, 6), "float32", "cpu")
@@ -193,11 +201,11 @@ def test_child_of_the_matmuls_serves_every_case():
 
 
 @needs_timm
-def test_timm_has_the_same_size_and_runs():
+def test_timm_trains_and_infers():
     versions = torch_side.versions(TORCH_PYTHON)
     assert set(versions) == {"torch", "timm", "torch's python"}
-    for what in ("train", "infer"):
-        program = torch_side.prepare("timm", tiny_case(what), TORCH_PYTHON, "cpu")
+    for kind in ("train", "infer"):
+        program = torch_side.prepare("timm", tiny_case(kind), TORCH_PYTHON, "cpu")
         steps, seconds = program.run(0.0)
         assert steps == 1 and seconds > 0 and program.memory >= 0
         program.close()
@@ -209,7 +217,7 @@ def test_timm_has_the_same_size_and_runs():
     child.close()
 
 
-SAVING = """
+SAVE_TIMM = """
 import sys
 import torch
 from safetensors.torch import save_file
@@ -229,20 +237,20 @@ save_file(dict(images=images, logits=logits), sys.argv[2])
 
 
 @needs_timm
-def test_timm_is_the_same_function(tmp_path):
-    """Its parameters, read as a published checkpoint in timm's names, give its logits."""
+def test_timm_computes_the_same_function(tmp_path):
+    """A mixer that loads timm's parameters computes timm's logits."""
     weights, values = tmp_path / "timm.safetensors", tmp_path / "values.safetensors"
-    code = SAVING.replace("DIMENSIONS", repr(DIMENSIONS))
+    code = SAVE_TIMM.replace("DIMENSIONS", repr(DIMENSIONS))
     command = [TORCH_PYTHON, "-c", code, weights, values]
     subprocess.run(command, env=environment(), check=True)
     model, params = mixer.load(weights, image_size=16, gelu="tanh", log=lambda line: None)
     assert {name: getattr(model, name) for name in DIMENSIONS} == DIMENSIONS
-    found = safetensors.numpy.load_file(values)
-    logits, _ = model.apply({"params": params}, found["images"].transpose(0, 2, 3, 1))
-    np.testing.assert_allclose(logits, found["logits"], atol=1e-4)
+    tensors = safetensors.numpy.load_file(values)
+    logits, _ = model.apply({"params": params}, tensors["images"].transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(logits, tensors["logits"], atol=1e-4)
 
 
-WITHOUT = """
+RUN_WITHOUT_TENSORFLOW = """
 import runpy, sys
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections"):
     sys.modules[name] = None
@@ -254,13 +262,13 @@ runpy.run_module("mixer.tools.benchmark", run_name="__main__", alter_sys=True)
 """
 
 
-def test_inference_is_measured_and_written_as_json(tmp_path, monkeypatch):
+def test_inference_is_measured_and_written_to_json(tmp_path, monkeypatch):
     monkeypatch.setitem(cases.MODELS, "cifar", DIMENSIONS | dict(patch_size=4))
     monkeypatch.setitem(limit.SIDES, "cpu", 64)
-    path = tmp_path / "found.json"
+    path = tmp_path / "figures.json"
     arguments = ("infer", "--models=cifar", "--batch_size=2", "--dtype=bfloat16", "--seconds=0")
-    done = run_tool(*arguments, "--rounds=2", f"--output={path}")
-    _check_inference(done.stdout, path)
+    result = run_tool(*arguments, "--rounds=2", f"--output={path}")
+    _check_inference(result.stdout, path)
 
 
 def _check_inference(text, path):
@@ -271,12 +279,12 @@ def _check_inference(text, path):
     assert figures["command"].endswith(f"--output={path}")
     (case,) = figures["contests"]
     assert set(case["contestants"]) == {"ours", "plain"} == {"ours", *case["ours_is_times"]}
-    ours = case["contestants"]["ours"]
-    assert len(ours["rounds_seconds_per_step"]) == 2
-    rate = ours["images_per_second_per_device"]["median"]
-    achieved = ours["flops_per_second_per_device"]["median"]
+    mixer_figures = case["contestants"]["ours"]
+    assert len(mixer_figures["rounds_seconds_per_step"]) == 2
+    rate = mixer_figures["images_per_second_per_device"]["median"]
+    achieved = mixer_figures["flops_per_second_per_device"]["median"]
     assert achieved == pytest.approx(rate * case["flops_per_image"])
-    assert ours["share_of_matmul"] == pytest.approx(achieved / case["matmul"]["limit"])
+    assert mixer_figures["share_of_matmul"] == pytest.approx(achieved / case["matmul"]["limit"])
 
 
 def test_inference_prints_the_papers_rate(tmp_path, monkeypatch):
@@ -292,13 +300,11 @@ def test_inference_prints_the_papers_rate(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_runs_where_neither_tensorflow_nor_ml_collections_is_installed(tmp_path):
-    path = tmp_path / "found.json"
-    done = run_python(
-        *("-c", WITHOUT, "infer", "--models=cifar", "--batch_size=2", "--dtype=bfloat16"),
-        *("--seconds=0", "--rounds=2", f"--output={path}"),
-    )
-    _check_inference(done.stdout, path)
+def test_benchmark_needs_no_tensorflow_or_ml_collections(tmp_path):
+    path = tmp_path / "figures.json"
+    arguments = ("infer", "--models=cifar", "--batch_size=2", "--dtype=bfloat16", "--seconds=0")
+    result = run_python("-c", RUN_WITHOUT_TENSORFLOW, *arguments, "--rounds=2", f"--output={path}")
+    _check_inference(result.stdout, path)
 
 
 MISTAKES = [
@@ -323,13 +329,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_mistakes_are_one_line(arguments, message):
-    done = run_tool(*arguments, code=2)
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+def test_invalid_flags_are_one_line_errors(arguments, message):
+    result = run_tool(*arguments, code=2)
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
 
 
-def test_missing_torch_is_said(tmp_path):
+def test_python_without_torch_is_an_error(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
@@ -337,34 +343,34 @@ def test_missing_torch_is_said(tmp_path):
         torch_side.versions(str(python))
 
 
-def test_torch_is_refused_on_a_tpu(monkeypatch):
+def test_torch_on_a_tpu_is_an_error(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "tpu" in run_tool("infer", "--against=timm", code=2).stderr
 
 
-def test_sufficiency_of_an_input():
+def test_input_rate_gives_the_number_of_devices_it_feeds():
     assert pipeline.sufficiency(1200, 500, 2) == dict(devices=2.4, wait_share=0)
-    short = pipeline.sufficiency(500, 1000, 4)
-    assert short["devices"] == 0.5 and short["wait_share"] == 0.875
+    sufficiency = pipeline.sufficiency(500, 1000, 4)
+    assert sufficiency["devices"] == 0.5 and sufficiency["wait_share"] == 0.875
     model = make_model(variant="B/16", num_classes=1000)
     assert pipeline.evaluation_rate(model, 224, 100) == pytest.approx(299, rel=0.01)
 
 
-def test_what_has_no_steps_is_not_measured():
-    both = pipeline.preprocessings("decode|flip_lr", "decode")
-    assert both == {"training": "decode|flip_lr", pipeline.HOST_PART: "decode"} | dict(
+def test_evaluation_without_preprocessing_is_not_measured():
+    preprocessings = pipeline.preprocessings("decode|flip_lr", "decode")
+    assert preprocessings == {"training": "decode|flip_lr", pipeline.HOST_PART: "decode"} | dict(
         evaluation="decode"
     )
     assert "evaluation" not in pipeline.preprocessings("decode|flip_lr", "")
 
 
-def test_a_stream_counts_what_it_takes(monkeypatch):
-    clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock.now)
+def test_stream_counts_its_batches_and_their_time(monkeypatch):
+    clock = types.SimpleNamespace(secs=0.0)
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock.secs)
 
     def batches():
         while True:
-            clock.now += 0.25
+            clock.secs += 0.25
             yield None
 
     stream = pipeline.Stream(batches(), [])
@@ -373,42 +379,45 @@ def test_a_stream_counts_what_it_takes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_data_prints_rates_and_for_how_many_devices(tmp_path):
-    path = tmp_path / "found.json"
-    out = run_python(
+def test_data_reports_rates_and_the_number_of_devices_fed(tmp_path):
+    path = tmp_path / "figures.json"
+    stdout = run_python(
         *("-m", "mixer.tools.benchmark", "data", "--config=configs/cifar10.py"),
         *("--seconds=2", "--rounds=2", "--batch_size=4", f"--output={path}"),
     ).stdout
-    assert re.search(r"1024 photographs of 32 x 32, [\d.]+ kB on average", out)
-    assert re.search(r"training: feeds [\d.,]+ devices at [\d.,]+ images/s each \(measured\)", out)
-    found = json.loads(path.read_text())["input"]
-    rates = found["images_per_second"]
+    assert re.search(r"1024 photographs of 32 x 32, [\d.]+ kB on average", stdout)
+    pattern = r"training: feeds [\d.,]+ devices at [\d.,]+ images/s each \(measured\)"
+    assert re.search(pattern, stdout)
+    figures = json.loads(path.read_text())["input"]
+    rates = figures["images_per_second"]
     assert set(rates) == {"training", pipeline.HOST_PART, "evaluation", pipeline.DECODING}
-    assert found["feeds"]["training"]["devices"] == pytest.approx(
-        rates["training"]["median"] / found["step_per_device"]["median"]
+    assert figures["feeds"]["training"]["devices"] == pytest.approx(
+        rates["training"]["median"] / figures["step_per_device"]["median"]
     )
-    step, own = (found[f"{name}_per_device"]["median"] for name in ("step", "device_part"))
-    assert found["feeds"][pipeline.HOST_PART]["devices"] == pytest.approx(
-        rates[pipeline.HOST_PART]["median"] * (1 / step + 1 / own)
+    step, device_part = (
+        figures[f"{name}_per_device"]["median"] for name in ("step", "device_part")
     )
-    assert re.search(r"training, device's steps: [\d.,]+ images/s per device", out)
+    assert figures["feeds"][pipeline.HOST_PART]["devices"] == pytest.approx(
+        rates[pipeline.HOST_PART]["median"] * (1 / step + 1 / device_part)
+    )
+    assert re.search(r"training, device's steps: [\d.,]+ images/s per device", stdout)
 
 
 @pytest.mark.slow
-def test_loop_says_how_long_the_run_would_take(tmp_path):
-    path = tmp_path / "found.json"
-    out = run_python(
+def test_loop_estimates_the_time_of_the_run(tmp_path):
+    path = tmp_path / "figures.json"
+    stdout = run_python(
         *("-m", "mixer.tools.benchmark", "loop", "--config=configs/digits.py", "--examples=640"),
         *("--config.total_epochs=300", "--seconds=1", "--rounds=2", f"--output={path}"),
     ).stdout
-    assert "640 images of 8 px on the device, batches of 64, decode|random_affine(" in out
-    assert re.search(r"the run's 3,000 updates take 0:\d\d:\d\d at this rate", out)
+    assert "640 images of 8 px on the device, batches of 64, decode|random_affine(" in stdout
+    assert re.search(r"the run's 3,000 updates take 0:\d\d:\d\d at this rate", stdout)
     figures = json.loads(path.read_text())["loop"]["contestants"]["loop"]
     rate, seconds = figures["images_per_second"], figures["seconds_per_step"]
     assert rate["lowest"] == pytest.approx(64 / seconds["highest"])
 
 
-def test_loop_refuses_images_that_are_made_anew():
+def test_loop_with_host_augmentation_is_an_error():
     config = tiny_config()
     config.dataset.train_preprocess = "decode|inception_crop(8)"
     with pytest.raises(UserError, match="inception_crop"):
@@ -416,7 +425,7 @@ def test_loop_refuses_images_that_are_made_anew():
 
 
 @pytest.mark.slow
-def test_loop_takes_a_config_without_steps():
+def test_loop_accepts_a_config_without_preprocessing():
     config = tiny_config(image_size=8, global_batch_size=4, model__num_classes=10)
     config.model.update(num_blocks=1, stoch_depth=0.0, dropout=0.0)
     run.resolve_lengths(config, 6)
@@ -425,7 +434,7 @@ def test_loop_takes_a_config_without_steps():
     assert loop.run(0.0)[0] >= 1
 
 
-def test_a_users_mistake_is_no_lack_of_memory():
+def test_invalid_config_is_not_reported_as_a_lack_of_memory():
     config = tiny_config(image_size=8, model__num_classes=10, optimizer__b1=2.0)
     run.resolve_lengths(config, 6)
     with pytest.raises(UserError, match="b1"):
@@ -437,3 +446,9 @@ def test_failure_is_a_literal_row_of_the_table(capsys):
     case = {"matmul": matmul, "contestants": {"timm": {"failure": "[red] is no markup"}}}
     print_table(Console(), report.case_table(case))
     assert "| timm | [red] is no markup " in capsys.readouterr().out
+
+
+def test_missing_scikit_learn_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"scikit-learn.*\[bench\]"):
+        photographs.write(tmp_path / "photographs", (32, 32))

@@ -1,7 +1,7 @@
-"""What XLA compiles for an NVIDIA H200 and a TPU v5e, beside the plain formulation.
+"""Programs compiled for an NVIDIA H200 and a TPU v5e, compared with the plain implementation.
 
-Neither is needed: read are the matmuls' epilogues, transposes, memory and traffic, and the TPU
-compiler's own estimate of time.
+No accelerator is needed. The tests inspect the matmul epilogues, transposes, memory and traffic,
+and the TPU compiler's estimate of time.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ needs_plugin = pytest.mark.skipif(
 SIZE, BATCH, BLOCKS = (224, 224), 64, 2
 FIELDS = dict(hidden_dim=768, tokens_mlp_dim=384, channels_mlp_dim=3072, patch_size=16)
 FIELDS.update(num_blocks=BLOCKS, num_classes=1000, gelu="tanh", dtype="bfloat16")
-# Without a GPU nothing can be tried out.
+# Autotuning needs a GPU, so it is off.
 OPTIONS = {"xla_gpu_autotune_level": 0, **layers.compiler_options("gpu")}
 
 
@@ -46,16 +46,17 @@ def mesh():
     return sharding.make_mesh({"data": 1}, topology.devices)
 
 
-def _compiled(function, *arguments, options=OPTIONS, **how):
-    compiled = jax.jit(function, compiler_options=options, **how).lower(*arguments).compile()
+def _compile(function, *arguments, options=OPTIONS, **jit_options):
+    jitted = jax.jit(function, compiler_options=options, **jit_options)
+    compiled = jitted.lower(*arguments).compile()
     return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
 
 
 def _programs(mesh, options):
-    """(text, bytes of temporaries) of the update, ours and plain."""
+    """Returns (text, bytes of temporaries) of one training step of the mixer and of plain Flax."""
     model = make_model(**FIELDS)
     tx = optax.adamw(1e-3)
-    ours = TrainStep(
+    step = TrainStep(
         model,
         tx,
         lambda step: jnp.float32(1e-3),
@@ -71,11 +72,14 @@ def _programs(mesh, options):
     spec = {"image": ((*SIZE, 3), "uint8"), "label": ((), "int32")}
     batch = sharding.abstract_batch(spec, BATCH, mesh)
     state = train_state.abstract_state(model, tx, SIZE, mesh)
-    other = plain.make_train_step(plain.Mixer(**FIELDS), tx)
-    others = state.params, state.opt_state
-    how = dict(donate_argnums=0, options=options)
-    ours = sharding.on_mesh(ours, mesh)
-    return _compiled(ours, state, batch, **how), _compiled(other, others, batch, **how)
+    plain_step = plain.make_train_step(plain.Mixer(**FIELDS), tx)
+    plain_state = state.params, state.opt_state
+    jit_options = dict(donate_argnums=0, options=options)
+    step = sharding.on_mesh(step, mesh)
+    return (
+        _compile(step, state, batch, **jit_options),
+        _compile(plain_step, plain_state, batch, **jit_options),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,85 +89,85 @@ def programs(mesh):
 
 @cuda_backend
 @needs_plugin
-def test_every_channel_mlp_has_its_gelu_in_the_matmul(programs):
-    (ours, _), (other, _) = programs
-    assert ours.count('"epilogue":"BIAS_GELU_AUX"') == BLOCKS
-    assert not re.search('"epilogue":"[A-Z_]*GELU', other)
+def test_channel_mlp_gelu_is_fused_into_the_matmul(programs):
+    (text, _), (plain_text, _) = programs
+    assert text.count('"epilogue":"BIAS_GELU_AUX"') == BLOCKS
+    assert not re.search('"epilogue":"[A-Z_]*GELU', plain_text)
 
 
 @cuda_backend
 @needs_plugin
-def test_every_token_mlp_has_its_gelu_in_the_matmul(programs):
-    """The bias is a row of the product, which is padded anyway."""
-    (ours, _), _ = programs
-    assert ours.count('"epilogue":"GELU_AUX"') == BLOCKS
+def test_token_mlp_gelu_is_fused_into_the_matmul(programs):
+    """The product is padded anyway, so the bias is an extra row of it."""
+    (text, _), _ = programs
+    assert text.count('"epilogue":"GELU_AUX"') == BLOCKS
 
 
 @cuda_backend
 @needs_plugin
-def test_the_residual_is_added_in_place(programs):
-    """Nothing later needs it, so that the matmul that adds to it may overwrite it."""
-    (ours, _), _ = programs
-    added = re.findall(r'custom-call\(.*"beta":1.*"epilogue":"BIAS"', ours)
-    assert len(added) == BLOCKS
-    assert not re.findall(rf" = bf16\[{BATCH * 196},768\]\S* copy\(", ours)
+def test_residual_is_added_in_place(programs):
+    """The residual is not needed later, so the matmul that adds to it overwrites it."""
+    (text, _), _ = programs
+    matmuls = re.findall(r'custom-call\(.*"beta":1.*"epilogue":"BIAS"', text)
+    assert len(matmuls) == BLOCKS
+    assert not re.findall(rf" = bf16\[{BATCH * 196},768\]\S* copy\(", text)
 
 
 @cuda_backend
 @needs_plugin
-def test_no_activations_are_transposed(programs):
-    """The plain program does it for each block, there and back, forward and backward."""
-    (ours, _), (other, _) = programs
-    moved = re.compile(rf"^  %\S*transpose\S* = bf16\[{BATCH},\d+,\d+\]", re.M)
-    assert not moved.findall(ours)
-    assert len(moved.findall(other)) >= 2 * BLOCKS
+def test_activations_are_not_transposed(programs):
+    """The plain program transposes around each token MLP, in the forward and backward pass."""
+    (text, _), (plain_text, _) = programs
+    transpose = re.compile(rf"^  %\S*transpose\S* = bf16\[{BATCH},\d+,\d+\]", re.M)
+    assert not transpose.findall(text)
+    assert len(transpose.findall(plain_text)) >= 2 * BLOCKS
 
 
 @cuda_backend
 @needs_plugin
-def test_memory_traffic_and_arithmetic(programs):
-    (ours, ours_temp), (other, other_temp) = programs
-    ours, other = hlo.count(ours), hlo.count(other)
-    assert ours_temp < 0.85 * other_temp
-    assert ours.bytes < 0.87 * other.bytes
+def test_step_needs_less_memory_and_traffic_than_plain(programs):
+    (text, temp_bytes), (plain_text, plain_temp_bytes) = programs
+    counts, plain_counts = hlo.count(text), hlo.count(plain_text)
+    assert temp_bytes < 0.85 * plain_temp_bytes
+    assert counts.bytes < 0.87 * plain_counts.bytes
     # XLA pads 196 tokens to 200.
-    wanted = BATCH * flops.train_flops(make_model(**FIELDS), SIZE)
-    assert wanted <= ours.flops < 1.015 * wanted
+    expected = BATCH * flops.train_flops(make_model(**FIELDS), SIZE)
+    assert expected <= counts.flops < 1.015 * expected
 
 
 @cuda_backend
 @needs_plugin
-def test_prediction_has_both_epilogues_and_no_transposes(mesh):
+def test_prediction_fuses_bias_and_gelu_into_matmuls(mesh):
     model = make_model(**FIELDS)
     params = train_state.abstract_params(model, SIZE, mesh)
     images = sharding.abstract_batch({"image": ((*SIZE, 3), "uint8")}, BATCH, mesh)["image"]
-    text, _ = _compiled(make_predict(model, mesh), params, images)
+    text, _ = _compile(make_predict(model, mesh), params, images)
     assert text.count('"epilogue":"BIAS_GELU"') == BLOCKS
     assert text.count('"epilogue":"GELU"') == BLOCKS
     assert text.count('"epilogue":"BIAS"') >= BLOCKS
 
 
 @pytest.mark.tpu_backend
-def test_a_block_on_a_tpu(tpu):
-    """Forward and backward of B/16's, at a batch that does not fit into the chip's own memory."""
+def test_block_is_faster_than_plain_on_a_tpu(tpu):
+    """The forward and backward pass of a B/16 block, at a batch that exceeds the on-chip memory."""
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[:1]
     mesh = sharding.make_mesh({"data": 1}, devices)
-    whole = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     batch = sharding.abstract_batch({"x": ((196, 768), "bfloat16")}, 128, mesh)["x"]
 
-    def counted(block, *masks):
+    def count(block, *masks):
         def gradients(params, x, grad):
-            return jax.vjp(lambda *at: block.apply(*at, *masks), params, x)[1](grad)
+            return jax.vjp(lambda *variables: block.apply(*variables, *masks), params, x)[1](grad)
 
         x = jnp.zeros((1, 196, 768), jnp.bfloat16)
         params = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
             jax.eval_shape(lambda: block.init(jax.random.key(0), x, *masks)),
         )
         gradients = sharding.on_mesh(gradients, mesh)
-        return hlo.count(_compiled(gradients, params, batch, batch, options=None)[0])
+        return hlo.count(_compile(gradients, params, batch, batch, options=None)[0])
 
-    ours = counted(MixerBlock(384, 3072, "tanh", 0.0, False, jnp.bfloat16), None, None)
-    other = counted(plain.MixerBlock(384, 3072, "tanh", jnp.bfloat16))
-    assert 0 < ours.cycles < 0.97 * other.cycles
-    assert 0 < ours.bytes < 0.96 * other.bytes
+    counts = count(MixerBlock(384, 3072, "tanh", 0.0, False, jnp.bfloat16), None, None)
+    plain_counts = count(plain.MixerBlock(384, 3072, "tanh", jnp.bfloat16))
+    assert 0 < counts.cycles < 0.97 * plain_counts.cycles
+    assert 0 < counts.bytes < 0.96 * plain_counts.bytes

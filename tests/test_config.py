@@ -1,3 +1,5 @@
+"""Command-line mistakes, and every shipped config with every documented argument."""
+
 import functools
 import importlib.resources
 import io
@@ -40,7 +42,7 @@ from mixer.runs import config as run
         (["surplus"], "'surplus'"),
     ],
 )
-def test_mistake_on_the_command_line_is_one_line(arguments, message):
+def test_command_line_mistake_is_a_one_line_error(arguments, message):
     if not any(a.startswith("--config=") for a in arguments):
         arguments = ["--config=configs/digits.py", *arguments]
     result = run_program("train.py", *arguments)
@@ -49,19 +51,19 @@ def test_mistake_on_the_command_line_is_one_line(arguments, message):
     assert re.search(message, result.stderr), result.stderr
 
 
-def test_fault_in_a_config_keeps_its_traceback(tmp_path):
+def test_exception_in_a_config_is_not_a_user_error(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
         run_program("train.py", f"--config={path}")
     path.write_text("def get_config():\n    return int('x')\n")
-    with pytest.raises(ValueError, match="'x'") as caught:
+    with pytest.raises(ValueError, match="'x'") as error:
         run_program("train.py", f"--config={path}")
-    assert not isinstance(caught.value, UserError)
+    assert not isinstance(error.value, UserError)
 
 
 @pytest.mark.slow
-def test_mistake_and_fault_of_a_real_process(tmp_path):
+def test_mistake_and_exception_exit_with_different_codes(tmp_path):
     result = run_python("train.py", "--config=configs/digits.py", "--config.typo=1", check=False)
     assert result.returncode == 2 and result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and "typo" in result.stderr
@@ -80,7 +82,7 @@ def test_help_shows_an_example(program):
     assert re.search(r"^ +python .*(--config=|--workdir=|tfds)", text, re.MULTILINE)
 
 
-def test_arguments_are_typed():
+def test_config_arguments_are_typed():
     arg = common.parse_arg("res=64,name=x,on=true", res=32, name="", on=False, rate=0.5)
     assert arg.to_dict() == {"res": 64, "name": "x", "on": True, "rate": 0.5}
     for text in ("size=3", "res", "res=1.5", "on=yes"):
@@ -89,23 +91,23 @@ def test_arguments_are_typed():
 
 
 def test_every_key_has_a_comment():
-    """A key without a meaning written beside it is a hidden default."""
+    """Every key in configs/common.py needs a comment unless its name is obvious."""
     lines = (ROOT / "configs" / "common.py").read_text().splitlines()
     body = lines[lines.index("def base() -> ConfigDict:") :]
     body = body[
         : next(i for i, line in enumerate(body) if line.strip().startswith("return config"))
     ]
-    obvious = {"dropout", "keep_last", "tensorboard", "train_split", "eval_preprocess"}
-    commented = set()  # total_steps, total_epochs and total_examples share a comment
-    for before, line in itertools.pairwise(body):
+    obvious_keys = {"dropout", "keep_last", "tensorboard", "train_split", "eval_preprocess"}
+    commented_stems = set()  # total_steps, total_epochs and total_examples share a comment
+    for previous_line, line in itertools.pairwise(body):
         key = re.match(r"\s+(?:config\.)?(\w+)\s?=", line)
-        if key and "dict(" not in line and key[1] not in obvious | {"config"}:
+        if key and "dict(" not in line and key[1] not in obvious_keys | {"config"}:
             stem = re.sub("_(steps|epochs|examples)$", "", key[1])
-            assert "#" in line or "#" in before or stem in commented, line
-            commented.add(stem)
+            assert "#" in line or "#" in previous_line or stem in commented_stems, line
+            commented_stems.add(stem)
 
 
-# Invariant 4: every shipped config runs, with every documented argument.
+# Every shipped config runs with every documented argument.
 
 PRETRAINING = [
     "",
@@ -143,7 +145,7 @@ SHIPPED = {
 }
 CASES = [(name, arg) for name, args in SHIPPED.items() for arg in args]
 
-# Of the programs that these cases compile, one case for each that differs at reduced size.
+# One case for each distinct program that these cases compile at reduced size.
 PROGRAMS = [
     ("digits", ""),
     ("cifar10", ""),
@@ -156,13 +158,13 @@ PROGRAMS = [
     ("mixer_b16_sam", ""),
     ("mixer_s16_jft", ""),
 ]
-# In bfloat16 one recipe is fast enough for every run.
+# In the fast tests one recipe in bfloat16 is enough.
 SLOW_PROGRAMS = [
     ("finetune", "mode=gpu8"),
     ("mixer_b16_sam", "mode=gpu8"),
     ("mixer_s16_jft", "mode=gpu8"),
 ]
-# Likewise, one case and split for each preprocessing.
+# One case and split for each distinct preprocessing.
 PREPROCESSINGS = [
     ("digits", "", "train"),
     ("digits", "", "eval"),
@@ -202,19 +204,19 @@ def build(name, arg=""):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
-def test_every_shipped_config_is_listed_here():
-    found = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"common", "__init__"}
-    assert found == set(SHIPPED)
+def test_every_shipped_config_is_tested():
+    configs = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"common", "__init__"}
+    assert configs == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_argument_and_choice_is_documented_and_covered(name, monkeypatch):
-    """An argument that get_config takes, or a choice of one, and that no case above has, fails."""
-    known, choices = {}, {}
+def test_every_config_argument_is_documented_and_tested(name, monkeypatch):
+    """Every argument of get_config and every choice of it is in the docstring and in SHIPPED."""
+    arguments, choices = {}, {}
     parse_arg, check_choice = common.parse_arg, common.check_choice
 
     def spy_arg(arg, **defaults):
-        known.update(defaults)
+        arguments.update(defaults)
         return parse_arg(arg, **defaults)
 
     def spy_choice(key, value, accepted):
@@ -225,23 +227,23 @@ def test_every_argument_and_choice_is_documented_and_covered(name, monkeypatch):
     monkeypatch.setattr(common, "check_choice", spy_choice)
     build(name)
     doc = importlib.import_module(f"configs.{name}").__doc__
-    given = {}
+    covered_values = {}
     for arg in SHIPPED[name]:
         for part in filter(None, arg.split(",")):
             key, _, value = part.partition("=")
-            given.setdefault(key, set()).add(value)
-    assert given.keys() == known.keys()
-    for key in known:
+            covered_values.setdefault(key, set()).add(value)
+    assert covered_values.keys() == arguments.keys()
+    for key in arguments:
         assert re.search(rf"\b{key}=", doc), key
     for key, accepted in choices.items():
-        assert accepted <= given[key], key
+        assert accepted <= covered_values[key], key
         if key != "mode" or name == "finetune":
             words = re.findall(r"[\w/]+", doc)
             assert all(choice.removeprefix("vtab/") in words for choice in accepted), key
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_commands_of_the_docstring_are_understood(name):
+def test_commands_in_config_docstrings_are_valid(name):
     doc = importlib.import_module(f"configs.{name}").__doc__
     commands = re.findall(r"^python train\.py --config=configs/(\w+)\.py(?::(\S+))?", doc, re.M)
     assert commands
@@ -257,27 +259,27 @@ def test_commands_of_the_docstring_are_understood(name):
 
 @functools.cache
 def photograph(side=None):
-    """JPEG bytes of a photograph, scaled to side x side where a side is given."""
+    """Returns the JPEG bytes of a photograph, resized to side x side if `side` is not None."""
     data = (importlib.resources.files("sklearn.datasets.images") / "china.jpg").read_bytes()
     if side is None:
         return data
     from PIL import Image
 
-    scaled = io.BytesIO()
-    Image.open(io.BytesIO(data)).resize((side, side)).save(scaled, "JPEG")
-    return scaled.getvalue()
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).resize((side, side)).save(file, "JPEG")
+    return file.getvalue()
 
 
 def preprocessing(name, arg, split):
-    """(steps, side of the model's images, side of the stored images or None for a photograph)."""
+    """Returns the ops, the model's image size, and the stored image size (None: a photograph)."""
     config = build(name, arg)
-    # Small pictures are stored at the model's size; large ones are photographs of 640 x 427.
-    stored = config.image_size if config.dataset.eval_preprocess == "decode" else None
-    return config.dataset[f"{split}_preprocess"], config.image_size, stored
+    # Small images are stored at the model's size; large ones are photographs of 640 x 427.
+    stored_size = config.image_size if config.dataset.eval_preprocess == "decode" else None
+    return config.dataset[f"{split}_preprocess"], config.image_size, stored_size
 
 
-def reduced(name, arg):
-    """The config of a case at the smallest size that still takes its path through the code."""
+def reduce_config(name, arg):
+    """Returns the config of a case at the smallest size that takes the same code path."""
     config = build(name, arg)
     data = common.base().dataset.to_dict()
     splits = dict(name="synthetic", train_split="train", val_split="", test_split="")
@@ -294,7 +296,7 @@ def reduced(name, arg):
     config.update(log_every_steps=1, tensorboard=False, init_from="")
     config.schedule.warmup_steps = 1
     config.checkpoint.every_steps = 2
-    # Numbers that choose no path through the code are made alike.
+    # Values that do not change the code path become equal, so that equal programs compare equal.
     config.model.head_bias_init = -1.0
     config.optimizer.peak_lr = 1e-3
     for group, key in (("optimizer", "weight_decay"), ("optimizer", "sam_rho"), ("mixup", "alpha")):
@@ -306,42 +308,42 @@ def _text(config):
     return json.dumps(config.to_dict())
 
 
-def test_every_case_is_one_of_the_programs_and_preprocessings():
-    programs = {_text(reduced(*case)) for case in PROGRAMS + SLOW_PROGRAMS}
+def test_selected_programs_and_preprocessings_cover_every_case():
+    programs = {_text(reduce_config(*case)) for case in PROGRAMS + SLOW_PROGRAMS}
     assert len(programs) == len(PROGRAMS + SLOW_PROGRAMS)
-    steps = {preprocessing(*case) for case in PREPROCESSINGS + SLOW_PREPROCESSINGS}
-    assert len(steps) == len(PREPROCESSINGS + SLOW_PREPROCESSINGS)
+    preprocessings = {preprocessing(*case) for case in PREPROCESSINGS + SLOW_PREPROCESSINGS}
+    assert len(preprocessings) == len(PREPROCESSINGS + SLOW_PREPROCESSINGS)
     for case in CASES:
-        assert _text(reduced(*case)) in programs, case
-        assert {preprocessing(*case, split) for split in ("train", "eval")} <= steps, case
+        assert _text(reduce_config(*case)) in programs, case
+        assert {preprocessing(*case, split) for split in ("train", "eval")} <= preprocessings, case
 
 
 @pytest.mark.parametrize(("name", "arg"), CASES)
-def test_shipped_config_is_accepted_and_its_model_fits_the_images(name, arg):
+def test_shipped_config_is_valid_and_its_model_fits_the_images(name, arg):
     config = build(name, arg)
     config.model.num_classes = config.model.num_classes or 10
     run.check_config(config)
-    if config.model.variant or config.model.patch_size:  # else they are those of init_from
+    if config.model.variant or config.model.patch_size:  # otherwise init_from decides them
         from mixer.training import program
 
         program.build_model(config)
 
 
 @pytest.mark.parametrize(("name", "arg", "split"), _cases(PREPROCESSINGS, SLOW_PREPROCESSINGS))
-def test_preprocessing_gives_images_of_the_configs_size(name, arg, split):
+def test_preprocessing_gives_images_of_the_configured_size(name, arg, split):
     import tensorflow as tf
 
     from mixer.data.preprocessing.host import make_preprocess
 
-    spec, side, stored = preprocessing(name, arg, split)
+    spec, side, stored_size = preprocessing(name, arg, split)
     preprocess = make_preprocess(spec, (side, side))
-    example = {"image": tf.constant(photograph(stored)), "label": tf.constant(3, tf.int32)}
+    example = {"image": tf.constant(photograph(stored_size)), "label": tf.constant(3, tf.int32)}
     images = [
         preprocess(example, tf.constant([seed, 0], tf.int64))["image"].numpy() for seed in (0, 1)
     ]
     for image in images:
         assert image.shape == (side, side, 3) and image.dtype == "uint8" and image.std() > 5
-    is_random = any(step in spec for step in ("crop(", "flip", "affine")) and "central" not in spec
+    is_random = any(op in spec for op in ("crop(", "flip", "affine")) and "central" not in spec
     assert (images[0] != images[1]).any() == is_random
 
 
@@ -352,7 +354,7 @@ def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
     from mixer.parallel import sharding
     from mixer.training import program
 
-    config = reduced(name, arg)
+    config = reduce_config(name, arg)
     run.resolve_model(config, None, None)
     run.resolve_lengths(config, None)
     train_program = program.make_program(config, sharding.make_mesh(config.mesh))
@@ -360,9 +362,9 @@ def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
     images = np.random.default_rng(0).integers(0, 256, (4, *train_program.image_size, 3))
     images = images.astype(np.uint8)
     batch = {"image": images, "label": np.arange(4)}
-    first = jax.device_get(state.params)
+    initial_params = jax.device_get(state.params)
     for _ in range(2):
         state, metrics = update(state, batch)
     assert int(state.step) == 2 and np.isfinite(metrics["loss"])
-    # The first step's learning rate is 0: the second is the one that moves the parameters.
-    assert not np.array_equal(first["head"]["bias"], state.params["head"]["bias"])
+    # The learning rate of the first step is 0, so only the second step changes the parameters.
+    assert not np.array_equal(initial_params["head"]["bias"], state.params["head"]["bias"])

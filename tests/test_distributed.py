@@ -1,4 +1,4 @@
-"""Several processes, real ones where it counts: joining, agreement, signals, failures, stalls."""
+"""Multi-process runs: joining, agreement, signals, failures and stalls."""
 
 import contextlib
 import json
@@ -21,7 +21,8 @@ from mixer.errors import UserError
 from mixer.parallel import join, processes, watchdog
 from mixer.runs import record as metrics
 
-# One process of several; its plan is JSON: how it joins, and what it does one after the other.
+# One worker process. Its plan is JSON: the arguments of `join.initialize`, and a list of the
+# functions below to call, with their arguments.
 WORKER = """
 import json, os, signal, sys, time
 plan = json.loads(sys.argv[1])
@@ -33,77 +34,78 @@ from mixer.errors import UserError
 watchdog.BEAT_SECS, watchdog.SUSPECT_SECS, watchdog.LOST_SECS = 0.2, 2.5, 4.0
 processes.SHARE_SECS, signals.NOTICE_SECS = 0.5, 0.05
 
-def show(**what):
-    print(json.dumps(what), flush=True)
+def show(**values):
+    print(json.dumps(values), flush=True)
 
 def talk():
     config = dict(devices=jax.device_count(), local=jax.local_device_count())
     show(**config, main=processes.is_main(), index=jax.process_index())
-    processes.say(json.dumps({"said": index}))
+    processes.say(json.dumps({"speaker": index}))
     show(broadcast=processes.broadcast({"rows": [index, "x" * 5_000_000]})["rows"][0])
-    show(again=processes.broadcast(index), gather=processes.gather(index))
+    show(second_broadcast=processes.broadcast(index), gather=processes.gather(index))
     show(agree=[processes.agree(True), processes.agree(index != 1)])
     processes.check_shared(plan["shared"])
     try:
         processes.check_shared(os.path.join(plan["shared"], str(index)))
     except UserError as error:
-        show(refused=str(error))
-    show(left=sum(map(len, (files for *_, files in os.walk(plan["shared"])))))
+        show(error=str(error))
+    show(num_files=sum(map(len, (files for *_, files in os.walk(plan["shared"])))))
 
 def record():
-    # Process 0 alone finds the record, and keeps what is not after step 2.
+    # Only process 0 sees metrics.jsonl, and drops the rows after step 2.
     writer = metrics.MetricWriter(
         os.path.join(plan["shared"], str(index)), last_step=2, tensorboard=False)
     writer.write(3, {"val/top1": 0.25})
     writer.close()
     show(rows=writer.rows, files=sorted(os.listdir(os.path.join(plan["shared"], str(index)))))
 
-def stop(name, on):
-    # Without collectives, so that nothing but the agreement keeps the processes together.
-    with signals.catch() as caught:
+def stop(name, process):
+    # There are no collectives here, so only the agreement keeps the processes together.
+    with signals.catch() as stop_signal:
         for call in range(1, 20_000):
-            if index == on and call == 15:
+            if index == process and call == 15:
                 os.kill(os.getpid(), getattr(signal, name))
-            assert not caught
-            if caught.poll():
+            assert not stop_signal
+            if stop_signal.poll():
                 break
             time.sleep(0.003 * (index + 1))
-        show(stopped=call, name=caught.name, agreed=bool(caught), still=caught.poll())
+        show(last_call=call, name=stop_signal.name, agreed=bool(stop_signal),
+            next_poll=stop_signal.poll())
 
 def finish():
-    # A signal when another process has done its last poll: none stops, none waits for another.
-    with signals.catch() as caught:
+    # The signal comes after the last poll of the other process: no process may stop or hang.
+    with signals.catch() as stop_signal:
         for call in range(30):
             if index == 0 and call == 20:
-                processes.barrier("left")
+                processes.barrier("last poll")
                 os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.3)  # the others' counts are asked for
-            assert not caught.poll()
+                time.sleep(0.3)  # process 0 asks the others for their counts
+            assert not stop_signal.poll()
     if index == 1:
-        processes.barrier("left")
+        processes.barrier("last poll")
     show(finished=True)
 
 def collective():
     from jax.experimental import multihost_utils
     return multihost_utils.process_allgather(jax.numpy.ones(3)).sum()
 
-def mistake(on):
-    if index == on:
+def mistake(process):
+    if index == process:
         time.sleep(0.5)
         raise UserError("data_dir=/nowhere: no such directory")
     collective()  # hangs, or loses its connection
     time.sleep(100)
 
-def fault(on):
-    if index == on:
+def fault(process):
+    if index == process:
         raise KeyError("labels")
     time.sleep(100)
 
-def killed(on, working):
+def kill(process, busy):
     collective()
-    if index == on:
+    if index == process:
         os.kill(os.getpid(), signal.SIGKILL)
-    while working:
+    while busy:
         collective()
     time.sleep(100)
 
@@ -114,8 +116,8 @@ def main(argv):
     global index
     join.initialize(*plan["join"])
     index = processes.state().process_id
-    with watchdog.watch() as watching:
-        for name, *arguments in plan["do"]:
+    with watchdog.watch():
+        for name, *arguments in plan["calls"]:
             globals()[name](*arguments)
 
 sys.argv = ["worker.py"]
@@ -124,14 +126,14 @@ cli.run(main)
 
 
 def _free_port(low=1):
-    """A port from `low` on that nobody has now."""
+    """Returns a free port that is at least `low`."""
     for port in [0] if low == 1 else range(low, 65536):
-        with socket.socket() as free:
+        with socket.socket() as listener:
             try:
-                free.bind(("", port))
+                listener.bind(("", port))
             except OSError:
                 continue
-            return free.getsockname()[1]
+            return listener.getsockname()[1]
 
 
 def _start(plans, environments=None, devices=1):
@@ -149,29 +151,33 @@ def _start(plans, environments=None, devices=1):
     ]
 
 
-def _by_flags(count, **plan):
+def _make_plans(count, **plan):
     address = f"localhost:{_free_port()}"
     return [dict(join=[address, count, index], **plan) for index in range(count)]
 
 
-def _end(workers):
-    """Of each process its exit code, what it has shown merged in one dict, and its errors."""
+def _wait(workers):
+    """Waits for the workers and returns the exit code, merged `show` values and errors of each."""
     try:
         outputs = [worker.communicate(timeout=120) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
     results = []
-    for worker, (out, errors) in zip(workers, outputs, strict=True):
-        shown, lines = {}, []
-        for line in out.splitlines():
+    for worker, (stdout, errors) in zip(workers, outputs, strict=True):
+        values, lines = {}, []
+        for line in stdout.splitlines():
             if line.startswith("{"):
-                shown.update(json.loads(line))
+                values.update(json.loads(line))
             else:
                 lines.append(line)
         results.append(
             types.SimpleNamespace(
-                code=worker.returncode, shown=shown, lines=lines, errors=errors, all=out + errors
+                code=worker.returncode,
+                values=values,
+                lines=lines,
+                errors=errors,
+                output=stdout + errors,
             )
         )
     return results
@@ -180,46 +186,56 @@ def _end(workers):
 # Real processes.
 
 
-def test_two_processes_agree_stop_together_and_end_with_the_reason(tmp_path):
+def test_two_processes_agree_stop_together_and_report_the_failure(tmp_path):
     for index in range(2):
         (tmp_path / str(index)).mkdir()
     rows = [{"step": step, "val/top1": step / 10} for step in (1, 2, 3)]
     (tmp_path / "0" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    # Each sees a directory of its own under RUN/0 or RUN/1.
-    do = [["talk"], ["record"], ["stop", "SIGTERM", 1], ["stop", "SIGINT", 1], ["finish"]]
-    do += [["mistake", 1]]
-    first, second = _end(_start(_by_flags(2, shared=str(tmp_path), do=do), devices=2))
-    one, two = first.shown, second.shown
-    for index, shown in enumerate((one, two)):
-        assert (shown["devices"], shown["local"], shown["index"]) == (4, 2, index), first.all
-        assert (shown["broadcast"], shown["again"], shown["gather"]) == (0, 0, [0, 1])
-        assert shown["agree"] == [True, False]
-        assert "process 1 (" in shown["refused"] and "process 0 (" not in shown["refused"]
-        assert shown["left"] == 1  # the record
-        assert shown["rows"] == [*rows[:2], {"step": 3, "val/top1": 0.25}]
-    assert (one["main"], two["main"]) == (True, False)
-    assert one["said"] == 0 and "said" not in two
-    assert (one["files"], two["files"]) == (["metrics.jsonl"], [])
+    # `record` uses a directory per process, so only process 0 has a metrics.jsonl.
+    calls = [["talk"], ["record"], ["stop", "SIGTERM", 1], ["stop", "SIGINT", 1], ["finish"]]
+    calls += [["mistake", 1]]
+    process_0, process_1 = _wait(
+        _start(_make_plans(2, shared=str(tmp_path), calls=calls), devices=2)
+    )
+    values_0, values_1 = process_0.values, process_1.values
+    for index, values in enumerate((values_0, values_1)):
+        assert (values["devices"], values["local"], values["index"]) == (4, 2, index), (
+            process_0.output
+        )
+        assert (values["broadcast"], values["second_broadcast"], values["gather"]) == (0, 0, [0, 1])
+        assert values["agree"] == [True, False]
+        assert "process 1 (" in values["error"] and "process 0 (" not in values["error"]
+        assert values["num_files"] == 1  # metrics.jsonl
+        assert values["rows"] == [*rows[:2], {"step": 3, "val/top1": 0.25}]
+    assert (values_0["main"], values_1["main"]) == (True, False)
+    assert values_0["speaker"] == 0 and "speaker" not in values_1
+    assert (values_0["files"], values_1["files"]) == (["metrics.jsonl"], [])
 
-    # Both at the same call, though one makes twice as many in the same time; the last one shown.
-    for shown in (one, two):
-        assert (shown["stopped"], shown["name"]) == (one["stopped"], "SIGINT"), (one, two)
-        assert shown["agreed"] and shown["still"] and shown["finished"]
-    assert one["stopped"] > 15
+    # Both stop at the same call, although process 0 polls twice as often. `values` holds the
+    # second stop.
+    for values in (values_0, values_1):
+        assert (values["last_call"], values["name"]) == (values_0["last_call"], "SIGINT"), (
+            values_0,
+            values_1,
+        )
+        assert values["agreed"] and values["next_poll"] and values["finished"]
+    assert values_0["last_call"] > 15
     for name in ("SIGTERM", "SIGINT"):
-        assert any(line.startswith(f"{name} on process 1 (") for line in first.lines), first.lines
-    assert not second.lines
+        assert any(line.startswith(f"{name} on process 1 (") for line in process_0.lines), (
+            process_0.lines
+        )
+    assert not process_1.lines
 
     message = "data_dir=/nowhere: no such directory"
-    assert (second.code, second.errors.strip()) == (2, f"worker.py: {message}")
-    assert first.code == 1
-    assert f"process 1 ({socket.gethostname()})" in first.errors and message in first.errors
-    assert len(first.errors.strip().splitlines()) == 1
+    assert (process_1.code, process_1.errors.strip()) == (2, f"worker.py: {message}")
+    assert process_0.code == 1
+    assert f"process 1 ({socket.gethostname()})" in process_0.errors and message in process_0.errors
+    assert len(process_0.errors.strip().splitlines()) == 1
 
 
-def _slurm(count):
-    """What srun sets, on one node."""
-    port = _free_port(61440)  # JAX derives it from the job's number
+def _slurm_environments(count):
+    """Returns the environment variables that srun sets for each process on one node."""
+    port = _free_port(61440)  # JAX derives the port from the job id
     shared = dict(SLURM_JOB_ID=str(port - 61440), SLURM_STEP_NODELIST="localhost")
     shared.update(SLURM_STEP_NUM_TASKS=str(count), SLURM_NTASKS=str(count))
     return [
@@ -228,10 +244,10 @@ def _slurm(count):
 
 
 @pytest.mark.slow
-def test_four_processes_of_slurm_end_naming_the_one_that_was_killed():
-    do = [["stop", "SIGTERM", 3], ["killed", 2, False]]
-    results = _end(_start([dict(join=[], do=do)] * 4, _slurm(4)))
-    assert len({result.shown["stopped"] for result in results}) == 1
+def test_slurm_processes_name_the_killed_process():
+    calls = [["stop", "SIGTERM", 3], ["kill", 2, False]]
+    results = _wait(_start([dict(join=[], calls=calls)] * 4, _slurm_environments(4)))
+    assert len({result.values["last_call"] for result in results}) == 1
     assert [result.code for result in results] == [1, 1, -signal.SIGKILL, 1]
     for index in (0, 1, 3):
         errors = results[index].errors.strip()
@@ -240,24 +256,24 @@ def test_four_processes_of_slurm_end_naming_the_one_that_was_killed():
 
 
 @pytest.mark.slow
-def test_lost_connection_is_no_traceback_and_names_the_process_that_was_killed():
-    first, second, third = _end(_start(_by_flags(3, do=[["killed", 1, True]])))
-    assert (first.code, second.code, third.code) == (1, -signal.SIGKILL, 1)
-    for result in (first, third):
-        assert "Traceback" not in result.all
+def test_failed_collective_names_the_killed_process_without_traceback():
+    process_0, process_1, process_2 = _wait(_start(_make_plans(3, calls=[["kill", 1, True]])))
+    assert (process_0.code, process_1.code, process_2.code) == (1, -signal.SIGKILL, 1)
+    for result in (process_0, process_2):
+        assert "Traceback" not in result.output
         assert result.errors.startswith(f"process 1 ({socket.gethostname()})")
 
 
 @pytest.mark.slow
-def test_killed_process_0_ends_the_others_naming_it():
-    first, second = _end(_start(_by_flags(2, do=[["killed", 0, False]])))
-    assert (first.code, second.code) == (-signal.SIGKILL, 1)
-    assert second.errors.splitlines()[-1].startswith("process 0 (localhost)")
+def test_other_processes_end_when_process_0_is_killed():
+    process_0, process_1 = _wait(_start(_make_plans(2, calls=[["kill", 0, False]])))
+    assert (process_0.code, process_1.code) == (-signal.SIGKILL, 1)
+    assert process_1.errors.splitlines()[-1].startswith("process 0 (localhost)")
 
 
 @pytest.mark.slow
-def test_fault_of_process_0_is_heard_by_all_before_its_service_ends():
-    results = _end(_start(_by_flags(4, do=[["fault", 0]])))
+def test_all_processes_report_an_exception_of_process_0():
+    results = _wait(_start(_make_plans(4, calls=[["fault", 0]])))
     assert [result.code for result in results] == [1] * 4
     assert "Traceback" in results[0].errors and "KeyError: 'labels'" in results[0].errors
     for result in results[1:]:
@@ -266,41 +282,41 @@ def test_fault_of_process_0_is_heard_by_all_before_its_service_ends():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mistake of all", "stopped"])
-def test_all_end_by_themselves_with_their_own_code(kind):
-    do = [["leave", "SIGTERM"]] if kind == "stopped" else [["mistake", index] for index in (0,)]
-    plans = _by_flags(2, do=do)
-    if kind != "stopped":
-        plans[1]["do"] = [["mistake", 1]]
-    results = _end(_start(plans))
-    assert [result.code for result in results] == [143 if kind == "stopped" else 2] * 2
+@pytest.mark.parametrize("kind", ["mistake", "signal"])
+def test_processes_that_fail_together_keep_their_own_exit_codes(kind):
+    calls = [["leave", "SIGTERM"]] if kind == "signal" else [["mistake", 0]]
+    plans = _make_plans(2, calls=calls)
+    if kind == "mistake":
+        plans[1]["calls"] = [["mistake", 1]]
+    results = _wait(_start(plans))
+    assert [result.code for result in results] == [143 if kind == "signal" else 2] * 2
     assert not any(re.search(r"process \d", result.errors) for result in results)
 
 
-def test_laptop_joins_nothing_and_starts_no_thread():
+def test_single_process_joins_nothing_and_starts_no_thread():
     code = """
 import threading
 from mixer.parallel import join, processes, signals, watchdog
 join.initialize()
-with watchdog.watch() as watching, signals.catch() as caught:
-    watching.beat(1, "computing")
-    assert not caught.poll() and processes.agree(True) and processes.broadcast(3) == 3
+with watchdog.watch() as watch, signals.catch() as stop_signal:
+    watch.beat(1, "computing")
+    assert not stop_signal.poll() and processes.agree(True) and processes.broadcast(3) == 3
     processes.check_shared("/nowhere")
     processes.say("alone")
     assert threading.active_count() == 1
 from jax._src import xla_bridge
 assert processes.state().client is None and not xla_bridge.backends_are_initialized()
 """
-    # In an interactive shell that srun has started: one task, of a job of four.
+    # The environment of an interactive shell started by srun: one task in a job of four.
     job = dict(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_LOCALID="0")
     job.update(SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_TASKS="1")
     assert run_python("-c", code, **job).stdout == "alone\n"
 
 
-# Who is there.
+# Joining.
 
 
-def test_cluster_is_known_by_its_variables(monkeypatch):
+def test_cluster_is_detected_from_environment_variables(monkeypatch):
     task = dict(SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="4")
     tpu = dict(TPU_ML_PLATFORM="JAX")
     indexed = dict(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="0")
@@ -309,7 +325,7 @@ def test_cluster_is_known_by_its_variables(monkeypatch):
         ({}, None),
         (task, slurm),
         ({**task, "SLURM_STEP_NUM_TASKS": "1"}, None),
-        (dict(SLURM_PROCID="0", SLURM_NTASKS="4"), None),  # a batch script, outside of srun
+        (dict(SLURM_PROCID="0", SLURM_NTASKS="4"), None),  # a batch script without srun
         (dict(OMPI_COMM_WORLD_SIZE="2"), dict(cluster_detection_method="ompi")),
         (dict(OMPI_COMM_WORLD_SIZE="1"), None),
         (tpu, {}),
@@ -321,12 +337,12 @@ def test_cluster_is_known_by_its_variables(monkeypatch):
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook
     ):
         assert join.cluster(environ) == expected, environ
-    for spec, expected in ((None, None), ("found", dict(cluster_detection_method="k8s"))):
+    for spec, expected in ((None, None), ("spec", dict(cluster_detection_method="k8s"))):
         monkeypatch.setattr(join.importlib.util, "find_spec", lambda name, spec=spec: spec)
         assert join.cluster(indexed) == expected
 
 
-def test_gpus_of_a_node_go_to_its_only_process(monkeypatch):
+def test_only_process_of_a_node_gets_all_its_gpus(monkeypatch):
     for name, value in dict(SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="4").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **join: None)
@@ -353,14 +369,14 @@ def test_gpus_of_a_node_go_to_its_only_process(monkeypatch):
         (("host:1", 2, -1), "--process_id=-1"),
     ],
 )
-def test_wrong_flags_are_one_line(arguments, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_invalid_join_flags_are_one_line_errors(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
         join.initialize(*arguments)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def _meet(calls, monkeypatch, secs=5.0):
-    """What each of the calls (port is filled in) has raised, as text, or None."""
+    """Calls `join.meet` in parallel threads and returns the error message of each, or None."""
     monkeypatch.setattr(join, "JOIN_SECS", secs)
     address, results = f"localhost:{_free_port()}", [None] * len(calls)
 
@@ -378,30 +394,30 @@ def _meet(calls, monkeypatch, secs=5.0):
     return results
 
 
-def test_processes_meet_or_all_hear_why_not(monkeypatch):
+def test_processes_meet_or_all_report_the_reason(monkeypatch):
     assert _meet([(3, 0), (3, 1), (3, 2)], monkeypatch) == [None] * 3
     host = socket.gethostname()
-    twice = _meet([(3, 0), (3, 1), (3, 1)], monkeypatch)
-    assert all("--process_id=1" in each and host in each for each in twice)
-    other = _meet([(2, 0), (3, 1)], monkeypatch)
+    messages = _meet([(3, 0), (3, 1), (3, 1)], monkeypatch)
+    assert all("--process_id=1" in message and host in message for message in messages)
+    messages = _meet([(2, 0), (3, 1)], monkeypatch)
     pattern = rf"process 1 \({host}\).*--num_processes=3.*process 0 \({host}\).*\b2\b"
-    assert all(re.search(pattern, each) for each in other)
-    late = _meet([(4, 0), (4, 2)], monkeypatch, secs=0.5)
-    assert all(re.search(r"\b2 of 4\b.*--process_id=1, 3", each) for each in late)
-    (alone,) = _meet([(2, 1)], monkeypatch, secs=0.1)
-    assert "process 0" in alone and "Connection refused" in alone
-    with socket.create_server(("", 0)) as server:  # two processes 0 on one host
+    assert all(re.search(pattern, message) for message in messages)
+    messages = _meet([(4, 0), (4, 2)], monkeypatch, secs=0.5)
+    assert all(re.search(r"\b2 of 4\b.*--process_id=1, 3", message) for message in messages)
+    (error,) = _meet([(2, 1)], monkeypatch, secs=0.1)
+    assert "process 0" in error and "Connection refused" in error
+    with socket.create_server(("", 0)) as server:  # the port is in use, as with two processes 0
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=rf"\b{port}\b.*--coordinator_address"):
             join.meet(f"localhost:{port}", 2, 0)
 
 
-def test_strangers_at_the_door_and_restarted_processes_do_no_harm(monkeypatch):
+def test_meeting_tolerates_stray_connections_and_restarts(monkeypatch):
     monkeypatch.setattr(join, "JOIN_SECS", 5.0)
-    port, done = _free_port(), []
+    port, results = _free_port(), []
     address = f"localhost:{port}"
-    main = threading.Thread(target=lambda: done.append(join.meet(address, 3, 0)))
-    main.start()
+    leader = threading.Thread(target=lambda: results.append(join.meet(address, 3, 0)))
+    leader.start()
     for line in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b""):
         connection = None
         while connection is None:
@@ -410,21 +426,21 @@ def test_strangers_at_the_door_and_restarted_processes_do_no_harm(monkeypatch):
         with connection:
             connection.sendall(line)
     with socket.create_connection(("localhost", port)) as connection:
-        hello = dict(process=1, processes=3, host="a")  # dies, and comes again
+        hello = dict(process=1, processes=3, host="a")  # process 1 dies here and is restarted below
         connection.sendall((json.dumps(hello) + "\n").encode())
-    others = [threading.Thread(target=join.meet, args=(address, 3, index)) for index in (1, 2)]
-    for each in others:
-        each.start()
-    for each in (*others, main):
-        each.join()
-    assert done == [None]
+    followers = [threading.Thread(target=join.meet, args=(address, 3, index)) for index in (1, 2)]
+    for thread in followers:
+        thread.start()
+    for thread in (*followers, leader):
+        thread.join()
+    assert results == [None]
 
 
-# Signs of life and stalls, by a clock of our own.
+# Heartbeats and stalls, by a fake clock.
 
 
 class _Client:
-    """The coordination service's store, as far as `Watch` needs it."""
+    """The part of the coordination service's key-value store that `Watch` needs."""
 
     def __init__(self):
         self.rows = {}
@@ -439,10 +455,10 @@ class _Client:
 
 
 class _Clock:
-    now = 0.0
+    secs = 0.0
 
     def __call__(self):
-        return self.now
+        return self.secs
 
 
 def _watch(stall_secs=120):
@@ -450,9 +466,9 @@ def _watch(stall_secs=120):
     return watchdog.Watch(stall_secs=stall_secs, tell=lines.append, clock=clock), clock, lines
 
 
-def test_stall_of_one_process_is_told_at_each_doubling():
-    watching, clock, lines = _watch()
-    for doing, secs, expected in (
+def test_stall_is_reported_whenever_its_length_doubles():
+    watch, clock, lines = _watch()
+    for activity, secs, expected in (
         ("starting", 125, [r"starting.*125 s"]),
         ("compiling", 130, [r"compiling.*130 s"]),
         ("waiting for data", 119, []),
@@ -464,24 +480,24 @@ def test_stall_of_one_process_is_told_at_each_doubling():
         ("computing", 100, []),
         ("computing", 21, [r"121 s.*step 1\b.*computing"]),
     ):
-        watching.beat(int(doing in ("computing", "waiting for data", "saving")), doing)
-        clock.now += secs
-        watching.check()
-        assert len(lines) == len(expected), (doing, secs)
+        watch.beat(int(activity in ("computing", "waiting for data", "saving")), activity)
+        clock.secs += secs
+        watch.check()
+        assert len(lines) == len(expected), (activity, secs)
         assert all(map(re.search, expected, lines)), lines
         lines.clear()
     for step in range(2, 10):  # steps of 100 s each
-        for doing in ("waiting for data", "computing"):
-            watching.beat(step, doing)
-            clock.now += 50
-            watching.check()
+        for activity in ("waiting for data", "computing"):
+            watch.beat(step, activity)
+            clock.secs += 50
+            watch.check()
     assert lines == []
 
 
-def test_no_stall_is_told_where_none_is_wanted():
-    watching, clock, lines = _watch(stall_secs=None)
-    clock.now = 1e6
-    watching.check()
+def test_stall_reports_can_be_disabled():
+    watch, clock, lines = _watch(stall_secs=None)
+    clock.secs = 1e6
+    watch.check()
     assert lines == []
 
 
@@ -493,7 +509,7 @@ def _states(*rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "pattern", "named"),
+    ("rows", "pattern", "indices"),
     [
         (
             [(341, "computing", 119), (341, "computing", 119), (341, "waiting for data", 118)],
@@ -524,61 +540,61 @@ def _states(*rows):
         ),
     ],
 )
-def test_stall_line_names_who_keeps_the_others_waiting(rows, pattern, named):
+def test_stall_report_names_the_processes_that_block_the_others(rows, pattern, indices):
     line = watchdog.stall_line(120, _states(*rows))
     assert re.search(pattern, line) and "\n" not in line
-    assert "".join(re.findall(r"process (\d)", line)) == named
+    assert "".join(re.findall(r"process (\d)", line)) == indices
 
 
-def test_process_0_finds_the_starved_and_the_dead(monkeypatch):
+def test_process_0_detects_starved_and_dead_processes(monkeypatch):
     client = _Client()
-    this = types.SimpleNamespace(client=client, process_id=0, num_processes=3)
-    monkeypatch.setattr(processes, "state", lambda: this)
-    watching, clock, lines = _watch()
-    ended = []
-    monkeypatch.setattr(watching, "end", ended.append)
+    state = types.SimpleNamespace(client=client, process_id=0, num_processes=3)
+    monkeypatch.setattr(processes, "state", lambda: state)
+    watch, clock, lines = _watch()
+    failures = []
+    monkeypatch.setattr(watch, "end", failures.append)
 
-    def others(*, dead):
-        for process in {1, 2} - dead:
-            row = dict(beats=clock.now, host=f"h{process}", step=7, doing="computing", secs=1)
+    def beat_others(*, dead_processes):
+        for process in {1, 2} - dead_processes:
+            row = dict(beats=clock.secs, host=f"h{process}", step=7, doing="computing", secs=1)
             if process == 2:
-                row.update(doing="waiting for data", secs=clock.now)
+                row.update(doing="waiting for data", secs=clock.secs)
             client.rows[f"mixer/beat/{process}"] = json.dumps(row)
-        watching.check()
+        watch.check()
 
-    watching.beat(7, "computing")
+    watch.beat(7, "computing")
     for _ in range(13):
-        clock.now += 10
-        others(dead=set())
+        clock.secs += 10
+        beat_others(dead_processes=set())
     (line,) = lines
     assert re.search(r"120 s.*step 7\b.*process 2 \(h2\).*waiting for data.*120 s", line)
     for _ in range(6):
-        clock.now += 10
-        others(dead={1})
-    assert not ended  # 60 s are not too long
-    clock.now += 5
-    others(dead={1})
-    assert ended[0]["process"] == 1 and "65 s" in ended[0]["reason"]
+        clock.secs += 10
+        beat_others(dead_processes={1})
+    assert not failures  # silence of 60 s is tolerated
+    clock.secs += 5
+    beat_others(dead_processes={1})
+    assert failures[0]["process"] == 1 and "65 s" in failures[0]["reason"]
 
-    # Where a collective has failed, a silence of 11 s is enough.
-    ended.clear(), client.rows.pop("mixer/failure/0")
-    clock.now += 5
-    others(dead=set())
-    clock.now += 11
-    others(dead={2})
-    assert not ended
+    # After a failed collective, 11 s of silence are enough.
+    failures.clear(), client.rows.pop("mixer/failure/0")
+    clock.secs += 5
+    beat_others(dead_processes=set())
+    clock.secs += 11
+    beat_others(dead_processes={2})
+    assert not failures
     client.rows["mixer/suspect/1"] = ""
-    others(dead={2})
-    assert ended[0]["process"] == 2
+    beat_others(dead_processes={2})
+    assert failures[0]["process"] == 2
 
 
-# The record.
+# metrics.jsonl in an object store.
 
 
 class _Object:
-    """An object of a store, which knows no appending."""
+    """An object in a store that cannot append."""
 
-    stored: ClassVar[dict[str, str]] = {}
+    contents: ClassVar[dict[str, str]] = {}
 
     def __init__(self, name):
         self._name = os.fspath(name)
@@ -590,29 +606,29 @@ class _Object:
         return _Object(f"{self._name}/{name}")
 
     def exists(self):
-        return self._name in self.stored
+        return self._name in self.contents
 
     def is_dir(self):
         return False
 
     def read_text(self):
-        return self.stored[self._name]
+        return self.contents[self._name]
 
     def read_bytes(self):
-        return self.stored[self._name].encode()
+        return self.contents[self._name].encode()
 
     def write_text(self, text):
-        self.stored[self._name] = text
+        self.contents[self._name] = text
 
 
-def test_record_in_an_object_store_is_written_whole(monkeypatch):
+def test_metrics_file_in_an_object_store_is_rewritten_on_close(monkeypatch):
     for module in (metrics, files, run_files):
         monkeypatch.setattr(module, "epath", types.SimpleNamespace(Path=_Object))
-    old = '{"step": 1, "a": 2.0}\n{"step": 9, "a": 3.0}\n'
-    monkeypatch.setattr(_Object, "stored", {"gs://bucket/run/metrics.jsonl": old})
+    old_text = '{"step": 1, "a": 2.0}\n{"step": 9, "a": 3.0}\n'
+    monkeypatch.setattr(_Object, "contents", {"gs://bucket/run/metrics.jsonl": old_text})
     writer = metrics.MetricWriter("gs://bucket/run", last_step=3, tensorboard=False)
     writer.write(4, {"a": 1})
     writer.close()
-    ((name, text),) = _Object.stored.items()
+    ((name, text),) = _Object.contents.items()
     assert name == "gs://bucket/run/metrics.jsonl"
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 4]

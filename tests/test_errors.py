@@ -1,3 +1,5 @@
+"""The checks of choices and numbers in a config."""
+
 import math
 
 import pytest
@@ -5,11 +7,11 @@ import pytest
 from mixer.errors import UserError, check_choice, check_number
 
 
-def test_wrong_choice_names_the_value_the_choices_and_the_nearest():
+def test_invalid_choice_names_the_value_choices_and_closest_match():
     check_choice("gelu", "erf", {"tanh": 1, "erf": 2})
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         check_choice("gelu", "Tahn", ("tanh", "erf"), hint="exact or not")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "gelu='Tahn'; expected one of tanh, erf (exact or not). Did you mean 'tanh'?"
     )
     for value in (["tanh"], None, 3):
@@ -28,13 +30,13 @@ def test_wrong_choice_names_the_value_the_choices_and_the_nearest():
         (0, dict(minimum=1, integer=True), "whole number of at least 1"),
     ],
 )
-def test_wrong_number_names_the_value_and_the_range(value, limits, expected):
-    with pytest.raises(UserError) as caught:
+def test_invalid_number_names_the_value_and_the_range(value, limits, expected):
+    with pytest.raises(UserError) as error:
         check_number("key", value, **limits)
-    assert str(caught.value) == f"key={value}; expected a {expected}"
+    assert str(error.value) == f"key={value}; expected a {expected}"
 
 
-def test_numbers_of_a_range_pass():
+def test_numbers_within_the_range_pass():
     check_number("key", 0)
     check_number("key", 0.99, limit=1)
     check_number("key", 8, minimum=1, limit=9, integer=True)

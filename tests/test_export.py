@@ -1,4 +1,4 @@
-"""Programs for serving: they give the model's outputs where this package cannot be imported."""
+"""Exported programs: they compute the model's outputs without this package installed."""
 
 import contextlib
 import dataclasses
@@ -18,8 +18,8 @@ from mixer.weights import load as loading
 
 WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
 SHAPE = (32, 32, 3)
-# As on a server: neither the package nor what it is built on.
-ALONE = """
+# Simulates a server that has JAX but not this package or its other dependencies.
+HIDE_PACKAGES = """
 import sys
 for name in ("mixer", "flax", "tensorflow", "orbax", "optax", "etils"):
     sys.modules[name] = None
@@ -32,7 +32,7 @@ def read(**options):
 
 @pytest.fixture(scope="module")
 def loaded():
-    """The tiny golden model, with a range of its own: pixels become 0 to 1."""
+    """The tiny golden model, with preprocessing that scales pixels to [0, 1]."""
     card = dataclasses.replace(
         read().card,
         preprocess="decode|resize(32)|value_range(0, 1)",
@@ -61,59 +61,63 @@ def write(loaded, paths, **options):
     serving.write(loaded, program, arrays, paths)
 
 
-def run_alone(code, folder, images):
-    """Runs `code`, whose `call` is then called with 1, 3 and 8 images, where only JAX is."""
+def run_isolated(code, folder, images):
+    """Runs `code` in a process that has only JAX, and calls its `call` with 1, 3 and 8 images."""
     np.save(folder / "images.npy", images)
     code += """
 images = numpy.load("images.npy")
 arguments = (weights,) if "weights" in dir() else ()
 numpy.savez("out.npz", **{str(n): call(*arguments, images[:n]) for n in (1, 3, 8)})
 """
-    run_python("-c", ALONE + "import numpy\n" + code, cwd=folder, PYTHONPATH="")
+    run_python("-c", HIDE_PACKAGES + "import numpy\n" + code, cwd=folder, PYTHONPATH="")
     return np.load(folder / "out.npz")
 
 
-def test_weights_inside_run_alone_as_the_docs_say(tmp_path, images):
+def test_program_with_weights_runs_as_documented(tmp_path, images):
     arguments = ("mixer.tools.export", WEIGHTS, tmp_path / "B16.stablehlo")
-    done = run_program(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert "B16.stablehlo: " in done.stdout and "B16.stablehlo.json: " in done.stdout
+    result = run_program(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "B16.stablehlo: " in result.stdout and "B16.stablehlo.json: " in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"B16.stablehlo", "B16.stablehlo.json"}
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)[0]
-    got = run_alone(code + "\nassert logits.shape == (8, 7)\n", tmp_path, images)
+    actual = run_isolated(code + "\nassert logits.shape == (8, 7)\n", tmp_path, images)
     expected = outputs(read(), images)["logits"]
     for n in (1, 3, 8):
-        np.testing.assert_allclose(got[str(n)], expected[:n], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual[str(n)], expected[:n], rtol=0, atol=1e-5)
 
-    done = run_program(*arguments)
-    assert done.returncode == 2 and "B16.stablehlo.json" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    result = run_program(*arguments)
+    assert result.returncode == 2 and "B16.stablehlo.json" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
-def run_here(code, folder, images):
-    """As `run_alone`, in this process, which has everything."""
-    space = {"numpy": np}
+def run_in_process(code, folder, images):
+    """Like `run_isolated`, but in this process."""
+    namespace = {"numpy": np}
     with contextlib.chdir(folder):
-        exec(code, space)
-    return {str(n): space["call"](space["weights"], images[:n]) for n in (1, 3, 8)}
+        exec(code, namespace)
+    return {str(n): namespace["call"](namespace["weights"], images[:n]) for n in (1, 3, 8)}
 
 
-@pytest.mark.parametrize("execute", [run_here, pytest.param(run_alone, marks=pytest.mark.slow)])
-def test_weights_beside_run_as_the_json_says(tmp_path, loaded, images, execute):
+@pytest.mark.parametrize(
+    "execute", [run_in_process, pytest.param(run_isolated, marks=pytest.mark.slow)]
+)
+def test_program_with_separate_weights_runs_as_its_json_describes(
+    tmp_path, loaded, images, execute
+):
     paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
     write(loaded, paths, weights="beside", platforms=["cpu"])
     names = {"tiny.stablehlo", "tiny.stablehlo.json", "tiny.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    about = json.loads((tmp_path / "tiny.stablehlo.json").read_text())
-    assert about["weights"] == "tiny.safetensors" and about["platforms"] == ["cpu"]
-    assert about["inputs"]["images"] == {"shape": ["b", 32, 32, 3], "dtype": "uint8"}
+    description = json.loads((tmp_path / "tiny.stablehlo.json").read_text())
+    assert description["weights"] == "tiny.safetensors" and description["platforms"] == ["cpu"]
+    assert description["inputs"]["images"] == {"shape": ["b", 32, 32, 3], "dtype": "uint8"}
     head = {"shape": [24, 7], "dtype": "float32"}
-    assert about["inputs"]["weights"]["head/kernel"] == head
-    assert about["output"] == {"shape": ["b", 7], "dtype": "float32"}
-    assert about["jax"] == jax.__version__ and about["classes"] == list("abcdefg")
+    assert description["inputs"]["weights"]["head/kernel"] == head
+    assert description["output"] == {"shape": ["b", 7], "dtype": "float32"}
+    assert description["jax"] == jax.__version__ and description["classes"] == list("abcdefg")
     dims = {"patch_size": 8, "hidden_dim": 24, "num_blocks": 3}
     dims |= {"tokens_mlp_dim": 20, "channels_mlp_dim": 40}
-    assert about["card"] == {
+    assert description["card"] == {
         "variant": None,
         **dims,
         "num_classes": 7,
@@ -123,28 +127,28 @@ def test_weights_beside_run_as_the_json_says(tmp_path, loaded, images, execute):
         "class_names": list("abcdefg"),
         "source": str(WEIGHTS),
     }
-    got = execute("\n".join(about["call"]), tmp_path, images)
+    actual = execute("\n".join(description["call"]), tmp_path, images)
     expected = outputs(loaded, images, 0.0, 1.0)["logits"]
     for n in (1, 3, 8):
-        np.testing.assert_allclose(got[str(n)], expected[:n], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual[str(n)], expected[:n], rtol=0, atol=1e-5)
     (model, params) = loading.load(tmp_path / "tiny.safetensors", log=lambda line: None)
     assert model == loaded.model
     jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
 
 
 @pytest.mark.parametrize("weights", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
-def test_every_platform_is_lowered_for_without_having_it(loaded, images, weights):
+def test_program_is_lowered_for_platforms_that_are_absent(loaded, images, weights):
     program = make(loaded, weights=weights, platforms=serving.PLATFORMS)
     assert program.platforms == serving.PLATFORMS
     arguments = (serving.served_weights(loaded),) if weights == "beside" else ()
-    got = program.call(*arguments, images[:2])
+    actual = program.call(*arguments, images[:2])
     expected = outputs(loaded, images[:2], 0.0, 1.0)["logits"]
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     for platform in ("cuda", "tpu"):
         assert make(loaded, weights=weights, platforms=[platform]).platforms == (platform,)
 
 
-def test_fixed_batch_on_one_platform_is_static(loaded, images):
+def test_fixed_batch_on_one_platform_has_static_shapes(loaded, images):
     program = make(loaded, output="pre_logits", platforms=["cpu"], batch_size=4)
     text = program.mlir_module()
     assert "tensor<4x32x32x3xui8>" in text
@@ -153,65 +157,77 @@ def test_fixed_batch_on_one_platform_is_static(loaded, images):
     np.testing.assert_allclose(program.call(images[:4]), expected, rtol=0, atol=1e-5)
 
 
-def test_written_whole_or_not_at_all(tmp_path, loaded, monkeypatch):
-    def disk_is_full(self):
+def test_failed_write_leaves_no_files(tmp_path, loaded, monkeypatch):
+    def raise_disk_full(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(jax.export.Exported, "serialize", disk_is_full)
+    monkeypatch.setattr(jax.export.Exported, "serialize", raise_disk_full)
     paths = serving.check(tmp_path / "tiny.stablehlo", weights="beside", platforms=["cpu"])
     with pytest.raises(OSError, match="No space left"):
         write(loaded, paths, weights="beside")
     assert not list(tmp_path.iterdir())
 
 
-def test_known_lists_of_classes_are_written_out(loaded, monkeypatch):
+def test_json_contains_the_class_names_of_a_named_list(loaded, monkeypatch):
     monkeypatch.setattr(imagenet_names, "class_names", lambda name: (name, "two"))
     card = dataclasses.replace(loaded.card, class_names="imagenet1k")
-    one = dataclasses.replace(loaded, card=card)
-    program = make(one, batch_size=2)
+    imagenet_model = dataclasses.replace(loaded, card=card)
+    program = make(imagenet_model, batch_size=2)
     paths = serving.check("tiny.stablehlo", weights="inside", platforms=["cpu"])
-    about = serving.describe(one, program, {}, paths)
-    assert about["classes"] == ("imagenet1k", "two")
-    assert about["inputs"] == {"images": {"shape": [2, 32, 32, 3], "dtype": "uint8"}}
-    assert "images = numpy.zeros((2, 32, 32, 3), numpy.uint8)" in about["call"]
+    description = serving.describe(imagenet_model, program, {}, paths)
+    assert description["classes"] == ("imagenet1k", "two")
+    assert description["inputs"] == {"images": {"shape": [2, 32, 32, 3], "dtype": "uint8"}}
+    assert "images = numpy.zeros((2, 32, 32, 3), numpy.uint8)" in description["call"]
 
 
 @pytest.mark.parametrize(
     ("name", "platforms", "message"),
     [
-        ("tiny.npz", ["cpu"], r"tiny\.npz.*\.stablehlo"),
+        ("old.safetensors", ["cpu"], r"old\.safetensors"),
         ("none/tiny.stablehlo", ["cpu"], "none"),
         ("tiny.stablehlo", ["gpu"], "'gpu'.*cpu, cuda, rocm, tpu"),
         ("tiny.stablehlo", [], "''"),
         ("old.stablehlo", ["cpu"], r"old\.safetensors"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_read(tmp_path, name, platforms, message):
+def test_invalid_arguments_are_errors(tmp_path, name, platforms, message):
     (tmp_path / "old.safetensors").touch()
     with pytest.raises(UserError, match=message):
         serving.check(tmp_path / name, weights="beside", platforms=platforms)
 
 
-def test_weights_too_large_to_be_inside_are_refused(loaded, monkeypatch):
+def test_embedding_too_large_weights_is_an_error(loaded, monkeypatch):
     monkeypatch.setattr(serving, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="--weights=beside"):
         make(loaded)
     make(loaded, weights="beside")
 
 
-def test_missing_weights_are_one_line(tmp_path):
-    done = run_program("mixer.tools.export", tmp_path / "no.npz", tmp_path / "tiny.stablehlo")
-    assert done.returncode == 2 and "no.npz" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+def test_missing_weights_are_a_one_line_error(tmp_path):
+    result = run_program("mixer.tools.export", tmp_path / "no.npz", tmp_path / "tiny.stablehlo")
+    assert result.returncode == 2 and "no.npz" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_format_is_that_of_the_ending_or_of_the_flag(tmp_path):
+    done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir")
+    assert done.returncode == 2 and ".stablehlo" in done.stderr and ".onnx" in done.stderr
+    options = "--format=stablehlo", "--platforms=cpu"
+    done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir", *options)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.mlir", "tiny.mlir.json"}
+    target = tmp_path / "two.stablehlo"
+    done = run_program("mixer.tools.export", WEIGHTS, target, "--max_inside_bytes=9")
+    assert done.returncode == 2 and "--max_inside_bytes=9" in done.stderr and not target.exists()
 
 
 @pytest.mark.slow
-def test_the_command_is_a_program(tmp_path):
+def test_export_runs_as_a_program(tmp_path):
     run_python("-m", "mixer.tools.export", WEIGHTS, "tiny.stablehlo", cwd=tmp_path)
     assert (tmp_path / "tiny.stablehlo.json").exists()
 
 
-def test_bfloat16_stores_what_is_rounded_anyway():
+def test_bfloat16_program_stores_only_rounded_weights_in_bfloat16():
     arrays = serving.served_weights(read(dtype="bfloat16"))
     dtypes = {name: array.dtype for name, array in arrays.items()}
     assert dtypes["stem/kernel"] == dtypes["MixerBlock_1/token_mixing/Dense_0/bias"]
@@ -221,12 +237,13 @@ def test_bfloat16_stores_what_is_rounded_anyway():
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_bfloat16_gives_the_models_numbers(images):
+def test_bfloat16_program_matches_the_model(images):
     loaded = read(dtype="bfloat16")
     arrays = serving.served_weights(loaded)
-    got = serving.make_program(loaded, arrays, weights="beside").call(arrays, images)
+    actual = serving.make_program(loaded, arrays, weights="beside").call(arrays, images)
     expected = np.asarray(outputs(loaded, images)["logits"])
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
-    full = outputs(read(), images)["logits"]
-    assert 1e-3 < np.abs(got - full).max() < 0.1  # else it was computed in float32, or is wrong
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
+    float32_logits = outputs(read(), images)["logits"]
+    # A smaller difference would mean that the program computes in float32.
+    assert 1e-3 < np.abs(actual - float32_logits).max() < 0.1

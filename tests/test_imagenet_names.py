@@ -1,4 +1,4 @@
-"""The lists of classes against digests of timm's files, and against each other."""
+"""The ImageNet class lists, compared with digests of timm's files and with each other."""
 
 import hashlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet.names import LISTS, class_names, synsets
 from mixer.errors import UserError
 
-# SHA-256 of ids and of names, in label order, joined by newlines.
+# SHA-256 of the ids and of the names, each in label order and joined by newlines.
 DIGESTS = {
     "imagenet1k": (
         "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd",
@@ -27,14 +27,14 @@ DIGESTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_lists_are_those_that_timm_ships(name):
+def test_lists_match_those_of_timm(name):
     assert len(synsets(name)) == len(class_names(name)) == LISTS[name]
     assert list(synsets(name)) == sorted(set(synsets(name)))
-    for found, digest in zip((synsets(name), class_names(name)), DIGESTS[name], strict=True):
-        assert hashlib.sha256("\n".join(found).encode()).hexdigest() == digest
+    for lines, digest in zip((synsets(name), class_names(name)), DIGESTS[name], strict=True):
+        assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == digest
 
 
-def test_known_classes():
+def test_well_known_classes_have_their_labels():
     names = class_names("imagenet1k")
     assert names[0] == "tench, Tinca tinca" and names[281] == "tabby, tabby cat"
     assert names[999] == "toilet tissue, toilet paper, bathroom tissue"
@@ -43,14 +43,14 @@ def test_known_classes():
     assert class_names("imagenet21k")[0] == "organism, being"
 
 
-def test_lists_agree():
-    names = {each: dict(zip(synsets(each), class_names(each), strict=True)) for each in LISTS}
-    whole = names["imagenet21k"]
-    assert names["imagenet21k_miil"].items() <= whole.items()
-    assert names["imagenet1k"].items() - whole.items() == {("n04399382", "teddy, teddy bear")}
+def test_lists_agree_on_the_names_of_shared_synsets():
+    names = {name: dict(zip(synsets(name), class_names(name), strict=True)) for name in LISTS}
+    imagenet21k = names["imagenet21k"]
+    assert names["imagenet21k_miil"].items() <= imagenet21k.items()
+    assert names["imagenet1k"].items() - imagenet21k.items() == {("n04399382", "teddy, teddy bear")}
 
 
-def test_an_unknown_list_is_named_and_the_file_is_small():
+def test_unknown_list_is_an_error_and_the_file_is_small():
     with pytest.raises(UserError, match=r"'imagenet22k'.*'imagenet21k'"):
         class_names("imagenet22k")
     file = Path(imagenet_names.__file__).with_name("imagenet_classes.xz")

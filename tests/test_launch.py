@@ -1,4 +1,4 @@
-"""The files of docs/launch, with stand-ins for the programs of a cluster."""
+"""The scripts in docs/launch, with fake cluster programs."""
 
 import os
 import shutil
@@ -14,17 +14,17 @@ from helpers import ROOT, environment
 LAUNCH = ROOT / "docs" / "launch"
 
 
-def _program(path, text):
+def _write_program(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{text}")
     path.chmod(0o755)
 
 
-def _bash(*arguments, path=None, cwd=ROOT, check=True, **extra):
-    """Runs a script, with the programs of folder `path` before all others."""
+def _run_bash(*arguments, path=None, cwd=ROOT, check=True, **extra):
+    """Runs a script with the directory `path` at the start of PATH."""
     if path:
         extra["PATH"] = f"{path}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", *map(str, arguments)],
         cwd=cwd,
         env=environment(**extra),
@@ -32,28 +32,28 @@ def _bash(*arguments, path=None, cwd=ROOT, check=True, **extra):
         text=True,
         timeout=200,
     )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_are_bash(script):
-    _bash("-n", script)
+def test_script_is_valid_bash_and_executable(script):
+    _run_bash("-n", script)
     assert os.access(script, os.X_OK)
 
 
-def test_again_repeats_a_failure_and_nothing_else(tmp_path):
-    """The command fails twice in a way that may pass, then ends with each code."""
+def test_again_retries_only_failures_that_may_be_transient(tmp_path):
+    """The command exits twice with 1, which is retried, and then with a final code."""
     for code, runs in ((0, 3), (2, 3), (143, 3)):
         count = tmp_path / str(code)
         command = f'echo x >> {count}; [ "$(wc -l < {count})" -ge 3 ] && exit {code}; exit 1'
-        done = _bash(LAUNCH / "again.sh", "bash", "-c", command, check=False, AGAIN_SECS="0")
-        assert done.returncode == code
+        result = _run_bash(LAUNCH / "again.sh", "bash", "-c", command, check=False, AGAIN_SECS="0")
+        assert result.returncode == code
         assert len(count.read_text().split()) == runs
 
 
 @pytest.mark.parametrize("name", ["gke_tpu.yaml", "gke_gpu.yaml"])
-def test_job_sets_start_one_process_a_host(name):
+def test_job_set_starts_one_process_per_host(name):
     (job_set,) = yaml.safe_load_all((LAUNCH / name).read_text())
     assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (job,) = job_set["spec"]["replicatedJobs"]
@@ -64,19 +64,19 @@ def test_job_sets_start_one_process_a_host(name):
     (container,) = pod["containers"]
     (devices,) = container["resources"]["limits"].values()
     if topology := pod["nodeSelector"].get("cloud.google.com/gke-tpu-topology"):
-        wide, high = map(int, topology.split("x"))
-        assert devices * spec["parallelism"] == wide * high
+        width, height = map(int, topology.split("x"))
+        assert devices * spec["parallelism"] == width * height
         return
     flags = dict(arg[2:].split("=", 1) for arg in container["args"] if arg.startswith("--"))
     assert int(flags["num_processes"]) == spec["parallelism"]
-    # JobSet's name of the first pod: SET-JOB-0-0, in the set's own subdomain.
+    # JobSet names the first pod SET-JOB-0-0, in the subdomain SET.
     host = f"{job_set['metadata']['name']}-{job['name']}-0-0.{job_set['metadata']['name']}"
     port = container["ports"][0]["containerPort"]
     assert flags["coordinator_address"] == f"{host}:{port}"
 
 
 SRUN = """
-# Two nodes with a task each, as Slurm's step would have it.
+# Sets the variables of a Slurm step on two nodes with one task each.
 while [ "${1#--}" != "$1" ]; do shift; done
 for rank in 0 1; do
   SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2 SLURM_PROCID=$rank SLURM_LOCALID=0 \
@@ -94,17 +94,17 @@ import sys
 import jax
 from mixer.parallel import join, processes
 join.initialize()
-print("found", jax.process_index(), jax.process_count(), *processes.gather(sys.argv[1:]))
+print("process", jax.process_index(), jax.process_count(), *processes.gather(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_slurm_job_joins_its_tasks(tmp_path):
-    """`mixer.parallel.join` finds them in Slurm's variables; what they run is a stand-in."""
-    _program(tmp_path / "srun", SRUN)
-    _program(tmp_path / "python", f"exec {sys.executable} -c '{PROBE}' \"$@\"")
-    job_id = os.getpid() % 4096  # JAX takes its port from it
-    done = _bash(
+def test_tasks_of_a_slurm_job_join(tmp_path):
+    """`mixer.parallel.join` reads Slurm's variables; a probe replaces train.py."""
+    _write_program(tmp_path / "srun", SRUN)
+    _write_program(tmp_path / "python", f"exec {sys.executable} -c '{PROBE}' \"$@\"")
+    job_id = os.getpid() % 4096  # JAX derives the port from the job id
+    result = _run_bash(
         LAUNCH / "slurm.sh",
         "--workdir=x",
         path=tmp_path,
@@ -112,17 +112,17 @@ def test_slurm_job_joins_its_tasks(tmp_path):
         SLURM_JOB_ID=str(job_id),
         SLURM_SUBMIT_DIR=str(ROOT),
     )
-    found = [line for line in done.stdout.splitlines() if line.startswith("found")]
-    both = "['train.py', '--workdir=x'] ['train.py', '--workdir=x']"
-    assert sorted(found) == [f"found 0 2 {both}", f"found 1 2 {both}"]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("process")]
+    arguments = "['train.py', '--workdir=x'] ['train.py', '--workdir=x']"
+    assert sorted(lines) == [f"process 0 2 {arguments}", f"process 1 2 {arguments}"]
 
 
-def test_slurm_job_that_was_interrupted_is_queued_again(tmp_path):
-    _program(tmp_path / "scontrol", f'echo "$@" > {tmp_path}/scontrol.log')
+def test_interrupted_slurm_job_is_requeued(tmp_path):
+    _write_program(tmp_path / "scontrol", f'echo "$@" > {tmp_path}/scontrol.log')
     for code in (143, 2):
-        _program(tmp_path / "srun", f"exit {code}")
-        done = _bash(LAUNCH / "slurm.sh", path=tmp_path, check=False, SLURM_JOB_ID="7")
-        assert done.returncode == code
+        _write_program(tmp_path / "srun", f"exit {code}")
+        result = _run_bash(LAUNCH / "slurm.sh", path=tmp_path, check=False, SLURM_JOB_ID="7")
+        assert result.returncode == code
         log = tmp_path / "scontrol.log"
         assert log.exists() == (code == 143)
         if log.exists():
@@ -131,7 +131,7 @@ def test_slurm_job_that_was_interrupted_is_queued_again(tmp_path):
 
 
 GCLOUD = r"""
-# A slice of two workers, whose homes are folders w0 and w1; `state` is what the queue says of it.
+# A slice of two workers with home directories w0 and w1; the file `state` is its queue state.
 cd "$CLOUD"
 echo "$*" >> log
 echo "$3 $4" >> verbs
@@ -151,10 +151,10 @@ case "$3 $4" in
     done
     [ "$(cat state)" = ACTIVE ] || exit 255
     [ "$worker" = all ] && workers="w0 w1" || workers=w$worker
-    for each in $workers; do (cd $each && HOME=$PWD bash -c "$command") || exit; done ;;
+    for worker in $workers; do (cd $worker && HOME=$PWD bash -c "$command") || exit; done ;;
 esac
 """
-# `uv venv` makes an environment whose Python writes down what it was given, and waits for TERM.
+# `uv venv` makes an environment whose Python prints its arguments and waits for SIGTERM.
 UV = """
 [ "$1" = venv ] || exit 0
 mkdir -p .venv/bin
@@ -170,20 +170,20 @@ chmod +x .venv/bin/python
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A project under git, and a gcloud whose slice is folders of this machine."""
+    """A git repository, and a fake gcloud whose workers are local directories."""
     programs, project, cloud = (tmp_path / name for name in ("programs", "project", "cloud"))
-    _program(programs / "gcloud", GCLOUD)
-    _program(programs / "uv", UV)
+    _write_program(programs / "gcloud", GCLOUD)
+    _write_program(programs / "uv", UV)
     cloud.mkdir()
     shutil.copytree(LAUNCH, project / "docs" / "launch")
-    who = ("-c", "user.name=test", "-c", "user.email=test@example.com")
-    for command in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "x")):
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-q", "-m", "x")):
         subprocess.run(["git", *command], cwd=project, check=True)
     settings = dict(TPU="mixer", ZONE="z", TYPE="v5litepod-8", VERSION="v", CLOUD=str(cloud))
 
     def tpu(*arguments, **extra):
         script = project / "docs" / "launch" / "tpu.sh"
-        return _bash(script, *arguments, path=programs, cwd=project, **settings, **extra)
+        return _run_bash(script, *arguments, path=programs, cwd=project, **settings, **extra)
 
     yield cloud, tpu
     for pid in cloud.glob("w*/mixer.pid"):
@@ -198,7 +198,7 @@ def _await(path, text):
     raise AssertionError(f"{path}: {path.read_text() if path.exists() else 'missing'}")
 
 
-def test_tpu_script_starts_and_stops_a_run_on_all_workers(cloud):
+def test_tpu_script_starts_and_stops_a_run_on_every_worker(cloud):
     directory, tpu = cloud
     tpu("create", "--spot")
     assert (
@@ -218,11 +218,11 @@ def test_tpu_script_starts_and_stops_a_run_on_all_workers(cloud):
     assert tpu("state").stdout == "NONE\n"
 
 
-def test_tpu_script_keeps_a_run_going_after_a_preemption(cloud):
+def test_tpu_script_restarts_a_preempted_run(cloud):
     directory, tpu = cloud
     (directory / "state").write_text("SUSPENDED\n")
-    # Once the run is there, worker 0's process ends: `keep` sees it and returns.
-    _program(
+    # This `sleep` ends the process of worker 0 once it runs; `keep` notices and returns.
+    _write_program(
         directory.parent / "programs" / "sleep",
         'pid=$(cat "$CLOUD/w0/mixer.pid" 2> /dev/null) && kill -KILL -- "-$pid" '
         '&& echo 0 > "$CLOUD/w0/mixer.code"; exit 0',
@@ -231,4 +231,4 @@ def test_tpu_script_keeps_a_run_going_after_a_preemption(cloud):
     verbs = (directory / "verbs").read_text().splitlines()
     verbs = [verb.removeprefix("queued-resources ") for verb in verbs]
     assert [verb for verb in verbs if verb in ("delete", "create")] == ["delete", "create"]
-    assert verbs.count("tpu-vm scp") == 1  # installed and started once
+    assert verbs.count("tpu-vm scp") == 1  # installed once

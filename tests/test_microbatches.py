@@ -35,9 +35,9 @@ def _mesh(platform, data):
     [
         ("cifar", (128, 32, 32, 3), 4),
         ("cifar", (32, 32, 32, 3), 1),
-        ("cifar", (500, 32, 32, 3), 20),  # of 25
-        ("cifar", (127, 32, 32, 3), 1),  # nothing but 1 divides it
-        ("digits", (500, 8, 8, 3), 1),  # little as it is
+        ("cifar", (500, 32, 32, 3), 20),  # parts of 25 images
+        ("cifar", (127, 32, 32, 3), 1),  # 127 is prime
+        ("digits", (500, 8, 8, 3), 1),  # the whole batch is small
         ("S/32", (64, 224, 224, 3), 4),
         ("S/16", (8, 224, 224, 3), 2),
         ("B/16", (32, 224, 224, 3), 8),
@@ -45,11 +45,11 @@ def _mesh(platform, data):
         ("H/14", (8, 224, 224, 3), 4),
     ],
 )
-def test_how_many_parts_a_cpu_takes(name, shape, count):
+def test_number_of_parts_on_a_cpu(name, shape, count):
     assert microbatches.best_count(_mixer(name), shape) == count
 
 
-def test_parts_are_of_a_devices_share_and_for_cpus_alone():
+def test_parts_divide_the_batch_of_one_device_on_cpus_only():
     shape = (128, 32, 32, 3)
     for platform, data, count in (("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1), ("tpu", 1, 1)):
         with jax.sharding.use_abstract_mesh(_mesh(platform, data)):
@@ -58,20 +58,20 @@ def test_parts_are_of_a_devices_share_and_for_cpus_alone():
 
 @pytest.fixture
 def many_parts(monkeypatch):
-    """Parts of the tiny model's batches too: 4 images of 16 tokens each."""
+    """Makes batches of the tiny model split into parts of 4 images with 16 tokens each."""
     monkeypatch.setattr(microbatches, "FEW_VALUES", 0)
     for name in ("MIN_ROWS", "MAX_ROWS"):
         monkeypatch.setattr(microbatches, name, 4 * 16)
 
 
 def _params(mixer, rng):
-    """With a head that is not zeros, or nothing below it would have a gradient."""
+    """Returns parameters with a nonzero head, so that the blocks below it have gradients."""
     params = jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     params["head"]["kernel"] = jnp.asarray(rng.standard_normal((TINY["hidden_dim"], 7), np.float32))
     return params
 
 
-def test_predictions_come_in_the_images_order(many_parts):
+def test_predictions_keep_the_order_of_the_images(many_parts):
     mixer = make_model(num_classes=7, **TINY)
     rng = np.random.default_rng(0)
     params = _params(mixer, rng)
@@ -85,8 +85,8 @@ def test_predictions_come_in_the_images_order(many_parts):
 
 
 @pytest.mark.slow
-def test_an_update_is_that_of_the_whole_batch(many_parts, monkeypatch):
-    """Masks included."""
+def test_update_in_parts_matches_the_whole_batch(many_parts, monkeypatch):
+    """The dropout masks must match, too."""
     mixer = make_model(num_classes=7, **TINY | dict(dropout=0.5, num_blocks=1))
     tx = optax.sgd(0.1)
     rng = np.random.default_rng(0)
@@ -96,20 +96,18 @@ def test_an_update_is_that_of_the_whole_batch(many_parts, monkeypatch):
         "image": rng.integers(0, 256, (12, 32, 32, 3), np.uint8),
         "label": rng.integers(0, 7, 12, np.int32),
     }
-    step = lambda count: 0.1  # noqa: E731
+    schedule = lambda step: 0.1  # noqa: E731
 
-    def update():
-        made = TrainStep(mixer, tx, step, losses.softmax, seed=0, **PLAIN_STEP)
-        traced = jax.jit(made).trace(state, batch)
-        assert ("scan" in str(traced.jaxpr)) == in_parts
+    def update(*, has_scan):
+        step = TrainStep(mixer, tx, schedule, losses.softmax, seed=0, **PLAIN_STEP)
+        traced = jax.jit(step).trace(state, batch)
+        assert ("scan" in str(traced.jaxpr)) == has_scan
         return traced.lower().compile()(state, batch)
 
-    in_parts = True
-    cut, metrics = update()
-    in_parts = False
+    actual, metrics = update(has_scan=True)
     monkeypatch.setattr(microbatches, "best_count", lambda model, shape: 1)
-    whole, other = update()
-    for path, value in leaves(cut.params).items():
-        np.testing.assert_allclose(value, leaves(whole.params)[path], atol=1e-6, err_msg=path)
+    expected, expected_metrics = update(has_scan=False)
+    for path, value in leaves(actual.params).items():
+        np.testing.assert_allclose(value, leaves(expected.params)[path], atol=1e-6, err_msg=path)
     for name in ("loss", "accuracy", "grad_norm"):
-        np.testing.assert_allclose(metrics[name], other[name], rtol=1e-5)
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)

@@ -11,8 +11,8 @@ from mixer.errors import UserError
 from mixer.models.mlp_mixer import VARIANTS, MlpBlock, MlpMixer
 from mixer.models.registry import make_model
 
-# REFERENCE: parameters with 1,000 classes.
-COUNTS = {
+# Parameter counts with 1,000 classes.
+NUM_PARAMS = {
     "S/32": 19_104_624,
     "S/16": 18_528_264,
     "S/8": 20_646_504,
@@ -28,21 +28,24 @@ COUNTS = {
     "variant",
     [pytest.param(v, marks=pytest.mark.slow if v.startswith("L") else ()) for v in VARIANTS],
 )
-def test_variant_has_the_published_size_and_names(variant):
+def test_variant_has_the_published_parameter_count_and_names(variant):
     model = make_model(variant=variant, num_classes=1000)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
-    flat = traverse_util.flatten_dict(shapes, sep="/")
-    assert sum(leaf.size for leaf in flat.values()) == COUNTS[variant]
-    assert len(flat) == 12 * model.num_blocks + 6
-    last = f"MixerBlock_{model.num_blocks - 1}"
+    params = traverse_util.flatten_dict(shapes, sep="/")
+    assert sum(leaf.size for leaf in params.values()) == NUM_PARAMS[variant]
+    assert len(params) == 12 * model.num_blocks + 6
+    last_block = f"MixerBlock_{model.num_blocks - 1}"
     tokens = (224 // model.patch_size) ** 2
-    assert flat[f"{last}/token_mixing/Dense_0/kernel"].shape == (tokens, model.tokens_mlp_dim)
-    assert flat[f"{last}/channel_mixing/Dense_1/kernel"].shape == (
+    assert params[f"{last_block}/token_mixing/Dense_0/kernel"].shape == (
+        tokens,
+        model.tokens_mlp_dim,
+    )
+    assert params[f"{last_block}/channel_mixing/Dense_1/kernel"].shape == (
         model.channels_mlp_dim,
         model.hidden_dim,
     )
-    assert all(leaf.dtype == jnp.float32 for leaf in flat.values())
-    assert "stem/kernel" in flat and "pre_head_layer_norm/scale" in flat and "head/bias" in flat
+    assert all(leaf.dtype == jnp.float32 for leaf in params.values())
+    assert {"stem/kernel", "pre_head_layer_norm/scale", "head/bias"} <= set(params)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "train"))
@@ -67,27 +70,27 @@ def _apply(images=None, train=False, seed=0, example_index=None, **fields):
         (np.zeros((32, 32, 3), np.float32), r"\(32, 32, 3\).*\(N, H, W, 3\)"),
     ],
 )
-def test_images_of_another_form_are_refused(images, message):
+def test_images_of_wrong_shape_or_dtype_are_an_error(images, message):
     model = make_model(num_classes=7, **TINY)
     with pytest.raises(UserError, match=message):
         model.apply({"params": golden_params()}, images)
 
 
-def test_gelu_kinds_differ_as_the_two_forms_do():
-    tanh, erf = _apply(gelu="tanh")[0], _apply(gelu="erf")[0]
-    assert 0 < np.abs(tanh - erf).max() < 0.05
+def test_tanh_and_erf_gelu_differ_slightly():
+    tanh_logits, erf_logits = _apply(gelu="tanh")[0], _apply(gelu="erf")[0]
+    assert 0 < np.abs(tanh_logits - erf_logits).max() < 0.05
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_logits():
-    logits, out = _apply(dtype="bfloat16")
-    assert out["block_2"].dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+def test_bfloat16_model_has_float32_parameters_and_logits():
+    logits, blocks = _apply(dtype="bfloat16")
+    assert blocks["block_2"].dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, golden("outputs")["logits"], atol=0.1)
     model = make_model(num_classes=7, dtype="bfloat16", **TINY)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
-def test_head_starts_at_zero_and_at_its_bias():
+def test_head_kernel_starts_at_zero_and_bias_at_its_value():
     model = make_model(num_classes=7, head_bias_init=-6.9, **TINY)
     images = jnp.zeros((1, 32, 32, 3))
     head = jax.jit(lambda: model.init(jax.random.key(0), images)["params"]["head"])()
@@ -96,40 +99,51 @@ def test_head_starts_at_zero_and_at_its_bias():
 
 
 @pytest.mark.parametrize("rescale", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_stochastic_depth_drops_each_branch_per_example_at_the_linear_rate(rescale):
-    """Each kept branch enters with weight 1 (the authors') or 1 / (1 - rate) (timm's)."""
+def test_stochastic_depth_drops_branches_at_the_linear_rate(rescale):
+    """A branch that is not dropped has weight 1 (the authors) or 1 / (1 - rate) (timm)."""
     images = np.repeat(golden("outputs")["image"][:1], 512, axis=0)
     rate = 0.6
-    _, out = _apply(images, train=True, stoch_depth=rate, stoch_depth_rescale=rescale)
-    _, whole = _apply(images[:1])
-    # Block 0 never drops: its rate is 0.
-    np.testing.assert_allclose(out["block_0"], np.repeat(whole["block_0"], 512, 0), atol=1e-5)
-    # Block 1 drops each branch with rate / 2: four kinds of outcome, as a product of two coins.
-    kinds, counts = np.unique(
-        np.round(np.asarray(out["block_1"]).reshape(512, -1)[:, :8], 4), axis=0, return_counts=True
+    _, blocks = _apply(images, train=True, stoch_depth=rate, stoch_depth_rescale=rescale)
+    _, full_blocks = _apply(images[:1])
+    # The rate of block 0 is 0.
+    np.testing.assert_allclose(
+        blocks["block_0"], np.repeat(full_blocks["block_0"], 512, 0), atol=1e-5
     )
-    assert len(kinds) == 4
-    keep = 1 - rate / 2
-    expected = sorted([keep**2, keep * (1 - keep), keep * (1 - keep), (1 - keep) ** 2])
+    # Block 1 drops each of its two branches with rate / 2, which gives four outcomes.
+    outcomes, counts = np.unique(
+        np.round(np.asarray(blocks["block_1"]).reshape(512, -1)[:, :8], 4),
+        axis=0,
+        return_counts=True,
+    )
+    assert len(outcomes) == 4
+    keep_prob = 1 - rate / 2
+    expected = sorted(
+        [
+            keep_prob**2,
+            keep_prob * (1 - keep_prob),
+            keep_prob * (1 - keep_prob),
+            (1 - keep_prob) ** 2,
+        ]
+    )
     np.testing.assert_allclose(sorted(counts / 512), expected, atol=0.07)
-    # Both branches dropped leaves the block's input; both kept gives the whole block.
-    flat = np.asarray(out["block_1"]).reshape(512, -1)
-    assert (np.abs(flat - np.ravel(whole["block_0"])).max(1) < 1e-5).any()
-    both_kept = (np.abs(flat - np.ravel(whole["block_1"])).max(1) < 1e-4).any()
-    assert both_kept != rescale
+    # Without both branches the output is the input; with both it is that of the whole block.
+    flat = np.asarray(blocks["block_1"]).reshape(512, -1)
+    assert (np.abs(flat - np.ravel(full_blocks["block_0"])).max(1) < 1e-5).any()
+    has_unscaled_block = (np.abs(flat - np.ravel(full_blocks["block_1"])).max(1) < 1e-4).any()
+    assert has_unscaled_block != rescale
 
 
-def test_stochastic_depth_and_dropout_leave_evaluation_alone():
-    plain = _apply()[0]
-    np.testing.assert_array_equal(_apply(stoch_depth=0.5, dropout=0.5)[0], plain)
+def test_stochastic_depth_and_dropout_are_off_in_evaluation():
+    expected = _apply()[0]
+    np.testing.assert_array_equal(_apply(stoch_depth=0.5, dropout=0.5)[0], expected)
 
 
-def test_dropout_zeroes_at_its_rate_and_rescales_the_rest():
-    """Through the last layer of an MLP, whose masks multiply the output itself."""
+def test_dropout_has_its_rate_and_rescales():
+    """Checks the last layer of an MLP, whose dropout mask multiplies the output directly."""
     x = jax.random.normal(jax.random.key(1), (256, 4, 6))
     mlp = MlpBlock(axis=2, mlp_dim=8, gelu="tanh", dropout=0.25)
     params = jax.jit(mlp.init)(jax.random.key(0), x, None)
-    params["params"]["Dense_1"]["kernel"] *= 0  # what is left of the output is its bias, 1
+    params["params"]["Dense_1"]["kernel"] *= 0  # the output is the bias, 1
     params["params"]["Dense_1"]["bias"] += 1
     keys = jax.random.split(jax.random.key(2), 256)
     values, counts = np.unique(jax.jit(mlp.apply)(params, x, keys), return_counts=True)
@@ -137,18 +151,18 @@ def test_dropout_zeroes_at_its_rate_and_rescales_the_rest():
     np.testing.assert_allclose(counts[0] / counts.sum(), 0.25, atol=0.02)
 
 
-def test_masks_depend_on_the_place_in_the_global_batch_and_on_the_key_only():
+def test_masks_depend_only_on_global_index_and_key():
     images = np.repeat(golden("outputs")["image"], 4, axis=0)
     settings = dict(train=True, stoch_depth=0.5, dropout=0.3)
-    whole = _apply(images, **settings)[0]
-    half = _apply(images[10:], example_index=jnp.arange(10, 20), **settings)[0]
-    np.testing.assert_allclose(half, whole[10:], atol=1e-6)
-    other = _apply(images, seed=1, **settings)[0]
-    assert np.abs(other - whole).max() > 1e-3
+    logits = _apply(images, **settings)[0]
+    half_logits = _apply(images[10:], example_index=jnp.arange(10, 20), **settings)[0]
+    np.testing.assert_allclose(half_logits, logits[10:], atol=1e-6)
+    other_seed_logits = _apply(images, seed=1, **settings)[0]
+    assert np.abs(other_seed_logits - logits).max() > 1e-3
 
 
 @pytest.mark.parametrize("size", [(33, 32), (32, 30), (4, 32)])
-def test_size_that_the_patch_does_not_divide_is_refused(size):
+def test_image_size_must_be_divisible_by_the_patch_size(size):
     with pytest.raises(UserError, match="8"):
         _apply(np.zeros((1, *size, 3), np.float32))
 
@@ -166,12 +180,12 @@ def test_size_that_the_patch_does_not_divide_is_refused(size):
         (dict(variant="S/16", num_classes=0), "num_classes.*0"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message):
+def test_invalid_arguments_are_named_in_the_error(arguments, message):
     with pytest.raises(UserError, match=message):
         make_model(**{"num_classes": 10, **arguments})
 
 
-def test_explicit_dimensions_replace_the_variants():
+def test_explicit_dimensions_override_the_variant():
     model = make_model(variant="S/16", num_classes=10, hidden_dim=64, num_blocks=None)
     assert isinstance(model, MlpMixer)
     assert (model.hidden_dim, model.num_blocks, model.patch_size) == (64, 8, 16)
@@ -179,16 +193,16 @@ def test_explicit_dimensions_replace_the_variants():
 
 @functools.partial(jax.jit, static_argnames="model")
 def _training_and_evaluation(model, params, images):
-    """Loss, outputs and gradient of a training pass with all masks on; logits of an evaluation."""
+    """Returns loss, outputs and gradient with dropout and stochastic depth, and eval logits."""
 
     def loss(params):
-        logits, out = model.apply(
+        logits, blocks = model.apply(
             {"params": params}, images, train=True, rngs={"dropout": jax.random.key(1)}
         )
-        return jnp.sum(logits**2) + jnp.mean(out["block_1"] ** 2), out
+        return jnp.sum(logits**2) + jnp.mean(blocks["block_1"] ** 2), blocks
 
-    evaluated, _ = model.apply({"params": params}, images)
-    return jax.value_and_grad(loss, has_aux=True)(params), evaluated
+    eval_logits, _ = model.apply({"params": params}, images)
+    return jax.value_and_grad(loss, has_aux=True)(params), eval_logits
 
 
 @pytest.mark.slow
@@ -203,42 +217,42 @@ def _training_and_evaluation(model, params, images):
     ids=["dots", "full", "scan", "scan-full"],
 )
 @pytest.mark.parametrize("rescale", [False, True])
-def test_remat_and_scan_change_no_number_and_no_name(rescale, execution):
+def test_remat_and_scan_change_no_value_or_name(rescale, execution):
     fields = dict(patch_size=4, hidden_dim=8, num_blocks=2, tokens_mlp_dim=6, channels_mlp_dim=12)
     fields |= dict(num_classes=5, stoch_depth=0.5, stoch_depth_rescale=rescale, dropout=0.2)
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    plain, model = make_model(**fields), make_model(**fields, **execution)
-    params = jax.jit(plain.init)(jax.random.key(2), images)["params"]
-    born = jax.eval_shape(model.init, jax.random.key(2), images)["params"]
-    assert jax.tree.structure(born) == jax.tree.structure(params)
+    reference, model = make_model(**fields), make_model(**fields, **execution)
+    params = jax.jit(reference.init)(jax.random.key(2), images)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(2), images)["params"]
+    assert jax.tree.structure(shapes) == jax.tree.structure(params)
     params["head"]["kernel"] += 0.1
-    expected = _training_and_evaluation(plain, params, images)
+    expected = _training_and_evaluation(reference, params, images)
     actual = _training_and_evaluation(model, params, images)
     np.testing.assert_allclose(actual[0][0][0], expected[0][0][0], rtol=1e-6)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    jax.tree.map(close, actual, expected)
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(assert_close, actual, expected)
 
 
 @pytest.mark.optimized
-def test_outputs_equal_the_reference_code():
-    answers = golden("outputs")
-    logits, out = _apply()
-    assert set(out) == set(answers.files) - {"image"}
-    for name in out:
-        np.testing.assert_allclose(out[name], answers[name], atol=1e-5, rtol=0, err_msg=name)
-    np.testing.assert_array_equal(logits, out["logits"])
+def test_outputs_match_the_reference_code():
+    expected = golden("outputs")
+    logits, blocks = _apply()
+    assert set(blocks) == set(expected.files) - {"image"}
+    for name in blocks:
+        np.testing.assert_allclose(blocks[name], expected[name], atol=1e-5, rtol=0, err_msg=name)
+    np.testing.assert_array_equal(logits, blocks["logits"])
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_remat_keeps_less_for_the_backward_pass():
+def test_remat_saves_memory_in_the_backward_pass():
     fields = dict(
         patch_size=4, hidden_dim=64, num_blocks=4, tokens_mlp_dim=32, channels_mlp_dim=256
     )
     images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
     sizes = {}
     for remat in ("none", "dots", "full"):
-        # In a loop, so that the compiler, which undoes it elsewhere on a CPU, does not.
+        # Outside a loop, XLA on a CPU would remove the rematerialisation.
         model = make_model(**fields, num_classes=5, remat=remat, scan_blocks=True)
         params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 

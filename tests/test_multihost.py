@@ -9,17 +9,17 @@ import multihost
 import numpy as np
 import pytest
 
-from helpers import final_state, leaves
+from helpers import final_state, leaves, read_reproducible_metrics
 from mixer.runs.record import read_metrics
 
-# Two processes that agree and stop together are tested in test_distributed.py before each commit.
+# test_distributed.py has a fast test of two processes that stop together.
 pytestmark = pytest.mark.slow
 
 TRAIN = ("train.py", "--config=tests/tiny_synthetic.py")
 
 
-def _difference(one, other, step=None):
-    one, other = leaves(final_state(one, step)), leaves(final_state(other, step))
+def _difference(one, other):
+    one, other = leaves(final_state(one)), leaves(final_state(other))
     assert one.keys() == other.keys()
     return max(np.abs(one[k].astype(np.float64) - other[k]).max() for k in one)
 
@@ -29,42 +29,26 @@ def _same_bits(one, other):
     return all(one[k].tobytes() == other[k].tobytes() for k in one)
 
 
-def _record(workdir):
-    """Without what depends on the clock."""
-    rows = read_metrics(workdir)
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
-
-
 @pytest.mark.bitwise
-@pytest.mark.parametrize(
-    ("processes", "mesh"),
-    [
-        (2, {"fsdp": 2}),
-        (2, {}),
-        (4, {"fsdp": 2, "tensor": 2}),
-    ],
-    ids=["2-fsdp", "2-data", "4-fsdp-tensor"],
-)
-def test_processes_give_the_numbers_of_one(tmp_path, processes, mesh):
-    """With the same mesh: bit for bit on two processes, and to 1e-6 on four.
-
-    XLA adds what four devices bring in one order, and gloo in another.
-    """
-    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    multihost.run(1, processes, *TRAIN, *axes, f"--workdir={tmp_path / 'one'}")
-    out = multihost.run(processes, 1, *TRAIN, *axes, f"--workdir={tmp_path / 'many'}")
-    assert re.search(rf"\b{processes} x cpu.*\b{processes} processes", out)
-    assert _difference(tmp_path / "one", tmp_path / "many") <= 1e-6
-    if processes == 2:
-        assert _same_bits(tmp_path / "one", tmp_path / "many")
-        assert _record(tmp_path / "one") == _record(tmp_path / "many")
-    assert len(_record(tmp_path / "many")) == len(_record(tmp_path / "one"))  # one has written
-    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "many")]
-    assert results[0]["splits"]["test"]["count"] == results[1]["splits"]["test"]["count"] == 256
+def test_two_processes_give_the_bits_of_one(tmp_path):
+    """On the same mesh of two devices."""
+    for processes, devices, name in ((1, 2, "one"), (2, 1, "many")):
+        out = multihost.run(
+            processes, devices, *TRAIN, "--config.mesh.fsdp=2", f"--workdir={tmp_path / name}"
+        )
+    assert re.search(r"\b2 x cpu.*\b2 processes", out)
+    assert _same_bits(tmp_path / "one", tmp_path / "many")
+    # One of the two processes writes the metrics.
+    assert read_reproducible_metrics(tmp_path / "one") == read_reproducible_metrics(
+        tmp_path / "many"
+    )
+    for name in ("one", "many"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["splits"]["test"]["count"] == 256
 
 
 def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM):
-    """Starts an endless run, sends process 1 a signal in it; returns the step it has saved."""
+    """Starts an endless run and sends process 1 a signal; returns the step that the run saves."""
     started = multihost.start(
         processes, devices_each, *TRAIN, "--config.total_steps=100000", *flags,
         f"--workdir={workdir}",
@@ -83,27 +67,38 @@ def _stopped_at(processes, workdir, devices_each, *flags, signum=signal.SIGTERM)
 
 
 @pytest.mark.bitwise
-def test_signal_on_any_process_stops_all_and_another_machine_goes_on(tmp_path):
-    """Two processes are stopped and continued by two, by one and by four."""
-    step = _stopped_at(2, tmp_path / "run", 1)
-    for copy in ("again", "alone", "more"):
-        (tmp_path / copy).mkdir()
-        multihost.copy(tmp_path / "run", tmp_path / copy)
+def test_run_stopped_on_two_processes_continues_on_two_one_and_four(tmp_path):
+    """A signal to one process stops both.
+
+    Bit for bit the uninterrupted run on the same mesh. XLA adds in another order on one device, and
+    gloo adds what four devices compute in another order than XLA.
+    """
+    step = _stopped_at(2, tmp_path / "two", 1)
+    for name in ("alone", "four"):
+        (tmp_path / name).mkdir()
+        multihost.copy(tmp_path / "two", tmp_path / name)
     length = f"--config.total_steps={step + 6}"
-    go_on = (*TRAIN, length, "--allow_config_change")
+    command = (*TRAIN, length, "--allow_config_change")
     multihost.run(1, 2, *TRAIN, length, f"--workdir={tmp_path / 'whole'}")
-    out = multihost.run(2, 1, *go_on, f"--workdir={tmp_path / 'again'}")
+    out = multihost.run(2, 1, *command, f"--workdir={tmp_path / 'two'}")
     assert re.search(rf"\bstep {step}\b", out)
-    assert _same_bits(tmp_path / "whole", tmp_path / "again")
-    multihost.run(1, 1, *go_on, f"--workdir={tmp_path / 'alone'}")
+    assert _same_bits(tmp_path / "whole", tmp_path / "two")
+    multihost.run(1, 1, *command, f"--workdir={tmp_path / 'alone'}")
     assert _difference(tmp_path / "whole", tmp_path / "alone") <= 1e-5
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    multihost.run(4, 1, *go_on, *mesh, f"--workdir={tmp_path / 'more'}")
-    assert _difference(tmp_path / "whole", tmp_path / "more") <= 1e-5
+    out = multihost.run(4, 1, *command, *mesh, f"--workdir={tmp_path / 'four'}")
+    assert re.search(r"\b4 x cpu.*\b4 processes", out)
+    assert _difference(tmp_path / "whole", tmp_path / "four") <= 1e-5
+    results = json.loads((tmp_path / "four" / "results.json").read_text())
+    assert results["splits"]["test"]["count"] == 256
+    # One of the processes writes the metrics, and each log step once.
+    steps = [row["step"] for row in read_reproducible_metrics(tmp_path / "whole")]
+    for name in ("two", "alone", "four"):
+        assert [row["step"] for row in read_reproducible_metrics(tmp_path / name)] == steps
 
 
-def test_process_with_other_settings_ends_the_run_with_its_reason(tmp_path):
-    """Whichever finds out first tells the others, who are on their way to a collective."""
+def test_processes_with_different_configs_stop_and_name_the_keys(tmp_path):
+    """The process that detects the difference tells the others, which may wait in a collective."""
     address = multihost.free_address()
     flags = [(), ("--config.optimizer.peak_lr=0.2", "--config.seed=3")]
     started = [
@@ -119,7 +114,7 @@ def test_process_with_other_settings_ends_the_run_with_its_reason(tmp_path):
     assert "Traceback" not in out + other_out
 
 
-def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
+def test_unshared_directory_and_damaged_checkpoint(tmp_path):
     address = multihost.free_address()
     started = [
         multihost.start_one(address, 2, i, *TRAIN, f"--workdir={tmp_path / str(i)}")
@@ -131,7 +126,7 @@ def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
     flags = ("--config.checkpoint.every_steps=4", "--config.mesh.fsdp=2")
     multihost.run(2, 1, *TRAIN, *flags, f"--workdir={run}")
     before = leaves(final_state(run))
-    # What process 1 has written of the newest checkpoint is cut off.
+    # Truncates the file that process 1 has written for the newest checkpoint.
     data = sorted(
         (run / "checkpoints" / "8" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
     )
@@ -143,7 +138,7 @@ def test_directory_that_is_not_shared_and_damaged_checkpoint(tmp_path):
 
 
 def test_evaluate_on_two_processes(tmp_path):
-    """Of a run on more devices than there are now."""
+    """The run used four devices, and the evaluation uses two."""
     multihost.run(1, 4, *TRAIN, "--config.mesh.fsdp=4", f"--workdir={tmp_path}")
     one = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]
     (tmp_path / "results.json").unlink()
@@ -153,8 +148,8 @@ def test_evaluate_on_two_processes(tmp_path):
     assert two["top1"] == one["top1"] and two["loss"] == pytest.approx(one["loss"], abs=1e-6)
 
 
-def test_write_that_fails_in_the_background_of_one_process_ends_all(tmp_path):
-    """As on a full disk: the others wait for it in Orbax, which waits minutes."""
+def test_failed_background_write_of_one_process_stops_all(tmp_path):
+    """As on a full disk. The other process would wait for it in Orbax for minutes."""
     code = """
 import errno, sys
 sys.path.insert(0, "tests")

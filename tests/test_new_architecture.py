@@ -172,7 +172,7 @@ def test_initial_weights_are_of_the_configs_architecture(workdir):
     assert run.find_initial(config).card.architecture == "mean"
     older_config = config.to_dict()
     del older_config["model"]["name"]
-    config.model.name = run_files.completed(older_config)["model"]["name"]
+    config.model.name = run_files.complete(older_config)["model"]["name"]
     assert config.model.name == "mixer"
     with pytest.raises(UserError, match=r"model\.name=mixer.*model\.name=mean"):
         run.find_initial(config)

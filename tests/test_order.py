@@ -8,21 +8,22 @@ from mixer.data import order
 
 def _examples(steps, **settings):
     pairs = [order.batch_examples(step, **settings) for step in steps]
-    return np.concatenate([epoch for epoch, _ in pairs]), np.concatenate([e for _, e in pairs])
+    epochs, examples = zip(*pairs, strict=True)
+    return np.concatenate(epochs), np.concatenate(examples)
 
 
-def test_every_example_once_an_epoch_and_batches_run_across_its_end():
+def test_each_epoch_has_every_example_and_batches_may_span_two():
     settings = dict(seed=3, num_examples=37, global_batch_size=8)
-    epoch, example = _examples(range(14), **settings)  # 112 places: three epochs and a piece
-    for e in range(3):
-        mine = example[e * 37 : (e + 1) * 37]
-        assert sorted(mine) == list(range(37))
-        assert set(epoch[e * 37 : (e + 1) * 37]) == {e}
+    epoch, example = _examples(range(14), **settings)  # 112 examples: three epochs and a part
+    for number in range(3):
+        epoch_examples = example[number * 37 : (number + 1) * 37]
+        assert sorted(epoch_examples) == list(range(37))
+        assert set(epoch[number * 37 : (number + 1) * 37]) == {number}
     assert list(example[:37]) != list(example[37:74])
     assert list(_examples(range(14), **{**settings, "seed": 4})[1]) != list(example)
 
 
-def test_a_batch_larger_than_the_set_spans_several_epochs():
+def test_batch_larger_than_the_set_spans_several_epochs():
     epoch, example = order.batch_examples(0, seed=0, num_examples=3, global_batch_size=8)
     assert list(epoch) == [0, 0, 0, 1, 1, 1, 2, 2]
     assert sorted(example[:3]) == sorted(example[3:6]) == [0, 1, 2]
@@ -34,24 +35,24 @@ EXCLUDED = {1: np.array([0, 8]), 2: np.array([0]), 4: np.array([3])}
 TOTAL = sum(FILES) - 4
 
 
-def _part(start_step, steps, reading, reader, rows, group_size, numbers):
-    """(epoch, example number) of those rows of one reader's part of `steps` batches."""
-    found, size = [], rows.stop - rows.start
+def _part(start_step, steps, reading, reader, rows, group_size, included):
+    """Returns, by batch, the (epoch, example number) of one reader's rows of `steps` batches."""
+    examples, size = [], rows.stop - rows.start
     for group in order.groups(
         start_step,
         reading,
         reader=reader,
         rows=rows,
         file_starts=FIRST,
-        numbers=numbers,
+        numbers=included,
         group_size=group_size,
     ):
-        read = np.concatenate(
+        numbers = np.concatenate(
             [FIRST[piece.file] + np.arange(piece.start, piece.stop) for piece in group.pieces]
         )
-        found += [(group.epoch, int(number)) for number in read[group.order]]
-        if len(found) >= steps * size:
-            return [found[step * size : (step + 1) * size] for step in range(steps)]
+        examples += [(group.epoch, int(number)) for number in numbers[group.order]]
+        if len(examples) >= steps * size:
+            return [examples[step * size : (step + 1) * size] for step in range(steps)]
 
 
 def _read(
@@ -64,7 +65,7 @@ def _read(
     seed=5,
     group_size=10,
 ):
-    """(epoch, example number) of one process's examples of `steps` batches, by batch."""
+    """Returns, by batch, the (epoch, example number) that one process reads for `steps` batches."""
     reading = order.Reading(
         seed=seed,
         global_batch_size=batch,
@@ -73,24 +74,24 @@ def _read(
         num_readers=num_readers,
     )
     parts = [
-        _part(start_step, steps, reading, reader, rows, group_size, np.array(_kept()))
+        _part(start_step, steps, reading, reader, rows, group_size, np.array(_included_numbers()))
         for reader, rows in reading.parts
     ]
     return [list(itertools.chain(*pieces)) for pieces in zip(*parts, strict=True)]
 
 
 def _read_all(start_step, steps, process_count, **settings):
-    """The global batches, of processes side by side."""
+    """Returns the global batches, which join the examples of all processes."""
     rows = [_read(start_step, steps, p, process_count, **settings) for p in range(process_count)]
     return [list(itertools.chain(*parts)) for parts in zip(*rows, strict=True)]
 
 
-def _kept():
-    gone = {FIRST[file] + place for file, places in EXCLUDED.items() for place in places}
-    return [number for number in range(sum(FILES)) if number not in gone]
+def _included_numbers():
+    excluded = {FIRST[file] + index for file, indices in EXCLUDED.items() for index in indices}
+    return [number for number in range(sum(FILES)) if number not in excluded]
 
 
-def _assert_each_once(batches, epochs):
+def _assert_complete_epochs(batches, epochs):
     by_epoch = {
         epoch: [number for _, number in pairs]
         for epoch, pairs in itertools.groupby(
@@ -99,25 +100,24 @@ def _assert_each_once(batches, epochs):
     }
     assert len(by_epoch) == epochs
     for numbers in by_epoch.values():
-        assert sorted(numbers) == _kept()
+        assert sorted(numbers) == _included_numbers()
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
-def test_groups_hold_every_example_once_an_epoch_over_all_processes(process_count):
-    # Twelve epochs of batches of 6.
-    _assert_each_once(_read_all(0, TOTAL * 2, process_count), 12)
+def test_processes_together_read_each_example_once_per_epoch(process_count):
+    _assert_complete_epochs(_read_all(0, TOTAL * 2, process_count), 12)  # batches of 6
 
 
 @pytest.mark.parametrize("process_count", [1, 2])
-def test_groups_can_be_entered_at_any_step(process_count):
+def test_groups_can_start_at_any_step(process_count):
     for process in range(process_count):
-        whole = _read(0, 40, process, process_count)
+        batches = _read(0, 40, process, process_count)
         for step in range(0, 40, 3):
-            assert _read(step, 40 - step, process, process_count) == whole[step:], step
+            assert _read(step, 40 - step, process, process_count) == batches[step:], step
 
 
-def test_the_order_of_groups_is_the_one_that_runs_have_begun_with():
-    """Bit for bit: a run that goes on with this code had it before."""
+def test_order_of_groups_is_unchanged_for_existing_runs():
+    """Pins the order, so that runs started by older code resume with the same examples."""
     numbers = [number for _, number in itertools.chain(*_read(0, 4, 1, 2))]
     assert numbers == [27, 24, 31, 33, 26, 22, 28, 32, 25, 29, 23, 1]
 
@@ -143,17 +143,18 @@ def test_parts_of_the_readers_cover_a_batch(process_index, process_count, num_re
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3, 8])
-def test_the_order_stays_when_the_number_of_processes_changes(process_count):
-    """Four readers, read by any number of processes from any step on."""
+def test_order_is_independent_of_the_number_of_processes(process_count):
+    """Four readers may be shared by any number of processes, from any step on."""
     settings = dict(num_readers=4, batch=24)
-    begun = _read_all(0, 12, 4, **settings)  # five epochs
+    batches = _read_all(0, 12, 4, **settings)  # five epochs
     for step in range(12):
-        assert _read_all(step, 12 - step, process_count, **settings) == begun[step:], step
+        assert _read_all(step, 12 - step, process_count, **settings) == batches[step:], step
 
 
-def test_an_epoch_holds_every_example_once_when_the_processes_change_in_its_middle():
+def test_changing_processes_within_an_epoch_loses_no_example():
     settings = dict(num_readers=4, batch=24)
-    # 57 examples: 19 batches of 24 are eight epochs, and no change of these falls between two.
+    # (first step, steps, processes). 19 batches of 24 are eight epochs of 57 examples, and every
+    # change of processes falls inside an epoch.
     changes = ((0, 5, 4), (5, 6, 2), (11, 1, 8), (12, 4, 3), (16, 3, 1))
     assert TOTAL * 8 == 19 * 24
     batches = [
@@ -161,10 +162,10 @@ def test_an_epoch_holds_every_example_once_when_the_processes_change_in_its_midd
         for start, steps, count in changes
         for batch in _read_all(start, steps, count, **settings)
     ]
-    _assert_each_once(batches, 8)
+    _assert_complete_epochs(batches, 8)
 
 
-def test_groups_do_not_open_earlier_files_and_differ_by_epoch_and_seed():
+def test_groups_skip_earlier_files_and_differ_by_epoch_and_seed():
     group = next(
         order.groups(
             7,
@@ -176,18 +177,18 @@ def test_groups_do_not_open_earlier_files_and_differ_by_epoch_and_seed():
             group_size=10,
         )
     )
-    # 42 of 61 examples are done: what is opened are at most the files of one group.
+    # Step 7 starts after 42 of 61 examples: only the files of one group may be opened.
     assert sum(piece.stop - piece.start for piece in group.pieces) < 10 + max(FILES)
     epochs = [
-        [n for e, n in itertools.chain(*_read(0, 60, seed=seed)) if e == epoch]
+        tuple(n for e, n in itertools.chain(*_read(0, 60, seed=seed)) if e == epoch)
         for seed in (5, 6)
         for epoch in (0, 1)
     ]
-    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert len(set(epochs)) == 4
 
 
-def test_a_group_is_shuffled_whole():
-    """One large file: its examples come in no order of their own."""
+def test_whole_group_is_shuffled():
+    """Examples of one large file come in random order."""
     group = next(
         order.groups(
             0,

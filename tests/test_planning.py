@@ -17,7 +17,7 @@ from mixer.tools.plan.subject import SETS, open_subject, split_size, train_flops
 from mixer.training import program
 
 
-def subject_of(config, topology="gpu:8xH100", **options):
+def make_subject(config, topology="gpu:8xH100", **options):
     return open_subject(config, topology, **dict(utilization=0.5) | options)
 
 
@@ -26,15 +26,15 @@ def small(**values):
 
 
 def large(**values):
-    """B/16's recipe with two blocks."""
+    """Returns the config of B/16 with two blocks."""
     config = mixer_b16_i1k.get_config()
     config.model.num_blocks = 2
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
     return config
 
 
-def lowered(config):
-    """The real update for one CPU, not compiled, and the images in it."""
+def lower_update(config):
+    """Lowers the training update of a config for one CPU."""
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     config = config.copy_and_resolve_references()
     run.resolve_model(config, None, None)
@@ -58,30 +58,31 @@ def lowered(config):
         ),
         dict(optimizer__lr_multipliers=((r"(?!head).*", 0.0),)),
     ],
-    ids=["plain", "scan and accumulation", "sam", "lower half frozen", "head alone"],
+    ids=["plain", "scan and accumulation", "sam", "lower half frozen", "head only"],
 )
-def test_closed_form_is_what_the_update_computes(values):
+def test_closed_form_flops_match_the_lowered_update(values):
     config = small(**values)
-    counted = hlo.count(lowered(config).as_text("hlo")).flops
-    assert counted == train_flops(subject_of(config)) * config.global_batch_size
+    flops = hlo.count(lower_update(config).as_text("hlo")).flops
+    assert flops == train_flops(make_subject(config)) * config.global_batch_size
 
 
 @pytest.mark.parametrize("scan_blocks", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_recomputation_is_counted_and_estimated(scan_blocks):
+def test_rematerialisation_flops_are_estimated(scan_blocks):
     config = small(model__scan_blocks=scan_blocks, model__remat="full")
-    subject = subject_of(config, "gpu:1xH100")
+    subject = make_subject(config, "gpu:1xH100")
     estimate = update.estimate_step(subject, update.own_settings(subject))
-    assert hlo.count(lowered(config).as_text("hlo")).flops == estimate.flops
+    assert hlo.count(lower_update(config).as_text("hlo")).flops == estimate.flops
     assert estimate.flops > 1.1 * train_flops(subject) * config.global_batch_size
 
 
-def test_closed_form_agrees_with_xla_at_full_width():
-    config = large(global_batch_size=4)  # more would be computed in a loop, and XLA counts it once
-    of_xla = lowered(config).cost_analysis()["flops"]
-    assert train_flops(subject_of(config)) * 4 == pytest.approx(of_xla, rel=0.01)
+def test_closed_form_flops_match_xla_at_full_width():
+    # A larger batch is computed in a loop, and XLA counts the body of a loop once.
+    config = large(global_batch_size=4)
+    xla_flops = lower_update(config).cost_analysis()["flops"]
+    assert train_flops(make_subject(config)) * 4 == pytest.approx(xla_flops, rel=0.01)
 
 
-def test_closed_form_of_b16():
+def test_closed_form_flops_of_b16():
     model = make_model(variant="B/16", num_classes=1000)
     assert 3 * forward_flops(model, (224, 224)) == pytest.approx(75.6e9, rel=1e-3)
 
@@ -139,36 +140,36 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %p.4 = f32[100,64]{1,0} parameter(0)
   %q.1 = s32[] parameter(1)
   %inner = f32[1,64]{1,0} fusion(%p.4, %q.1), kind=kLoop, calls=%one_of
-  ROOT %twice = f32[1,64]{1,0} add(%inner, %inner)
+  ROOT %sum.1 = f32[1,64]{1,0} add(%inner, %inner)
 }
 
-ENTRY %main (x0: f32[8,16], many: f32[100,64], w0: bf16[4,64], g0: f32[8,64]) -> f32[8,16] {
+ENTRY %main (x0: f32[8,16], table: f32[100,64], w0: bf16[4,64], g0: f32[8,64]) -> f32[8,16] {
   %x0 = f32[8,16]{1,0:T(8,128)} parameter(0)
-  %many = f32[100,64]{1,0} parameter(1)
+  %table = f32[100,64]{1,0} parameter(1)
   %w0 = bf16[4,64]{1,0:T(8,128)S(1)} parameter(2)
   %g0 = f32[8,64]{1,0:T(8,128)S(1)} parameter(3)
   %i0 = s32[] constant(0)
-  %both = (s32[], f32[8,16]) tuple(%i0, %x0)
-  %loop = (s32[], f32[8,16]) while(%both), condition=%condition, body=%body
-  %begun = bf16[8,64]{1,0:T(8,128)S(1)} fusion(%w0), kind=kCustom, calls=%start
-  %ended = bf16[8,64]{1,0:T(8,128)S(1)} fusion(%w0), kind=kCustom, calls=%end
-  %mine = f32[2,64]{1,0:T(8,128)S(1)} fusion(%g0), kind=kCustom, calls=%all-reduce-scatter.3
-  %row.1 = f32[1,64]{1,0} fusion(%many, %i0), calls=%nested, backend={"estimated_cycles":"300"}
+  %state0 = (s32[], f32[8,16]) tuple(%i0, %x0)
+  %loop = (s32[], f32[8,16]) while(%state0), condition=%condition, body=%body
+  %gather.2 = bf16[8,64]{1,0:T(8,128)S(1)} fusion(%w0), kind=kCustom, calls=%start
+  %gather.3 = bf16[8,64]{1,0:T(8,128)S(1)} fusion(%w0), kind=kCustom, calls=%end
+  %local_sum = f32[2,64]{1,0:T(8,128)S(1)} fusion(%g0), kind=kCustom, calls=%all-reduce-scatter.3
+  %row.1 = f32[1,64]{1,0} fusion(%table, %i0), calls=%nested, backend={"estimated_cycles":"300"}
   ROOT %out = f32[8,16]{1,0:T(8,128)} get-tuple-element(%loop), index=1
 }
 """
 
 
-def test_program_is_counted():
+def test_hlo_flops_bytes_and_collectives_are_counted():
     counts = hlo.count(PROGRAM)
     assert counts.flops == 5 * 2 * 8 * 16 * 16
     assert dict(counts.collectives) == {
         "all-reduce": hlo.Traffic(5, 5 * 512, 5 * 512 * 2 * 3 / 4),
-        "all-gather": hlo.Traffic(1, 1024, 1024 / 2),  # once, though start and end have it
+        "all-gather": hlo.Traffic(1, 1024, 1024 / 2),  # start and end are one operation
         "reduce-scatter": hlo.Traffic(1, 2048, 2048 * 3 / 4),
     }
-    # Five times a matmul that reads x and writes y (w is in fast memory); a row read and written,
-    # and not the whole that it is a slice of.
+    # Five matmuls that each read x and write y (w is in fast memory), and one row that is read and
+    # written; the table that contains the row does not count.
     assert counts.bytes == 5 * (512 + 512) + 2 * 256 + 4
     assert counts.cycles == 300
     assert counts.unknown_loops == 0
@@ -201,7 +202,7 @@ def test_plan_without_a_readable_program_says_so(monkeypatch):
     monkeypatch.setattr(chips, "find", lambda name: one_chip)
     monkeypatch.setattr(chips, "tpu_devices", lambda topology: jax.devices()[:1])
     monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: PROGRAM.replace("ENTRY", ""))
-    subject = subject_of(tiny_config(model__num_classes=4), "v5e:2x2")
+    subject = make_subject(tiny_config(model__num_classes=4), "v5e:2x2")
     settings = update.own_settings(subject)
     step = update.compile_step(subject, settings)
     estimate = update.estimate_step(subject, settings)
@@ -225,7 +226,7 @@ def test_current_chips(name, size, num_hosts):
     assert (topology.size, topology.num_hosts) == (size, num_hosts)
 
 
-def test_padding_takes_no_multiplications():
+def test_padding_of_a_convolution_counts_no_flops():
     text = """HloModule m
 
 ENTRY %main (x: f32[2,5,3], w: f32[3,3,4]) -> f32[2,5,4] {
@@ -247,13 +248,13 @@ ENTRY %main (x: f32[2,5,3], w: f32[3,3,4]) -> f32[2,5,4] {
         ("train[:10]+other", None),
     ],
 )
-def test_sizes_of_splits(spec, size):
+def test_split_size_follows_the_split_specification(spec, size):
     assert split_size(spec, SETS["imagenet2012"].splits) == size
 
 
-def test_length_of_the_published_recipe():
+def test_steps_hours_and_checkpoint_of_the_published_recipe():
     config = mixer_b16_i1k.get_config()
-    subject = subject_of(config)
+    subject = make_subject(config)
     assert subject.config.total_steps == 92_897
     assert subject.num_params == 59_880_472
     plan = report.summary(subject, update.make_step(subject, update.own_settings(subject)))
@@ -261,42 +262,42 @@ def test_length_of_the_published_recipe():
     assert not plan["step"]["compiled"]
     seconds = plan["step"]["seconds"] * 92_897 + plan["evaluation_seconds"]
     assert plan["hours"] == pytest.approx(seconds / 3600)
-    # Parameters and two moments in float32, the step and the optimizer's own counters.
+    # Parameters and two moments in float32, the step and the counters of the optimizer.
     assert plan["checkpoint"]["bytes"] == pytest.approx(12 * subject.num_params, rel=1e-6)
 
 
-def test_state_is_divided_as_the_run_divides_it():
-    subject = subject_of(large(global_batch_size=64))
+def test_fsdp_divides_the_state_and_tensor_keeps_the_flops():
+    subject = make_subject(large(global_batch_size=64))
     settings = update.own_settings(subject)
-    whole = update.estimate_step(subject, settings).memory_parts["state"]
-    halves = dataclasses.replace(settings, data=4, fsdp=2)
-    parted = update.estimate_step(subject, halves)
-    assert 0.5 * whole < parted.memory_parts["state"] < 0.51 * whole
-    assert set(parted.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
-    tensor = dataclasses.replace(settings, data=4, tensor=2)
-    assert update.estimate_step(subject, tensor).flops == pytest.approx(
+    state_bytes = update.estimate_step(subject, settings).memory_parts["state"]
+    fsdp_settings = dataclasses.replace(settings, data=4, fsdp=2)
+    fsdp_step = update.estimate_step(subject, fsdp_settings)
+    assert 0.5 * state_bytes < fsdp_step.memory_parts["state"] < 0.51 * state_bytes
+    assert set(fsdp_step.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
+    tensor_settings = dataclasses.replace(settings, data=4, tensor=2)
+    assert update.estimate_step(subject, tensor_settings).flops == pytest.approx(
         update.estimate_step(subject, settings).flops
     )
 
 
-def test_expected_time_is_the_largest_limit():
-    subject = subject_of(large())
+def test_step_time_is_its_largest_lower_bound():
+    subject = make_subject(large())
     step = update.estimate_step(subject, update.own_settings(subject))
     assert step.seconds == max(step.floors["matmuls"] / 0.5, *step.floors.values())
-    slow = dataclasses.replace(subject, utilization=1e-3)
-    slow = update.estimate_step(slow, update.own_settings(slow))
-    assert slow.limit == "matmuls"
-    assert slow.seconds == pytest.approx(1000 * step.floors["matmuls"])
+    slow_subject = dataclasses.replace(subject, utilization=1e-3)
+    slow_step = update.estimate_step(slow_subject, update.own_settings(slow_subject))
+    assert slow_step.limit == "matmuls"
+    assert slow_step.seconds == pytest.approx(1000 * step.floors["matmuls"])
 
 
 @pytest.mark.parametrize(
     ("batch_size", "fits", "remats"),
     [(256, [True] * 4, {"none", "dots", "full"}), (3072, [False] + [True] * 3, {"none", "full"})],
 )
-def test_search_compiles_few_and_learns_from_them(monkeypatch, batch_size, fits, remats):
-    """As if programs took twice the estimated memory: what then would not fit is passed over."""
+def test_search_compiles_few_settings_and_learns_from_them(monkeypatch, batch_size, fits, remats):
+    """Compiled steps take twice the estimated memory; the search skips what cannot fit."""
     monkeypatch.setattr(chips, "tpu_devices", lambda topology: [])
-    subject = subject_of(large(global_batch_size=batch_size), "v5e:2x2")
+    subject = make_subject(large(global_batch_size=batch_size), "v5e:2x2")
     compiled = []
 
     def compile_step(subject, settings):
@@ -333,7 +334,7 @@ CIFAR |= dict(image_size=32, schedule__warmup_examples=10_000)
 
 
 @pytest.mark.parametrize(
-    ("change", "topology", "stays"),
+    ("change", "topology", "stays_on_device"),
     [
         (SMALL, "gpu:1xH200", True),
         (SMALL, "gpu:64xH200", False),  # several hosts
@@ -341,58 +342,60 @@ CIFAR |= dict(image_size=32, schedule__warmup_examples=10_000)
         (SMALL | dict(dataset__augment_on="host"), "gpu:1xH200", False),
         (SMALL | dict(dataset__train_preprocess="decode|flip_lr"), "gpu:1xH200", False),
         (SMALL | dict(dataset__train_preprocess="decode|inception_crop(224)"), "gpu:1xH200", False),
-        (CIFAR, "gpu:1xH200", True),  # its stored images have one size
+        (CIFAR, "gpu:1xH200", True),  # all stored images have one size
         (CIFAR | SMALL | dict(dataset__name="cifar10", image_size=224), "gpu:1xH200", False),
         (CIFAR | dict(total_epochs=0.5), "gpu:1xH200", False),
     ],
 )
-def test_which_sets_stay_on_the_device(change, topology, stays):
-    """As `data.resident.read` decides where the data is."""
+def test_plan_predicts_which_data_sets_stay_on_the_device(change, topology, stays_on_device):
+    """The plan decides like `data.resident.read`."""
     config = large(model__num_blocks=1, model__num_classes=10, global_batch_size=64, **change)
-    subject = subject_of(config, topology)
+    subject = make_subject(config, topology)
     plan = report.summary(subject, update.make_step(subject, update.own_settings(subject)))
-    assert plan["host"]["input"]["stays_on_device"] == stays
+    assert plan["host"]["input"]["stays_on_device"] == stays_on_device
 
 
 @pytest.mark.parametrize(
     ("change", "core_rate", "verdict", "advice"),
     [
-        ({}, 840, "yes", None),  # on GPUs RandAugment goes to the device
+        ({}, 840, "yes", None),  # on GPUs the device computes RandAugment
         (dict(dataset__augment_on="host"), 530, "NO", "augment_on=device (flip_lr|randaugment"),
         (dict(dataset__train_preprocess="inception_crop(224)"), 840, "yes", None),
         (SMALL, 840, "yes", None),
         (SMALL | dict(dataset__on_device="off"), 840, "yes", None),
     ],
-    ids=["device", "host", "nothing to move", "stays on the device", "small and read"],
+    ids=["device", "host", "nothing to move", "stays on the device", "small and streamed"],
 )
-def test_whether_the_input_suffices(change, core_rate, verdict, advice):
+def test_plan_predicts_whether_the_input_is_fast_enough(change, core_rate, verdict, advice):
     config = large(model__num_blocks=2, model__num_classes=10, **change)
-    subject = subject_of(config, "gpu:8xH200", utilization=0.4)
+    subject = make_subject(config, "gpu:8xH200", utilization=0.4)
     step = update.make_step(subject, update.own_settings(subject))
     plan = report.summary(subject, step)
-    host, prepared = plan["host"], plan["host"]["input"]
-    assert prepared["core_rate"] == core_rate
-    assert prepared["cores_needed"] == pytest.approx(host["images_per_second"] / core_rate)
+    host, host_input = plan["host"], plan["host"]["input"]
+    assert host_input["core_rate"] == core_rate
+    assert host_input["cores_needed"] == pytest.approx(host["images_per_second"] / core_rate)
     per_device = plan["images_per_second_per_device"]
-    assert prepared["feeds_devices"] == pytest.approx(224 * core_rate / per_device)
-    assert prepared["suffices"] == (prepared["feeds_devices"] >= 8)
-    wait = 0 if prepared["suffices"] else 1 - prepared["feeds_devices"] / 8
-    assert prepared["wait_share"] == pytest.approx(wait)
+    assert host_input["feeds_devices"] == pytest.approx(224 * core_rate / per_device)
+    assert host_input["suffices"] == (host_input["feeds_devices"] >= 8)
+    expected_share = 0 if host_input["suffices"] else 1 - host_input["feeds_devices"] / 8
+    assert host_input["wait_share"] == pytest.approx(expected_share)
     rows = dict(report.report(subject, step))
     assert rows["input suffices"].startswith(verdict)
     assert advice is None or advice in rows["to change"]
 
 
-def test_what_does_not_fit_is_advised(monkeypatch):
-    subject = subject_of(mixer_b16_i1k.get_config(), "gpu:1xA100")
+def test_plan_advises_how_to_fit_into_memory(monkeypatch):
+    subject = make_subject(mixer_b16_i1k.get_config(), "gpu:1xA100")
     step = update.make_step(subject, update.own_settings(subject))
     assert not step.fits
     rows = dict(report.report(subject, step))
     assert rows["fits"].startswith("NO")
     assert "--config.model.remat=" in rows["to change"]
-    huge = subject_of(large(model__hidden_dim=32768, model__channels_mlp_dim=131072), "gpu:1xA100")
-    step = update.make_step(huge, update.own_settings(huge))
-    assert "devices" in search.advice(huge, step)
+    huge_subject = make_subject(
+        large(model__hidden_dim=32768, model__channels_mlp_dim=131072), "gpu:1xA100"
+    )
+    step = update.make_step(huge_subject, update.own_settings(huge_subject))
+    assert "devices" in search.advice(huge_subject, step)
 
 
 @pytest.mark.parametrize(
@@ -403,9 +406,9 @@ def test_what_does_not_fit_is_advised(monkeypatch):
         ("another fault", None),
     ],
 )
-def test_the_compilers_word_on_memory(message, gib):
-    needed = update.memory_of_error(message)
-    assert needed == (None if gib is None else pytest.approx(gib * 2**30))
+def test_memory_is_read_from_compiler_errors(message, gib):
+    memory = update.memory_of_error(message)
+    assert memory == (None if gib is None else pytest.approx(gib * 2**30))
 
 
 @pytest.mark.parametrize(
@@ -425,39 +428,39 @@ def test_the_compilers_word_on_memory(message, gib):
         (dict(dataset__name="mine"), dict(num_classes=5), "--num_examples"),
     ],
 )
-def test_mistakes(change, options, message):
+def test_invalid_options_are_one_line_of_error(change, options, message):
     config = large(model__num_classes=None, **change)
     options = dict(topology="gpu:8xH100") | options
     with pytest.raises(UserError, match=message):
-        subject = subject_of(config, options.pop("topology"), **options)
+        subject = make_subject(config, options.pop("topology"), **options)
         update.make_step(subject, update.own_settings(subject))
 
 
-def test_missing_compiler_is_said(monkeypatch):
+def test_missing_libtpu_names_the_package_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UserError, match=r"pip install .*\[plan\]"):
-        subject_of(tiny_config(), "v5e:2x2")
+        make_subject(tiny_config(), "v5e:2x2")
 
 
 ARGUMENTS = ("--config=configs/mixer_s16_jft.py:mode=gpu8", "--topology=gpu:16xH100", "--search")
 ARGUMENTS += ("--num_examples=300000000", "--num_classes=18291")
 
 
-def test_program_ranks_what_fits(tmp_path):
+def test_command_ranks_the_settings_that_fit(tmp_path):
     path = tmp_path / "plan.json"
-    done = run_program("mixer.tools.plan", *ARGUMENTS, f"--json={path}")
-    assert done.returncode == 0, done.stderr
-    assert "ESTIMATED" in done.stdout and "device-hours" in done.stdout
+    result = run_program("mixer.tools.plan", *ARGUMENTS, f"--json={path}")
+    assert result.returncode == 0, result.stderr
+    assert "ESTIMATED" in result.stdout and "device-hours" in result.stdout
     plan = json.loads(path.read_text())
     assert plan["step"]["fits"] and plan["run"]["epochs"] == pytest.approx(5, rel=1e-3)
-    ranked = [step["step"]["seconds"] for step in plan["search"] if step["step"]["fits"]]
-    assert ranked == sorted(ranked)
+    seconds = [step["step"]["seconds"] for step in plan["search"] if step["step"]["fits"]]
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.slow
-def test_program_without_tensorflow_and_accelerator():
+def test_command_needs_no_tensorflow_or_accelerator():
     code = """
 import sys
 for name in ("tensorflow", "tensorflow_datasets"):
@@ -470,7 +473,7 @@ runpy.run_module("mixer.tools.plan", run_name="__main__", alter_sys=True)
 
 
 def for_a_tpu(**values):
-    """A config whose widths the matrix units of a TPU like, and which compiles fast."""
+    """Returns a config with widths for a TPU's matrix units, which compiles fast."""
     config = common.base()
     config.update(global_batch_size=512, image_size=64, total_steps=10)
     config.model.update(TINY | dict(hidden_dim=256, tokens_mlp_dim=128, channels_mlp_dim=1024))
@@ -490,45 +493,45 @@ def for_a_tpu(**values):
     ],
     ids=["data", "fsdp and tensor", "accumulation"],
 )
-def test_compiled_update_for_a_tpu(tpu, values):
-    """What is executed is the closed form, and what the mesh needs is sent."""
-    subject = subject_of(for_a_tpu(**values), "v5e:2x2")
+def test_compiled_tpu_update_matches_the_estimate(tpu, values):
+    """The compiled update executes the estimated FLOPs and sends the estimated bytes."""
+    subject = make_subject(for_a_tpu(**values), "v5e:2x2")
     settings = update.own_settings(subject)
     step = update.compile_step(subject, settings)
     estimate = update.estimate_step(subject, settings)
     assert step.fits and step.compiled
-    # The stem and the head are computed whole on both devices of "tensor", and are small.
+    # Both devices of "tensor" compute the whole stem and head, which are small.
     assert step.flops == pytest.approx(estimate.flops, rel=0.01)
-    # By whatever kind: the compiler makes some reduce-scatters of collective-permutes.
+    # Compares the total, since the compiler turns some reduce-scatters into collective-permutes.
     assert step.sent == pytest.approx(estimate.sent, rel=0.05)
     assert math.isclose(step.memory_parts["state"], estimate.memory_parts["state"], rel_tol=1e-3)
     assert 0 < step.schedule < 1
 
 
 @pytest.mark.tpu_backend
-def test_b16_for_a_tpu_agrees_to_a_percent(tpu):
-    subject = subject_of(large(global_batch_size=64, model__num_blocks=1), "v5e:2x2")
+def test_compiled_tpu_flops_of_b16_match_the_closed_form(tpu):
+    subject = make_subject(large(global_batch_size=64, model__num_blocks=1), "v5e:2x2")
     step = update.compile_step(subject, update.own_settings(subject))
     assert step.flops == pytest.approx(train_flops(subject) * 16, rel=0.01)
 
 
 @pytest.mark.tpu_backend
 def test_tpu7x_is_compiled_for_both_cores_of_a_chip(tpu):
-    subject = subject_of(for_a_tpu(), "tpu7x:2x2x1")
+    subject = make_subject(for_a_tpu(), "tpu7x:2x2x1")
     step = update.compile_step(subject, update.own_settings(subject))
     assert step.compiled and step.fits and not step.unreadable
     assert step.flops == pytest.approx(train_flops(subject) * 512 / 8, rel=0.01)
 
 
 @pytest.mark.tpu_backend
-def test_program_that_does_not_fit_a_tpu(tpu):
-    subject = subject_of(large(global_batch_size=16384, model__scan_blocks=True), "v5e:2x2")
+def test_update_that_exceeds_tpu_memory_is_reported(tpu):
+    subject = make_subject(large(global_batch_size=16384, model__scan_blocks=True), "v5e:2x2")
     step = update.compile_step(subject, update.own_settings(subject))
     assert step.compiled and not step.fits
     assert step.memory > subject.topology.chip.memory
     assert "--config." in dict(report.report(subject, step))["to change"]
 
 
-def test_batch_that_no_mesh_divides_is_one_line():
+def test_batch_size_that_no_mesh_divides_is_an_error():
     with pytest.raises(UserError, match=r"global_batch_size=4096.* 24 devices"):
-        search.candidates(subject_of(large(), "gpu:24xH100"))
+        search.candidates(make_subject(large(), "gpu:24xH100"))

@@ -1,4 +1,4 @@
-"""Prediction from files: pictures of every kind, weights of every kind, and the command."""
+"""Tests prediction from files: image formats, lists of images, predictions and the command."""
 
 import dataclasses
 import io
@@ -19,13 +19,13 @@ from mixer.tools.predict import prediction
 from mixer.weights import load as loading
 
 WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
-STEPS = "decode|resize(32)"
+PREPROCESS = "decode|resize(32)"
 
 
 def _picture(height=40, width=47, seed=0):
-    """A smooth picture without symmetry."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+    """Returns a smooth picture without symmetry."""
+    coarse_pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(coarse_pixels).resize((width, height), Image.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,14 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def reference(loaded):
-    """What the model says of images in [-1, 1]."""
+    """A function from images in [-1, 1] to the logits and block outputs of the golden model."""
     apply = jax.jit(loaded.model.apply)
     return lambda images: apply({"params": golden_params()}, images)
 
 
 @pytest.fixture(scope="module")
 def read():
-    """Pixels as they are decoded, of pictures of 40 x 47."""
+    """A reader that decodes pictures of 40 x 47."""
     return prediction.make_reader("decode", (40, 47))
 
 
@@ -54,11 +54,11 @@ def _pixels(read, path):
 
 
 def _predict(loaded, images, **options):
-    options = {"preprocess": STEPS, "top": 7, "batch_size": 4, **options}
+    options = {"preprocess": PREPROCESS, "top": 7, "batch_size": 4, **options}
     return list(prediction.predict(loaded, [str(image) for image in images], **options))
 
 
-# Pictures.
+# Image formats.
 
 
 @pytest.mark.parametrize(
@@ -80,16 +80,16 @@ def _predict(loaded, images, **options):
         ("RGB", "webp", {"lossless": True}, 0),
     ],
 )
-def test_any_picture_is_read_as_pillow_does(read, tmp_path, mode, ending, options, tolerance):
+def test_reader_matches_pillow_in_every_format(read, tmp_path, mode, ending, options, tolerance):
     path = tmp_path / f"picture.{ending}"
     _picture().convert(mode).save(path, **options)
-    wanted = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    assert np.ptp(wanted) > 100
-    assert np.abs(_pixels(read, path) - wanted).max() <= tolerance
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.ptp(expected) > 100
+    assert np.abs(_pixels(read, path) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("ending", ["jp2", "avif"])
-def test_formats_that_a_pillow_may_lack(read, tmp_path, ending):
+def test_optional_pillow_formats_are_read(read, tmp_path, ending):
     path = tmp_path / f"picture.{ending}"
     try:
         _picture().save(path)
@@ -99,56 +99,56 @@ def test_formats_that_a_pillow_may_lack(read, tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
-def test_of_16_bits_the_high_ones_are_taken(read, tmp_path, ending):
+def test_16_bit_pictures_keep_the_high_byte(read, tmp_path, ending):
     values = np.random.default_rng(0).integers(0, 1 << 16, (40, 47), np.uint16)
     path = tmp_path / f"picture.{ending}"
     Image.fromarray(values).save(path)
-    wanted = np.repeat((values >> 8)[..., None], 3, -1)
-    np.testing.assert_array_equal(_pixels(read, path), wanted)
+    expected = np.repeat((values >> 8)[..., None], 3, -1)
+    np.testing.assert_array_equal(_pixels(read, path), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("ending", "options"), [("tif", {}), ("jpg", {"quality": 95})])
-def test_pictures_are_turned_upright(read, tmp_path, orientation, ending, options):
-    upright, path = _picture(), tmp_path / f"picture.{ending}"
-    stored = next(  # the picture that its orientation turns into the upright one
-        turned
-        for turn in (None, *Image.Transpose)
-        for turned in [upright.copy() if turn is None else upright.transpose(turn)]
-        if _turned(turned, orientation).tobytes() == upright.tobytes()
+def test_exif_orientation_is_applied(read, tmp_path, orientation, ending, options):
+    picture, path = _picture(), tmp_path / f"picture.{ending}"
+    stored = next(  # the transposed picture that the EXIF orientation turns upright
+        image
+        for method in (None, *Image.Transpose)
+        for image in [picture.copy() if method is None else picture.transpose(method)]
+        if _apply_exif(image, orientation).tobytes() == picture.tobytes()
     )
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(path, exif=exif, **options)
-    apart = np.abs(_pixels(read, path) - np.asarray(upright).astype(int))
-    assert apart.mean() < (1 if ending == "tif" else 4)
-    # Of the JPEG, Pillow's path too: with TIFF Pillow does it by itself.
-    handed_on = Image.open(io.BytesIO(prediction.as_bmp(path.read_bytes())))
-    assert np.abs(np.asarray(handed_on).astype(int) - np.asarray(upright)).mean() < 4
+    difference = np.abs(_pixels(read, path) - np.asarray(picture).astype(int))
+    assert difference.mean() < (1 if ending == "tif" else 4)
+    # The fallback through Pillow, too: TensorFlow decodes JPEG, and only Pillow reads TIFF.
+    bmp = Image.open(io.BytesIO(prediction.as_bmp(path.read_bytes())))
+    assert np.abs(np.asarray(bmp).astype(int) - np.asarray(picture)).mean() < 4
 
 
-def _turned(image, orientation):
+def _apply_exif(image, orientation):
     image.getexif()[0x0112] = orientation
     return ImageOps.exif_transpose(image)
 
 
 @pytest.mark.parametrize("ending", ["gif", "tif"])
-def test_the_first_frame_is_taken(read, tmp_path, ending):
-    red, blue = (Image.new("RGB", (47, 40), color) for color in ("red", "blue"))
+def test_first_frame_of_an_animation_is_read(read, tmp_path, ending):
+    red_frame, blue_frame = (Image.new("RGB", (47, 40), color) for color in ("red", "blue"))
     path = tmp_path / f"film.{ending}"
-    red.save(path, save_all=True, append_images=[blue])
-    np.testing.assert_array_equal(_pixels(read, path), np.asarray(red))
+    red_frame.save(path, save_all=True, append_images=[blue_frame])
+    np.testing.assert_array_equal(_pixels(read, path), np.asarray(red_frame))
 
 
-def test_float_steps_give_floats(tmp_path):
+def test_value_range_gives_float_pixels(tmp_path):
     _picture().save(tmp_path / "a.png")
     read = prediction.make_reader("decode|value_range(0, 1)", (40, 47))
-    found = read(str(tmp_path / "a.png"))[1]
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, np.asarray(_picture()) / 255, atol=1e-6)
+    pixels = read(str(tmp_path / "a.png"))[1]
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels, np.asarray(_picture()) / 255, atol=1e-6)
 
 
-def test_what_cannot_be_read_says_why(read, tmp_path):
+def test_unreadable_picture_gives_a_reason(read, tmp_path):
     file = io.BytesIO()
     _picture().save(file, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-300])
@@ -172,16 +172,21 @@ def test_what_cannot_be_read_says_why(read, tmp_path):
 # Lists of images.
 
 
-def test_folders_files_and_lists(tmp_path, monkeypatch):
+def test_folders_files_and_lists_of_images_are_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b/2.JPG", "b/10.tif", "a.png", ".hidden.png", ".git/c.png", "b/d.heic", "e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "list.txt").write_text("b/2.JPG\r\n\n e.txt\nb\n")
-    inside = ["b/10.tif", "b/2.JPG", "b/d.heic"]
-    assert prediction.list_images(["."]) == [f"./{name}" for name in ["a.png", *inside]]
-    assert prediction.list_images(["b", "a.png", "e.txt"]) == [*inside, "a.png", "e.txt"]
-    assert prediction.list_images(["@list.txt", "a.png"]) == ["b/2.JPG", "e.txt", *inside, "a.png"]
+    folder_images = ["b/10.tif", "b/2.JPG", "b/d.heic"]
+    assert prediction.list_images(["."]) == [f"./{name}" for name in ["a.png", *folder_images]]
+    assert prediction.list_images(["b", "a.png", "e.txt"]) == [*folder_images, "a.png", "e.txt"]
+    assert prediction.list_images(["@list.txt", "a.png"]) == [
+        "b/2.JPG",
+        "e.txt",
+        *folder_images,
+        "a.png",
+    ]
     (tmp_path / "c").mkdir()
     (tmp_path / "bad.txt").write_text("a.png\nmissing.png\n")
     for arguments, message in (
@@ -191,9 +196,9 @@ def test_folders_files_and_lists(tmp_path, monkeypatch):
         (["@bad.txt"], "@bad.txt line 2: missing.png: "),
         (["@none.txt"], "@none.txt: "),
     ):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error_info:
             prediction.list_images(arguments)
-        assert message in str(caught.value)
+        assert message in str(error_info.value)
 
 
 # Predictions.
@@ -201,7 +206,7 @@ def test_folders_files_and_lists(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Ten pictures of 32 x 32 and an unreadable one among them, with the pixels of the ten."""
+    """Paths of ten 32 x 32 pictures and one unreadable file, and the pixels of the ten."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(10):
         ending = ("png", "tif")[number % 2]
@@ -212,23 +217,23 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [3, pytest.param(64, marks=pytest.mark.slow)])
-def test_probabilities_are_the_models_own(loaded, reference, pictures, batch_size):
+def test_probabilities_and_features_match_the_model(loaded, reference, pictures, batch_size):
     paths, pixels = pictures
-    logits, out = reference(pixels / np.float32(127.5) - 1)
+    logits, blocks = reference(pixels / np.float32(127.5) - 1)
     expected = np.asarray(jax.nn.softmax(logits))
     results = _predict(loaded, paths, batch_size=batch_size, layer="block_1")
     faults = [result for result in results if isinstance(result, prediction.Unreadable)]
     results = [result for result in results if isinstance(result, prediction.Prediction)]
     assert [fault.image for fault in faults] == [str(paths[5])] and "4x.png" in str(paths[5])
     assert [result.image for result in results] == [str(p) for p in paths if "4x" not in p.name]
-    for result, row, features in zip(results, expected, out["block_1"], strict=True):
+    for result, row, features in zip(results, expected, blocks["block_1"], strict=True):
         assert (np.diff(result.probabilities) <= 0).all()
         np.testing.assert_allclose(result.probabilities, row[result.classes], atol=1e-5)
         assert sorted(result.classes) == list(range(7))
         np.testing.assert_allclose(result.features, features, atol=1e-4)
 
 
-def test_images_of_another_size_than_the_weights_say_so(loaded, tmp_path):
+def test_wrong_image_size_suggests_a_resize(loaded, tmp_path):
     Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(tmp_path / "x.png")
     (result,) = _predict(loaded, [tmp_path / "x.png"], preprocess="decode")
     assert "'decode'" in result.reason
@@ -236,17 +241,17 @@ def test_images_of_another_size_than_the_weights_say_so(loaded, tmp_path):
     assert "--preprocess='decode|resize((32, 32))'" in result.reason
 
 
-def test_one_program_serves_all_batches(loaded, pictures):
+def test_model_is_compiled_once_for_all_batches(loaded, pictures):
     with jax.log_compiles(), _Records() as records:
         _predict(loaded, pictures[0], batch_size=3, top=2)
-    compiled = [
+    compilations = [
         line for line in records.lines if "Finished XLA compilation of jit(compute)" in line
     ]
-    assert len(compiled) == 1
+    assert len(compilations) == 1
 
 
 class _Records:
-    """The lines that JAX logs."""
+    """Collects the lines that JAX logs."""
 
     def __enter__(self):
         self.lines, self.handler = [], logging.Handler()
@@ -258,7 +263,7 @@ class _Records:
         logging.getLogger("jax").removeHandler(self.handler)
 
 
-def test_floats_reach_the_model_as_they_are(loaded, reference, pictures):
+def test_float_pixels_reach_the_model_unchanged(loaded, reference, pictures):
     paths, pixels = pictures
     logits, _ = reference(pixels / np.float32(255))
     (result,) = _predict(loaded, paths[:1], preprocess="decode|value_range(0, 1)")
@@ -266,7 +271,7 @@ def test_floats_reach_the_model_as_they_are(loaded, reference, pictures):
     np.testing.assert_allclose(result.probabilities, row[result.classes], atol=1e-5)
 
 
-def test_mistakes_are_named(loaded, pictures):
+def test_invalid_options_are_named_in_the_error(loaded, pictures):
     for options, message in (
         (dict(preprocess=None), r"32 x 32.*resize_small\(36\)\|central_crop\(32\)'"),
         (dict(layer="prelogits"), r"layer='prelogits'.*'pre_logits'"),
@@ -278,8 +283,8 @@ def test_mistakes_are_named(loaded, pictures):
 
 
 @pytest.mark.slow
-def test_a_runs_own_preprocessing_and_class_names(tmp_path):
-    """A run that learned to tell two colours names them in new pictures of another size."""
+def test_run_predicts_with_its_preprocessing_and_class_names(tmp_path):
+    """A run trained on two colours names them in new pictures of a different size."""
     rng = np.random.default_rng(0)
     colours = {"auburn": (165, 42, 42), "teal": (0, 128, 128)}
 
@@ -301,14 +306,14 @@ def test_a_runs_own_preprocessing_and_class_names(tmp_path):
     loaded = loading.read(str(tmp_path / "run"), log=lambda line: None)
     names = prediction.names_of(loaded.card)
     assert names == ("auburn", "teal")
-    order = ["teal", "auburn", "auburn", "teal"]
+    labels = ["teal", "auburn", "auburn", "teal"]
     paths = [tmp_path / "new" / f"{number}.tif" for number in range(4)]
-    for colour, path in zip(order, paths, strict=True):
+    for colour, path in zip(labels, paths, strict=True):
         save(colour, path, 50)
     results = _predict(loaded, paths, preprocess=loaded.card.preprocess)
-    found = [prediction.as_json(result, names) for result in results]
-    assert [each["top"][0]["name"] for each in found] == order
-    assert all(sum(c["probability"] for c in each["top"]) == pytest.approx(1) for each in found)
+    tops = [prediction.as_json(result, names)["top"] for result in results]
+    assert [top[0]["name"] for top in tops] == labels
+    assert all(sum(row["probability"] for row in top) == pytest.approx(1) for top in tops)
 
 
 # Output.
@@ -320,7 +325,7 @@ def _prediction(image, features=None):
     )
 
 
-def test_names_of_a_shipped_list_and_none(loaded):
+def test_json_output_has_class_names_if_known(loaded):
     names = prediction.names_of(dataclasses.replace(loaded.card, class_names="imagenet1k"))
     assert names == imagenet_names.class_names("imagenet1k")
     assert prediction.as_json(_prediction("a"), names) == {
@@ -334,21 +339,21 @@ def test_names_of_a_shipped_list_and_none(loaded):
     assert prediction.as_json(_prediction("a"), None)["top"][0]["name"] is None
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_table(known):
+@pytest.mark.parametrize("has_names", [True, False])
+def test_table_shows_classes_with_and_without_names(has_names):
     from rich.console import Console
 
-    names = imagenet_names.class_names("imagenet1k") if known else None
+    names = imagenet_names.class_names("imagenet1k") if has_names else None
     image = "[red]:smile:\udcff.jpg"
     file = io.StringIO()
     Console(file=file, width=100).print(prediction.as_table([_prediction(image)], names))
     lines = [line.split("│")[1:-1] for line in file.getvalue().splitlines() if "%" in line]
     cells = [[cell.strip() for cell in line] for line in lines]
-    assert cells[0] == [r"[red]:smile:\udcff.jpg", "70.0%", "134", *["crane"] * known]
-    assert cells[1] == ["", "10.0%", "517", *["crane"] * known]
+    assert cells[0] == [r"[red]:smile:\udcff.jpg", "70.0%", "134", *["crane"] * has_names]
+    assert cells[1] == ["", "10.0%", "517", *["crane"] * has_names]
 
 
-def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_features_file_is_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "features.npz"
     features = np.arange(6, dtype=np.float32).reshape(2, 3)
     prediction.write_features(str(path), features, ["a/ü.jpg", "long name.png"])
@@ -356,19 +361,19 @@ def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         np.testing.assert_array_equal(file["features"], features)
         assert file["features"].dtype == np.float32
         assert file["images"].tolist() == ["a/ü.jpg", "long name.png"]
-    before = path.read_bytes()
+    content = path.read_bytes()
 
-    def full(file, **arrays):
+    def raise_disk_full(file, **arrays):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(np, "savez", raise_disk_full)
     with pytest.raises(OSError, match="No space"):
         prediction.write_features(str(path), features, ["a", "b"])
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
 
 
-def test_where_features_cannot_go_is_said_first(tmp_path):
+def test_features_path_is_checked_first(tmp_path):
     with pytest.raises(UserError, match="--features="):
         files.check_output("--features", tmp_path / "none" / "out.npz")
     with pytest.raises(UserError, match=r"--features=.*folder"):
@@ -378,32 +383,34 @@ def test_where_features_cannot_go_is_said_first(tmp_path):
 # The command.
 
 
-def test_command_with_json_and_features(loaded, pictures, tmp_path):
+def test_command_writes_json_and_features(loaded, pictures, tmp_path):
     paths, _ = pictures
     output = tmp_path / "features.npz"
-    done = run_program(
+    command = run_program(
         "mixer.tools.predict",
         paths[0].parent,
         f"--weights={WEIGHTS}",
-        f"--preprocess={STEPS}",
+        f"--preprocess={PREPROCESS}",
         *("--json", "--top=2", "--batch_size=4", f"--features={output}"),
     )
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert command.returncode == 1 and "Traceback" not in command.stderr, command.stderr
     expected = _predict(loaded, paths, top=2, layer="pre_logits")
-    expected = [each for each in expected if isinstance(each, prediction.Prediction)]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["image"] for line in lines] == [each.image for each in expected]
-    for line, each in zip(lines, expected, strict=True):
-        assert [top["class"] for top in line["top"]] == each.classes.tolist()
+    expected = [result for result in expected if isinstance(result, prediction.Prediction)]
+    images = [result.image for result in expected]
+    lines = [json.loads(line) for line in command.stdout.splitlines()]
+    assert [line["image"] for line in lines] == images
+    for line, result in zip(lines, expected, strict=True):
+        assert [top["class"] for top in line["top"]] == result.classes.tolist()
         np.testing.assert_allclose(
-            [top["probability"] for top in line["top"]], each.probabilities, rtol=1e-5
+            [top["probability"] for top in line["top"]], result.probabilities, rtol=1e-5
         )
+    features = [result.features for result in expected]
     with np.load(output, allow_pickle=False) as file:
-        assert file["images"].tolist() == [each.image for each in expected]
-        np.testing.assert_allclose(file["features"], [e.features for e in expected], atol=1e-5)
-    assert sum("names" in line for line in done.stderr.splitlines()) == 1
-    assert f"{paths[5]}: not an image" in done.stderr
-    assert "1 of 11 images" in done.stderr
+        assert file["images"].tolist() == images
+        np.testing.assert_allclose(file["features"], features, atol=1e-5)
+    assert sum("names" in line for line in command.stderr.splitlines()) == 1
+    assert f"{paths[5]}: not an image" in command.stderr
+    assert "1 of 11 images" in command.stderr
 
 
 @pytest.mark.parametrize(
@@ -414,13 +421,14 @@ def test_command_with_json_and_features(loaded, pictures, tmp_path):
         (["--weights=x.npz", "--top=0"], "top=0"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message):
-    done = run_program("mixer.tools.predict", *arguments)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_invalid_flags_are_one_line_of_error(arguments, message):
+    command = run_program("mixer.tools.predict", *arguments)
+    assert command.returncode == 2 and message in command.stderr
+    assert len(command.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_command_as_a_process(pictures):
-    arguments = (f"--weights={WEIGHTS}", f"--preprocess={STEPS}", "--json")
-    done = run_python("-m", "mixer.tools.predict", pictures[0][0], *arguments)
-    assert json.loads(done.stdout)["image"] == str(pictures[0][0])
+def test_command_runs_as_a_module(pictures):
+    arguments = (f"--weights={WEIGHTS}", f"--preprocess={PREPROCESS}", "--json")
+    command = run_python("-m", "mixer.tools.predict", pictures[0][0], *arguments)
+    assert json.loads(command.stdout)["image"] == str(pictures[0][0])

@@ -1,4 +1,4 @@
-"""Each op of preprocessing against an independent computation in NumPy or Pillow."""
+"""Compares each preprocessing op with an independent computation in NumPy or Pillow."""
 
 import functools
 import io
@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from helpers import GOLDENS
 from mixer.data.preprocessing import autoaugment
-from mixer.data.preprocessing import randaugment as ops
+from mixer.data.preprocessing import randaugment as randaugment
 from mixer.data.preprocessing.host import inception_window, make_preprocess, output_spec
 from mixer.data.preprocessing.ops import OPS
 from mixer.errors import UserError, first_line
@@ -42,12 +42,10 @@ def test_decode_is_exact_for_png_and_near_for_jpeg():
     np.testing.assert_array_equal(grey, np.repeat(_photo()[..., :1], 3, -1))
 
 
-def test_resize_is_pillows_bilinear_when_it_enlarges():
-    found = HOST["resize"](tf.constant(_photo(20, 30)), (40, 60)).numpy().astype(int)
-    wanted = np.asarray(Image.fromarray(_photo(20, 30)).resize((60, 40), Image.BILINEAR)).astype(
-        int
-    )
-    assert np.abs(found - wanted).max() <= 1
+def test_upscaling_matches_pillow_bilinear():
+    actual = HOST["resize"](tf.constant(_photo(20, 30)), (40, 60)).numpy().astype(int)
+    expected = Image.fromarray(_photo(20, 30)).resize((60, 40), Image.BILINEAR)
+    assert np.abs(actual - np.asarray(expected).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -100,76 +98,78 @@ def test_published_inception_crop_draws_big_visions_windows():
     assert differs
 
 
-def test_resize_small_takes_the_short_side_and_averages_areas():
-    found = HOST["resize_small"](tf.constant(_photo(60, 80)), 30)
-    assert found.shape == (30, 40, 3)
-    wanted = np.round(_photo().reshape(30, 2, 40, 2, 3).astype(float).mean((1, 3)))
-    assert np.abs(found.numpy() - wanted).max() <= 1
+def test_resize_small_scales_the_short_side_and_averages_areas():
+    actual = HOST["resize_small"](tf.constant(_photo(60, 80)), 30)
+    assert actual.shape == (30, 40, 3)
+    expected = np.round(_photo().reshape(30, 2, 40, 2, 3).astype(float).mean((1, 3)))
+    assert np.abs(actual.numpy() - expected).max() <= 1
     assert HOST["resize_small"](tf.constant(_photo(80, 60)), 30).shape == (40, 30, 3)
 
 
-@pytest.mark.parametrize(("method", "pillow", "most"), [("bicubic", 3, 0.01), ("bilinear", 2, 0)])
-def test_resize_with_antialiasing_is_pillows(method, pillow, most):
-    """Within 2 grey levels, but for bicubic's overshooting, which Pillow cuts between its passes.
+@pytest.mark.parametrize(
+    ("method", "filter_id", "max_share"), [("bicubic", 3, 0.01), ("bilinear", 2, 0)]
+)
+def test_antialiased_resize_matches_pillow(method, filter_id, max_share):
+    """Within 2 grey levels, except where bicubic overshoots: Pillow clips between its two passes.
 
-    Of photographs that is 0.007 % of the values; noise is the hardest picture there is.
+    In photographs this affects 0.007 % of the values; noise is the worst case.
     """
 
-    def apart(step, pixels, size, **options):
-        found = HOST[step](tf.constant(pixels), size, method=method, **options).numpy()
-        wanted = Image.fromarray(pixels).resize(found.shape[1::-1], pillow)
-        return np.abs(found.astype(int) - np.asarray(wanted))
+    def abs_difference(op, pixels, size, **options):
+        actual = HOST[op](tf.constant(pixels), size, method=method, **options).numpy()
+        expected = Image.fromarray(pixels).resize(actual.shape[1::-1], filter_id)
+        return np.abs(actual.astype(int) - np.asarray(expected))
 
     noise = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
-    assert apart("resize_small", _photo(375, 500), 256, antialias=True).max() <= 2
-    assert apart("resize", _photo(), (21, 33), antialias=True).max() <= 2
-    for pixels in (noise, noise[:200, :180]):  # made smaller, and larger
-        assert (apart("resize_small", pixels, 256, antialias=True) > 2).mean() <= most
-    assert (apart("resize_small", noise, 256) > 2).mean() > 0.5
+    assert abs_difference("resize_small", _photo(375, 500), 256, antialias=True).max() <= 2
+    assert abs_difference("resize", _photo(), (21, 33), antialias=True).max() <= 2
+    for pixels in (noise, noise[:200, :180]):  # downscaled and upscaled
+        share = (abs_difference("resize_small", pixels, 256, antialias=True) > 2).mean()
+        assert share <= max_share
+    assert (abs_difference("resize_small", noise, 256) > 2).mean() > 0.5
 
 
-def test_one_pixel_apart_from_torchvision():
-    """What docs/preprocessing.md says of the two roundings."""
-    found = HOST["resize_small"](tf.constant(_photo(427, 640)), 256)
-    assert found.shape == (256, 384, 3) and int(256 * 640 / 427) == 383
-    for cut in range(12):
-        crop = HOST["central_crop"](tf.constant(_photo(8 + cut, 8)), 8)
-        ours = next(
-            y for y in range(cut + 1) if np.array_equal(crop, _photo(8 + cut, 8)[y : y + 8])
-        )
-        assert round(cut / 2) - ours == (cut % 4 == 3)
+def test_rounding_differs_from_torchvision_by_one_pixel():
+    """Checks the two rounding differences that docs/preprocessing.md documents."""
+    actual = HOST["resize_small"](tf.constant(_photo(427, 640)), 256)
+    assert actual.shape == (256, 384, 3) and int(256 * 640 / 427) == 383
+    for margin in range(12):
+        image = _photo(8 + margin, 8)
+        crop = HOST["central_crop"](tf.constant(image), 8)
+        top = next(y for y in range(margin + 1) if np.array_equal(crop, image[y : y + 8]))
+        assert round(margin / 2) - top == (margin % 4 == 3)
 
 
-def test_central_crop():
-    found = HOST["central_crop"](tf.constant(_photo()), 20)
-    np.testing.assert_array_equal(found, _photo()[20:40, 30:50])
+def test_central_crop_takes_the_middle():
+    crop = HOST["central_crop"](tf.constant(_photo()), 20)
+    np.testing.assert_array_equal(crop, _photo()[20:40, 30:50])
 
 
-def test_random_crop_takes_every_window_of_the_padded_image():
+def test_random_crop_can_take_every_window_of_the_padded_image():
     image = np.arange(1, 17, dtype=np.uint8).reshape(4, 4, 1).repeat(3, -1)
     padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
     windows = {padded[y : y + 4, x : x + 4].tobytes() for y in range(3) for x in range(3)}
-    found = {
+    crops = {
         HOST["random_crop"](tf.constant(image), tf.constant([0, i]), 4, pad=1).numpy().tobytes()
         for i in range(100)
     }
-    assert found == windows
+    assert crops == windows
 
 
 def test_flip_mirrors_half_of_the_images():
     image = tf.constant(_photo())
-    found = [HOST["flip_lr"](image, tf.constant([0, i])).numpy() for i in range(200)]
-    flipped = [np.array_equal(each, _photo()[:, ::-1]) for each in found]
-    assert all(f or np.array_equal(each, _photo()) for f, each in zip(flipped, found, strict=True))
-    assert 70 < sum(flipped) < 130
+    mirror = _photo()[:, ::-1].tobytes()
+    images = [HOST["flip_lr"](image, tf.constant([0, i])).numpy().tobytes() for i in range(200)]
+    assert set(images) == {_photo().tobytes(), mirror}
+    assert 70 < images.count(mirror) < 130
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_inception_crop_windows(kind):
+def test_inception_crop_area_and_aspect_stay_in_their_ranges(kind):
     """Area and aspect stay in their ranges; the image encodes where each pixel came from."""
     y, x = np.mgrid[:200, :240]
-    place = np.stack([y, x, 0 * x], -1).astype(np.uint8)
-    source = _encoded(place, kind)
+    coordinates = np.stack([y, x, 0 * x], -1).astype(np.uint8)
+    source = _encoded(coordinates, kind)
     areas = []
     for i in range(60):
         crop = HOST["inception_crop"](source, tf.constant([0, i]), 64).numpy().astype(float)
@@ -181,20 +181,17 @@ def test_inception_crop_windows(kind):
     assert 0.03 < min(areas) < 0.2 and 0.8 < max(areas) < 1.1
 
 
-def test_inception_crop_of_a_jpeg_decodes_the_window_alone():
-    steps = make_preprocess("inception_crop(32)", (32, 32))
-    graph = tf.function(steps).get_concrete_function(
+def test_inception_crop_of_a_jpeg_decodes_only_the_window():
+    preprocess = make_preprocess("inception_crop(32)", (32, 32))
+    graph = tf.function(preprocess).get_concrete_function(
         {"image": tf.TensorSpec([], tf.string)}, tf.TensorSpec([2], tf.int64)
     )
-    branches = {
-        function.name.decode() if isinstance(function.name, bytes) else str(function.name): function
+    branches = [
+        {node.op for node in function.cached_definition.node_def}
         for function in graph.graph._functions.values()
-    }
-    ops = [
-        {node.op for node in function.cached_definition.node_def} for function in branches.values()
     ]
-    crops = [kinds for kinds in ops if "DecodeAndCropJpeg" in kinds]
-    assert crops and not any({"DecodeImage", "DecodeJpeg"} & kinds for kinds in crops)
+    crops = [op_names for op_names in branches if "DecodeAndCropJpeg" in op_names]
+    assert crops and not any({"DecodeImage", "DecodeJpeg"} & op_names for op_names in crops)
 
 
 def test_inception_crop_of_a_jpeg_is_the_crop_of_the_decoded_image():
@@ -202,25 +199,25 @@ def test_inception_crop_of_a_jpeg_is_the_crop_of_the_decoded_image():
     decoded = HOST["decode"](source)
     for i in range(5):
         key = tf.constant([3, i])
-        direct = HOST["inception_crop"](source, key, 32).numpy().astype(int)
-        wanted = HOST["inception_crop"](decoded, key, 32).numpy().astype(int)
-        assert np.abs(direct - wanted).mean() < 2
+        actual = HOST["inception_crop"](source, key, 32).numpy().astype(int)
+        expected = HOST["inception_crop"](decoded, key, 32).numpy().astype(int)
+        assert np.abs(actual - expected).mean() < 2
 
 
-def test_random_affine_is_the_identity_at_zero_and_a_rotation_otherwise():
+def test_random_affine_is_the_identity_or_a_rotation():
     image = tf.constant(_photo(32, 32))
     np.testing.assert_array_equal(HOST["random_affine"](image, KEY), image)
-    found = HOST["random_affine"](image, KEY, degrees=30.0).numpy().astype(int)
+    actual = HOST["random_affine"](image, KEY, degrees=30.0).numpy().astype(int)
     angle = tf.random.stateless_uniform([6], KEY, -1.0, 1.0)[0].numpy() * 30
-    wanted = np.asarray(
+    expected = np.asarray(
         Image.fromarray(_photo(32, 32)).rotate(angle, Image.BILINEAR, center=(16, 16))
     ).astype(int)
-    middle = (slice(8, 24), slice(8, 24))
-    assert np.abs(found[middle] - wanted[middle]).mean() < 2
-    assert np.abs(found[middle] - _photo(32, 32)[middle]).mean() > 3
+    center = (slice(8, 24), slice(8, 24))
+    assert np.abs(actual[center] - expected[center]).mean() < 2
+    assert np.abs(actual[center] - _photo(32, 32)[center]).mean() > 3
 
 
-# Images of every kind.
+# Image formats.
 
 
 def _file(image, kind, **options):
@@ -248,20 +245,20 @@ def _rgb(data):
         ("RGB", "JPEG", {"progressive": True}, 12),
     ],
 )
-def test_decode_takes_any_mode_as_pillow_does(mode, kind, options, tolerance):
+def test_decode_matches_pillow_in_every_mode(mode, kind, options, tolerance):
     image = Image.fromarray(_photo())
     if mode in ("LA", "RGBA"):
         image.putalpha(Image.fromarray(_photo()[..., 0]))
     data = _file(image.convert(mode), kind, **options)
-    found = HOST["decode"](tf.constant(data)).numpy().astype(int)
-    assert found.shape == (60, 80, 3)
-    assert np.abs(found - _rgb(data)).max() <= tolerance
+    actual = HOST["decode"](tf.constant(data)).numpy().astype(int)
+    assert actual.shape == (60, 80, 3)
+    assert np.abs(actual - _rgb(data)).max() <= tolerance
 
 
-def test_decode_keeps_the_high_half_of_16_bits():
+def test_decode_keeps_the_high_byte_of_16_bits():
     pixels = np.arange(0, 65536, 37, dtype=np.uint16)[:1750].reshape(35, 50)
-    found = HOST["decode"](tf.constant(_file(Image.fromarray(pixels), "PNG")))
-    np.testing.assert_array_equal(found, np.repeat((pixels >> 8)[..., None], 3, -1))
+    actual = HOST["decode"](tf.constant(_file(Image.fromarray(pixels), "PNG")))
+    np.testing.assert_array_equal(actual, np.repeat((pixels >> 8)[..., None], 3, -1))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])
@@ -274,7 +271,7 @@ def test_decode_takes_the_first_frame(kind):
 
 
 def _with_exif(data, orientation, order, jfif=True):
-    """A JPEG's bytes with an EXIF segment of two entries."""
+    """Inserts an EXIF segment of two entries into the bytes of a JPEG."""
     tiff = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, 2)
     tiff += struct.pack(f"{order}HHII", 0x0100, 4, 1, 5)
     tiff += struct.pack(f"{order}HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
@@ -284,30 +281,31 @@ def _with_exif(data, orientation, order, jfif=True):
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize(("order", "jfif"), [("<", True), (">", False)])
-def test_exif_rotation_is_undone(orientation, order, jfif):
-    plain = _encoded(_photo(), "JPEG").numpy()
-    turned = tf.constant(_with_exif(plain, orientation, order, jfif))
-    pixels = Image.fromarray(HOST["decode"](tf.constant(plain)).numpy())
+def test_exif_orientation_is_applied(orientation, order, jfif):
+    jpeg = _encoded(_photo(), "JPEG").numpy()
+    jpeg_with_exif = tf.constant(_with_exif(jpeg, orientation, order, jfif))
+    pixels = Image.fromarray(HOST["decode"](tf.constant(jpeg)).numpy())
     pixels.getexif()[0x0112] = orientation
-    upright = np.asarray(ImageOps.exif_transpose(pixels))
-    np.testing.assert_array_equal(HOST["decode"](turned), upright)
+    expected = np.asarray(ImageOps.exif_transpose(pixels))
+    np.testing.assert_array_equal(HOST["decode"](jpeg_with_exif), expected)
     key = tf.constant([4, orientation])
-    crop = HOST["inception_crop"](turned, key, 16)
+    crop = HOST["inception_crop"](jpeg_with_exif, key, 16)
     if orientation in range(2, 9):
-        np.testing.assert_array_equal(crop, HOST["inception_crop"](tf.constant(upright), key, 16))
+        np.testing.assert_array_equal(crop, HOST["inception_crop"](tf.constant(expected), key, 16))
 
 
-def test_exif_after_other_segments_and_broken_exif():
+def test_exif_after_other_segments_and_invalid_exif_decode():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = _file(
         Image.fromarray(_photo()), "JPEG", exif=exif, icc_profile=bytes(5000), comment=b"Exif"
     )
     assert HOST["decode"](tf.constant(data)).shape == (80, 60, 3)
-    place = data.index(b"Exif\0\0") + 6
-    for cut in range(place + 8, place + 24):  # whatever stands there, the picture is decoded
-        broken = data[:cut] + b"\xff" * (place + 24 - cut) + data[place + 24 :]
-        assert sorted(HOST["decode"](tf.constant(broken)).shape) == [3, 60, 80]
+    tiff_start = data.index(b"Exif\0\0") + 6
+    end = tiff_start + 24
+    for start in range(tiff_start + 8, end):  # invalid EXIF must not stop the decoder
+        invalid_jpeg = data[:start] + b"\xff" * (end - start) + data[end:]
+        assert sorted(HOST["decode"](tf.constant(invalid_jpeg)).shape) == [3, 60, 80]
 
 
 @pytest.mark.parametrize(
@@ -319,17 +317,17 @@ def test_exif_after_other_segments_and_broken_exif():
         ("ICO", "JPEG"),
     ],
 )
-@pytest.mark.parametrize("step", ["decode", "inception_crop"])
-def test_other_formats_are_named(kind, message, step):
+@pytest.mark.parametrize("op", ["decode", "inception_crop"])
+def test_unsupported_formats_are_named_in_the_error(kind, message, op):
     try:
         data = _file(Image.fromarray(_photo()), kind)
     except (KeyError, OSError):
         pytest.skip(f"Pillow cannot write {kind} here")
-    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-        make_preprocess(f"{step}(8)" if step != "decode" else "decode|resize(8)", (8, 8))(
+    with pytest.raises(tf.errors.InvalidArgumentError) as error_info:
+        make_preprocess(f"{op}(8)" if op != "decode" else "decode|resize(8)", (8, 8))(
             {"image": tf.constant(data)}, KEY
         )
-    assert message in first_line(caught.value)
+    assert message in first_line(error_info.value)
 
 
 @pytest.mark.parametrize(
@@ -343,10 +341,10 @@ def test_other_formats_are_named(kind, message, step):
     ],
     ids=["empty", "start", "palette BMP", "cut JPEG", "cut PNG"],
 )
-def test_broken_files_are_refused(data):
-    for step in (HOST["decode"], lambda image: HOST["inception_crop"](image, KEY, 8)):
+def test_damaged_files_are_an_error(data):
+    for op in (HOST["decode"], lambda image: HOST["inception_crop"](image, KEY, 8)):
         with pytest.raises(tf.errors.InvalidArgumentError):
-            step(tf.constant(data))
+            op(tf.constant(data))
 
 
 # RandAugment.
@@ -363,31 +361,31 @@ def goldens():
 
 
 @pytest.mark.parametrize("magnitude", [10, 15])
-def test_randaugment_equals_the_published_recipe(goldens, magnitude):
-    """Every pixel, but for the few that rounding moves.
+def test_randaugment_matches_the_published_recipe(goldens, magnitude):
+    """Every pixel is equal, except in two kinds of operation.
 
-    None but in sharpness, where it is up to 2 %, by up to 3: at quotients that are whole numbers
-    the published code's convolution ends just below them or not, by the order of its sums; ours
-    divides exactly. Where geometry is computed 0.1 % are left to other processors' rounding.
+    Sharpness differs in up to 2 % of pixels, by up to 3. When the exact quotient is an integer, the
+    published convolution may round just below it, depending on summation order; our division is
+    exact. Geometric operations may differ in 0.1 % of pixels, since rounding varies between CPUs.
     """
     names = [name for name in goldens if name.endswith(f"_{magnitude}")]
     assert len(names) == 15
     for name in names:
         operation = _snake(name.split("_")[0])
-        found = ops.apply_magnitude(tf.constant(goldens["image"]), operation, magnitude)
-        difference = np.abs(found.numpy().astype(int) - goldens[name])
+        actual = randaugment.apply_magnitude(tf.constant(goldens["image"]), operation, magnitude)
+        difference = np.abs(actual.numpy().astype(int) - goldens[name])
         share = difference.any(-1).mean()
         if operation == "sharpness":
             assert share <= 0.02 and difference.max() <= 3, (name, share)
         else:
-            geometric = operation.startswith(("rotate", "shear"))
-            assert share <= (0.001 if geometric else 0), (name, share)
+            is_geometric = operation.startswith(("rotate", "shear"))
+            assert share <= (0.001 if is_geometric else 0), (name, share)
 
 
 @pytest.mark.parametrize("magnitude", [10, 15])
 def test_published_mode_gives_the_published_pixels(goldens, magnitude):
     for name in (name for name in goldens if name.endswith(f"_{magnitude}")):
-        actual = ops.apply_magnitude(
+        actual = randaugment.apply_magnitude(
             tf.constant(goldens["image"]), _snake(name.split("_")[0]), magnitude, mode="published"
         )
         share = (actual.numpy() != goldens[name]).any(-1).mean()
@@ -423,7 +421,9 @@ def test_published_geometry_has_absolute_lengths_and_rounds_as_there(shape):
         for sign, magnitude in ((1.0, 2), (-1.0, 2), (-1.0, 10), (1.0, 15), (-1.0, 0.25)):
             expected = _published_geometry(image, name, magnitude, sign)
             published, faithful = (
-                ops.apply_magnitude(tf.constant(image), name, magnitude, sign=sign, mode=mode)
+                randaugment.apply_magnitude(
+                    tf.constant(image), name, magnitude, sign=sign, mode=mode
+                )
                 for mode in ("published", "faithful")
             )
             np.testing.assert_array_equal(published, expected)
@@ -433,19 +433,21 @@ def test_published_geometry_has_absolute_lengths_and_rounds_as_there(shape):
 
 def test_published_cutout_has_absolute_lengths():
     square = tf.zeros([112, 112, 3], tf.uint8)
-    hole = ops.apply_magnitude(square, "cutout", 15, place=(0.5, 0.25), mode="published").numpy()
+    hole = randaugment.apply_magnitude(
+        square, "cutout", 15, place=(0.5, 0.25), mode="published"
+    ).numpy()
     expected = np.zeros_like(hole)
     expected[0:112, 0:88] = 128  # 120 pixels around (56, 28), cut off at the border
     np.testing.assert_array_equal(hole, expected)
 
 
-def test_auto_contrast_of_a_flat_image(goldens):
-    found = ops.auto_contrast(tf.constant(goldens["image_flat"]))
-    np.testing.assert_array_equal(found, goldens["AutoContrast_flat"])
+def test_auto_contrast_of_a_flat_image_matches_the_golden(goldens):
+    actual = randaugment.auto_contrast(tf.constant(goldens["image_flat"]))
+    np.testing.assert_array_equal(actual, goldens["AutoContrast_flat"])
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "wanted", "tolerance"),
+    ("name", "arguments", "pillow_operation", "tolerance"),
     [
         ("invert", (), ImageOps.invert, 0),
         ("equalize", (), ImageOps.equalize, 0),
@@ -460,84 +462,89 @@ def test_auto_contrast_of_a_flat_image(goldens):
         ("rotate", (20.0,), lambda image: image.rotate(20, fillcolor=(128,) * 3), None),
     ],
 )
-def test_operation_is_pillows(name, arguments, wanted, tolerance):
+def test_operation_matches_pillow(name, arguments, pillow_operation, tolerance):
     image = Image.fromarray(_photo(61, 80) // 2 + 20)
-    found = getattr(ops, name)(tf.constant(np.asarray(image)), *arguments).numpy().astype(int)
-    wanted = np.asarray(wanted(image)).astype(int)
-    if tolerance is None:  # Pillow rounds elsewhere
-        assert (np.abs(found - wanted).max(-1) > 8).mean() < 0.03
+    actual = getattr(randaugment, name)(tf.constant(np.asarray(image)), *arguments).numpy()
+    difference = np.abs(actual.astype(int) - np.asarray(pillow_operation(image)).astype(int))
+    if tolerance is None:  # Pillow rounds at a different point
+        assert (difference.max(-1) > 8).mean() < 0.03
     else:
-        assert np.abs(found - wanted).max() <= tolerance
+        assert difference.max() <= tolerance
 
 
-def test_geometry_moves_whole_pixels():
+def test_geometric_operations_move_whole_pixels():
     image = _photo(12, 16)
     grey = np.full_like(image, 128)
-    wanted = {"translate_x": grey.copy(), "translate_y": grey.copy()}
-    wanted["translate_x"][:, :13] = image[:, 3:]
-    wanted["translate_y"][3:] = image[:-3]
-    np.testing.assert_array_equal(ops.translate_x(tf.constant(image), 3.0), wanted["translate_x"])
-    np.testing.assert_array_equal(ops.translate_y(tf.constant(image), -3.0), wanted["translate_y"])
-    sheared = grey.copy()
+    expected = {"translate_x": grey.copy(), "translate_y": grey.copy()}
+    expected["translate_x"][:, :13] = image[:, 3:]
+    expected["translate_y"][3:] = image[:-3]
+    np.testing.assert_array_equal(
+        randaugment.translate_x(tf.constant(image), 3.0), expected["translate_x"]
+    )
+    np.testing.assert_array_equal(
+        randaugment.translate_y(tf.constant(image), -3.0), expected["translate_y"]
+    )
+    sheared_x = grey.copy()
     for y in range(12):
         shift = int(np.floor(0.3 * y + 0.5))
-        sheared[y, : 16 - shift] = image[y, shift:]
-    np.testing.assert_array_equal(ops.shear_x(tf.constant(image), 0.3), sheared)
-    turned = ops.shear_y(tf.constant(image.transpose(1, 0, 2)[:12]), 0.3)
+        sheared_x[y, : 16 - shift] = image[y, shift:]
+    np.testing.assert_array_equal(randaugment.shear_x(tf.constant(image), 0.3), sheared_x)
+    sheared_y = randaugment.shear_y(tf.constant(image.transpose(1, 0, 2)[:12]), 0.3)
     np.testing.assert_array_equal(
-        turned, ops.shear_x(tf.constant(image[:, :12]), 0.3).numpy().transpose(1, 0, 2)
+        sheared_y, randaugment.shear_x(tf.constant(image[:, :12]), 0.3).numpy().transpose(1, 0, 2)
     )
 
 
-def test_lengths_scale_with_the_image():
+def test_translation_and_cutout_scale_with_the_image():
     image = tf.constant(_photo(56, 112))
     for name, argument in (("translate_x", 50.0), ("translate_y", 25.0)):
-        found = ops.apply_magnitude(image, name, 10)
-        np.testing.assert_array_equal(found, getattr(ops, name)(image, argument))
+        actual = randaugment.apply_magnitude(image, name, 10)
+        np.testing.assert_array_equal(actual, getattr(randaugment, name)(image, argument))
     square = tf.zeros([112, 112, 3], tf.uint8)
-    hole = ops.apply_magnitude(square, "cutout", 15, place=(0.5, 0.25)).numpy()
-    wanted = np.zeros_like(hole)
-    wanted[26:86, 0:58] = 128  # 60 pixels of 112 around (56, 28), cut off at the border
-    np.testing.assert_array_equal(hole, wanted)
+    hole = randaugment.apply_magnitude(square, "cutout", 15, place=(0.5, 0.25)).numpy()
+    expected = np.zeros_like(hole)
+    expected[26:86, 0:58] = 128  # 60 pixels of 112 around (56, 28), cut off at the border
+    np.testing.assert_array_equal(hole, expected)
 
 
-def test_quirks_of_the_recipe_and_their_repair():
+def test_faithful_mode_keeps_the_quirks_that_fixed_mode_corrects():
     image = tf.constant(_photo(224, 224))
     values = image.numpy().astype(np.float32)
-    constant = np.clip(196 + 1.9 * (values - 196), 0, 255).astype(int)
-    quirky = ops.apply_magnitude(image, "contrast", 10).numpy()
-    assert np.abs(quirky.astype(int) - constant).max() <= 1
-    fixed = ops.apply_magnitude(image, "contrast", 10, mode="fixed").numpy().astype(int)
+    # The published contrast blends with 224 * 224 / 256 = 196 instead of the mean luminance.
+    expected = np.clip(196 + 1.9 * (values - 196), 0, 255).astype(int)
+    faithful = randaugment.apply_magnitude(image, "contrast", 10).numpy()
+    assert np.abs(faithful.astype(int) - expected).max() <= 1
+    fixed = randaugment.apply_magnitude(image, "contrast", 10, mode="fixed").numpy()
     pillow = np.asarray(ImageEnhance.Contrast(Image.fromarray(image.numpy())).enhance(1.9))
-    assert np.abs(fixed - pillow).max() <= 2
+    assert np.abs(fixed.astype(int) - pillow).max() <= 2
     for magnitude, threshold in ((5, 128), (10, 0), (15, 128), (20, 0)):
-        found = ops.apply_magnitude(image, "solarize", magnitude)
-        np.testing.assert_array_equal(found, np.where(image < threshold, image, 255 - image))
+        actual = randaugment.apply_magnitude(image, "solarize", magnitude)
+        np.testing.assert_array_equal(actual, np.where(image < threshold, image, 255 - image))
         if magnitude >= 10:
-            repaired = ops.apply_magnitude(image, "solarize", magnitude, mode="fixed")
+            repaired = randaugment.apply_magnitude(image, "solarize", magnitude, mode="fixed")
             np.testing.assert_array_equal(repaired, image)
 
 
-def test_randaugment_applies_one_of_sixteen_operations_each_time():
+def test_randaugment_draws_every_operation_and_sign():
     mode = "fixed"
     image = tf.constant(_photo(20, 24))
     candidates = {
-        ops.apply_magnitude(image, name, 7, mode=mode, sign=sign).numpy().tobytes(): name
-        for name in ops.OPERATIONS
+        randaugment.apply_magnitude(image, name, 7, mode=mode, sign=sign).numpy().tobytes(): name
+        for name in randaugment.OPERATIONS
         for sign in (1.0, -1.0)
         if name != "cutout"
     }
-    steps = tf.function(lambda key: HOST["randaugment"](image, key, 1, 7, mode))
-    found = [steps(tf.constant([5, i])).numpy() for i in range(320)]
-    names = [candidates.get(each.tobytes(), "cutout") for each in found]
-    counts = {name: names.count(name) for name in ops.OPERATIONS}
+    augment = tf.function(lambda key: HOST["randaugment"](image, key, 1, 7, mode))
+    augmented_images = [augment(tf.constant([5, i])).numpy() for i in range(320)]
+    names = [candidates.get(pixels.tobytes(), "cutout") for pixels in augmented_images]
+    counts = {name: names.count(name) for name in randaugment.OPERATIONS}
     assert all(6 <= count <= 40 for count in counts.values()), counts
-    assert len({each.tobytes() for each in found} & set(candidates)) == len(candidates)  # each sign
-    for each, name in zip(found, names, strict=True):
+    assert set(candidates) <= {pixels.tobytes() for pixels in augmented_images}  # both signs occur
+    for pixels, name in zip(augmented_images, names, strict=True):
         if name == "cutout":
-            assert ((each == image.numpy()).all(-1) | (each == 128).all(-1)).all()
-    twice = HOST["randaugment"](image, KEY, 2, 7, mode).numpy()
-    assert (twice != HOST["randaugment"](image, KEY, 1, 7, mode).numpy()).any()
+            assert ((pixels == image.numpy()).all(-1) | (pixels == 128).all(-1)).all()
+    two_layers = HOST["randaugment"](image, KEY, 2, 7, mode).numpy()
+    assert (two_layers != HOST["randaugment"](image, KEY, 1, 7, mode).numpy()).any()
 
 
 # AutoAugment.
@@ -552,14 +559,14 @@ def test_autoaugment_policy_is_table_7_of_the_paper():
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_autoaugment_levels_are_those_of_pillows_implementation(sign):
+def test_autoaugment_levels_match_pillow(sign):
     image = Image.fromarray(_photo(32, 32) // 2 + 30)
     grey = (128,) * 3
     for level in (1, 5, 9):
         slope, shift = sign * 0.3 * level / 9, sign * 150 / 331 * 32 * level / 9
         factor = 1 + sign * 0.9 * level / 9
         affine = dict(size=(32, 32), method=Image.Transform.AFFINE, fillcolor=grey)
-        wanted = {
+        expected = {
             "shear_y": image.transform(data=(1, 0, 0, slope, 1, 0), **affine),
             "translate_x": image.transform(data=(1, 0, shift, 0, 1, 0), **affine),
             "translate_y": image.transform(data=(1, 0, 0, 0, 1, shift), **affine),
@@ -571,56 +578,63 @@ def test_autoaugment_levels_are_those_of_pillows_implementation(sign):
             "posterize": ImageOps.posterize(image, round(8 - 4 * level / 9)),
             "solarize": ImageOps.solarize(image, 256 - 256 * level / 9),
         }
-        for name, picture in wanted.items():
-            found = autoaugment.apply_level(tf.constant(np.asarray(image)), name, level, sign)
-            different = np.abs(found.numpy().astype(int) - np.asarray(picture).astype(int)).max(-1)
-            # Geometry: Pillow rounds elsewhere, so that a row or a column may move by one pixel.
-            allowed = 0.12 if name in ("shear_y", "translate_x", "translate_y", "rotate") else 0
-            assert (different > (12 if allowed else 2)).mean() <= allowed, (name, level)
+        for name, picture in expected.items():
+            actual = autoaugment.apply_level(tf.constant(np.asarray(image)), name, level, sign)
+            difference = np.abs(actual.numpy().astype(int) - np.asarray(picture).astype(int))
+            # Pillow rounds coordinates at a different point: a row or column may move by one pixel.
+            max_share = 0.12 if name in ("shear_y", "translate_x", "translate_y", "rotate") else 0
+            share = (difference.max(-1) > (12 if max_share else 2)).mean()
+            assert share <= max_share, (name, level)
 
 
-def test_autoaugment_takes_every_sub_policy():
+def test_autoaugment_draws_every_sub_policy():
     image = tf.constant(np.random.default_rng(0).integers(0, 200, (20, 20, 3), np.uint8))
     apply = functools.cache(
         lambda pixels, *operation: np.array(
             autoaugment.apply_level(np.frombuffer(pixels, np.uint8).reshape(20, 20, 3), *operation)
         ).tobytes()
     )
-    signed = {name for name, _, level in itertools.chain(*autoaugment.CIFAR_POLICY) if level}
-    signed -= {"posterize", "solarize"}
-    results = {image.numpy().tobytes(): set()}
+    signed_operations = {
+        name for name, _, level in itertools.chain(*autoaugment.CIFAR_POLICY) if level
+    }
+    signed_operations -= {"posterize", "solarize"}
+    sub_policies = {image.numpy().tobytes(): set()}  # picture: sub-policies that can produce it
     for number, pair in enumerate(autoaugment.CIFAR_POLICY):
         pictures = {image.numpy().tobytes()}
         for name, chance, level in pair:
-            signs = (-1.0, 1.0) if name in signed else (1.0,)
-            done = {apply(each, name, level, sign) for each in pictures for sign in signs if chance}
-            pictures |= done
-        for each in pictures:
-            results.setdefault(each, set()).add(number)
-    steps = tf.function(lambda key: HOST["autoaugment_cifar"](image, key))
-    known = np.stack([np.frombuffer(each, np.uint8) for each in results]).astype(int)
-    found = []
+            signs = (-1.0, 1.0) if name in signed_operations else (1.0,)
+            pictures |= {
+                apply(picture, name, level, sign)
+                for picture in pictures
+                for sign in signs
+                if chance
+            }
+        for picture in pictures:
+            sub_policies.setdefault(picture, set()).add(number)
+    augment = tf.function(lambda key: HOST["autoaugment_cifar"](image, key))
+    candidates = np.stack([np.frombuffer(picture, np.uint8) for picture in sub_policies])
+    augmented_images = []
     for i in range(500):
-        difference = np.abs(known - steps(tf.constant([6, i])).numpy().reshape(-1)).max(1)
-        assert difference.min() <= 3  # a graph may round otherwise
-        found.append(list(results)[difference.argmin()])
-    seen = set().union(*(results[each] for each in found if each != image.numpy().tobytes()))
-    # The expected share of images that stay as they are.
-    unchanged = np.mean(
+        pixels = augment(tf.constant([6, i])).numpy().reshape(-1)
+        difference = np.abs(candidates.astype(int) - pixels).max(1)
+        assert difference.min() <= 3  # rounding may differ in graph mode
+        augmented_images.append(list(sub_policies)[difference.argmin()])
+    changed_images = [picture for picture in augmented_images if picture != image.numpy().tobytes()]
+    assert set().union(*(sub_policies[picture] for picture in changed_images)) == set(range(25))
+    unchanged_share = np.mean(
         [np.prod([1 - chance for _, chance, _ in pair]) for pair in autoaugment.CIFAR_POLICY]
     )
-    assert seen == set(range(25))
-    assert found.count(image.numpy().tobytes()) / 500 == pytest.approx(unchanged, abs=0.08)
+    assert 1 - len(changed_images) / 500 == pytest.approx(unchanged_share, abs=0.08)
 
 
 # Erasing, ranges, labels.
 
 
-def test_random_erasing_erases_rectangles_of_some_images():
+def test_random_erasing_fills_one_rectangle_with_its_probability():
     image = tf.fill([40, 60, 3], tf.constant(200, tf.uint8))
-    step = tf.function(lambda key: HOST["random_erasing"](image, key, prob=0.5, fill=7))
-    found = [step(tf.constant([7, i])).numpy() for i in range(200)]
-    holes = [(each == 7).all(-1) for each in found if (each == 7).any()]
+    erase = tf.function(lambda key: HOST["random_erasing"](image, key, prob=0.5, fill=7))
+    images = [erase(tf.constant([7, i])).numpy() for i in range(200)]
+    holes = [(pixels == 7).all(-1) for pixels in images if (pixels == 7).any()]
     assert 70 < len(holes) < 130
     areas, aspects = [], []
     for hole in holes:
@@ -633,41 +647,41 @@ def test_random_erasing_erases_rectangles_of_some_images():
     assert 0.24 < min(aspects) < 0.6 and 1.6 < max(aspects) < 4
 
 
-def test_random_erasing_with_noise():
+def test_random_erasing_fills_with_noise_by_default():
     image = tf.fill([40, 60, 3], tf.constant(200, tf.uint8))
-    found = HOST["random_erasing"](image, KEY, prob=1.0).numpy()
-    erased = found[(found != 200).any(-1)]
-    assert len(erased) > 40 and 90 < erased.mean() < 165 and erased.std() > 60
+    actual = HOST["random_erasing"](image, KEY, prob=1.0).numpy()
+    noise = actual[(actual != 200).any(-1)]
+    assert len(noise) > 40 and 90 < noise.mean() < 165 and noise.std() > 60
     np.testing.assert_array_equal(HOST["random_erasing"](image, KEY, prob=0.0), image)
 
 
-def test_value_range():
+def test_value_range_maps_bytes_to_floats():
     image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    found = HOST["value_range"](tf.constant(image))
-    assert found.dtype == tf.float32
-    np.testing.assert_allclose(found, image / 127.5 - 1, atol=1e-6)
+    actual = HOST["value_range"](tf.constant(image))
+    assert actual.dtype == tf.float32
+    np.testing.assert_allclose(actual, image / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(
         HOST["value_range"](tf.constant(image), 0, 1), image / 255, atol=1e-6
     )
 
 
-def test_one_hot_of_one_and_of_several_labels():
+def test_one_hot_encodes_one_or_several_labels():
     example = {"image": tf.zeros([2, 2, 3]), "label": tf.constant(2)}
     row = HOST["one_hot"](example, 4, on=0.9, off=0.1)["label"]
     np.testing.assert_allclose(row, [0.1, 0.1, 0.9, 0.1])
-    several = {"label": tf.constant([3, 0, -1]), "label_weight": tf.constant([1.0, 0.5, 0.0])}
-    found = HOST["one_hot"](several, 4)
-    assert set(found) == {"label"}
-    np.testing.assert_allclose(found["label"], [0.5, 0, 0, 1])
+    example = {"label": tf.constant([3, 0, -1]), "label_weight": tf.constant([1.0, 0.5, 0.0])}
+    encoded = HOST["one_hot"](example, 4)
+    assert set(encoded) == {"label"}
+    np.testing.assert_allclose(encoded["label"], [0.5, 0, 0, 1])
     with pytest.raises(tf.errors.InvalidArgumentError, match="label"):
         HOST["one_hot"]({"label": tf.constant(4)}, 4)
 
 
-# Steps put together.
+# Whole specifications.
 
 
-def test_steps_are_functions_of_example_and_key():
-    steps = make_preprocess(
+def test_preprocessing_depends_only_on_example_and_key():
+    preprocess = make_preprocess(
         "inception_crop(16)|random_crop(16, pad=2)|flip_lr|randaugment(2, 15)|random_erasing",
         (16, 16),
     )
@@ -676,19 +690,23 @@ def test_steps_are_functions_of_example_and_key():
         "label": tf.constant(3),
         "name": tf.constant("a"),
     }
-    first = steps(example, KEY)
-    assert first["label"] == 3 and first["name"] == b"a"
-    np.testing.assert_array_equal(first["image"], steps(example, KEY)["image"])
-    other = steps(example, tf.constant([1, 3], tf.int64))["image"]
-    assert (first["image"] != other).numpy().any()
+    result = preprocess(example, KEY)
+    assert result["label"] == 3 and result["name"] == b"a"
+    np.testing.assert_array_equal(result["image"], preprocess(example, KEY)["image"])
+    other_image = preprocess(example, tf.constant([1, 3], tf.int64))["image"]
+    assert (result["image"] != other_image).numpy().any()
 
 
-def test_output_spec_is_what_comes_out():
-    several = {"image": ((), "string"), "label": ((3,), "int32"), "label_weight": ((3,), "float32")}
-    plain = make_preprocess("decode|resize(8)", (8, 8))
-    assert output_spec(plain, several) == {**several, "image": ((8, 8, 3), "uint8")}
-    dense = make_preprocess("decode|resize(8)|one_hot(10)|value_range", (8, 8))
-    assert output_spec(dense, several) == {
+def test_output_spec_describes_the_result():
+    input_spec = {
+        "image": ((), "string"),
+        "label": ((3,), "int32"),
+        "label_weight": ((3,), "float32"),
+    }
+    images_only = make_preprocess("decode|resize(8)", (8, 8))
+    assert output_spec(images_only, input_spec) == {**input_spec, "image": ((8, 8, 3), "uint8")}
+    one_hot_floats = make_preprocess("decode|resize(8)|one_hot(10)|value_range", (8, 8))
+    assert output_spec(one_hot_floats, input_spec) == {
         "image": ((8, 8, 3), "float32"),
         "label": ((10,), "float32"),
     }
@@ -705,7 +723,7 @@ def test_output_spec_is_what_comes_out():
         ("decode|resize(8)|randaugmen(2, 15)", "'randaugment'"),
     ],
 )
-def test_mistakes_get_one_line(spec, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_invalid_specification_is_one_line_of_error(spec, message):
+    with pytest.raises(UserError, match=message) as error_info:
         make_preprocess(spec, (8, 8))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error_info.value)

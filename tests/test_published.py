@@ -1,4 +1,4 @@
-"""What names of sources say, and fetching: with a server on this machine, without a network."""
+"""Tests what weight names imply, and downloads from a local server, without a network."""
 
 import http.server
 import json
@@ -15,15 +15,15 @@ from mixer.weights import fetch as remote
 from mixer.weights import published
 from mixer.weights.published import CHECKPOINTS, facts, timm_facts
 
-TIMM_STEPS = (
+TIMM_OPS = (
     "decode(dct='accurate')|resize_small(256, method='bicubic', antialias=True)|central_crop(224)"
 )
-MIIL_STEPS = (
+MIIL_OPS = (
     "decode(dct='accurate')|resize_small(256, method='bilinear', antialias=True)|central_crop(224)"
     "|value_range(0, 1)"
 )
 HUB_CACHE = "/cache/models--timm--mixer_b16_224.goog_in21k/snapshots/0a"
-BV_STEPS = "decode|resize_small(256, method='area', published=True)|central_crop(224)"
+BV_OPS = "decode|resize_small(256, method='area', published=True)|central_crop(224)"
 
 
 def _shapes(variant, num_classes):
@@ -45,25 +45,25 @@ def _shapes(variant, num_classes):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("L/16-i21k", "B/32-sam", "S/32-gsam")),
     ],
 )
-def test_released_files_have_the_models_number_of_parameters(name):
-    released = CHECKPOINTS[name]
-    shapes = _shapes(released.variant, released.num_classes)
-    size = 4 * released.num_params + 20_000
-    published.check(released, shapes, size)
+def test_released_file_sizes_and_shapes_are_checked(name):
+    checkpoint = CHECKPOINTS[name]
+    shapes = _shapes(checkpoint.variant, checkpoint.num_classes)
+    size = 4 * checkpoint.num_params + 20_000
+    published.check(checkpoint, shapes, size)
     with pytest.raises(UserError, match=rf"{size - 30_000:,}"):
-        published.check(released, shapes, size - 30_000)
+        published.check(checkpoint, shapes, size - 30_000)
     with pytest.raises(UserError, match=rf"{size + 2_000_000:,}"):
-        published.check(released, shapes, size + 2_000_000)
-    fewer = {key: shape for key, shape in shapes.items() if "head" not in key}
-    with pytest.raises(UserError, match=rf"{released.num_params:,} .*\d"):
-        published.check(released, fewer, size)
+        published.check(checkpoint, shapes, size + 2_000_000)
+    headless_shapes = {key: shape for key, shape in shapes.items() if "head" not in key}
+    with pytest.raises(UserError, match=rf"{checkpoint.num_params:,} .*\d"):
+        published.check(checkpoint, headless_shapes, size)
 
 
-def test_addresses_of_the_released_files():
-    assert len(CHECKPOINTS) == 11 == len({released.url for released in CHECKPOINTS.values()})
+def test_released_checkpoints_have_the_right_urls_and_classes():
+    assert len(CHECKPOINTS) == 11 == len({checkpoint.url for checkpoint in CHECKPOINTS.values()})
     url = "https://storage.googleapis.com/mixer_models/"
-    for name, released in CHECKPOINTS.items():
-        assert released.num_classes == (21843 if name.endswith("i21k") else 1000)
+    for name, checkpoint in CHECKPOINTS.items():
+        assert checkpoint.num_classes == (21843 if name.endswith("i21k") else 1000)
     assert CHECKPOINTS["L/16-i21k"].url == f"{url}imagenet21k/Mixer-L_16.npz"
     assert CHECKPOINTS["S/8-gsam"].url == f"{url}gsam/Mixer-S_8.npz"
     for source in ("B/16-sam", f"{url}sam/Mixer-B_16.npz", "gs://mixer_models/sam/Mixer-B_16.npz"):
@@ -72,9 +72,10 @@ def test_addresses_of_the_released_files():
     assert published.find("runs/Mixer-B_16.npz") is None
 
 
-def test_short_names(tmp_path, monkeypatch):
+def test_short_names_are_resolved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert published.by_short_name("B-i21k/16") is CHECKPOINTS["B/16-i21k"]  # big_vision's
+    # big_vision uses this name.
+    assert published.by_short_name("B-i21k/16") is CHECKPOINTS["B/16-i21k"]
     for name in ("B/16-i12k", "H/14-jft", "B/16", "b/16-i1k"):
         with pytest.raises(UserError, match=rf"{name}'.*B/16-i1k, L/16-i1k, "):
             published.by_short_name(name)
@@ -82,57 +83,59 @@ def test_short_names(tmp_path, monkeypatch):
         published.by_short_name("B/16-i12k")
     for path in ("runs/digits", "runs/16", "B/16.npz", "/B/16-i1k", "./B/16-i1k"):
         assert published.by_short_name(path) is None
-    (tmp_path / "B" / "16-i1k").mkdir(parents=True)  # what is there goes first
+    (tmp_path / "B" / "16-i1k").mkdir(parents=True)  # an existing path takes precedence
     assert published.by_short_name("B/16-i1k") is None
 
 
 @pytest.mark.parametrize(
-    ("source", "num_classes", "class_names", "steps"),
+    ("source", "num_classes", "class_names", "ops"),
     [
-        ("B/16-i1k", 1000, "imagenet1k", BV_STEPS),
-        ("gs://mixer_models/imagenet21k/Mixer-B_16.npz", 21843, "imagenet21k", BV_STEPS),
-        ("/data/Mixer-L_16.npz", 1000, "imagenet1k", BV_STEPS),
+        ("B/16-i1k", 1000, "imagenet1k", BV_OPS),
+        ("gs://mixer_models/imagenet21k/Mixer-B_16.npz", 21843, "imagenet21k", BV_OPS),
+        ("/data/Mixer-L_16.npz", 1000, "imagenet1k", BV_OPS),
         ("/data/Mixer-B_16.npz", 10, None, None),  # fine-tuned
         ("/data/mine.npz", 1000, None, None),
         ("/data/mine.npz", 21843, "imagenet21k", None),
         ("/data/mine.npz", 11221, "imagenet21k_miil", None),
     ],
 )
-def test_facts_of_npz_files(source, num_classes, class_names, steps):
-    found = facts(source, layout="published", num_classes=num_classes)
-    assert (found.class_names, found.preprocess((224, 224))) == (class_names, steps)
-    by_name = steps is not None and source.startswith("/")  # not by its address
-    assert ("imagenet1k" in found.note) == by_name and bool(found.note) == by_name
+def test_name_of_an_npz_file_implies_classes_and_preprocessing(
+    source, num_classes, class_names, ops
+):
+    implied_facts = facts(source, layout="published", num_classes=num_classes)
+    assert (implied_facts.class_names, implied_facts.preprocess((224, 224))) == (class_names, ops)
+    by_name = ops is not None and source.startswith("/")  # recognised by file name, not by URL
+    assert ("imagenet1k" in implied_facts.note) == by_name and bool(implied_facts.note) == by_name
 
 
 @pytest.mark.parametrize(
-    ("source", "num_classes", "class_names", "steps", "notes"),
+    ("source", "num_classes", "class_names", "ops", "notes"),
     [
-        ("hf://timm/mixer_b16_224.goog_in21k_ft_in1k", 1000, "imagenet1k", TIMM_STEPS, "651 tanh"),
-        ("hf://timm/mixer_l16_224.goog_in21k", 21843, "imagenet21k", TIMM_STEPS, "tanh"),
-        ("hf://timm/mixer_b16_224.miil_in21k", 11221, "imagenet21k_miil", MIIL_STEPS, ""),
-        ("/w/mixer_b16_224.miil_in21k_ft_in1k.safetensors", 1000, "imagenet1k", MIIL_STEPS, ""),
-        ("/w/mixer_b16_224_miil-9229a591.safetensors", 1000, "imagenet1k", MIIL_STEPS, ""),
-        ("mixer_b16_224.goog_in21k_tuned.safetensors", 1000, None, None, ""),  # somebody's own
-        ("/w/jx_mixer_b16_224-76587d61.safetensors", 1000, "imagenet1k", TIMM_STEPS, "651 tanh"),
-        (HUB_CACHE + "/model.safetensors", 21843, "imagenet21k", TIMM_STEPS, "tanh"),
+        ("hf://timm/mixer_b16_224.goog_in21k_ft_in1k", 1000, "imagenet1k", TIMM_OPS, "651 tanh"),
+        ("hf://timm/mixer_l16_224.goog_in21k", 21843, "imagenet21k", TIMM_OPS, "tanh"),
+        ("hf://timm/mixer_b16_224.miil_in21k", 11221, "imagenet21k_miil", MIIL_OPS, ""),
+        ("/w/mixer_b16_224.miil_in21k_ft_in1k.safetensors", 1000, "imagenet1k", MIIL_OPS, ""),
+        ("/w/mixer_b16_224_miil-9229a591.safetensors", 1000, "imagenet1k", MIIL_OPS, ""),
+        ("mixer_b16_224.goog_in21k_tuned.safetensors", 1000, None, None, ""),  # a user's file
+        ("/w/jx_mixer_b16_224-76587d61.safetensors", 1000, "imagenet1k", TIMM_OPS, "651 tanh"),
+        (HUB_CACHE + "/model.safetensors", 21843, "imagenet21k", TIMM_OPS, "tanh"),
         ("/w/mixer_b16_224.goog_in21k_ft_in1k/model.safetensors", 37, None, None, ""),
         ("/w/mixer_b16_224.safetensors", 1000, None, None, ""),
         ("/googler/miil/model.safetensors", 1000, None, None, ""),
     ],
 )
-def test_facts_of_timms_names(source, num_classes, class_names, steps, notes):
-    found = facts(source, layout="timm", num_classes=num_classes)
-    assert (found.class_names, found.preprocess((224, 224))) == (class_names, steps)
-    assert bool(found.note) == bool(notes)
+def test_timm_name_implies_classes_and_preprocessing(source, num_classes, class_names, ops, notes):
+    implied_facts = facts(source, layout="timm", num_classes=num_classes)
+    assert (implied_facts.class_names, implied_facts.preprocess((224, 224))) == (class_names, ops)
+    assert bool(implied_facts.note) == bool(notes)
     for word in notes.split():
-        assert word in found.note
-    assert ("651" in found.note) == ("651" in notes)
+        assert word in implied_facts.note
+    assert ("651" in implied_facts.note) == ("651" in notes)
 
 
-def test_steps_follow_the_image_size():
+def test_implied_preprocessing_depends_on_the_image_size():
     npz = facts("B/16-i1k", layout="published", num_classes=1000).preprocess
-    assert npz((448, 448)) == BV_STEPS.replace("256", "512").replace("224", "448")
+    assert npz((448, 448)) == BV_OPS.replace("256", "512").replace("224", "448")
     timm = facts("mixer_b16_224.goog_in21k", layout="timm", num_classes=21843).preprocess
     assert timm((448, 448)).startswith("decode(dct='accurate')|resize_small(512, method='bicubic'")
     assert npz((224, 448)) is None and timm((224, 448)) is None
@@ -147,53 +150,67 @@ def test_steps_follow_the_image_size():
         "/w/mixer_b16_224.goog_in21k/resmlp_12_distilled_224.safetensors",
     ],
 )
-def test_other_models_are_refused_by_name(source):
+def test_other_architectures_are_named_in_the_error(source):
     with pytest.raises(UserError, match=r"^(gmixer|resmlp|gmlp)_\S+"):
         facts(source, layout="timm", num_classes=1000)
 
 
-def test_folders_that_only_sound_like_other_models_are_not():
+def test_folder_names_do_not_imply_an_architecture():
     for source in ("/gmixer_trials/a.safetensors", "/gmlp_s16_224/mixer_b16_224.safetensors"):
         facts(source, layout="timm", num_classes=5)
 
 
-def _hub(tag="goog_in21k_ft_in1k", architecture="mixer_b16_224", **values):
-    inner = dict(tag=tag, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", crop_pct=0.875)
-    inner.update(input_size=[3, 224, 224], crop_mode="center", num_classes=1000)
+def _hub_config(tag="goog_in21k_ft_in1k", architecture="mixer_b16_224", **values):
+    pretrained_cfg = dict(
+        tag=tag, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", crop_pct=0.875
+    )
+    pretrained_cfg.update(input_size=[3, 224, 224], crop_mode="center", num_classes=1000)
     label_names = values.pop("label_names", None)
-    outer = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": inner | values}
-    return outer | ({"label_names": label_names} if label_names else {})
+    config = {
+        "architecture": architecture,
+        "num_classes": 1000,
+        "pretrained_cfg": pretrained_cfg | values,
+    }
+    return config | ({"label_names": label_names} if label_names else {})
 
 
-def _timm(fields, num_classes=1000):
+def _timm_facts(fields, num_classes=1000):
     return timm_facts(fields, source="hf://me/mine", num_classes=num_classes)
 
 
-def test_timms_config():
-    found = _timm(_hub())
-    assert (found.class_names, found.preprocess((224, 224))) == ("imagenet1k", TIMM_STEPS)
-    assert "651" in found.note and "tanh" in found.note
+def test_timm_config_implies_classes_and_preprocessing():
+    implied_facts = _timm_facts(_hub_config())
+    assert (implied_facts.class_names, implied_facts.preprocess((224, 224))) == (
+        "imagenet1k",
+        TIMM_OPS,
+    )
+    assert "651" in implied_facts.note and "tanh" in implied_facts.note
     miil = dict(mean=[0.0] * 3, std=[1.0] * 3, interpolation="bilinear")
-    found = _timm(_hub("miil_in21k", **miil), 11221)
-    assert found.preprocess((224, 224)) == MIIL_STEPS
-    assert (found.class_names, found.note) == ("imagenet21k_miil", "")
-    own = _hub("", mean=[0.25] * 3, std=[0.5] * 3, crop_pct=1.0, label_names=["cat", "dog"])
-    found = _timm(own, 2)
-    assert found.class_names == ("cat", "dog")
-    assert found.preprocess((64, 64)).endswith(
+    implied_facts = _timm_facts(_hub_config("miil_in21k", **miil), 11221)
+    assert implied_facts.preprocess((224, 224)) == MIIL_OPS
+    assert (implied_facts.class_names, implied_facts.note) == ("imagenet21k_miil", "")
+    user_config = _hub_config(
+        "", mean=[0.25] * 3, std=[0.5] * 3, crop_pct=1.0, label_names=["cat", "dog"]
+    )
+    implied_facts = _timm_facts(user_config, 2)
+    assert implied_facts.class_names == ("cat", "dog")
+    assert implied_facts.preprocess((64, 64)).endswith(
         "resize_small(64, method='bicubic', antialias=True)|central_crop(64)|value_range(-0.5, 1.5)"
     )
-    assert _timm(own, 3).class_names is None  # the names are for another head
-    flat = {"architecture": "mixer_b16_224", **_hub()["pretrained_cfg"]}  # early exports
-    assert _timm(flat).preprocess((224, 224)) == TIMM_STEPS
+    # Two class names do not fit a head of three classes.
+    assert _timm_facts(user_config, 3).class_names is None
+    # Early exports of timm have a flat config.
+    flat_config = {"architecture": "mixer_b16_224", **_hub_config()["pretrained_cfg"]}
+    assert _timm_facts(flat_config).preprocess((224, 224)) == TIMM_OPS
 
 
-def test_timms_config_that_no_step_expresses():
+def test_timm_preprocessing_without_an_equivalent_op_is_noted():
     imagenet = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     for values, word in ((imagenet, "0.485"), (dict(crop_mode="squash"), "squash")):
-        found = _timm(_hub(**values))
-        assert found.preprocess((224, 224)) is None and found.class_names == "imagenet1k"
-        assert word in found.note and "hf://me/mine" in found.note
+        implied_facts = _timm_facts(_hub_config(**values))
+        assert implied_facts.preprocess((224, 224)) is None
+        assert implied_facts.class_names == "imagenet1k"
+        assert word in implied_facts.note and "hf://me/mine" in implied_facts.note
 
 
 @pytest.mark.parametrize(
@@ -201,25 +218,25 @@ def test_timms_config_that_no_step_expresses():
     [dict(std=[0.0] * 3), dict(mean=None), dict(crop_pct="much"), dict(mean=[]), dict(crop_pct=0)],
     ids=str,
 )
-def test_damaged_timm_config_is_named(values):
+def test_invalid_timm_config_is_an_error(values):
     with pytest.raises(UserError, match=r"config\.json of hf://me/mine"):
-        _timm(_hub(**values))
+        _timm_facts(_hub_config(**values))
 
 
-def test_timms_config_of_another_model_is_refused():
+def test_timm_config_of_another_architecture_is_an_error():
     with pytest.raises(UserError, match=r"gmlp_s16_224\.ra3_in1k.*gMLP"):
-        _timm(_hub("ra3_in1k", "gmlp_s16_224"))
+        _timm_facts(_hub_config("ra3_in1k", "gmlp_s16_224"))
 
 
-# Fetching.
+# Downloads.
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Serves `files` (bytes by path); `rules` change the answers by path."""
+    """Serves `files` (path: bytes); `rules` (path: options) change the answers."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.rules, self.asked = {}, {}, []
+        self.files, self.rules, self.requests = {}, {}, []
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_address[1]}/{path}"
@@ -233,7 +250,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0].lstrip("/")
         rule = self.server.rules.get(path, {})
         first = int((self.headers["Range"] or "bytes=0-")[6:-1])
-        self.server.asked.append((path, first))
+        self.server.requests.append((path, first))
         data = self.server.files.get(path)
         if data is None or "code" in rule:
             self.send_error(rule.get("code", 404))
@@ -267,31 +284,31 @@ def server(tmp_path, monkeypatch):
 DATA = bytes(range(256)) * 20
 
 
-def _fetch(path):
+def _fetch(source):
     lines = []
-    found = remote.fetch(path, log=lines.append)
+    path = remote.fetch(source, log=lines.append)
     assert len(lines) == 1
-    return found, lines[0]
+    return path, lines[0]
 
 
 def _cached():
     return [path.name for path in remote.cache_dir().rglob("*") if path.is_file()]
 
 
-def test_download_is_cached_under_its_own_name_with_its_json(server):
+def test_download_is_cached_with_its_name_and_json(server):
     server.files = {"a/Mixer-B_16.npz": DATA, "a/Mixer-B_16.npz.json": b'{"x": 1}'}
     path, line = _fetch(server.url("a/Mixer-B_16.npz?download=true"))
     assert path.read_bytes() == DATA and path.name == "Mixer-B_16.npz"
     assert json.loads(path.with_name(path.name + ".json").read_text()) == {"x": 1}
     assert server.url("a/Mixer-B_16.npz") in line and str(path) in line
-    asked = len(server.asked)
-    again, line = _fetch(server.url("a/Mixer-B_16.npz?download=true"))
-    assert again == path and "cached" in line and len(server.asked) == asked
-    other, _ = _fetch(server.url("a/Mixer-B_16.npz"))  # another address, another folder
-    assert other != path
+    num_requests = len(server.requests)
+    cached_path, line = _fetch(server.url("a/Mixer-B_16.npz?download=true"))
+    assert cached_path == path and "cached" in line and len(server.requests) == num_requests
+    other_path, _ = _fetch(server.url("a/Mixer-B_16.npz"))  # a different URL has its own folder
+    assert other_path != path
 
 
-def test_file_without_json_and_safetensors_with_timms_config(server):
+def test_json_is_optional_and_timm_config_is_downloaded(server):
     server.files = {"x.npz": DATA, "m/model.safetensors": DATA, "m/config.json": b"{}"}
     server.rules = {"x.npz.json": dict(code=403)}
     path, _ = _fetch(server.url("x.npz"))
@@ -301,15 +318,15 @@ def test_file_without_json_and_safetensors_with_timms_config(server):
     assert not (path.parent / "model.safetensors.json").exists()
 
 
-def test_connection_that_breaks_off_is_taken_up_where_it_ended(server):
+def test_interrupted_download_resumes(server):
     server.files = {"x.npz": DATA}
     server.rules = {"x.npz": dict(at_most=2000)}
     path, _ = _fetch(server.url("x.npz"))
     assert path.read_bytes() == DATA
-    assert server.asked[:3] == [("x.npz", 0), ("x.npz", 2000), ("x.npz", 4000)]
+    assert server.requests[:3] == [("x.npz", 0), ("x.npz", 2000), ("x.npz", 4000)]
 
 
-def test_server_that_knows_no_ranges_begins_again(server):
+def test_download_without_range_support_restarts(server):
     server.files = {"x.npz": DATA}
     server.rules = {"x.npz": dict(at_most=3000, no_range=True)}
     with pytest.raises(UserError, match=r"3,000 of 5,120 .* 4 "):
@@ -317,7 +334,7 @@ def test_server_that_knows_no_ranges_begins_again(server):
     assert _cached() == [".lock"]
 
 
-def test_length_that_the_server_does_not_tell(server):
+def test_download_of_unknown_length_completes(server):
     server.files, server.rules = {"x.npz": DATA}, {"x.npz": dict(no_length=True)}
     assert _fetch(server.url("x.npz"))[0].read_bytes() == DATA
 
@@ -335,69 +352,69 @@ def test_length_that_the_server_does_not_tell(server):
     ],
     ids=str,
 )
-def test_what_does_not_come_whole_leaves_nothing(server, rule, message):
+def test_failed_download_leaves_no_file(server, rule, message):
     server.files, server.rules = {"x.npz": DATA, "x.npz.json": b"{}"}, {"x.npz": rule}
     with pytest.raises(UserError, match=message):
         remote.fetch(server.url("x.npz"), log=print)
     assert _cached() == [".lock"]
 
 
-def test_json_that_fails_leaves_nothing(server):
-    """Weights must not be cached without the JSON that says what they are."""
+def test_failed_json_download_leaves_no_file(server):
+    """Weights must not be cached without the JSON file that describes them."""
     server.files, server.rules = {"x.npz": DATA}, {"x.npz.json": dict(code=500)}
     with pytest.raises(UserError, match=r"x.npz.json.* 500"):
         remote.fetch(server.url("x.npz"), log=print)
     assert _cached() == [".lock"]
 
 
-def test_no_network_and_other_kinds_of_files(server):
-    with http.server.HTTPServer(("127.0.0.1", 0), _Handler) as other:
-        closed = f"http://127.0.0.1:{other.server_address[1]}/x.npz"
+def test_refused_connection_and_unsupported_suffix_are_errors(server):
+    with http.server.HTTPServer(("127.0.0.1", 0), _Handler) as closed_server:
+        closed_url = f"http://127.0.0.1:{closed_server.server_address[1]}/x.npz"
     with pytest.raises(UserError, match="Connection refused"):
-        remote.fetch(closed, log=print)
+        remote.fetch(closed_url, log=print)
     for name in ("pytorch_model.bin", "mixer.pth", ""):
         with pytest.raises(UserError, match=r"\.npz or \.safetensors"):
             remote.fetch(server.url(name), log=print)
-    assert not server.asked
+    assert not server.requests
 
 
-def test_cache_that_cannot_be_written(server, tmp_path):
+def test_unwritable_cache_is_an_error(server, tmp_path):
     server.files = {"x.npz": DATA}
     (tmp_path / "cache").write_text("a file is in the way")
     with pytest.raises(UserError, match=r"Not a directory.*XDG_CACHE_HOME"):
         remote.fetch(server.url("x.npz"), log=print)
 
 
-def test_second_process_waits_for_the_first_and_takes_its_file(server, monkeypatch):
+def test_second_process_waits_and_uses_the_first_download(server, monkeypatch):
     import fcntl
 
     server.files = {"x.npz": DATA}
     path, _ = _fetch(server.url("x.npz"))
     path.unlink()
-    server.asked.clear()
+    server.requests.clear()
     lock = fcntl.flock
 
-    def first_one_is_done(file, operation):
+    def flock_after_download(file, operation):
         lock(file, operation)
         path.write_bytes(b"from the first")
 
-    monkeypatch.setattr(fcntl, "flock", first_one_is_done)
+    monkeypatch.setattr(fcntl, "flock", flock_after_download)
     assert remote.fetch(server.url("x.npz"), log=print).read_bytes() == b"from the first"
-    assert not server.asked
+    assert not server.requests
 
 
-def test_progress_bar_goes_to_a_terminal_on_stderr(server, monkeypatch, capsys):
+def test_progress_bar_is_drawn_on_a_terminal_only(server, monkeypatch, capsys):
     server.files = {"x.npz": DATA}
     remote.fetch(server.url("x.npz"), log=lambda line: None)
     out, err = capsys.readouterr()
     assert out == err == ""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal then
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich assume a terminal
     remote.fetch(server.url("x.npz?again"), log=lambda line: None)
     out, err = capsys.readouterr()
     assert out == "" and "x.npz" in err
 
 
-def test_what_is_remote(tmp_path, monkeypatch):
+def test_is_remote_file_accepts_urls_and_short_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("B/16-i1k", "https://h/x.npz", "hf://a/b", "gs://b/x.npz", "gs://b/x.safetensors"):
         assert remote.is_remote_file(path)
@@ -410,20 +427,20 @@ def test_what_is_remote(tmp_path, monkeypatch):
 
 @pytest.fixture
 def storage(tmp_path, monkeypatch):
-    """gs://bucket is a folder of this machine."""
+    """Maps gs://bucket to a local folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bucket = tmp_path / "bucket"
     bucket.mkdir()
-    real = remote.epath.Path
+    epath_class = remote.epath.Path
 
     def path(address):
-        return real(str(address).replace("gs://bucket", str(bucket)))
+        return epath_class(str(address).replace("gs://bucket", str(bucket)))
 
     monkeypatch.setattr(remote, "epath", types.SimpleNamespace(Path=path, PathLike=str))
     return bucket
 
 
-def test_cloud_storage(storage):
+def test_weights_are_copied_from_cloud_storage(storage):
     (storage / "x.npz").write_bytes(DATA)
     (storage / "x.npz.json").write_text("{}")
     path, line = _fetch("gs://bucket/x.npz")
@@ -440,7 +457,7 @@ def test_cloud_storage(storage):
         (RuntimeError("no credentials\nmore"), "no credentials$"),
     ],
 )
-def test_cloud_storage_that_fails(storage, monkeypatch, error, message):
+def test_cloud_storage_failure_is_one_line_of_error(storage, monkeypatch, error, message):
     def path(address):
         raise error
 
@@ -452,11 +469,11 @@ def test_cloud_storage_that_fails(storage, monkeypatch, error, message):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A huggingface_hub with one repository, with the errors of version 1."""
+    """Stands in for huggingface_hub 1.x, with one repository and the library's errors."""
     folder = tmp_path / "models--timm--mixer_b16_224.goog_in21k" / "snapshots" / "0a"
     folder.mkdir(parents=True)
     errors = types.ModuleType("huggingface_hub.errors")
-    for name, bases in (
+    for name, base_classes in (
         ("EntryNotFoundError", (Exception,)),
         ("LocalEntryNotFoundError", (FileNotFoundError,)),
         ("HfHubHTTPError", (OSError,)),
@@ -464,7 +481,9 @@ def hub(tmp_path, monkeypatch):
         ("GatedRepoError", ("RepositoryNotFoundError",)),
         ("HFValidationError", (ValueError,)),
     ):
-        bases = tuple(getattr(errors, base) if isinstance(base, str) else base for base in bases)
+        bases = tuple(
+            getattr(errors, base) if isinstance(base, str) else base for base in base_classes
+        )
         if name == "LocalEntryNotFoundError":
             bases += (errors.EntryNotFoundError,)
         setattr(errors, name, type(name, bases, {}))
@@ -487,7 +506,7 @@ def hub(tmp_path, monkeypatch):
     return module
 
 
-def test_hub(hub):
+def test_weights_are_downloaded_from_the_hub(hub):
     (hub.folder / "model.safetensors").write_bytes(DATA)
     (hub.folder / "config.json").write_text("{}")
     path, line = _fetch("hf://timm/mixer_b16_224.goog_in21k")
@@ -497,7 +516,7 @@ def test_hub(hub):
     assert _fetch("hf://timm/mixer_b16_224.goog_in21k/sub/x.npz")[0].read_bytes() == b"npz"
 
 
-def test_hub_out_of_reach_with_weights_in_the_cache(hub):
+def test_offline_hub_uses_cached_weights_and_names_missing_files(hub):
     (hub.folder / "model.safetensors").write_bytes(DATA)
     (hub.folder / "config.json").write_text("{}")
     hub.fault, hub.offline = hub.errors.LocalEntryNotFoundError("x"), True
@@ -509,7 +528,7 @@ def test_hub_out_of_reach_with_weights_in_the_cache(hub):
     )
 
 
-def test_hub_says_what_is_wrong_in_one_line(hub, monkeypatch):
+def test_hub_failures_are_one_line_of_error(hub, monkeypatch):
     repository = "hf://timm/mixer_b16_224.goog_in21k"
     errors = hub.errors
     for fault, path, message in (
@@ -531,7 +550,7 @@ def test_hub_says_what_is_wrong_in_one_line(hub, monkeypatch):
         remote.fetch(repository, log=print)
 
 
-def test_tensorflow_is_not_needed():
+def test_fetch_does_not_import_tensorflow():
     from helpers import run_python
 
     code = "import sys; sys.modules['tensorflow'] = None; import mixer.weights.fetch; print('fine')"

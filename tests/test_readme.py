@@ -30,7 +30,7 @@ def clone(tmp_path_factory):
 
 def _run(command, clone, timeout=400):
     paths = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]])
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", command],
         cwd=clone,
         env={**os.environ, "PATH": paths, "PYTHONPATH": str(clone)},
@@ -38,8 +38,8 @@ def _run(command, clone, timeout=400):
         text=True,
         timeout=timeout,
     )
-    output = done.stdout + done.stderr
-    assert done.returncode in (0, 1 if "--help" in command else 0), output
+    output = process.stdout + process.stderr
+    assert process.returncode in (0, 1 if "--help" in command else 0), output
     assert "Traceback" not in output
     return output
 
@@ -53,12 +53,12 @@ def test_commands_run_as_written(clone):
         if command.startswith(("source", "#")):
             continue
         outputs.setdefault(command.split("#")[0].strip(), []).append(_run(command, clone))
-    (first, again) = outputs[
+    (trained, resumed) = outputs[
         "python train.py --config=configs/digits.py --workdir=runs/seed1 --config.seed=1"
     ]
-    accuracy = float(re.search(r"test accuracy ([\d.]+)%", first)[1])
+    accuracy = float(re.search(r"test accuracy ([\d.]+)%", trained)[1])
     assert accuracy >= 97.5
-    assert "is at step 2000" in again and f"test accuracy {accuracy:.2f}%" in again
+    assert "is at step 2000" in resumed and f"test accuracy {accuracy:.2f}%" in resumed
     assert {path.name for path in (clone / "runs" / "seed1").iterdir()} >= {
         "checkpoints",
         "curves.png",
@@ -71,10 +71,10 @@ def test_commands_run_as_written(clone):
 @pytest.mark.slow
 def test_python_examples_run(clone):
     for block in _blocks("python"):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", block], cwd=clone, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
 
 
 def test_every_linked_file_exists():
@@ -88,17 +88,17 @@ def test_configs_on_command_lines_can_be_built():
     """With their arguments, as they stand in README and docs."""
     import importlib
 
-    found = set()
+    configs = set()
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        found |= set(
+        configs |= set(
             re.findall(r"--config=configs/([a-z]\w*)\.py(?::([^\s`]+))?", page.read_text())
         )
-    assert len(found) > 15
-    for name, arg in found:
+    assert len(configs) > 15
+    for name, arg in configs:
         importlib.import_module(f"configs.{name}").get_config(arg)
 
 
-def test_documented_keys_and_steps_exist():
+def test_documented_keys_and_ops_exist():
     """Keys in backticks and on command lines of README and docs are keys of the config."""
     from configs import common
     from mixer.data.preprocessing.ops import OPS

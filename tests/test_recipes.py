@@ -1,12 +1,13 @@
-"""The recipes' values against the published ones (REFERENCE.md, section 2), and their arguments."""
+"""Compares the recipes with the published hyperparameters and checks their arguments."""
 
 import importlib
 
 import pytest
 
 from configs import finetune
+from mixer.runs import data as run_data
 
-# Examples of the sets in TFDS. VTAB's test splits have the sizes in its paper's table.
+# Split sizes in TFDS, and the sizes of VTAB's test splits as the VTAB paper gives them.
 SIZES = {
     "caltech101": dict(train=3059, test=6084),
     "cifar10": dict(train=50_000, test=10_000),
@@ -57,7 +58,7 @@ def build(name, arg=""):
 
 
 def resolve(config, num_examples):
-    """The config with its lengths in steps, and its learning rate."""
+    """Returns the config with its lengths in steps, and the learning-rate schedule."""
     from mixer.runs import config as run
     from mixer.training import program
 
@@ -65,8 +66,8 @@ def resolve(config, num_examples):
     return config, program.build_optimizer(config)[0]
 
 
-# The paper's table and REFERENCE's: model, epochs, lr, weight decay, RandAugment's magnitude,
-# mixup, stochastic depth, first bias of the head.
+# From the paper: model, epochs, peak learning rate, weight decay, RandAugment magnitude, mixup
+# alpha, stochastic depth and initial bias of the head.
 PRETRAINING = {
     "mixer_b16_i1k": ("B/16", 300, 1e-3, 0.1, 15, 0.5, 0.1, -6.9),
     "mixer_l16_i1k": ("L/16", 300, 1e-3, 0.1, 15, 0.5, 0.1, -6.9),
@@ -80,7 +81,7 @@ PRETRAINING = {
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_pretraining_is_the_papers(name):
+def test_pretraining_recipe_matches_the_paper(name):
     model, epochs, lr, decay, magnitude, mixup, depth, bias = PRETRAINING[name]
     config = build(name)
     augment = f"|randaugment(2, {magnitude}, mode='published')" if magnitude else ""
@@ -89,48 +90,45 @@ def test_pretraining_is_the_papers(name):
     assert config.dataset.eval_preprocess == (
         "decode|resize_small(256, method='area', published=True)|central_crop(224)"
     )
-    found = config.model
-    assert (found.variant, found.stoch_depth, found.head_bias_init) == (model, depth, bias)
-    found = config.optimizer
-    assert (found.name, found.b1, found.b2, found.grad_clip_norm) == ("adamw", 0.9, 0.999, 1.0)
-    assert (found.peak_lr, found.weight_decay, found.weight_decay_form) == (lr, decay, "lr")
-    assert (config.mixup.alpha, config.mixup.per_example, config.mixup.cutmix_prob) == (
-        mixup,
-        False,
-        0.0,
-    )
+    actual = config.model
+    assert (actual.variant, actual.stoch_depth, actual.head_bias_init) == (model, depth, bias)
+    adamw = config.optimizer
+    assert (adamw.name, adamw.b1, adamw.b2, adamw.grad_clip_norm) == ("adamw", 0.9, 0.999, 1.0)
+    assert (adamw.peak_lr, adamw.weight_decay, adamw.weight_decay_form) == (lr, decay, "lr")
+    assert (config.mixup.alpha, config.mixup.per_example) == (mixup, False)
+    assert config.mixup.cutmix_prob == 0.0
     assert (config.loss, config.global_batch_size) == ("sigmoid", 4096)
     assert (config.total_epochs, config.label_smoothing, config.model.dropout) == (epochs, 0, 0)
 
 
-def test_b16_i1k_takes_the_published_steps_and_learning_rates():
+def test_b16_i1k_has_the_published_steps_and_learning_rates():
     config, schedule = resolve(build("mixer_b16_i1k"), round(0.99 * 1_281_167))
     assert (config.total_steps, config.schedule.warmup_steps) == (92_897, 10_000)
     assert config.eval_every_steps == 2500
     for step, lr in ((0, 0.0), (5000, 0.5e-3), (10_000, 1e-3), (92_897, 1e-8)):
         assert float(schedule(step)) == pytest.approx(lr, rel=1e-3, abs=1e-12), step
     assert float(schedule((10_000 + 92_897) // 2)) == pytest.approx(0.5e-3, rel=1e-3)
-    # The authors' decay of 1e-4 at the peak.
+    # The authors apply a decay of 1e-4 per step at the peak learning rate.
     assert config.optimizer.peak_lr * config.optimizer.weight_decay == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_8_gpus_see_the_same_images_in_warm_up_and_lose_the_same_to_decay(name):
-    (large, _), (small, _) = (
-        resolve(build(name, f"mode={m}"), 10_000_000) for m in ("tpu", "gpu8")
+def test_gpu8_mode_keeps_warmup_images_and_decay_per_image(name):
+    (tpu_config, _), (gpu_config, _) = (
+        resolve(build(name, f"mode={mode}"), 10_000_000) for mode in ("tpu", "gpu8")
     )
-    assert (small.global_batch_size, small.model.dtype) == (1024, "bfloat16")
-    assert small.schedule.warmup_steps == 40_000 == 4 * large.schedule.warmup_steps
-    assert small.total_steps == pytest.approx(4 * large.total_steps, abs=4)
-    assert small.optimizer.peak_lr == pytest.approx(large.optimizer.peak_lr / 2)
+    assert (gpu_config.global_batch_size, gpu_config.model.dtype) == (1024, "bfloat16")
+    assert gpu_config.schedule.warmup_steps == 40_000 == 4 * tpu_config.schedule.warmup_steps
+    assert gpu_config.total_steps == pytest.approx(4 * tpu_config.total_steps, abs=4)
+    assert gpu_config.optimizer.peak_lr == pytest.approx(tpu_config.optimizer.peak_lr / 2)
 
     def decay_per_image(config):
         return config.optimizer.peak_lr * config.optimizer.weight_decay / config.global_batch_size
 
-    assert decay_per_image(small) == pytest.approx(decay_per_image(large))
+    assert decay_per_image(gpu_config) == pytest.approx(decay_per_image(tpu_config))
 
 
-def test_the_records_recipe_keeps_its_proportions():
+def test_record_recipe_scales_its_schedule_with_the_epochs():
     for epochs in (300, 5):
         config, schedule = resolve(build("cifar10", f"recipe=record,epochs={epochs}"), 49_000)
         steps = round(epochs * 49_000 / 128)
@@ -138,9 +136,9 @@ def test_the_records_recipe_keeps_its_proportions():
         assert config.total_steps == steps and warmup == pytest.approx(steps / 60, abs=1)
         assert float(schedule(warmup)) == pytest.approx(1e-3)
         assert float(schedule(steps)) == pytest.approx(2.34e-6)
-    found = config.optimizer
-    assert (found.b1, found.b2, found.weight_decay_form) == (0.9, 0.99, "l2")
-    assert (found.weight_decay, found.grad_clip_norm, config.label_smoothing) == (5e-5, 0, 0.1)
+    adam = config.optimizer
+    assert (adam.b1, adam.b2, adam.weight_decay_form) == (0.9, 0.99, "l2")
+    assert (adam.weight_decay, adam.grad_clip_norm, config.label_smoothing) == (5e-5, 0, 0.1)
     assert (config.mixup.cutmix_alpha, config.mixup.cutmix_prob, config.mixup.alpha) == (1, 0.5, 0)
     crop = "random_crop(32, pad=4)"
     assert config.dataset.train_preprocess == f"decode|{crop}|{crop}|autoaugment_cifar"
@@ -148,7 +146,7 @@ def test_the_records_recipe_keeps_its_proportions():
 
 
 @pytest.mark.parametrize("arg", ["", "recipe=record"])
-def test_the_cifar_model_is_the_records(arg):
+def test_cifar_model_has_the_parameter_count_of_the_record(arg):
     import jax
 
     from mixer.training import program
@@ -164,7 +162,7 @@ def test_the_cifar_model_is_the_records(arg):
 
 
 @pytest.mark.parametrize("dataset", finetune.SETS)
-def test_fine_tuning_is_the_authors(dataset):
+def test_fine_tuning_recipe_matches_the_authors(dataset):
     steps, warmup = {
         "imagenet2012": (20_000, 500),
         "cifar10": (10_000, 500),
@@ -176,16 +174,16 @@ def test_fine_tuning_is_the_authors(dataset):
     config = build("finetune", f"dataset={dataset},lr=0.01,init=weights.npz")
     assert (config.total_steps, config.schedule.warmup_steps) == (steps, warmup)
     assert (config.schedule.decay, config.schedule.final_multiplier) == ("cosine", 0.0)
-    found = config.optimizer
-    assert (found.name, found.b1, found.momentum_dtype) == ("sgd", 0.9, "bfloat16")
-    assert (found.peak_lr, found.weight_decay, found.grad_clip_norm) == (0.01, 0.0, 1.0)
+    sgd = config.optimizer
+    assert (sgd.name, sgd.b1, sgd.momentum_dtype) == ("sgd", 0.9, "bfloat16")
+    assert (sgd.peak_lr, sgd.weight_decay, sgd.grad_clip_norm) == (0.01, 0.0, 1.0)
     assert (config.loss, config.global_batch_size) == ("softmax", 512)
     assert (config.init_from, config.init_head) == ("weights.npz", "auto")
     assert build("finetune").optimizer.peak_lr == 0.03
 
 
 def examples(spec, sizes):
-    """The examples of a split spec as (split, number), by TFDS's own grammar."""
+    """Returns the examples of a split specification as (split, number), parsed by TFDS."""
     from mixer.data.sources.stored import absolute
 
     return {
@@ -196,11 +194,13 @@ def examples(spec, sizes):
 
 
 @pytest.mark.parametrize("dataset", [*finetune.SETS, *(f"vtab/{task}" for task in finetune.VTAB)])
-def test_splits_of_fine_tuning_are_whole_and_apart(dataset):
-    config = build("finetune", f"dataset={dataset}").dataset
-    sizes = SIZES.get(config.name, dict(train=1000, test=100))  # a folder's are the user's
+def test_fine_tuning_splits_are_complete_and_disjoint(dataset):
+    config = build("finetune", f"dataset={dataset}")
+    sizes = SIZES.get(config.dataset.name, dict(train=1000, test=100))  # any for a folder
+    run_data.choose_splits(config, tuple(sizes))
+    config = config.dataset
     train, val, test = (
-        examples(config[f"{which}_split"], sizes) for which in ("train", "val", "test")
+        examples(config[f"{name}_split"], sizes) for name in ("train", "val", "test")
     )
     assert train and val and test
     assert not train & val and not train & test and not val & test
@@ -213,7 +213,7 @@ def test_splits_of_fine_tuning_are_whole_and_apart(dataset):
 
 
 @pytest.mark.parametrize("dataset", [*finetune.SETS, *(f"vtab/{task}" for task in finetune.VTAB)])
-def test_sets_and_labels_of_fine_tuning_are_known(dataset, tmp_path):
+def test_fine_tuning_sets_and_labels_exist_in_tfds(dataset, tmp_path):
     import tensorflow_datasets as tfds
 
     from mixer.data import labels
@@ -223,19 +223,19 @@ def test_sets_and_labels_of_fine_tuning_are_known(dataset, tmp_path):
         return
     features = tfds.builder(config.name, data_dir=tmp_path).info.features
     if config.label_key:
-        derived = labels.DERIVED[config.label_key]
-        assert derived.dataset == config.name
-        assert set(derived.features) <= set(features)
+        derived_label = labels.DERIVED[config.label_key]
+        assert derived_label.dataset == config.name
+        assert set(derived_label.features) <= set(features)
     else:
         assert isinstance(features["label"], tfds.features.ClassLabel)
     assert isinstance(features["image"], tfds.features.Image)
 
 
-def test_vtab_has_its_19_tasks():
+def test_vtab_has_19_tasks():
     assert finetune.VTAB.keys() == VTAB_TEST_SIZES.keys() and len(finetune.VTAB) == 19
 
 
-# Wrong arguments: one line, with what would be accepted.
+# Invalid arguments.
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_vtab_has_its_19_tasks():
         ("folder", "patch=0", "patch=0"),
     ],
 )
-def test_wrong_argument_says_what_is_accepted(name, arg, message):
+def test_invalid_argument_error_lists_accepted_values(name, arg, message):
     with pytest.raises(ValueError, match=message) as error:
         build(name, arg)
     assert "\n" not in str(error.value)

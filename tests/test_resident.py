@@ -1,11 +1,9 @@
-"""Training images that stay on the device: the same run as from a stream, however it is cut."""
+"""Training images that stay on the device: which, in what order, and with the same results."""
 
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 
 import jax
 import multihost
@@ -13,17 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import assert_same_bits, final_state, run_python, tiny_config
+from helpers import (
+    assert_same_bits,
+    final_state,
+    read_reproducible_metrics,
+    run_python,
+    tiny_config,
+)
 from mixer import trainer
 from mixer.data import host_or_device, resident
 from mixer.data.order import Reading
 from mixer.data.preprocessing.spec import parse
 from mixer.errors import UserError
 from mixer.parallel import sharding
-from mixer.parallel.signals import Stopped
 from mixer.runs import config as run
 from mixer.runs import data as run_data
-from mixer.runs.record import read_metrics
 from mixer.training import updates as stepping
 
 STEPS = "decode|resize(8)|random_crop(8, pad=1)|flip_lr"
@@ -37,7 +39,7 @@ def no_curves():
 
 
 def _config(tfds_dir, tmp_path, **values):
-    """198 digits, of which 24 steps take each once or twice, and what is random in an update."""
+    """198 digits for 24 steps, almost two epochs, and every random part of an update."""
     exclude = tmp_path / "exclude.jsonl"
     names = [f"digits-train.tfrecord-00000-of-00001:{number}" for number in (3, 90)]
     exclude.write_text("".join(json.dumps({"example": name}) + "\n" for name in names))
@@ -45,21 +47,14 @@ def _config(tfds_dir, tmp_path, **values):
     config = tiny_config(tfds_dir, **values)
     config.dataset.update(train_split="train[:200]", train_preprocess=STEPS, exclude=str(exclude))
     config.dataset.test_split = ""
-    config.model.dropout = 0.0  # what stochastic depth draws is masks enough
     assert config.mixup.alpha and config.model.stoch_depth and config.optimizer.ema_decay
     assert config.optimizer.accumulate_steps > 1
     return config
 
 
-def _record(workdir):
-    """By step, without what depends on the clock."""
-    rows = read_metrics(workdir)
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
-
-
 @pytest.mark.slow
-def test_a_run_that_was_begun_as_a_stream_stays_one(finished_run, tfds_dir, tmp_path, capsys):
-    """Its first 12 steps draw less than an epoch, these 80 more: "auto" would keep the images."""
+def test_run_that_started_streamed_stays_streamed(finished_run, tfds_dir, tmp_path, capsys):
+    """The first 12 steps draw less than an epoch; "auto" would place the images of 80 steps."""
     path = shutil.copytree(finished_run, tmp_path / "run")
     config = tiny_config(tfds_dir, total_steps=80, log_every_steps=20, eval_every_steps=None)
     config.update(checkpoint=dict(every_steps=80))
@@ -68,7 +63,9 @@ def test_a_run_that_was_begun_as_a_stream_stays_one(finished_run, tfds_dir, tmp_
     assert json.loads((path / "data.json").read_text())["on_device"] is False
 
 
-def test_changed_data_is_refused_before_it_is_read(finished_run, tfds_dir, tmp_path, monkeypatch):
+def test_changed_data_is_refused_before_reading_images(
+    finished_run, tfds_dir, tmp_path, monkeypatch
+):
     path = shutil.copytree(finished_run, tmp_path / "run")
     data = json.loads((path / "data.json").read_text())
     data["splits"]["train"]["fingerprint"] = "other"
@@ -78,7 +75,7 @@ def test_changed_data_is_refused_before_it_is_read(finished_run, tfds_dir, tmp_p
         trainer.train(tiny_config(tfds_dir, total_steps=80), path)
 
 
-def test_images_of_any_size_are_no_batch_for_the_device(tfds_dir, tmp_path):
+def test_device_augmentation_refuses_images_of_varying_size(tfds_dir, tmp_path):
     config = _config(tfds_dir, tmp_path, dataset__on_device="off", dataset__augment_on="device")
     config.dataset.train_preprocess = STEPS.replace("|resize(8)", "")
     with pytest.raises(UserError, match=r"augment_on=device.*'decode'"):
@@ -91,17 +88,17 @@ def _read(config, mode="on", num_drawn=10**6):
 
 
 def test_arrays_are_the_examples_in_order(tfds_dir, tmp_path):
-    """Labels as their steps leave them, wherever these stand; numbers count excluded ones."""
+    """Labels pass through their ops; the numbers count excluded examples."""
     config = _config(tfds_dir, tmp_path)
     config.dataset.train_preprocess = f"{STEPS}|one_hot(10)|value_range(0, 1)"
     examples, _ = _read(config)
     config.dataset.train_preprocess = "decode|one_hot(10)"
     split = run_data.open_split(config, "train", None, augment=True)
-    (whole,) = split.sequential_batches(start=0, stop=198, batch_size=198)
+    (batch,) = split.sequential_batches(start=0, stop=198, batch_size=198)
     assert examples.arrays.keys() == {"image", "label", "number"}
     for name in ("image", "label"):
-        assert examples.arrays[name].dtype == whole[name].dtype
-        np.testing.assert_array_equal(examples.arrays[name], whole[name])
+        assert examples.arrays[name].dtype == batch[name].dtype
+        np.testing.assert_array_equal(examples.arrays[name], batch[name])
     numbers = np.delete(np.arange(200), [3, 90])
     np.testing.assert_array_equal(examples.arrays["number"], numbers)
 
@@ -127,13 +124,13 @@ def _several_labels(tmp_path):
     return config
 
 
-def test_several_labels_are_kept_with_their_weights(tmp_path):
+def test_resident_examples_include_label_weights(tmp_path):
     examples, split = _read(_several_labels(tmp_path))
     assert split.multi_label
     assert examples.arrays.keys() == {"image", "label", "label_weight", "number"}
 
 
-def test_places_and_epochs_are_the_streams_order():
+def test_resident_order_equals_the_streamed_order():
     config = tiny_config()
     split = run_data.open_split(config, "train", None)
     mesh = sharding.make_mesh({})
@@ -160,11 +157,11 @@ def _folder(tmp_path, sizes):
 
 
 def _place(spec, *, side=32, stored_bytes=0, **facts):
-    """Where 100 images lie, of which a run draws 1000, unless the facts say otherwise."""
+    """The placement of 100 images of which a run draws 1000; `facts` override these values."""
     sizes = host_or_device.Sizes((side, side), 100 * 3 * side**2, stored_bytes, 1 << 25)
-    usual = dict(mode="auto", augment_on="auto", backend="gpu", num_processes=1, num_examples=100)
-    usual |= dict(num_drawn=1000, measure=lambda: sizes)
-    return host_or_device.place(parse(spec), **(usual | facts))
+    defaults = dict(mode="auto", augment_on="auto", backend="gpu", num_processes=1)
+    defaults |= dict(num_examples=100, num_drawn=1000, measure=lambda: sizes)
+    return host_or_device.place(parse(spec), **(defaults | facts))
 
 
 FLIP = "decode|resize(32)|flip_lr"
@@ -198,15 +195,15 @@ POLICY = "decode|resize(224)|randaugment(2, 15)"
         (FLIP, dict(stored_bytes=1 << 30, mode="on"), ""),
     ],
 )
-def test_which_images_stay_on_the_device(spec, facts, reason):
+def test_placement_of_training_images(spec, facts, reason):
     decision = _place(spec, **facts)
     assert decision.on_device == (not reason) and re.search(reason, decision.reason)
-    if decision.on_device:  # all that a device can compute is computed there
+    if decision.on_device:  # the device computes every op that it can
         parts = parse(spec).parts
         assert (decision.host, decision.device) == (parts.host, parts.device)
 
 
-def test_sizes_are_not_measured_where_another_rule_decides():
+def test_sizes_are_measured_only_if_no_other_rule_decides():
     assert "on_device=off" in _place(FLIP, mode="off", measure=lambda: pytest.fail("read")).reason
 
 
@@ -221,7 +218,7 @@ def test_sizes_are_not_measured_where_another_rule_decides():
         ("decode|resize(8)", "device", "gpu", ""),
     ],
 )
-def test_which_ops_of_a_stream_the_device_computes(spec, augment_on, backend, device):
+def test_ops_of_a_stream_that_run_on_the_device(spec, augment_on, backend, device):
     decision = host_or_device.stream(
         parse(spec), "a reason", augment_on=augment_on, backend=backend
     )
@@ -229,7 +226,7 @@ def test_which_ops_of_a_stream_the_device_computes(spec, augment_on, backend, de
     assert str(decision.host) == spec.removesuffix(f"|{device}" if device else "")
 
 
-def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
+def test_reason_against_residence_is_named(tmp_path, monkeypatch):
     config = _folder(tmp_path, [8, 8, 8, 9])
     with pytest.raises(
         UserError,
@@ -249,12 +246,12 @@ def test_what_cannot_stay_is_named(tmp_path, monkeypatch):
     config.dataset.train_preprocess = "decode|resize(8)|flip_lr"
     assert not isinstance(_read(config, "auto")[0], str)
     monkeypatch.setattr(host_or_device, "AUTO_BYTES", 1000)
-    assert " 1." in _read(config, "auto")[0]  # kB of PNG; as arrays 784 B
+    assert " 1." in _read(config, "auto")[0]  # kB as PNG, 784 B as arrays
     monkeypatch.setattr(host_or_device, "AUTO_BYTES", 100)
     assert "on_device=auto" in _read(config, "auto")[0] and "100 B" in _read(config, "auto")[0]
 
 
-def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
+def test_remembered_split_is_read_once(tfds_dir, monkeypatch):
     read = []
 
     split = run_data.open_split(tiny_config(tfds_dir), "val", None)
@@ -267,11 +264,11 @@ def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
         return from_storage(self, **part)
 
     monkeypatch.setattr(type(split), "read", counted)
-    how = dict(global_batch_size=64, process_count=1, process_index=0)
-    expected = list(split.eval_batches(**how))
-    next(remembered.eval_batches(**how))  # given up in the middle: not kept
+    shard = dict(global_batch_size=64, process_count=1, process_index=0)
+    expected = list(split.eval_batches(**shard))
+    next(remembered.eval_batches(**shard))  # a pass that ends early is not remembered
     for _ in range(3):
-        actual = list(remembered.eval_batches(**how))
+        actual = list(remembered.eval_batches(**shard))
         assert [batch.keys() for batch in actual] == [batch.keys() for batch in expected]
         for one, other in zip(actual, expected, strict=True):
             for name in one:
@@ -281,7 +278,7 @@ def test_split_that_is_remembered_is_read_once(tfds_dir, monkeypatch):
     assert resident.remember(split) is split and resident.remember(None) is None
 
 
-def test_calls_grow_until_they_take_long_enough():
+def test_steps_per_call_grow_to_the_target_time():
     class Lowered:
         def compile(self):
             return lambda state, examples, order, count: (state + int(count), order)
@@ -302,7 +299,7 @@ def test_calls_grow_until_they_take_long_enough():
     assert source.next(0, 100)[0] == 4
 
 
-def test_calls_end_where_the_host_has_something_to_do():
+def test_calls_end_at_log_checkpoint_and_profile_steps():
     config = tiny_config(total_steps=40, log_every_steps=7, eval_every_steps=None)
     config.update(profile_steps=(17, 19), checkpoint=dict(every_steps=12))
     ends = [0]
@@ -333,15 +330,15 @@ print(max(np.abs(ends[0][k].astype(np.float64) - ends[1][k]).max() for k in ends
 
 
 @pytest.mark.slow
-def test_several_devices_give_the_streams_numbers(tfds_dir, tmp_path):
+def test_resident_run_on_several_devices_equals_streamed(tfds_dir, tmp_path):
     flags = "--xla_force_host_platform_device_count=4"
-    done = run_python("-c", ON_DEVICES, tmp_path, tfds_dir, XLA_FLAGS=flags)
-    assert "stay on the device: 1,257" in done.stdout
-    assert float(done.stdout.split()[-1]) <= 1e-6
+    process = run_python("-c", ON_DEVICES, tmp_path, tfds_dir, XLA_FLAGS=flags)
+    assert "stay on the device: 1,257" in process.stdout
+    assert float(process.stdout.split()[-1]) <= 1e-6
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_streams_numbers(tmp_path):
+def test_resident_run_on_several_processes_equals_streamed(tmp_path):
     command = ("train.py", "--config=tests/tiny_synthetic.py", "--config.total_steps=20")
     for mode in ("off", "on"):
         out = multihost.run(
@@ -356,79 +353,30 @@ def test_several_processes_give_the_streams_numbers(tmp_path):
 # Bits.
 
 
-@pytest.fixture(scope="module")
-def streamed(tmp_path_factory, tfds_dir):
-    path = tmp_path_factory.mktemp("streamed")
-    trainer.train(_config(tfds_dir, path, dataset__on_device="off"), path / "run")
-    return path / "run"
-
-
-@pytest.mark.bitwise
-def test_images_on_the_device_give_the_streams_bits(streamed, tfds_dir, tmp_path, capsys):
-    """The run's second half, 12 steps across the border of an epoch, in calls of several steps."""
-    path = shutil.copytree(streamed, tmp_path / "run")
-    shutil.rmtree(path / "checkpoints" / "24")
-    config = _config(tfds_dir, streamed.parent, dataset__on_device="on", log_every_steps=10)
-    trainer.train(config, path)
-    out = capsys.readouterr().out
-    assert "continuing from step 12" in out and "stay on the device: 198 of 8 x 8 px" in out
-    assert_same_bits(final_state(path), final_state(streamed))
-    rows = [row for row in _record(path) if row["step"] in (20, 24)]
-    assert rows == [row for row in _record(streamed) if row["step"] in (20, 24)]
-
-
 @pytest.mark.slow
 @pytest.mark.bitwise
-def test_run_is_that_of_the_stream_bit_for_bit(streamed, tfds_dir, tmp_path, monkeypatch):
-    """Stopped and continued, its calls ending elsewhere: to log, to evaluate, around a profile."""
-    calls, stopped = [], []
-    next_call = stepping.Resident.next
-
-    def record_call(self, step, max_count):
-        count, update = next_call(self, step, max_count)
-        calls.append((step, count))
-        if step >= 7 and not stopped:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stopped.append(step + count)
-        return count, update
-
-    monkeypatch.setattr(stepping.Resident, "next", record_call)
-    monkeypatch.setattr(stepping, "CALL_SECS", 600.0)  # grows, however slow this machine is
-    with pytest.raises(Stopped):
-        trainer.train(_config(tfds_dir, tmp_path, log_every_steps=10), tmp_path / "run")
-    assert max(count for _, count in calls) > 1
-    assert (tmp_path / "run" / "checkpoints" / str(stopped[0])).is_dir()
-    trainer.train(_config(tfds_dir, tmp_path, profile_steps=(14, 17)), tmp_path / "run")
-    assert_same_bits(final_state(tmp_path / "run"), final_state(streamed))
-    rows = [row for row in _record(tmp_path / "run") if row["step"] > 10]
-    assert rows == [row for row in _record(streamed) if row["step"] > 10]
-    assert {12, 13, 17, 24} <= {step + count for step, count in calls}
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-
-
-@pytest.mark.slow
-@pytest.mark.bitwise
-def test_images_of_several_labels_train_as_streamed(tmp_path):
-    """Their labels and weights are drawn with the images."""
+def test_resident_multi_label_run_equals_streamed_bitwise(tmp_path):
+    """The images' labels and weights are drawn with them."""
     config = _several_labels(tmp_path)
-    trainer.train(config, tmp_path / "kept")
+    trainer.train(config, tmp_path / "resident")
     config.dataset.on_device = "off"
     trainer.train(config, tmp_path / "streamed")
-    assert_same_bits(final_state(tmp_path / "kept"), final_state(tmp_path / "streamed"))
+    assert_same_bits(final_state(tmp_path / "resident"), final_state(tmp_path / "streamed"))
 
 
 @pytest.mark.slow
 @pytest.mark.bitwise
-def test_nothing_of_the_update_is_compiled_with_the_augmentation(tfds_dir, tmp_path, capsys):
-    """Mixing is what a compiler would join with it, and round otherwise."""
+def test_augmentation_on_the_device_does_not_change_the_update(tfds_dir, tmp_path, capsys):
+    """XLA could fuse mixing with the augmentation and round differently."""
     config = _config(tfds_dir, tmp_path, dataset__on_device="off")
     config.mixup.update(cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.sam_rho = 0.05
     trainer.train(config, tmp_path / "stream")
+    stream_metrics = read_reproducible_metrics(tmp_path / "stream")
     for on_device, augment_on in (("on", "auto"), ("off", "device")):
         config.dataset.update(on_device=on_device, augment_on=augment_on)
         trainer.train(config, tmp_path / on_device)
         assert_same_bits(final_state(tmp_path / on_device), final_state(tmp_path / "stream"))
-        assert _record(tmp_path / on_device) == _record(tmp_path / "stream")
+        assert read_reproducible_metrics(tmp_path / on_device) == stream_metrics
     out = capsys.readouterr().out
     assert "on_device=off" in out and "random_crop(8, pad=1)|flip_lr\n" in out

@@ -1,4 +1,4 @@
-"""Weights for another image size: the paper's growth, and interpolation."""
+"""Tests resizing weights for another image size, by the paper's growth and by interpolation."""
 
 import jax
 import ml_dtypes
@@ -15,7 +15,7 @@ SMALL = dict(patch_size=P, hidden_dim=8, num_blocks=2, channels_mlp_dim=12, num_
 
 
 def random_params(model, size, seed=0):
-    """Flat parameters, every leaf random and none zero."""
+    """Returns flat parameters with random, nonzero values."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *size, 3), np.float32))
     rng = np.random.default_rng(seed)
     return {
@@ -25,12 +25,12 @@ def random_params(model, size, seed=0):
 
 
 def outputs(params, images, gelu="tanh"):
-    """The last block, pre-logits and logits of flat parameters; the token MLP's width is theirs."""
+    """Returns last-block tokens, pre-logits and logits; the token MLP's width is inferred."""
     width = len(params["MixerBlock_0/token_mixing/Dense_0/bias"])
     model = make_model(**SMALL, tokens_mlp_dim=width, gelu=gelu)
     tree = traverse_util.unflatten_dict(params, sep="/")
-    logits, out = jax.jit(model.apply)({"params": tree}, images)
-    return np.asarray(out["block_1"]), np.asarray(out["pre_logits"]), np.asarray(logits)
+    logits, blocks = jax.jit(model.apply)({"params": tree}, images)
+    return np.asarray(blocks["block_1"]), np.asarray(blocks["pre_logits"]), np.asarray(logits)
 
 
 def grow_all(params, grid, factors):
@@ -55,7 +55,7 @@ def random_images(n, size):
         pytest.param((2, 3), (3, 3), "tanh", marks=pytest.mark.slow),
     ],
 )
-def test_grown_model_is_the_mean_over_the_tiles(grid, factors, gelu):
+def test_grown_model_averages_over_the_tiles(grid, factors, gelu):
     size = (grid[0] * P, grid[1] * P)
     model = make_model(**SMALL, tokens_mlp_dim=7, gelu=gelu)
     params = random_params(model, size)
@@ -66,23 +66,23 @@ def test_grown_model_is_the_mean_over_the_tiles(grid, factors, gelu):
 
     grown = grow_all(params, grid, factors)
     tokens, *large_outputs = outputs(grown, images, gelu)
-    # The last LayerNorm removes what b2 adds, so that only the tokens show where it went.
+    # Compares tokens too: the last LayerNorm would hide a misplaced bias of the token MLP.
     tokens = tokens.reshape(3, k_h, grid[0], k_w, grid[1], -1).swapaxes(2, 3)
     np.testing.assert_allclose(tokens.reshape(tile_tokens.shape), tile_tokens, rtol=0, atol=1e-4)
-    for large, small in zip(large_outputs, tile_outputs, strict=True):
-        mean = small.reshape(3, k_h * k_w, -1).mean(1)
+    for actual, per_tile in zip(large_outputs, tile_outputs, strict=True):
+        mean = per_tile.reshape(3, k_h * k_w, -1).mean(1)
         assert np.abs(mean).max() > 0.1
-        np.testing.assert_allclose(large, mean, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(actual, mean, rtol=0, atol=1e-4)
 
 
-def test_growing_twice_by_two_is_growing_by_four():
+def test_growing_twice_by_two_equals_growing_by_four():
     grid = (1, 2)
     params = random_params(make_model(**SMALL, tokens_mlp_dim=3), (P, 2 * P))
     images = random_images(2, (4 * P, 8 * P))
-    twice = grow_all(grow_all(params, grid, (2, 2)), (2, 4), (2, 2))
-    once = grow_all(params, grid, (4, 4))
-    for one, other in zip(outputs(twice, images), outputs(once, images), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    actual_outputs = outputs(grow_all(grow_all(params, grid, (2, 2)), (2, 4), (2, 2)), images)
+    expected_outputs = outputs(grow_all(params, grid, (4, 4)), images)
+    for actual, expected in zip(actual_outputs, expected_outputs, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("leaf", ["Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel"])
@@ -94,44 +94,46 @@ def test_growth_copies_bits_and_keeps_the_dtype(leaf):
     assert grown.dtype == ml_dtypes.bfloat16
     values, counts = np.unique(grown.view(np.uint16), return_counts=True)
     expected = np.concatenate([bits.ravel()] * 2)
-    zeros = grown.size - expected.size
-    assert (counts[0] if values[0] == 0 else 0) == zeros
-    np.testing.assert_array_equal(np.sort(grown.view(np.uint16).ravel())[zeros:], np.sort(expected))
+    num_zeros = grown.size - expected.size
+    assert (counts[0] if values[0] == 0 else 0) == num_zeros
+    np.testing.assert_array_equal(
+        np.sort(grown.view(np.uint16).ravel())[num_zeros:], np.sort(expected)
+    )
 
 
 @pytest.mark.parametrize(
     "name", ["stem/kernel", "MixerBlock_0/channel_mixing/Dense_0/kernel", "head/bias"]
 )
-def test_other_leaves_are_returned_as_they_are(name):
+def test_other_parameters_are_returned_unchanged(name):
     array = np.ones((4, 4), np.float32)
     assert mlp_mixer.grow(name, array, grid=(2, 2), new_grid=(4, 4)) is array
     assert mlp_mixer.interpolate(name, array, grid=(2, 2), new_grid=(3, 3)) is array
 
 
-def test_factors():
+def test_growth_factors_are_integers_per_dimension():
     assert resize.growth_factors((224, 224), (448, 672), 16) == (2, 3)
     assert resize.growth_factors((224, 224), (224, 224), 16) == (1, 1)
     assert resize.growth_factors((224, 160), (224, 320), 16) == (1, 2)
 
 
 @pytest.mark.parametrize(
-    ("new", "near"),
+    ("new_size", "nearest"),
     [
         ((384, 384), "(224 or 448) x (224 or 448)"),
         ((448, 500), "448 x (448 or 672)"),
         ((112, 224), " 224 x 224"),
     ],
 )
-def test_sizes_that_cannot_be_grown_to_are_refused(new, near):
+def test_non_integer_growth_factors_are_an_error(new_size, nearest):
     with pytest.raises(UserError) as error:
-        resize.growth_factors((224, 224), new, 16)
+        resize.growth_factors((224, 224), new_size, 16)
     message = str(error.value)
-    assert f"{new[0]} x {new[1]}" in message and near in message
+    assert f"{new_size[0]} x {new_size[1]}" in message and nearest in message
     assert "interpolat" in message and " 16" in message
 
 
 def token_leaves(grid, width, seed=0):
-    """Random weights of a token MLP by name."""
+    """Returns random weights of a token MLP, by name."""
     rng = np.random.default_rng(seed)
     tokens = grid[0] * grid[1]
     shapes = {
@@ -149,50 +151,56 @@ def token_leaves(grid, width, seed=0):
 @pytest.mark.parametrize(
     ("grid", "new_grid"), [((3, 4), (5, 7)), ((7, 6), (4, 3)), ((4, 4), (8, 3))]
 )
-def test_interpolation_keeps_what_even_tokens_give(grid, new_grid):
-    """Tokens all alike: the same hidden units; weights alike for all tokens: the same output."""
-    old = token_leaves(grid, width=9)
-    new = {
+def test_interpolation_keeps_the_output_for_equal_tokens(grid, new_grid):
+    """Equal tokens give the same hidden units, and equal weights give the same output."""
+    params = token_leaves(grid, width=9)
+    new_params = {
         name: mlp_mixer.interpolate(name, array, grid=grid, new_grid=new_grid)
-        for name, array in old.items()
+        for name, array in params.items()
     }
     for name, leaf in token_leaves(new_grid, width=9).items():
-        assert new[name].shape == leaf.shape and new[name].dtype == np.float32, name
+        assert new_params[name].shape == leaf.shape and new_params[name].dtype == np.float32, name
     kernel = "MixerBlock_0/token_mixing/Dense_0/kernel"
-    field = np.full((2, old[kernel].shape[0]), 1.7, np.float32)
-    new_field = np.full((2, new[kernel].shape[0]), 1.7, np.float32)
-    np.testing.assert_allclose(new_field @ new[kernel], field @ old[kernel], rtol=0, atol=1e-5)
+    tokens = np.full((2, params[kernel].shape[0]), 1.7, np.float32)
+    new_tokens = np.full((2, new_params[kernel].shape[0]), 1.7, np.float32)
+    np.testing.assert_allclose(
+        new_tokens @ new_params[kernel], tokens @ params[kernel], rtol=0, atol=1e-5
+    )
 
     kernel = "MixerBlock_0/token_mixing/Dense_1/kernel"
-    even = np.repeat(old[kernel][:, :1], old[kernel].shape[1], axis=1)
-    even = mlp_mixer.interpolate(kernel, even, grid=grid, new_grid=new_grid)
-    np.testing.assert_allclose(even, np.repeat(old[kernel][:, :1], even.shape[1], 1), atol=1e-6)
+    column = params[kernel][:, :1]
+    equal_columns = np.repeat(column, params[kernel].shape[1], axis=1)
+    resized = mlp_mixer.interpolate(kernel, equal_columns, grid=grid, new_grid=new_grid)
+    np.testing.assert_allclose(resized, np.repeat(column, resized.shape[1], 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("new_grid", [(6, 10), (2, 3)])
-def test_interpolation_is_the_resizing_of_images(new_grid):
-    """Dense_1 is resized as an image is; Dense_0 sees the new tokens resized to the old grid."""
+def test_interpolation_matches_image_resizing(new_grid):
+    """Dense_1 is resized like an image, and Dense_0 acts on tokens resized to the old grid."""
     grid = (3, 5)
     leaves = token_leaves(grid, width=4)
-    new = {
+    new_arrays = {
         name.removeprefix("MixerBlock_0/token_mixing/"): mlp_mixer.interpolate(
             name, array, grid=grid, new_grid=new_grid
         )
         for name, array in leaves.items()
     }
-    old = list(leaves.values())
-    image = jax.image.resize(old[2].reshape(4, *grid), (4, *new_grid), "bilinear")
-    np.testing.assert_allclose(new["Dense_1/kernel"].reshape(image.shape), image, atol=1e-5)
-    image = jax.image.resize(old[3].reshape(grid), new_grid, "bilinear")
-    np.testing.assert_allclose(new["Dense_1/bias"].reshape(image.shape), image, atol=1e-5)
+    arrays = list(leaves.values())
+    image = jax.image.resize(arrays[2].reshape(4, *grid), (4, *new_grid), "bilinear")
+    np.testing.assert_allclose(new_arrays["Dense_1/kernel"].reshape(image.shape), image, atol=1e-5)
+    image = jax.image.resize(arrays[3].reshape(grid), new_grid, "bilinear")
+    np.testing.assert_allclose(new_arrays["Dense_1/bias"].reshape(image.shape), image, atol=1e-5)
 
     tokens = np.random.default_rng(1).normal(size=new_grid).astype(np.float32)
     resized = np.asarray(jax.image.resize(tokens, grid, "bilinear"))
     np.testing.assert_allclose(
-        tokens.ravel() @ new["Dense_0/kernel"], resized.ravel() @ old[0], rtol=0, atol=1e-5
+        tokens.ravel() @ new_arrays["Dense_0/kernel"],
+        resized.ravel() @ arrays[0],
+        rtol=0,
+        atol=1e-5,
     )
 
 
-def test_interpolation_to_the_same_size_changes_nothing():
+def test_interpolation_to_the_same_size_is_the_identity():
     for name, array in token_leaves((3, 4), width=5).items():
         assert mlp_mixer.interpolate(name, array, grid=(3, 4), new_grid=(3, 4)) is array

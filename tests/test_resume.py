@@ -1,4 +1,4 @@
-"""What a restart decides, one decision per test, without training."""
+"""Tests the decisions of a restart, one per test, without training."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from mixer.runs.resume import SavedRun
 
 
 def _run(path, steps=()):
-    """An open run directory with checkpoints of `steps`."""
+    """Returns a stand-in for an open run directory with checkpoints at `steps`."""
     return types.SimpleNamespace(path=path, checkpoints=types.SimpleNamespace(steps=list(steps)))
 
 
@@ -37,17 +37,17 @@ def _prepare(config, workdir, **options):
         return resume.prepare(config, run, sharding.make_mesh(config.mesh), **options)
 
 
-def test_directory_without_a_checkpoint_binds_nothing(copied_run):
+def test_saved_files_are_ignored_without_a_checkpoint(copied_run):
     assert resume.read_saved(_run(copied_run), allow_config_change=False) == SavedRun(None, None)
 
 
-def test_saved_config_and_data_bind_a_run_with_checkpoints(copied_run):
+def test_run_with_checkpoints_reads_its_saved_config_and_data(copied_run):
     saved_run = resume.read_saved(_run(copied_run, [12]), allow_config_change=False)
     assert saved_run.config["total_steps"] == 12 and saved_run.data["num_readers"] == 1
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_missing_file_of_a_run_is_refused_unless_changes_are_allowed(copied_run, name):
+def test_missing_run_file_is_an_error_unless_changes_are_allowed(copied_run, name):
     (copied_run / name).unlink()
     with pytest.raises(UserError, match=name):
         resume.read_saved(_run(copied_run, [12]), allow_config_change=False)
@@ -56,21 +56,22 @@ def test_missing_file_of_a_run_is_refused_unless_changes_are_allowed(copied_run,
 
 
 @pytest.mark.parametrize(
-    ("total_steps", "saved", "expected"),
+    ("total_steps", "checkpoint_steps", "expected"),
     [(13, [4, 8, 12], True), (12, [12], False), (13, [4, 8], False), (11, [12], False)],
 )
-def test_run_is_extended_if_it_had_finished_and_gets_more_steps(total_steps, saved, expected):
+def test_finished_run_with_more_steps_is_extended(total_steps, checkpoint_steps, expected):
     saved_run = SavedRun({"total_steps": 12}, {})
-    assert resume.extends(saved_run, tiny_config(total_steps=total_steps), saved) == expected
-    assert not resume.extends(SavedRun(None, None), tiny_config(), saved)
+    config = tiny_config(total_steps=total_steps)
+    assert resume.extends(saved_run, config, checkpoint_steps) == expected
+    assert not resume.extends(SavedRun(None, None), tiny_config(), checkpoint_steps)
 
 
-def test_changed_config_is_refused_by_key_and_values(tmp_path):
-    old = json.loads(json.dumps(tiny_config().to_dict()))
-    changed = tiny_config(optimizer__peak_lr=0.5, log_every_steps=5)
+def test_config_change_is_an_error_with_key_and_values(tmp_path):
+    saved_config = json.loads(json.dumps(tiny_config().to_dict()))
+    new_config = tiny_config(optimizer__peak_lr=0.5, log_every_steps=5)
     with pytest.raises(UserError, match=r"optimizer\.peak_lr: 0\.003 -> 0\.5") as error:
-        resume.check_same_config(_run(tmp_path), old, changed, is_extended=False)
-    assert "log_every_steps" not in str(error.value)  # binds nothing
+        resume.check_same_config(_run(tmp_path), saved_config, new_config, is_extended=False)
+    assert "log_every_steps" not in str(error.value)  # this key may change
 
 
 def test_run_begun_before_the_published_form_keeps_its_preprocessing():
@@ -91,56 +92,56 @@ def test_run_begun_before_the_published_form_keeps_its_preprocessing():
     assert "mode='published'" in recipe.dataset.train_preprocess
 
 
-def test_extension_may_change_the_lengths_alone(tmp_path):
-    old = json.loads(json.dumps(tiny_config().to_dict()))
-    longer = tiny_config(total_steps=24, schedule__warmup_steps=4)
-    resume.check_same_config(_run(tmp_path), old, longer, is_extended=True)
+def test_extension_may_change_only_the_lengths(tmp_path):
+    saved_config = json.loads(json.dumps(tiny_config().to_dict()))
+    longer_config = tiny_config(total_steps=24, schedule__warmup_steps=4)
+    resume.check_same_config(_run(tmp_path), saved_config, longer_config, is_extended=True)
     with pytest.raises(UserError, match="total_steps: 12 -> 24"):
-        resume.check_same_config(_run(tmp_path), old, longer, is_extended=False)
-    longer.schedule.decay = "linear"
+        resume.check_same_config(_run(tmp_path), saved_config, longer_config, is_extended=False)
+    longer_config.schedule.decay = "linear"
     with pytest.raises(UserError, match=r"schedule\.decay"):
-        resume.check_same_config(_run(tmp_path), old, longer, is_extended=True)
+        resume.check_same_config(_run(tmp_path), saved_config, longer_config, is_extended=True)
 
 
 @pytest.mark.parametrize(
-    ("begun_data", "num_processes", "batch_size", "expected"),
+    ("saved_data", "num_processes", "batch_size", "expected"),
     [
-        (None, 4, 16, 4),  # a new run: its own processes
-        ({"num_readers": 2}, 4, 16, 2),  # a restart on more processes: those that began it
-        ({"splits": {}}, 4, 16, 1),  # older code saved no number: it read with one process
-        ({"num_readers": 3}, 4, 16, 4),  # a new batch size that the number does not divide
+        (None, 4, 16, 4),  # a new run: one reader per process
+        ({"num_readers": 2}, 4, 16, 2),  # a restart on more processes: the readers stay
+        ({"splits": {}}, 4, 16, 1),  # older code saved no number and read with one process
+        ({"num_readers": 3}, 4, 16, 4),  # three readers do not divide the new batch size
     ],
 )
-def test_order_assumes_the_processes_that_began_the_run(
-    begun_data, num_processes, batch_size, expected, capsys
+def test_number_of_readers_is_that_of_the_saved_run(
+    saved_data, num_processes, batch_size, expected, capsys
 ):
     config = tiny_config(global_batch_size=batch_size)
-    assert resume.choose_readers(config, begun_data, num_processes) == expected
+    assert resume.choose_readers(config, saved_data, num_processes) == expected
     assert ("batch size has changed" in capsys.readouterr().out) == (
-        begun_data == {"num_readers": 3}
+        saved_data == {"num_readers": 3}
     )
 
 
 @pytest.mark.parametrize(
-    ("on_device", "begun_data", "is_read"),
+    ("on_device", "saved_data", "is_resident"),
     [
         ("auto", None, True),
         ("auto", {"on_device": True}, True),
-        ("auto", {"splits": {}}, True),  # older code did not say
+        ("auto", {"splits": {}}, True),  # older code did not save the choice
         ("auto", {"on_device": False}, False),
-        ("on", {"on_device": False}, True),  # the user insists
+        ("on", {"on_device": False}, True),  # the user's flag takes precedence
     ],
 )
-def test_run_that_streamed_keeps_streaming(on_device, begun_data, is_read, monkeypatch):
+def test_streaming_run_keeps_streaming(on_device, saved_data, is_resident, monkeypatch):
     monkeypatch.setattr(resident, "read", lambda *args, **kwargs: "read")
     examples = resume.read_examples(
         tiny_config(dataset__on_device=on_device),
         lambda: types.SimpleNamespace(train=None),
-        begun_data,
+        saved_data,
         check=lambda split: None,
         should_stop=lambda: False,
     )
-    assert (examples == "read") == is_read and isinstance(examples, str)
+    assert (examples == "read") == is_resident and isinstance(examples, str)
 
 
 def test_restart_restores_the_last_step_and_its_config(copied_run, finished_run, tfds_dir):
@@ -149,31 +150,31 @@ def test_restart_restores_the_last_step_and_its_config(copied_run, finished_run,
     assert start.step == 12 and start.is_extended and start.num_readers == 1
     assert start.config.model.num_classes == 10 and config.model.num_classes is None
     assert start.record["on_device"] == (not isinstance(start.examples, str))
-    saved = final_state(finished_run)
-    assert_same_bits(start.state.params, saved["params"])
+    saved_state = final_state(finished_run)
+    assert_same_bits(start.state.params, saved_state["params"])
 
 
 def test_finished_run_reads_no_examples_and_keeps_its_record(copied_run, tfds_dir):
-    before = json.loads((copied_run / "data.json").read_text())
+    saved_record = json.loads((copied_run / "data.json").read_text())
     start = _prepare(tiny_config(tfds_dir), copied_run)
     assert start.step == 12 and start.examples is None and not start.is_extended
-    assert json.loads(json.dumps(start.record)) == before
+    assert json.loads(json.dumps(start.record)) == saved_record
 
 
-def test_run_beyond_its_length_is_refused(copied_run, tfds_dir):
+def test_total_steps_below_the_checkpoint_is_an_error(copied_run, tfds_dir):
     with pytest.raises(UserError, match=r"step 12.*total_steps=8"):
         _prepare(tiny_config(tfds_dir, total_steps=8), copied_run, allow_config_change=True)
 
 
-def test_nothing_is_written_before_everything_is_decided(tmp_path, tfds_dir):
+def test_prepare_writes_no_config(tmp_path, tfds_dir):
     _prepare(tiny_config(tfds_dir), tmp_path / "new")
     assert not (tmp_path / "new" / "config.json").exists()
 
 
 def test_run_of_older_code_continues(tmp_path):
-    """Written by the code before `mixer/` had packages (7a95569), up to step 8 of 12.
+    """Resumes a run of commit 7a95569, from before `mixer/` had packages, at step 8 of 12.
 
-    `expected.npz` holds what that code had at step 12, on a CPU.
+    `expected.npz` holds that code's parameters at step 12, trained on a CPU.
     """
     with tarfile.open(GOLDENS / "old_run.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")

@@ -1,4 +1,4 @@
-"""Damage and strange things in a run's directory: one line, and no work lost."""
+"""Tests damaged and unexpected files in a run directory: one error line, and no work is lost."""
 
 import contextlib
 import errno
@@ -43,22 +43,22 @@ def _config(**values):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of four steps with two checkpoints; nobody changes it."""
+def trained_run(tmp_path_factory):
+    """A run of four steps with two checkpoints; tests must not modify it."""
     path = tmp_path_factory.mktemp("runs") / "whole"
     trainer.train(_config(), path)
     return path
 
 
 @pytest.fixture
-def copy(trained, tmp_path):
-    """A run of one's own."""
-    shutil.copytree(trained, tmp_path / "run")
+def run_copy(trained_run, tmp_path):
+    """A copy of `trained_run` that a test may modify."""
+    shutil.copytree(trained_run, tmp_path / "run")
     return tmp_path / "run"
 
 
 def _files(directory):
-    """Name and content of every file that is no lock."""
+    """Returns the content of every file but the lock, by relative path."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -66,60 +66,60 @@ def _files(directory):
     }
 
 
-# The JSON files.
+# JSON files.
 
 
-def _edited(key, value):
-    """A change of the key a.b.c of a JSON file; `...` deletes it."""
+def _set_key(key, value):
+    """Returns a function that sets the key a.b.c of a JSON file; a value of `...` deletes it."""
 
     def edit(path):
-        *groups, last = key.split(".")
-        whole = node = json.loads(path.read_text())
+        *groups, leaf_key = key.split(".")
+        values = parent = json.loads(path.read_text())
         for group in groups:
-            node = node[group]
+            parent = parent[group]
         if value is ...:
-            del node[last]
+            del parent[leaf_key]
         else:
-            node[last] = value
-        path.write_text(json.dumps(whole))
+            parent[leaf_key] = value
+        path.write_text(json.dumps(values))
 
     return edit
 
 
-def _content(content):
+def _write_content(content):
     return lambda path: path.write_bytes(content)
 
 
-def _directory(path):
+def _make_directory(path):
     path.unlink()
     path.mkdir()
 
 
-def _pipe(path):
+def _make_pipe(path):
     path.unlink()
     os.mkfifo(path)
 
 
-def _device(path):
+def _link_device(path):
     path.unlink()
     path.symlink_to("/dev/zero")
 
 
 DAMAGE = {
-    "list": _content(b"[1, 2]"),
-    "number": _content(b"3"),
-    "string": _content(b'"text"'),
-    "null": _content(b"null"),
-    "empty": _content(b""),
+    "list": _write_content(b"[1, 2]"),
+    "number": _write_content(b"3"),
+    "string": _write_content(b'"text"'),
+    "null": _write_content(b"null"),
+    "empty": _write_content(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
-    "deep": _content(b"[" * 100_000),
-    "deep and closed": _content(b'{"splits": ' * 400 + b"0" + b"}" * 400),
-    "long number": _content(b'{"seed": ' + b"9" * 5000 + b"}"),
-    "not UTF-8": _content(b'{"loss": "\xff\xfe"}'),
-    "zeros": _content(bytes(100)),
-    "directory": _directory,
-    "pipe": _pipe,
-    "device": _device,
+    "deep": _write_content(b"[" * 100_000),
+    "deep and closed": _write_content(b'{"splits": ' * 400 + b"0" + b"}" * 400),
+    "long number": _write_content(b'{"seed": ' + b"9" * 5000 + b"}"),
+    "not UTF-8": _write_content(b'{"loss": "\xff\xfe"}'),
+    "zeros": _write_content(bytes(100)),
+    "directory": _make_directory,
+    "pipe": _make_pipe,
+    "device": _link_device,
 }
 EDITS = {
     "config.json": [
@@ -182,20 +182,20 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_what_is_no_run_file_is_refused_by_name(trained, tmp_path, name):
-    """Each in one line that says file, key and value; training, which reads all, says the same."""
+def test_invalid_run_file_is_an_error_with_file_key_and_value(trained_run, tmp_path, name):
+    """The error is one line with the file, the key and the value."""
     for file in EDITS:
-        shutil.copy(trained / file, tmp_path)
-    whole = (tmp_path / name).read_bytes()
-    cases = [(damage, change, None, None) for damage, change in DAMAGE.items()]
+        shutil.copy(trained_run / file, tmp_path)
+    content = (tmp_path / name).read_bytes()
+    cases = [(damage_name, damage_file, None, None) for damage_name, damage_file in DAMAGE.items()]
     cases += [
-        (f"{key}={value!r:.20}", _edited(key, value), key, value) for key, value in EDITS[name]
+        (f"{key}={value!r:.20}", _set_key(key, value), key, value) for key, value in EDITS[name]
     ]
-    for case, change, key, value in cases:
-        change(tmp_path / name)
-        with pytest.raises(UserError) as caught:
+    for case, damage_file, key, value in cases:
+        damage_file(tmp_path / name)
+        with pytest.raises(UserError) as error_info:
             READERS[name](tmp_path)
-        line = str(caught.value)
+        line = str(error_info.value)
         assert f"{tmp_path / name}" in line and "\n" not in line and len(line) < 500, case
         assert key is None or key in line, (case, line)
         if key and isinstance(value, str | int | type(None)) and value != 10**400:
@@ -204,68 +204,71 @@ def test_what_is_no_run_file_is_refused_by_name(trained, tmp_path, name):
             (tmp_path / name).rmdir()
         else:
             (tmp_path / name).unlink()
-        (tmp_path / name).write_bytes(whole)
+        (tmp_path / name).write_bytes(content)
         READERS[name](tmp_path)
 
 
 def _evaluate(workdir):
-    opened = [lambda: open_subject(str(workdir), checkpoint_name="last")]
-    report.evaluate(opened, report.Options(splits=["val"]))
+    subjects = [lambda: open_subject(str(workdir), checkpoint_name="last")]
+    report.evaluate(subjects, report.Options(splits=["val"]))
 
 
-def test_programs_tell_damage_of_a_run_in_one_line(copy):
-    """Whoever would read a file on their own would end in a traceback."""
+def test_programs_report_a_damaged_run_in_one_line(run_copy):
+    """Every program that opens a run reports a damaged file and leaves the run unchanged."""
     options = dict(
         weights=None, checkpoint_name="last", output=None, split_name=None, data_dir=None
     )
     programs = (
-        lambda: trainer.train(_config(), copy),
-        lambda: _evaluate(copy),
-        lambda: page.write(workdirs=[str(copy)], image_size=None, log=print, **options),
-        lambda: loading.find(str(copy), log=print),
-        lambda: open_subject(str(copy)),
+        lambda: trainer.train(_config(), run_copy),
+        lambda: _evaluate(run_copy),
+        lambda: page.write(workdirs=[str(run_copy)], image_size=None, log=print, **options),
+        lambda: loading.find(str(run_copy), log=print),
+        lambda: open_subject(str(run_copy)),
     )
     for name in EDITS:
-        whole = (copy / name).read_text()
-        (copy / name).write_text('{"model": 3, "splits": 3, "total_steps": 4}')
-        before = _files(copy)
+        content = (run_copy / name).read_text()
+        (run_copy / name).write_text('{"model": 3, "splits": 3, "total_steps": 4}')
+        files_before = _files(run_copy)
         for program in programs[:2] if name == "results.json" else programs:
             with pytest.raises(UserError, match=name):
                 program()
-        after = _files(copy)
-        assert {key: after[key] for key in before} == before
-        (copy / name).write_text(whole)
-    done = run_program("evaluate.py", f"--workdir={copy}/none")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a run" in done.stderr
+        files_after = _files(run_copy)
+        assert {key: files_after[key] for key in files_before} == files_before
+        (run_copy / name).write_text(content)
+    result = run_program("evaluate.py", f"--workdir={run_copy}/none")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "not a run" in result.stderr
 
 
-def test_class_names_and_model_of_a_run_agree(copy):
-    _edited("class_names", ["a", "b"])(copy / "data.json")
+def test_class_names_must_match_num_classes(run_copy):
+    _set_key("class_names", ["a", "b"])(run_copy / "data.json")
     with pytest.raises(UserError, match=r"model.num_classes=10.* 2 class_names"):
-        run.read_run(copy)
+        run.read_run(run_copy)
 
 
 def _leaves(schema, prefix=""):
-    for key, inner in schema.items():
-        inner = inner.schema if isinstance(inner, run_files.Added) else inner
-        if isinstance(inner, dict):
-            yield from _leaves(inner, f"{prefix}{key}.")
+    for key, value in schema.items():
+        value = value.schema if isinstance(value, run_files.Added) else value
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key
 
 
-def test_schema_has_the_keys_of_the_configs_and_older_runs_are_completed(trained):
-    written = json.loads((trained / "config.json").read_text())
+def test_schema_matches_the_configs_and_completes_older_runs(trained_run):
+    saved_config = json.loads((trained_run / "config.json").read_text())
     assert set(_leaves(run_files.CONFIG)) == set(_leaves(common.base().to_dict()))
-    old = {key: value for key, value in written.items() if key not in ("mixup", "stall_secs")}
-    del old["optimizer"]["ema_decay"], old["dataset"]["label_file"], old["mesh"]["fsdp"]
-    whole = run_files.complete(old)
-    assert whole["mixup"] == written["mixup"] and whole["stall_secs"] == 120
-    assert whole["optimizer"]["ema_decay"] == 0.0 and whole["mesh"]["fsdp"] == 1
-    assert "mixup" not in old  # a continued run is compared by what it was begun with
+    old_keys = saved_config.keys() - {"mixup", "stall_secs"}
+    old_config = {key: saved_config[key] for key in old_keys}
+    for group, key in (("optimizer", "ema_decay"), ("dataset", "label_file"), ("mesh", "fsdp")):
+        del old_config[group][key]
+    config = run_files.complete(old_config)
+    assert config["mixup"] == saved_config["mixup"] and config["stall_secs"] == 120
+    assert config["optimizer"]["ema_decay"] == 0.0 and config["mesh"]["fsdp"] == 1
+    assert "mixup" not in old_config  # the original is compared on resume
 
 
-def test_damaged_lines_of_the_record_are_left_out_with_a_warning(tmp_path):
+def test_damaged_metrics_lines_are_skipped_with_a_warning(tmp_path):
     lines = [b'{"step": 1, "train/loss": 1.0}', b'{"step": 2, "tr', b"[3]", b'"text"', b"null"]
     lines += [b'{"step": "4"}', b'{"train/loss": 1}', b'{"step": -1}', b'{"step": 5, "a": [1]}']
     lines += [
@@ -278,18 +281,18 @@ def test_damaged_lines_of_the_record_are_left_out_with_a_warning(tmp_path):
     lines += [b'{"step": 6, "train/loss": NaN, "train/accuracy": 0.5}', b'{"step": 8, "a": 2}']
     record = tmp_path / "metrics.jsonl"
     record.write_bytes(b"\n".join(lines) + b'\n{"step": 9, "tra')
-    told = []
-    rows = run_files.read_metrics(tmp_path, told.append)
+    warnings = []
+    rows = run_files.read_metrics(tmp_path, warnings.append)
     assert rows[0] == {"step": 1, "train/loss": 1.0}
     assert rows[1:] == [{"step": 6, "train/accuracy": 0.5}, {"step": 8, "a": 2}]
-    assert len(told) == 1 and f"{record}: line 2" in told[0] and "11 more" in told[0]
+    assert len(warnings) == 1 and f"{record}: line 2" in warnings[0] and "11 more" in warnings[0]
     record.unlink()
     record.mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl is a directory"):
         run_files.read_metrics(tmp_path)
 
 
-# What stands in a run that nobody put there.
+# Unexpected entries in a run directory.
 
 
 @pytest.mark.parametrize(
@@ -307,7 +310,7 @@ def test_damaged_lines_of_the_record_are_left_out_with_a_warning(tmp_path):
         (".lock", "pipe"),
     ],
 )
-def test_a_name_of_a_run_that_is_something_else_is_refused(tmp_path, name, kind):
+def test_run_path_of_the_wrong_type_is_an_error(tmp_path, name, kind):
     path = tmp_path / name
     make = {
         "file": path.touch,
@@ -321,29 +324,34 @@ def test_a_name_of_a_run_that_is_something_else_is_refused(tmp_path, name, kind)
         trainer.train(_config(), tmp_path)
 
 
-def test_strange_names_among_checkpoints_are_none(copy):
+def test_only_step_numbers_are_checkpoint_names(run_copy):
     for name in ("²", "١٠", "007", "-3", "3.5", "notes"):
-        (copy / "checkpoints" / name).mkdir()
-    (copy / "checkpoints" / "9").touch()
-    (copy / "state").mkdir()
+        (run_copy / "checkpoints" / name).mkdir()
+    (run_copy / "checkpoints" / "9").touch()
+    (run_copy / "state").mkdir()
     for name in ("last", "4"):
-        assert checkpoint.find_named(copy, name).name == "4"
+        assert checkpoint.find_named(run_copy, name).name == "4"
     for name in ("²", "١٠", "007", "9"):
         with pytest.raises(UserError, match=f"--checkpoint={name}"):
-            checkpoint.find_named(copy, name)
-    assert checkpoint.last_step(copy) == 4 and checkpoint.last_step(copy / "none") is None
+            checkpoint.find_named(run_copy, name)
+    assert checkpoint.last_step(run_copy) == 4 and checkpoint.last_step(run_copy / "none") is None
 
 
-def test_what_killed_writers_left_is_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for name in (f".config.json.{dead.pid}.new", f".results.json.{os.getpid()}.new"):
+def test_unfinished_files_of_dead_writers_are_removed(tmp_path):
+    dead_process = subprocess.Popen([sys.executable, "-c", ""])
+    dead_process.wait()
+    for name in (f".config.json.{dead_process.pid}.new", f".results.json.{os.getpid()}.new"):
         (tmp_path / name).touch()
-    kept = {f".config.json.{os.getppid()}.new", "config.json.new", ".x.new", ".x.5000000000.new"}
-    for name in kept:
+    other_names = {
+        f".config.json.{os.getppid()}.new",
+        "config.json.new",
+        ".x.new",
+        ".x.5000000000.new",
+    }
+    for name in other_names:
         (tmp_path / name).touch()
     files.remove_unfinished(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert {path.name for path in tmp_path.iterdir()} == other_names
 
 
 # Checkpoints.
@@ -359,8 +367,8 @@ ABSTRACT = jax.tree.map(
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Two checkpoints; nobody changes them."""
+def saved_run(tmp_path_factory):
+    """A directory with two checkpoints; tests must not modify it."""
     path = tmp_path_factory.mktemp("saved") / "run"
     with checkpoint.Checkpoints(path / "checkpoints", keep_last=2) as checkpoints:
         for step in (1, 2):
@@ -370,7 +378,7 @@ def saved(tmp_path_factory):
 
 
 def _restore(path):
-    """Step and warnings."""
+    """Returns the restored step and the warnings."""
     lines = []
     with checkpoint.Checkpoints(path / "checkpoints", keep_last=2) as checkpoints:
         return int(checkpoints.restore_latest(ABSTRACT, lines.append)[0].step), lines
@@ -379,25 +387,29 @@ def _restore(path):
 @pytest.mark.parametrize(
     "name", ["a\\b", "$\\frac{", "[0]", "run[1]", "lr=*", "what?", "a\nb", "a\x1bb", "caf\udce9"]
 )
-def test_directories_that_orbax_misreads_are_refused_before_they_are_made(tmp_path, name):
+def test_paths_that_orbax_misreads_are_rejected_before_writing(tmp_path, name):
     workdir = f"{tmp_path}/{name}/run"
-    for make in (
+    for write in (
         lambda: trainer.train(_config(), workdir),
         lambda: checkpoint.Checkpoints(f"{workdir}/checkpoints", keep_last=1),
     ):
-        with pytest.raises(UserError) as caught:
-            make()
-        assert str(caught.value).isprintable()
+        with pytest.raises(UserError) as error_info:
+            write()
+        assert str(error_info.value).isprintable()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_good_run_in_such_a_directory_is_not_called_damaged(saved, tmp_path):
-    for name, is_read in (("a\\b", False), ("caf\udce9", False), ("[0]", True), ("x*", True)):
+def test_run_in_a_path_that_orbax_misreads_is_not_damaged(saved_run, tmp_path):
+    for name, is_readable in (("a\\b", False), ("caf\udce9", False), ("[0]", True), ("x*", True)):
         path = tmp_path / name
-        shutil.copytree(saved, path)
-        with contextlib.nullcontext() if is_read else pytest.raises(UserError, match="whose name"):
+        shutil.copytree(saved_run, path)
+        with (
+            contextlib.nullcontext()
+            if is_readable
+            else pytest.raises(UserError, match="whose name")
+        ):
             checkpoint.restore_params(path, ABSTRACT.params)
-        assert sorted(each.name for each in path.iterdir()) == ["checkpoints"]
+        assert sorted(entry.name for entry in path.iterdir()) == ["checkpoints"]
 
 
 @pytest.mark.parametrize(
@@ -409,35 +421,35 @@ def test_a_good_run_in_such_a_directory_is_not_called_damaged(saved, tmp_path):
         (ValueError("RESOURCE_EXHAUSTED: Out of memory"), True),
         (KeyError(8), False),
         (AssertionError(), False),
-        (RuntimeError("the program's own"), False),
+        (RuntimeError("a bug in this program"), False),
     ],
     ids=str,
 )
-def test_faults_that_are_not_the_checkpoints_move_nothing(
-    saved, tmp_path, monkeypatch, error, is_user_error
+def test_faults_outside_the_checkpoint_move_nothing(
+    saved_run, tmp_path, monkeypatch, error, is_user_error
 ):
-    """Of reading where it is the machine's, of the work with what was read where the program's."""
-    shutil.copytree(saved, tmp_path / "run")
+    """Faults of the machine are user errors and bugs propagate; neither moves a checkpoint."""
+    shutil.copytree(saved_run, tmp_path / "run")
 
     def fail(*args, **kwargs):
         if is_user_error:
-            raise Exception("Orbax's own words") from error
+            raise Exception("a message from Orbax") from error
         raise error
 
     if is_user_error or isinstance(error, RuntimeError):
         monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "restore", fail)
     else:
         monkeypatch.setattr(checkpoint, "fingerprint", fail)
-    before = _files(tmp_path / "run")
-    with pytest.raises(UserError if is_user_error else type(error)) as caught:
+    files_before = _files(tmp_path / "run")
+    with pytest.raises(UserError if is_user_error else type(error)) as error_info:
         _restore(tmp_path / "run")
-    assert not isinstance(caught.value, checkpoint.DamagedError)
-    assert not is_user_error or "could not be read" in str(caught.value)
-    assert _files(tmp_path / "run") == before
+    assert not isinstance(error_info.value, checkpoint.DamagedError)
+    assert not is_user_error or "could not be read" in str(error_info.value)
+    assert _files(tmp_path / "run") == files_before
 
 
-def test_a_backend_that_cannot_start_is_no_damage(saved, tmp_path, monkeypatch):
-    shutil.copytree(saved, tmp_path / "run")
+def test_missing_jax_backend_is_not_checkpoint_damage(saved_run, tmp_path, monkeypatch):
+    shutil.copytree(saved_run, tmp_path / "run")
 
     def fail():
         raise AssertionError
@@ -448,8 +460,8 @@ def test_a_backend_that_cannot_start_is_no_damage(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"init_timestamp_nsecs": "x"}', "[" * 9999])
-def test_orbaxs_file_of_times_may_be_anything(saved, tmp_path, content):
-    shutil.copytree(saved, tmp_path / "run")
+def test_orbax_timestamp_file_may_be_invalid(saved_run, tmp_path, content):
+    shutil.copytree(saved_run, tmp_path / "run")
     (tmp_path / "run/checkpoints/2/_CHECKPOINT_METADATA").write_text(content)
     assert _restore(tmp_path / "run") == (2, [])
 
@@ -462,111 +474,117 @@ def test_orbaxs_file_of_times_may_be_anything(saved, tmp_path, content):
         ("state/manifest.ocdbt", ""),
     ],
 )
-def test_damage_of_a_checkpoint_is_still_moved_aside(saved, tmp_path, file, content):
-    shutil.copytree(saved, tmp_path / "run")
+def test_damaged_checkpoint_is_moved_aside(saved_run, tmp_path, file, content):
+    shutil.copytree(saved_run, tmp_path / "run")
     (tmp_path / "run/checkpoints/2" / file).write_text(content)
     step, lines = _restore(tmp_path / "run")
     assert step == 1 and len(lines) == 1 and "checkpoints/2 is damaged" in lines[0]
     assert [path.name for path in (tmp_path / "run/damaged").iterdir()] == ["2-1"]
 
 
-_WRITES = {"os.mkdir": 0, "os.rename": 1, "open": 0}  # Python's audit events; which has the path
-_watched = {"directory": None, "place": 0, "errno": 0, "operations": []}
+_WRITES = {"os.mkdir": 0, "os.rename": 1, "open": 0}  # audit event: index of its path argument
+_watch = {"directory": None, "first_failure": 0, "errno": 0, "operations": []}
 
 
 def _full_disk(event, arguments):
-    """An audit hook, which nothing removes: write operations fail from one of them on."""
-    if _watched["directory"] is None or event not in _WRITES:
+    """Audit hook that makes writes fail from `first_failure` on; hooks cannot be removed."""
+    # Python still calls the hook at exit, after it has set the names of this module to None.
+    if _watch is None or _watch["directory"] is None or event not in _WRITES:
         return
     path = arguments[_WRITES[event]]
     if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & os.O_CREAT):
         return
-    if _watched["directory"] in str(path):
-        _watched["operations"].append(event)
-        if len(_watched["operations"]) >= _watched["place"]:
-            raise OSError(_watched["errno"], os.strerror(_watched["errno"]), str(path))
+    if _watch["directory"] in str(path):
+        _watch["operations"].append(event)
+        if len(_watch["operations"]) >= _watch["first_failure"]:
+            raise OSError(_watch["errno"], os.strerror(_watch["errno"]), str(path))
 
 
 @contextlib.contextmanager
-def _failing_writes(directory, number, place=1):
-    """Below `directory` every write operation from number `place` on fails with that errno."""
-    if not _watched.setdefault("is_installed", False):
+def _failing_writes(directory, number, first_failure=1):
+    """Makes every write below `directory` fail with an errno, from operation `first_failure` on."""
+    if not _watch.setdefault("is_installed", False):
         sys.addaudithook(_full_disk)
-        _watched["is_installed"] = True
-    _watched.update(directory=str(directory), place=place, errno=number, operations=[])
+        _watch["is_installed"] = True
+    _watch.update(
+        directory=str(directory), first_failure=first_failure, errno=number, operations=[]
+    )
     try:
         yield
     finally:
-        _watched["directory"] = None
+        _watch["directory"] = None
 
 
-def test_a_disk_that_is_full_at_any_moment_of_a_save_ends_it_with_its_reason(saved, tmp_path):
-    """Python's share of the operations; and nobody goes on waiting for what has failed."""
-    for place in (1, 2, 4, 100):
-        path, reason = tmp_path / str(place), None
-        shutil.copytree(saved, path)
+def test_full_disk_ends_a_save_with_the_reason(saved_run, tmp_path):
+    """Covers the writes made by Python, and checks that no Orbax thread is left waiting."""
+    for first_failure in (1, 2, 4, 100):
+        path, reason = tmp_path / str(first_failure), None
+        shutil.copytree(saved_run, path)
         try:
             with (
                 checkpoint.Checkpoints(path / "checkpoints", keep_last=2) as checkpoints,
-                _failing_writes(path, errno.ENOSPC, place),
+                _failing_writes(path, errno.ENOSPC, first_failure),
             ):
                 checkpoints.save(_state(3))
                 checkpoints.wait()
         except UserError as error:
             reason = str(error)
-        if place == 100:
+        if first_failure == 100:
             break
         assert "No space left on device" in reason
         assert f"last complete checkpoint: {path}/checkpoints/" in reason
         assert checkpoint.last_step(path) in (2, 3)
     assert reason is None and checkpoint.last_step(path) == 3
-    assert not [each for each in threading.enumerate() if type(each).__module__[:5] == "orbax"]
+    threads = threading.enumerate()
+    assert not [thread for thread in threads if type(thread).__module__[:5] == "orbax"]
 
 
-# A run whose files go away.
+# Files that disappear during a run.
 
 
-@pytest.mark.parametrize("then", ["removed", "replaced"])
-def test_a_record_or_checkpoints_that_went_away_are_an_error(tmp_path, then):
-    """At the next log step, or at the next save or its end."""
+@pytest.mark.parametrize("fate", ["removed", "replaced"])
+def test_missing_metrics_or_checkpoints_are_an_error(tmp_path, fate):
+    """The error comes at the next log step, or when the next checkpoint is saved or finished."""
     with checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=2) as checkpoints:
         writer = metrics.MetricWriter(tmp_path, last_step=0, tensorboard=False)
         writer.write(1, {"train/loss": 1.0})
         checkpoints.save(_state(1))
         checkpoints.wait()
         for name in ("metrics.jsonl", "checkpoints"):
-            aside = (tmp_path / name).rename(tmp_path / f"{name}.aside")
-            if then == "replaced":
-                (shutil.copytree if aside.is_dir() else shutil.copy)(aside, tmp_path / name)
-        what = "is gone" if then == "removed" else "is a different"
-        for act, name in (
+            moved_path = (tmp_path / name).rename(tmp_path / f"{name}.aside")
+            if fate == "replaced":
+                (shutil.copytree if moved_path.is_dir() else shutil.copy)(
+                    moved_path, tmp_path / name
+                )
+        problem = "is gone" if fate == "removed" else "is a different"
+        for action, name in (
             (lambda: writer.write(2, {"train/loss": 1.0}), "metrics.jsonl"),
             (writer.check, "metrics.jsonl"),
             (checkpoints.check, "checkpoints"),
             (lambda: checkpoints.save(_state(2)), "checkpoints"),
             (checkpoints.wait, "checkpoints"),
         ):
-            with pytest.raises(UserError, match=f"{name} {what}"):
-                act()
-    assert (tmp_path / "metrics.jsonl").exists() == (then == "replaced")
+            with pytest.raises(UserError, match=f"{name} {problem}"):
+                action()
+    assert (tmp_path / "metrics.jsonl").exists() == (fate == "replaced")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "checkpoints", "metrics.jsonl"])
-def test_a_run_whose_place_goes_away_ends(tmp_path, monkeypatch, name):
-    original = TrainLog.finish_step
+def test_run_ends_if_its_directory_disappears(tmp_path, monkeypatch, name):
+    original_step = TrainLog.finish_step
 
     def finish_step(log, first, last, metrics):
         if last == 2:
             (tmp_path / "run" / name).rename(tmp_path / "aside")
-        original(log, first, last, metrics)
+        original_step(log, first, last, metrics)
 
     monkeypatch.setattr(TrainLog, "finish_step", finish_step)
     with pytest.raises(UserError, match=f"{name} is gone"):
         trainer.train(_config(log_every_steps=1, checkpoint__every_steps=4), tmp_path / "run")
 
 
-def test_a_last_checkpoint_that_went_away_is_no_success(tmp_path):
+def test_missing_last_checkpoint_is_an_error(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=2) as checkpoints:
         checkpoints.save(_state(1))
         checkpoints.wait()
@@ -576,23 +594,23 @@ def test_a_last_checkpoint_that_went_away_is_no_success(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_a_run_without_its_config_or_data_is_refused(copy, name):
-    (copy / name).unlink()
-    before = _files(copy)
+def test_run_without_config_or_data_file_is_an_error(run_copy, name):
+    (run_copy / name).unlink()
+    files_before = _files(run_copy)
     with pytest.raises(UserError, match=rf"{name} is missing.*--allow_config_change"):
-        trainer.train(_config(seed=7), copy)
+        trainer.train(_config(seed=7), run_copy)
     with pytest.raises(UserError, match=f"not a run: it has no {name}"):
-        run.read_run(copy)
-    assert _files(copy) == before
-    config, data = run.read_saved(copy)
+        run.read_run(run_copy)
+    assert _files(run_copy) == files_before
+    config, data = run.read_saved(run_copy)
     assert (config is None) == (name == "config.json") and (data is None) == (name == "data.json")
 
 
-# What is best.
+# The best checkpoint.
 
 
-def test_best_so_far_belongs_to_the_best_checkpoint(tmp_path, capsys):
-    """A record that is cut or gone changes nothing; a run of older code has it in the record."""
+def test_best_value_is_read_from_the_best_checkpoint(tmp_path, capsys):
+    """Reads the value from the checkpoint; runs of older code have it only in metrics.jsonl."""
     rows = [{"step": 1, "val/top1": 0.9}, {"step": 2, "val/top1": 0.5}, {"step": 3, "a": 1.0}]
     with checkpoint.Checkpoints(tmp_path / "best", keep_last=1) as best:
         assert read_highest(best, "val/top1", rows) == -1
@@ -601,7 +619,7 @@ def test_best_so_far_belongs_to_the_best_checkpoint(tmp_path, capsys):
         assert read_highest(best, "val/top1", []) == 0.75
         assert read_highest(best, "val/top1", rows) == 0.75
         info = tmp_path / "best/2/info/metadata"
-        _edited("value", ...)(info)
+        _set_key("value", ...)(info)
         assert read_highest(best, "val/top1", rows) == 0.5
         assert read_highest(best, "val/top1", rows[:1]) == 0.9
         assert read_highest(best, "val/top1", []) == -1
@@ -611,23 +629,23 @@ def test_best_so_far_belongs_to_the_best_checkpoint(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_without_its_record_keeps_its_best(trained, copy):
-    (best,) = (path.name for path in (trained / "best").iterdir())
-    value = json.loads((trained / "best" / best / "info" / "metadata").read_text())["value"]
-    tops = {row["step"]: row.get("val/top1") for row in run_files.read_metrics(trained)}
-    assert value == {"val/top1": tops[int(best)]}
-    (copy / "metrics.jsonl").unlink()
-    _edited("value", {"val/top1": 1.0})(copy / "best" / best / "info" / "metadata")
-    trainer.train(_config(total_steps=6), copy)
-    assert [path.name for path in (copy / "best").iterdir()] == [best]
+def test_run_without_metrics_file_keeps_its_best_checkpoint(trained_run, run_copy):
+    (best,) = (path.name for path in (trained_run / "best").iterdir())
+    value = json.loads((trained_run / "best" / best / "info" / "metadata").read_text())["value"]
+    accuracies = {row["step"]: row.get("val/top1") for row in run_files.read_metrics(trained_run)}
+    assert value == {"val/top1": accuracies[int(best)]}
+    (run_copy / "metrics.jsonl").unlink()
+    _set_key("value", {"val/top1": 1.0})(run_copy / "best" / best / "info" / "metadata")
+    trainer.train(_config(total_steps=6), run_copy)
+    assert [path.name for path in (run_copy / "best").iterdir()] == [best]
 
 
-# What a run says, and what is drawn of it.
+# Names in a run's output and plots.
 
 
 @pytest.mark.slow
-def test_lines_name_the_set_and_the_average(tmp_path, monkeypatch, capsys):
-    """A name with an underscore is not the average of what stands before it."""
+def test_step_lines_name_the_set_and_mark_the_average(tmp_path, monkeypatch, capsys):
+    """Only the suffix of EMA metrics means an average, not any underscore in a set's name."""
 
     def open_suite(config, splits, probes):
         return {"imagenet_real": splits.val, "imagenet_v2": splits.val}, []
@@ -635,9 +653,9 @@ def test_lines_name_the_set_and_the_average(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mixer.evaluation.suites.open_suite", open_suite)
     trainer.train(_config(optimizer__ema_decay=0.5), tmp_path / "run")
     lines = capsys.readouterr().out
-    for what in ("validation", "imagenet_real", "imagenet_v2"):
-        assert f"step 2: {what} accuracy" in lines
-        assert f"step 2: {what} (average) accuracy" in lines
+    for name in ("validation", "imagenet_real", "imagenet_v2"):
+        assert f"step 2: {name} accuracy" in lines
+        assert f"step 2: {name} (average) accuracy" in lines
     assert "imagenet (average)" not in lines
 
 
@@ -652,7 +670,7 @@ NAMES = (
 )
 
 
-def test_names_are_no_markup_in_markdown(tmp_path):
+def test_names_are_escaped_in_markdown(tmp_path):
     for name in NAMES:
         text = formatting.in_markdown(name)
         assert not set("<>|*`[]\n") & set(text) and not text.startswith("#")
@@ -660,33 +678,33 @@ def test_names_are_no_markup_in_markdown(tmp_path):
     assert formatting.in_markdown("runs/val_ema 12.5 %") == "runs/val_ema 12.5 %"
 
 
-def test_class_names_of_any_text_are_converted_exported_and_shown(copy, tmp_path):
-    """A label file may have any string that JSON has, lone surrogates and terminals' codes too."""
+def test_class_names_may_be_any_text(run_copy, tmp_path):
+    """A label file may have any JSON string, such as lone surrogates and terminal escapes."""
     names = ["\ud800", "b\x1b[31m", "c\nd", *"3456789"]
-    _edited("class_names", names)(copy / "data.json")
+    _set_key("class_names", names)(run_copy / "data.json")
     for program, file in (
         ("mixer.tools.convert", "x.npz"),
         ("mixer.tools.convert", "x.safetensors"),
         ("mixer.tools.export", "x.stablehlo"),
     ):
         options = ["--platforms=cpu"] * (program == "mixer.tools.export")
-        done = run_program(program, copy, tmp_path / file, *options)
-        assert done.returncode == 0, done.stderr
+        result = run_program(program, run_copy, tmp_path / file, *options)
+        assert result.returncode == 0, result.stderr
         card = json.loads((tmp_path / f"{file}.json").read_text())
         assert card.get("card", card)["class_names"] == names
-    found = loading.find(str(tmp_path / "x.npz"), log=print)
-    assert found.card.class_names == tuple(names)
-    one = prediction.Prediction("x.png", np.arange(3), np.ones(3, np.float32), None)
+    stored = loading.find(str(tmp_path / "x.npz"), log=print)
+    assert stored.card.class_names == tuple(names)
+    example = prediction.Prediction("x.png", np.arange(3), np.ones(3, np.float32), None)
     terminal = Console(file=io.StringIO(), width=99)
-    terminal.print(prediction.as_table([one], names))
-    shown = terminal.file.getvalue()
-    assert "\x1b" not in shown and r"\ud800" in shown and r"c\nd" in shown
+    terminal.print(prediction.as_table([example], names))
+    output = terminal.file.getvalue()
+    assert "\x1b" not in output and r"\ud800" in output and r"c\nd" in output
 
 
-def test_report_cards_show_names_as_they_are(copy, tmp_path, capsys):
-    """Also to rich, which has markup of its own."""
-    workdir = copy.rename(tmp_path / "<img src=x> [b] | *run*")
-    _edited("splits.train.name", "<b>train</b>")(workdir / "data.json")
+def test_report_cards_show_names_literally(run_copy, tmp_path, capsys):
+    """Neither Markdown nor rich may interpret a name as markup."""
+    workdir = run_copy.rename(tmp_path / "<img src=x> [b] | *run*")
+    _set_key("splits.train.name", "<b>train</b>")(workdir / "data.json")
     results = json.loads((workdir / "results.json").read_text())
     results["splits"]["<i>other</i> [/b]"] = results["splits"]["val"] | {"data": "<u>a</u>"}
     (workdir / "results.json").write_text(json.dumps(results))
@@ -699,7 +717,7 @@ def test_report_cards_show_names_as_they_are(copy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "caf\udce9"])
-def test_names_are_no_formulas_in_pictures(tmp_path, name):
+def test_names_are_not_formulas_in_plots(tmp_path, name):
     rows = [{"step": step, "train/loss": 1.0, "val/top1": 0.5} for step in (1, 2)]
     curves.draw_curves(rows, tmp_path / "curves.png", name)
     pictures.draw_results([(name, name, 0.5, (0.4, 0.6))], tmp_path / "results.png")
@@ -709,12 +727,12 @@ def test_names_are_no_formulas_in_pictures(tmp_path, name):
     sweeps.make_table(sweep)
 
 
-# Disks.
+# Disk errors.
 
 
-def test_tensorboard_that_cannot_be_written_is_given_up_with_a_line(tmp_path, monkeypatch):
+def test_tensorboard_write_error_is_one_warning(tmp_path, monkeypatch):
     class ResourceExhaustedError(Exception):
-        """As TensorFlow's."""
+        """Stands in for TensorFlow's error."""
 
     ResourceExhaustedError.__module__ = "tensorflow.python.framework.errors_impl"
 
@@ -731,16 +749,17 @@ def test_tensorboard_that_cannot_be_written_is_given_up_with_a_line(tmp_path, mo
     monkeypatch.setitem(sys.modules, "clu", type(sys)("clu"))
     sys.modules["clu"].metric_writers = type(sys)("metric_writers")
     sys.modules["clu"].metric_writers.SummaryWriter = FullWriter
-    told = []
-    writer = metrics.MetricWriter(tmp_path, last_step=0, tensorboard=True, warn=told.append)
+    warnings = []
+    writer = metrics.MetricWriter(tmp_path, last_step=0, tensorboard=True, warn=warnings.append)
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": 1.0})
     writer.close()
-    assert len(told) == 1 and "No space left on device" in told[0] and "\n" not in told[0]
+    (warning,) = warnings
+    assert "No space left on device" in warning and "\n" not in warning
     assert [row["step"] for row in run_files.read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_a_lock_on_a_disk_that_fails_is_one_line(tmp_path, monkeypatch):
+def test_lock_file_disk_error_is_a_user_error(tmp_path, monkeypatch):
     for number in (errno.EIO, errno.ENOSPC, errno.EROFS):
 
         def fail(path, *args, number=number):
@@ -752,19 +771,19 @@ def test_a_lock_on_a_disk_that_fails_is_one_line(tmp_path, monkeypatch):
                 trainer.train(_config(), tmp_path)
 
 
-def test_where_results_go_is_looked_at_before_anything_is_computed(copy, monkeypatch):
+def test_output_path_is_checked_before_evaluation(run_copy, monkeypatch):
     def fail(*args, **kwargs):
-        raise AssertionError("computed")
+        raise AssertionError("the evaluation has started")
 
     monkeypatch.setattr(report.classification, "evaluate", fail)
-    (copy / "evaluation").write_text("a file in place of the folder")
+    (run_copy / "evaluation").write_text("a file in place of the folder")
     with pytest.raises(UserError, match=r"run/evaluation is not a directory"):
-        _evaluate(copy)
-    (copy / "evaluation").unlink()
-    before = _files(copy)
+        _evaluate(run_copy)
+    (run_copy / "evaluation").unlink()
+    files_before = _files(run_copy)
     with (
-        _failing_writes(copy, errno.EACCES),
-        pytest.raises(UserError, match=rf"--output={copy}.*Permission denied"),
+        _failing_writes(run_copy, errno.EACCES),
+        pytest.raises(UserError, match=rf"--output={run_copy}.*Permission denied"),
     ):
-        _evaluate(copy)
-    assert _files(copy) == before
+        _evaluate(run_copy)
+    assert _files(run_copy) == files_before

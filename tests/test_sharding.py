@@ -59,7 +59,6 @@ for axes, changes in [({"data": 1}, {}), *variants]:
         max(np.abs(end[k] - first[1][k]).max() for k in end), mesh.shape)
 """
 MESHES = [
-    ({"data": 8}, {}),
     ({"fsdp": 8}, {}),
     ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
 ]
@@ -79,21 +78,21 @@ LOOPS = [
     ],
     ids=["sgd-mixing", "adamw"],
 )
-def test_every_mesh_gives_the_same_numbers(name, mixing, variants, tolerance):
+def test_every_mesh_gives_the_losses_of_one_device(name, mixing, variants, tolerance):
     """Stochastic depth and dropout included; without warm-up, so that everything moves.
 
     "mixing" adds per-example mixup, CutMix, label smoothing, SAM and the average.
     """
     flags = "--xla_force_host_platform_device_count=8"
-    done = run_python("-c", ON_MESHES, name, mixing, repr(variants), XLA_FLAGS=flags)
-    lines = done.stdout.splitlines()
+    process = run_python("-c", ON_MESHES, name, mixing, repr(variants), XLA_FLAGS=flags)
+    lines = process.stdout.splitlines()
     assert len(lines) == len(variants)
     for line in lines:
         loss, params = map(float, line.split()[:2])
         assert loss <= 1e-5 and params <= tolerance, line
 
 
-def test_batch_that_does_not_fit_the_devices_is_refused():
+def test_batch_size_that_does_not_divide_is_refused():
     mesh = jax.sharding.AbstractMesh((4, 2, 1), ("data", "fsdp", "tensor"))
     sharding.check_batch_size("global_batch_size", 16, mesh)
     for key, size, nearest in (
@@ -105,7 +104,7 @@ def test_batch_that_does_not_fit_the_devices_is_refused():
 
 
 @pytest.mark.slow
-def test_run_on_eight_devices_and_mesh_that_does_not_fit(tmp_path):
+def test_run_on_eight_devices_and_invalid_meshes(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, "tests")
@@ -123,16 +122,16 @@ for values in (
     except UserError as error:
         print("refused:", error)
 """
-    done = run_python("-c", code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    refused = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
+    process = run_python("-c", code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    refused = [line for line in process.stdout.splitlines() if line.startswith("refused:")]
     assert "{'data': 4, 'fsdp': 1, 'tensor': 1}" in refused[0] and "8 device" in refused[0]
     assert "tensor = 8 " in refused[1] and "1, 2, 3, 4, 6, 12" in refused[1]
     assert "fsdp = 4 " in refused[2] and " 18" in refused[2] and "channel_mixing" in refused[2]
-    assert "devices: 8 x" in done.stdout and "test accuracy" in done.stdout
+    assert "devices: 8 x" in process.stdout and "test accuracy" in process.stdout
 
 
 @pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 0}, {"x": 1}])
-def test_mesh_that_does_not_fit_is_refused(axes):
+def test_invalid_mesh_is_refused(axes):
     with pytest.raises(UserError, match="mesh"):
         sharding.make_mesh(axes)
 
@@ -142,7 +141,7 @@ def test_mesh_takes_all_devices():
 
 
 @pytest.mark.tpu_backend
-def test_slices_are_crossed_by_the_outermost_axis(tpu):
+def test_only_the_outermost_axis_crosses_slices(tpu):
     """Two slices of 16 chips, four hosts each; what a host has of a batch lies together."""
     code = """
 from jax.experimental import topologies

@@ -1,8 +1,7 @@
-"""Transfer: tasks that are fine-tuned one after the other, and their table; VTAB's data as mocks.
+"""Fine-tuning several tasks in turn, the table of their results, and VTAB with mock data.
 
-A mock has the builder, the features and the version that TFDS has, and as many examples in each
-split as its real one where VTAB's splits count from the start of one. What no split reads is
-declared and not written.
+A mock has TFDS's builder, features and version. Where VTAB's splits count from the start of a
+split, the mock's split has its real size; examples that no task reads are declared, not written.
 """
 
 import json
@@ -40,7 +39,7 @@ def _tasks(names=("a", "b/x"), **values):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def finished(tmp_path_factory):
     """Two tasks, finished without a stop: (directory, result, lines, records, arrays).
 
     The records are those of `transfer.json` after each task, the arrays how many more lived on the
@@ -64,11 +63,11 @@ def _result(name, count, top1):
     return transfer.TaskResult(name, count, top1, interval, top1, interval, 1000, 2500)
 
 
-# What comes of it.
+# Results.
 
 
-def test_each_task_is_a_run_and_its_accuracy_is_that_of_the_run(done):
-    directory, result, *_ = done
+def test_task_results_equal_the_results_of_their_runs(finished):
+    directory, result, *_ = finished
     assert [task.name for task in result.tasks] == ["a", "b/x"]
     for task, folder in zip(result.tasks, ("a", "b_x"), strict=True):
         saved = json.loads((directory / folder / "results.json").read_text())["splits"]["test"]
@@ -80,8 +79,8 @@ def test_each_task_is_a_run_and_its_accuracy_is_that_of_the_run(done):
         assert int(final_state(directory / folder)["step"]) == 4
 
 
-def test_record_is_written_after_each_task(done):
-    directory, result, _, records, _ = done
+def test_record_is_written_after_each_task(finished):
+    directory, result, _, records, _ = finished
     assert [list(record["tasks"]) for record in records] == [["a"], ["a", "b/x"]]
     assert [record["unfinished"] for record in records] == [["b/x"], []]
     assert records[0]["means"]["one"]["num_tasks"] == 1
@@ -89,13 +88,13 @@ def test_record_is_written_after_each_task(done):
     assert last == records[1] == json.loads(json.dumps(result.summary()))
 
 
-def test_nothing_of_a_task_stays_on_the_device(done):
-    *_, arrays = done
+def test_finished_task_frees_its_device_arrays(finished):
+    *_, arrays = finished
     assert len(arrays) == 2 and max(arrays) <= 0
 
 
-def test_lines_tell_begin_end_and_what_is_left(done):
-    _, result, lines, *_ = done
+def test_log_reports_start_end_and_remaining_time_of_each_task(finished):
+    _, result, lines, *_ = finished
     assert "2 tasks" in lines[0]
     assert lines[1].startswith("task 1 of 2: a: ")
     assert lines[2].startswith(f"task 1 of 2: a: {result.tasks[0].top1:.2%} (")
@@ -103,21 +102,21 @@ def test_lines_tell_begin_end_and_what_is_left(done):
     assert len(lines) == 5
 
 
-def test_means_are_over_the_tasks_that_are_there():
+def test_means_cover_the_finished_tasks():
     shares = dict(p=0.5, q=0.7, r=0.9)
     tasks = tuple(_result(name, 1000, share) for name, share in shares.items())
     groups = {"first": ("p", "q"), "second": ("r", "s", "t"), "third": ("u",)}
     result = transfer.Transfer(tasks, ("p", "q", "r", "s"), groups)
     means = result.means()
     assert list(means) == ["first", "second", "mean"]
-    assert [(each["num_tasks"], each["of"]) for each in means.values()] == [(2, 2), (1, 3), (3, 6)]
-    assert [each["top1"] for each in means.values()] == pytest.approx([0.6, 0.9, 0.7])
-    # Of independent tasks: the variances of the shares add up, over the number of tasks squared.
+    assert [(mean["num_tasks"], mean["of"]) for mean in means.values()] == [(2, 2), (1, 3), (3, 6)]
+    assert [mean["top1"] for mean in means.values()] == pytest.approx([0.6, 0.9, 0.7])
+    # The variance of a mean of independent shares is the sum of theirs over the squared count.
     variance = sum(share * (1 - share) / 1000 for share in shares.values()) / 9
     low, high = means["mean"]["top1_interval"]
     assert (high - low) / 2 == pytest.approx(1.96 * variance**0.5, rel=0.01)
     assert result.summary()["unfinished"] == ["s"]
-    # One group that is all the tasks has the mean of all.
+    # The mean of a group of all tasks is the overall mean.
     five = transfer.Transfer(tasks, ("p", "q", "r"), {"avg 5": ("p", "q", "r", "s", "t")})
     assert [(key, mean["of"]) for key, mean in five.means().items()] == [("avg 5", 5)]
 
@@ -138,48 +137,48 @@ def test_table_has_every_task_and_mean():
 # Resumption.
 
 
-def test_finished_tasks_are_read_and_not_run_again(done, tmp_path, monkeypatch):
-    directory, result, *_ = done
+def test_finished_tasks_are_not_run_again(finished, tmp_path, monkeypatch):
+    directory, result, *_ = finished
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(trainer, "train", None)
     (tmp_path / "transfer.json").unlink()
     lines = []
-    again = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=lines.append)
-    assert again == result
+    resumed = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=lines.append)
+    assert resumed == result
     assert len(lines) == 2
     assert (tmp_path / "transfer.json").read_bytes() == (directory / "transfer.json").read_bytes()
-    # Of fewer tasks, the means are of those.
-    few = transfer.fine_tune(_tasks(("a",)), tmp_path, groups=GROUPS, say=lines.append)
-    assert {key: (each["num_tasks"], each["of"]) for key, each in few.means().items()} == {
+    # With fewer tasks, the means cover only those.
+    subset = transfer.fine_tune(_tasks(("a",)), tmp_path, groups=GROUPS, say=lines.append)
+    assert {key: (mean["num_tasks"], mean["of"]) for key, mean in subset.means().items()} == {
         "one": (1, 3),
         "mean": (1, 5),
     }
 
 
-def test_stopped_and_continued_is_the_same(done, tmp_path, monkeypatch):
-    """The first task is finished; SIGTERM arrives at the second's third step."""
-    directory, result, *_ = done
+def test_interrupted_transfer_resumes_with_the_same_result(finished, tmp_path, monkeypatch):
+    """SIGTERM arrives at the third step of the second task."""
+    directory, result, *_ = finished
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "b_x")
-    steps, original = [], TrainLog.finish_step
+    steps, finish_step = [], TrainLog.finish_step
 
-    def finish_step(self, first, last, metrics):
+    def finish(self, first, last, metrics):
         steps.append(last)
         if last == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self, first, last, metrics)
+        finish_step(self, first, last, metrics)
 
-    monkeypatch.setattr(TrainLog, "finish_step", finish_step)
+    monkeypatch.setattr(TrainLog, "finish_step", finish)
     with pytest.raises(signals.Stopped):
         transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert (tmp_path / "b_x" / "checkpoints" / "3").is_dir()
-    again = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
+    resumed = transfer.fine_tune(_tasks(), tmp_path, groups=GROUPS, say=print)
     assert steps == [1, 2, 3, 4]  # all of the second task
-    assert again == result
+    assert resumed == result
     assert_close(final_state(tmp_path / "b_x"), final_state(directory / "b_x"))
 
 
-# What is refused, before the first training.
+# Mistakes that stop before the first training.
 
 
 def _refused(tasks, directory, message, **more):
@@ -190,8 +189,8 @@ def _refused(tasks, directory, message, **more):
     return str(caught.value)
 
 
-def test_finished_task_of_another_config_is_refused_by_name(done):
-    directory, *_ = done
+def test_finished_task_with_another_config_is_refused_by_name(finished):
+    directory, *_ = finished
     for change in (dict(optimizer__peak_lr=1.0), dict(total_steps=8), dict(global_batch_size=8)):
         tasks = _tasks() | {"b/x": _tasks(**change)["b/x"]}
         key = next(iter(change)).replace("__", r"\.")
@@ -199,7 +198,7 @@ def test_finished_task_of_another_config_is_refused_by_name(done):
             transfer.fine_tune(tasks, directory, groups={}, say=print)
 
 
-def test_sets_that_are_not_prepared_are_listed_together(tmp_path):
+def test_unprepared_data_sets_are_listed_together(tmp_path):
     tasks = _tasks(("a",))
     for name in ("dmlab", "clevr_count", "clevr_distance", "sun397"):
         tasks[name] = finetune.get_config(f"dataset=vtab/{name},res=32,init={WEIGHTS}")
@@ -220,7 +219,7 @@ def test_sets_that_are_not_prepared_are_listed_together(tmp_path):
         (dict(init_from=WEIGHTS), "^b: .*image"),
     ],
 )
-def test_faults_of_a_later_task_are_found_before_the_first(tmp_path, change, message):
+def test_fault_in_a_later_task_stops_before_the_first(tmp_path, change, message):
     tasks = {**_tasks(("a",)), "b": tiny_config(**change)}
     _refused(tasks, tmp_path, message)
 
@@ -276,7 +275,7 @@ def _example(feature, rng):
 def _mock(name, data_dir, splits):
     """Prepares the TFDS set `name` with random examples, those of `splits` (name, first, last).
 
-    The files between them are declared and not written: reading one would fail.
+    Files of other examples are declared and not written, so that reading one fails.
     """
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -311,14 +310,17 @@ def _mock(name, data_dir, splits):
 
 
 def _vtab(names, data_dir):
-    """The tasks as evaluate.py has them, cut to 2 steps; their sets are made in `data_dir`."""
+    """Makes the sets in `data_dir`; returns the tasks and the sizes of their test splits.
+
+    The tasks are those of evaluate.py, with 2 steps and at most the first 400 test images.
+    """
     from mixer.data.sources.stored import absolute
 
     weights = data_dir.with_name("one_block.npz")
     arrays = np.load(WEIGHTS)
     first = [key for key in arrays.files if not key.startswith(("MixerBlock_1/", "MixerBlock_2/"))]
     np.savez(weights, **{key: arrays[key] for key in first})
-    tasks, read = {}, {}
+    tasks, read, test_sizes = {}, {}, {}
     for name in names:
         config = finetune.get_config(f"dataset=vtab/{name},split=1000,res=32,init={weights}")
         config.dataset.data_dir = str(data_dir)
@@ -327,33 +329,38 @@ def _vtab(names, data_dir):
         config.schedule.warmup_steps = 0
         tasks[name] = config
         sizes = MOCKS[config.dataset.name]
+        (part,) = absolute(config.dataset.test_split, sizes)
+        first, end = part.from_ or 0, part.to or sizes[part.splitname]
+        test_sizes[name] = end - first
+        config.dataset.test_split = f"{part.splitname}[{first}:{min(end, first + 400)}]"
         for spec in (config.dataset.train_split, config.dataset.test_split):
             for part in absolute(spec, sizes):
                 part = (part.splitname, part.from_ or 0, part.to or sizes[part.splitname])
                 read.setdefault(config.dataset.name, []).append(part)
     for name, splits in read.items():
         _mock(name, str(data_dir), splits)
-    return tasks
+    return tasks, test_sizes
 
 
 def _check_vtab(names, directory):
-    lines = []
+    tasks, test_sizes = _vtab(names, directory / "tfds")
     result = transfer.fine_tune(
-        _vtab(names, directory / "tfds"),
+        tasks,
         directory,
         groups=finetune.VTAB_GROUPS,
-        say=lines.append,
+        say=lambda line: None,
         train_examples=finetune.VTAB_TRAIN_EXAMPLES,
     )
     assert [task.name for task in result.tasks] == list(names)
     for task in result.tasks:
         assert (task.train_examples, task.steps) == (1000, 2)
+        assert task.count == min(test_sizes[task.name], 400)
         low, high = task.top1_interval
         assert low - 1e-9 <= task.top1 <= high + 1e-9
         classes = json.loads((directory / task.name / "data.json").read_text())["class_names"]
         assert len(classes) == VTAB_CLASSES[task.name]
     assert len(result.markdown()) == 2 + len(names) + len(result.means())
-    return {task.name: task.count for task in result.tasks}, result.means()
+    return test_sizes, result.means()
 
 
 # Classes of each task [recalled: the benchmark's table]; TFDS's caltech101 counts the background.
@@ -380,7 +387,7 @@ VTAB_CLASSES = {
 }
 
 
-def test_groups_of_vtab_are_its_tasks_each_once():
+def test_vtab_groups_partition_its_tasks():
     assert {group: len(names) for group, names in finetune.VTAB_GROUPS.items()} == {
         "natural": 7,
         "specialised": 4,
@@ -392,13 +399,13 @@ def test_groups_of_vtab_are_its_tasks_each_once():
 
 
 @pytest.mark.slow
-def test_all_tasks_of_vtab(tmp_path):
+def test_vtab_tasks_run(tmp_path):
     names = [name for names in finetune.VTAB_GROUPS.values() for name in names]
-    counts, means = _check_vtab(names, tmp_path)
-    wanted = dict.fromkeys(names, 24)
-    wanted |= dict(eurosat=5400, resisc45=6300, smallnorb_azimuth=400, smallnorb_elevation=400)
-    wanted |= dict(dsprites_location=73_728, dsprites_orientation=73_728)
-    assert counts == wanted
+    test_sizes, means = _check_vtab(names, tmp_path)
+    expected = dict.fromkeys(names, 24)
+    expected |= dict(eurosat=5400, resisc45=6300, smallnorb_azimuth=400, smallnorb_elevation=400)
+    expected |= dict(dsprites_location=73_728, dsprites_orientation=73_728)
+    assert test_sizes == expected
     assert {key: (mean["num_tasks"], mean["of"]) for key, mean in means.items()} == {
         "natural": (7, 7),
         "specialised": (4, 4),
@@ -409,9 +416,9 @@ def test_all_tasks_of_vtab(tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_tasks(tmp_path):
-    """Six tasks of a model whose state, of 50 MB, would be seen if it stayed.
+    """Four tasks of a model whose state has 50 MB, which would show in the memory if it stayed.
 
-    What malloc keeps of freed memory is chance: it has one arena, which is trimmed first.
+    malloc holds on to an unpredictable part of freed memory; one arena, trimmed first, avoids that.
     """
     code = f"""
 import ctypes, psutil
@@ -423,14 +430,15 @@ def say(line):
         ctypes.CDLL(None).malloc_trim(0)
         held.append(psutil.Process().memory_info().rss / 2**20)
 tasks = {{}}
-for seed in range(6):
+for seed in range(4):
     config = tiny_config(seed=seed, total_steps=2, image_size=64, schedule__warmup_steps=0)
+    config.dataset.val_split = ""
     config.model.update(hidden_dim=512, channels_mlp_dim=2048, patch_size=16)
     tasks[str(seed)] = config
 transfer.fine_tune(tasks, {str(tmp_path)!r}, groups={{}}, say=say)
 print("held", *held)
 """
     words = run_python("-c", code, MALLOC_ARENA_MAX="1").stdout.splitlines()[-1].split()
-    held = [float(word) for word in words[1:]]
-    assert len(held) == 6
-    assert held[5] - held[1] < 40, held  # 4 states would be 200
+    memory_mb = [float(word) for word in words[1:]]
+    assert len(memory_mb) == 4
+    assert memory_mb[3] - memory_mb[1] < 40, memory_mb  # 2 states would be 100

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import types
-from typing import Any
 
 CODE = 128 + signal.SIGINT
 # JAX's callback in the garbage collector; Python only prints exceptions that it raises.
@@ -72,7 +71,7 @@ def _interrupt_later() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
-def _unraisable_hook(unraisable: Any) -> None:
+def _unraisable_hook(unraisable: "sys.UnraisableHookArgs") -> None:
     """Raises an interrupt again that a destructor or a callback could not propagate."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         _interrupt_later()

@@ -18,8 +18,8 @@ import numpy as np
 
 from mixer.data import order
 from mixer.data.preprocessing.spec import Specification
+from mixer.data.sources import class_order, synthetic
 from mixer.data.sources import folder as folder_lib
-from mixer.data.sources import synthetic
 from mixer.data.sources.label_file import LabelFile, read_label_file
 from mixer.errors import UserError, check_choice, printable
 
@@ -267,6 +267,7 @@ def open_split(
     """
     for key, owner, is_owner in (
         ("label_file", "folder", dataset.name == "folder"),
+        ("class_order", "folder", dataset.name == "folder" or dataset.class_order == "sorted"),
         ("label_key", "a TFDS set", dataset.name not in ("folder", "synthetic")),
         ("exclude", "stored images", dataset.name != "synthetic"),
     ):
@@ -347,13 +348,49 @@ def open_source(
     if dataset.name != "folder":
         builder = sources.tfds_builder(dataset.name, dataset.data_dir)
         return sources.tfds_source(builder, spec, excluded, dataset.label_key)
+    names = class_names
+    if names is None:
+        names = classes_in_data(dataset, num_classes, subfolders=subfolders)
     if dataset.label_file:
         listing = _read_label_file(dataset.label_file, dataset.data_dir)
-        names = listing.names(num_classes) if class_names is None else class_names
         return sources.label_file_source(listing, spec, names, excluded)
     folder = _scan(dataset.data_dir, subfolders=subfolders)
-    names = folder.class_names if class_names is None else class_names
     return sources.folder_source(folder, spec, names, excluded)
+
+
+def classes_in_data(
+    dataset, num_classes: int | None = None, *, subfolders: bool = True
+) -> tuple[str, ...]:
+    """Returns the class names of a folder or label file, in the order of dataset.class_order."""
+    are_numbers = False
+    if dataset.label_file:
+        listing = _read_label_file(dataset.label_file, dataset.data_dir)
+        names, are_numbers = listing.names(num_classes), listing.class_names is None
+    else:
+        names = _scan(dataset.data_dir, subfolders=subfolders).class_names
+    return class_order.arrange(dataset.class_order, names, are_numbers=are_numbers)
+
+
+def has_named_classes(dataset) -> bool:
+    """Returns whether the data is a folder or label file with names of classes, not numbers."""
+    if dataset.name != "folder":
+        return False
+    if not dataset.label_file:
+        return True
+    return _read_label_file(dataset.label_file, dataset.data_dir).class_names is not None
+
+
+def split_names(dataset) -> list[str]:
+    """Returns the names of the splits that a data set has."""
+    if dataset.name == "synthetic":
+        return list(synthetic.SPLITS)
+    if dataset.name != "folder":
+        from mixer.data.sources import stored as sources
+
+        return list(sources.tfds_builder(dataset.name, dataset.data_dir).info.splits)
+    if dataset.label_file:
+        return list(_read_label_file(dataset.label_file, dataset.data_dir).splits)
+    return list(_scan(dataset.data_dir, subfolders=True).files)
 
 
 def open_listing(

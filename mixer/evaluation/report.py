@@ -218,7 +218,9 @@ def _open_own_splits(
             f"of {', '.join((*suites.GROUPS, *PROBES, OMNIBENCHMARK, THROUGHPUT, *suites.TASKS))})"
         )
     record = subject.data_record() or {}
-    class_names = subject.class_names if subject.has_own_data else None
+    class_names = subject.class_names
+    if not subject.has_own_data:
+        class_names = suites.names_for(config.dataset, subject.card.class_names)
     splits = {}
     for name in split_names:
         split = run_data.open_own_split(config, name, class_names, record)

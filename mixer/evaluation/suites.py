@@ -96,7 +96,7 @@ def dataset_config(name: str, data_dir: str, label_key: str = "") -> ConfigDict:
     """Returns the keys of `config.dataset` that the evaluation of a data set reads."""
     return ConfigDict(
         dict(name=name, data_dir=data_dir, label_key=label_key)
-        | dict(label_file="", exclude="", shuffle_group_size=1)
+        | dict(label_file="", class_order="sorted", exclude="", shuffle_group_size=1)
     )
 
 
@@ -303,6 +303,33 @@ def _folder_lines(name: str, root: epath.Path) -> list[dict[str, Any]]:
     ]
 
 
+def names_for(dataset: Any, class_names: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Returns the class names of the weights that a folder's labels are looked up in.
+
+    The folder may have any part of these classes, in any order.
+
+    Args:
+      dataset: the config's `dataset`.
+      class_names: as in `check_classes`.
+
+    Returns:
+      The names; None if the weights do not list any, or the labels are not names of a folder's
+      classes: then the classes of weights and data must be the same.
+    """
+    if class_names is None or not pipeline.has_named_classes(dataset):
+        return None
+    data_names = set(pipeline.classes_in_data(dataset))
+    lists = _name_lists(class_names)
+    return next((names for names in lists if data_names <= set(names)), lists[0])
+
+
+def _name_lists(class_names: str | Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the forms of the class names of weights: for ImageNet, words and synsets."""
+    if isinstance(class_names, str):
+        return [imagenet_names.class_names(class_names), imagenet_names.synsets(class_names)]
+    return [tuple(class_names)]
+
+
 def check_classes(
     split: pipeline.Split, class_names: str | Sequence[str] | None, num_classes: int
 ) -> str:
@@ -337,11 +364,7 @@ def check_classes(
             f"the class names of the weights are unknown; assuming those of {split.name}, in the "
             "same order"
         )
-    if isinstance(class_names, str):
-        weight_names = [imagenet_names.class_names(class_names)]
-        weight_names.append(imagenet_names.synsets(class_names))
-    else:
-        weight_names = [tuple(class_names)]
+    weight_names = _name_lists(class_names)
     if tuple(split_names) in weight_names:
         return ""
     index = next(i for i in range(num_classes) if split_names[i] != weight_names[0][i])

@@ -22,6 +22,7 @@ from mixer.models.modules import check_image_size
 from mixer.models.registry import ARCHITECTURES, grown_dimensions, make_model
 from mixer.parallel import processes as distributed
 from mixer.parallel import sharding
+from mixer.runs import data as run_data
 from mixer.weights import load as loading
 from mixer.weights import published
 
@@ -76,6 +77,8 @@ def check_config(config: ConfigDict) -> None:
         check_number(f"optimizer.{name}", config.optimizer[name])
     check_number("seed", config.seed, limit=1 << 32)  # JAX's keys use 32 bits of the seed
     check_number("label_smoothing", config.label_smoothing, limit=1)
+    if not 0 <= config.class_balance <= 1:
+        raise UserError(f"class_balance={config.class_balance}; expected a number from 0 to 1")
     check_number("optimizer.ema_decay", config.optimizer.ema_decay, limit=1)
     if config.global_batch_size % config.optimizer.accumulate_steps:
         raise UserError(
@@ -92,7 +95,9 @@ def check_config(config: ConfigDict) -> None:
         for key, value in lengths.items():
             may_be_0 = stem.startswith("schedule.")
             if not 0 <= value < math.inf or (value == 0 and not may_be_0):
-                raise UserError(f"{key}={value}; expected {'0 or ' * may_be_0}more than 0")
+                raise UserError(
+                    f"{key}={value}; expected a number {'of at least' if may_be_0 else 'above'} 0"
+                )
     if not get_lengths(config, "total_"):
         raise UserError(
             "the run has no length; expected total_steps, total_epochs or total_examples"
@@ -135,6 +140,13 @@ def get_lengths(config: ConfigDict, stem: str) -> dict[str, float]:
 def needs_epochs(config: ConfigDict) -> bool:
     """Returns whether a length is in epochs; only the data's size converts epochs to steps."""
     return any(key.endswith("epochs") for stem in LENGTHS for key in get_lengths(config, stem))
+
+
+def needs_data(config: ConfigDict) -> bool:
+    """Returns whether the update, or a value of the config, depends on the data."""
+    has_auto = any(config.dataset[key] == run_data.AUTO for key in run_data.SPLIT_KEYS)
+    is_unknown = config.model.num_classes is None or needs_epochs(config)
+    return is_unknown or has_auto or config.class_balance > 0
 
 
 def resolve_lengths(config: ConfigDict, num_examples: int | None) -> None:
@@ -202,8 +214,8 @@ def resolve(
     """Returns a copy of `config` in which every value is set that does not depend on the data.
 
     These are the model fields that the initial weights determine, and the preprocessing op of
-    `dataset.permutation`. `resolve_data` sets the remaining values. A resumed run keeps its
-    preprocessing (`keep_preprocessing`).
+    `dataset.permutation`. A resumed run keeps the splits that "auto" has chosen, and its
+    preprocessing (`keep_preprocessing`). `resolve_data` sets the remaining values.
 
     Args:
       config: the config from the command line.
@@ -215,6 +227,9 @@ def resolve(
     resolve_model(config, initial, saved_config)
     resolve_permutation(config)
     if saved_config:
+        for key in run_data.SPLIT_KEYS:
+            if config.dataset[key] == run_data.AUTO:
+                config.dataset[key] = saved_config["dataset"][key]
         keep_preprocessing(config, saved_config)
     return config
 

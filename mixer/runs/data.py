@@ -4,15 +4,21 @@ In a run directory, `data.json` holds the class names and the fingerprints of th
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing.spec import parse
+from mixer.data.sources import folder
 from mixer.errors import UserError, printable
+from mixer.training import losses
+
+SPLIT_KEYS = ("train_split", "val_split", "test_split")  # of the config's `dataset`
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +29,8 @@ class Splits:
       train, val, test: the splits.
       remarks: lines about the data for the user.
       subfolders: whether images in folders of a class folder are read (`folder.scan`).
+      specs: the split keys of `dataset`, without "auto".
+      choice: a line on the splits that "auto" has chosen; "" if it has chosen none.
     """
 
     train: pipeline.Split
@@ -30,6 +38,8 @@ class Splits:
     test: pipeline.Split | None
     remarks: Sequence[str] = ()
     subfolders: bool = True
+    specs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    choice: str = ""
 
 
 def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
@@ -39,6 +49,82 @@ def check_classes(config: ConfigDict, class_names: tuple[str, ...]) -> None:
             f"model.num_classes={config.model.num_classes}, but the data has {len(class_names)} "
             "classes; omit it to use the number in the data"
         )
+
+
+def choose_splits(config: ConfigDict, names: Sequence[str] | None = None) -> str:
+    """Replaces every split "auto" of the config by a split that the data has.
+
+    A split that the data has is used as a whole. If the data has neither a validation nor a test
+    split, 10 % of the training split are held out for each; if it has only a test split, 10 % for
+    validation. Nothing is held out of a training split that the user has set.
+
+    Args:
+      config: the config; it is modified.
+      names: names of the splits of the data; None: they are read from the data.
+
+    Returns:
+      A line for the user on the splits; "" if no split is "auto".
+
+    Raises:
+      UserError: the data has no split train, or several for validation.
+    """
+    dataset = config.dataset
+    keys = [key for key in SPLIT_KEYS if dataset[key] == AUTO]
+    if not keys:
+        return ""
+    if names is None:
+        names = pipeline.split_names(dataset)
+    listed = folder.listed(names)
+    val_names = [name for name in folder.VAL_SPLITS if name in names]
+    if "train_split" in keys and folder.TRAIN_SPLIT not in names:
+        raise UserError(
+            f"dataset.train_split=auto, but {data_name(config)} has no split train; its splits "
+            f"are {listed}; expected one of them as dataset.train_split"
+        )
+    if "val_split" in keys and len(val_names) > 1:
+        raise UserError(
+            f"dataset.val_split=auto, but {data_name(config)} has several splits for validation: "
+            f"{' and '.join(val_names)}; expected one of them as dataset.val_split"
+        )
+    has_test = folder.TEST_SPLIT in names
+    chosen = {
+        "train_split": folder.TRAIN_SPLIT,
+        "val_split": val_names[0] if val_names else "",
+        "test_split": folder.TEST_SPLIT if has_test else "",
+    }
+    if "train_split" in keys and not val_names:
+        held_out = ["val_split"] if has_test else ["val_split", "test_split"]
+        held_out = [key for key in held_out if key in keys]
+        start = 100 - 10 * len(held_out)
+        chosen["train_split"] = f"train[:{start}%]" if held_out else folder.TRAIN_SPLIT
+        for key, low in zip(held_out, (start, start + 10), strict=False):
+            chosen[key] = f"train[{low}%:]" if low == 90 else f"train[{low}%:{low + 10}%]"
+    dataset.update({key: chosen[key] for key in keys})
+    uses = zip(("training", "validation", "test"), SPLIT_KEYS, strict=True)
+    shown = ", ".join(f"{use} {dataset[key] or 'none'}" for use, key in uses)
+    return f"splits: {shown} (chosen among {listed})"
+
+
+def class_weights(config: ConfigDict, split: pipeline.Split) -> np.ndarray | None:
+    """Returns the weights of the classes in the loss, (K,) float32; None if all are 1.
+
+    They are a function of `class_balance` and of the labels of the training split.
+
+    Raises:
+      UserError: the split is too large to count its labels at the start of a run.
+    """
+    if not config.class_balance:
+        return None
+    counts = split.class_counts()
+    if counts is None:
+        if split.order_depends_on_readers:
+            raise UserError(
+                f"class_balance={config.class_balance} needs the labels of {split.name}, which are "
+                "stored with its images; expected 0 for a TFDS set above 2 GiB"
+            )
+        labels = split.labels()
+        counts = np.bincount(labels[labels >= 0], minlength=len(split.class_names))
+    return losses.class_weights(counts, config.class_balance)
 
 
 def open_split(
@@ -52,8 +138,9 @@ def open_split(
     """Opens the split "train", "val" or "test" of the config; returns None if it is not set.
 
     `augment` selects the training preprocessing instead of the evaluation preprocessing;
-    `subfolders` is the argument of `folder.scan`.
+    `subfolders` is the argument of `folder.scan`. A split "auto" is replaced in the config.
     """
+    choose_splits(config)
     spec = config.dataset[f"{split_name}_split"]
     if not spec:
         if split_name == "train":
@@ -106,19 +193,22 @@ def open_splits(
     """Opens all splits of the config, with the run's class names if it has saved some.
 
     `record` is the content of the run's data.json. Runs that older code started do not read images
-    in subfolders of a class folder, and continue without them.
+    in subfolders of a class folder, and continue without them. Splits "auto" are replaced in the
+    config.
     """
     if config.dataset.name != "synthetic":  # synthetic data is not preprocessed
         for key in ("train_preprocess", "eval_preprocess"):
             if config.dataset[key]:  # check both specs before any data is read
                 parse(config.dataset[key], (config.image_size, config.image_size))
     pipeline.forget_listings()
+    choice = choose_splits(config)
     subfolders = True if record is None else record.get("subfolders")
     if subfolders is None and pipeline.has_subfolders(config.dataset):
         splits = _open_splits(config, class_names, subfolders=False)
         if record["splits"]["train"]["fingerprint"] == splits.train.fingerprint:
             return splits
-    return _open_splits(config, class_names, subfolders=subfolders is not False)
+    splits = _open_splits(config, class_names, subfolders=subfolders is not False)
+    return dataclasses.replace(splits, choice=choice)
 
 
 def _open_splits(
@@ -130,7 +220,8 @@ def _open_splits(
         for split_name in ("val", "test")
     )
     remarks = pipeline.remarks(config.dataset, train, subfolders=subfolders)
-    return Splits(train, val, test, remarks, subfolders)
+    specs = {key: config.dataset[key] for key in SPLIT_KEYS}
+    return Splits(train, val, test, remarks, subfolders, specs)
 
 
 def check_same_data(workdir: epath.Path, record: dict[str, Any], split: pipeline.Split) -> None:

@@ -161,6 +161,8 @@ def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> 
         f"{config.image_size} px, patch {model.patch_size}, {model.num_classes} classes"
     )
     log.say(f"data: {train.name}, {train.num_examples:,} examples")
+    if start.splits.choice:
+        log.say(start.splits.choice)
     for line in start.splits.remarks:
         log.say(f"warning: {line}")
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -106,12 +106,16 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
             class_names,
             saved_run.data,
         )
-        if config.model.num_classes is None or run_config.needs_epochs(config):
-            train = splits_future.result().train
+        class_weights = None
+        if run_config.needs_data(config):
+            splits = splits_future.result()
+            train = splits.train
+            config.dataset.update(splits.specs)
             run_config.resolve_data(config, len(train.class_names), train.num_examples)
+            class_weights = run_data.class_weights(config, train)
         else:
             run_config.resolve_data(config, None, None)
-        program = make_program(config, mesh)
+        program = make_program(config, mesh, class_weights)
         check_room(config, program)
         is_extended = extends(saved_run, config, run.checkpoints.steps)
         if saved_run.config and not allow_config_change:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
@@ -78,8 +79,14 @@ class TrainProgram:
         )
 
 
-def make_program(config: ConfigDict, mesh: Mesh | AbstractMesh) -> TrainProgram:
-    """Builds the training program of a resolved config on `mesh`."""
+def make_program(
+    config: ConfigDict, mesh: Mesh | AbstractMesh, class_weights: np.ndarray | None = None
+) -> TrainProgram:
+    """Builds the training program of a resolved config on `mesh`.
+
+    `class_weights` (K,) are the weights of the classes in the loss, which depend on the data if
+    class_balance is set; None: all 1.
+    """
     model = build_model(config)
     schedule, tx = build_optimizer(config)
     image_size = (config.image_size, config.image_size)
@@ -87,7 +94,7 @@ def make_program(config: ConfigDict, mesh: Mesh | AbstractMesh) -> TrainProgram:
         model,
         tx,
         schedule,
-        make_loss(config.loss),
+        make_loss(config.loss, class_weights),
         seed=config.seed,
         mix=make_mix(**config.mixup),
         label_smoothing=config.label_smoothing,

@@ -1,4 +1,6 @@
-"""Lists the examples in a folder of images, laid out as `<split>/<class>/<image>`.
+"""Lists the examples in a folder of images.
+
+The layout is `<split>/<class>/<image>`, or `<class>/<image>`, which is one split "train".
 
 The class list is the sorted union over all splits, so a class that is missing in one split does not
 shift labels.
@@ -47,6 +49,13 @@ KINDS = {
     stat.S_IFDIR: "a folder",
 }
 EXAMPLES = 5  # names that a message lists
+LAYOUT = (
+    "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg, or as "
+    "<class>/<image>, as in cat/0001.jpg"
+)
+# Names of splits, in order of preference for each use.
+TRAIN_SPLIT, VAL_SPLITS, TEST_SPLIT = "train", ("val", "valid", "validation"), "test"
+SPLIT_NAMES = frozenset((TRAIN_SPLIT, *VAL_SPLITS, TEST_SPLIT))
 
 
 def encode(name: str) -> bytes:
@@ -296,6 +305,8 @@ class ImageFolder:
       faults: for the path of an unusable image, the reason.
       remarks: lines for the user on possible mistakes in the layout.
       nested: number of images in subfolders of a class folder.
+      is_flat: whether the layout is `<class>/<image>`.
+      hint: why the layout is not `<class>/<image>`, if it looks like it; else "".
     """
 
     root: epath.Path
@@ -304,11 +315,14 @@ class ImageFolder:
     faults: dict[bytes, str]
     remarks: tuple[str, ...]
     nested: int
+    is_flat: bool
+    hint: str
 
     def labels(self, files: Sequence[bytes], class_names: Sequence[str]) -> np.ndarray:
         """Returns the class numbers (n,) int32 of `files` in the list `class_names`."""
         indices = {name: index for index, name in enumerate(class_names)}
-        names = {_class_of(file) for file in files}
+        folders = [_class_of(file, self.is_flat) for file in files]
+        names = set(folders)
         numbers = {name: indices[decode(name)] for name in names if decode(name) in indices}
         if unknown := sorted(map(decode, names - set(numbers))):
             raise UserError(
@@ -316,11 +330,11 @@ class ImageFolder:
                 f"{unknown[:EXAMPLES]}; expected the run's {len(class_names)} classes, "
                 f"{listed(class_names)}"
             )
-        return np.array([numbers[_class_of(file)] for file in files], np.int32)
+        return np.array([numbers[folder] for folder in folders], np.int32)
 
 
-def _class_of(file: bytes) -> bytes:
-    return file.split(b"/", 2)[1]
+def _class_of(file: bytes, is_flat: bool) -> bytes:
+    return file.split(b"/", 2)[0 if is_flat else 1]
 
 
 def listed(names: Iterable[str]) -> str:
@@ -340,6 +354,8 @@ class _Scan:
       nested_images, stray_images, rare_images: images in subfolders of a class folder, images
         outside class folders, and images in formats that training skips.
       misplaced_splits: folders that are not a class, but a split of another data set.
+      direct_files: for each folder of the root, the files directly in it, as in `Listing`.
+      is_flat: whether the layout is `<class>/<image>`: no image is in a folder of a folder.
     """
 
     def __init__(self, root: epath.Path, subfolders: bool):
@@ -349,14 +365,21 @@ class _Scan:
         self.faults: dict[bytes, str] = {}
         self.nested_images, self.stray_images, self.rare_images = [], [], []
         self.misplaced_splits: list[bytes] = []
+        self.direct_files: dict[bytes, list[tuple[bytes, str]]] = {}
         top = list_folder(root, b"")
         self.stray_images += [name for name, _ in top.files if ending(name) in LISTED]
         self.splits = [name for name, _ in top.folders]
         for split in self.splits:
             self._read_split(split)
+        direct = {name.partition(b"/")[0] for name in self.stray_images if b"/" in name}
+        # Images in train/ and test/ only have no class.
+        self.is_flat = not self.images and not {decode(name) for name in direct} <= SPLIT_NAMES
+        if self.is_flat:
+            self._read_flat()
 
     def _read_split(self, split: bytes) -> None:
         inside = list_folder(self.root, split)
+        self.direct_files[split] = inside.files
         self.stray_images += [
             _join(split, name) for name, _ in inside.files if ending(name) in LISTED
         ]
@@ -366,22 +389,47 @@ class _Scan:
             for name in by_class:
                 self.class_folders.setdefault(decode(name), []).append(_join(split, name))
 
+    def _read_flat(self) -> None:
+        """Reads the folders of the root as classes of one split."""
+        self.stray_images = [name for name in self.stray_images if b"/" not in name]
+        self.images[TRAIN_SPLIT.encode()] = images = []
+        for folder, files in self.direct_files.items():
+            self.class_folders[decode(folder)] = [folder]
+            paths = ((_join(folder, name), fault) for name, fault in files)
+            images += [file for file, fault in paths if self._is_image(file, fault)]
+
+    def _is_image(self, file: bytes, fault: str) -> bool:
+        """Returns whether training reads `file`; notes why if it cannot."""
+        if ending(file) in RARE:
+            self.rare_images.append(file)
+        if ending(file) not in LISTED:
+            return False
+        if ending(file) in UNDECODABLE:
+            fault = fault or "TensorFlow cannot decode its format; convert it"
+        if fault:
+            self.faults[file] = fault
+        return True
+
     def _read_class(self, split: bytes, name: bytes) -> list[bytes]:
         images, nested = [], []
         for file, fault in walk(self.root, _join(split, name), skipped_folders=(b"", split)):
-            if ending(file) in RARE:
-                self.rare_images.append(file)
-            if ending(file) not in LISTED:
-                continue
-            (images if file.count(b"/") == 2 else nested).append(file)
-            if ending(file) in UNDECODABLE:
-                fault = fault or "TensorFlow cannot decode its format; convert it"
-            if fault:
-                self.faults[file] = fault
+            if self._is_image(file, fault):
+                (images if file.count(b"/") == 2 else nested).append(file)
         if self.subfolders and name in self.splits and len(nested) > len(images):
             self.misplaced_splits.append(_join(split, name))  # as in backup/train/cat/1.jpg
         self.nested_images += nested
         return images + nested if self.subfolders else images
+
+    def hint(self) -> str:
+        """Returns the `hint` of `ImageFolder`."""
+        direct = [name for name in self.stray_images if b"/" in name]
+        if not direct or SPLIT_NAMES & set(map(decode, self.images)):
+            return ""
+        deep = next(iter(self.images.values()))[0]
+        return (
+            f"; {printable(decode(deep))} makes the layout <split>/<class>/<image>: for "
+            f"<class>/<image>, as in {printable(decode(direct[0]))}, move it into a class folder"
+        )
 
     def remarks(self) -> tuple[str, ...]:
         """Returns lines for the user on possible mistakes in the layout."""
@@ -399,50 +447,76 @@ class _Scan:
         )
 
 
+def _in_order(images: list[bytes]) -> list[bytes]:
+    """Sorts by a hash of the name, so that adding an image does not reorder the others."""
+    return sorted(images, key=_digest)
+
+
+def _digest(name: bytes) -> bytes:
+    return hashlib.blake2b(name, digest_size=16).digest()
+
+
+def _stratified(images: list[bytes]) -> list[bytes]:
+    """Sorts images `<class>/<image>` so that every class is spread evenly over the list.
+
+    Image i of the n images of a class, in the order of `_in_order`, is at (i + u) / n of the list
+    (systematic sampling), so a part of the list has the same share of every class, to one image. u
+    in [0, 1) is a hash of the class's name: small classes do not all miss the same part.
+    """
+    images = _in_order(images)
+    classes = [file.partition(b"/")[0] for file in images]
+    counts, positions = collections.Counter(classes), []
+    ranks = {name: int.from_bytes(_digest(name)[:4], "big") / 2**32 for name in counts}
+    for name in classes:
+        positions.append(ranks[name] / counts[name])
+        ranks[name] += 1
+    order = sorted(range(len(images)), key=positions.__getitem__)  # stable: ties keep their order
+    return [images[index] for index in order]
+
+
 def scan(root: str, *, subfolders: bool = True) -> ImageFolder:
     """Lists the images under `root`.
 
     Args:
-      root: the folder, with the layout `<split>/<class>/<image>`.
+      root: the folder, with the layout `<split>/<class>/<image>` or `<class>/<image>`.
       subfolders: whether to read images in subfolders of a class folder. Runs that older code
         started do not.
 
     Raises:
       UserError: the folder does not exist or has another layout, or a class has no image.
     """
-    layout = "a folder of images is laid out as <split>/<class>/<image>, as in train/cat/0001.jpg"
-    tree = _Scan(find_root(root, layout), subfolders)
+    tree = _Scan(find_root(root, LAYOUT), subfolders)
     shown = printable(str(tree.root))
     if tree.misplaced_splits:
         raise UserError(
             f"{shown}: {listed(map(decode, tree.misplaced_splits))}: the name of a split in the "
-            f"place of a class; {layout} (move a second data set out of this folder)"
+            f"place of a class; {LAYOUT} (move a second data set out of this folder)"
         )
     if not tree.images:
         other_images = tree.stray_images + tree.rare_images
         hint = f" (not as {printable(decode(other_images[0]))})" if other_images else ""
-        raise UserError(f"{shown} contains no images ({ACCEPTED}) of a class; {layout}{hint}")
-    names = {decode(_class_of(image)) for images in tree.images.values() for image in images}
+        raise UserError(f"{shown} contains no images ({ACCEPTED}) of a class; {LAYOUT}{hint}")
+    names = {
+        decode(_class_of(image, tree.is_flat))
+        for images in tree.images.values()
+        for image in images
+    }
     if empty := sorted(set(tree.class_folders) - names):
         folders = [decode(folder) for name in empty for folder in tree.class_folders[name]]
         raise UserError(
             f"{shown}: {len(empty)} of {len(tree.class_folders)} classes have no image in any "
             f"split: {listed(folders)}; put images ({ACCEPTED}) into these folders, or remove them"
         )
-    # Sort by a hash of the name, so that adding or removing an image does not reorder the others.
-    files = {
-        decode(split): sorted(
-            images, key=lambda file: hashlib.blake2b(file, digest_size=16).digest()
-        )
-        for split, images in tree.images.items()
-    }
+    sort = _stratified if tree.is_flat else _in_order
     return ImageFolder(
         root=tree.root,
         class_names=tuple(sorted(names)),
-        files=files,
+        files={decode(split): sort(images) for split, images in tree.images.items()},
         faults=tree.faults,
         remarks=tree.remarks(),
         nested=len(tree.nested_images),
+        is_flat=tree.is_flat,
+        hint=tree.hint(),
     )
 
 

@@ -1,13 +1,18 @@
-"""Reads a label file: jsonl with one image per line and one or more labels per image.
+"""Reads a label file: one image per line, as jsonl or CSV.
 
-A line is such as {"path": "a/b.jpg", "labels": ["cat", "pet"], "weights": [0.9, 0.2], "split":
-"train"}.
+A line of jsonl has one or more labels, such as {"path": "a/b.jpg", "labels": ["cat", "pet"],
+"weights": [0.9, 0.2], "split": "train"}. A line of CSV has one label; the columns are named in the
+header, `path,label` or `path,label,split`. In both formats, `file_name` and `label` are read as in
+the metadata files of Hugging Face's image folders, whose other columns are ignored.
 """
 
 import array
+import csv
 import dataclasses
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -18,6 +23,7 @@ from mixer.errors import UserError, check_choice
 
 # Largest number of classes that numeric labels may imply; larger labels are probably other ids.
 MOST_CLASSES = 1 << 20
+HEADER = "path,label or path,label,split"
 LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 0.5]}'
 
 
@@ -198,17 +204,20 @@ def collect(file: epath.Path, root: epath.Path, images: Iterable[LabelledImage])
 
 
 def read_label_file(file: str, root: str) -> LabelFile:
-    """Reads a label file; its paths are relative to the folder `root`.
+    """Reads a label file; its paths are relative to `root`, by default the folder of the file.
 
     A missing image is reported only when it is read.
 
     Raises:
       UserError: the file or folder does not exist, or a line (named by its number) is invalid.
     """
-    root = folder.find_root(root, f"dataset.label_file={file} has paths relative to it")
+    root = root or os.path.dirname(file) or "."
+    hint = f"dataset.label_file={file} has paths relative to it"
     file = folder.find_file("dataset.label_file", file)
+    root = folder.find_root(root, hint)
+    parse = _parse_csv if file.suffix.lower() == ".csv" else _parse
     try:
-        listing = collect(file, root, _parse(file))
+        listing = collect(file, root, parse(file))
     except OSError as error:
         raise UserError(
             f"dataset.label_file={file} cannot be read: {error.strerror or error}"
@@ -251,17 +260,22 @@ def _parse_line(number: int, row: bytes) -> LabelledImage:
         raise ValueError(f"not JSON ({error}); expected a line such as {LABEL_LINE}") from None
     if not isinstance(line, dict):
         raise ValueError(f"not an object in braces; expected a line such as {LABEL_LINE}")
+    if "file_name" in line:  # of Hugging Face
+        if "label" not in line:
+            raise ValueError("'label' is missing beside 'file_name'")
+        line = {
+            "path": line["file_name"],
+            "labels": line["label"],
+            "split": line.get("split", _split_of(line["file_name"])),
+        }
     keys = ("path", "labels", "weights", "split")
     for key in line:
         check_choice("key", key, keys)
     for key in keys[:2]:
         if key not in line:
             raise ValueError(f"{key!r} is missing; expected a line such as {LABEL_LINE}")
-    path, split = line["path"], line.get("split", "train")
-    if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
-        raise ValueError(f"path {path!r} must be text, relative to dataset.data_dir")
-    if not isinstance(split, str) or not split.isidentifier():
-        raise ValueError(f"split {split!r} must be a name such as 'train'")
+    path, split = line["path"], line.get("split", folder.TRAIN_SPLIT)
+    _check_place(path, split)
     labels, weights = line["labels"], line.get("weights")
     labels = labels if isinstance(labels, list) else [labels]
     kinds = {type(label) for label in labels}
@@ -278,3 +292,66 @@ def _parse_line(number: int, row: bytes) -> LabelledImage:
         if not all(type(weight) in (int, float) and 0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights {weights} must be numbers from 0 to 1")
     return LabelledImage(number, folder.encode(path), labels, weights, split)
+
+
+def _check_place(path: object, split: object) -> None:
+    """Raises ValueError if the path or the split of an image is invalid."""
+    if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
+        raise ValueError(f"path {path!r} must be text, relative to dataset.data_dir")
+    if not isinstance(split, str) or not split.isidentifier():
+        raise ValueError(f"split {split!r} must be a name such as 'train'")
+
+
+def _split_of(path: object) -> str:
+    """Returns the split of an image of Hugging Face: the first folder of its path, or "train"."""
+    name = path.partition("/")[0] if isinstance(path, str) else ""
+    return name if name in folder.SPLIT_NAMES else folder.TRAIN_SPLIT
+
+
+def _parse_csv(file: epath.Path) -> Iterator[LabelledImage]:
+    """Yields the images of a CSV file; raises UserError for the first invalid line.
+
+    Labels are class numbers if all of them are whole numbers, otherwise names.
+    """
+    are_numbers = all(row["label"].isdecimal() for _, row in _rows(file))
+    for number, row in _rows(file):
+        label = row["label"]
+        if are_numbers and (len(label) > 10 or int(label) >= 1 << 31):
+            raise _line_fault(file, number, f"label {label[:20]} must be a number below 2^31")
+        yield LabelledImage(
+            number,
+            folder.encode(row["path"]),
+            [int(label) if are_numbers else label],
+            None,
+            row["split"],
+        )
+
+
+def _rows(file: epath.Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields the line number, and "path", "label" and "split", of each row of a CSV file."""
+    with file.open("rb") as binary:
+        text = io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="")
+        reader = csv.reader(text, strict=True)
+        try:
+            columns = [name.strip() for name in next(reader, [])]
+            is_hugging_face = "file_name" in columns
+            names = ["file_name" if is_hugging_face else "path", "label", "split"]
+            is_unknown = not is_hugging_face and not set(columns) <= set(names)
+            if is_unknown or len(set(columns)) < len(columns) or not {*names[:2]} <= {*columns}:
+                raise ValueError(f"the header is {','.join(columns)!r}; expected {HEADER}")
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) != len(columns):
+                    raise ValueError(f"{len(values)} values; the header has {len(columns)} columns")
+                row = dict(zip(columns, values, strict=True))
+                path, label = (row[name] for name in names[:2])
+                split = row.get("split") or (
+                    _split_of(path) if is_hugging_face else folder.TRAIN_SPLIT
+                )
+                _check_place(path, split)
+                if not label:
+                    raise ValueError(f"{path!r} has no label")
+                yield reader.line_num, {"path": path, "label": label, "split": split}
+        except (ValueError, csv.Error) as error:
+            raise _line_fault(file, max(reader.line_num, 1), str(error)) from None

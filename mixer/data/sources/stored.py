@@ -106,7 +106,8 @@ def folder_source(
     excluded: Collection[str],
 ) -> Source:
     """Returns the images of a split such as "train[:90%]" of a folder."""
-    instructions = absolute(spec, {split: len(files) for split, files in folder.files.items()})
+    sizes = {split: len(files) for split, files in folder.files.items()}
+    instructions = absolute(spec, sizes, folder.hint)
     files = [
         file for part in instructions for file in folder.files[part.splitname][part.from_ : part.to]
     ]
@@ -515,10 +516,15 @@ def _check_label(label, num_classes: int) -> tf.Tensor:
         return tf.identity(label)
 
 
-def absolute(spec: str, sizes: dict[str, int]) -> list:
+def absolute(spec: str, sizes: dict[str, int], hint: str = "") -> list:
     """Parses a split spec with TFDS's own grammar.
 
     A split may have any name without "+" and "[" except "all". TFDS allows fewer names.
+
+    Args:
+      spec: the split.
+      sizes: number of examples of each split.
+      hint: the end of the error for an invalid spec.
 
     Raises:
       UserError: the spec is not a valid split.
@@ -548,9 +554,8 @@ def absolute(spec: str, sizes: dict[str, int]) -> list:
         for alias, name in names.items():
             reason = reason.replace(alias, name) if alias != name else reason
         bad_names = [name for name in sizes if "+" in name or "[" in name]
-        hint = (
-            f"; rename {bad_names[0]!r}: + and [ are part of the split syntax" if bad_names else ""
-        )
+        if bad_names:
+            hint += f"; rename {bad_names[0]!r}: + and [ are part of the split syntax"
         raise UserError(
             f"split {spec!r}: {reason}; the splits are {choices}, and parts such as train[:90%] "
             f"(an empty val_split or test_split means none){hint}"

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mixer.errors import UserError
+
 COUNT = 1024  # 110 MB, which fits into the page cache, so that the disk is not measured
 IMAGENET_BYTES = 110_000  # mean file size in ImageNet
 IMAGENET_SIZE = (375, 500)  # (H, W), the most common size in ImageNet
@@ -24,9 +26,18 @@ def write(directory: Path, size: tuple[int, int]) -> float:
 
     Returns:
       Mean size in bytes.
+
+    Raises:
+      UserError: scikit-learn is not installed.
     """
     from PIL import Image
-    from sklearn.datasets import load_sample_images
+
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        raise UserError(
+            "scikit-learn is missing, which has the photographs; run pip install -e .[bench]"
+        ) from None
 
     photographs = load_sample_images().images  # 427 x 640
     rng = np.random.default_rng(0)

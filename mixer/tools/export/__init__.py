@@ -1,1 +1,1 @@
-"""Exports a model as a StableHLO program."""
+"""Exports a model as a StableHLO program or an ONNX file."""

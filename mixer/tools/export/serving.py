@@ -21,6 +21,7 @@ from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
 from mixer.tools.predict.prediction import names_of
 from mixer.weights.arrays import write_safetensors
+from mixer.weights.card import Card
 from mixer.weights.load import Loaded
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -42,22 +43,33 @@ def check(path: str | Path, *, weights: str, platforms: Sequence[str]) -> Paths:
     """Checks the arguments of an export before the weights are read, and returns its files.
 
     Raises:
-      UserError: a file exists, its folder does not, the extension is not .stablehlo, or a platform
-        is unknown.
+      UserError: a file exists, its folder does not, the program has the name of its weights, or a
+        platform is unknown.
     """
     program = Path(path).expanduser()
-    if program.suffix != ".stablehlo":
-        raise UserError(f"{path}: unknown file type; expected a name that ends in .stablehlo")
     weights_file = program.with_suffix(".safetensors") if weights == "beside" else None
+    if program == weights_file:
+        raise UserError(f"{path}: the weights take this name; expected another ending")
     paths = Paths(program, program.with_name(f"{program.name}.json"), weights_file)
-    for file in _present(paths):
-        if file.exists():
-            raise UserError(f"{file} already exists; move it, or choose another name")
-        files.check_output("", file)
+    check_new(*_present(paths))
     for platform in platforms or [""]:
         hint = "an NVIDIA GPU is cuda, an AMD GPU rocm"
         check_choice("platform", platform, PLATFORMS, hint=hint)
     return paths
+
+
+def check_new(*paths: Path) -> None:
+    """Raises UserError if a file exists or cannot be written."""
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} already exists; move it, or choose another name")
+        files.check_output("", path)
+
+
+def check_head(card: Card, output: str) -> None:
+    """Raises UserError if `output` is "logits" and the weights have no head."""
+    if output == "logits" and not card.num_classes:
+        raise UserError(f"{card.source} has no head; pass --output=pre_logits")
 
 
 def _present(paths: Paths) -> list[Path]:
@@ -106,8 +118,7 @@ def make_program(
       UserError: the weights are too large to embed, or logits are requested without a head.
     """
     low, high = loaded.card.value_range
-    if output == "logits" and not loaded.card.num_classes:
-        raise UserError(f"{loaded.card.source} has no head; pass --output=pre_logits")
+    check_head(loaded.card, output)
 
     def forward(arrays: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         pixels = images.astype(jnp.float32) / (255 / (high - low)) + low

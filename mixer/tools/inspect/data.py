@@ -27,7 +27,7 @@ def open_split(
     Args:
       config: config of the run; None for weights.
       loaded: the weights.
-      split_name: "val" or "test"; None: the test split if there is one.
+      split_name: name of the split; None: the test split, or the only split of a folder.
       data_dir: data directory that replaces that of the config; for weights, the folder.
       data_record: the entry "splits" of the run's data.json.
 
@@ -52,10 +52,16 @@ def open_split(
         raise UserError("--data_dir is missing; expected a folder of images")
     if loaded.card.preprocess is None:
         raise UserError(f"{loaded.card.source} does not specify its preprocessing")
-    fields = dict(data_dir=data_dir, label_file="", label_key="", exclude="", shuffle_group_size=1)
+    dataset = ConfigDict(
+        dict(name="folder", data_dir=data_dir, label_file="", label_key="", exclude="")
+        | dict(class_order="sorted", shuffle_group_size=1)
+    )
+    if split_name is None:
+        names = splits.split_names(dataset)
+        split_name = names[0] if len(names) == 1 else "test"
     split = splits.open_split(
-        ConfigDict(dict(name="folder") | fields),
-        split_name or "test",
+        dataset,
+        split_name,
         loaded.card.preprocess,
         image_size=loaded.card.image_size,
         num_classes=loaded.card.num_classes or None,

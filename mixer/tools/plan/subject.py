@@ -13,6 +13,7 @@ from mixer.errors import UserError
 from mixer.models.flops import layers
 from mixer.parallel import sharding
 from mixer.runs import config as run
+from mixer.runs import data as run_data
 from mixer.tools.plan import chips
 from mixer.training import program
 from mixer.training import state as train_state
@@ -109,6 +110,8 @@ def open_subject(
             f"dataset.name={config.dataset.name!r}: the number of classes is unknown; pass "
             "--num_classes"
         )
+    if data_set:
+        run_data.choose_splits(config, tuple(data_set.splits))
     if num_examples is None and data_set:
         num_examples = split_size(config.dataset.train_split, data_set.splits)
     if num_examples is None and run.needs_epochs(config):

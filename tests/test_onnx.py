@@ -1,0 +1,279 @@
+"""ONNX files: onnxruntime gives the model's outputs, and the file says what they are."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from helpers import GOLDENS, ROOT, run_program, run_python
+from mixer.data.imagenet import names as imagenet_names
+from mixer.errors import UserError
+from mixer.models import registry
+from mixer.parallel import sharding
+from mixer.weights import formats
+from mixer.weights import load as loading
+from mixer.weights.card import Card
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+onnx_model = pytest.importorskip("mixer.tools.export.onnx_model")
+
+WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
+TOOL = "mixer.tools.export"
+
+
+def read(path=WEIGHTS, **options):
+    return loading.read(path, log=lambda line: None, **options)
+
+
+def pixels(loaded, n, seed=0):
+    shape = (n, *loaded.card.image_size, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def outputs(loaded, images):
+    low, high = loaded.card.value_range
+    x = images / np.float32(255) * np.float32(high - low) + np.float32(low)
+    return jax.jit(loaded.model.apply)({"params": loaded.params}, x)[1]
+
+
+def check(path, loaded, *, output="logits", sizes=(1, 3, 8), atol=1e-5):
+    """The file is valid, and onnxruntime gives the model's outputs; returns its session."""
+    onnx.checker.check_model(str(path), full_check=True)
+    session = ort.InferenceSession(str(path))
+    images = pixels(loaded, max(sizes))
+    expected = outputs(loaded, images)[output]
+    for n in sizes:
+        (got,) = session.run([output], {"images": images[:n]})
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected[:n], rtol=0, atol=atol)
+    return session
+
+
+@pytest.mark.parametrize(
+    ("options", "output"),
+    [
+        (dict(gelu="tanh"), "logits"),
+        (dict(gelu="erf"), "logits"),
+        (dict(image_size=(64, 96)), "logits"),  # grown, and not square
+        (dict(num_classes=0), "pre_logits"),
+    ],
+)
+def test_onnxruntime_gives_the_models_outputs(tmp_path, options, output):
+    loaded = read(**options)
+    (path,) = onnx_model.write(loaded, tmp_path / "tiny.onnx", output=output)
+    session = check(path, loaded, output=output)
+    (images,), (result,) = session.get_inputs(), session.get_outputs()
+    assert images.shape == ["b", *loaded.card.image_size, 3] and images.type == "tensor(uint8)"
+    assert result.shape == ["b", 7 if output == "logits" else 24]
+
+
+def test_the_two_forms_of_gelu_differ(tmp_path):
+    """Else the test above could not tell them apart."""
+    images = pixels(read(), 2)
+    tanh, erf = (outputs(read(gelu=kind), images)["logits"] for kind in ("tanh", "erf"))
+    assert np.abs(tanh - erf).max() > 2e-5
+
+
+def test_command_and_example_of_the_docs(tmp_path):
+    arguments = TOOL, WEIGHTS, tmp_path / "B16.onnx"
+    done = run_program(*arguments)
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "B16.onnx").stat().st_size
+    assert f"B16.onnx: {size:,} bytes" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["B16.onnx"]
+    check(tmp_path / "B16.onnx", read())
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)
+    (code,) = [block for block in blocks if "import onnxruntime" in block]
+    assert len([line for line in code.splitlines() if line]) <= 8
+    space = {}
+    with contextlib.chdir(tmp_path):
+        exec(code, space)
+    assert space["logits"].shape == (8, 7)
+
+    done = run_program(*arguments)
+    assert done.returncode == 2 and "B16.onnx already exists" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_metadata_has_classes_preprocessing_and_card(tmp_path, monkeypatch):
+    loaded = read()
+    preprocess = "decode|resize(32)|value_range(0, 1)"
+    card = dataclasses.replace(loaded.card, preprocess=preprocess, class_names=tuple("äbcdefg"))
+    loaded = dataclasses.replace(loaded, card=card)
+    (path,) = onnx_model.write(loaded, tmp_path / "tiny.onnx")
+    session = check(path, loaded)  # with its own range of values
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == list("äbcdefg")
+    assert json.loads(about["card"])["preprocess"] == preprocess
+    assert json.loads(about["card"]) == json.loads(json.dumps(card.as_json()))
+
+    monkeypatch.setattr(imagenet_names, "class_names", lambda name: (name, "two"))
+    card = dataclasses.replace(card, class_names="imagenet1k")
+    (path,) = onnx_model.write(dataclasses.replace(loaded, card=card), tmp_path / "names.onnx")
+    (classes,) = [p.value for p in onnx.load(path).metadata_props if p.key == "classes"]
+    assert json.loads(classes) == ["imagenet1k", "two"]
+
+
+def test_format_is_of_opset_20_and_of_the_oldest_version_that_has_it(tmp_path):
+    (path,) = onnx_model.write(read(), tmp_path / "tiny.onnx", batch_size=4)
+    model = onnx.load(path)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+    assert model.ir_version == 9
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert names >= set(sharding.by_name(read().params))
+    check(path, read(), sizes=(4,))
+    with pytest.raises(Exception, match="images"):  # the batch is fixed
+        ort.InferenceSession(str(path)).run(None, {"images": pixels(read(), 3)})
+
+
+def test_large_weights_are_external_data(tmp_path):
+    total = sum(array.nbytes for array in sharding.by_name(read().params).values())
+    done = run_program(TOOL, WEIGHTS, tmp_path / "one.onnx", f"--max_inside_bytes={total + 999}")
+    assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ["one.onnx"]
+    # The scale and the range of pixels and a few shapes are constants too.
+    done = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx", f"--max_inside_bytes={total}")
+    assert done.returncode == 0, done.stderr
+    for name in ("tiny.onnx", "tiny.onnx.data"):
+        assert f"{name}: {(tmp_path / name).stat().st_size:,} bytes" in done.stdout
+    assert (tmp_path / "tiny.onnx").stat().st_size < (tmp_path / "one.onnx").stat().st_size / 2
+    check(tmp_path / "tiny.onnx", read())
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("tiny.onnx", "tiny.onnx.data"):  # the two move together
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    check(tmp_path / "elsewhere" / "tiny.onnx", read())
+    external = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in onnx.load(
+            tmp_path / "elsewhere/tiny.onnx", load_external_data=False
+        ).graph.initializer
+        if tensor.external_data
+    ]
+    assert len(external) > 10
+    assert all(int(entry["offset"]) % 4096 == 0 for entry in external)
+
+
+def test_run_in_bfloat16_is_exported_in_float32(tmp_path, finished_run):
+    shutil.copytree(finished_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["model"]["dtype"] = "bfloat16"
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert read(tmp_path / "run").model.dtype == "bfloat16"
+    done = run_program(TOOL, tmp_path / "run", tmp_path / "digits.onnx", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    session = check(tmp_path / "digits.onnx", read(tmp_path / "run", dtype="float32"))
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == list("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights=beside"], r"--weights=beside.*--max_inside_bytes=0"),
+        (["--platforms=cpu"], "--platforms"),
+        (["--dtype=bfloat16"], r"--dtype=bfloat16.*float32"),
+        (["--max_inside_bytes=3000000000"], "3000000000"),
+    ],
+)
+def test_options_of_another_format_are_refused(tmp_path, options, message):
+    done = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx", *options)
+    assert done.returncode == 2 and re.search(message, done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "old.onnx.data").touch()
+    for name, message in (("old.onnx", r"old\.onnx\.data"), ("no/tiny.onnx", "no")):
+        with pytest.raises(UserError, match=message):
+            onnx_model.check(tmp_path / name)
+    with pytest.raises(UserError, match="--output=pre_logits"):
+        onnx_model.write(read(num_classes=0), tmp_path / "tiny.onnx")
+    monkeypatch.setattr(onnx_model.onnx_graphs, "EMITTERS", {"other": None})
+    with pytest.raises(UserError, match=r"MLP-Mixer.*other"):
+        onnx_model.write(read(), tmp_path / "tiny.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.onnx.data"]
+
+
+def test_missing_onnx_is_a_line_with_the_command(tmp_path, monkeypatch):
+    import mixer.tools.export as package
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in ("onnx_model", "onnx_graphs"):
+        monkeypatch.delitem(sys.modules, f"{TOOL}.{name}")
+        monkeypatch.delattr(package, name)
+    done = run_program(TOOL, WEIGHTS, tmp_path / "tiny.onnx")
+    assert done.returncode == 2 and "pip install -e .[onnx]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def disk_is_full(*arguments, **options):
+        assert [path.suffix for path in tmp_path.iterdir()] == [".new"]  # the external data
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_model.helper, "make_model", disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        onnx_model.write(read(), tmp_path / "tiny.onnx", max_inside_bytes=0)
+    assert not list(tmp_path.iterdir())
+
+
+# The paper's sizes.
+
+
+def random_weights(variant, gelu, path):
+    """Writes weights of a variant, all random, to a file."""
+    model = registry.make_model(variant, num_classes=1000)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, leaf in registry.param_shapes(model, (224, 224)).items():
+        values = rng.standard_normal(leaf.shape, np.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if name.endswith("kernel") else 100
+        arrays[name] = values / np.float32(np.sqrt(fan_in)) + name.endswith("scale")
+    card = Card(
+        **dict(architecture="mixer", variant=variant, dimensions=registry.dimensions(model)),
+        **dict(num_classes=1000, image_size=(224, 224), gelu=gelu, source="random"),
+        **dict(preprocess=None, class_names=None),
+    )
+    formats.write_file(path, arrays, card, layout="published")
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("variant", ["S/32", "B/16"])
+def test_papers_models(tmp_path, variant, gelu):
+    random_weights(variant, gelu, tmp_path / "weights.npz")
+    loaded = read(tmp_path / "weights.npz")
+    assert loaded.card.gelu == gelu
+    (path,) = onnx_model.write(loaded, tmp_path / "model.onnx")
+    check(path, loaded, sizes=(1, 4))
+    paths = onnx_model.write(loaded, tmp_path / "two.onnx", max_inside_bytes=10**6)
+    assert len(paths) == 2
+    check(paths[0], loaded, sizes=(2,))
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_papers_model_at_twice_the_resolution(tmp_path):
+    random_weights("S/32", "tanh", tmp_path / "weights.npz")
+    loaded = read(tmp_path / "weights.npz", image_size=(448, 224))
+    (path,) = onnx_model.write(loaded, tmp_path / "model.onnx")
+    check(path, loaded, sizes=(1, 3))
+
+
+@pytest.mark.slow
+def test_only_the_export_to_onnx_imports_onnx(tmp_path):
+    code = """
+import sys, mixer
+from mixer.tools.export import __main__, serving
+assert not [name for name in sys.modules if name.startswith("onnx")]
+"""
+    run_python("-c", code)
+    run_python("-m", TOOL, WEIGHTS, "tiny.onnx", cwd=tmp_path)
+    check(tmp_path / "tiny.onnx", read())
