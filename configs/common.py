@@ -40,20 +40,30 @@ def base() -> ConfigDict:
     # the same classes as the data, otherwise reset).
     config.init_head = "auto"
     # How to resize weights for another image size: grow (integer factors, as in the paper) or
-    # interpolate (any size, not in the paper). Growing by K multiplies tokens_mlp_dim by K^2.
+    # interpolate (any size, not in the paper; the only way for vit). Growing by K multiplies
+    # tokens_mlp_dim by K^2.
     config.init_resize = "grow"
     config.init_image_size = config_dict.placeholder(int)  # of init_from; None: read from it
 
     config.model = dict(
-        name="mixer",  # the architecture, a key of ARCHITECTURES in mixer/models/registry.py
-        # S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, or None. A dimension below that is set replaces
-        # the variant's. If neither is set, the model is that of init_from.
+        name="mixer",  # the architecture: mixer or vit. A key of the other one must be None.
+        # S/32 S/16 S/8 (mixer only) B/32 B/16 L/32 L/16 H/14, or None. A dimension below that is
+        # set replaces the variant's. If neither is set, the model is that of init_from.
         variant=config_dict.placeholder(str),
         patch_size=config_dict.placeholder(int),  # P, pixels
         hidden_dim=config_dict.placeholder(int),  # C
         num_blocks=config_dict.placeholder(int),  # L
-        tokens_mlp_dim=config_dict.placeholder(int),  # D_S
-        channels_mlp_dim=config_dict.placeholder(int),  # D_C
+        tokens_mlp_dim=config_dict.placeholder(int),  # mixer: D_S
+        channels_mlp_dim=config_dict.placeholder(int),  # mixer: D_C
+        mlp_dim=config_dict.placeholder(int),  # vit: width of the MLP
+        num_heads=config_dict.placeholder(int),  # vit: attention heads, a divisor of hidden_dim
+        # vit: token (class token), gap (mean of the tokens) or map (attention from a learnt probe).
+        # None, for these three keys: that of init_from, or token, learnt and False without it.
+        pooling=config_dict.placeholder(str),
+        # vit: learnt (one for each token, as vision_transformer), learnt_patches (none for the
+        # class token, as big_vision) or sincos2d (fixed sines and cosines).
+        positions=config_dict.placeholder(str),
+        pre_logits_layer=config_dict.placeholder(bool),  # vit: a tanh layer before the head
         num_classes=config_dict.placeholder(int),  # None: that of the data
         # tanh (the authors' code) or erf (timm). None: that of init_from, or tanh without it.
         gelu=config_dict.placeholder(str),
@@ -229,6 +239,12 @@ def check_positive(key: str, value: float) -> None:
         raise ValueError(f"config argument {key}={value}; expected a finite number above 0")
 
 
+def set_model(config: ConfigDict, model: str) -> None:
+    """Sets the architecture and the variant: "B/16" is a Mixer, "ViT-B/16" a Vision Transformer."""
+    variant = model.removeprefix("ViT-")
+    config.model.update(name="mixer" if variant == model else "vit", variant=variant)
+
+
 def eval_preprocess(res: int) -> str:
     """Returns the evaluation ops for images of `res` pixels [read: BV].
 
@@ -297,7 +313,8 @@ def pretraining(
     of 1e-3, in the form "schedule", is 0.1 here.
 
     The arguments of the recipes:
-      model: any variant; all other values of the recipe stay the same.
+      model: any variant, such as L/16 or ViT-B/16 (a Vision Transformer); all other values of the
+        recipe stay the same.
       res: the side of the images in pixels, any multiple of the patch size.
       mode: the hardware: tpu, gpu8 or smoke.
         tpu: the published batch of 4096, float32 (a TPU computes its products in bfloat16).
@@ -339,7 +356,8 @@ def pretraining(
     config.global_batch_size = 1024 if arg.mode == "gpu8" else PUBLISHED_BATCH
     config.image_size = arg.res
     config.loss = "sigmoid"
-    config.model.update(variant=arg.model, stoch_depth=stoch_depth, head_bias_init=head_bias_init)
+    config.model.update(stoch_depth=stoch_depth, head_bias_init=head_bias_init)
+    set_model(config, arg.model)
     config.model.dtype = "bfloat16" if arg.mode == "gpu8" else "float32"
     if arg.data == dataset:
         config.model.num_classes = num_classes

@@ -13,7 +13,8 @@ images]. On ImageNet from ImageNet-21k weights: B/16 80.64 %, L/16 82.89 % [pape
 time are not published. None of these has been measured here.
 
 Arguments:
-  model=    the variant. Default: the model of the weights, or B/16 without weights.
+  model=    the variant, such as L/16 or ViT-B/16 (required with weights of a Vision Transformer).
+            Default: the Mixer of the weights, or B/16 without weights.
   dataset=  imagenet2012, cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, folder, or
             vtab/TASK with TASK one of caltech101, cifar100, dtd, flowers102, pets, sun397, svhn,
             camelyon, eurosat, resisc45, retinopathy, clevr_count, clevr_distance, dmlab,
@@ -22,7 +23,7 @@ Arguments:
   res=      side of the images in pixels, 224 by default. Weights for smaller images are grown to
             this size by an integer factor, as in the paper: for example from 224 to 448
             (docs/weights.md). With --config.init_resize=interpolate any multiple of the patch size
-            works; this is not in the paper.
+            works; this is not in the paper. The positions of a ViT are always interpolated.
   init=     initial weights: a file (npz, safetensors), a URL, the short name of a published
             checkpoint, a run, or one of its checkpoints. Empty trains from scratch, for which
             these values are not meant. A head with another number of classes starts at zero
@@ -151,7 +152,10 @@ def get_config(arg=""):
     config.global_batch_size = 512
     config.image_size = arg.res
     config.init_from = arg.init
-    config.model.variant = model or None
+    if model:
+        common.set_model(config, model)
+    if config.model.name == "vit":
+        config.init_resize = "interpolate"
     config.model.dtype = "bfloat16" if arg.mode == "gpu8" else "float32"
     config.dataset.update(
         name=name,

@@ -120,6 +120,11 @@ CONFIG = {
         "num_blocks": _optional(COUNT),
         "tokens_mlp_dim": _optional(COUNT),
         "channels_mlp_dim": _optional(COUNT),
+        "mlp_dim": Added(_optional(COUNT)),
+        "num_heads": Added(_optional(COUNT)),
+        "pooling": Added(_optional(TEXT)),
+        "positions": Added(_optional(TEXT)),
+        "pre_logits_layer": Added(_optional(BOOL)),
         "num_classes": _optional(COUNT),  # null in the first runs; data.json has the number
         "gelu": _optional(_one_of("tanh", "erf")),
         "stoch_depth": SHARE,

@@ -21,6 +21,7 @@ from configs import common
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
 TINY = dict(patch_size=8, hidden_dim=24, num_blocks=3, tokens_mlp_dim=20, channels_mlp_dim=40)
+TINY_VIT = dict(patch_size=8, hidden_dim=24, num_blocks=3, mlp_dim=40, num_heads=4)
 
 
 def golden(name):

@@ -13,6 +13,7 @@ import pytest
 from configs import common, finetune
 from helpers import ROOT, run_program, run_python
 from mixer.errors import UserError
+from mixer.models import vit
 from mixer.models.mlp_mixer import VARIANTS
 from mixer.runs import config as run
 
@@ -112,6 +113,7 @@ def test_every_key_has_a_comment():
 PRETRAINING = [
     "",
     *(f"model={variant}" for variant in VARIANTS),
+    "model=ViT-B/16",
     *(f"mode={mode}" for mode in common.MODES),
     "epochs=0.5",
     "data=folder",
@@ -125,6 +127,7 @@ SHIPPED = {
     "finetune": [
         "",
         *(f"model={variant}" for variant in VARIANTS),
+        "model=ViT-B/16",
         *(f"dataset={name}" for name in finetune.SETS),
         *(f"dataset=vtab/{task}" for task in finetune.VTAB),
         *(f"dataset=vtab/{task},split=1000" for task in finetune.VTAB),
@@ -142,6 +145,7 @@ SHIPPED = {
     "mixer_b16_jft": PRETRAINING,
     "mixer_l16_jft": PRETRAINING,
     "mixer_h14_jft": PRETRAINING,
+    "vit_s16_i1k": [*PRETRAINING, *(f"model=ViT-{variant}" for variant in vit.VARIANTS)],
 }
 CASES = [(name, arg) for name, args in SHIPPED.items() for arg in args]
 
@@ -157,12 +161,20 @@ PROGRAMS = [
     ("mixer_b16_i1k", "mode=gpu8"),
     ("mixer_b16_sam", ""),
     ("mixer_s16_jft", ""),
+    ("vit_s16_i1k", ""),
 ]
 # In the fast tests one recipe in bfloat16 is enough.
 SLOW_PROGRAMS = [
     ("finetune", "mode=gpu8"),
     ("mixer_b16_sam", "mode=gpu8"),
     ("mixer_s16_jft", "mode=gpu8"),
+    ("finetune", "model=ViT-B/16"),
+    ("mixer_b16_i1k", "model=ViT-B/16"),
+    ("mixer_b16_sam", "model=ViT-B/16"),
+    ("mixer_s16_jft", "model=ViT-B/16"),
+    ("vit_s16_i1k", "mode=gpu8"),
+    ("vit_s16_i1k", "model=S/16"),
+    ("vit_s16_i1k", "model=S/8,res=56,mode=gpu8,epochs=90,data=cifar10"),
 ]
 # One case and split for each distinct preprocessing.
 PREPROCESSINGS = [
@@ -286,7 +298,10 @@ def reduce_config(name, arg):
     config.dataset.update(data | splits)
     blocks = 2 if config.model.stoch_depth else 1  # the first block is never dropped
     config.model.update(variant=None, patch_size=4, num_blocks=blocks, num_classes=10)
-    config.model.update(hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
+    if config.model.name == "vit":
+        config.model.update(hidden_dim=16, mlp_dim=24, num_heads=2)
+    else:
+        config.model.update(hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
     for stem in ("total", "eval_every"):
         for unit in ("steps", "epochs", "examples"):
             config[f"{stem}_{unit}"] = None

@@ -209,7 +209,7 @@ def test_missing_weights_are_a_one_line_error(tmp_path):
     assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_format_is_that_of_the_ending_or_of_the_flag(tmp_path):
+def test_ending_or_flag_selects_the_format(tmp_path):
     done = run_program("mixer.tools.export", WEIGHTS, tmp_path / "tiny.mlir")
     assert done.returncode == 2 and ".stablehlo" in done.stderr and ".onnx" in done.stderr
     options = "--format=stablehlo", "--platforms=cpu"
@@ -219,6 +219,32 @@ def test_format_is_that_of_the_ending_or_of_the_flag(tmp_path):
     target = tmp_path / "two.stablehlo"
     done = run_program("mixer.tools.export", WEIGHTS, target, "--max_inside_bytes=9")
     assert done.returncode == 2 and "--max_inside_bytes=9" in done.stderr and not target.exists()
+
+
+@pytest.mark.slow
+def test_savedmodel_and_tflite_run_as_documented(tmp_path, finished_run):
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("jax.experimental.jax2tf")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)
+    (code,) = [block for block in blocks if "jax2tf" in block]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits").symlink_to(finished_run)
+    code += """
+import numpy as np
+images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+expected = np.asarray(apply(images))
+saved = tf.saved_model.load("digits_saved_model")
+for n in (1, 5):
+    np.testing.assert_allclose(saved.call(images[:n]), expected[:n], rtol=0, atol=1e-6)
+lite = tf.lite.Interpreter("digits.tflite")
+lite.allocate_tensors()
+(source,), (target,) = lite.get_input_details(), lite.get_output_details()
+lite.set_tensor(source["index"], images[:1])
+lite.invoke()
+np.testing.assert_allclose(lite.get_tensor(target["index"]), expected[:1], rtol=0, atol=1e-6)
+assert np.ptp(expected) > 0.1
+"""
+    run_python("-c", code, cwd=tmp_path)
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_layout_with_splits_wins(flat):
     with pytest.raises(UserError, match=r"train.*class2/more/1\.png .*class1/0\.png") as caught:
         run_data.open_split(config_of(flat, train_split="train[:80%]"), "train", None)
     one_line(caught)
-    with pytest.raises(UserError, match=r"dataset.train_split=auto.* class2"):
+    with pytest.raises(UserError, match=r"dataset.train_split .*class2/more/1\.png"):
         run_data.open_splits(config_of(flat), None)
 
 
@@ -191,7 +191,7 @@ def test_splits_that_the_user_sets_stay(made):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("photos", "test"), "dataset.train_split=auto.* (photos, test|test, photos)"),
+        (("photos", "test"), "dataset.train_split .*(photos, test|test, photos)"),
         (("train", "val", "valid"), "dataset.val_split=auto.* val and valid"),
     ],
 )
@@ -201,6 +201,13 @@ def test_splits_that_are_not_clear_are_refused(made, tmp_path, names, message):
     with pytest.raises(UserError, match=message) as caught:
         run_data.open_splits(config_of(tmp_path / "data"), None)
     one_line(caught)
+
+
+def test_data_without_a_training_split_is_evaluated(made, tmp_path):
+    shutil.copytree(made, tmp_path / "data" / "test")
+    config = config_of(tmp_path / "data")
+    assert run_data.open_split(config, "test", None).num_examples == 70
+    assert run_data.open_split(config, "val", None) is None
 
 
 def test_splits_of_other_data_are_chosen_too(tfds_dir):

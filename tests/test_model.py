@@ -8,7 +8,8 @@ from flax import traverse_util
 
 from helpers import TINY, golden, golden_params
 from mixer.errors import UserError
-from mixer.models.mlp_mixer import VARIANTS, MlpBlock, MlpMixer
+from mixer.models.mlp_mixer import VARIANTS, MlpMixer
+from mixer.models.modules import MlpBlock
 from mixer.models.registry import make_model
 
 # Parameter counts with 1,000 classes.

@@ -204,9 +204,30 @@ def test_timm_config_implies_classes_and_preprocessing():
     assert _timm_facts(flat_config).preprocess((224, 224)) == TIMM_OPS
 
 
+def test_timm_squash_resizes_both_sides():
+    ops_for = _timm_facts(_hub_config(crop_mode="squash")).preprocess
+    resize = "decode(dct='accurate')|resize({}, method='bicubic', antialias=True)"
+    assert ops_for((224, 224)) == resize.format(256) + "|central_crop(224)"
+    assert ops_for((64, 96)) is None
+    ops_for = _timm_facts(_hub_config(crop_mode="squash", crop_pct=1.0)).preprocess
+    assert ops_for((64, 96)) == resize.format((64, 96))
+    assert ops_for((64, 64)) == resize.format(64)
+
+
+def test_timm_config_implies_the_image_size():
+    assert _timm_facts(_hub_config(input_size=[3, 64, 96])).image_size == (64, 96)
+    for side, size in ((448, (448, 448)), ([64, 96], (64, 96))):
+        config = _hub_config() | {"model_args": {"img_size": side}}
+        assert _timm_facts(config).image_size == size
+    assert _timm_facts(_hub_config(input_size=None)).image_size is None
+    for size in ([3, 0, 0], [3, "a", "b"], 7):
+        with pytest.raises(UserError, match=r"config\.json of hf://me/mine"):
+            _timm_facts(_hub_config(input_size=size))
+
+
 def test_timm_preprocessing_without_an_equivalent_op_is_noted():
     imagenet = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    for values, word in ((imagenet, "0.485"), (dict(crop_mode="squash"), "squash")):
+    for values, word in ((imagenet, "0.485"), (dict(crop_mode="border"), "border")):
         implied_facts = _timm_facts(_hub_config(**values))
         assert implied_facts.preprocess((224, 224)) is None
         assert implied_facts.class_names == "imagenet1k"
@@ -499,6 +520,7 @@ def hub(tmp_path, monkeypatch):
 
     module = types.ModuleType("huggingface_hub")
     module.errors, module.hf_hub_download = errors, hf_hub_download
+    module.list_repo_files = lambda repository: [path.name for path in folder.iterdir()]
     module.fault, module.offline = None, False
     module.utils = types.SimpleNamespace(disable_progress_bars=lambda: None)
     module.folder = folder
@@ -514,6 +536,35 @@ def test_weights_are_downloaded_from_the_hub(hub):
     (hub.folder / "sub").mkdir()
     (hub.folder / "sub" / "x.npz").write_bytes(b"npz")
     assert _fetch("hf://timm/mixer_b16_224.goog_in21k/sub/x.npz")[0].read_bytes() == b"npz"
+
+
+def test_sharded_hub_file_is_fetched_with_its_shards(hub):
+    places = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    index = hub.folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    (hub.folder / "config.json").write_text("{}")
+    (hub.folder / places["a"]).write_bytes(DATA)
+    repository = "hf://timm/mixer_b16_224.goog_in21k"
+    with pytest.raises(UserError, match=r"has no file that its model\.safetensors\.index\.json"):
+        remote.fetch(repository, log=print)
+    (hub.folder / places["b"]).write_bytes(DATA)
+    for name in (repository, f"{repository}/{index.name}"):
+        assert _fetch(name)[0] == remote.epath.Path(index)
+    (hub.folder / "model.safetensors").write_bytes(DATA)  # is preferred
+    assert _fetch(repository)[0].name == "model.safetensors"
+
+
+def test_hub_error_suggests_a_conversion(hub):
+    for name in ("README.md", "pytorch_model.bin"):
+        (hub.folder / name).write_bytes(b"")
+    repository = "hf://timm/mixer_b16_224.goog_in21k"
+    pickled = (
+        rf"has no model\.safetensors.*{repository}/pytorch_model\.bin is a pickled file.*python -c"
+    )
+    with pytest.raises(UserError, match=pickled):
+        remote.fetch(repository, log=print)
+    with pytest.raises(UserError, match=r"flax_model\.msgpack is a Flax msgpack file.*python -c"):
+        remote.fetch(f"{repository}/flax_model.msgpack", log=print)
 
 
 def test_offline_hub_uses_cached_weights_and_names_missing_files(hub):

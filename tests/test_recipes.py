@@ -112,6 +112,30 @@ def test_b16_i1k_has_the_published_steps_and_learning_rates():
     assert config.optimizer.peak_lr * config.optimizer.weight_decay == pytest.approx(1e-4)
 
 
+def test_vit_s16_is_big_visions():
+    config, schedule = resolve(build("vit_s16_i1k"), round(0.99 * 1_281_167))
+    assert (config.total_steps, config.schedule.warmup_steps) == (111_477, 10_000)
+    assert (config.global_batch_size, config.loss, config.mixup.alpha) == (1024, "softmax", 0.2)
+    assert config.dataset.train_preprocess == "inception_crop(224)|flip_lr|randaugment(2, 10)"
+    model = config.model
+    assert (model.name, model.variant, model.stoch_depth) == ("vit", "S/16", 0.0)
+    assert (model.pooling, model.positions, model.pre_logits_layer) == ("gap", "sincos2d", True)
+    assert config.optimizer.momentum_dtype == "bfloat16"
+    for mode in ("tpu", "gpu8"):
+        optimizer = build("vit_s16_i1k", f"mode={mode}").optimizer
+        assert (optimizer.peak_lr, optimizer.weight_decay) == (1e-3, 0.1)
+    for step, lr in ((10_000, 1e-3), (60_738, 0.5e-3), (111_477, 0.0)):
+        assert float(schedule(step)) == pytest.approx(lr, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [*PRETRAINING, "mixer_b16_sam", "finetune"])
+def test_each_recipe_takes_a_vision_transformer(name):
+    mixer, vit = build(name, "model=B/16").to_dict(), build(name, "model=ViT-B/16").to_dict()
+    assert (vit["model"]["name"], vit["model"]["variant"]) == ("vit", "B/16")
+    vit["model"]["name"], vit["init_resize"] = "mixer", mixer["init_resize"]
+    assert vit == mixer
+
+
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_gpu8_mode_keeps_warmup_images_and_decay_per_image(name):
     (tpu_config, _), (gpu_config, _) = (

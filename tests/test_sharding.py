@@ -23,6 +23,9 @@ config = tiny_config(image_size=8, global_batch_size=16, total_steps=10)
 config.schedule.update(decay="constant", warmup_steps=0, cooldown_steps=0)
 config.optimizer.name = optimizer
 config.optimizer.peak_lr = 0.1 if optimizer == "sgd" else 1e-3
+if "vit" in sys.argv[4:]:
+    config.model.update(name="vit", tokens_mlp_dim=None, channels_mlp_dim=None)
+    config.model.update(mlp_dim=24, num_heads=4)
 if mixing:
     config.mixup.update(alpha=0.5, per_example=True, cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.update(sam_rho=0.05, ema_decay=0.5)
@@ -71,20 +74,22 @@ LOOPS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "mixing", "variants", "tolerance"),
+    ("model", "name", "mixing", "variants", "tolerance"),
     [
-        ("sgd", "mixing", MESHES + LOOPS, 1e-6),
-        ("adamw", "plain", [MESHES[-1], LOOPS[-1]], 1e-4),
+        ("mixer", "sgd", "mixing", MESHES + LOOPS, 1e-6),
+        ("mixer", "adamw", "plain", [MESHES[-1], LOOPS[-1]], 1e-4),
+        ("vit", "sgd", "mixing", MESHES[1:] + LOOPS[1:], 1e-6),
     ],
-    ids=["sgd-mixing", "adamw"],
+    ids=["sgd-mixing", "adamw", "vit"],
 )
-def test_every_mesh_gives_the_losses_of_one_device(name, mixing, variants, tolerance):
+def test_every_mesh_gives_the_losses_of_one_device(model, name, mixing, variants, tolerance):
     """Stochastic depth and dropout included; without warm-up, so that everything moves.
 
     "mixing" adds per-example mixup, CutMix, label smoothing, SAM and the average.
     """
     flags = "--xla_force_host_platform_device_count=8"
-    process = run_python("-c", ON_MESHES, name, mixing, repr(variants), XLA_FLAGS=flags)
+    arguments = (name, mixing, repr(variants), model)
+    process = run_python("-c", ON_MESHES, *arguments, XLA_FLAGS=flags)
     lines = process.stdout.splitlines()
     assert len(lines) == len(variants)
     for line in lines:

@@ -624,8 +624,8 @@ def test_hub_folder_error_names_the_file_to_pass(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     expect_error(tmp_path, r"pytorch_model\.bin is a pickled file")
-    (tmp_path / "model.safetensors").write_bytes(TIMM.read_bytes())
-    expect_error(tmp_path, rf"pass a file in it instead: {tmp_path}/model\.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(TIMM.read_bytes())
+    expect_error(tmp_path, rf"pass a file in it instead: {tmp_path}/other\.safetensors")
     assert foreign.advice(tmp_path / "none") == ""
 
 

@@ -393,6 +393,13 @@ def split_names(dataset) -> list[str]:
     return list(_scan(dataset.data_dir, subfolders=True).files)
 
 
+def layout_hint(dataset) -> str:
+    """Returns why the layout of a folder is not `<class>/<image>`, if it looks like it; else ""."""
+    if dataset.name != "folder" or dataset.label_file:
+        return ""
+    return _scan(dataset.data_dir, subfolders=True).hint
+
+
 def open_listing(
     listing: LabelFile,
     preprocess: str,

@@ -151,7 +151,7 @@ def open_subject(
         workdir = files.parse_path("--workdir", path)
         run.read_run(workdir)  # raises an error if the directory is not a run
         name, path = str(workdir), checkpoint.find_named(workdir, checkpoint_name)
-    elif config is None and fetch.is_directory(path):
+    elif config is None and fetch.is_run(path):
         workdir = _find_run(path)
     image_size = None if config is None else config.image_size
     stored = load.find(path, image_size=image_size, log=say)

@@ -17,10 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from mixer.errors import UserError
-from mixer.models import layers, modules, resize
+from mixer.models import modules, resize
 from mixer.parallel.sharding import BATCH, constrain
 
 # Paper, table 1.
@@ -174,64 +173,18 @@ class MixerBlock(nn.Module):
         """
         # LayerNorm, transpose, MLP 1, transpose. `layers.token_dense` needs no transposed array.
         y = nn.LayerNorm(dtype=self.dtype)(x)
-        mlp = MlpBlock(1, self.tokens_mlp_dim, self.gelu, self.dropout, name="token_mixing")
-        y = mlp(y, self._dropout_keys(keys, 0))
-        x = constrain(x + self._drop_path(y, keys, 0, keep_prob), BATCH, None, None)
+        args = (self.gelu, self.dropout)
+        mlp = modules.MlpBlock(1, self.tokens_mlp_dim, *args, name="token_mixing")
+        y = mlp(y, modules.dropout_keys(keys, 0, self.dropout))
+        y = modules.drop_branch(y, keys, 0, keep_prob, rescale=self.drop_path_rescale)
+        x = constrain(x + y, BATCH, None, None)
 
         # LayerNorm, MLP 2. `layers.norm_dense` computes the norm and the first matmul together.
         norm = modules.Norm(x.shape[-1], name="LayerNorm_1")()
-        mlp = MlpBlock(2, self.channels_mlp_dim, self.gelu, self.dropout, name="channel_mixing")
-        y = mlp(x, self._dropout_keys(keys, 1), norm)
-        return constrain(x + self._drop_path(y, keys, 1, keep_prob), BATCH, None, None)
-
-    def _dropout_keys(self, keys: jax.Array | None, branch: int) -> jax.Array | None:
-        return None if keys is None or not self.dropout else modules.fold(keys, branch)
-
-    def _drop_path(
-        self, y: jax.Array, keys: jax.Array | None, branch: int, keep_prob: Any
-    ) -> jax.Array:
-        if keys is None or keep_prob is None:
-            return y
-        keys = modules.fold(keys, 2 + branch)
-        return modules.drop_path(y, keep_prob, keys, rescale=self.drop_path_rescale)
-
-
-class MlpBlock(nn.Module):
-    """Dense, GELU, Dense over one axis of (N, S, C). Paper, equation 1."""
-
-    axis: int
-    mlp_dim: int
-    gelu: str
-    dropout: float
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        keys: jax.Array | None,
-        norm: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
-        """Applies the MLP.
-
-        Args:
-          x: (N, S, C).
-          keys: (N,) random keys for the dropout masks; None: no dropout.
-          norm: scale and bias of a preceding LayerNorm over the same axis; None: no LayerNorm.
-        """
-        dim = x.shape[self.axis]
-        apply = layers.token_dense if self.axis == 1 else layers.dense
-        first = apply if norm is None else layers.norm_dense
-        affine = modules.Dense((dim, self.mlp_dim), name="Dense_0")()
-        x = checkpoint_name(first(x, *(norm or ()), *affine), "dense")
-        x = constrain(x, BATCH, *(("tensor", None) if self.axis == 1 else (None, "tensor")))
-        x = layers.gelu(x, self.gelu)
-        if keys is not None:
-            x = modules.dropout(x, self.dropout, modules.fold(keys, 0))
-        affine = modules.Dense((self.mlp_dim, dim), name="Dense_1")()
-        x = checkpoint_name(apply(x, *affine), "dense")
-        if keys is not None:
-            x = modules.dropout(x, self.dropout, modules.fold(keys, 1))
-        return x
+        mlp = modules.MlpBlock(2, self.channels_mlp_dim, *args, name="channel_mixing")
+        y = mlp(x, modules.dropout_keys(keys, 1, self.dropout), norm)
+        y = modules.drop_branch(y, keys, 1, keep_prob, rescale=self.drop_path_rescale)
+        return constrain(x + y, BATCH, None, None)
 
 
 # Functions of the network's shape.
@@ -315,6 +268,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: Any) -> str | None:
         return "legacy"
     if not any(name.startswith(("stem.", "blocks.")) for name in shapes):
         return None
+    if any(".attn." in name for name in shapes):  # a Vision Transformer, or another Transformer
+        return None
     wide, narrow = (shapes.get(f"blocks.0.mlp_tokens.fc{n}.weight") for n in (1, 2))
     other_model = None
     if any(name.startswith("blocks.0.linear_tokens.") for name in shapes):
@@ -367,7 +322,7 @@ def stored_name(name: str, layout: str) -> str:
     return name
 
 
-def from_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
+def from_layout(name: str, array: np.ndarray, layout: str, fields: Mapping[str, Any]) -> np.ndarray:
     """Converts an array from its axes in a file of `layout` to the published axes."""
     if layout == "timm" and name.endswith("kernel"):
         return array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
@@ -384,6 +339,17 @@ def to_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
     if layout == "timm" and name.endswith("kernel"):
         return np.ascontiguousarray(array.transpose((3, 2, 0, 1) if array.ndim == 4 else None))
     return array[None] if layout == "legacy" and "_mixing/Dense_" in name else array
+
+
+# timm's models by name, and the arguments of its class that each name sets (timm 1.0.31).
+TIMM_MODELS = {
+    f"mixer_{name[0].lower()}{name[2:]}_224": dict(
+        patch_size=VARIANTS[name]["patch_size"],
+        num_blocks=VARIANTS[name]["num_blocks"],
+        embed_dim=VARIANTS[name]["hidden_dim"],
+    )
+    for name in ("S/32", "S/16", "B/32", "B/16", "L/32", "L/16")
+}
 
 
 def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mixer.errors import UserError
 from mixer.models import layers
+from mixer.parallel.sharding import BATCH, constrain
 
 GELUS = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
@@ -64,12 +66,14 @@ class Dense(nn.Module):
     """The parameters of an affine map from `shape[:-1]` to `shape[-1]`, as in `nn.Dense`."""
 
     shape: tuple[int, ...]
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         """Returns kernel and bias, float32."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), self.shape, jnp.float32)
-        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:], jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        return kernel, self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
 
 
 class Norm(nn.Module):
@@ -114,6 +118,69 @@ def drop_path(
     draw = jax.vmap(lambda key: jax.random.bernoulli(key, keep_prob))
     keep = draw(keys)[:, None, None].astype(x.dtype)
     return x * keep / jnp.asarray(keep_prob, x.dtype) if rescale else x * keep
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, Dense over one axis of (N, S, C).
+
+    Paper, equation 1. Vision Transformer (arXiv 2010.11929), section 3.1.
+    """
+
+    axis: int
+    mlp_dim: int
+    gelu: str
+    dropout: float
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: jax.Array | None,
+        norm: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Applies the MLP.
+
+        Args:
+          x: (N, S, C).
+          keys: (N,) random keys for the dropout masks; None: no dropout.
+          norm: scale and bias of a preceding LayerNorm over the same axis; None: no LayerNorm.
+        """
+        dim = x.shape[self.axis]
+        init = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+        apply = layers.token_dense if self.axis == 1 else layers.dense
+        first = apply if norm is None else layers.norm_dense
+        affine = Dense((dim, self.mlp_dim), **init, name="Dense_0")()
+        x = checkpoint_name(first(x, *(norm or ()), *affine), "dense")
+        x = constrain(x, BATCH, *(("tensor", None) if self.axis == 1 else (None, "tensor")))
+        x = layers.gelu(x, self.gelu)
+        if keys is not None:
+            x = dropout(x, self.dropout, fold(keys, 0))
+        affine = Dense((self.mlp_dim, dim), **init, name="Dense_1")()
+        x = checkpoint_name(apply(x, *affine), "dense")
+        if keys is not None:
+            x = dropout(x, self.dropout, fold(keys, 1))
+        return x
+
+
+def dropout_keys(keys: jax.Array | None, branch: int, rate: float) -> jax.Array | None:
+    """Returns the keys (N,) for the dropout masks of a block's branch; None: no dropout."""
+    return None if keys is None or not rate else fold(keys, branch)
+
+
+def drop_branch(
+    y: jax.Array,
+    keys: jax.Array | None,
+    branch: int,
+    keep_prob: jax.Array | float | None,
+    *,
+    rescale: bool,
+) -> jax.Array:
+    """Applies `drop_path` to a block's branch; without keys or a probability, returns `y`."""
+    if keys is None or keep_prob is None:
+        return y
+    return drop_path(y, keep_prob, fold(keys, 2 + branch), rescale=rescale)
 
 
 def apply_blocks(

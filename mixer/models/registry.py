@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from mixer.errors import UserError, check_choice, check_number
-from mixer.models import mlp_mixer, resize
+from mixer.models import mlp_mixer, resize, vit
 from mixer.models.modules import DTYPES, GELUS, MAX_BLOCKS, REMAT
 from mixer.parallel import sharding
 
@@ -34,6 +34,7 @@ class Architecture:
         and the same arguments and outputs. Its fields are keys of `config.model`, in which fields
         that other architectures lack are None unless they are set.
       variants: for each named size, the dimensions by the module's field names.
+      options: other fields that decide which parameters the module has, and their values.
       block: pattern of the name of a block's parameters.
       branches: names of a block's two residual branches: across tokens, then within each token.
       token_kernel: pattern of the name of the kernel (S, units) that mixes a block's tokens; None
@@ -47,23 +48,30 @@ class Architecture:
       cast_leaves: pattern of the parameters that a model in bfloat16 rounds to bfloat16.
       layer_flops: (model, image_size) -> (name, FLOPs of one image's forward pass) of each layer.
       hidden_values: (model, image_size) -> number of values in a block's hidden layers, per image.
-      read_dimensions: (shapes of parameters, source) -> dimensions, "num_tokens" and "num_classes".
+      read_dimensions: (shapes of parameters, source) -> dimensions, options, "num_tokens" (patches;
+        None if no parameter depends on them) and "num_classes".
       layouts: layouts of files with such weights: "published", "legacy" or "timm".
       recognise: (shapes in a file, source) -> its layout; None: not this architecture.
       leaf_names: number of blocks -> iterator over the published names of all parameters that
         models may have; the first is the stem's kernel, (P, P, 3, C).
-      stored_name: (published name, layout) -> name in a file of that layout.
-      from_layout: (published name, array, layout) -> the array with the published axes.
-      to_layout: the inverse of `from_layout`.
-      timm_arguments: (model, image_size) -> arguments of timm's class for the same model.
+      stored_name: (published name, layout) -> name in a file of that layout. Arrays that share a
+        name are joined along their first axis, in the order of `leaf_names`.
+      from_layout: (published name, array, layout, fields in the file's header or JSON) -> the array
+        with the published axes.
+      to_layout: (published name, array, layout) -> the inverse.
+      timm_arguments: (model, image_size) -> arguments of timm's class for the same model; None if
+        timm has no such model.
       resize: for the name of each method, such as "interpolate": (published name, array, grid=,
         new_grid=) -> the array for images of another size.
+      timm_class: path of timm's class for the same models; "" if timm has none.
+      timm_models: names of timm's models, and the arguments of its class that each name sets.
     """
 
     name: str
     title: str
     module: type[nn.Module]
     variants: Mapping[str, Mapping[str, int]]
+    options: Mapping[str, tuple]
     block: str
     branches: tuple[str, str]
     token_kernel: str | None
@@ -83,11 +91,19 @@ class Architecture:
     to_layout: Callable
     timm_arguments: Callable
     resize: Mapping[str, Callable]
+    timm_class: str = ""
+    timm_models: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def dimensions(self) -> tuple[str, ...]:
         """Names of the module's fields that a variant determines."""
         return tuple(next(iter(self.variants.values())))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of all fields of the module."""
+        names = (field.name for field in dataclasses.fields(self.module))
+        return tuple(name for name in names if name not in ("parent", "name"))  # Flax adds these
 
 
 _ENTRIES = (
@@ -96,6 +112,7 @@ _ENTRIES = (
         title="MLP-Mixer",
         module=mlp_mixer.MlpMixer,
         variants=mlp_mixer.VARIANTS,
+        options={},
         block=mlp_mixer.BLOCK,
         branches=mlp_mixer.BRANCHES,
         token_kernel=f"{mlp_mixer.BLOCK}/token_mixing/Dense_0/kernel",
@@ -115,6 +132,38 @@ _ENTRIES = (
         to_layout=mlp_mixer.to_layout,
         timm_arguments=mlp_mixer.timm_arguments,
         resize={"grow": mlp_mixer.grow, "interpolate": mlp_mixer.interpolate},
+        timm_class="timm.models.mlp_mixer.MlpMixer",
+        timm_models=mlp_mixer.TIMM_MODELS,
+    ),
+    Architecture(
+        name="vit",
+        title="Vision Transformer",
+        module=vit.VisionTransformer,
+        variants=vit.VARIANTS,
+        options=vit.OPTIONS,
+        block=vit.BLOCK,
+        branches=vit.BRANCHES,
+        token_kernel=None,
+        grown_dim=None,
+        widest_dim="mlp_dim",
+        signature=(
+            "embedding/bias",
+            "Transformer/encoder_norm/scale",
+            "Transformer/encoder_norm/bias",
+        ),
+        placement=vit.PLACEMENT,
+        cast_leaves="embedding/.*|cls|(.*/)?pos_embedding|.*/probe|.*(Attention|MlpBlock)_0/.*",
+        layer_flops=vit.layer_flops,
+        hidden_values=vit.hidden_values,
+        read_dimensions=vit.read_dimensions,
+        layouts=("published", "legacy", "timm"),
+        recognise=vit.recognise,
+        leaf_names=vit.leaf_names,
+        stored_name=vit.stored_name,
+        from_layout=vit.from_layout,
+        to_layout=vit.to_layout,
+        timm_arguments=vit.timm_arguments,
+        resize={"interpolate": vit.interpolate},
     ),
 )
 ARCHITECTURES = {entry.name: entry for entry in _ENTRIES}
@@ -149,11 +198,9 @@ def make_model(
     """
     check_choice("model.name", name, ARCHITECTURES)
     architecture = ARCHITECTURES[name]
-    keys = [field.name for field in dataclasses.fields(architecture.module)]
-    keys = [key for key in keys if key not in ("parent", "name")]  # fields that Flax adds
     fields = {key: value for key, value in fields.items() if value is not None}
     for key in fields:
-        check_choice("field of the model", key, keys)
+        check_choice("field of the model", key, architecture.fields)
     if variant is not None:
         check_choice("model.variant", variant, architecture.variants)
     fields = {**architecture.variants.get(variant, {}), **fields, "num_classes": num_classes}
@@ -180,6 +227,9 @@ def _check_fields(architecture: Architecture, fields: Mapping[str, Any]) -> None
     for key, choices in (("gelu", GELUS), ("dtype", DTYPES), ("remat", REMAT)):
         if key in fields:
             check_choice(f"model.{key}", fields[key], choices)
+    for key, choices in architecture.options.items():
+        if key in fields:
+            check_choice(f"model.{key}", str(fields[key]), map(str, choices))
 
 
 def dimensions(model: nn.Module) -> dict[str, int]:

@@ -121,6 +121,13 @@ def check_config(config: ConfigDict) -> None:
     if not config.dataset.name:
         raise UserError("dataset.name is empty; expected a TFDS name, 'folder' or 'synthetic'")
     check_choice("model.name", config.model.name, ARCHITECTURES)
+    fields = ARCHITECTURES[config.model.name].fields
+    for key, value in config.model.items():
+        if value is not None and key not in ("name", "variant", *fields):
+            raise UserError(
+                f"model.{key}={value} does not concern model.name={config.model.name}; expected "
+                f"None. Its keys are {', '.join(fields)}"
+            )
     variant, patch_size = config.model.variant, config.model.patch_size
     if variant is not None:
         variants = ARCHITECTURES[config.model.name].variants
@@ -254,32 +261,38 @@ def resolve_model(
 ) -> None:
     """Sets the fields of the model that the initial weights determine.
 
-    These are the GELU form, all dimensions if the config sets neither a variant nor a dimension,
-    and the grown D_S for a larger image size.
+    These are the GELU form, the options of the architecture, all dimensions if the config sets
+    neither a variant nor a dimension, and the grown D_S for a larger image size.
 
     Args:
       config: the config from the command line; it is modified.
       initial: the initial weights.
       saved_values: config of the run that is resumed; its initial weights may no longer exist.
     """
+    architecture = ARCHITECTURES[config.model.name]
     if saved_values:
         gelu, size = saved_values["model"]["gelu"], saved_values.get("init_image_size")
+        options = saved_values["model"]
     elif initial:
         gelu, size = initial.card.gelu, initial.card.image_size[0]
+        options = initial.card.dimensions
     else:
         gelu, size = "tanh", None
+        options = {key: getattr(architecture.module, key) for key in architecture.options}
+    for key in architecture.options:
+        if config.model[key] is None:
+            config.model[key] = options[key]
     if config.model.gelu is None:
         config.model.gelu = gelu
     if config.init_image_size is None:
         config.init_image_size = size
     model = config.model
-    architecture = ARCHITECTURES[model.name]
     keys = architecture.dimensions
     if config.init_from and all(model[key] is None for key in ("variant", *keys)):
         if saved_values:
             model.update({key: saved_values["model"][key] for key in keys})
             return  # the saved dimensions are already grown
-        model.update(initial.card.dimensions)
+        model.update({key: initial.card.dimensions[key] for key in keys})
     if config.init_image_size in (None, config.image_size) or config.init_resize != "grow":
         return
     # For an image K times larger, the token-mixing MLP becomes K^2 times as wide.

@@ -56,7 +56,8 @@ def choose_splits(config: ConfigDict, names: Sequence[str] | None = None) -> str
 
     A split that the data has is used as a whole. If the data has neither a validation nor a test
     split, 10 % of the training split are held out for each; if it has only a test split, 10 % for
-    validation. Nothing is held out of a training split that the user has set.
+    validation. Nothing is held out of a training split that the user has set. A split that the data
+    lacks becomes empty.
 
     Args:
       config: the config; it is modified.
@@ -66,7 +67,7 @@ def choose_splits(config: ConfigDict, names: Sequence[str] | None = None) -> str
       A line for the user on the splits; "" if no split is "auto".
 
     Raises:
-      UserError: the data has no split train, or several for validation.
+      UserError: the data has several splits for validation.
     """
     dataset = config.dataset
     keys = [key for key in SPLIT_KEYS if dataset[key] == AUTO]
@@ -76,23 +77,18 @@ def choose_splits(config: ConfigDict, names: Sequence[str] | None = None) -> str
         names = pipeline.split_names(dataset)
     listed = folder.listed(names)
     val_names = [name for name in folder.VAL_SPLITS if name in names]
-    if "train_split" in keys and folder.TRAIN_SPLIT not in names:
-        raise UserError(
-            f"dataset.train_split=auto, but {data_name(config)} has no split train; its splits "
-            f"are {listed}; expected one of them as dataset.train_split"
-        )
     if "val_split" in keys and len(val_names) > 1:
         raise UserError(
             f"dataset.val_split=auto, but {data_name(config)} has several splits for validation: "
             f"{' and '.join(val_names)}; expected one of them as dataset.val_split"
         )
-    has_test = folder.TEST_SPLIT in names
+    has_train, has_test = (name in names for name in (folder.TRAIN_SPLIT, folder.TEST_SPLIT))
     chosen = {
-        "train_split": folder.TRAIN_SPLIT,
+        "train_split": folder.TRAIN_SPLIT if has_train else "",
         "val_split": val_names[0] if val_names else "",
         "test_split": folder.TEST_SPLIT if has_test else "",
     }
-    if "train_split" in keys and not val_names:
+    if "train_split" in keys and has_train and not val_names:
         held_out = ["val_split"] if has_test else ["val_split", "test_split"]
         held_out = [key for key in held_out if key in keys]
         start = 100 - 10 * len(held_out)
@@ -144,7 +140,12 @@ def open_split(
     spec = config.dataset[f"{split_name}_split"]
     if not spec:
         if split_name == "train":
-            raise UserError("dataset.train_split is empty; expected a split such as train[:90%]")
+            names = pipeline.split_names(config.dataset)
+            raise UserError(
+                "dataset.train_split is empty; expected a split such as train[:90%]; the splits of "
+                f"{data_name(config)} are {folder.listed(names)}"
+                f"{pipeline.layout_hint(config.dataset)}"
+            )
         return None
     preprocess = config.dataset.train_preprocess if augment else config.dataset.eval_preprocess
     split = pipeline.open_split(

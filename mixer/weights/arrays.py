@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import math
+import os
 import struct
 import tokenize
 import warnings
@@ -28,6 +30,7 @@ DTYPES = ("float32", "float16", "bfloat16")  # exact in float32
 MAX_AXES = 32
 # Trained weights compress to about 0.9 of their size, and pruned weights to about a tenth.
 MAX_COMPRESSION = 100
+MAX_SHARDS = 1000
 MAX_HEADER_BYTES = 1 << 16  # header of an array in an npz file; NumPy accepts 10,000
 
 
@@ -158,6 +161,58 @@ def open_safetensors(path: epath.Path) -> tuple[dict[str, StoredArray], dict[str
             for name, array in slices.items()
         }
         return arrays, file.metadata() or {}
+
+
+def shard_names(path: epath.Path) -> list[str]:
+    """Returns the names of the files that the index of a sharded safetensors file lists.
+
+    Raises:
+      UserError: the index cannot be read.
+      DamagedError: it is not an index, or names a file outside its folder.
+    """
+    return sorted(set(_weight_map(path).values()))
+
+
+def _weight_map(path: epath.Path) -> dict[str, str]:
+    """Returns the file of each array in the index of a sharded safetensors file."""
+    with _reading(path, "index"):
+        content = files.read_regular(path)
+        if content is None:
+            raise FileNotFoundError(None, "no such file")
+        places = json.loads(content)["weight_map"]
+        if not isinstance(places, dict) or not places:
+            raise ValueError("its weight_map is not an object with the file of each array")
+        for name in set(map(str, places.values())):
+            if not name.endswith(".safetensors") or "/" in name or not name.isprintable():
+                raise ValueError(f"{name!r} is not the name of a .safetensors file beside it")
+        if len(set(places.values())) > MAX_SHARDS:
+            raise ValueError(f"it lists more than {MAX_SHARDS:,} files")
+        return places
+
+
+def open_sharded(path: epath.Path) -> tuple[dict[str, StoredArray], dict[str, str]]:
+    """Returns the arrays of the safetensors files that an index lists, and the first's metadata.
+
+    Args:
+      path: the index, such as model.safetensors.index.json; its files are in the same folder.
+
+    Raises:
+      UserError: the index or a file cannot be read.
+      DamagedError: the index or a file is damaged, or a file lacks an array.
+    """
+    places, shards = _weight_map(path), {}
+    for name in sorted(set(places.values())):
+        shard = path.with_name(name)
+        if os.path.exists(shard) and not os.path.isfile(shard):
+            raise UserError(f"{shard} is not a regular file")
+        shards[name] = open_safetensors(shard)
+    missing = [
+        f"{name}: not in {file}" for name, file in places.items() if name not in shards[file][0]
+    ]
+    if missing:
+        raise DamagedError(path, f"{path}: {join_faults(missing)}")
+    arrays = {name: shards[file][0][name] for name, file in places.items()}
+    return arrays, next(iter(shards.values()))[1]
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ class Card:
         the arrays identify it.
       variant: such as "B/16"; None if no variant has these dimensions. A Mixer grown to a larger
         image has a multiple of its variant's tokens_mlp_dim.
-      dimensions: dimensions by the names of the model's fields, such as patch_size.
+      dimensions: dimensions and options of the architecture by the names of the model's fields,
+        such as patch_size.
       num_classes: width of the head; 0 if there is no head.
       image_size: (H, W) in pixels.
       gelu: "tanh" or "erf".
@@ -44,7 +45,7 @@ class Card:
 
     architecture: str
     variant: str | None
-    dimensions: Mapping[str, int]
+    dimensions: Mapping[str, Any]
     num_classes: int
     image_size: tuple[int, int]
     gelu: str

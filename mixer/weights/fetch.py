@@ -19,7 +19,7 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -27,9 +27,11 @@ from etils import epath
 from mixer import files
 from mixer.errors import UserError, first_line
 from mixer.files import STORES
-from mixer.weights import download, foreign, published
-from mixer.weights.foreign import ENDINGS
+from mixer.weights import arrays, download, foreign, published
+from mixer.weights.foreign import ENDINGS, INDEX_ENDING
 
+# The weights in a folder or repository of the Hugging Face Hub, in order of preference.
+HUB_NAMES = ("model.safetensors", f"model{INDEX_ENDING}")
 MAX_CARD_BYTES = 16_000_000  # size of a JSON sidecar; 21,843 class names take about 1 MB
 # Query parameters that sign a URL and do not identify the file.
 _SIGNATURES = re.compile(
@@ -70,6 +72,19 @@ def is_directory(path: epath.PathLike) -> bool:
       UserError: the URL is invalid, or the cloud storage does not answer.
     """
     return not is_remote_file(path) and _query(path, lambda path: path.is_dir())
+
+
+def is_run(path: epath.PathLike) -> bool:
+    """Returns whether `path` is a directory that is not a folder of the Hub."""
+    return is_directory(path) and hub_weights(path) is None
+
+
+def hub_weights(path: epath.PathLike) -> epath.Path | None:
+    """Returns the weight file in a folder of the Hugging Face Hub; None for any other path."""
+    path = epath.Path(path).expanduser()
+    if "://" in str(path) or (path / "checkpoints").is_dir():  # a run
+        return None
+    return next((path / name for name in HUB_NAMES if (path / name).is_file()), None)
 
 
 def exists(path: epath.PathLike) -> bool:
@@ -197,14 +212,14 @@ def _check_ending(name: str, label: str) -> None:
     if name.endswith(ENDINGS):
         return
     problem = f"{label}: expected a URL that ends in {' or '.join(ENDINGS)}"
-    if foreign.is_pickled(name):
-        raise UserError(f"{problem}; {name} {foreign.pickle_advice(name)}")
+    if advice := foreign.file_advice(name):
+        raise UserError(f"{problem}; {name} {advice}")
     raise UserError(problem)
 
 
 def _json_names(name: str) -> list[str]:
     """Returns the names of the JSON files that may describe the weight file `name`."""
-    config = ["config.json"] if name.endswith(".safetensors") else []
+    config = ["config.json"] if name.endswith((".safetensors", INDEX_ENDING)) else []
     return [f"{name}.json", *config]
 
 
@@ -264,16 +279,21 @@ def _copy(url: str, target: Path, max_bytes: int | None = None) -> None:
 
 
 def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
-    """Fetches hf://owner/name/file; for hf://owner/name, the file model.safetensors."""
+    """Fetches hf://owner/name/file; for hf://owner/name, the first of HUB_NAMES.
+
+    For the index of a sharded file, its files are fetched too.
+    """
     url = f"hf://{remainder}"
     parts = remainder.split("/", 2)
     has_bad_part = {"", ".", ".."}.intersection(remainder.split("/"))
     if len(parts) < 2 or has_bad_part or not remainder.isprintable():
         raise UserError(f"{url}: expected hf://owner/name or hf://owner/name/file.npz")
-    repository, name = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "model.safetensors"
-    _check_ending(name, url)
+    repository, names = "/".join(parts[:2]), parts[2:] or HUB_NAMES
+    for name in names:
+        if not name.endswith(INDEX_ENDING):
+            _check_ending(name, url)
     try:
-        from huggingface_hub import errors, hf_hub_download, utils
+        from huggingface_hub import errors, hf_hub_download, list_repo_files, utils
     except ImportError:
         raise UserError(f"{url} needs huggingface_hub: pip install -e .[hub]") from None
     if not sys.stderr.isatty():
@@ -286,9 +306,35 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
         call = functools.partial(hf_hub_download, repository, file)
         return epath.Path(download.run_with_timeout(call, url))
 
+    def get_first(names: Sequence[str]) -> tuple[epath.Path, str]:
+        for name in names[:-1]:
+            try:
+                return get(name), name
+            except errors.LocalEntryNotFoundError:
+                raise
+            except errors.EntryNotFoundError:
+                pass
+        return get(names[-1]), names[-1]
+
+    def other_files() -> str:
+        """Returns the end of the message for a repository without such a file."""
+        present = []
+        with contextlib.suppress(errors.HfHubHTTPError, OSError, UserError):
+            call = functools.partial(list_repo_files, repository)
+            present = sorted(download.run_with_timeout(call, url, None, download.SLOW_SECS))
+        for file in present:
+            if advice := foreign.file_advice(file):
+                return f"hf://{repository}/{file} {advice}"
+        return f"expected one of its files: hf://{repository}/FILE.npz"
+
+    expected = " or ".join(names)
     try:
-        path = get(name)
+        path, name = get_first(names)
         folder = name.rpartition("/")[0]
+        if name.endswith(INDEX_ENDING):
+            expected = f"file that its {name} lists"
+            for shard in arrays.shard_names(path):
+                get(f"{folder}/{shard}".lstrip("/"))
         unreachable = []
         for json_name in _json_names(Path(name).name):
             try:
@@ -300,9 +346,7 @@ def _fetch_from_hub(remainder: str, log: Callable[[str], None]) -> epath.Path:
     except errors.LocalEntryNotFoundError:  # a subclass of EntryNotFoundError
         raise UserError(f"{url} cannot be reached, and is not in the cache") from None
     except errors.EntryNotFoundError:
-        raise UserError(
-            f"hf://{repository} has no {name}; expected one of its files: hf://{repository}/FILE.npz"
-        ) from None
+        raise UserError(f"hf://{repository} has no {expected}; {other_files()}") from None
     except errors.GatedRepoError:
         raise UserError(
             f"hf://{repository} is gated: accept its terms on the Hub and log in"

@@ -12,6 +12,7 @@ import shlex
 from etils import epath
 
 ENDINGS = (".npz", ".safetensors")  # supported formats
+INDEX_ENDING = ".safetensors.index.json"  # of the index of a sharded safetensors file
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".th")
 _MAX_NAMES = 10_000  # names that are examined in a folder
 
@@ -22,8 +23,8 @@ _FLAX = re.compile(r"checkpoint_\d+")
 def advice(path: epath.PathLike) -> str:
     """Returns a line that names another program's format at `path` and a conversion; else ""."""
     path = epath.Path(path)
-    if is_pickled(path.name):
-        return f"{path} {pickle_advice(path.name)}"
+    if line := file_advice(path.name):
+        return f"{path} {line}"
     names = [path.name, *_names_in(path)]
     if any(map(_BIG_VISION.fullmatch, names)) or any(name.startswith("params~") for name in names):
         place = path
@@ -50,8 +51,24 @@ def advice(path: epath.PathLike) -> str:
     files = [name for name in names[1:] if name.endswith(ENDINGS)]
     if files:
         return f"no checkpoint in {path}; pass a file in it instead: {path / min(files)}"
-    if pickled := [name for name in names[1:] if is_pickled(name)]:
-        return f"{path / min(pickled)} {pickle_advice(min(pickled))}"
+    for name in sorted(names[1:]):
+        if line := file_advice(name):
+            return f"{path / name} {line}"
+    return ""
+
+
+def file_advice(name: str) -> str:
+    """Returns what a file of another program is, and a conversion; "" if its name is unknown."""
+    if is_pickled(name):
+        return pickle_advice(name)
+    if name.lower().endswith(".msgpack"):
+        out = name[: -len(".msgpack")]
+        return "is a Flax msgpack file; " + _command(
+            "import flax, numpy; from flax.serialization import msgpack_restore; "
+            f"numpy.savez({_quoted(out)}, **flax.traverse_util.flatten_dict("
+            f'msgpack_restore(open({_quoted(name)}, "rb").read()), sep="/"))',
+            f"{out}.npz",
+        )
     return ""
 
 
@@ -63,6 +80,8 @@ def is_pickled(name: str) -> bool:
 def pickle_advice(name: str) -> str:
     """Returns why a pickled file is not opened, and a command that converts it to safetensors."""
     out = re.sub(f"({'|'.join(map(re.escape, PICKLED))})+$", "", name, flags=re.IGNORECASE)
+    if out == "pytorch_model":  # as files in a Hub folder are named
+        out = "model"
     # timm's load_state_dict extracts the weights from a training checkpoint, and prefers an EMA.
     # Tensors that share memory must be cloned before they can be saved.
     return (

@@ -27,11 +27,12 @@ from mixer.weights.arrays import (
     describe_non_finite,
     open_npz,
     open_safetensors,
+    open_sharded,
     printable_line,
     write_npz,
     write_safetensors,
 )
-from mixer.weights.card import FORMAT, Card, card_path, checksum
+from mixer.weights.card import FORMAT, Card, card_path, checksum, read_card, read_json
 
 # For each layout, the suffix of its files and the GELU form of the code base that defines it.
 ENDINGS = {"published": ".npz", "legacy": ".npz", "timm": ".safetensors"}
@@ -77,10 +78,10 @@ def open_file(path: epath.PathLike) -> File:
             arrays = open_npz(path)
         case ".safetensors":
             arrays, metadata = open_safetensors(path)
-            gelu = metadata.get("gelu")
-            if gelu not in (None, *GELUS):
-                expected = ", ".join(GELUS)
-                raise DamagedError(path, f"header of {path}: gelu={gelu!r}; expected {expected}")
+            gelu = _gelu_in(path, metadata)
+        case ".json" if path.name.endswith(foreign.INDEX_ENDING):
+            arrays, metadata = open_sharded(path)
+            gelu = _gelu_in(path, metadata)
         case _:
             advice = foreign.advice(path)
             raise UserError(advice or f"{path} is not a weight file; expected .npz or .safetensors")
@@ -89,7 +90,8 @@ def open_file(path: epath.PathLike) -> File:
     check_dtypes(arrays, path)
 
     architecture = ARCHITECTURES[name]
-    stored_names = {}  # published name -> name in the file
+    fields = _read_fields(path)
+    stored_names = {}  # published name -> name in the file; several leaves may share an array
     for leaf in architecture.leaf_names(count_blocks(arrays)):
         if (stored := architecture.stored_name(leaf, layout)) in arrays:
             stored_names[leaf] = stored
@@ -98,18 +100,36 @@ def open_file(path: epath.PathLike) -> File:
     def shape(leaf: str) -> tuple[int, ...]:
         # broadcast_to allocates no memory for the array.
         placeholder = np.broadcast_to(np.float32(0), arrays[stored_names[leaf]].shape)
-        return architecture.from_layout(leaf, placeholder, layout).shape
+        return architecture.from_layout(leaf, placeholder, layout, fields).shape
 
     def read(leaf: str) -> np.ndarray:
-        return architecture.from_layout(leaf, arrays[stored_names[leaf]].read(), layout)
+        return architecture.from_layout(leaf, arrays[stored_names[leaf]].read(), layout, fields)
 
     shapes = {leaf: shape(leaf) for leaf in stored_names}
     return File(path, name, layout, shapes, read, gelu, notes)
 
 
+def _gelu_in(path: epath.Path, metadata: Mapping[str, str]) -> str | None:
+    """Returns the GELU form in a safetensors header; None if the header has none."""
+    gelu = metadata.get("gelu")
+    if gelu not in (None, *GELUS):
+        expected = ", ".join(GELUS)
+        raise DamagedError(path, f"header of {path}: gelu={gelu!r}; expected {expected}")
+    return gelu
+
+
+def _read_fields(path: epath.Path) -> dict[str, Any]:
+    """Returns the model's fields in the JSON sidecar of a file, or else in timm's config.json."""
+    if (sidecar := read_card(path)) is not None:
+        return sidecar
+    config = read_json(path.with_name("config.json")) if path.suffix == ".safetensors" else None
+    fields = config.get("model_args") if isinstance(config, dict) else None
+    return fields if isinstance(fields, dict) else {}
+
+
 # Keys under which training programs nest weights, in order of preference: averages come first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "_orig_mod")
-_WRAPPERS += ("params", "opt/target", "target")
+_WRAPPERS += ("params", "opt/target", "target", "timm_model")  # the last: of transformers
 
 
 def _first_parts(architecture: Architecture) -> set[str]:
@@ -161,7 +181,7 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
         first = next(iter(architecture.leaf_names(0)))
         layouts = architecture.layouts
         names = (f"{architecture.stored_name(first, lay)} ({lay} layout)" for lay in layouts)
-        expected.append(f"an {architecture.title} has {' or '.join(names)}")
+        expected.append(f"{architecture.title}: {' or '.join(names)}")
     names = ", ".join(map(printable_line, sorted(shapes)[:4])) or "no arrays"
     ending = " ..." if len(shapes) > 4 else ""
     raise UserError(
@@ -187,29 +207,41 @@ def write_file(
       The path of the JSON.
 
     Raises:
-      UserError: a value is NaN or infinite, the architecture has no such layout, or the suffix
-        belongs to another layout.
+      UserError: a value is NaN or infinite, the architecture has no such layout, timm has no such
+        model, or the suffix belongs to another layout.
     """
     path = epath.Path(path)
     architecture = ARCHITECTURES[card.architecture]
     check_choice("layout", layout, architecture.layouts)
     if path.suffix != ENDINGS[layout]:
         raise UserError(f"{path}: files in the {layout} layout end in {ENDINGS[layout]}")
-    stored = {}
+    timm_arguments = architecture.timm_arguments(card.model(), card.image_size)
+    if layout == "timm" and timm_arguments is None:
+        options = ", ".join(f"{key}={card.dimensions[key]}" for key in architecture.options)
+        raise UserError(f"{path}: timm has no {architecture.title} with {options}")
+    parts: dict[str, dict[str, np.ndarray]] = {}  # the leaves of each array in the file
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
         if fault := describe_non_finite(array):
             raise UserError(f"{path} is not written: {name} {fault}")
         array = architecture.to_layout(name, array, layout)
-        stored[architecture.stored_name(name, layout)] = array
+        parts.setdefault(architecture.stored_name(name, layout), {})[name] = array
+    order = list(architecture.leaf_names(card.num_blocks))
+    stored = {
+        name: np.concatenate([leaves[leaf] for leaf in sorted(leaves, key=order.index)])
+        if len(leaves) > 1
+        else next(iter(leaves.values()))
+        for name, leaves in parts.items()
+    }
     values = {"format": FORMAT, "layout": layout} | card.as_json()
     values["checksum"] = checksum(lambda name: np.asarray(arrays[name]), arrays)
-    values["timm"] = architecture.timm_arguments(card.model(), card.image_size)
+    values["timm"] = timm_arguments
     # The JSON gets its final name first, because arrays without it could be misidentified.
     with files.atomic_write(path) as new, files.atomic_write(card_path(path)) as new_card:
         files.write_text(new_card, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if layout == "timm":
-            write_safetensors(new, stored, {"gelu": card.gelu})
+            # transformers refuses a file whose header has entries but no "format".
+            write_safetensors(new, stored, {"format": "pt", "gelu": card.gelu})
         else:
             write_npz(new, stored)
     return card_path(path)

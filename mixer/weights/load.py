@@ -62,8 +62,9 @@ def load(
     Args:
       path: a run, one of its checkpoints (RUN/best, RUN/checkpoints/1000), an npz file in the
         published or the legacy layout, or a safetensors file with timm's names, each local or at
-        gs://; a file at https://; hf://owner/name; or a published checkpoint's short name, such as
-        "B/16-i21k". If a run keeps a moving average of its parameters, the average is loaded.
+        gs://; a file at https://; hf://owner/name, or such a folder on this machine; or a published
+        checkpoint's short name, such as "B/16-i21k". If a run keeps a moving average of its
+        parameters, the average is loaded.
       num_classes: width of the head. None keeps the width of the stored head, if there is one; 0
         builds a model without a head, whose logits are the pre-logits.
       image_size: side in pixels of square images, or (H, W); None: the size stored with the

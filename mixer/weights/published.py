@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from mixer.data.imagenet.names import LISTS
+from mixer.data.imagenet.names import LISTS, synsets
 from mixer.errors import UserError, nearest
 from mixer.files import STORES
 from mixer.models.registry import make_model, num_params
@@ -54,11 +54,13 @@ class Facts:
       preprocess: function (H, W) -> evaluation preprocessing of `mixer.data.preprocessing.host`, or
         None if it is unknown or cannot express that image size.
       note: a line for the log, or "".
+      image_size: (H, W) in timm's config.json; None if unknown.
     """
 
     class_names: str | tuple[str, ...] | None
     preprocess: Callable[[tuple[int, int]], str | None]
     note: str = ""
+    image_size: tuple[int, int] | None = None
 
 
 def _released_files(folder: str, variants: str, class_names: str) -> dict[str, Published]:
@@ -278,6 +280,7 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
         mean, std = ({float(x) for x in inner[key]} for key in ("mean", "std"))
         crop_pct, interpolation = float(inner["crop_pct"]), inner["interpolation"]
         crop_mode = inner.get("crop_mode", "center")
+        image_size = _timm_image_size(fields.get("model_args", {}), inner)
         # The bounds are far wider than any of timm's values, and prevent infinite or huge sizes.
         bounded = all(abs(x) <= 1e3 for x in mean) and all(1e-3 <= x <= 1e3 for x in std)
         if not mean or not std or not bounded or not 0.01 <= crop_pct <= 1:
@@ -291,13 +294,32 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
     note = _timm_note(_timm_origin(name), num_classes)
     if len(mean) > 1 or len(std) > 1:
         reason = f"a separate mean and std for each channel ({sorted(mean)}, {sorted(std)})"
-    elif interpolation not in ("bilinear", "bicubic") or crop_mode != "center":
+    elif interpolation not in ("bilinear", "bicubic") or crop_mode not in ("center", "squash"):
         reason = f"{interpolation} interpolation with crop mode {crop_mode}"
     else:
-        preprocess = _timm_preprocessing(interpolation, crop_pct, (mean.pop(), std.pop()))
-        return Facts(class_names, preprocess, note)
+        mean_std = mean.pop(), std.pop()
+        preprocess = _timm_preprocessing(interpolation, crop_pct, mean_std, crop_mode)
+        return Facts(class_names, preprocess, note, image_size)
     refused = f"config.json of {source} needs {reason}, which no preprocessing op supports"
-    return Facts(class_names, _no_preprocessing, "; ".join(filter(None, (note, refused))))
+    note = "; ".join(filter(None, (note, refused)))
+    return Facts(class_names, _no_preprocessing, note, image_size)
+
+
+def _timm_image_size(
+    arguments: Mapping[str, Any], inner: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Returns (H, W) in timm's config.json; None if it has none.
+
+    Raises:
+      TypeError, ValueError: the size is neither a side in pixels nor a pair of sides.
+    """
+    size = arguments.get("img_size") or (inner.get("input_size") or ())[1:]
+    if not size:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    if not all(type(side) is int and 0 < side < 2**31 for side in (height, width)):
+        raise ValueError(f"image size {size}")
+    return height, width
 
 
 def refuse_other_models(source: epath.PathLike) -> None:
@@ -338,7 +360,8 @@ def _timm_class_names(
     names = fields.get("label_names") or inner.get("label_names")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if is_list and len(names) == num_classes:
-        return tuple(names)
+        lists = [name for name, size in LISTS.items() if size == num_classes]
+        return next((name for name in lists if synsets(name) == tuple(names)), tuple(names))
     if num_classes == 1000 and str(inner.get("tag", "")).endswith("in1k"):
         return "imagenet1k"
     return _class_list(num_classes)
@@ -366,20 +389,33 @@ def _authors_preprocessing(image_size: tuple[int, int]) -> str | None:
 
 
 def _timm_preprocessing(
-    interpolation: str, crop_pct: float, mean_std: tuple[float, float]
+    interpolation: str,
+    crop_pct: float,
+    mean_std: tuple[float, float],
+    crop_mode: str = "center",
 ) -> Callable[[tuple[int, int]], str | None]:
-    """Returns timm's evaluation preprocessing: resize to size / crop_pct like Pillow, then crop."""
+    """Returns timm's evaluation preprocessing: resize to size / crop_pct like Pillow, then crop.
+
+    `crop_mode` "center" resizes the short side, and "squash" both sides.
+    """
     mean, std = mean_std
     low, high = (int(x) if x == int(x) else x for x in (-mean / std, (1 - mean) / std))
     ending = "" if (low, high) == (-1, 1) else f"|value_range({low}, {high})"
 
     def preprocess(image_size: tuple[int, int]) -> str | None:
         height, width = image_size
-        if height != width:
+        if crop_mode == "squash" and crop_pct == 1:
+            side = height if height == width else image_size
+            resize, crop = f"resize({side}", ""
+        elif height != width:
             return None
+        else:
+            resize = "resize_small" if crop_mode == "center" else "resize"
+            resize += f"({math.floor(height / crop_pct)}"
+            crop = f"|central_crop({height})"
         return (
-            f"decode(dct='accurate')|resize_small({math.floor(height / crop_pct)}, "
-            f"method='{interpolation}', antialias=True)|central_crop({height}){ending}"
+            f"decode(dct='accurate')|{resize}, method='{interpolation}', antialias=True)"
+            f"{crop}{ending}"
         )
 
     return preprocess

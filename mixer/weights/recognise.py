@@ -74,14 +74,15 @@ def find(
         with _refetch_hint():
             return _find_file(source, local, image_size, gelu, fetched=True)
     local = epath.Path(path).expanduser()
-    if fetch.is_directory(path):
+    if fetch.is_run(path):
         return _find_run(source, local, gelu)
+    local = fetch.hub_weights(local) or local
     if not fetch.exists(path) and local.suffix.lower() not in foreign.ENDINGS:
         newest = local.with_name(f"{local.name}-LAST")  # big_vision's name of the newest
         raise UserError(
             (fetch.exists(newest) and foreign.advice(local))
             or f"{path}: no such run or file; expected a run, one of its checkpoints, an .npz or "
-            f".safetensors file, or one of {', '.join(published.CHECKPOINTS)}"
+            f".safetensors file, a folder of the Hub, or one of {', '.join(published.CHECKPOINTS)}"
         )
     return _find_file(source, local, image_size, gelu, fetched=False)
 
@@ -126,7 +127,9 @@ def _find_file(
     if sidecar:
         size = sidecar["image_size"]
     else:
-        size, assumption = _assumed_size(source, num_tokens, dims["patch_size"], image_size)
+        size, assumption = _assumed_size(
+            source, num_tokens, dims["patch_size"], image_size, facts.image_size
+        )
         about.append(assumption)
     gelu_sources = (
         (gelu, "as requested"),
@@ -172,10 +175,11 @@ def _read_card(path: epath.Path, file: formats.File, dims: Mapping[str, int]) ->
             raise UserError(
                 f"{json_path}: {name}={text}; expected {value}, as in the arrays of {path.name}"
             )
-    if math.prod(sidecar["image_size"]) != dims["num_tokens"] * dims["patch_size"] ** 2:
+    num_tokens, patch_size = dims["num_tokens"], dims["patch_size"]
+    if num_tokens and math.prod(sidecar["image_size"]) != num_tokens * patch_size**2:
         raise UserError(
             f"{json_path}: image_size={sidecar['image_size']}; the arrays of {path.name} are for "
-            f"{dims['num_tokens']} patches of {dims['patch_size']} pixels"
+            f"{num_tokens} patches of {patch_size} pixels"
         )
     if sidecar["checksum"] != checksum(file.read, file.shapes):
         raise DamagedError(
@@ -193,15 +197,33 @@ def _timm_config(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _assumed_size(
-    source: str, num_tokens: int, patch_size: int, image_size: int | tuple[int, int] | None
+    source: str,
+    num_tokens: int | None,
+    patch_size: int,
+    image_size: int | tuple[int, int] | None,
+    config_size: tuple[int, int] | None,
 ) -> tuple[tuple[int, int], str]:
     """Returns an image size with `num_tokens` patches, and the reason for the choice.
 
-    The arrays give only the number of patches, not the height and width.
+    The arrays give only the number of patches, not the height and width. With fixed positions
+    (`num_tokens` None) they do not even give that. `config_size` is that of timm's config.json;
+    older versions of timm did not update it if the model was resized.
     """
     size = image_size if image_size is None else parse_size(image_size)
+    if num_tokens is None and size:
+        return size, "image size as requested"
+    if num_tokens is None and published.IMAGE_SIZE % patch_size == 0:
+        side = published.IMAGE_SIZE
+        return (side, side), f"assuming {side} x {side} images, as the positions fit any size"
+    if num_tokens is None:
+        raise UserError(
+            f"{source}: the weights fit any image size; pass image_size=(H, W), multiples of "
+            f"{patch_size}"
+        )
     if size and math.prod(size) == num_tokens * patch_size**2:
         return size, "image size as requested"
+    if config_size and math.prod(config_size) == num_tokens * patch_size**2:
+        return config_size, "image size of its config.json"
     if side := _square_side(num_tokens, patch_size):
         return (side, side), "assuming a square image"
     raise UserError(
@@ -249,7 +271,7 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
     config = run_files.read_config(workdir)
     data = run_files.read_data(workdir, is_trained=run_files.is_trained(config or {}))
     if config is None:
-        side = _square_side(num_tokens, dims["patch_size"])
+        side = _square_side(num_tokens, dims["patch_size"]) if num_tokens else None
         if side is None:
             raise UserError(f"{path}: the image size is unknown, as the run has no config.json")
         config = {"image_size": side, "model": {}, "dataset": {}}
@@ -268,7 +290,7 @@ def _find_run(source: str, path: epath.Path, gelu: str | None) -> StoredWeights:
         class_names=tuple(class_names) if isinstance(class_names, list) else class_names,
         source=config["source"] if "source" in config else str(path),
     )
-    if math.prod(card.grid) != num_tokens:
+    if num_tokens and math.prod(card.grid) != num_tokens:
         raise UserError(
             f"{step}: the weights are for {num_tokens} patches, but config.json gives images of "
             f"{card.image_size[0]} x {card.image_size[1]}"

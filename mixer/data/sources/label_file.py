@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -211,10 +210,10 @@ def read_label_file(file: str, root: str) -> LabelFile:
     Raises:
       UserError: the file or folder does not exist, or a line (named by its number) is invalid.
     """
-    root = root or os.path.dirname(file) or "."
-    hint = f"dataset.label_file={file} has paths relative to it"
+    if root:
+        root = folder.find_root(root, f"dataset.label_file={file} has paths relative to it")
     file = folder.find_file("dataset.label_file", file)
-    root = folder.find_root(root, hint)
+    root = root or file.parent
     parse = _parse_csv if file.suffix.lower() == ".csv" else _parse
     try:
         listing = collect(file, root, parse(file))

@@ -175,6 +175,11 @@ def _cases(measurement: str) -> list[Any]:
     selected = []
     for name in MODELS.value:
         check_choice("--models", name, cases.MODELS)
+        if AGAINST.value and cases.MODELS[name].get("name", "mixer") != "mixer":
+            raise UserError(
+                f"--against={','.join(AGAINST.value)} with --models={name}; the other programs are "
+                "MLP-Mixers, expected --against="
+            )
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
         check_image_size((size, size), cases.MODELS[name]["patch_size"])
         for batch_size in _batch_sizes():

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from mixer.evaluation import classification
 from mixer.models.registry import architecture_of
@@ -170,7 +171,7 @@ def activations(
         batch_sums = jax.device_get(compute_sums(params, images[start : start + batch_size]))
         for key, value in batch_sums.items():
             sums[key] = sums.get(key, 0) + value.astype(np.float64)
-    num_tokens = len(images) * np.prod(images.shape[1:3]) / model.patch_size**2
+    num_tokens = sums["count"]
     mean, product = sums["stream"] / num_tokens, sums["product"] / num_tokens
     energy = np.trace(product, axis1=1, axis2=2)
     covariance = product - mean[:, :, None] * mean[:, None, :]
@@ -194,9 +195,10 @@ def activations(
 def _make_compute_sums(model: nn.Module) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
     """Returns a compiled function `(params, images) -> sums` over the tokens of a batch.
 
-    "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the stream x and of x^T x at each
-    depth; "token", "middle" and "channel" (L,) are sums of squares of a block's update across
-    tokens, of the stream after this update, and of the update within each token.
+    "count" is the number of tokens; "stream" (L + 1, C) and "product" (L + 1, C, C) are sums of the
+    stream x and of x^T x at each depth; "token", "middle" and "channel" (L,) are sums of squares of
+    a block's update across tokens, of the stream after this update, and of the update within each
+    token.
     """
     architecture = architecture_of(model)
 
@@ -212,14 +214,18 @@ def _make_compute_sums(model: nn.Module) -> Callable[[Any, jax.Array], dict[str,
             {"params": params}, normalize(images), capture_intermediates=is_branch
         )
         blocks = range(model.num_blocks)
-        stream = [tokens(out["stem"]), *(tokens(out[f"block_{i}"]) for i in blocks)]
-        branches = [state["intermediates"][architecture.block.format(i)] for i in blocks]
+        stream = [
+            tokens(out.get("tokens", out["stem"])),
+            *(tokens(out[f"block_{i}"]) for i in blocks),
+        ]
+        updates = traverse_util.flatten_dict(state["intermediates"], sep="/")
         token, channel = (
-            [tokens(branch[name]["__call__"][0]) for branch in branches]
+            [tokens(updates[f"{architecture.block.format(i)}/{name}/__call__"][0]) for i in blocks]
             for name in architecture.branches
         )
         middle = [x + update for x, update in zip(stream, token, strict=False)]
         return {
+            "count": jnp.float32(len(stream[0])),
             "stream": jnp.stack([x.sum(axis=0) for x in stream]),
             "product": jnp.stack([x.T @ x for x in stream]),
             "token": jnp.stack([jnp.sum(x**2) for x in token]),
@@ -228,6 +234,44 @@ def _make_compute_sums(model: nn.Module) -> Callable[[Any, jax.Array], dict[str,
         }
 
     return compute_sums
+
+
+def attention_maps(
+    model: nn.Module, params: Any, images: np.ndarray, batch_size: int = 16
+) -> np.ndarray | None:
+    """Returns how much each patch is attended to, (L, heads, H/P, W/P), as a mean over images.
+
+    The queries are the class token, or the mean of all tokens if there is none. None: the model's
+    blocks have no attention.
+
+    Args:
+      model: the model.
+      params: parameters of the model.
+      images: (n, H, W, 3) preprocessed images: uint8, or floats in the model's input range.
+      batch_size: images per batch.
+    """
+    architecture = architecture_of(model)
+    grid = tuple(side // model.patch_size for side in images.shape[1:3])
+
+    @jax.jit
+    def sum_maps(params: Any, images: jax.Array) -> list[jax.Array]:
+        _, state = model.apply({"params": params}, normalize(images), mutable=["attention"])
+        weights = traverse_util.flatten_dict(state.get("attention", {}), sep="/")
+        maps = []
+        for name in (f"{architecture.block.format(i)}/" for i in range(model.num_blocks)):
+            for value in (weights[key][0] for key in weights if key.startswith(name)):
+                num_first = value.shape[-1] - grid[0] * grid[1]  # 1 with a class token
+                queries = value[:, :, :num_first] if num_first else value
+                maps.append(queries[..., num_first:].mean(2).sum(0))  # heads, patches
+        return maps
+
+    total = 0
+    for start in range(0, len(images), batch_size):
+        maps = jax.device_get(sum_maps(params, images[start : start + batch_size]))
+        if not maps:
+            return None
+        total = total + np.stack(maps)
+    return total.reshape(*total.shape[:2], *grid) / len(images)
 
 
 def cluster_order(confusion: np.ndarray) -> np.ndarray:

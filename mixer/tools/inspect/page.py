@@ -134,6 +134,8 @@ def _data_sections(
     count = min(MAX_ACTIVATION_IMAGES, split.num_examples)
     page.log(f"activations of {count:,} images")
     sections = [_activations(loaded, split, page)]
+    if architecture_of(loaded.model).token_kernel is None:
+        sections += _attention(loaded, split, page)
     if not loaded.card.num_classes:
         reason = page.missing("confusions and images", "the weights have no head")
         return [*sections, make_section("Guesses", reason)], []
@@ -236,6 +238,22 @@ def _units(loaded: loading.Loaded, kernel: str, page: Page) -> str:
         numbers = ", ".join(map(str, blocks))
         parts.append(embed_picture(path, f"token-mixing units of block {numbers}"))
     return make_section("Token mixing", *parts)
+
+
+def _attention(loaded: loading.Loaded, split: Split, page: Page) -> list[str]:
+    images = data.read_first(split, MAX_ACTIVATION_IMAGES)
+    maps = inspection.attention_maps(loaded.model, loaded.params, images)
+    if maps is None:
+        return []
+    path = page.directory / "attention.png"
+    pictures.draw_attention(maps, path)
+    caption = (
+        "How much the class token, or the mean token if there is none, attends to each patch, over "
+        f"the first {len(images):,} images of {split.name}. Each map is divided by its maximum."
+    )
+    return [
+        make_section("Attention", embed_picture(path, "a map for each block and head", caption))
+    ]
 
 
 def _activations(loaded: loading.Loaded, split: Split, page: Page) -> str:

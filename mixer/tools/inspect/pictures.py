@@ -21,6 +21,7 @@ NAMED_CLASSES = 40  # largest confusion matrix that shows class names
 LARGEST_MATRIX = 250  # maximum number of cells along a side of a confusion matrix
 MAX_PAIRS = 320  # maximum number of pairs drawn per block
 FILTER_PIXELS, UNIT_PIXELS = 24, 28  # approximate side of a drawn filter and a drawn unit
+ATTENTION_PIXELS = 56  # approximate side of a drawn attention map
 FEW = 128  # up to this number, filters and units are drawn at twice the size
 TITLE_PIXELS = 26
 MAX_FIGURE_PIXELS = 900  # maximum height of a figure with several blocks
@@ -86,6 +87,22 @@ def unit_title(block: Units, number: int) -> str:
     if num_drawn < len(block.weights):
         title += f", {num_drawn} of them drawn, from all frequencies"
     return title + f"; cosine {block.cosine:.2f} (shuffled {block.chance:.2f})"
+
+
+def draw_attention(maps: np.ndarray, path: epath.PathLike) -> None:
+    """Draws attention maps (L, heads, H/P, W/P), one row of heads for each block."""
+    from matplotlib import colormaps
+
+    parts = []
+    for number, block in enumerate(maps):
+        heads, height, width = block.shape
+        scale = np.maximum(block.max((1, 2), keepdims=True), np.finfo(np.float32).tiny)
+        colors = colormaps["viridis"](block / scale, bytes=True)[..., :3]
+        tiles = _enlarge(colors, max(ATTENTION_PIXELS // max(height, width), 1))
+        image = _tile(tiles, max_columns=heads, gap=4, gap_value=255)
+        peak = block.max() * height * width
+        parts.append((f"block {number}: {heads} heads; peak {peak:.1f} times uniform", image))
+    _draw_tiles(parts, path)
 
 
 def draw_activations(statistics: Activations, path: epath.PathLike) -> None:
