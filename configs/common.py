@@ -249,8 +249,20 @@ def eval_preprocess(res: int) -> str:
     """Returns the evaluation ops for images of `res` pixels [read: BV].
 
     The short side is resized to 8/7 of `res` (256 for 224) by area averaging, then cropped.
+    `published` truncates values as BV does.
     """
-    return f"decode|resize_small({res * 8 // 7}, method='area')|central_crop({res})"
+    return f"decode|resize_small({res * 8 // 7}, method='area', published=True)|central_crop({res})"
+
+
+def randaugment(res: int, magnitude: int) -> str:
+    """Returns RandAugment with two operations per image [read: BV].
+
+    At 224 px it gives the pixels of BV's code. At other sizes BV's lengths stay those for 224 px,
+    which moves all of a small image out of sight. There is no published figure for such sizes, and
+    the lengths scale with the image.
+    """
+    mode = ", mode='published'" if res == 224 else ""
+    return f"randaugment(2, {magnitude}{mode})"
 
 
 def make_smoke(config: ConfigDict, *, num_classes: int | None) -> None:
@@ -296,6 +308,7 @@ def pretraining(
 
     Sigmoid loss, Adam (0.9, 0.999) with decoupled weight decay, clipping at global norm 1, warm-up
     over 10,000 steps, linear decay to 1e-5 of the peak, inception crop [read: BV, mlp_mixer_i1k].
+    The preprocessing gives the pixels of BV's code (docs/preprocessing.md, "The published form").
     `weight_decay` is in the form "lr" and is multiplied by the learning rate. BV's 1e-4 at a peak
     of 1e-3, in the form "schedule", is 0.1 here.
 
@@ -353,7 +366,7 @@ def pretraining(
         train_split=train_split,
         val_split=val_split,
         test_split=test_split,
-        train_preprocess=f"inception_crop({arg.res})|{augment}",
+        train_preprocess=f"inception_crop({arg.res}, published=True)|{augment}",
         eval_preprocess=eval_preprocess(arg.res),
     )
     if arg.data == "synthetic":
@@ -377,14 +390,15 @@ def imagenet1k(arg: str, *, model: str) -> ConfigDict:
       arg: the arguments of `pretraining`, as text.
       model: the variant, unless `arg` sets another one.
     """
+    arg = parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet2012")
     return pretraining(
-        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet2012"),
+        arg,
         dataset="imagenet2012",
         num_classes=1000,
         train_split="train[:99%]",
         val_split="train[99%:]",
         test_split="validation",
-        augment="flip_lr|randaugment(2, 15)",
+        augment=f"flip_lr|{randaugment(arg.res, 15)}",
         peak_lr=1e-3,
         weight_decay=0.1,
         head_bias_init=-6.9,
@@ -402,14 +416,15 @@ def imagenet21k(arg: str, *, model: str, magnitude: int, mixup: float) -> Config
       magnitude: magnitude of RandAugment.
       mixup: parameter of the Beta distribution.
     """
+    arg = parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet21k")
     return pretraining(
-        parse_arg(arg, model=model, res=224, mode="tpu", epochs=300.0, data="imagenet21k"),
+        arg,
         dataset="imagenet21k",
         num_classes=21843,
         train_split="train[51200:]",
         val_split="train[25600:51200]",
         test_split="train[:25600]",
-        augment=f"flip_lr|randaugment(2, {magnitude})",
+        augment=f"flip_lr|{randaugment(arg.res, magnitude)}",
         peak_lr=1e-3,
         weight_decay=0.1,
         head_bias_init=-10.0,

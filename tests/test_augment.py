@@ -1,5 +1,6 @@
 """Preprocessing on the device matches TensorFlow on the host, bit for bit."""
 
+import functools
 import inspect
 
 import jax
@@ -104,6 +105,7 @@ OPS_IN_A_ROW = (
 )
 AUTOAUGMENT = "inception_crop((30, 35))|flip_lr|autoaugment_cifar"
 RANDAUGMENT = "decode|randaugment(3, 15)"
+PUBLISHED = "decode|randaugment(3, 15, mode='published')"
 FIXED = "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fill=7)"
 
 
@@ -115,6 +117,8 @@ FIXED = "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fil
         pytest.param(AUTOAUGMENT, (30, 35), 160, marks=OPTIMIZED, id="autoaugment"),
         pytest.param(RANDAUGMENT, (30, 35), 40, id="randaugment"),
         pytest.param(RANDAUGMENT, (30, 35), 64, marks=OPTIMIZED, id="randaugment optimized"),
+        pytest.param(PUBLISHED, (30, 35), 40, id="published"),
+        pytest.param(PUBLISHED, (30, 35), 160, marks=OPTIMIZED, id="published optimized"),
         pytest.param(FIXED, (30, 35), 96, marks=OPTIMIZED, id="fixed"),
     ],
 )
@@ -168,9 +172,12 @@ def test_luminance_of_many_colours_matches_the_host():
     from mixer.data.preprocessing import randaugment
 
     rows = np.mgrid[0:256:5, :256, 0:256:3].reshape(3, -1).T[None].astype(np.uint8)
-    actual = jax.jit(device_policies.luminance)(rows[:, :, None].astype(np.float32))[0, :, 0]
-    expected = randaugment.color(tf.constant(rows), 0.0)[0]
-    np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
+    pixels = rows[:, :, None].astype(np.float32)
+    for published in (False, True):
+        luminance = functools.partial(device_policies.luminance, published=published)
+        actual = jax.jit(luminance)(pixels)[0, :, 0]
+        expected = randaugment.color(tf.constant(rows), 0.0, published)[0]
+        np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
 
 
 def test_specification_is_split_into_host_and_device_parts():

@@ -200,6 +200,7 @@ SLOW_PREPROCESSINGS = [
     ("mixer_b16_i1k", "", "train"),
     ("mixer_b16_i1k", "model=S/8,res=56,mode=gpu8,epochs=90,data=cifar10", "train"),
     ("mixer_b16_i1k", "model=S/8,res=56,mode=gpu8,epochs=90,data=cifar10", "eval"),
+    ("mixer_b16_sam", "", "train"),
     ("mixer_b16_sam", "model=S/8,res=56,mode=gpu8,epochs=90,data=cifar10", "train"),
     ("mixer_b16_i21k", "", "train"),
     ("mixer_b16_i21k", "model=S/8,res=56,mode=gpu8,epochs=90,data=cifar10", "train"),

@@ -175,6 +175,57 @@ def test_hlo_flops_bytes_and_collectives_are_counted():
     assert counts.unknown_loops == 0
 
 
+def _damaged_programs():
+    """The program with one line missing, cut, or with another name in it; and without any line."""
+    lines = PROGRAM.splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        for new in ("", line[: len(line) // 2] + "\n", line.replace("(%", "(%no"), "%" + line):
+            yield "".join([*lines[:i], new, *lines[i + 1 :]])
+        yield "".join(lines[:i])
+    yield PROGRAM.replace("[", "").replace("->", "")
+
+
+def test_damaged_program_is_unreadable_and_raises_nothing_else():
+    messages = []
+    for text in _damaged_programs():
+        try:
+            hlo.count(text)
+        except hlo.UnreadableProgramError as error:
+            messages.append(str(error))
+    assert len(messages) > 60
+    assert all(len(message.splitlines()) == 1 for message in messages)
+
+
+def test_plan_without_a_readable_program_says_so(monkeypatch):
+    """The compiler's memory stays; the other figures are those of the arithmetic."""
+    one_chip = dataclasses.replace(chips.find("v5e:2x2"), num_devices=1)
+    monkeypatch.setattr(chips, "find", lambda name: one_chip)
+    monkeypatch.setattr(chips, "tpu_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: PROGRAM.replace("ENTRY", ""))
+    subject = make_subject(tiny_config(model__num_classes=4), "v5e:2x2")
+    settings = update.own_settings(subject)
+    step = update.compile_step(subject, settings)
+    estimate = update.estimate_step(subject, settings)
+    assert step.compiled and step.fits and step.memory_parts["program"] >= 0
+    assert (step.flops, step.seconds) == (estimate.flops, estimate.seconds)
+    rows = dict(report.report(subject, step))
+    assert "ENTRY" in rows["no estimate"] and "memory" in rows["figures"]
+    json.dumps(report.summary(subject, step))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "num_hosts"),
+    [
+        ("tpu7x:2x2x1", "8 cores", 1),
+        ("tpu7x:4x4x4", "128 cores", 16),
+        ("gpu:16xB200", "16 GPUs", 2),
+    ],
+)
+def test_current_chips(name, size, num_hosts):
+    topology = chips.find(name)
+    assert (topology.size, topology.num_hosts) == (size, num_hosts)
+
+
 def test_padding_of_a_convolution_counts_no_flops():
     text = """HloModule m
 
@@ -367,6 +418,7 @@ def test_memory_is_read_from_compiler_errors(message, gib):
         ({}, dict(topology="v5e:256"), "v5e:256"),
         ({}, dict(topology="gpu:8xH1000"), "A100, H100, H200"),
         ({}, dict(topology="gpu:12xH100"), "gpu:12xH100"),
+        ({}, dict(topology="tpu7x:2x2"), "tpu7x:4x4x4"),
         ({}, dict(utilization=1.5), "--utilization=1.5"),
         (dict(mesh__data=3), {}, "'data': 3.* 8"),
         (dict(mesh__fsdp=-1), {}, "'fsdp': -1.*one"),
@@ -420,6 +472,17 @@ runpy.run_module("mixer.tools.plan", run_name="__main__", alter_sys=True)
     assert "ESTIMATED" in run_python("-c", code, *ARGUMENTS).stdout
 
 
+def for_a_tpu(**values):
+    """Returns a config with widths for a TPU's matrix units, which compiles fast."""
+    config = common.base()
+    config.update(global_batch_size=512, image_size=64, total_steps=10)
+    config.model.update(TINY | dict(hidden_dim=256, tokens_mlp_dim=128, channels_mlp_dim=1024))
+    config.model.num_classes = 16
+    config.dataset.name = "synthetic"
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
 @pytest.mark.tpu_backend
 @pytest.mark.parametrize(
     "values",
@@ -432,13 +495,7 @@ runpy.run_module("mixer.tools.plan", run_name="__main__", alter_sys=True)
 )
 def test_compiled_tpu_update_matches_the_estimate(tpu, values):
     """The compiled update executes the estimated FLOPs and sends the estimated bytes."""
-    config = common.base()
-    config.update(global_batch_size=512, image_size=64, total_steps=10)
-    config.model.update(TINY | dict(hidden_dim=256, tokens_mlp_dim=128, channels_mlp_dim=1024))
-    config.model.num_classes = 16
-    config.dataset.name = "synthetic"
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
-    subject = make_subject(config, "v5e:2x2")
+    subject = make_subject(for_a_tpu(**values), "v5e:2x2")
     settings = update.own_settings(subject)
     step = update.compile_step(subject, settings)
     estimate = update.estimate_step(subject, settings)
@@ -456,6 +513,14 @@ def test_compiled_tpu_flops_of_b16_match_the_closed_form(tpu):
     subject = make_subject(large(global_batch_size=64, model__num_blocks=1), "v5e:2x2")
     step = update.compile_step(subject, update.own_settings(subject))
     assert step.flops == pytest.approx(train_flops(subject) * 16, rel=0.01)
+
+
+@pytest.mark.tpu_backend
+def test_tpu7x_is_compiled_for_both_cores_of_a_chip(tpu):
+    subject = make_subject(for_a_tpu(), "tpu7x:2x2x1")
+    step = update.compile_step(subject, update.own_settings(subject))
+    assert step.compiled and step.fits and not step.unreadable
+    assert step.flops == pytest.approx(train_flops(subject) * 512 / 8, rel=0.01)
 
 
 @pytest.mark.tpu_backend

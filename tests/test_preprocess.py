@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from helpers import GOLDENS
 from mixer.data.preprocessing import autoaugment
 from mixer.data.preprocessing import randaugment as randaugment
-from mixer.data.preprocessing.host import make_preprocess, output_spec
+from mixer.data.preprocessing.host import inception_window, make_preprocess, output_spec
 from mixer.data.preprocessing.ops import OPS
 from mixer.errors import UserError, first_line
 
@@ -46,6 +46,56 @@ def test_upscaling_matches_pillow_bilinear():
     actual = HOST["resize"](tf.constant(_photo(20, 30)), (40, 60)).numpy().astype(int)
     expected = Image.fromarray(_photo(20, 30)).resize((60, 40), Image.BILINEAR)
     assert np.abs(actual - np.asarray(expected).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "antialias"), [("bilinear", False), ("area", False), ("bicubic", True)]
+)
+def test_published_resize_truncates(method, antialias):
+    """As big_vision: TensorFlow's resize of the uint8 image, limited to 0 to 255 and cast."""
+    for shape in ((40, 56), (700, 600)):
+        image = _photo(*shape)
+        values = tf.image.resize(image, (30, 24), method=method, antialias=antialias)
+        truncated = tf.cast(tf.clip_by_value(values, 0, 255), tf.uint8).numpy()
+        actual = HOST["resize"](tf.constant(image), (30, 24), method, antialias, True).numpy()
+        np.testing.assert_array_equal(actual, truncated)
+        rounded = HOST["resize"](tf.constant(image), (30, 24), method, antialias).numpy()
+        difference = rounded.astype(int) - actual
+        assert difference.min() == 0 and difference.max() == 1 and difference.mean() > 0.2
+
+
+def test_published_resize_small_truncates():
+    """The evaluation of the published weights; big_vision computes the sides in float32."""
+    for height, width in ((427, 640), (333, 500), (769, 513)):
+        image = _photo(height, width)
+        factor = np.float32(256) / np.float32(min(height, width))
+        sides = [int(np.round(np.float32(side) * factor)) for side in (height, width)]
+        expected = tf.cast(tf.image.resize(image, sides, method="area"), tf.uint8)
+        actual = HOST["resize_small"](tf.constant(image), 256, published=True)
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_published_inception_crop_draws_big_visions_windows():
+    """TensorFlow's own default aspects, 0.75 to 1.33, and truncated values."""
+    image = tf.constant(_photo(60, 90))
+    differs = 0
+    for i in range(40):
+        key = tf.constant([1, i])
+        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+            tf.shape(image),
+            tf.zeros([1, 0, 4]),
+            seed=key,
+            area_range=(0.05, 1.0),
+            min_object_covered=0,
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.slice(image, begin, extent)
+        expected = tf.cast(tf.image.resize(window, (24, 24)), tf.uint8)
+        actual = HOST["inception_crop"](image, key, 24, published=True)
+        np.testing.assert_array_equal(actual, expected)
+        own = inception_window(image, key)
+        differs += own.shape != window.shape
+    assert differs
 
 
 def test_resize_small_scales_the_short_side_and_averages_areas():
@@ -332,6 +382,65 @@ def test_randaugment_matches_the_published_recipe(goldens, magnitude):
             assert share <= (0.001 if is_geometric else 0), (name, share)
 
 
+@pytest.mark.parametrize("magnitude", [10, 15])
+def test_published_mode_gives_the_published_pixels(goldens, magnitude):
+    for name in (name for name in goldens if name.endswith(f"_{magnitude}")):
+        actual = randaugment.apply_magnitude(
+            tf.constant(goldens["image"]), _snake(name.split("_")[0]), magnitude, mode="published"
+        )
+        share = (actual.numpy() != goldens[name]).any(-1).mean()
+        # Other processors may round the sine of the rotation differently.
+        assert share <= (0.001 if name.startswith("Rotate") else 0), (name, share)
+
+
+def _published_geometry(image, name, magnitude, sign):
+    """The published code's formula: TensorFlow's projective transform, uncovered pixels grey."""
+    amounts = {"shear": 0.3, "translate": 100}
+    amount = sign * magnitude / 10 * amounts[name.split("_")[0]]
+    entry = {"shear_x": 1, "shear_y": 3, "translate_x": 2, "translate_y": 5}[name]
+    transform = np.eye(3, dtype=np.float32).ravel()[:8]
+    transform[entry] = amount
+    opaque = np.concatenate([image, np.ones_like(image[..., :1])], -1)
+    moved = tf.raw_ops.ImageProjectiveTransformV3(
+        images=opaque[None],
+        transforms=transform[None],
+        output_shape=image.shape[:2],
+        interpolation="NEAREST",
+        fill_mode="CONSTANT",
+        fill_value=0.0,
+    )[0].numpy()
+    return np.where(moved[..., 3:] == 0, 128, moved[..., :3])
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (224, 200)])
+def test_published_geometry_has_absolute_lengths_and_rounds_as_there(shape):
+    """A coordinate of exactly -0.5 is outside of the image, and shifts are pixels at any size."""
+    image = _photo(*shape)
+    differs = set()
+    for name in ("shear_x", "shear_y", "translate_x", "translate_y"):
+        for sign, magnitude in ((1.0, 2), (-1.0, 2), (-1.0, 10), (1.0, 15), (-1.0, 0.25)):
+            expected = _published_geometry(image, name, magnitude, sign)
+            published, faithful = (
+                randaugment.apply_magnitude(
+                    tf.constant(image), name, magnitude, sign=sign, mode=mode
+                )
+                for mode in ("published", "faithful")
+            )
+            np.testing.assert_array_equal(published, expected)
+            differs |= {name} if (faithful.numpy() != expected).any() else set()
+    assert differs == {"shear_x", "shear_y", "translate_x", "translate_y"}
+
+
+def test_published_cutout_has_absolute_lengths():
+    square = tf.zeros([112, 112, 3], tf.uint8)
+    hole = randaugment.apply_magnitude(
+        square, "cutout", 15, place=(0.5, 0.25), mode="published"
+    ).numpy()
+    expected = np.zeros_like(hole)
+    expected[0:112, 0:88] = 128  # 120 pixels around (56, 28), cut off at the border
+    np.testing.assert_array_equal(hole, expected)
+
+
 def test_auto_contrast_of_a_flat_image_matches_the_golden(goldens):
     actual = randaugment.auto_contrast(tf.constant(goldens["image_flat"]))
     np.testing.assert_array_equal(actual, goldens["AutoContrast_flat"])
@@ -405,14 +514,14 @@ def test_faithful_mode_keeps_the_quirks_that_fixed_mode_corrects():
     expected = np.clip(196 + 1.9 * (values - 196), 0, 255).astype(int)
     faithful = randaugment.apply_magnitude(image, "contrast", 10).numpy()
     assert np.abs(faithful.astype(int) - expected).max() <= 1
-    fixed = randaugment.apply_magnitude(image, "contrast", 10, faithful=False).numpy()
+    fixed = randaugment.apply_magnitude(image, "contrast", 10, mode="fixed").numpy()
     pillow = np.asarray(ImageEnhance.Contrast(Image.fromarray(image.numpy())).enhance(1.9))
     assert np.abs(fixed.astype(int) - pillow).max() <= 2
     for magnitude, threshold in ((5, 128), (10, 0), (15, 128), (20, 0)):
         actual = randaugment.apply_magnitude(image, "solarize", magnitude)
         np.testing.assert_array_equal(actual, np.where(image < threshold, image, 255 - image))
         if magnitude >= 10:
-            repaired = randaugment.apply_magnitude(image, "solarize", magnitude, faithful=False)
+            repaired = randaugment.apply_magnitude(image, "solarize", magnitude, mode="fixed")
             np.testing.assert_array_equal(repaired, image)
 
 
@@ -420,9 +529,7 @@ def test_randaugment_draws_every_operation_and_sign():
     mode = "fixed"
     image = tf.constant(_photo(20, 24))
     candidates = {
-        randaugment.apply_magnitude(image, name, 7, faithful=mode == "faithful", sign=sign)
-        .numpy()
-        .tobytes(): name
+        randaugment.apply_magnitude(image, name, 7, mode=mode, sign=sign).numpy().tobytes(): name
         for name in randaugment.OPERATIONS
         for sign in (1.0, -1.0)
         if name != "cutout"

@@ -8,11 +8,13 @@ import types
 import numpy as np
 import pytest
 
+from configs import mixer_b16_i1k
 from helpers import GOLDENS, assert_same_bits, final_state, leaves, tiny_config
 from mixer import trainer
 from mixer.data import resident
 from mixer.errors import UserError
 from mixer.parallel import sharding
+from mixer.runs import config as run_config
 from mixer.runs import resume
 from mixer.runs.directory import open_run
 from mixer.runs.resume import SavedRun
@@ -70,6 +72,24 @@ def test_config_change_is_an_error_with_key_and_values(tmp_path):
     with pytest.raises(UserError, match=r"optimizer\.peak_lr: 0\.003 -> 0\.5") as error:
         resume.check_same_config(_run(tmp_path), saved_config, new_config, is_extended=False)
     assert "log_every_steps" not in str(error.value)  # this key may change
+
+
+def test_run_begun_before_the_published_form_keeps_its_preprocessing():
+    old_ops = {
+        "train_preprocess": "inception_crop(224)|flip_lr|randaugment(2, 15)",
+        "eval_preprocess": "decode|resize_small(256, method='area')|central_crop(224)",
+    }
+    recipe = mixer_b16_i1k.get_config()
+    old = run_config.resolve(recipe, initial=None).to_dict()
+    old["dataset"].update(old_ops)
+    resumed = run_config.resolve(recipe, initial=None, saved_config=old)
+    assert {key: resumed.dataset[key] for key in old_ops} == old_ops
+    assert run_config.changes(old, resumed.to_dict()) == []
+    # Any other change of the preprocessing is still one, and a new run has the published form.
+    old["dataset"]["train_preprocess"] = "inception_crop(224)|flip_lr|randaugment(2, 10)"
+    resumed = run_config.resolve(recipe, initial=None, saved_config=old)
+    assert resumed.dataset.train_preprocess == recipe.dataset.train_preprocess
+    assert "mode='published'" in recipe.dataset.train_preprocess
 
 
 def test_extension_may_change_only_the_lengths(tmp_path):

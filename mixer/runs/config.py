@@ -5,6 +5,7 @@ In a run directory, `config.json` holds the resolved config.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -220,8 +221,8 @@ def resolve(
     """Returns a copy of `config` in which every value is set that does not depend on the data.
 
     These are the model fields that the initial weights determine, and the preprocessing op of
-    `dataset.permutation`. A resumed run keeps the splits that "auto" has chosen. `resolve_data`
-    sets the remaining values.
+    `dataset.permutation`. A resumed run keeps the splits that "auto" has chosen, and its
+    preprocessing (`keep_preprocessing`). `resolve_data` sets the remaining values.
 
     Args:
       config: the config from the command line.
@@ -236,6 +237,7 @@ def resolve(
         for key in run_data.SPLIT_KEYS:
             if config.dataset[key] == run_data.AUTO:
                 config.dataset[key] = saved_config["dataset"][key]
+        keep_preprocessing(config, saved_config)
     return config
 
 
@@ -319,6 +321,19 @@ def resolve_permutation(config: ConfigDict) -> None:
         op = f"permute_patches({size}, {patch_size}, seed=0)"
     for key in ("train_preprocess", "eval_preprocess"):
         dataset[key] = str(parse(dataset[key]).with_image_op(op))
+
+
+def keep_preprocessing(config: ConfigDict, saved_config: dict[str, Any]) -> None:
+    """Keeps the preprocessing of a run that began before its recipe took the published form.
+
+    Args:
+      config: the config from the command line; it is modified.
+      saved_config: config of the run that is resumed.
+    """
+    for key in ("train_preprocess", "eval_preprocess"):
+        saved = saved_config["dataset"][key]
+        if re.sub(r", (published=True|mode='published')", "", config.dataset[key]) == saved:
+            config.dataset[key] = saved
 
 
 def check_same_config(

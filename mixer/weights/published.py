@@ -379,12 +379,13 @@ def _no_preprocessing(image_size: tuple[int, int]) -> None:
 def _authors_preprocessing(image_size: tuple[int, int]) -> str | None:
     """Resizes the short side to 8/7 of the image size (area), then crops the centre.
 
-    This is the evaluation preprocessing in big_vision's configs.
+    This is the evaluation preprocessing in big_vision's configs, with its truncation of values.
     """
     height, width = image_size
     if height != width:
         return None
-    return f"decode|resize_small({height * 8 // 7}, method='area')|central_crop({height})"
+    resize = f"resize_small({height * 8 // 7}, method='area', published=True)"
+    return f"decode|{resize}|central_crop({height})"
 
 
 def _timm_preprocessing(

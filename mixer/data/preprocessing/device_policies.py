@@ -17,6 +17,7 @@ from mixer.data.philox import rounded
 from mixer.data.preprocessing.device import box, per_image, pixels_at, plane
 from mixer.data.preprocessing.policies import (
     CIFAR_POLICY,
+    CONVOLUTION,
     FILL,
     GEOMETRY,
     OPERATIONS,
@@ -89,20 +90,30 @@ def randaugment(images, keys, num_layers=2, magnitude=10, mode="faithful"):
     The host's function describes the arguments.
     """
     strengths = [
-        _magnitude_strength(name, magnitude, sign, images.shape[1:3], mode == "faithful")
+        _magnitude_strength(name, magnitude, sign, images.shape[1:3], mode)
         for name in OPERATIONS
         for sign in (-1, 1)
     ]
     draws = philox.uniform(keys, (num_layers, 4)).transpose(1, 2, 0)
     operations = (draws[:, 0] * len(OPERATIONS)).astype(jnp.int32)
-    return _apply_in_turn(images, strengths, 2 * operations + (draws[:, 1] >= 0.5), draws[:, 2:])
+    numbers = 2 * operations + (draws[:, 1] >= 0.5)
+    return _apply_in_turn(images, strengths, numbers, draws[:, 2:], published=mode == "published")
 
 
-def _magnitude_strength(name, magnitude, sign, image_size, faithful) -> Strength:
+def _magnitude_strength(name, magnitude, sign, image_size, mode) -> Strength:
     """Returns the operation that `apply_magnitude` in randaugment.py computes on the host."""
-    amount = amount_of_magnitude(name, magnitude, np.float32(sign), faithful=faithful)
+    amount = amount_of_magnitude(name, magnitude, np.float32(sign), mode=mode)
+    if mode == "published":
+        # The published code's lengths are in pixels.
+        match name:
+            case "translate_x":
+                return Strength(name, x=(1.0, 0.0, np.float32(amount)))
+            case "translate_y":
+                return Strength(name, y=(0.0, 1.0, np.float32(amount)))
+            case "cutout":
+                return Strength(name, half_size=np.float32(amount))
     strength = _strength(name, amount, image_size)
-    if name != "contrast" or not faithful:
+    if name != "contrast" or mode == "fixed":
         return strength
     height, width = (np.float32(side) for side in image_size)
     middle = np.floor(min(height * width / np.float32(256), np.float32(255)))
@@ -140,7 +151,7 @@ def _mask(bits):
     return 0xFF00 >> min(max(bits, 1), 8) & 0xFF
 
 
-def _apply_in_turn(images, strengths, numbers, places=None):
+def _apply_in_turn(images, strengths, numbers, places=None, published=False):
     """Applies operations `strengths[numbers[0]]` to the images, then `strengths[numbers[1]]`, ...
 
     Args:
@@ -148,16 +159,17 @@ def _apply_in_turn(images, strengths, numbers, places=None):
       strengths: the operations to choose from.
       numbers: (L, N) int32, an index into `strengths` for each layer and image.
       places: (L, 2, N) in [0, 1), center of cutout as shares of the height and the width.
+      published: whether to round as the published code.
     """
 
     # A loop keeps XLA from fusing layers, which would recompute a layer for each use.
     def layer(images, draws):
-        return _apply(images, strengths, *draws), None
+        return _apply(images, strengths, *draws, published), None
 
     return jax.lax.scan(layer, images, (numbers, places))[0]
 
 
-def _apply(images, strengths, number, place):
+def _apply(images, strengths, number, place, published):
     """Applies operation `strengths[number]`, number (N,), to each image; `place` (2, N) or None."""
     names = {strength.name for strength in strengths}
 
@@ -173,7 +185,7 @@ def _apply(images, strengths, number, place):
     result = images
     if names & set(GEOMETRY):
         rows, columns = (
-            _nearest(plane(images, *value(axis)), side)
+            _nearest(plane(images, *value(axis)), side, published)
             for axis, side in zip("yx", images.shape[1:3], strict=True)
         )
         result = pixels_at(result, rows, columns, fill=FILL)
@@ -182,10 +194,10 @@ def _apply(images, strengths, number, place):
         result = _look_up(_tables(images, names, is_a, value, means), result)
     if "color" in names:
         pixels = images.astype(jnp.float32)
-        coloured = _blend(luminance(pixels), pixels, per_image(value("factor")))
+        coloured = _blend(luminance(pixels, published), pixels, per_image(value("factor")))
         result = jnp.where(per_image(is_a("color")), coloured, result)
     if "sharpness" in names:
-        sharp = _sharpen(images, per_image(value("factor")))
+        sharp = _sharpen(images, per_image(value("factor")), published)
         result = jnp.where(per_image(is_a("sharpness")), sharp, result)
     if "cutout" in names:
         square = box(
@@ -198,8 +210,15 @@ def _apply(images, strengths, number, place):
     return result
 
 
-def _nearest(coordinate, side):
-    """Rounds to the nearest integer; -1 or `side` if it is outside of the image."""
+def _nearest(coordinate, side, published):
+    """Rounds to the nearest integer; -1 or `side` if it is outside of the image.
+
+    Halves are rounded up, or away from zero if `published`.
+    """
+    if published:
+        low = jnp.floor(coordinate)
+        fraction = coordinate - low
+        coordinate = low + ((fraction > 0.5) | ((fraction == 0.5) & (coordinate > 0)))
     framed = jnp.clip(coordinate + np.float32(1.5), 0, np.float32(side + 1))
     return framed.astype(jnp.int32) - 1  # the cast rounds down
 
@@ -281,15 +300,21 @@ def _look_up(tables, images):
     return jax.vmap(look_up)(tables, images)
 
 
-def luminance(pixels):
+def luminance(pixels, published=False):
     """Converts float pixels in 0 to 255 to integral grey values, (N, H, W, 1).
 
     The host uses a matrix product, which rounds a product and its addition once if the processor
-    can (FMA). XLA's compiler does the same if only the first product is rounded separately.
+    can (FMA). XLA's compiler does the same if only the first product is rounded separately. The
+    published code's product has one column, for which TensorFlow rounds every product.
     """
     red, green, blue = (rounded(pixels[..., i : i + 1] * np.float32(1 / 255)) for i in range(3))
-    grey = rounded(red * np.float32(0.2989)) + green * np.float32(0.587)
-    return jnp.floor((grey + blue * np.float32(0.114)) * np.float32(255.5))
+    red, green, blue = (
+        color * np.float32(weight)
+        for color, weight in ((red, 0.2989), (green, 0.587), (blue, 0.114))
+    )
+    if published:
+        green, blue = rounded(green), rounded(blue)
+    return jnp.floor((rounded(red) + green + blue) * np.float32(255.5))
 
 
 def _mean_luminance(images):
@@ -303,7 +328,7 @@ def _mean_luminance(images):
     return (mean + is_rounded_up).astype(jnp.float32)
 
 
-def _sharpen(images, factor):
+def _sharpen(images, factor, published):
     """Blends smoothed images (factor 0) and the images (1); the border does not change."""
     height, width = images.shape[1:3]
     pixels = images.astype(jnp.float32)
@@ -311,11 +336,30 @@ def _sharpen(images, factor):
     center = pixels[:, 1:-1, 1:-1]
     # The kernel is ones around a five, divided by 13. Sums of integers are exact.
     total = across[:, :-2] + across[:, 1:-1] + across[:, 2:] + 4 * center
-    smooth = jnp.floor(total * np.float32(1 / 13))
+    smooth = jnp.floor(_convolve(pixels) if published else total * np.float32(1 / 13))
     inner = jnp.pad(_blend(smooth, center, factor), [(0, 0), (1, 1), (1, 1), (0, 0)])
     border = np.ones((height, width, 1), bool)
     border[1:-1, 1:-1] = False
     return jnp.where(border, images, inner)
+
+
+def _convolve(pixels):
+    """Smooths as the convolution of the published code, (N, H - 2, W - 2, 3) float32.
+
+    Computes round(total + pixel * weight) for nine weights, row by row. Pixels have 8 bits, and
+    weights and totals are multiples of 2^-27, so that every step but the last is exact.
+    """
+    height, width = pixels.shape[1:3]
+    total = jnp.zeros_like(pixels[:, 2:, 2:])
+    for (y, x), weight in np.ndenumerate(CONVOLUTION):
+        window = pixels[:, y : height - 2 + y, x : width - 2 + x]
+        high = np.round(weight * np.float32(2**16)) / np.float32(2**16)
+        product = window * high
+        new = total + product
+        back = new - total
+        error = (total - (new - back)) + (product - back)  # of the addition
+        total = new + (error + window * (weight - high))
+    return total
 
 
 def _blend(zero, one, factor):

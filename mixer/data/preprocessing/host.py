@@ -18,18 +18,22 @@ from mixer.data.preprocessing.spec import Specification, parse
 
 # `resize_small` produces more than MOST_RESIZED pixels only if the aspect is at most MOST_ASPECT.
 MOST_RESIZED, MOST_ASPECT = 1 << 21, 8
+# Aspects of inception_crop's window: ours, and TensorFlow's defaults, which the authors' code uses.
+ASPECTS, PUBLISHED_ASPECTS = (3 / 4, 4 / 3), (0.75, 1.33)
 
 
-def inception_crop(image, key, size, min_area=0.05, max_area=1.0, dct="fast"):
+def inception_crop(image, key, size, min_area=0.05, max_area=1.0, dct="fast", published=False):
     """Crops a random window of 5 to 100 % of the area and aspect 3/4 to 4/3; resizes it to `size`.
 
     Of an upright JPEG, only the window is decoded. Resizing is bilinear without antialiasing
-    (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`).
+    (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`). With `published`, the aspect is 0.75 to
+    1.33, and values are truncated, as in big_vision.
     """
-    return resize(inception_window(image, key, min_area, max_area, dct), size)
+    window = inception_window(image, key, min_area, max_area, dct, published)
+    return resize(window, size, published=published)
 
 
-def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
+def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast", published=False):
     """Returns the window of `inception_crop` before it is resized, (h, w, 3) uint8."""
 
     def window(shape):
@@ -38,7 +42,7 @@ def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
             tf.zeros([1, 0, 4]),
             seed=key,
             min_object_covered=0.0,
-            aspect_ratio_range=(3 / 4, 4 / 3),
+            aspect_ratio_range=PUBLISHED_ASPECTS if published else ASPECTS,
             area_range=(min_area, max_area),
             max_attempts=100,
             use_image_if_no_bounding_boxes=True,
@@ -61,8 +65,10 @@ def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast"):
     return from_pixels(image)
 
 
-def resize(image, size, method="bilinear", antialias=False):
+def resize(image, size, method="bilinear", antialias=False, published=False):
     """Resizes to `size`, the side of a square or (H, W); rounds values to uint8.
+
+    With `published`, values are truncated instead, as in big_vision.
 
     With `antialias`, downscaling averages over all pixels of the larger image, as Pillow's resize
     does ("bilinear", "bicubic"; timm's preprocessing). Without it, as in the authors' code, it
@@ -77,13 +83,16 @@ def resize(image, size, method="bilinear", antialias=False):
             lambda: tf.image.resize(tf.cast(image, tf.float32), size),
             lambda: tf.image.resize(image, size),
         )
-        return tf.cast(tf.round(image), tf.uint8)
-    image = tf.image.resize(image, size, method=method, antialias=antialias)
-    return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+    else:
+        image = tf.image.resize(image, size, method=method, antialias=antialias)
+        image = tf.clip_by_value(image, 0, 255)
+    return tf.cast(image if published else tf.round(image), tf.uint8)  # the cast truncates
 
 
-def resize_small(image, size, method="area", antialias=False):
+def resize_small(image, size, method="area", antialias=False, published=False):
     """Resizes the short side to `size` and keeps the aspect (evaluation: 256, area).
+
+    With `published`, values are truncated, as in big_vision.
 
     The ends of a very long image are cut off first, so that the result has at most MOST_RESIZED
     pixels: at 256, the middle 32 squares. A central crop is the same with and without this.
@@ -94,7 +103,7 @@ def resize_small(image, size, method="area", antialias=False):
     image = image[top : sides[0] - top, left : sides[1] - left]
     shape = tf.cast(tf.shape(image)[:2], tf.float64)
     shape = tf.cast(tf.round(shape * (size / tf.reduce_min(shape))), tf.int32)
-    return resize(image, shape, method, antialias)
+    return resize(image, shape, method, antialias, published)
 
 
 def central_crop(image, size):

@@ -140,7 +140,8 @@ class Op:
 _SIZE = {"size": (_SIDE, REQUIRED)}
 _SIZES = {"size": (_SIDES, REQUIRED)}
 _AREAS = ("min_area", "max_area")
-_RESIZING = {"antialias": (_FLAG, False)}
+_PUBLISHED = {"published": (_FLAG, False)}
+_RESIZING = {"antialias": (_FLAG, False)} | _PUBLISHED
 
 OPS = {
     op.name: op
@@ -148,7 +149,9 @@ OPS = {
         Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, host="decoding"),
         Op(
             "inception_crop",
-            _SIZES | {"min_area": (_AREA, 0.05), "max_area": (_AREA, 1.0), "dct": (_DCT, "fast")},
+            _SIZES
+            | {"min_area": (_AREA, 0.05), "max_area": (_AREA, 1.0), "dct": (_DCT, "fast")}
+            | _PUBLISHED,
             Kind.DECODING,
             random=True,
             ascending=_AREAS,
@@ -180,7 +183,7 @@ OPS = {
             {
                 "num_layers": (_integer(0, 16), 2),
                 "magnitude": (_number(0, 30), 10),
-                "mode": (_choice("faithful", "fixed"), "faithful"),
+                "mode": (_choice("faithful", "fixed", "published"), "faithful"),
             },
             Kind.POLICY,
             random=True,

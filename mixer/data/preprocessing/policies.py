@@ -6,7 +6,11 @@ The host (mixer/data/preprocessing/randaugment.py, autoaugment.py) and the devic
 
 from typing import Any
 
+import numpy as np
+
 FILL = 128  # value of uncovered pixels
+# The kernel with which the published code smooths for sharpness.
+CONVOLUTION = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / np.float32(13)
 GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 # The operations of RandAugment (Cubuk et al., 2020), in the order of its draws.
@@ -60,7 +64,7 @@ CIFAR_POLICY = (
 )
 
 
-def amount_of_magnitude(name: str, magnitude: float, sign: Any, *, faithful: bool) -> Any:
+def amount_of_magnitude(name: str, magnitude: float, sign: Any, *, mode: str) -> Any:
     """Returns the amount of a RandAugment operation at a magnitude.
 
     Args:
@@ -69,26 +73,28 @@ def amount_of_magnitude(name: str, magnitude: float, sign: Any, *, faithful: boo
         factors of 1.9, a cutout of 80 pixels of 224, 4 bits in posterize, and 110 in solarize_add.
         Amounts are proportional to the magnitude, except for factors, which start at 0.1.
       sign: direction of geometric operations, -1.0 or 1.0; a number or an array.
-      faithful: whether the threshold of solarize wraps modulo 256, as in the published recipe.
+      mode: "faithful", "fixed" or "published". Unless it is "fixed", the threshold of solarize
+        wraps modulo 256, as in the published recipe.
 
     Returns:
       Degrees, a slope or a share of the side, all with the sign; a number of bits, a threshold, an
-      addition, half of cutout's side as a share of the width, or a factor. None if the operation
-      has no amount.
+      addition, half of cutout's side as a share of the width, or a factor. Lengths are in pixels
+      instead of shares if `mode` is "published". None if the operation has no amount.
     """
     share = magnitude / 10
+    side = 1 if mode == "published" else 224
     threshold = int(256 * share)
     factor = 0.1 + 1.8 * share
     amount = {
         "rotate": 30 * share,
         "shear_x": 0.3 * share,
         "shear_y": 0.3 * share,
-        "translate_x": 100 / 224 * share,
-        "translate_y": 100 / 224 * share,
+        "translate_x": 100 / side * share,
+        "translate_y": 100 / side * share,
         "posterize": int(4 * share),
-        "solarize": threshold % 256 if faithful else min(threshold, 256),
+        "solarize": min(threshold, 256) if mode == "fixed" else threshold % 256,
         "solarize_add": int(110 * share),
-        "cutout": int(40 * share) / 224,
+        "cutout": int(40 * share) / side,
         "color": factor,
         "contrast": factor,
         "brightness": factor,

@@ -1,16 +1,23 @@
 """RandAugment on the host (Cubuk et al., 2020): sixteen operations, and the op that draws them.
 
 Each operation maps an (H, W, 3) uint8 image to another. Geometric operations sample the nearest
-pixel and fill uncovered pixels with grey (128). `faithful` reproduces the published Mixer recipe
-(big_vision's code, `mlp_mixer_i1k`) with its quirks; docs/preprocessing.md lists the differences.
+pixel and fill uncovered pixels with grey (128). `published` gives the pixels of the published Mixer
+recipe (big_vision's code, `mlp_mixer_i1k`); docs/preprocessing.md describes all modes.
 """
 
 import functools
 import math
 
+import numpy as np
 import tensorflow as tf
 
-from mixer.data.preprocessing.policies import FILL, OPERATIONS, amount_of_magnitude
+from mixer.data.preprocessing.policies import (
+    CONVOLUTION,
+    FILL,
+    GEOMETRY,
+    OPERATIONS,
+    amount_of_magnitude,
+)
 
 # Point operations. TensorFlow vectorizes arithmetic on uint8 and float32 (15 us for 224 x 224
 # pixels), but not tf.where and tf.gather of single values (400 to 1000 us).
@@ -124,28 +131,55 @@ def _luminance(pixels):
     return tf.reshape(tf.floor(grey * 255.5), tf.shape(pixels))
 
 
-def color(image, factor):
+def color(image, factor, published=False):
     """Blends the grey image (factor 0) and the image (1); factors above 1 add saturation."""
     pixels = tf.cast(image, tf.float32)
-    return _blend(_luminance(pixels), pixels, factor)
+    if published:
+        grey = tf.cast(tf.image.rgb_to_grayscale(image), tf.float32)
+    else:
+        grey = _luminance(pixels)
+    return _blend(grey, pixels, factor)
 
 
-def sharpness(image, factor):
-    """Blends a smoothed image (factor 0) and the image (1); the border does not change."""
-    # The kernel, ones around a five divided by 13, as sums of rows; a convolution takes 3 ms.
+def sharpness(image, factor, published=False):
+    """Blends a smoothed image (factor 0) and the image (1); the border does not change.
+
+    With `published`, the published code's convolution smooths. It rounds each addition, so that
+    some quotients end just below a whole number.
+    """
     rows = _rows(image)
-    pixels = tf.cast(rows, tf.float32)
-    sums = pixels[:, :-6] + pixels[:, 3:-3] + pixels[:, 6:]
-    center = pixels[1:-1, 3:-3]
-    smooth = tf.floor((sums[:-2] + sums[1:-1] + sums[2:] + 4 * center) * (1 / 13))
+    center = tf.cast(rows[1:-1, 3:-3], tf.float32)
+    smooth = tf.floor(_convolve(rows) if published else _sums(rows) * (1 / 13))
     inner = tf.concat([rows[1:-1, :3], _blend(smooth, center, factor), rows[1:-1, -3:]], 1)
     return tf.reshape(tf.concat([rows[:1], inner, rows[-1:]], 0), tf.shape(image))
+
+
+def _sums(rows):
+    """Weights each value's neighbours with ones and itself with five, (H - 2, 3 W - 6) float32."""
+    pixels = tf.cast(rows, tf.float32)
+    sums = pixels[:, :-6] + pixels[:, 3:-3] + pixels[:, 6:]
+    return sums[:-2] + sums[1:-1] + sums[2:] + 4 * pixels[1:-1, 3:-3]
+
+
+def _convolve(rows):
+    """Computes `_sums` / 13 as the published code's convolution, which rounds every addition.
+
+    The convolution adds nine products, row by row, and rounds a product and its addition once
+    (FMA). float64 holds both exactly, so the cast is the only rounding on every processor.
+    """
+    height, width = tf.unstack(tf.shape(rows) - (2, 6))
+    pixels = tf.cast(rows, tf.float64)
+    total = tf.zeros([height, width])
+    for (y, x), weight in np.ndenumerate(CONVOLUTION):
+        product = pixels[y : y + height, 3 * x : 3 * x + width] * float(weight)
+        total = tf.cast(tf.cast(total, tf.float64) + product, tf.float32)
+    return total
 
 
 # Geometric operations compute the source of each output pixel.
 
 
-def rotate(image, degrees):
+def rotate(image, degrees, published=False):
     """Rotates counter-clockwise around the center."""
     angle = tf.cast(degrees, tf.float32) * (math.pi / 180)
     cos, sin = tf.cos(angle), tf.sin(angle)
@@ -153,28 +187,35 @@ def rotate(image, degrees):
     bottom, right = y[-1, 0], x[0, -1]
     shift_y = (bottom - (sin * right + cos * bottom)) / 2
     shift_x = (right - (cos * right - sin * bottom)) / 2
-    return _sample(image, sin * x + cos * y + shift_y, cos * x - sin * y + shift_x)
+    rows, columns = sin * x + cos * y + shift_y, cos * x - sin * y + shift_x
+    return _sample(image, rows, columns, published)
 
 
-def shear_x(image, amount):
+def shear_x(image, amount, published=False):
     """Moves row y to the left by `amount` * y pixels."""
     y, x = _grid(image)
-    return _sample(image, y, x + amount * y)
+    return _sample(image, y, x + amount * y, published)
 
 
-def shear_y(image, amount):
+def shear_y(image, amount, published=False):
     """Moves column x up by `amount` * x pixels."""
     y, x = _grid(image)
-    return _sample(image, y + amount * x, x)
+    return _sample(image, y + amount * x, x, published)
 
 
-def translate_x(image, pixels):
+def translate_x(image, pixels, published=False):
     """Moves the image to the left by `pixels`, rounded to an integer."""
+    if published:
+        y, x = _grid(image)
+        return _sample(image, y, x + pixels, published)
     return _shift(image, 0, pixels)
 
 
-def translate_y(image, pixels):
+def translate_y(image, pixels, published=False):
     """Moves the image up by `pixels`, rounded to an integer."""
+    if published:
+        y, x = _grid(image)
+        return _sample(image, y + pixels, x, published)
     return _shift(image, pixels, 0)
 
 
@@ -195,20 +236,32 @@ def _grid(image):
     return tf.range(shape[0])[:, None], tf.range(shape[1])[None]
 
 
-def _sample(image, y, x):
+def _sample(image, y, x, published):
     """Samples the pixels nearest to (y, x), both (H or 1, W or 1); grey outside.
 
-    tf.raw_ops.ImageProjectiveTransformV3 computes the same in three times the time.
+    Halves are rounded up. With `published`, they are rounded away from zero, so that a coordinate
+    of -0.5 is outside of the image. tf.raw_ops.ImageProjectiveTransformV3 computes the published
+    form in three times the time.
     """
     height, width = tf.unstack(tf.shape(image)[:2])
     framed = tf.pad(image, [[1, 1], [1, 1], [0, 0]], constant_values=FILL)
 
     def nearest(coordinate, size):  # in the framed image; the cast rounds because a half is added
+        if published:
+            coordinate = _round_half_away(coordinate)
         end = tf.cast(size, tf.float32) + 1
         return tf.cast(tf.clip_by_value(coordinate + 1.5, 0.0, end), tf.int32)
 
     places = nearest(y, height) * (width + 2) + nearest(x, width)
     return tf.gather_nd(tf.reshape(framed, [-1, 3]), places[..., None])
+
+
+def _round_half_away(coordinate):
+    """Rounds to the nearest integer, and halves away from zero, as C++'s std::round."""
+    low = tf.floor(coordinate)
+    fraction = coordinate - low
+    is_up = (fraction > 0.5) | ((fraction == 0.5) & (coordinate > 0))
+    return low + tf.cast(is_up, tf.float32)
 
 
 def cutout(image, center_y, center_x, half_size):
@@ -227,49 +280,57 @@ def cutout(image, center_y, center_x, half_size):
     return tf.concat([image[:top], middle, image[bottom:]], 0)
 
 
-def apply_operation(image, name, amount, *, place=(0.5, 0.5), middle=None):
+# Operations with another form in the published code.
+PUBLISHED_FORMS = (*GEOMETRY, "color", "sharpness")
+
+
+def apply_operation(image, name, amount, *, place=(0.5, 0.5), middle=None, published=False):
     """Applies an operation of a policy.
 
     Args:
       image: (H, W, 3) uint8.
       name: name of the operation.
-      amount: amount from mixer/data/preprocessing/policies.py; lengths are shares of the sides.
+      amount: amount from mixer/data/preprocessing/policies.py; lengths are shares of the sides, or
+        pixels if `published`.
       place: (y, x) in [0, 1), center of cutout.
       middle: as in `contrast`.
+      published: whether to compute the pixels of the published code.
     """
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+    if name in ("translate_x", "translate_y", "cutout") and not published:
+        amount = amount * (height if name == "translate_y" else width)
     match name:
-        case "translate_x":
-            return translate_x(image, amount * width)
-        case "translate_y":
-            return translate_y(image, amount * height)
         case "contrast":
             return contrast(image, amount, middle)
         case "cutout":
             y, x = place[0] * height, place[1] * width
-            return cutout(image, tf.floor(y), tf.floor(x), amount * width)
+            return cutout(image, tf.floor(y), tf.floor(x), amount)
     operation = globals()[name]
+    if published and name in PUBLISHED_FORMS:
+        return operation(image, amount, published=True)
     return operation(image) if amount is None else operation(image, amount)
 
 
-def apply_magnitude(image, name, magnitude, *, faithful=True, sign=1.0, place=(0.5, 0.5)):
+def apply_magnitude(image, name, magnitude, *, mode="faithful", sign=1.0, place=(0.5, 0.5)):
     """Applies an operation of RandAugment.
 
     Args:
       image: (H, W, 3) uint8.
       name: one of OPERATIONS.
       magnitude: as in `amount_of_magnitude`.
-      faithful: whether to reproduce the quirks of the published recipe.
+      mode: as in `randaugment`.
       sign: direction of geometric operations, -1.0 or 1.0.
       place: (y, x) in [0, 1), center of cutout.
     """
     middle = None
-    if name == "contrast" and faithful:
+    if name == "contrast" and mode != "fixed":
         # The published recipe uses the sum of the histogram (the number of pixels) as the mean.
         height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
         middle = tf.floor(tf.minimum(height * width / 256, 255.0))
-    amount = amount_of_magnitude(name, magnitude, sign, faithful=faithful)
-    return apply_operation(image, name, amount, place=place, middle=middle)
+    amount = amount_of_magnitude(name, magnitude, sign, mode=mode)
+    return apply_operation(
+        image, name, amount, place=place, middle=middle, published=mode == "published"
+    )
 
 
 def choose(number, branches, image, **arguments):
@@ -306,12 +367,13 @@ def randaugment(image, key, num_layers=2, magnitude=10, mode="faithful"):
       mode: "faithful" reproduces the published recipe at 224 pixels with two quirks: contrast
         blends with the constant H * W / 256 instead of the image's mean, and the threshold of
         solarize wraps modulo 256. "fixed" uses the mean and limits the threshold to 256.
+        "published" gives the pixels of the published code at every size: as "faithful", but its
+        shifts and its cutout are 10 and 8 times the magnitude in pixels, and it rounds as there.
     """
-    faithful = mode == "faithful"
     for draws in tf.unstack(tf.random.stateless_uniform([num_layers, 4], key)):
         sign = tf.where(draws[1] < 0.5, -1.0, 1.0)
         branches = [
-            functools.partial(apply_magnitude, name=name, magnitude=magnitude, faithful=faithful)
+            functools.partial(apply_magnitude, name=name, magnitude=magnitude, mode=mode)
             for name in OPERATIONS
         ]
         number = tf.cast(draws[0] * len(OPERATIONS), tf.int32)

@@ -5,9 +5,10 @@
       --num_examples=300000000 --num_classes=18291 --json=plan.json
   python -m mixer.tools.plan --config=configs/mixer_b16_i1k.py:mode=gpu8 --topology=gpu:8xH100
 
-Topologies: v3, v4, v5e, v5p and v6e with their shape in chips, for which the tool compiles the
-run's own update (pip install -e '.[plan]'); gpu:COUNTxTYPE (A100, H100, H200), which it estimates
-by arithmetic. The tool needs neither data nor an accelerator. docs/plan.md explains every line.
+Topologies: v3, v4, v5e, v5p, v6e and tpu7x with their shape in chips, for which the tool compiles
+the run's own update (pip install -e '.[plan]'); gpu:COUNTxTYPE (A100, H100, H200, B200), which it
+estimates by arithmetic. The tool needs neither data nor an accelerator. docs/plan.md explains every
+line.
 """
 
 import os

@@ -63,13 +63,33 @@ class Counts:
     unknown_loops: int = 0
 
 
+class UnreadableProgramError(Exception):
+    """The text of a program is damaged, or in a form that this module does not know."""
+
+
 def count(text: str) -> Counts:
     """Counts a program from its HLO text.
 
     Args:
       text: HLO text, optimized (`compiled.as_text()`) or not (`lowered.as_text("hlo")`).
+
+    Raises:
+      UnreadableProgramError: the text cannot be read.
     """
-    computations, entry = hlo_text.parse(text)
+    try:
+        return _count(*hlo_text.parse(text))
+    except _DAMAGES as error:  # each is how a missing part of the text shows
+        raise UnreadableProgramError(f"{type(error).__name__}: {error}") from error
+
+
+_DAMAGES = (
+    *(ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration),
+    *(TypeError, ValueError),
+)
+
+
+def _count(computations: dict[str, dict[str, Instruction]], entry: str) -> Counts:
+    """Counts a parsed program."""
 
     @functools.cache
     def counts_of(name: str) -> Counts:

@@ -53,7 +53,11 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Parses HLO text; returns all computations by name, and the name of the entry."""
+    """Parses HLO text; returns all computations by name, and the name of the entry.
+
+    Raises:
+      ValueError: the text has no entry, or a line is not an instruction.
+    """
     computations: dict[str, dict[str, Instruction]] = {}
     current, entry = {}, ""
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -64,6 +68,8 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
                 entry = head[2] if head[1] else entry
         elif head := _INSTRUCTION.match(line):
             current[head[2]] = _parse_instruction(head[2], line[head.end() :], bool(head[1]))
+    if not entry:
+        raise ValueError("the text has no line that starts with ENTRY")
     return computations, entry
 
 

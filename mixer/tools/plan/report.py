@@ -86,7 +86,11 @@ def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row
     if run["epochs"]:
         length += f", {run['epochs']:,.1f} epochs of {run['examples']:,}"
     figures = "ESTIMATED by arithmetic: nothing was compiled"
-    if step.compiled:
+    if step.unreadable:
+        figures = (
+            f"memory measured on the compiled update ({step.compile_seconds:.0f} s to compile)"
+        )
+    elif step.compiled:
         figures = f"measured on the compiled update ({step.compile_seconds:.0f} s to compile)"
     sizes = f"{subject.config.image_size} px, {model.num_classes:,} classes, {model.dtype}"
     return [
@@ -116,6 +120,10 @@ def _memory_rows(subject: Subject, step: Step) -> list[Row]:
 def _step_rows(subject: Subject, step: Step, plan: dict[str, Any]) -> list[Row]:
     """Returns rows on the FLOPs, the traffic and the duration of a step."""
     rows = []
+    if step.unreadable:
+        reason = f"the text of the compiled program cannot be read ({step.unreadable})"
+        rows.append(("no estimate", f"of FLOPs, traffic and time from the compiler: {reason}"))
+        rows.append(("", "the figures below are estimated by arithmetic"))
     if step.unknown_loops:
         rows.append(("", f"{step.unknown_loops} loop(s) of unknown length are counted once"))
     train, forward = (

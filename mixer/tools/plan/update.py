@@ -92,6 +92,8 @@ class Step:
         communication; 0 if unknown.
       compile_seconds: compile time; 0 if the figures are estimated.
       unknown_loops: number of loops with an unknown trip count, which count as one iteration.
+      unreadable: why the compiled program could not be counted, in which case only the memory is
+        the compiler's, and the other figures are estimates; empty if it was counted.
     """
 
     settings: Settings
@@ -109,6 +111,7 @@ class Step:
     schedule: float = 0.0
     compile_seconds: float = 0.0
     unknown_loops: int = 0
+    unreadable: str = ""
 
 
 def own_settings(subject: Subject) -> Settings:
@@ -180,7 +183,18 @@ def compile_step(subject: Subject, settings: Settings) -> Step:
         "temporary": float(analysis.temp_size_in_bytes),
         "program": float(analysis.generated_code_size_in_bytes),
     }
-    counts = hlo.count(compiled.as_text())
+    try:
+        counts = hlo.count(compiled.as_text())
+    except hlo.UnreadableProgramError as error:
+        return dataclasses.replace(
+            estimate_step(subject, settings),
+            compiled=True,
+            fits=True,
+            memory=sum(memory.values()),
+            memory_parts=memory,
+            compile_seconds=seconds,
+            unreadable=str(error),
+        )
     clock = subject.topology.chip.clock
     step = _timed(
         subject,
