@@ -19,7 +19,7 @@ from mixer.models.registry import make_model
 from mixer.runs import config as run
 from mixer.tools.inspect import activations
 from mixer.tools.plan import hlo
-from mixer.weights import formats, load
+from mixer.weights import formats, hub, load
 
 # REFERENCE: parameters with 1,000 classes at 224 px: class token with a position for each patch,
 # and the mean of the tokens with fixed positions.
@@ -122,6 +122,15 @@ def test_timm_files_take_their_heads_from_timms_config(tmp_path):
             quiet_load(write_timm(tmp_path, num_heads=heads))
     with pytest.raises(UserError, match=r"num_heads.*24.*config\.json"):
         quiet_load(GOLDENS / "vit_tiny_timm.safetensors")
+
+
+def test_hub_folder_is_refused(tmp_path):
+    path = GOLDENS / "vit_tiny_official_token.npz"
+    loaded = load.read(path, log=lambda line: None)
+    arrays = load.sharding.by_name(loaded.params)
+    with pytest.raises(UserError, match=r"folder.*Vision Transformer"):
+        hub.write_folder(tmp_path / "folder", arrays, loaded.card, license_name="mit", results={})
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbering_before_linen_is_read(tmp_path):

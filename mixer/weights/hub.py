@@ -60,6 +60,12 @@ def write_folder(
     Raises:
       UserError: a value is NaN or infinite, or timm has no such architecture.
     """
+    architecture = ARCHITECTURES[card.architecture]
+    if not architecture.timm_class:
+        raise UserError(
+            f"{path}: no Hub folder for a {architecture.title}; expected weights of an MLP-Mixer "
+            "(convert to .npz or .safetensors instead)"
+        )
     card = dataclasses.replace(card, source=_without_folder(card.source))
     results = {
         split: summary | {"data": _without_folder(summary.get("data", split))}
