@@ -116,7 +116,9 @@ def test_vit_s16_is_big_visions():
     config, schedule = resolve(build("vit_s16_i1k"), round(0.99 * 1_281_167))
     assert (config.total_steps, config.schedule.warmup_steps) == (111_477, 10_000)
     assert (config.global_batch_size, config.loss, config.mixup.alpha) == (1024, "softmax", 0.2)
-    assert config.dataset.train_preprocess == "inception_crop(224)|flip_lr|randaugment(2, 10)"
+    assert config.dataset.train_preprocess == (
+        "inception_crop(224, published=True)|flip_lr|randaugment(2, 10, mode='published')"
+    )
     model = config.model
     assert (model.name, model.variant, model.stoch_depth) == ("vit", "S/16", 0.0)
     assert (model.pooling, model.positions, model.pre_logits_layer) == ("gap", "sincos2d", True)

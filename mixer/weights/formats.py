@@ -122,8 +122,8 @@ def _read_fields(path: epath.Path) -> dict[str, Any]:
     """Returns the model's fields in the JSON sidecar of a file, or else in timm's config.json."""
     if (sidecar := read_card(path)) is not None:
         return sidecar
-    config = read_json(path.with_name("config.json")) if path.suffix == ".safetensors" else None
-    fields = config.get("model_args") if isinstance(config, dict) else None
+    values = read_json(path.with_name("config.json")) if path.suffix == ".safetensors" else None
+    fields = values.get("model_args") if isinstance(values, dict) else None
     return fields if isinstance(fields, dict) else {}
 
 
