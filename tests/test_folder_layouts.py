@@ -80,29 +80,29 @@ def test_flat_folder_is_cut_by_class(made):
     config.dataset.test_split = "train[90%:]"
     splits = run_data.open_splits(config, None)
     assert splits.train.class_names == ("class1", "class10", "class2") and not splits.remarks
-    seen = []
+    all_names = []
     for split, share in ((splits.train, 0.75), (splits.val, 0.15), (splits.test, 0.1)):
         names = examples_of(split)
-        found = collections.Counter(name.split("/")[0] for name in names)
+        counts = collections.Counter(name.split("/")[0] for name in names)
         for name, count in COUNTS.items():
-            assert abs(found[name] - share * count) <= 1, (name, share)
-        seen += names
+            assert abs(counts[name] - share * count) <= 1, (name, share)
+        all_names += names
         batch = next(split.sequential_batches(start=0, stop=len(names), batch_size=len(names)))
         classes = [split.class_names[label] for label in batch["label"]]
         assert classes == [name.split("/")[0] for name in names]
-    assert len(seen) == len(set(seen)) == 70
+    assert len(all_names) == len(set(all_names)) == 70
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 7, 300), (3,) * 40, (1000, 1), (5, 6, 7)])
 @pytest.mark.parametrize("percent", [50, 80, 90, 99])
 def test_every_cut_has_the_share_of_every_class(sizes, percent):
     images = [f"{label}/{i}".encode() for label, size in enumerate(sizes) for i in range(size)]
-    cut = round(len(images) * percent / 100)
-    part = folder._stratified(images)[:cut]
-    found = collections.Counter(int(image.split(b"/")[0]) for image in part)
+    length = round(len(images) * percent / 100)
+    part = folder._stratified(images)[:length]
+    counts = collections.Counter(int(image.split(b"/")[0]) for image in part)
     for label, size in enumerate(sizes):
-        assert abs(found[label] - size * percent / 100) <= 2
-    assert folder._stratified(images[::-1])[:cut] == part  # independent of the order of files
+        assert abs(counts[label] - size * percent / 100) <= 2
+    assert folder._stratified(images[::-1])[:length] == part  # independent of the order of files
 
 
 def test_cut_of_a_flat_folder_is_pinned(made):
@@ -117,8 +117,8 @@ def test_an_added_image_moves_at_most_two_others_across_a_cut(made):
         part = set(images[: round(len(images) * percent / 100)])
         for name in (b"class1/new.png", b"class2/a.png", b"class10/9999.png", b"new/1.png"):
             new = folder._stratified([*images, name])
-            moved = part ^ set(new[: round(len(new) * percent / 100)]) - {name}
-            assert len(moved) <= 2
+            moved_images = part ^ set(new[: round(len(new) * percent / 100)]) - {name}
+            assert len(moved_images) <= 2
 
 
 def test_layout_with_splits_wins(flat):
@@ -241,8 +241,8 @@ def test_csv_of_paths_and_labels(made, tmp_path):
     lines = [{"path": p, "labels": label, "split": s or "train"} for p, label, s in ROWS]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config.dataset.label_file = str(tmp_path / "labels.jsonl")
-    other = run_data.open_splits(config, None)
-    assert other.train.fingerprint == splits.train.fingerprint
+    jsonl_splits = run_data.open_splits(config, None)
+    assert jsonl_splits.train.fingerprint == splits.train.fingerprint
 
 
 def test_csv_may_be_quoted_and_lie_beside_the_images(flat):
@@ -454,12 +454,18 @@ def balanced_run(made, tmp_path_factory):
 @pytest.mark.slow
 def test_balance_changes_the_update(made, balanced_run, tmp_path):
     trainer.train(train_config(made, class_balance=0.0), str(tmp_path / "run"))
-    one, other = (final_state(run)["params"] for run in (balanced_run, tmp_path / "run"))
-    assert not np.array_equal(one["head"]["bias"], other["head"]["bias"])
-    saved = json.loads((balanced_run / "config.json").read_text())
-    assert saved["dataset"]["train_split"] == "train[:80%]" and saved["class_balance"] == 1
+    balanced_params, plain_params = (
+        final_state(run)["params"] for run in (balanced_run, tmp_path / "run")
+    )
+    assert not np.array_equal(balanced_params["head"]["bias"], plain_params["head"]["bias"])
+    saved_config = json.loads((balanced_run / "config.json").read_text())
+    assert (
+        saved_config["dataset"]["train_split"] == "train[:80%]"
+        and saved_config["class_balance"] == 1
+    )
 
 
+@pytest.mark.slow
 def test_balanced_run_is_the_same_resumed_and_resident(made, balanced_run, tmp_path):
     trainer.train(train_config(made, **{"dataset.on_device": "on"}), str(tmp_path / "resident"))
     assert_same_bits(final_state(balanced_run), final_state(tmp_path / "resident"))
@@ -477,10 +483,10 @@ def test_a_resumed_run_keeps_its_splits(made, tmp_path):
     trainer.train(train_config(tmp_path / "data", total_steps=3), str(run))
     shutil.copytree(made, tmp_path / "data" / "test")
     trainer.train(train_config(tmp_path / "data", total_steps=4), str(run))
-    saved = json.loads((run / "config.json").read_text())
-    assert saved["total_steps"] == 4
-    assert saved["dataset"]["train_split"] == "train[:80%]"
-    assert saved["dataset"]["test_split"] == "train[90%:]"
+    saved_config = json.loads((run / "config.json").read_text())
+    assert saved_config["total_steps"] == 4
+    assert saved_config["dataset"]["train_split"] == "train[:80%]"
+    assert saved_config["dataset"]["test_split"] == "train[90%:]"
     with pytest.raises(UserError, match=r"dataset.train_split: 'train\[:80%\]' -> 'train'"):
         trainer.train(train_config(made, **{"dataset.train_split": "train"}), str(run))
 
@@ -542,13 +548,13 @@ def test_part_of_the_classes_is_drawn(made, balanced_run, tmp_path):
 
 
 def test_classes_that_the_weights_lack_are_named(made, balanced_run, tmp_path):
-    other = shutil.copytree(made, tmp_path / "other")
-    (other / "class2").rename(other / "fox")
+    renamed_data = shutil.copytree(made, tmp_path / "other")
+    (renamed_data / "class2").rename(renamed_data / "fox")
     result = run_program(
         "evaluate.py",
         f"--weights={balanced_run}",
         "--config=configs/folder.py:res=8,patch=2",
-        f"--config.dataset.data_dir={other}",
+        f"--config.dataset.data_dir={renamed_data}",
         f"--output={tmp_path / 'out'}",
     )
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1

@@ -197,6 +197,7 @@ def test_masks_depend_on_the_place_in_the_global_batch_and_on_the_key_only():
     )
 
 
+@pytest.mark.slow
 def test_remat_scan_and_bfloat16_keep_parameters_and_gradients():
     images = golden("official_token_outputs")["image"]
 
@@ -223,6 +224,7 @@ def vit_config(**values):
     return config
 
 
+@pytest.mark.slow
 def test_run_resumes_bit_by_bit_and_is_loaded(tmp_path):
     config = vit_config(schedule__decay="constant")  # does not depend on the length
     trainer.train(config, tmp_path / "whole")

@@ -83,7 +83,7 @@ def choose_splits(config: ConfigDict, names: Sequence[str] | None = None) -> str
             f"{' and '.join(val_names)}; expected one of them as dataset.val_split"
         )
     has_train, has_test = (name in names for name in (folder.TRAIN_SPLIT, folder.TEST_SPLIT))
-    chosen = {
+    specs = {
         "train_split": folder.TRAIN_SPLIT if has_train else "",
         "val_split": val_names[0] if val_names else "",
         "test_split": folder.TEST_SPLIT if has_test else "",
@@ -92,13 +92,13 @@ def choose_splits(config: ConfigDict, names: Sequence[str] | None = None) -> str
         held_out = ["val_split"] if has_test else ["val_split", "test_split"]
         held_out = [key for key in held_out if key in keys]
         start = 100 - 10 * len(held_out)
-        chosen["train_split"] = f"train[:{start}%]" if held_out else folder.TRAIN_SPLIT
+        specs["train_split"] = f"train[:{start}%]" if held_out else folder.TRAIN_SPLIT
         for key, low in zip(held_out, (start, start + 10), strict=False):
-            chosen[key] = f"train[{low}%:]" if low == 90 else f"train[{low}%:{low + 10}%]"
-    dataset.update({key: chosen[key] for key in keys})
+            specs[key] = f"train[{low}%:]" if low == 90 else f"train[{low}%:{low + 10}%]"
+    dataset.update({key: specs[key] for key in keys})
     uses = zip(("training", "validation", "test"), SPLIT_KEYS, strict=True)
-    shown = ", ".join(f"{use} {dataset[key] or 'none'}" for use, key in uses)
-    return f"splits: {shown} (chosen among {listed})"
+    listed_splits = ", ".join(f"{use} {dataset[key] or 'none'}" for use, key in uses)
+    return f"splits: {listed_splits} (chosen among {listed})"
 
 
 def class_weights(config: ConfigDict, split: pipeline.Split) -> np.ndarray | None:

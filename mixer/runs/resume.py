@@ -100,12 +100,8 @@ def prepare(config: ConfigDict, run: OpenRun, mesh: Mesh, *, allow_config_change
     # the model, if the config sets the number of classes.
     with ThreadPoolExecutor(1, "data") as thread:
         class_names = tuple(saved_run.data["class_names"]) if saved_run.data else None
-        splits_future = thread.submit(
-            run_data.open_splits,
-            config.copy_and_resolve_references(),
-            class_names,
-            saved_run.data,
-        )
+        own_config = config.copy_and_resolve_references()
+        splits_future = thread.submit(run_data.open_splits, own_config, class_names, saved_run.data)
         class_weights = None
         if run_config.needs_data(config):
             splits = splits_future.result()
