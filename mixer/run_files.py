@@ -44,7 +44,7 @@ class DictOf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Added:
+class AddedKey:
     """A key that files of older code lack, with a value that matches the older behaviour."""
 
     schema: Any
@@ -100,31 +100,31 @@ CLASS_NAMES = Kind(
 CONFIG = {
     "seed": NATURAL,
     "total_steps": COUNT,
-    "total_epochs": Added(_optional(NUMBER)),
-    "total_examples": Added(_optional(NUMBER)),
+    "total_epochs": AddedKey(_optional(NUMBER)),
+    "total_examples": AddedKey(_optional(NUMBER)),
     "global_batch_size": COUNT,
     "image_size": COUNT,
     "loss": _one_of("softmax", "sigmoid"),
-    "label_smoothing": Added(SHARE, 0.0),
-    "class_balance": Added(SHARE, 0.0),
-    "mesh": {"data": INTEGER, "fsdp": Added(INTEGER, 1), "tensor": Added(INTEGER, 1)},
+    "label_smoothing": AddedKey(SHARE, 0.0),
+    "class_balance": AddedKey(SHARE, 0.0),
+    "mesh": {"data": INTEGER, "fsdp": AddedKey(INTEGER, 1), "tensor": AddedKey(INTEGER, 1)},
     "init_from": TEXT,
-    "init_head": Added(TEXT, "auto"),
-    "init_resize": Added(TEXT, "grow"),
-    "init_image_size": Added(_optional(COUNT)),
+    "init_head": AddedKey(TEXT, "auto"),
+    "init_resize": AddedKey(TEXT, "grow"),
+    "init_image_size": AddedKey(_optional(COUNT)),
     "model": {
-        "name": Added(TEXT, "mixer"),
+        "name": AddedKey(TEXT, "mixer"),
         "variant": _optional(TEXT),
         "patch_size": _optional(COUNT),
         "hidden_dim": _optional(COUNT),
         "num_blocks": _optional(COUNT),
         "tokens_mlp_dim": _optional(COUNT),
         "channels_mlp_dim": _optional(COUNT),
-        "mlp_dim": Added(_optional(COUNT)),
-        "num_heads": Added(_optional(COUNT)),
-        "pooling": Added(_optional(TEXT)),
-        "positions": Added(_optional(TEXT)),
-        "pre_logits_layer": Added(_optional(BOOL)),
+        "mlp_dim": AddedKey(_optional(COUNT)),
+        "num_heads": AddedKey(_optional(COUNT)),
+        "pooling": AddedKey(_optional(TEXT)),
+        "positions": AddedKey(_optional(TEXT)),
+        "pre_logits_layer": AddedKey(_optional(BOOL)),
         "num_classes": _optional(COUNT),  # null in the first runs; data.json has the number
         "gelu": _optional(_one_of("tanh", "erf")),
         "stoch_depth": SHARE,
@@ -132,33 +132,33 @@ CONFIG = {
         "dropout": SHARE,
         "head_bias_init": NUMBER,
         "dtype": TEXT,
-        "remat": Added(TEXT, "none"),
-        "scan_blocks": Added(BOOL, False),
+        "remat": AddedKey(TEXT, "none"),
+        "scan_blocks": AddedKey(BOOL, False),
     },
     "dataset": {
         "name": TEXT,
         "data_dir": TEXT,
-        "label_key": Added(TEXT, ""),
-        "label_file": Added(TEXT, ""),
-        "class_order": Added(TEXT, "sorted"),
+        "label_key": AddedKey(TEXT, ""),
+        "label_file": AddedKey(TEXT, ""),
+        "class_order": AddedKey(TEXT, "sorted"),
         "train_split": TEXT,
         "val_split": TEXT,
         "test_split": TEXT,
         "train_preprocess": TEXT,
         "eval_preprocess": TEXT,
-        "permutation": Added(TEXT, ""),
+        "permutation": AddedKey(TEXT, ""),
         "exclude": TEXT,
         "shuffle_group_size": COUNT,
         "prefetch_batches": COUNT,
-        "on_device": Added(TEXT, "auto"),
-        "augment_on": Added(TEXT, "auto"),
+        "on_device": AddedKey(TEXT, "auto"),
+        "augment_on": AddedKey(TEXT, "auto"),
     },
-    "mixup": Added(
+    "mixup": AddedKey(
         {
-            "alpha": Added(NUMBER, 0.0),
-            "per_example": Added(BOOL, False),
-            "cutmix_alpha": Added(NUMBER, 0.0),
-            "cutmix_prob": Added(SHARE, 0.0),
+            "alpha": AddedKey(NUMBER, 0.0),
+            "per_example": AddedKey(BOOL, False),
+            "cutmix_alpha": AddedKey(NUMBER, 0.0),
+            "cutmix_prob": AddedKey(SHARE, 0.0),
         },
         {},
     ),
@@ -168,32 +168,32 @@ CONFIG = {
         "b1": NUMBER,
         "b2": NUMBER,
         "eps": NUMBER,
-        "momentum_dtype": Added(TEXT, "float32"),
-        "variance_dtype": Added(TEXT, "float32"),
+        "momentum_dtype": AddedKey(TEXT, "float32"),
+        "variance_dtype": AddedKey(TEXT, "float32"),
         "weight_decay": NUMBER,
-        "weight_decay_form": Added(TEXT, "lr"),
+        "weight_decay_form": AddedKey(TEXT, "lr"),
         "grad_clip_norm": NUMBER,
-        "lr_multipliers": Added(MULTIPLIERS, []),
-        "sam_rho": Added(NUMBER, 0.0),
-        "ema_decay": Added(SHARE, 0.0),
-        "accumulate_steps": Added(COUNT, 1),
+        "lr_multipliers": AddedKey(MULTIPLIERS, []),
+        "sam_rho": AddedKey(NUMBER, 0.0),
+        "ema_decay": AddedKey(SHARE, 0.0),
+        "accumulate_steps": AddedKey(COUNT, 1),
     },
     "schedule": {
         "decay": TEXT,
         "warmup_steps": _optional(NATURAL),
-        "warmup_epochs": Added(_optional(NUMBER)),
-        "warmup_examples": Added(_optional(NUMBER)),
+        "warmup_epochs": AddedKey(_optional(NUMBER)),
+        "warmup_examples": AddedKey(_optional(NUMBER)),
         "final_multiplier": NUMBER,
-        "rsqrt_timescale": Added(NUMBER, 10_000),
-        "cooldown_steps": Added(_optional(NATURAL), 0),
-        "cooldown_epochs": Added(_optional(NUMBER)),
-        "cooldown_examples": Added(_optional(NUMBER)),
+        "rsqrt_timescale": AddedKey(NUMBER, 10_000),
+        "cooldown_steps": AddedKey(_optional(NATURAL), 0),
+        "cooldown_epochs": AddedKey(_optional(NUMBER)),
+        "cooldown_examples": AddedKey(_optional(NUMBER)),
     },
     "log_every_steps": COUNT,
     "eval_every_steps": _optional(COUNT),
-    "eval_every_epochs": Added(_optional(NUMBER)),
-    "eval_every_examples": Added(_optional(NUMBER)),
-    "eval_suite": Added(TEXT, ""),
+    "eval_every_epochs": AddedKey(_optional(NUMBER)),
+    "eval_every_examples": AddedKey(_optional(NUMBER)),
+    "eval_suite": AddedKey(TEXT, ""),
     "eval_batch_size": _optional(COUNT),
     "checkpoint": {
         "every_steps": COUNT,
@@ -202,44 +202,44 @@ CONFIG = {
         "keep_best": BOOL,
     },
     "tensorboard": BOOL,
-    "nan_policy": Added(TEXT, "stop"),
-    "max_skipped_steps": Added(NATURAL, 10),
-    "profile_steps": Added(ListOf(INTEGER), []),
-    "stall_secs": Added(NUMBER, 120),
-    "compile_cache_dir": Added(TEXT, "auto"),
+    "nan_policy": AddedKey(TEXT, "stop"),
+    "max_skipped_steps": AddedKey(NATURAL, 10),
+    "profile_steps": AddedKey(ListOf(INTEGER), []),
+    "stall_secs": AddedKey(NUMBER, 120),
+    "compile_cache_dir": AddedKey(TEXT, "auto"),
 }
 # The config that mixer.tools.convert writes for converted weights.
-CONVERTED = {
-    "source": Added(_optional(TEXT)),
+CONVERTED_CONFIG = {
+    "source": AddedKey(_optional(TEXT)),
     "image_size": SIDE,
     "model": {
-        "variant": Added(_optional(TEXT)),
-        "gelu": Added(_optional(_one_of("tanh", "erf"))),
-        "dtype": Added(TEXT, "float32"),
+        "variant": AddedKey(_optional(TEXT)),
+        "gelu": AddedKey(_optional(_one_of("tanh", "erf"))),
+        "dtype": AddedKey(TEXT, "float32"),
     },
-    "dataset": {"eval_preprocess": Added(_optional(TEXT))},
+    "dataset": {"eval_preprocess": AddedKey(_optional(TEXT))},
 }
 
 SPLIT = {
     "name": TEXT,
     "num_examples": COUNT,
     "fingerprint": TEXT,
-    "files": Added(
+    "files": AddedKey(
         {
             "num_files": NATURAL,
             "num_bytes": NATURAL,
             "sizes": TEXT,
-            "class_files": Added(ListOf(NATURAL)),
-            "class_bytes": Added(ListOf(NATURAL)),
+            "class_files": AddedKey(ListOf(NATURAL)),
+            "class_bytes": AddedKey(ListOf(NATURAL)),
         }
     ),
 }
 DATA = {
     "class_names": ListOf(TEXT),
-    "num_readers": Added(COUNT, 1),
-    "on_device": Added(BOOL, True),
-    "subfolders": Added(BOOL),
-    "splits": {"train": SPLIT, "val": Added(SPLIT), "test": Added(SPLIT)},
+    "num_readers": AddedKey(COUNT, 1),
+    "on_device": AddedKey(BOOL, True),
+    "subfolders": AddedKey(BOOL),
+    "splits": {"train": SPLIT, "val": AddedKey(SPLIT), "test": AddedKey(SPLIT)},
 }
 CONVERTED_DATA = {"class_names": CLASS_NAMES}
 
@@ -270,32 +270,32 @@ LINEAR_PROBE = {
     ),
 }
 RESULTS = {
-    "step": Added(NATURAL),
-    "weights": Added(TEXT),
-    "splits": Added(
+    "step": AddedKey(NATURAL),
+    "weights": AddedKey(TEXT),
+    "splits": AddedKey(
         DictOf(
             {
-                "count": Added(COUNT),
-                "labelled": Added(NATURAL),
-                "top1": Added(SHARE),
-                "top1_interval": Added(SPAN),
-                "top5": Added(SHARE),
-                "loss": Added(REAL),
-                "ece": Added(REAL),
-                "mean_per_class": Added(_optional(SHARE)),
-                "mean_per_class_interval": Added(_optional(SPAN)),
-                "data": Added(TEXT),
-                "published": Added({"weights": TEXT, "top1": SHARE, "source": TEXT}),
+                "count": AddedKey(COUNT),
+                "labelled": AddedKey(NATURAL),
+                "top1": AddedKey(SHARE),
+                "top1_interval": AddedKey(SPAN),
+                "top5": AddedKey(SHARE),
+                "loss": AddedKey(REAL),
+                "ece": AddedKey(REAL),
+                "mean_per_class": AddedKey(_optional(SHARE)),
+                "mean_per_class_interval": AddedKey(_optional(SPAN)),
+                "data": AddedKey(TEXT),
+                "published": AddedKey({"weights": TEXT, "top1": SHARE, "source": TEXT}),
             }
         )
     ),
-    "fewshot": Added(
+    "fewshot": AddedKey(
         DictOf(
             {
-                "train": Added(TEXT),
-                "test": Added(TEXT),
-                "count": Added(COUNT),
-                "results": Added(
+                "train": AddedKey(TEXT),
+                "test": AddedKey(TEXT),
+                "count": AddedKey(COUNT),
+                "results": AddedKey(
                     ListOf(
                         {
                             "shots": COUNT,
@@ -311,11 +311,11 @@ RESULTS = {
             }
         )
     ),
-    "linear_probe": Added(DictOf(LINEAR_PROBE)),
-    "omnibenchmark": Added(
+    "linear_probe": AddedKey(DictOf(LINEAR_PROBE)),
+    "omnibenchmark": AddedKey(
         DictOf({"realm": TEXT, "weights": TEXT, "settings": TEXT, **LINEAR_PROBE})
     ),
-    "throughput": Added(
+    "throughput": AddedKey(
         DictOf(
             {
                 "image_size": SPAN,
@@ -335,11 +335,11 @@ RESULTS = {
             }
         )
     ),
-    "transfer": Added(
+    "transfer": AddedKey(
         DictOf(
             {
                 "markdown": ListOf(TEXT),
-                "tasks": Added(
+                "tasks": AddedKey(
                     DictOf(
                         {
                             "count": COUNT,
@@ -349,13 +349,13 @@ RESULTS = {
                         }
                     )
                 ),
-                "means": Added(
+                "means": AddedKey(
                     DictOf({"num_tasks": COUNT, "of": COUNT, "top1": SHARE, "top1_interval": SPAN})
                 ),
             }
         )
     ),
-    "training": Added(
+    "training": AddedKey(
         DictOf(
             {
                 "images": NUMBER,
@@ -372,7 +372,7 @@ INFO = {
     "step": NATURAL,
     "checksums": DictOf(ListOf(INTEGER)),
     "versions": DictOf(TEXT),
-    "value": Added(DictOf(NUMBER)),
+    "value": AddedKey(DictOf(NUMBER)),
 }
 
 
@@ -384,7 +384,7 @@ def is_trained(config: dict[str, Any]) -> bool:
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     """Reads the config of a training run or of converted weights; None if the file is missing."""
     path = epath.Path(workdir) / "config.json"
-    return _read(path, lambda config: CONFIG if is_trained(config) else CONVERTED)
+    return _read(path, lambda config: CONFIG if is_trained(config) else CONVERTED_CONFIG)
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -400,7 +400,7 @@ def read_data(workdir: epath.PathLike, *, is_trained: bool = True) -> dict[str, 
 
 
 def results_path(directory: epath.PathLike, name: str) -> epath.Path:
-    """Returns the path of the results of the last checkpoint, or of the checkpoint `name`."""
+    """Returns the path of the results of the checkpoint `name`, which may be "last"."""
     return epath.Path(directory) / ("results.json" if name == "last" else f"results_{name}.json")
 
 
@@ -431,8 +431,8 @@ def read_metrics(
 ) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl` in order: {"step": k, "train/loss": ...}.
 
-    Damaged lines are skipped, and `warn` is called with a line. A last line that a crash truncated
-    is skipped without a warning.
+    Damaged lines are skipped, and `warn` is called once with a message about them. A last line that
+    a crash truncated is skipped without a warning.
     """
     path = epath.Path(workdir) / "metrics.jsonl"
     content = files.read_regular(path) or b""
@@ -503,7 +503,7 @@ def _check(value: Any, schema: Any, keys: tuple[str, ...]) -> None:
             raise _Mismatch(f"{name} is {reprlib.repr(value)}; expected {kind}")
 
     match schema:
-        case Added():
+        case AddedKey():
             _check(value, schema.schema, keys)
         case Kind():
             expect(schema.name, schema.fits(value))
@@ -520,7 +520,7 @@ def _check(value: Any, schema: Any, keys: tuple[str, ...]) -> None:
             for key, inner in schema.items():
                 if key in value:
                     _check(value[key], inner, (*keys, key))
-                elif not isinstance(inner, Added):
+                elif not isinstance(inner, AddedKey):
                     raise _Mismatch(f"{'.'.join((*keys, key))} is missing")
 
 
@@ -536,7 +536,7 @@ def _num_levels(value: Any) -> int:
 def _complete(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     result = dict(value)
     for key, inner in schema.items():
-        if isinstance(inner, Added):
+        if isinstance(inner, AddedKey):
             result.setdefault(key, inner.value)
             inner = inner.schema
         if isinstance(inner, dict):

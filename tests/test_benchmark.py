@@ -34,7 +34,7 @@ from mixer.tools.benchmark import (
     turns,
 )
 from mixer.tools.benchmark import input as pipeline
-from mixer.tools.benchmark import loop as looping
+from mixer.tools.benchmark import loop as loop_benchmark
 
 DIMENSIONS = TINY | dict(num_blocks=1)
 
@@ -154,7 +154,7 @@ def test_matmul_runs_on_every_device():
     assert product.shape == (8, 6) and product.dtype == jnp.bfloat16
 
 
-def test_lack_of_memory_fails_with_the_reason(monkeypatch):
+def test_out_of_memory_error_contains_the_reason(monkeypatch):
     def raise_no_room(num_bytes, what):
         raise memory.NoRoomError("too much")
 
@@ -423,7 +423,7 @@ def test_loop_with_host_augmentation_is_an_error():
     config = tiny_config()
     config.dataset.train_preprocess = "decode|inception_crop(8)"
     with pytest.raises(UserError, match="inception_crop"):
-        looping.prepare(config, 4)
+        loop_benchmark.prepare(config, 4)
 
 
 @pytest.mark.slow
@@ -432,7 +432,7 @@ def test_loop_accepts_a_config_without_preprocessing():
     config.model.update(num_blocks=1, stoch_depth=0.0, dropout=0.0)
     run.resolve_lengths(config, 6)
     assert not config.dataset.train_preprocess
-    loop = looping.prepare(config, 6)
+    loop = loop_benchmark.prepare(config, 6)
     assert loop.run(0.0)[0] >= 1
 
 
@@ -440,17 +440,17 @@ def test_invalid_config_is_not_reported_as_a_lack_of_memory():
     config = tiny_config(image_size=8, model__num_classes=10, optimizer__b1=2.0)
     run.resolve_lengths(config, 6)
     with pytest.raises(UserError, match="b1"):
-        looping.prepare(config, 6)
+        loop_benchmark.prepare(config, 6)
 
 
-def test_failure_is_a_literal_row_of_the_table(capsys):
+def test_failure_text_in_the_table_is_not_parsed_as_markup(capsys):
     matmul = {"limit": None}
     case = {"matmul": matmul, "contestants": {"timm": {"failure": "[red] is no markup"}}}
     print_table(Console(), report.case_table(case))
     assert "| timm | [red] is no markup " in capsys.readouterr().out
 
 
-def test_missing_scikit_learn_is_one_line(tmp_path, monkeypatch):
+def test_missing_scikit_learn_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"scikit-learn.*\[bench\]"):
         photographs.write(tmp_path / "photographs", (32, 32))

@@ -38,10 +38,10 @@ def read(path, **options):
 
 
 def expect_error(path, match):
-    with pytest.raises(UserError, match=match) as caught:
+    with pytest.raises(UserError, match=match) as error:
         read(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def make_card(variant=None, **values):
@@ -106,7 +106,7 @@ def test_folder_is_evaluated_without_a_run(folder):
 def test_config_image_size_is_ignored_if_it_does_not_fit_the_arrays(tmp_path):
     folder = shutil.copytree(TIMM_HUB, tmp_path / "x")
     config = json.loads((folder / "config.json").read_text())
-    shutil.copy(TIMM, folder / "model.safetensors")  # of 32 x 32
+    shutil.copy(TIMM, folder / "model.safetensors")  # weights for 32 x 32 images
     loaded, line = read(folder)
     assert loaded.card.image_size == (32, 32) and "square" in line
     config["model_args"]["img_size"] = [64, 16]
@@ -153,7 +153,7 @@ def test_sharded_file_loads_like_a_single_file(shards):
         assert loaded.card == dataclasses.replace(expected.card, source=str(path))
 
 
-def test_damaged_index_raises_one_line(shards):
+def test_damaged_index_raises_a_one_line_error(shards):
     index, places = shards
     name, file = next(iter(places.items()))
     other = next(other for other in places.values() if other != file)
@@ -211,7 +211,7 @@ def test_other_formats_in_a_folder_get_a_conversion_command(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_config_json_names_timms_models(variant):
+def test_config_json_uses_timm_model_names(variant):
     """The names and fixed arguments are those of timm 1.0.31's mlp_mixer.py."""
     config = hub.timm_config(make_card(variant))
     if variant in ("S/8", "H/14"):
@@ -240,14 +240,14 @@ def test_config_json_of_other_widths_sizes_and_heads():
 
 
 @pytest.mark.parametrize("side", [9, 32, 64, 224, 299, 384])
-@pytest.mark.parametrize("larger", [0, 1, 5, 32])
-def test_exact_preprocessing_survives_config_json(side, larger):
+@pytest.mark.parametrize("margin", [0, 1, 5, 32])
+def test_exact_preprocessing_survives_config_json(side, margin):
     start, method = (
         "decode(dct='accurate')|",
-        f"({side + larger}, method='bilinear', antialias=True)",
+        f"({side + margin}, method='bilinear', antialias=True)",
     )
     crop = f"|central_crop({side})"
-    specs = [f"{start}resize_small{method}{crop}", f"{start}resize{method}{crop * bool(larger)}"]
+    specs = [f"{start}resize_small{method}{crop}", f"{start}resize{method}{crop * bool(margin)}"]
     for steps in (*specs, f"{specs[0]}|value_range(0, 1)", f"{specs[1]}|value_range(-0.5, 1.5)"):
         config = hub.timm_config(make_card(image_size=(side, side), preprocess=steps))
         facts = timm_facts(config, source="x", num_classes=7)
@@ -286,25 +286,26 @@ def test_model_card_contains_the_results_of_the_run(finished_run, tmp_path):
     }
     run_files.write_json(epath.Path(run) / "results.json", {"step": 12, "splits": splits})
     arguments = (run, tmp_path / "pets", "--to=hub", "--license=apache-2.0")
-    done = run_program("mixer.tools.convert", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "pets" in done.stdout and "README.md" in done.stdout
+    process = run_program("mixer.tools.convert", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert "pets" in process.stdout and "README.md" in process.stdout
     text = (tmp_path / "pets" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "apache-2.0" and front["library_name"] == "jax"
     assert front["pipeline_tag"] == "image-classification" and "mlp-mixer" in front["tags"]
     (entry,) = front["model-index"]
-    second, result = entry["results"]  # of the average, which is what was written
-    assert second["dataset"]["name"] == "pets val" and "/data" not in text
-    assert entry["name"] == "pets" and result["dataset"]["name"] == 'digits "test"'
-    assert result["metrics"] == [{"type": "accuracy", "value": 0.96875}]
+    # Only the results of the moving average, whose weights were converted.
+    val_result, test_result = entry["results"]
+    assert val_result["dataset"]["name"] == "pets val" and "/data" not in text
+    assert entry["name"] == "pets" and test_result["dataset"]["name"] == 'digits "test"'
+    assert test_result["metrics"] == [{"type": "accuracy", "value": 0.96875}]
     assert "| test | 1,797 | 96.88 % | 95.00 % to 98.00 % | 100.00 % | 0.1250 |" in text
     assert str(tmp_path) not in text + (tmp_path / "pets" / "model.safetensors.json").read_text()
     loaded, _ = read(tmp_path / "pets")
     expected, _ = read(run)
     assert_same_bits(loaded.params, expected.params)
     assert loaded.card == dataclasses.replace(expected.card, source="run")
-    # Results of another step are not those of the weights.
+    # Results from another step do not describe these weights, so they are ignored.
     run_files.write_json(epath.Path(run) / "results.json", {"step": 8, "splits": splits})
     assert hub.read_results(run) == {}
 
@@ -318,9 +319,9 @@ def test_invalid_arguments_exit_with_one_line(tmp_path):
         ((TIMM, tmp_path / "x.npz", "--license=mit"), "--license=mit"),
         ((TIMM, tmp_path / "x", "--to=hub", "--layout=legacy"), "--layout=legacy"),
     ):
-        done = run_program("mixer.tools.convert", *arguments)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert message in done.stderr
+        process = run_program("mixer.tools.convert", *arguments)
+        assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
+        assert message in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["existing"]
 
 

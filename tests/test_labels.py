@@ -275,7 +275,7 @@ def _image(value=0, size=8, channels=3):
 def test_tfds_sequence_feature_gives_several_labels(tmp_path, monkeypatch, in_memory):
     if not in_memory:
         monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
-        monkeypatch.setattr(sources, "MOST_LABELS", 5)
+        monkeypatch.setattr(sources, "MAX_LABELS", 5)
     expected = [[2, 0], [1], [], [0, 1, 2]]
     features = {
         "image": tfds.features.Image(shape=(8, 8, 3)),
@@ -296,7 +296,7 @@ def test_tfds_sequence_feature_gives_several_labels(tmp_path, monkeypatch, in_me
     with pytest.raises(UserError, match=r"'tag'.*tags, kind"):
         sources.tfds_source(builder, "train", (), "tag")
     if not in_memory:
-        monkeypatch.setattr(sources, "MOST_LABELS", 2)
+        monkeypatch.setattr(sources, "MAX_LABELS", 2)
         limited_source = sources.tfds_source(builder, "train", (), "tags")
         with pytest.raises(UserError, match=r"tfrecord.*:3\b.*\b3\b.*\b2\b"):
             _read(limited_source, 4)
@@ -469,10 +469,10 @@ def test_guess_is_correct_if_it_is_one_of_the_labels():
         bool(set(row[:5]) & members) for row, members in zip(guesses, label_sets, strict=True)
     )
     loss = np.sum(np.logaddexp(0, logits) - rows * logits, axis=1)[:180]
-    labelled = sum(map(bool, label_sets))
-    assert 0 < labelled < 180
+    num_labelled = sum(map(bool, label_sets))
+    assert 0 < num_labelled < 180
     assert [valid_columns[name].sum() for name in ("labelled", "hit", "hit5")] == [
-        labelled,
+        num_labelled,
         top1,
         top5,
     ]

@@ -112,7 +112,7 @@ def test_b16_i1k_has_the_published_steps_and_learning_rates():
     assert config.optimizer.peak_lr * config.optimizer.weight_decay == pytest.approx(1e-4)
 
 
-def test_vit_s16_is_big_visions():
+def test_vit_s16_recipe_matches_big_vision():
     config, schedule = resolve(build("vit_s16_i1k"), round(0.99 * 1_281_167))
     assert (config.total_steps, config.schedule.warmup_steps) == (111_477, 10_000)
     assert (config.global_batch_size, config.loss, config.mixup.alpha) == (1024, "softmax", 0.2)
@@ -222,7 +222,9 @@ def examples(spec, sizes):
 @pytest.mark.parametrize("dataset", [*finetune.SETS, *(f"vtab/{task}" for task in finetune.VTAB)])
 def test_fine_tuning_splits_are_complete_and_disjoint(dataset):
     config = build("finetune", f"dataset={dataset}")
-    sizes = SIZES.get(config.dataset.name, dict(train=1000, test=100))  # any for a folder
+    sizes = SIZES.get(
+        config.dataset.name, dict(train=1000, test=100)
+    )  # a folder may have splits of any size
     run_data.choose_splits(config, tuple(sizes))
     config = config.dataset
     train, val, test = (

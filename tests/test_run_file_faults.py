@@ -248,7 +248,7 @@ def test_class_names_must_match_num_classes(run_copy):
 
 def _leaves(schema, prefix=""):
     for key, value in schema.items():
-        value = value.schema if isinstance(value, run_files.Added) else value
+        value = value.schema if isinstance(value, run_files.AddedKey) else value
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:

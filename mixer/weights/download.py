@@ -164,8 +164,8 @@ class _Download:
             attempts += 1
         length = "an unknown number of" if self._length is None else f"{self._length:,}"
         raise UserError(
-            f"{self._label}: received {self._file.tell():,} of {length} bytes, then no more in "
-            f"{attempts} attempts; try again"
+            f"{self._label}: received {self._file.tell():,} of {length} bytes in {attempts} "
+            "attempts; try again"
         )
 
     def _receive(self) -> bool:
@@ -204,11 +204,11 @@ class _Download:
         self._file.seek(0)
         self._file.truncate()
         self._length, self._version = response.length, None
-        tag, modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
+        tag, last_modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
         if self._length is not None and tag and not tag.startswith("W/"):
             self._version = "ETag", tag
-        elif self._length is not None and modified:
-            self._version = "Last-Modified", modified
+        elif self._length is not None and last_modified:
+            self._version = "Last-Modified", last_modified
         folder = os.path.dirname(self._file.name)
         if self._length is not None:
             self._check_size(self._length)
@@ -237,7 +237,7 @@ class _Download:
                 if self._file.tell() > self._max_unsized_bytes:
                     raise OSError(
                         errno.ENOSPC,
-                        "the server sent no length, and half of the disk space is used",
+                        "the server sent no length, and half of the free disk space is used",
                     )
             self._show(self._file.tell(), self._length)
         return True
@@ -251,7 +251,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if target is not None:
             try:
                 parse_url(urllib.parse.urljoin(req.full_url, target))
-            except ValueError:  # a UserError too
+            except ValueError:  # UserError is a ValueError
                 origin, target = published.redact(req.full_url), published.redact(target)
                 raise UserError(
                     f"{origin} redirects to {target[:200]!r}, which is not an HTTP URL"

@@ -82,7 +82,8 @@ def find(
         raise UserError(
             (fetch.exists(newest) and foreign.advice(local))
             or f"{path}: no such run or file; expected a run, one of its checkpoints, an .npz or "
-            f".safetensors file, a folder of the Hub, or one of {', '.join(published.CHECKPOINTS)}"
+            ".safetensors file, a folder in the Hub's format, or one of "
+            f"{', '.join(published.CHECKPOINTS)}"
         )
     return _find_file(source, local, image_size, gelu, fetched=False)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 MOST_SIDE = 8192  # pixels; a square image of this side takes 0.8 GB as float32
 MOST_PADDING = 1024
-MOST_CLASSES = 1 << 20
+MAX_CLASSES = 1 << 20
 
 
 # Rules for the arguments of ops.
@@ -227,7 +227,7 @@ OPS = {
         Op(
             "one_hot",
             {
-                "num_classes": (_integer(1, MOST_CLASSES), REQUIRED),
+                "num_classes": (_integer(1, MAX_CLASSES), REQUIRED),
                 "on": (_SHARE, 1.0),
                 "off": (_SHARE, 0.0),
             },

@@ -13,7 +13,7 @@ from etils import epath
 
 from mixer.data.sources import folder
 from mixer.data.sources.label_file import (
-    MOST_CLASSES,
+    MAX_CLASSES,
     LabelFile,
     LabelledImage,
     LabelledPaths,
@@ -61,10 +61,10 @@ def _parse(file: epath.Path, content: bytes) -> Iterator[LabelledImage]:
                 f"{file}, line {number}: {printable(folder.decode(row))!r}; expected a "
                 f"relative path and a class number, as in {LINE}"
             )
-        if len(label) > 9 or int(label) >= MOST_CLASSES:
+        if len(label) > 9 or int(label) >= MAX_CLASSES:
             raise UserError(
                 f"{file}, line {number}: class {label.decode()[:20]}; expected a number below "
-                f"{MOST_CLASSES:,}"
+                f"{MAX_CLASSES:,}"
             )
         yield LabelledImage(number, path, [int(label)], None, "images")
 

@@ -20,8 +20,8 @@ from etils import epath
 from mixer.data.sources import folder
 from mixer.errors import UserError, check_choice
 
-# Largest number of classes that numeric labels may imply; larger labels are probably other ids.
-MOST_CLASSES = 1 << 20
+# Largest number of classes that numeric labels may imply; larger numbers are probably ids.
+MAX_CLASSES = 1 << 20
 HEADER = "path,label or path,label,split"
 LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 0.5]}'
 
@@ -30,8 +30,8 @@ LABEL_LINE = '{"path": "cats/1.jpg", "labels": ["cat", "pet"], "weights": [1.0, 
 class LabelFile:
     """The content of a label file with n images and m labels in total.
 
-    Flat arrays allow tens of millions of images. An image takes its path and 36 bytes, and 8 bytes
-    per label.
+    Flat arrays allow tens of millions of images. An image takes 36 bytes plus the length of
+    its path, and a label takes 8 bytes.
 
     Attributes:
       file: the label file.
@@ -77,7 +77,7 @@ class LabelFile:
         if self.class_names is not None:
             return self.class_names
         count = num_classes or 1 + int(self.labels.max())
-        if count > MOST_CLASSES:
+        if count > MAX_CLASSES:
             raise self._fault(
                 int(self.labels.argmax()),
                 f"label {count - 1:,} would imply {count:,} classes; number the classes from 0, or "
@@ -259,9 +259,9 @@ def _parse_line(number: int, row: bytes) -> LabelledImage:
         raise ValueError(f"not JSON ({error}); expected a line such as {LABEL_LINE}") from None
     if not isinstance(line, dict):
         raise ValueError(f"not an object in braces; expected a line such as {LABEL_LINE}")
-    if "file_name" in line:  # of Hugging Face
+    if "file_name" in line:  # Hugging Face's format
         if "label" not in line:
-            raise ValueError("'label' is missing beside 'file_name'")
+            raise ValueError("'label' is missing; a line with 'file_name' needs it")
         line = {
             "path": line["file_name"],
             "labels": line["label"],
@@ -302,7 +302,7 @@ def _check_place(path: object, split: object) -> None:
 
 
 def _split_of(path: object) -> str:
-    """Returns the split of an image of Hugging Face: the first folder of its path, or "train"."""
+    """Returns the split of an image in Hugging Face's layout: its first folder, or "train"."""
     name = path.partition("/")[0] if isinstance(path, str) else ""
     return name if name in folder.SPLIT_NAMES else folder.TRAIN_SPLIT
 

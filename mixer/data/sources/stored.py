@@ -25,7 +25,7 @@ from mixer.files import parse_path
 # A TFDS split of up to this size is kept in memory, still encoded, and shuffled globally.
 IN_MEMORY_BYTES = 2 << 30
 # Maximum labels per image in a larger split; finding the true maximum would read the whole split.
-MOST_LABELS = 128
+MAX_LABELS = 128
 # Factors for TFDS's pixel values; those of dSprites are 0 and 1.
 PIXEL_SCALE = {"dsprites": 255}
 # Limits of a download: seconds to connect, seconds until the next bytes, and retries.
@@ -412,7 +412,7 @@ def tfds_source(
     for path, skip, count in files:
         digest.update(f"{epath.Path(path).name} {skip} {count}\n".encode())
     shards = sorted({os.fsencode(path) for path, _, _ in files})
-    load_several = functools.partial(parser.load_several, length=MOST_LABELS)
+    load_several = functools.partial(parser.load_several, length=MAX_LABELS)
     source = Source(
         name=f"{info.full_name} {spec}",
         class_names=parser.class_names,
@@ -421,7 +421,7 @@ def tfds_source(
         example_id=example_id,
         load=load_several if parser.has_several else parser.load,
         files=files,
-        max_labels=MOST_LABELS if parser.has_several else None,
+        max_labels=MAX_LABELS if parser.has_several else None,
         stored=lambda indices: folder_lib.StoredFiles(
             epath.Path(builder.data_dir), shards, None, len(parser.class_names)
         ),
@@ -557,8 +557,8 @@ def absolute(spec: str, sizes: dict[str, int], hint: str = "") -> list:
         if bad_names:
             hint += f"; rename {bad_names[0]!r}: + and [ are part of the split syntax"
         raise UserError(
-            f"split {spec!r}: {reason}; the splits are {choices}, and parts such as train[:90%] "
-            f"(an empty val_split or test_split means none){hint}"
+            f"split {spec!r}: {reason}; expected one of the splits {choices}, or a part such as "
+            f"train[:90%] (an empty val_split or test_split stands for no split){hint}"
         ) from None
     return [dataclasses.replace(part, splitname=names[part.splitname]) for part in instructions]
 

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-# PyTorch implementations, in other processes, need memory of the same GPU.
+# PyTorch implementations run in other processes and need memory on the same GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags
@@ -83,7 +83,7 @@ MEASUREMENTS = {
     "loop": ("config", *_TURNS, "examples"),
 }
 # Removed measurements and their replacements.
-REMOVED = {
+REMOVED_MEASUREMENTS = {
     "matmul": "train and infer print the rate of a large matmul",
     "check": "JAX_PLATFORMS=cuda python -m pytest -m gpu tests/test_agreement.py",
 }
@@ -93,8 +93,10 @@ NUM_CLASSES = {"cifar": 10}  # the other models have 1,000
 def main(argv: list[str]) -> None:
     """Runs the measurement in the arguments."""
     name = " ".join(argv[1:])
-    if name in REMOVED:
-        raise UserError(f"{name}: this measurement was removed; instead: {REMOVED[name]}")
+    if name in REMOVED_MEASUREMENTS:
+        raise UserError(
+            f"{name}: this measurement was removed; instead: {REMOVED_MEASUREMENTS[name]}"
+        )
     if name not in MEASUREMENTS:
         raise UserError(
             f"{name or 'no measurement'}; expected one of {', '.join(MEASUREMENTS)}; see "
@@ -136,10 +138,10 @@ def _check_flags(measurement: str) -> None:
     """Raises UserError for a flag that the measurement does not accept, or an invalid value."""
     from mixer.tools.benchmark import torch_side
 
-    accepted = MEASUREMENTS[measurement]
-    for name in sorted(set().union(*MEASUREMENTS.values()).difference(accepted)):
+    accepted_flags = MEASUREMENTS[measurement]
+    for name in sorted(set().union(*MEASUREMENTS.values()).difference(accepted_flags)):
         if name in flags.FLAGS and flags.FLAGS[name].present:
-            names = ", ".join(f"--{flag}" for flag in (*accepted, "output"))
+            names = ", ".join(f"--{flag}" for flag in (*accepted_flags, "output"))
             raise UserError(f"--{name} is not a flag of {measurement}; expected one of {names}")
     for flag in (SECONDS, STEP_RATE):
         check_number(f"--{flag.name}", flag.value or 0)
@@ -177,8 +179,8 @@ def _cases(measurement: str) -> list[Any]:
         check_choice("--models", name, cases.MODELS)
         if AGAINST.value and cases.MODELS[name].get("name", "mixer") != "mixer":
             raise UserError(
-                f"--against={','.join(AGAINST.value)} with --models={name}; the other programs are "
-                "MLP-Mixers, expected --against="
+                f"--against={','.join(AGAINST.value)} with --models={name}; the other "
+                "implementations are MLP-Mixers; expected an empty --against="
             )
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
         check_image_size((size, size), cases.MODELS[name]["patch_size"])

@@ -142,9 +142,9 @@ def _make_model(
 def _metadata(loaded: Loaded) -> dict[str, str]:
     """Returns the model's metadata, JSON by key.
 
-    "card" describes the weights (mixer/weights/card.py). Its "preprocess" has the preprocessing
-    ops, of which the graph contains the final `value_range`. "classes" has the class names in label
-    order; null if they are unknown.
+    "card" describes the weights (mixer/weights/card.py). Its "preprocess" lists the preprocessing
+    ops; the graph itself applies only the final `value_range`. "classes" lists the class names in
+    label order; null if they are unknown.
     """
     values = {"card": loaded.card.as_json(), "classes": names_of(loaded.card)}
     return {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
