@@ -1,4 +1,4 @@
-"""Makes a run's updates, with one program call per streamed batch or per many resident batches.
+"""Performs a run's updates: one per program call if batches are streamed, many if resident.
 
 The training loop asks for the next call and runs it. A call makes one update if the batches are
 streamed. If the examples are resident on the device, a call makes about half a second of updates.
