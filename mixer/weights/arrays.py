@@ -257,7 +257,19 @@ def write_safetensors(
         safetensors.numpy.save_file(dict(arrays), path, dict(metadata))
     except safetensors.SafetensorError as error:
         raise OSError(first_line(error)) from None
+    _sort_metadata(path)
     files.set_default_permissions(path, 0o666)
+
+
+def _sort_metadata(path: epath.Path) -> None:
+    """Sorts the metadata in a safetensors header, which the library writes in random order."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def check_dtypes(arrays: Mapping[str, StoredArray], source: epath.PathLike) -> None:
