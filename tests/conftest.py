@@ -127,6 +127,14 @@ def _made_once(tmp_path_factory, name, make):
     return base / name
 
 
+@pytest.fixture(scope="module")
+def no_curves():
+    """Drawing the curves takes longer than a tiny training; tests/test_inspect.py draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
     """A TFDS directory with the digits prepared in it."""

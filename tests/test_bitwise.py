@@ -30,11 +30,7 @@ from mixer.training import updates
 COMMAND = ["train.py", "--config=tests/tiny_digits.py"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture

@@ -30,13 +30,7 @@ from mixer.runs import record as metrics
 from mixer.runs.record import read_metrics
 from mixer.training import updates as stepping
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    """Drawing the curves takes longer than these trainings; tests/test_inspect.py draws them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture

@@ -135,15 +135,8 @@ class MlpMixer(nn.Module):
         # Global average pooling and the head.
         x = nn.LayerNorm(dtype=dtype, name="pre_head_layer_norm")(x)
         x = out["pre_logits"] = jnp.mean(x, axis=1).astype(jnp.float32)
-        if self.num_classes:
-            x = nn.Dense(
-                self.num_classes,
-                kernel_init=nn.initializers.zeros,
-                bias_init=nn.initializers.constant(self.head_bias_init),
-                name="head",
-            )(x)
-        out["logits"] = x
-        return x, out
+        out["logits"] = modules.head(x, self.num_classes, self.head_bias_init)
+        return out["logits"], out
 
 
 BLOCK = "MixerBlock_{}"  # prefix of the names of a block's parameters

@@ -100,6 +100,17 @@ def patch_embedding(
     return layers.dense(pixels, kernel.reshape(-1, hidden_dim), bias)
 
 
+def head(x: jax.Array, num_classes: int, bias_init: float) -> jax.Array:
+    """Applies the classifier, whose kernel starts at zero: (N, C) to (N, num_classes).
+
+    Without classes there is no head, and x is returned.
+    """
+    if not num_classes:
+        return x
+    zeros, constant = nn.initializers.zeros, nn.initializers.constant(bias_init)
+    return nn.Dense(num_classes, kernel_init=zeros, bias_init=constant, name="head")(x)
+
+
 def fold(keys: jax.Array, data: int) -> jax.Array:
     """Folds `data` into each of the keys (N,)."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, data)

@@ -173,15 +173,8 @@ class VisionTransformer(nn.Module):
         if self.pre_logits_layer:
             x = jnp.tanh(nn.Dense(self.hidden_dim, name="pre_logits")(x))
         out["pre_logits"] = x
-        if self.num_classes:
-            x = nn.Dense(
-                self.num_classes,
-                kernel_init=nn.initializers.zeros,
-                bias_init=nn.initializers.constant(self.head_bias_init),
-                name="head",
-            )(x)
-        out["logits"] = x
-        return x, out
+        out["logits"] = modules.head(x, self.num_classes, self.head_bias_init)
+        return out["logits"], out
 
 
 BLOCK = "Transformer/encoderblock_{}"  # prefix of the names of a block's parameters
