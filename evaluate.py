@@ -177,9 +177,7 @@ def _fine_tune(name: str, subject) -> None:
     console = Console()
     height, width = subject.card.image_size
     if height != width:
-        raise UserError(
-            f"{subject.path} takes {height} x {width} images; expected square images for training"
-        )
+        raise UserError(f"{subject.path} takes {height} x {width} images; expected square images")
     groups = finetune.VTAB_GROUPS if name == "vtab" else {"avg 5": finetune.TRANSFER}
     all_tasks = [task for group in groups.values() for task in group]
     for task in TASKS.value:

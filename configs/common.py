@@ -21,7 +21,9 @@ def base() -> ConfigDict:
     config.total_epochs = config_dict.placeholder(float)
     config.total_examples = config_dict.placeholder(int)
     config.global_batch_size = config_dict.placeholder(int)  # images per step, on all devices
-    config.image_size = config_dict.placeholder(int)  # side in pixels, a multiple of the patch
+    # Side in pixels, or (height, width), multiples of those of the patch. On a command line:
+    # --config.image_size=224 or --config.image_size="(64, 32)".
+    config.image_size = config_dict.placeholder(object)
     config.loss = "softmax"  # softmax, or sigmoid (summed over the classes)
     config.label_smoothing = 0.0  # s: labels become (1 - s) * labels + s / classes
     # b: a class with n training images has the weight n^-b in the loss, up to a common factor. 0:
@@ -43,14 +45,17 @@ def base() -> ConfigDict:
     # interpolate (any size, not in the paper; the only way for vit). Growing by K multiplies
     # tokens_mlp_dim by K^2.
     config.init_resize = "grow"
-    config.init_image_size = config_dict.placeholder(int)  # of init_from; None: read from it
+    config.init_image_size = config_dict.placeholder(object)  # of init_from; None: read from it
 
     config.model = dict(
         name="mixer",  # the architecture: mixer or vit. A key of the other one must be None.
         # S/32 S/16 S/8 (mixer only) B/32 B/16 L/32 L/16 H/14, or None. A dimension below that is
         # set replaces the variant's. If neither is set, the model is that of init_from.
         variant=config_dict.placeholder(str),
-        patch_size=config_dict.placeholder(int),  # P, pixels
+        patch_size=config_dict.placeholder(object),  # P: side in pixels, or (height, width)
+        # Channels of the images: 3 (RGB), 1 (grey), or any other number (docs/data.md, "Other
+        # inputs"). Image files are decoded to 3 or 1.
+        in_channels=3,
         hidden_dim=config_dict.placeholder(int),  # C
         num_blocks=config_dict.placeholder(int),  # L
         tokens_mlp_dim=config_dict.placeholder(int),  # mixer: D_S

@@ -2,6 +2,7 @@
 
 import ctypes
 import glob
+import math
 import os
 import re
 import sys
@@ -94,7 +95,12 @@ def check_room(num_bytes: int, subject: str, *, on_host: bool = False) -> None:
 
 
 def check_batch(
-    key: str, batch_size: int, *, side: int, num_classes: int, prefetch_batches: int
+    key: str,
+    batch_size: int,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    prefetch_batches: int,
 ) -> None:
     """Raises NoRoomError if batches need more host memory than is free.
 
@@ -103,17 +109,17 @@ def check_batch(
     Args:
       key: config key of the batch size, for the message.
       batch_size: number of images in a batch, over all processes.
-      side: side of the images in pixels.
+      image_shape: (H, W, channels) of the images.
       num_classes: number of classes of the labels.
       prefetch_batches: number of prefetched batches besides the current one.
     """
     import jax
 
-    values = 3 * side**2
+    values = math.prod(image_shape)
     num_bytes = values * (prefetch_batches + 1)
     if jax.default_backend() == "cpu":  # the model's inputs: float32 images and dense labels
         num_bytes += 4 * (values + num_classes)
-    subject = (
-        f"{key}={batch_size}: a batch of {side} x {side} images with {prefetch_batches} prefetched"
-    )
+    height, width, _ = image_shape
+    images = f"a batch of {height} x {width} images with {prefetch_batches} prefetched"
+    subject = f"{key}={batch_size}: {images}"
     check_room(num_bytes * batch_size // jax.process_count(), subject, on_host=True)

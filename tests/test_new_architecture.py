@@ -45,6 +45,7 @@ class MeanNet(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     scan_blocks: bool = False
+    in_channels: int = 3
 
     @nn.compact
     def __call__(self, images, *, train=False, example_index=None):
@@ -76,9 +77,10 @@ def leaf_names(num_blocks):
 
 
 def read_dimensions(shapes, source):
-    patch_size, _, _, hidden_dim = shapes["pixels/kernel"]
+    patch_size, _, in_channels, hidden_dim = shapes["pixels/kernel"]
     return {
         "patch_size": patch_size,
+        "in_channels": in_channels,
         "hidden_dim": hidden_dim,
         "num_blocks": modules.count_blocks(shapes),
         "num_groups": 2,

@@ -429,7 +429,9 @@ def test_batches_that_do_not_fit_are_refused_before_anything_runs(tmp_path):
     )
     assert process.returncode == 2 and "global_batch_size=1000000000" in process.stderr
     with pytest.raises(memory.NoRoomError, match="eval_batch_size=10000"):
-        memory.check_batch("eval_batch_size", 10**14, side=8, num_classes=10, prefetch_batches=2)
+        memory.check_batch(
+            "eval_batch_size", 10**14, image_shape=(8, 8, 3), num_classes=10, prefetch_batches=2
+        )
 
 
 def test_image_size_and_num_blocks_have_bounds():

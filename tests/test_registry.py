@@ -54,7 +54,7 @@ def test_dimensions_are_inferred_from_shapes(model):
     fixed = getattr(model, "positions", None) == "sincos2d"
     tokens = None if fixed else SIZE[0] * SIZE[1] // model.patch_size**2
     expected = registry.dimensions(model) | {"num_tokens": tokens, "num_classes": 7}
-    expected |= {key: getattr(model, key) for key in architecture.options}
+    expected |= {key: getattr(model, key) for key in ("in_channels", *architecture.options)}
     assert dims == expected and list(registry.dimensions(model)) == list(architecture.dimensions)
 
 

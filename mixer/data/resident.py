@@ -157,7 +157,7 @@ def _in_order(split: Split) -> Iterator[dict[str, np.ndarray]]:
             start=0, stop=split.num_examples, batch_size=READ_AT_ONCE
         )
     except UserError as error:
-        match = re.search(r"cannot use (.*): .*\[(\d+),(\d+),3\] is not compatible", str(error))
+        match = re.search(r"cannot use (.*): .*\[(\d+),(\d+),\d+\] is not compatible", str(error))
         if match is None:
             raise
         height, width = split.example_spec["image"][0][:2]

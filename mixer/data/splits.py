@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from mixer.data import order
-from mixer.data.preprocessing.spec import Specification
+from mixer.data.preprocessing.spec import Specification, parse
 from mixer.data.sources import class_order, synthetic
 from mixer.data.sources import folder as folder_lib
 from mixer.data.sources.label_file import LabelFile, read_label_file
 from mixer.errors import UserError, check_choice, printable
+from mixer.sizes import RGB_CHANNELS
 
 Batches = Iterator[dict[str, np.ndarray]]
 # All splits of a folder or label file share one listing, until `forget_listings` is called.
@@ -204,11 +205,11 @@ class SyntheticSplit(Split):
 
     Attributes:
       spec: name of the split.
-      image_size: (H, W).
+      image_shape: (H, W, channels).
     """
 
     spec: str
-    image_size: tuple[int, int]
+    image_shape: tuple[int, int, int]
 
     def train_batches(self, start_step: int, reading: order.Reading) -> Batches:
         """As `Split.train_batches`; the order does not depend on the readers."""
@@ -225,7 +226,7 @@ class SyntheticSplit(Split):
     def _batch(self, places: np.ndarray) -> dict[str, np.ndarray]:
         labels = self.labels()[places]
         ids = synthetic.split_ids(self.spec)[self.numbers[places]]
-        return {"image": synthetic.make_images(ids, labels, self.image_size), "label": labels}
+        return {"image": synthetic.make_images(ids, labels, self.image_shape), "label": labels}
 
     def example_id(self, place: int) -> str:
         """As `Split.example_id`."""
@@ -248,6 +249,7 @@ def open_split(
     *,
     image_size: tuple[int, int],
     num_classes: int | None,
+    channels: int = RGB_CHANNELS,
     class_names: tuple[str, ...] | None = None,
     subfolders: bool = True,
 ) -> Split:
@@ -259,6 +261,7 @@ def open_split(
       preprocess: the specification of the ops that are applied to each image.
       image_size: (H, W) of the preprocessed images.
       num_classes: the config's number of classes, which synthetic data uses; None means 10.
+      channels: number of channels of the images, which the preprocessing must produce.
       class_names: the run's class names; None: those of the data set.
       subfolders: as in `folder.scan`.
 
@@ -277,8 +280,9 @@ def open_split(
                 f"dataset.name is {dataset.name!r}"
             )
     if dataset.name == "synthetic":
-        split = _open_synthetic(spec, image_size, num_classes or 10)
+        split = _open_synthetic(spec, (*image_size, channels), num_classes or 10)
     else:
+        parse(preprocess, channels=channels)
         source = open_source(dataset, spec, class_names, num_classes, subfolders=subfolders)
         split = _open_stored(source, preprocess, image_size, dataset.shuffle_group_size)
         if dataset.exclude:
@@ -295,16 +299,16 @@ def open_split(
     return split
 
 
-def _open_synthetic(spec: str, image_size: tuple[int, int], num_classes: int) -> Split:
+def _open_synthetic(spec: str, image_shape: tuple[int, int, int], num_classes: int) -> Split:
     check_choice("split", spec, synthetic.SPLITS, "synthetic data")
     return SyntheticSplit(
         name=f"synthetic {spec}",
         class_names=tuple(str(label) for label in range(num_classes)),
         fingerprint=f"synthetic {spec} {num_classes}",
         numbers=np.arange(len(synthetic.split_ids(spec))),
-        example_spec={"image": ((*image_size, 3), "uint8"), "label": ((), "int32")},
+        example_spec={"image": (image_shape, "uint8"), "label": ((), "int32")},
         spec=spec,
-        image_size=image_size,
+        image_shape=image_shape,
     )
 
 

@@ -17,6 +17,7 @@ from mixer.data.sources import folder
 from mixer.data.sources.stored import Example, Source, read_piece
 from mixer.data.splits import Batches, Split
 from mixer.errors import UserError, first_line, printable
+from mixer.sizes import RGB_CHANNELS
 
 # Exceptions of reading and decoding. TensorFlow raises UnicodeDecodeError while it reports an error
 # about a path that is not UTF-8.
@@ -95,7 +96,8 @@ class StoredSplit(Split):
         sizes = []
         for number in self.numbers[places].tolist():
             try:
-                sizes.append(len(self.source.load(tf.constant(number))["image"].numpy()))
+                image = self.source.load(tf.constant(number))["image"].numpy()
+                sizes.append(len(image) if self.source.channels is None else image.nbytes)
             except READ_ERRORS as fault:
                 raise self._unreadable(number, fault) from None
         return int(np.mean(sizes) * self.num_examples)
@@ -121,7 +123,7 @@ class StoredSplit(Split):
             try:
                 example = self.source.load(item)
                 # Decode the complete image; a crop would decode only its window.
-                decode(example["image"])
+                decode(example["image"], channels=self.preprocess.channels)
                 self.function(example, key)
             except READ_ERRORS as error:
                 return int(number), _reason(error)
@@ -306,9 +308,10 @@ def make_split(
       group_size: as in `order.groups`.
 
     Raises:
-      UserError: as in `spec.parse`.
+      UserError: as in `spec.parse`, or the images cannot have the channels of the specification.
     """
     spec = parse(preprocess, image_size)
+    _check_channels(source, spec)
     function = make_preprocess(spec, image_size)
     return StoredSplit(
         name=source.name,
@@ -323,6 +326,20 @@ def make_split(
         function=function,
         group_size=group_size,
     )
+
+
+def _check_channels(source: Source, spec: Specification) -> None:
+    """Raises UserError if the images of a source cannot have the channels of a specification."""
+    if source.channels is None and spec.channels not in (1, RGB_CHANNELS):
+        raise UserError(
+            f"{source.name} has image files, which are decoded to 1 (grey) or 3 (RGB) channels; "
+            f"model.in_channels={spec.channels} needs a TFDS set of uint8 arrays"
+        )
+    if source.channels not in (None, spec.channels):
+        raise UserError(
+            f"{source.name} has images of {source.channels} channel(s); expected "
+            f"model.in_channels={spec.channels}"
+        )
 
 
 def _reason(fault: Exception) -> str:

@@ -298,7 +298,7 @@ def collect(
         memory.check_batch(
             "eval_batch_size",
             global_batch_size,
-            side=max(split.example_spec["image"][0][:2]),
+            image_shape=split.example_spec["image"][0],
             num_classes=len(split.class_names),
             prefetch_batches=batching.prefetch_batches,
         )

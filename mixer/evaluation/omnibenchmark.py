@@ -22,12 +22,14 @@ from etils import epath
 
 from mixer import files, formatting
 from mixer.data import splits as pipeline
+from mixer.data.preprocessing.spec import with_channels
 from mixer.data.sources import annotations, folder
 from mixer.errors import UserError, check_choice
 from mixer.evaluation import linear_probe, logistic, scores
 from mixer.evaluation.evaluator import Batching
 from mixer.evaluation.linear_probe import Splits
 from mixer.evaluation.tables import Table, percent, span
+from mixer.sizes import RGB_CHANNELS
 
 REALMS = (
     *("activity", "aircraft", "amphibian", "aquatic_vertebrate", "bird", "car", "consumer_goods"),
@@ -62,6 +64,7 @@ def open_realms(
     names: Sequence[str] = (),
     *,
     image_size: tuple[int, int],
+    channels: int = RGB_CHANNELS,
     preprocess: str | None,
     say: Callable[[str], None],
 ) -> dict[str, Splits]:
@@ -71,6 +74,7 @@ def open_realms(
       data_dir: the folder that contains the folders of the realms.
       names: names of the realms to open; none: all.
       image_size: (H, W) of the model's input.
+      channels: number of channels of the model's input.
       preprocess: preprocessing of the data that the model was trained on; None if it is unknown.
       say: prints a line about the realms of the benchmark that are missing.
 
@@ -106,7 +110,7 @@ def open_realms(
     if missing_realms := [name for name in REALMS if name not in names]:
         count = f"{len(missing_realms)} of the benchmark's {len(REALMS)} realms"
         say(f"{count} are not evaluated: {', '.join(missing_realms)}")
-    realm_preprocess = preprocessing(image_size, preprocess)
+    realm_preprocess = with_channels(preprocessing(image_size, preprocess), channels)
     return {name: _open_realm(root / name, realm_preprocess, image_size) for name in names}
 
 

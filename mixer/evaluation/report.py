@@ -135,6 +135,7 @@ def _evaluate(subject: Subject, options: Options, console: Console) -> Results:
             options.data_dir,
             options.realms,
             image_size=subject.card.image_size,
+            channels=subject.card.in_channels,
             preprocess=subject.card.preprocess,
             say=console.say,
         )
@@ -182,6 +183,7 @@ def _open_splits(
             name,
             preprocess=card.preprocess,
             image_size=card.image_size,
+            channels=card.in_channels,
             data_dir=options.data_dir,
         )
     for split in splits.values():
@@ -199,7 +201,8 @@ def _open_probe_splits(
     """
     config = subject.config
     if config is None:
-        sets = suites.open_fewshot(subject.card.image_size, data_dir)
+        card = subject.card
+        sets = suites.open_fewshot(card.image_size, data_dir, channels=card.in_channels)
         return {name: (train, None, test) for name, (train, test) in sets.items()}
     splits = (run_data.open_split(config, name, None) for name in ("train", "val", "test"))
     return {run_data.data_name(config): tuple(splits)}

@@ -12,7 +12,8 @@ from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from mixer import files, run_files
+from mixer import files, run_files, sizes
+from mixer.data.preprocessing.spec import with_channels
 from mixer.errors import UserError
 from mixer.evaluation.evaluator import Batching
 from mixer.models.registry import num_params
@@ -79,7 +80,7 @@ class Subject:
         card = self.stored.card
         if self.config is None:
             return card
-        size = (self.config.image_size, self.config.image_size)
+        size = sizes.pair(self.config.image_size)
         card = load.resize_card(self.stored, size, self.resize)
         return dataclasses.replace(card, preprocess=self.config.dataset.eval_preprocess)
 
@@ -156,10 +157,11 @@ def open_subject(
     image_size = None if config is None else config.image_size
     stored = load.find(path, image_size=image_size, log=say)
     card = stored.card
-    if checkpoint_name is not None and image_size not in (None, card.image_size[0]):
+    is_own_size = image_size is None or sizes.pair(image_size) == card.image_size
+    if checkpoint_name is not None and not is_own_size:
         raise UserError(
-            f"--config has image_size={image_size}; expected {card.image_size[0]}, the image size "
-            f"of {workdir} (--weights={workdir} resizes the weights to another image size)"
+            f"--config has image_size={image_size}; expected {sizes.shorten(card.image_size)}, the "
+            f"image size of {workdir} (--weights={workdir} resizes the weights to another size)"
         )
     figures = None
     if config is None and preprocess is None and checkpoint_name is None:
@@ -172,6 +174,7 @@ def open_subject(
     elif config is not None:
         config = _with_dimensions(config, card)
     if preprocess is not None:
+        preprocess = with_channels(preprocess, card.in_channels)
         stored = dataclasses.replace(stored, card=dataclasses.replace(card, preprocess=preprocess))
         if config is not None:
             config.dataset.eval_preprocess = preprocess

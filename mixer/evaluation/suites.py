@@ -11,10 +11,11 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import files
+from mixer import files, sizes
 from mixer.data import splits as pipeline
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.imagenet import real as imagenet_real
+from mixer.data.preprocessing.spec import with_channels
 from mixer.data.sources import folder
 from mixer.errors import UserError, check_choice
 from mixer.runs import data as run_data
@@ -101,7 +102,12 @@ def dataset_config(name: str, data_dir: str, label_key: str = "") -> ConfigDict:
 
 
 def open_task(
-    name: str, *, preprocess: str, image_size: tuple[int, int], data_dir: str = ""
+    name: str,
+    *,
+    preprocess: str,
+    image_size: tuple[int, int],
+    channels: int = sizes.RGB_CHANNELS,
+    data_dir: str = "",
 ) -> pipeline.Split:
     """Opens the images of a task.
 
@@ -109,6 +115,7 @@ def open_task(
       name: a key of TASKS.
       preprocess: preprocessing of each image.
       image_size: (H, W) after the preprocessing.
+      channels: number of channels after the preprocessing.
       data_dir: data directory of TFDS; or, for imagenet_val and imagenet_real, a folder of the
         validation images.
 
@@ -120,7 +127,7 @@ def open_task(
     if task.dataset == "digits" and not (root / "digits").is_dir():
         data_dir = ""  # do not write the digits, which are generated, to the user's image folder
     dataset = dataset_config(task.dataset, data_dir, label_key=task.label_key)
-    options = dict(image_size=image_size, num_classes=None)
+    options = dict(image_size=image_size, channels=channels, num_classes=None)
     if task.classes == IMAGENET and data_dir and not _has_tfds(data_dir, task.dataset):
         lines = _folder_lines(name, root)
         with tempfile.TemporaryDirectory() as directory:
@@ -137,7 +144,7 @@ def open_task(
 
 
 def open_fewshot(
-    image_size: tuple[int, int], data_dir: str = ""
+    image_size: tuple[int, int], data_dir: str = "", *, channels: int = sizes.RGB_CHANNELS
 ) -> dict[str, tuple[pipeline.Split, pipeline.Split]]:
     """Opens the training and test split of each prepared data set of FEWSHOT.
 
@@ -153,14 +160,15 @@ def open_fewshot(
     preprocess = f"decode|resize({height * 8 // 7})|central_crop({height})"
     if height != width:
         preprocess = f"decode|resize(({height}, {width}))"
+    preprocess = with_channels(preprocess, channels)
+    options = dict(image_size=image_size, channels=channels, num_classes=None)
     splits_by_name = {}
     for name, (dataset, *splits) in FEWSHOT.items():
         if not sources.tfds_builder(dataset, data_dir, prepared=False).is_prepared():
             continue
         config = dataset_config(dataset, data_dir)
         splits_by_name[name] = tuple(
-            pipeline.open_split(config, split, preprocess, image_size=image_size, num_classes=None)
-            for split in splits
+            pipeline.open_split(config, split, preprocess, **options) for split in splits
         )
     if not splits_by_name:
         sets = ", ".join(dataset for dataset, *_ in FEWSHOT.values())
@@ -202,7 +210,7 @@ def open_suite(
         raise UserError(
             f"eval_suite={config.eval_suite!r} needs a validation split; dataset.val_split is empty"
         )
-    size = (config.image_size, config.image_size)
+    size = sizes.pair(config.image_size)
     if names:
         check_preprocess("eval_suite", config.dataset.eval_preprocess, size)
     tasks = {
@@ -210,6 +218,7 @@ def open_suite(
             name,
             preprocess=config.dataset.eval_preprocess,
             image_size=size,
+            channels=config.model.in_channels,
             data_dir=config.dataset.data_dir if config.dataset.name != "folder" else "",
         )
         for name in names

@@ -26,6 +26,7 @@ from mixer.models.modules import check_image_size
 from mixer.runs import config as run
 from mixer.runs import curves
 from mixer.runs import data as run_data
+from mixer.sizes import Size, pair, shorten, text
 from mixer.training import losses
 from mixer.training.step import make_predict
 from mixer.weights import load
@@ -83,13 +84,8 @@ class Sweep:
 
 
 def check_subject(subject: Subject) -> None:
-    """Raises UserError unless the weights take square images, have a head and have a config."""
+    """Raises UserError unless the weights have a head and a config."""
     card = subject.stored.card
-    height, width = card.image_size
-    if height != width:
-        raise UserError(
-            f"--weights={subject.name} takes {height} x {width} images; expected square images"
-        )
     if not card.num_classes:
         raise UserError(f"--weights={subject.name} has no head; expected weights of a classifier")
     if subject.config is None:
@@ -98,7 +94,7 @@ def check_subject(subject: Subject) -> None:
         )
 
 
-def preprocess_at(preprocess: str, old: int, new: int) -> str:
+def preprocess_at(preprocess: str, old: Size, new: Size) -> str:
     """Changes a preprocessing to images of side `old` so that it gives images of side `new`.
 
     The sizes of `resize`, `resize_small` and `central_crop` are multiplied by new / old, so that
@@ -106,10 +102,16 @@ def preprocess_at(preprocess: str, old: int, new: int) -> str:
     side `old`, and an antialiased bilinear resize is appended.
 
     Raises:
-      UserError: the preprocessing is invalid, or permutes the images.
+      UserError: the preprocessing is invalid, or permutes the images, or the sizes differ and one
+        of them is not square.
     """
-    if old == new or not preprocess:  # synthetic data is not preprocessed
+    if pair(old) == pair(new) or not preprocess:  # synthetic data is not preprocessed
         return preprocess
+    if not isinstance(old, int) or not isinstance(new, int):
+        raise UserError(
+            f"preprocessing {preprocess!r} is for images of {text(old)} pixels; expected a config "
+            f"with image_size={new}"
+        )
     spec = parse(preprocess)
     if spec.of_kind(Kind.PERMUTATION):
         raise UserError(
@@ -157,6 +159,11 @@ def resolution(
     sizes = sorted(set(sizes))
     splits = {}
     for subject in subjects:
+        height, width = subject.stored.card.image_size
+        if height != width:
+            raise UserError(
+                f"--weights={subject.name} takes {height} x {width} images; expected square images"
+            )
         for size in sizes:
             check_image_size((size, size), subject.stored.card.patch_size)
             load.resize_card(subject.stored, (size, size), resize)
@@ -212,7 +219,8 @@ def permutation(
         if not 0 <= share <= 1:
             raise UserError(f"--shares: {share:g}; expected shares of the patches, from 0 to 1")
     splits = [
-        _open_split(subject, split_name, subject.stored.card.image_size[0]) for subject in subjects
+        _open_split(subject, split_name, shorten(subject.stored.card.image_size))
+        for subject in subjects
     ]
     sweep_curves = []
     for subject, (split, preprocess) in zip(subjects, splits, strict=True):
@@ -263,10 +271,10 @@ def _shuffled_results(
     }
 
 
-def _open_split(subject: Subject, split_name: str, size: int) -> tuple[Split, str]:
-    """Opens a split with images of side `size`; returns it and its preprocessing."""
+def _open_split(subject: Subject, split_name: str, size: Size) -> tuple[Split, str]:
+    """Opens a split with images of this size; returns it and its preprocessing."""
     config = subject.config.copy_and_resolve_references()
-    preprocess = preprocess_at(config.dataset.eval_preprocess, config.image_size, size)
+    preprocess = preprocess_at(config.dataset.eval_preprocess, shorten(config.image_size), size)
     config.image_size = size
     config.dataset.eval_preprocess = preprocess
     card = subject.stored.card

@@ -80,7 +80,7 @@ def measure(
     )
     rates = []
     for batch_size in batch_sizes:
-        shape = (batch_size * sharding.batch_shards(mesh), *image_size, 3)
+        shape = (batch_size * sharding.batch_shards(mesh), *image_size, model.in_channels)
         try:
             windows = _windows(predict, params, shape, mesh, seconds)
         except (memory.NoRoomError, jax.errors.JaxRuntimeError) as error:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mixer.parallel.sharding import sum_over_shards
+from mixer.sizes import Size, pair
 
 # The tanh form of GELU: x / 2 * (1 + tanh(SCALE * (x + CUBIC * x^3))) (Hendrycks and Gimpel, 2016).
 _SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
@@ -318,9 +319,14 @@ def compiler_options(platform: str) -> dict[str, bool | int]:
     return {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}
 
 
-def patches(images: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts images (N, H, W, 3) into flattened patches: (N, H / P, W / P, P * P * 3)."""
+def patches(images: jax.Array, patch_size: Size) -> jax.Array:
+    """Cuts images (N, H, W, 3) into flattened patches: (N, H / P, W / P, P * P * 3).
+
+    A patch size of two sides cuts patches of that height and width; the number of channels is that
+    of the images.
+    """
     n, height, width, channels = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    tiles = images.reshape(n, rows, patch_size, columns, patch_size, channels)
-    return tiles.swapaxes(2, 3).reshape(n, rows, columns, patch_size**2 * channels)
+    patch_height, patch_width = pair(patch_size)
+    rows, columns = height // patch_height, width // patch_width
+    tiles = images.reshape(n, rows, patch_height, columns, patch_width, channels)
+    return tiles.swapaxes(2, 3).reshape(n, rows, columns, patch_height * patch_width * channels)

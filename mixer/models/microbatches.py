@@ -5,6 +5,7 @@ third faster on microbatches whose activations stay in its cache from one layer 
 constants below were measured (docs/performance.md).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mixer.models.modules import patch_grid
 from mixer.models.registry import architecture_of
 from mixer.parallel.sharding import BATCH, batch_shards, constrain
 
@@ -30,7 +32,7 @@ def best_count(model: nn.Module, shape: tuple[int, ...]) -> int:
 
     Args:
       model: the model, whose widths determine the result.
-      shape: shape of the images, (N, H, W, 3).
+      shape: shape of the images, (N, H, W, channels).
 
     Returns:
       A divisor of N such that the mesh divides each microbatch as it divides N; 1 except on CPUs.
@@ -40,7 +42,7 @@ def best_count(model: nn.Module, shape: tuple[int, ...]) -> int:
     if platform != "cpu" or not isinstance(shape[0], int):  # symbolic batch size of an export
         return 1
     size = shape[0] if mesh.empty else shape[0] // batch_shards(mesh)
-    tokens = shape[1] * shape[2] // model.patch_size**2
+    tokens = math.prod(patch_grid((shape[1], shape[2]), model.patch_size))
     widest = getattr(model, architecture_of(model).widest_dim)
     if size * tokens * widest <= FEW_VALUES:
         return 1

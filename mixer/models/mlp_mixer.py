@@ -21,6 +21,7 @@ import numpy as np
 from mixer.errors import UserError
 from mixer.models import modules, resize
 from mixer.parallel.sharding import BATCH, constrain
+from mixer.sizes import Size, shorten
 
 # Paper, table 1.
 _SIZES = {
@@ -52,7 +53,7 @@ class MlpMixer(nn.Module):
     Attributes:
       num_classes: width of the head; 0: no head, and the logits are the pre-logits, as in the
         authors' code.
-      patch_size: P, the side of a square patch in pixels.
+      patch_size: P, the side of a square patch in pixels, or its height and width.
       hidden_dim: C. num_blocks: L. tokens_mlp_dim: D_S. channels_mlp_dim: D_C.
       gelu: "tanh" (the authors' code) or "erf" (timm).
       stoch_depth: drop rate r of the last block; block i of L drops each of its two branches, per
@@ -68,10 +69,11 @@ class MlpMixer(nn.Module):
         (Chen et al., 2016, arXiv 1604.06174). The results do not change.
       scan_blocks: whether the blocks run as one loop over stacked parameters, which is compiled
         once, instead of one copy per block. Names, parameters and results do not change.
+      in_channels: number of channels of the images: 3 for RGB, 1 for grey.
     """
 
     num_classes: int
-    patch_size: int
+    patch_size: Size
     hidden_dim: int
     num_blocks: int
     tokens_mlp_dim: int
@@ -84,6 +86,7 @@ class MlpMixer(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     scan_blocks: bool = False
+    in_channels: int = 3
 
     @nn.compact
     def __call__(
@@ -92,7 +95,7 @@ class MlpMixer(nn.Module):
         """Returns the logits and the intermediate outputs.
 
         Args:
-          images: (N, H, W, 3) float in [-1, 1]; H and W are multiples of P.
+          images: (N, H, W, in_channels) float in [-1, 1]; H and W are multiples of P.
           train: whether to apply stochastic depth and dropout; `apply` then needs
             `rngs={"dropout": key}`.
           example_index: (N,) position of each image in the global batch, which determines its
@@ -105,7 +108,7 @@ class MlpMixer(nn.Module):
         Raises:
           UserError: the images have another shape or an integer dtype, or P does not divide H or W.
         """
-        modules.check_images(images, self.patch_size)
+        modules.check_images(images, self.patch_size, self.in_channels)
         dtype = jnp.dtype(self.dtype)
         if example_index is None:
             example_index = jnp.arange(images.shape[0])
@@ -188,10 +191,10 @@ def layer_flops(model: MlpMixer, image_size: tuple[int, int]) -> Iterator[tuple[
 
     The FLOPs are multiplications and additions of matmuls, 2 * S * D_in * D_out; a norm has none.
     """
-    tokens = math.prod(image_size) // model.patch_size**2
+    tokens = math.prod(modules.patch_grid(image_size, model.patch_size))
     token_mlp = 2.0 * model.hidden_dim * tokens * model.tokens_mlp_dim
     channel_mlp = 2.0 * tokens * model.hidden_dim * model.channels_mlp_dim
-    yield "stem", 2.0 * tokens * 3 * model.patch_size**2 * model.hidden_dim
+    yield "stem", 2.0 * math.prod(image_size) * model.in_channels * model.hidden_dim
     for i in range(model.num_blocks):
         block = BLOCK.format(i)
         for number, (mlp, flops) in enumerate(
@@ -206,7 +209,7 @@ def layer_flops(model: MlpMixer, image_size: tuple[int, int]) -> Iterator[tuple[
 
 def hidden_values(model: MlpMixer, image_size: tuple[int, int]) -> int:
     """Returns the number of hidden values per image in a block's two MLPs: C D_S + S D_C."""
-    tokens = math.prod(image_size) // model.patch_size**2
+    tokens = math.prod(modules.patch_grid(image_size, model.patch_size))
     return model.hidden_dim * model.tokens_mlp_dim + tokens * model.channels_mlp_dim
 
 
@@ -231,11 +234,12 @@ def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[
             faults.append(f"{name}: {shapes[name]} is empty")
     if faults:
         raise UserError(f"{source} is not a complete MLP-Mixer: {'; '.join(faults)}")
-    patch_size, _, _, hidden_dim = shapes["stem/kernel"]
+    patch_height, patch_width, in_channels, hidden_dim = shapes["stem/kernel"]
     num_tokens, tokens_mlp_dim = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
     _, channels_mlp_dim = shapes["MixerBlock_0/channel_mixing/Dense_0/kernel"]
     return {
-        "patch_size": patch_size,
+        "patch_size": shorten((patch_height, patch_width)),
+        "in_channels": in_channels,
         "hidden_dim": hidden_dim,
         "num_blocks": modules.count_blocks(shapes),
         "tokens_mlp_dim": tokens_mlp_dim,
@@ -365,6 +369,7 @@ def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, An
         "embed_dim": model.hidden_dim,
         "mlp_ratio": [ratio(model.tokens_mlp_dim), ratio(model.channels_mlp_dim)],
         "act_layer": "gelu" if model.gelu == "erf" else "gelu_tanh",
+        **modules.timm_channels(model.in_channels),
     }
 
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mixer import sizes
 from mixer.errors import UserError
 from mixer.models import layers
 from mixer.parallel.sharding import BATCH, constrain
+from mixer.sizes import Size
 
 GELUS = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
@@ -25,33 +27,45 @@ MAX_BLOCKS = 1000  # each block is traced and compiled; the deepest variant has 
 MAX_SIDE = 1 << 15  # pixels
 
 
-def check_image_size(size: tuple[int, int], patch_size: int) -> None:
-    """Raises UserError unless `patch_size` divides both sides of `size` (H, W)."""
+def check_image_size(size: tuple[int, int], patch_size: Size) -> None:
+    """Raises UserError unless the patch size divides `size` (H, W)."""
     if max(size) > MAX_SIDE:
         raise UserError(f"image {size[0]} x {size[1]}; expected sides of at most {MAX_SIDE} pixels")
-    for side in size:
-        if side % patch_size or side < 1:
-            low = side // patch_size * patch_size
-            near = " or ".join(str(s) for s in (low, low + patch_size) if s > 0) or patch_size
+    for side, patch in zip(size, sizes.pair(patch_size), strict=True):
+        if side % patch or side < 1:
+            low = side // patch * patch
+            near = " or ".join(str(s) for s in (low, low + patch) if s > 0) or patch
             raise UserError(
-                f"image {size[0]} x {size[1]}: the patch size {patch_size} does not divide {side}; "
-                f"the nearest sides that work are {near}"
+                f"image {size[0]} x {size[1]}: the patch size {sizes.text(patch_size)} does not "
+                f"divide {side}; the nearest sides that work are {near}"
             )
 
 
-def check_images(images: jax.Array, patch_size: int) -> None:
-    """Raises UserError unless `images` are floats (N, H, W, 3) that the patch size divides.
+def patch_grid(image_size: tuple[int, int], patch_size: Size) -> tuple[int, int]:
+    """Returns the number of patches along each side of an image, (H / P, W / P)."""
+    (height, width), (patch_height, patch_width) = image_size, sizes.pair(patch_size)
+    return height // patch_height, width // patch_width
+
+
+def check_images(images: jax.Array, patch_size: Size, in_channels: int) -> None:
+    """Raises UserError unless `images` are floats (N, H, W, channels) that the patch size divides.
 
     The authors' code silently pads images that the patch size does not divide.
     """
-    if images.ndim != 4 or images.shape[-1] != 3:
+    if images.ndim != 4 or images.shape[-1] != in_channels:
+        channels = "RGB" if in_channels == sizes.RGB_CHANNELS else f"{in_channels} channel(s)"
         raise UserError(
-            f"images have the shape {images.shape}; expected (N, H, W, 3), with RGB in the "
-            "last dimension"
+            f"images have the shape {images.shape}; expected (N, H, W, {in_channels}), with "
+            f"{channels} in the last dimension"
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(f"images are {images.dtype}; expected floats, such as images / 127.5 - 1")
     check_image_size(images.shape[1:3], patch_size)
+
+
+def timm_channels(in_channels: int) -> dict[str, int]:
+    """Returns the argument of timm's classes for the number of channels; timm's default is RGB."""
+    return {} if in_channels == sizes.RGB_CHANNELS else {"in_chans": in_channels}
 
 
 def count_blocks(names: Iterable[str]) -> int:
@@ -92,10 +106,14 @@ class Norm(nn.Module):
 
 
 def patch_embedding(
-    images: jax.Array, patch_size: int, hidden_dim: int, dtype: jnp.dtype, *, name: str
+    images: jax.Array, patch_size: Size, hidden_dim: int, dtype: jnp.dtype, *, name: str
 ) -> jax.Array:
-    """Applies the per-patch fully-connected layer: images (N, H, W, 3) to (N, H/P, W/P, C)."""
-    kernel, bias = Dense((patch_size, patch_size, 3, hidden_dim), name=name)()
+    """Applies the per-patch fully-connected layer: images (N, H, W, 3) to (N, H/P, W/P, C).
+
+    The kernel has the channels of the images: (P, P, 3, C) for RGB.
+    """
+    shape = (*sizes.pair(patch_size), images.shape[-1], hidden_dim)
+    kernel, bias = Dense(shape, name=name)()
     pixels = layers.patches(images.astype(dtype), patch_size)
     return layers.dense(pixels, kernel.reshape(-1, hidden_dim), bias)
 

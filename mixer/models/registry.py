@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from mixer import sizes
 from mixer.errors import UserError, check_choice, check_number
 from mixer.models import mlp_mixer, resize, vit
 from mixer.models.modules import DTYPES, GELUS, MAX_BLOCKS, REMAT
@@ -48,12 +49,12 @@ class Architecture:
       cast_leaves: pattern of the parameters that a model in bfloat16 rounds to bfloat16.
       layer_flops: (model, image_size) -> (name, FLOPs of one image's forward pass) of each layer.
       hidden_values: (model, image_size) -> number of values in a block's hidden layers, per image.
-      read_dimensions: (shapes of parameters, source) -> dimensions, options, "num_tokens" (patches;
-        None if no parameter depends on them) and "num_classes".
+      read_dimensions: (shapes of parameters, source) -> dimensions, options, "in_channels",
+        "num_tokens" (patches; None if no parameter depends on them) and "num_classes".
       layouts: layouts of files with such weights: "published", "legacy" or "timm".
       recognise: (shapes in a file, source) -> its layout; None: not this architecture.
       leaf_names: number of blocks -> iterator over the published names of all parameters that
-        models may have; the first is the stem's kernel, (P, P, 3, C).
+        models may have; the first is the stem's kernel, (P, P, channels of the images, C).
       stored_name: (published name, layout) -> name in a file of that layout. Arrays that share a
         name are joined along their first axis, in the order of `leaf_names`.
       from_layout: (published name, array, layout, fields in the file's header or JSON) -> the array
@@ -205,6 +206,7 @@ def make_model(
         check_choice("model.variant", variant, architecture.variants)
     fields = {**architecture.variants.get(variant, {}), **fields, "num_classes": num_classes}
     _check_fields(architecture, fields)
+    fields["patch_size"] = sizes.shorten(fields["patch_size"])
     return architecture.module(**fields)
 
 
@@ -215,9 +217,12 @@ def _check_fields(architecture: Architecture, fields: Mapping[str, Any]) -> None
             f"model dimensions are missing: {', '.join(missing)}; expected all of them, or "
             f"model.variant, one of {variants}"
         )
-    for key in ("num_classes", *architecture.dimensions):
+    for key in ("num_classes", "in_channels", *architecture.dimensions):
         limit = MAX_BLOCKS + 1 if key == "num_blocks" else 2**31
-        check_number(f"model.{key}", fields[key], minimum=1, limit=limit, integer=True)
+        if key == "patch_size":
+            sizes.check_size(f"model.{key}", fields[key], limit=limit)
+        elif key in fields:
+            check_number(f"model.{key}", fields[key], minimum=1, limit=limit, integer=True)
     for key in ("stoch_depth", "dropout"):
         check_number(f"model.{key}", fields.get(key, 0), limit=1)
     if not math.isfinite(fields.get("head_bias_init", 0)):
@@ -277,7 +282,7 @@ def param_shapes(model: nn.Module, image_size: tuple[int, int]) -> dict[str, jax
       image_size: (H, W) in pixels.
     """
     # All blocks have the same shapes, so tracing one of them is enough.
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *image_size, model.in_channels), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     tree = jax.eval_shape(model.clone(num_blocks=1).init, key, images)["params"]
     block = architecture_of(model).block

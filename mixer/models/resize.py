@@ -18,24 +18,28 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from mixer import sizes
 from mixer.errors import UserError
 
 
-def growth_factors(old: tuple[int, int], new: tuple[int, int], patch_size: int) -> tuple[int, int]:
+def growth_factors(
+    old: tuple[int, int], new: tuple[int, int], patch_size: sizes.Size
+) -> tuple[int, int]:
     """Returns into how many tiles of size `old` an image of size `new` is cut: (K_h, K_w).
 
     Raises:
       UserError: a side of `new` is not a multiple of the old side, or of the patch size; the
         message lists the nearest valid sides.
     """
-    if all(n % o == 0 and n >= o and n % patch_size == 0 for o, n in zip(old, new, strict=True)):
+    sides = zip(old, new, sizes.pair(patch_size), strict=True)
+    if all(n % o == 0 and n >= o and n % patch == 0 for o, n, patch in sides):
         return new[0] // old[0], new[1] // old[1]
     near = " x ".join(_near(o, n) for o, n in zip(old, new, strict=True))
     raise UserError(
         f"weights for {old[0]} x {old[1]} images cannot be grown to {new[0]} x {new[1]}: each side "
         f"must be an integer multiple of the old side; the nearest are {near}; interpolation, "
-        f"which is not from the paper, accepts every multiple of the patch size {patch_size} "
-        "(docs/weights.md)"
+        "which is not from the paper, accepts every multiple of the patch size "
+        f"{sizes.text(patch_size)} (docs/weights.md)"
     )
 
 

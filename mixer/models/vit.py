@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mixer.errors import UserError
 from mixer.models import layers, modules, resize
 from mixer.parallel.sharding import BATCH, constrain
+from mixer.sizes import Size, shorten
 
 # Paper, table 1. S is from DeiT (arXiv 2012.12877).
 _SIZES = {
@@ -60,7 +61,7 @@ class VisionTransformer(nn.Module):
 
     Attributes:
       num_classes: width of the head; 0: no head, and the logits are the pre-logits.
-      patch_size: P, the side of a square patch in pixels.
+      patch_size: P, the side of a square patch in pixels, or its height and width.
       hidden_dim: C. num_blocks: L. mlp_dim: M. num_heads: H, a divisor of C.
       pooling: what the head sees. "token": the class token (the paper); "gap": the mean of the
         tokens; "map": attention from a learnt probe (Zhai et al., 2021, arXiv 2106.04560).
@@ -71,11 +72,12 @@ class VisionTransformer(nn.Module):
         transformer's ImageNet-21k weights and big_vision's `rep_size=True`.
       gelu: "tanh" (both JAX code bases) or "erf" (timm).
       dropout: rate after the positions, after attention, and after each of an MLP's two layers.
-      head_bias_init, stoch_depth, stoch_depth_rescale, dtype, remat, scan_blocks: as in `MlpMixer`.
+      in_channels, head_bias_init, stoch_depth, stoch_depth_rescale, dtype, remat, scan_blocks: as
+        in `MlpMixer`.
     """
 
     num_classes: int
-    patch_size: int
+    patch_size: Size
     hidden_dim: int
     num_blocks: int
     mlp_dim: int
@@ -91,6 +93,7 @@ class VisionTransformer(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     scan_blocks: bool = False
+    in_channels: int = 3
 
     def __post_init__(self):
         """Raises UserError for a width that heads or sine-cosine positions do not divide."""
@@ -113,7 +116,7 @@ class VisionTransformer(nn.Module):
         """Returns the logits and the intermediate outputs.
 
         Args:
-          images: (N, H, W, 3) float in [-1, 1]; H and W are multiples of P.
+          images: (N, H, W, in_channels) float in [-1, 1]; H and W are multiples of P.
           train: whether to apply stochastic depth and dropout; `apply` then needs
             `rngs={"dropout": key}`.
           example_index: (N,) position of each image in the global batch, which determines its
@@ -127,7 +130,7 @@ class VisionTransformer(nn.Module):
         Raises:
           UserError: the images have another shape or an integer dtype, or P does not divide H or W.
         """
-        modules.check_images(images, self.patch_size)
+        modules.check_images(images, self.patch_size, self.in_channels)
         dtype = jnp.dtype(self.dtype)
         if example_index is None:
             example_index = jnp.arange(images.shape[0])
@@ -417,7 +420,8 @@ class AttentionPooling(nn.Module):
 
 def num_tokens(model: VisionTransformer, image_size: tuple[int, int]) -> int:
     """Returns T: the number of patches, and the class token."""
-    return math.prod(image_size) // model.patch_size**2 + (model.pooling == "token")
+    patches = math.prod(modules.patch_grid(image_size, model.patch_size))
+    return patches + (model.pooling == "token")
 
 
 def layer_flops(
@@ -441,7 +445,7 @@ def layer_flops(
         for layer in ("Dense_0", "Dense_1"):
             yield f"{name}/MlpBlock_0/{layer}", 2.0 * tokens * width * model.mlp_dim
 
-    yield "embedding", 6.0 * math.prod(image_size) * width
+    yield "embedding", 2.0 * math.prod(image_size) * model.in_channels * width
     if model.positions == "learnt":
         yield "Transformer/posembed_input", 0.0
     for i in range(model.num_blocks):
@@ -487,7 +491,7 @@ def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[
             faults.append(f"{name}: {shapes[name]} is empty")
     if faults:
         raise UserError(f"{source} is not a complete Vision Transformer: {'; '.join(faults)}")
-    patch_size, _, _, hidden_dim = shapes["embedding/kernel"]
+    patch_height, patch_width, in_channels, hidden_dim = shapes["embedding/kernel"]
     pooling = "token" if "cls" in shapes else "gap"
     if any(name.startswith("MAPHead_0/") for name in shapes):
         pooling = "map"
@@ -498,7 +502,8 @@ def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[
     if positions == "learnt" and pooling == "token":
         num_patches -= 1
     return {
-        "patch_size": patch_size,
+        "patch_size": shorten((patch_height, patch_width)),
+        "in_channels": in_channels,
         "hidden_dim": hidden_dim,
         "num_blocks": modules.count_blocks(shapes),
         "mlp_dim": shapes[hidden][1],
@@ -675,6 +680,7 @@ def timm_arguments(model: VisionTransformer, image_size: tuple[int, int]) -> dic
         "global_pool": {"token": "token", "gap": "avg", "map": "map"}[model.pooling],
         "fc_norm": False,
         "act_layer": "gelu" if model.gelu == "erf" else "gelu_tanh",
+        **modules.timm_channels(model.in_channels),
     }
 
 

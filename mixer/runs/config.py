@@ -13,10 +13,10 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from mixer import run_files
+from mixer import run_files, sizes
 from mixer.data import host_or_device
 from mixer.data.preprocessing import permutation
-from mixer.data.preprocessing.spec import parse
+from mixer.data.preprocessing.spec import parse, with_channels
 from mixer.errors import UserError, check_choice, check_number
 from mixer.models.modules import check_image_size
 from mixer.models.registry import ARCHITECTURES, grown_dimensions, make_model
@@ -55,9 +55,9 @@ FREE_KEYS = (
 UNITS = ("steps", "epochs", "examples")
 MAX_COUNT = 2**31 - 1  # steps and indices on devices are int32
 # Whole numbers of at least 1; the optional ones may be None.
-OPTIONAL_COUNTS = ("eval_batch_size", "checkpoint.keep_every_steps", "init_image_size")
+OPTIONAL_COUNTS = ("eval_batch_size", "checkpoint.keep_every_steps")
 COUNTS = (
-    *("global_batch_size", "image_size", "log_every_steps"),
+    *("global_batch_size", "log_every_steps", "model.in_channels"),
     *("checkpoint.every_steps", "checkpoint.keep_last"),
     *("dataset.prefetch_batches", "dataset.shuffle_group_size"),
     *("optimizer.accumulate_steps", "schedule.rsqrt_timescale"),
@@ -73,6 +73,9 @@ def check_config(config: ConfigDict) -> None:
     for key in COUNTS:
         if values[key] is not None or key not in OPTIONAL_COUNTS:
             check_number(key, values[key], minimum=1, limit=MAX_COUNT + 1, integer=True)
+    for key in ("image_size", "init_image_size", "model.patch_size"):
+        if values[key] is not None or key == "image_size":
+            sizes.check_size(key, values[key], limit=MAX_COUNT + 1)
     for name in ("peak_lr", "weight_decay", "grad_clip_norm", "sam_rho"):
         check_number(f"optimizer.{name}", config.optimizer[name])
     check_number("seed", config.seed, limit=1 << 32)  # JAX's keys use 32 bits of the seed
@@ -134,7 +137,7 @@ def check_config(config: ConfigDict) -> None:
         check_choice("model.variant", variant, variants)
         patch_size = patch_size or variants[variant]["patch_size"]
     if patch_size:
-        check_image_size((config.image_size, config.image_size), patch_size)
+        check_image_size(sizes.pair(config.image_size), patch_size)
 
 
 def get_lengths(config: ConfigDict, stem: str) -> dict[str, float]:
@@ -186,8 +189,8 @@ def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
     """Returns the unread weights that a new run starts from; None if `init_from` is not set.
 
     Raises:
-      UserError: there are no weights, they are of another architecture than `model.name`, or they
-        are not for square images, which training needs.
+      UserError: there are no weights, or they are of another architecture, another number of
+        channels or another image size than the config says.
     """
     if not config.init_from:
         return None
@@ -198,16 +201,17 @@ def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
             f"model.name={config.model.name}, but init_from={weights.path} holds weights for "
             f"model.name={name}"
         )
-    height, width = weights.card.image_size
-    if height != width:
+    if weights.card.in_channels != config.model.in_channels:
         raise UserError(
-            f"init_from={weights.path} is for images of {height} x {width}; training needs "
-            "square images"
+            f"model.in_channels={config.model.in_channels}, but init_from={weights.path} holds "
+            f"weights for images with model.in_channels={weights.card.in_channels}"
         )
-    if config.init_image_size not in (None, height):
+    height, width = weights.card.image_size
+    size = config.init_image_size
+    if size is not None and sizes.pair(size) != (height, width):
         raise UserError(
-            f"init_image_size={config.init_image_size}, but init_from={weights.path} is for "
-            f"images of {height} x {width}"
+            f"init_image_size={size}, but init_from={weights.path} is for images of {height} x "
+            f"{width}"
         )
     return weights
 
@@ -220,9 +224,10 @@ def resolve(
 ) -> ConfigDict:
     """Returns a copy of `config` in which every value is set that does not depend on the data.
 
-    These are the model fields that the initial weights determine, and the preprocessing op of
-    `dataset.permutation`. A resumed run keeps the splits that "auto" has chosen, and its
-    preprocessing (`keep_preprocessing`). `resolve_data` sets the remaining values.
+    These are the model fields that the initial weights determine, the channels of the decoded
+    images, and the preprocessing op of `dataset.permutation`. A resumed run keeps the splits that
+    "auto" has chosen, and its preprocessing (`keep_preprocessing`). `resolve_data` sets the
+    remaining values.
 
     Args:
       config: the config from the command line.
@@ -231,7 +236,16 @@ def resolve(
     """
     config = config.copy_and_resolve_references()
     config.init_from = published.redact(config.init_from)  # saved configs must not hold secrets
+    for group, key in (
+        (config, "image_size"),
+        (config, "init_image_size"),
+        (config.model, "patch_size"),
+    ):
+        if group[key] is not None:
+            group[key] = sizes.shorten(group[key])
     resolve_model(config, initial, saved_config)
+    for key in ("train_preprocess", "eval_preprocess"):
+        config.dataset[key] = with_channels(config.dataset[key], config.model.in_channels)
     resolve_permutation(config)
     if saved_config:
         for key in run_data.SPLIT_KEYS:
@@ -274,7 +288,7 @@ def resolve_model(
         gelu, size = saved_values["model"]["gelu"], saved_values.get("init_image_size")
         options = saved_values["model"]
     elif initial:
-        gelu, size = initial.card.gelu, initial.card.image_size[0]
+        gelu, size = initial.card.gelu, sizes.shorten(initial.card.image_size)
         options = initial.card.dimensions
     else:
         gelu, size = "tanh", None
@@ -293,13 +307,15 @@ def resolve_model(
             model.update({key: saved_values["model"][key] for key in keys})
             return  # the saved dimensions are already grown
         model.update({key: initial.card.dimensions[key] for key in keys})
-    if config.init_image_size in (None, config.image_size) or config.init_resize != "grow":
+    if config.init_image_size is None or config.init_resize != "grow":
+        return
+    old_size, new_size = map(sizes.pair, (config.init_image_size, config.image_size))
+    if old_size == new_size:
         return
     # For an image K times larger, the token-mixing MLP becomes K^2 times as wide.
     set_dims = {key: model[key] for key in keys if model[key]}
     dims = {**architecture.variants.get(model.variant, {}), **set_dims}
     if len(dims) == len(keys):
-        old_size, new_size = ((side, side) for side in (config.init_image_size, config.image_size))
         new_dims = grown_dimensions(architecture, dims, old_size, new_size)
         model.update({key: new_dims[key] for key in keys if new_dims[key] != dims[key]})
 
@@ -310,14 +326,14 @@ def resolve_permutation(config: ConfigDict) -> None:
     The saved config then lists every op that the images went through. The op's seed is always 0, so
     that runs of every seed, and models fine-tuned from them, see the same images.
     """
-    dataset, size = config.dataset, config.image_size
+    dataset, size = config.dataset, sizes.shorten(config.image_size)
     if not dataset.permutation:
         return
     op = f"permute_pixels({size}, seed=0)"
     if dataset.permutation == "patches":
         # The patch size may come from a variant. The number of classes may not be known yet.
         patch_size = make_model(**config.model.to_dict() | dict(num_classes=1)).patch_size
-        check_image_size((size, size), patch_size)
+        check_image_size(sizes.pair(size), patch_size)
         op = f"permute_patches({size}, {patch_size}, seed=0)"
     for key in ("train_preprocess", "eval_preprocess"):
         dataset[key] = str(parse(dataset[key]).with_image_op(op))

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mixer import sizes
 from mixer.data import splits as pipeline
 from mixer.data.preprocessing.spec import parse
 from mixer.data.sources import folder
@@ -152,7 +153,8 @@ def open_split(
         config.dataset,
         spec,
         preprocess,
-        image_size=(config.image_size, config.image_size),
+        image_size=sizes.pair(config.image_size),
+        channels=config.model.in_channels,
         num_classes=config.model.num_classes,
         class_names=class_names,
         subfolders=subfolders,
@@ -200,7 +202,11 @@ def open_splits(
     if config.dataset.name != "synthetic":  # synthetic data is not preprocessed
         for key in ("train_preprocess", "eval_preprocess"):
             if config.dataset[key]:  # check both specs before any data is read
-                parse(config.dataset[key], (config.image_size, config.image_size))
+                parse(
+                    config.dataset[key],
+                    sizes.pair(config.image_size),
+                    channels=config.model.in_channels,
+                )
     pipeline.forget_listings()
     choice = choose_splits(config)
     subfolders = True if record is None else record.get("subfolders")

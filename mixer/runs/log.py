@@ -8,7 +8,7 @@ import psutil
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer import console, formatting
+from mixer import console, formatting, sizes
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.models import placement
@@ -160,7 +160,8 @@ def introduce(config: ConfigDict, run: OpenRun, start: Start, log: TrainLog) -> 
     log.say(f"run {run.path}: {config.total_steps} steps of {config.global_batch_size} images")
     log.say(
         f"model: {program.num_params:,} parameters, {model.num_blocks} blocks, "
-        f"{config.image_size} px, patch {model.patch_size}, {model.num_classes} classes"
+        f"{sizes.text(config.image_size)} px, patch {sizes.text(model.patch_size)}, "
+        f"{model.num_classes} classes"
     )
     log.say(f"data: {train.name}, {train.num_examples:,} examples")
     if start.splits.choice:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mixer import memory, run_files
+from mixer import memory, run_files, sizes
 from mixer.data import resident
 from mixer.data.preprocessing.spec import pixel_range
 from mixer.data.splits import Split
@@ -239,15 +239,16 @@ def check_room(config: ConfigDict, program: TrainProgram) -> None:
     # Parameters, optimizer state and gradients on this host's devices, without activations.
     num_bytes = sharding.bytes_per_device((program.state, program.state.params))
     num_bytes *= jax.local_device_count()
-    subject = f"training {program.num_params:,} parameters for {config.image_size} px"
-    if config.init_image_size not in (None, config.image_size):
-        subject += f", from weights for {config.init_image_size} px,"
+    subject = f"training {program.num_params:,} parameters for {sizes.text(config.image_size)} px"
+    init_size = config.init_image_size
+    if init_size is not None and sizes.pair(init_size) != sizes.pair(config.image_size):
+        subject += f", from weights for {sizes.text(init_size)} px,"
     memory.check_room(num_bytes, subject)
     for key in ("global_batch_size", "eval_batch_size"):
         memory.check_batch(
             key,
             config[key] or config.global_batch_size,
-            side=config.image_size,
+            image_shape=(*program.image_size, program.model.in_channels),
             num_classes=program.model.num_classes,
             prefetch_batches=config.dataset.prefetch_batches,
         )

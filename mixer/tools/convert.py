@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from mixer import files
+from mixer import files, sizes
 from mixer.cli import config as cli
 from mixer.errors import UserError
 
@@ -209,7 +209,6 @@ def _write_run(out: epath.Path, loaded: Any) -> str:
     from mixer.weights import checkpoint
 
     card = loaded.card
-    height, width = card.image_size
     fields = {
         "name": card.architecture,
         **card.dimensions,
@@ -218,7 +217,7 @@ def _write_run(out: epath.Path, loaded: Any) -> str:
     }
     config = {
         "source": card.source,
-        "image_size": height if height == width else [height, width],
+        "image_size": sizes.shorten(card.image_size),
         "model": {"variant": card.variant, "dtype": loaded.model.dtype} | fields,
         "dataset": {"eval_preprocess": card.preprocess},
     }

@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from mixer import files
+from mixer import files, sizes
 from mixer.cli import config as cli
 from mixer.errors import UserError, printable
 
@@ -180,7 +180,7 @@ def check(config, output: str) -> None:
     # Check everything except the images first, because reading all images can take hours.
     with contextlib.suppress(pipeline.Unusable):
         _open_as_training(config)
-    size = (config.image_size, config.image_size)
+    size = sizes.pair(config.image_size)
     for name in ("train", "val", "test"):
         spec = config.dataset[f"{name}_split"]
         if not spec:

@@ -18,7 +18,7 @@ Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def make_mix(*, alpha: float, per_example: bool, cutmix_alpha: float, cutmix_prob: float) -> Mix:
-    """Returns the mixing function `(key, images (N, H, W, 3), labels (N, K)) -> (images, labels)`.
+    """Returns the mixing function `(key, images, labels (N, K)) -> (images, labels)`.
 
     Args:
       alpha: mixup's lambda is max(u, 1 - u) with u from Beta(alpha, alpha), so that each image

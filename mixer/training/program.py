@@ -11,6 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from mixer import sizes
 from mixer.models import layers
 from mixer.models.modules import check_image_size
 from mixer.models.registry import make_model
@@ -89,7 +90,7 @@ def make_program(
     """
     model = build_model(config)
     schedule, tx = build_optimizer(config)
-    image_size = (config.image_size, config.image_size)
+    image_size = sizes.pair(config.image_size)
     step = TrainStep(
         model,
         tx,
@@ -117,7 +118,7 @@ def make_program(
 def build_model(config: ConfigDict) -> nn.Module:
     """Builds the model of a config whose number of classes is set."""
     model = make_model(**config.model.to_dict())
-    check_image_size((config.image_size, config.image_size), model.patch_size)
+    check_image_size(sizes.pair(config.image_size), model.patch_size)
     return model
 
 

@@ -73,7 +73,7 @@ def _make_init(
     skips: bool,
 ):
     def init(key: jax.Array) -> TrainState:
-        params = model.init(key, jnp.zeros((1, *image_size, 3)))["params"]
+        params = model.init(key, jnp.zeros((1, *image_size, model.in_channels)))["params"]
         average = jax.tree.map(jnp.copy, params) if ema else None
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, tx.init(params), average, zero if skips else None)

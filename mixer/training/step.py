@@ -26,7 +26,7 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """Maps uint8 pixels (N, H, W, 3) to float32 in [-1, 1]; returns floats unchanged."""
+    """Maps uint8 pixels (N, H, W, channels) to float32 in [-1, 1]; returns floats unchanged."""
     return images if images.dtype != jnp.uint8 else images.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -34,10 +34,10 @@ def normalize(images: jax.Array) -> jax.Array:
 class TrainStep:
     """The update `(state, batch) -> (state, metrics)`, not yet compiled.
 
-    The batch holds "image" (N, H, W, 3) uint8, or floats in [-1, 1], and labels in a form that
-    `dense_labels` accepts. Metrics are scalars: loss and top-1 accuracy of the (mixed) batch before
-    the update, norms of the gradient (before clipping) and of the parameters, the learning rate,
-    and the number of skipped updates if the state counts them.
+    The batch holds "image" (N, H, W, channels), uint8 or floats in [-1, 1], and labels in a form
+    that `dense_labels` accepts. Metrics are scalars: loss and top-1 accuracy of the (mixed) batch
+    before the update, norms of the gradient (before clipping) and of the parameters, the learning
+    rate, and the number of skipped updates if the state counts them.
 
     If the state has `skipped`, an update whose loss or gradient is not finite is skipped:
     parameters, moments and average keep their values, and the step (and the schedule) advances.
@@ -248,7 +248,7 @@ def _new_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
 def make_predict(
     model: nn.Module, mesh: Mesh, layer: str | None = None
 ) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the function `(params, images (N, H, W, 3) uint8) -> logits (N, K)`, not compiled.
+    """Returns the uncompiled function `(params, images (N, H, W, channels)) -> logits (N, K)`.
 
     The images must have the sharding `sharding.batch_sharding`. The function returns the output of
     `layer` instead, such as "pre_logits" (N, C), unless `layer` is None.

@@ -15,8 +15,9 @@ from mixer import files
 from mixer.data.imagenet.names import LISTS
 from mixer.data.preprocessing.spec import pixel_range
 from mixer.errors import UserError, first_line
-from mixer.models.modules import GELUS
+from mixer.models.modules import GELUS, patch_grid
 from mixer.models.registry import ARCHITECTURES, make_model
+from mixer.sizes import RGB_CHANNELS
 from mixer.weights.arrays import DamagedError, Shapes
 
 FORMAT = "mlp-mixer weights, 1"  # the "format" entry of a JSON sidecar
@@ -54,9 +55,14 @@ class Card:
     source: str
 
     @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
+    def patch_size(self) -> int | tuple[int, int]:
+        """Side of a patch in pixels, or its height and width."""
         return self.dimensions["patch_size"]
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of the images."""
+        return self.dimensions["in_channels"]
 
     @property
     def num_blocks(self) -> int:
@@ -66,7 +72,7 @@ class Card:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along each side of the image, (H/P, W/P)."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        return patch_grid(self.image_size, self.patch_size)
 
     @property
     def value_range(self) -> tuple[float, float]:
@@ -99,7 +105,8 @@ def read_card(path: epath.PathLike) -> dict[str, Any] | None:
     """Returns the values of a weight file's JSON sidecar; None if it has none in our format.
 
     The values are those of `Card.as_json` and a "checksum" of the arrays. All values are checked,
-    except the dimensions, which differ between architectures.
+    except the dimensions, which differ between architectures. Older files have no "in_channels";
+    their images are RGB.
 
     Raises:
       UserError: the JSON is damaged, has a later format, or has an invalid value.
@@ -126,7 +133,9 @@ def read_card(path: epath.PathLike) -> dict[str, Any] | None:
         if not is_valid:
             text = str(values[name])[:80]
             raise DamagedError(path, f"{path}: invalid value {name}={text}")
-    return values | {
+    return {
+        "in_channels": RGB_CHANNELS,
+        **values,
         "image_size": tuple(size),
         "class_names": tuple(names) if isinstance(names, list) else names,
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from mixer import files, run_files
+from mixer import files, run_files, sizes
 from mixer.data.imagenet import names as imagenet
 from mixer.data.preprocessing import spec
 from mixer.data.preprocessing.ops import Kind
@@ -127,6 +127,7 @@ def timm_config(card: Card) -> dict[str, Any]:
     arguments = architecture.timm_arguments(card.model(), card.image_size)
     name = timm_name(card)
     first = architecture.stored_name(next(iter(architecture.leaf_names(0))), "timm")
+    is_rgb = card.in_channels == sizes.RGB_CHANNELS
     low, high = card.value_range
     if low == high:
         raise UserError(f"preprocessing {card.preprocess!r}: its pixel range is empty")
@@ -136,14 +137,15 @@ def timm_config(card: Card) -> dict[str, Any]:
         "model_args": _model_args(card, arguments, name),
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [3, *card.image_size],
+            "input_size": [card.in_channels, *card.image_size],
             "fixed_input_size": True,
             **(_timm_resize(card) or _DEFAULT_RESIZE),
-            "mean": [-low / (high - low)] * 3,
-            "std": [1 / (high - low)] * 3,
+            "mean": [-low / (high - low)] * card.in_channels,
+            "std": [1 / (high - low)] * card.in_channels,
             "num_classes": card.num_classes,
             "pool_size": None,
-            "first_conv": first.removesuffix(".weight"),
+            # timm would convert the kernel of another number of channels, as if it were RGB.
+            "first_conv": first.removesuffix(".weight") if is_rgb else None,
             "classifier": "head",
         },
     }
@@ -317,7 +319,7 @@ def _yaml(text: str) -> str:
 
 def _description(card: Card, num_params: int) -> str:
     title, (height, width) = ARCHITECTURES[card.architecture].title, card.image_size
-    dims = ", ".join(f"{key} {value:,}" for key, value in card.dimensions.items())
+    dims = ", ".join(f"{key} {_number(value)}" for key, value in card.dimensions.items())
     lines = [
         f"- Model: {title}{f' {card.variant}' if card.variant else ''} ({dims})",
         f"- Parameters: {num_params:,} (float32)",
@@ -327,6 +329,10 @@ def _description(card: Card, num_params: int) -> str:
         f"- Source: {card.source}",
     ]
     return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -360,21 +366,22 @@ def _percent(share: float | None) -> str:
 
 def _preprocessing(card: Card) -> str:
     low, high = card.value_range
-    lines = [f"The model takes pixels in [{low:g}, {high:g}], RGB."]
+    channels = {1: "grey", 3: "RGB"}.get(card.in_channels, f"{card.in_channels} channels")
+    lines = [f"The model takes pixels in [{low:g}, {high:g}], {channels}."]
     if card.preprocess is not None:
         lines.append(f"Evaluation preprocessing: `{card.preprocess}`.")
     return " ".join(lines)
 
 
 def _usage(card: Card) -> str:
-    height, width = card.image_size
+    shape = ", ".join(map(str, (*card.image_size, card.in_channels)))
     return "\n".join(
         [
             "```python",
             "import mixer",
             "",
             'model, params = mixer.load("hf://OWNER/NAME")  # or a local copy of this folder',
-            f'logits, out = model.apply({{"params": params}}, images)  # (N, {height}, {width}, 3)',
+            f'logits, out = model.apply({{"params": params}}, images)  # (N, {shape})',
             "```",
         ]
     )
@@ -406,10 +413,10 @@ def _timm_usage(card: Card) -> str:
         ]
         text = ""
     low, high = card.value_range
-    height, width = card.image_size
+    shape = ", ".join(map(str, (card.in_channels, *card.image_size)))
     code += [
         "model.eval()",
-        f"logits = model(images)  # (N, 3, {height}, {width}), pixels in [{low:g}, {high:g}]",
+        f"logits = model(images)  # (N, {shape}), pixels in [{low:g}, {high:g}]",
     ]
     return "\n".join(["```python", *code, "```"] + ["", text] * bool(text))
 

@@ -23,7 +23,7 @@ from mixer import memory
 from mixer.data.imagenet import names as imagenet_names
 from mixer.errors import UserError, check_choice
 from mixer.models import placement, registry
-from mixer.models.modules import DTYPES, check_image_size
+from mixer.models.modules import DTYPES, check_image_size, patch_grid
 from mixer.parallel import sharding
 from mixer.weights.arrays import Shapes, join_faults, misfits
 from mixer.weights.card import Card
@@ -56,7 +56,7 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """Loads weights: `model, params = mixer.load("RUN_OR_FILE")`.
 
-    `logits, out = model.apply({"params": params}, images)` then takes images (N, H, W, 3) in
+    `logits, out = model.apply({"params": params}, images)` then takes images (N, H, W, channels) in
     [-1, 1], or in the pixel range that the log line gives.
 
     Args:
@@ -273,7 +273,7 @@ def _make_resize(
     if image_size == card.image_size:
         return None
     resize_leaf = registry.ARCHITECTURES[card.architecture].resize[resize]
-    new_grid = (image_size[0] // card.patch_size, image_size[1] // card.patch_size)
+    new_grid = patch_grid(image_size, card.patch_size)
     return functools.partial(resize_leaf, grid=card.grid, new_grid=new_grid)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
-from mixer import run_files
+from mixer import run_files, sizes
+from mixer.data.preprocessing.spec import with_channels
 from mixer.errors import UserError
 from mixer.models import registry
 from mixer.parallel import backend, sharding
@@ -139,6 +140,11 @@ def _find_file(
         (formats.GELU_OF[file.layout], f"the {file.layout} layout's"),
     )
     kind, origin = next((kind, origin) for kind, origin in gelu_sources if kind)
+
+    def preprocess_at(size: tuple[int, int]) -> str | None:
+        preprocess = facts.preprocess(size)
+        return preprocess and with_channels(preprocess, dims["in_channels"])
+
     card = Card(
         architecture=file.architecture,
         variant=registry.find_variant(architecture, dims),
@@ -146,7 +152,7 @@ def _find_file(
         num_classes=num_classes,
         image_size=size,
         gelu=kind,
-        preprocess=sidecar["preprocess"] if sidecar else facts.preprocess(size),
+        preprocess=sidecar["preprocess"] if sidecar else preprocess_at(size),
         class_names=sidecar["class_names"] if sidecar else facts.class_names,
         source=published.redact(sidecar.get("source", source)),
     )
@@ -159,7 +165,7 @@ def _find_file(
         shapes=file.shapes,
         dtype="float32",
         # The preprocessing in a JSON sidecar contains fixed sizes, so it fits no other image size.
-        preprocess_at=(lambda size: None) if sidecar else facts.preprocess,
+        preprocess_at=(lambda size: None) if sidecar else preprocess_at,
         restore=functools.partial(_restore_file, file, source, fetched),
         about="; ".join(about),
     )
@@ -171,16 +177,17 @@ def _read_card(path: epath.Path, file: formats.File, dims: Mapping[str, int]) ->
     if sidecar is None:
         return {}
     for name, value in dims.items():
+        value = list(value) if isinstance(value, tuple) else value  # as in JSON
         if name != "num_tokens" and sidecar.get(name) != value:
             text = str(sidecar.get(name))[:80]
             raise UserError(
                 f"{json_path}: {name}={text}; expected {value}, as in the arrays of {path.name}"
             )
     num_tokens, patch_size = dims["num_tokens"], dims["patch_size"]
-    if num_tokens and math.prod(sidecar["image_size"]) != num_tokens * patch_size**2:
+    if num_tokens and not _fits(sidecar["image_size"], num_tokens, patch_size):
         raise UserError(
             f"{json_path}: image_size={sidecar['image_size']}; the arrays of {path.name} are for "
-            f"{num_tokens} patches of {patch_size} pixels"
+            f"{num_tokens} patches of {sizes.text(patch_size)} pixels"
         )
     if sidecar["checksum"] != checksum(file.read, file.shapes):
         raise DamagedError(
@@ -200,7 +207,7 @@ def _timm_config(path: epath.Path) -> dict[str, Any] | None:
 def _assumed_size(
     source: str,
     num_tokens: int | None,
-    patch_size: int,
+    patch_size: sizes.Size,
     image_size: int | tuple[int, int] | None,
     config_size: tuple[int, int] | None,
 ) -> tuple[tuple[int, int], str]:
@@ -213,17 +220,17 @@ def _assumed_size(
     size = image_size if image_size is None else parse_size(image_size)
     if num_tokens is None and size:
         return size, "image size as requested"
-    if num_tokens is None and published.IMAGE_SIZE % patch_size == 0:
-        side = published.IMAGE_SIZE
+    side = published.IMAGE_SIZE
+    if num_tokens is None and all(side % patch == 0 for patch in sizes.pair(patch_size)):
         return (side, side), f"assuming {side} x {side} images, as the positions fit any size"
     if num_tokens is None:
         raise UserError(
             f"{source}: the weights fit any image size; pass image_size=(H, W), multiples of "
-            f"{patch_size}"
+            f"{sizes.text(patch_size)}"
         )
-    if size and math.prod(size) == num_tokens * patch_size**2:
+    if size and _fits(size, num_tokens, patch_size):
         return size, "image size as requested"
-    if config_size and math.prod(config_size) == num_tokens * patch_size**2:
+    if config_size and _fits(config_size, num_tokens, patch_size):
         return config_size, "image size of its config.json"
     if side := _square_side(num_tokens, patch_size):
         return (side, side), "assuming a square image"
@@ -358,16 +365,23 @@ def parse_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
-def _square_side(num_tokens: int, patch_size: int) -> int | None:
+def _fits(image_size: Sequence[int], num_tokens: int, patch_size: sizes.Size) -> bool:
+    """Returns whether an image of (H, W) pixels has as many pixels as `num_tokens` patches."""
+    return math.prod(image_size) == num_tokens * math.prod(sizes.pair(patch_size))
+
+
+def _square_side(num_tokens: int, patch_size: sizes.Size) -> int | None:
     """Returns the side in pixels of a square image of `num_tokens` patches, or None."""
-    side = math.isqrt(num_tokens)
-    return side * patch_size if side * side == num_tokens else None
+    patch = sizes.pair(patch_size)
+    side = math.isqrt(num_tokens * math.prod(patch))
+    is_square = side**2 == num_tokens * math.prod(patch)
+    return side if is_square and all(side % sides == 0 for sides in patch) else None
 
 
 def _describe(card: Card, gelu: str) -> str:
     variants = registry.ARCHITECTURES[card.architecture].variants
     # All dimensions, or those in which the weights differ from their variant.
-    variant = variants.get(card.variant, {})
+    variant = {"in_channels": sizes.RGB_CHANNELS, **variants.get(card.variant, {})}
     dims = [f"{key}={dim}" for key, dim in card.dimensions.items() if variant.get(key) != dim]
     model = " with ".join(filter(None, (card.variant, ", ".join(dims))))
     low, high = card.value_range

@@ -30,19 +30,37 @@ SMALL_PNG = (
 )
 
 
-def decode(image, dct="fast"):
-    """Decodes a JPEG, PNG, GIF, WebP or BMP to (H, W, 3) uint8, upright.
+def decode(image, dct="fast", channels=3):
+    """Decodes a JPEG, PNG, GIF, WebP or BMP to (H, W, channels) uint8, upright.
 
-    Grey images get three equal channels, CMYK is converted to RGB, 16-bit values keep their high 8
-    bits, palettes are replaced by their colours, and an alpha channel is dropped (as Pillow's
-    convert("RGB") does). Animations yield their first frame. An EXIF orientation is applied.
+    With 3 channels, grey images get three equal channels. With 1, `as_channels` converts colours to
+    grey. CMYK is converted to RGB, 16-bit values keep their high 8 bits, palettes are replaced by
+    their colours, and an alpha channel is dropped (as Pillow's convert("RGB") does). Animations
+    yield their first frame. An EXIF orientation is applied.
 
     Args:
-      image: bytes of the file.
+      image: bytes of the file; or pixels that a data set stores as an array, which do not change.
       dct: JPEG's inverse DCT: "fast", as in the authors' code (TensorFlow's default), or
         "accurate", as in Pillow.
+      channels: 3, or 1 for grey (`grey`); any number for an array, which must have it.
     """
-    return _decoder(dct)(image)
+    image = tf.convert_to_tensor(image)
+    if image.dtype == tf.string:
+        return as_channels(_decoder(dct)(image), channels)
+    return tf.ensure_shape(image, [None, None, channels])
+
+
+def as_channels(pixels, channels):
+    """Returns RGB pixels (H, W, 3) uint8 unchanged, or as grey (H, W, 1) for `channels` 1.
+
+    Grey is 0.299 R + 0.587 G + 0.114 B, rounded as Pillow's convert("L") does (ITU-R BT.601). Equal
+    channels therefore keep their value.
+    """
+    if channels != 1:
+        return tf.ensure_shape(pixels, [None, None, channels])
+    weights = tf.constant([19595, 38470, 7471])  # they sum to 2^16
+    total = tf.reduce_sum(tf.cast(pixels, tf.int32) * weights, -1, keepdims=True)
+    return tf.cast(tf.bitwise.right_shift(total + (1 << 15), 16), tf.uint8)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Preprocessing on the device: JAX functions with the same draws and pixels as on the host.
 
 A function here has the name and arguments of the host's function, but takes a batch: `images`
-(N, H, W, 3) uint8 and, if it is random, `keys` (N, 4) uint32 (see mixer/data/philox.py).
+(N, H, W, channels) uint8 and, if it is random, `keys` (N, 4) uint32 (see mixer/data/philox.py).
 RandAugment and AutoAugment are in mixer/data/preprocessing/device_policies.py.
 
 For bit-identical results on a CPU, this code rounds a product before an addition (`rounded`) where
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixer import sizes
 from mixer.data import philox
 from mixer.data.philox import rounded
 from mixer.data.preprocessing import permutation
@@ -30,8 +31,8 @@ def make_augment(spec: Specification, image_size: tuple[int, int]) -> Callable:
       image_size: (H, W) of the images after the host's part.
 
     Returns:
-      A function (images (N, H, W, 3) uint8, keys (N, 4) uint32) -> images (N, H', W', 3) uint8, or
-      float32 after `value_range`. The key of an example is the same as on the host:
+      A function (images (N, H, W, channels) uint8, keys (N, 4) uint32) -> images of the final size,
+      uint8, or float32 after `value_range`. The key of an example is the same as on the host:
       `fold_in(make_key(seed, epoch), number)`.
 
     Raises:
@@ -50,7 +51,7 @@ def make_augment(spec: Specification, image_size: tuple[int, int]) -> Callable:
     try:
         jax.eval_shape(
             augment,
-            jax.ShapeDtypeStruct((1, *image_size, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((1, *image_size, spec.channels), jnp.uint8),
             jax.ShapeDtypeStruct((1, 4), jnp.uint32),
         )
     except ValueError as error:
@@ -62,28 +63,32 @@ def make_augment(spec: Specification, image_size: tuple[int, int]) -> Callable:
 
 
 def central_crop(images, size):
-    """Crops the central window of `size` x `size` pixels."""
-    _check_window(images, size)
-    top, left = ((side - size) // 2 for side in images.shape[1:3])
-    return images[:, top : top + size, left : left + size]
+    """Crops the central window of `size`, the side of a square or (H, W)."""
+    height, width = _check_window(images, size)
+    top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+    return images[:, top : top + height, left : left + width]
 
 
 def random_crop(images, keys, size, pad=0):
-    """Pads with `pad` black pixels on all sides, and crops a random window of `size` x `size`."""
+    """Pads with `pad` black pixels on all sides, and crops a random window of `size`."""
     images = jnp.pad(images, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    _check_window(images, size)
-    places = np.array(images.shape[1:3]) - size + 1
+    sides = _check_window(images, size)
+    places = np.array(images.shape[1:3]) - sides + 1
     corners = (philox.uniform(keys, (2,)) * places.astype(np.float32)).astype(jnp.int32)
 
     def window(image, corner):
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, 3))
+        shape = (*sides, image.shape[-1])
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
 
     return jax.vmap(window)(images, corners)
 
 
 def _check_window(images, size):
-    if min(images.shape[1:3]) < size:
+    """Returns (H, W) of a window that the images contain; otherwise raises ValueError."""
+    sides = sizes.pair(size)
+    if any(side < part for side, part in zip(images.shape[1:3], sides, strict=True)):
         raise ValueError(f"crop size {size} is larger than the image, {list(images.shape[1:3])}")
+    return sides
 
 
 def flip_lr(images, keys):
@@ -112,7 +117,7 @@ def _check_sides(images, size):
 
 
 def _reorder(images, order):
-    return images.reshape(len(images), -1, 3)[:, order].reshape(images.shape)
+    return images.reshape(len(images), -1, images.shape[-1])[:, order].reshape(images.shape)
 
 
 def value_range(images, low=-1.0, high=1.0):

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from mixer import sizes
 from mixer.data.preprocessing import permutation
-from mixer.data.preprocessing.decoding import DCT, decode, orientation_of
+from mixer.data.preprocessing.decoding import DCT, as_channels, decode, orientation_of
 from mixer.data.preprocessing.ops import Kind
 from mixer.data.preprocessing.spec import Specification, parse
 
@@ -22,19 +23,23 @@ MOST_RESIZED, MOST_ASPECT = 1 << 21, 8
 ASPECTS, PUBLISHED_ASPECTS = (3 / 4, 4 / 3), (0.75, 1.33)
 
 
-def inception_crop(image, key, size, min_area=0.05, max_area=1.0, dct="fast", published=False):
+def inception_crop(
+    image, key, size, min_area=0.05, max_area=1.0, dct="fast", published=False, channels=3
+):
     """Crops a random window of 5 to 100 % of the area and aspect 3/4 to 4/3; resizes it to `size`.
 
     Of an upright JPEG, only the window is decoded. Resizing is bilinear without antialiasing
     (Szegedy et al., 2014; big_vision, `mlp_mixer_i1k`). With `published`, the aspect is 0.75 to
-    1.33, and values are truncated, as in big_vision.
+    1.33, and values are truncated, as in big_vision. `channels` is that of `decode`.
     """
-    window = inception_window(image, key, min_area, max_area, dct, published)
+    window = inception_window(image, key, min_area, max_area, dct, published, channels)
     return resize(window, size, published=published)
 
 
-def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast", published=False):
-    """Returns the window of `inception_crop` before it is resized, (h, w, 3) uint8."""
+def inception_window(
+    image, key, min_area=0.05, max_area=1.0, dct="fast", published=False, channels=3
+):
+    """Returns the window of `inception_crop` before it is resized, (h, w, channels) uint8."""
 
     def window(shape):
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -55,13 +60,14 @@ def inception_window(image, key, min_area=0.05, max_area=1.0, dct="fast", publis
 
     def from_jpeg():
         box = tf.stack(window(tf.io.extract_jpeg_shape(image)))
-        return tf.image.decode_and_crop_jpeg(image, box, channels=3, dct_method=DCT[dct])
+        pixels = tf.image.decode_and_crop_jpeg(image, box, channels=3, dct_method=DCT[dct])
+        return as_channels(pixels, channels)
 
     def is_upright():
         return tf.cond(tf.io.is_jpeg(image), lambda: orientation_of(image) == 1, lambda: False)
 
     if image.dtype == tf.string:
-        return tf.cond(is_upright(), from_jpeg, lambda: from_pixels(decode(image, dct)))
+        return tf.cond(is_upright(), from_jpeg, lambda: from_pixels(decode(image, dct, channels)))
     return from_pixels(image)
 
 
@@ -75,7 +81,7 @@ def resize(image, size, method="bilinear", antialias=False, published=False):
     interpolates between the pixels next to each point. "area" always averages.
     """
     size = (size, size) if isinstance(size, int) else size
-    image = tf.ensure_shape(image, [None, None, 3])
+    image = tf.ensure_shape(image, [None, None, image.shape[-1]])
     if method == "bilinear" and not antialias:
         # The kernel is twice as fast on float32; for large images the copy costs as much.
         image = tf.cond(
@@ -107,28 +113,35 @@ def resize_small(image, size, method="area", antialias=False, published=False):
 
 
 def central_crop(image, size):
-    """Crops the central window of `size` x `size` pixels."""
-    top, left = tf.unstack((tf.shape(image)[:2] - size) // 2)
-    return _window(image, top, left, size)
+    """Crops the central window of `size`, the side of a square or (H, W)."""
+    sides = sizes.pair(size)
+    top, left = tf.unstack((tf.shape(image)[:2] - sides) // 2)
+    return _window(image, top, left, sides)
 
 
 def random_crop(image, key, size, pad=0):
-    """Pads with `pad` black pixels on all sides, and crops a random window of `size` x `size`."""
+    """Pads with `pad` black pixels on all sides, and crops a random window of `size`.
+
+    `size` is the side of a square, or (H, W).
+    """
+    sides = sizes.pair(size)
     image = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]])
-    room = tf.shape(image)[:2] - size
+    room = tf.shape(image)[:2] - sides
     top, left = tf.unstack(
         tf.cast(tf.random.stateless_uniform([2], key) * tf.cast(room + 1, tf.float32), tf.int32)
     )
-    return _window(image, top, left, size)
+    return _window(image, top, left, sides)
 
 
-def _window(image, top, left, size):
-    shape = tf.shape(image)
+def _window(image, top, left, sides):
+    shape, (height, width) = tf.shape(image), sides
     assertion = tf.debugging.Assert(
-        (top >= 0) & (left >= 0), ["a crop of", size, "pixels from an image of", shape[:2]]
+        (top >= 0) & (left >= 0),
+        ["a crop of", sizes.text(sides), "pixels from an image of", shape[:2]],
     )
     with tf.control_dependencies([assertion]):
-        return tf.ensure_shape(image[top : top + size, left : left + size], [size, size, 3])
+        window = image[top : top + height, left : left + width]
+        return tf.ensure_shape(window, [height, width, image.shape[-1]])
 
 
 def flip_lr(image, key):
@@ -142,7 +155,7 @@ def random_affine(image, key, degrees=0.0, translate=0.0, scale=0.0, shear=0.0):
     """Applies a small random affine map around the image's center; bilinear, black outside.
 
     Args:
-      image: (H, W, 3) uint8.
+      image: (H, W, channels) uint8.
       key: stateless key.
       degrees: the rotation is uniform in +-degrees.
       translate: the shift along each axis is uniform in +-translate pixels.
@@ -178,7 +191,7 @@ def random_erasing(
     """Erases a random rectangle in some images (Zhong et al., 2020).
 
     Args:
-      image: (H, W, 3) uint8.
+      image: (H, W, channels) uint8.
       key: stateless key.
       prob: probability that a rectangle is erased.
       min_area: smallest area of the rectangle, as a share of the image; the area is uniform.
@@ -218,9 +231,9 @@ def permute_patches(image, size, patch_size, seed=0):
     """Shuffles the patches, and the pixels within patches, the same way in all images.
 
     Args:
-      image: (H, W, 3) uint8 of size `size`.
+      image: (H, W, channels) uint8 of size `size`.
       size: side of a square, or (H, W).
-      patch_size: P, pixels.
+      patch_size: P, pixels: side of a square, or its height and width.
       seed: seed; `size`, `patch_size` and `seed` determine the permutations.
     """
     sides = (size, size) if isinstance(size, int) else size
@@ -234,8 +247,9 @@ def permute_pixels(image, size, seed=0):
 
 
 def _reorder(image, sides, order):
-    image = tf.ensure_shape(image, [*sides, 3])
-    return tf.reshape(tf.gather(tf.reshape(image, [-1, 3]), order), [*sides, 3])
+    shape = [*sides, image.shape[-1]]
+    pixels = tf.reshape(tf.ensure_shape(image, shape), [-1, image.shape[-1]])
+    return tf.reshape(tf.gather(pixels, order), shape)
 
 
 def value_range(image, low=-1.0, high=1.0):
@@ -270,12 +284,14 @@ def make_preprocess(spec: str | Specification, image_size: tuple[int, int]) -> C
 
     Returns:
       A function (example, key (2,) int64) -> example. An example is a dict. Its "image" is encoded
-      bytes before, and (H, W, 3) uint8 (float32 after `value_range`) afterwards.
+      bytes or pixels before, and (H, W, channels) uint8 (float32 after `value_range`) afterwards.
 
     Raises:
       UserError: as in `spec.parse`.
     """
-    calls = [(call, call.op.host_function) for call in parse(spec, image_size).calls]
+    spec = parse(spec, image_size)
+    calls = [(call, call.op.host_function) for call in spec.calls]
+    shape = [*image_size, spec.channels]
 
     @tf.autograph.experimental.do_not_convert  # the loop is Python that builds the graph
     def preprocess(example, key):
@@ -288,7 +304,7 @@ def make_preprocess(spec: str | Specification, image_size: tuple[int, int]) -> C
                 example = function(example, **arguments)
             else:
                 example = {**example, "image": function(example["image"], **arguments)}
-        return {**example, "image": tf.ensure_shape(example["image"], [*image_size, 3])}
+        return {**example, "image": tf.ensure_shape(example["image"], shape)}
 
     return preprocess
 

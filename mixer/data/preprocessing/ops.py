@@ -10,8 +10,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from mixer.sizes import RGB_CHANNELS
+
 MOST_SIDE = 8192  # pixels; a square image of this side takes 0.8 GB as float32
 MOST_PADDING = 1024
+MOST_CHANNELS = 1024
 MAX_CLASSES = 1 << 20
 
 
@@ -84,7 +87,7 @@ class Kind(enum.Enum):
     """The kinds of ops that other rules of a specification distinguish."""
 
     DECODING = "takes the bytes of the file; the first op must be of this kind"
-    WINDOW = "cuts out a square, which must fit into the image"
+    WINDOW = "cuts out a window, which must fit into the image"
     PERMUTATION = "reorders the pixels of images of one size"
     POLICY = "draws from many operations, which is expensive"
     RANGE = "converts the pixels to floats; must be the last op on the image"
@@ -106,6 +109,7 @@ class Op:
       device: module with the device's function. It takes a batch of images, the `keys` if the op is
         random, and the same arguments. None: the op always runs on the host.
       ascending: two arguments, the first of which must not be larger than the second.
+      needs_rgb: whether the op is only for images with 3 channels.
     """
 
     name: str
@@ -115,6 +119,7 @@ class Op:
     host: str = "host"
     device: str | None = None
     ascending: tuple[str, str] | None = None
+    needs_rgb: bool = False
 
     @property
     def signature(self) -> inspect.Signature:
@@ -142,26 +147,28 @@ _SIZES = {"size": (_SIDES, REQUIRED)}
 _AREAS = ("min_area", "max_area")
 _PUBLISHED = {"published": (_FLAG, False)}
 _RESIZING = {"antialias": (_FLAG, False)} | _PUBLISHED
+_CHANNELS = {"channels": (_integer(1, MOST_CHANNELS), RGB_CHANNELS)}
 
 OPS = {
     op.name: op
     for op in (
-        Op("decode", {"dct": (_DCT, "fast")}, Kind.DECODING, host="decoding"),
+        Op("decode", {"dct": (_DCT, "fast")} | _CHANNELS, Kind.DECODING, host="decoding"),
         Op(
             "inception_crop",
             _SIZES
             | {"min_area": (_AREA, 0.05), "max_area": (_AREA, 1.0), "dct": (_DCT, "fast")}
-            | _PUBLISHED,
+            | _PUBLISHED
+            | _CHANNELS,
             Kind.DECODING,
             random=True,
             ascending=_AREAS,
         ),
         Op("resize", _SIZES | {"method": (_METHOD, "bilinear")} | _RESIZING),
         Op("resize_small", _SIZE | {"method": (_METHOD, "area")} | _RESIZING),
-        Op("central_crop", _SIZE, Kind.WINDOW, device="device"),
+        Op("central_crop", _SIZES, Kind.WINDOW, device="device"),
         Op(
             "random_crop",
-            _SIZE | {"pad": (_integer(0, MOST_PADDING), 0)},
+            _SIZES | {"pad": (_integer(0, MOST_PADDING), 0)},
             Kind.WINDOW,
             random=True,
             device="device",
@@ -189,6 +196,7 @@ OPS = {
             random=True,
             host="randaugment",
             device="device_policies",
+            needs_rgb=True,
         ),
         Op(
             "autoaugment_cifar",
@@ -196,6 +204,7 @@ OPS = {
             random=True,
             host="autoaugment",
             device="device_policies",
+            needs_rgb=True,
         ),
         Op(
             "random_erasing",
@@ -212,7 +221,7 @@ OPS = {
         ),
         Op(
             "permute_patches",
-            _SIZES | {"patch_size": (_SIDE, REQUIRED), "seed": (_SEED, 0)},
+            _SIZES | {"patch_size": (_SIDES, REQUIRED), "seed": (_SEED, 0)},
             Kind.PERMUTATION,
             device="device",
         ),

@@ -7,6 +7,8 @@ guarantees that for the integers of PCG64, but not for `Generator.permutation`.
 
 import numpy as np
 
+from mixer import sizes
+
 KINDS = ("patches", "pixels")
 
 
@@ -35,7 +37,7 @@ def pixel_order(image_size: tuple[int, int], *, seed: int, share: float = 1.0) -
 
 def patch_order(
     image_size: tuple[int, int],
-    patch_size: int,
+    patch_size: sizes.Size,
     *,
     seed: int,
     share: float = 1.0,
@@ -48,15 +50,17 @@ def patch_order(
     Raises:
       ValueError: the patch size does not divide the image.
     """
-    height, width = image_size
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"patches of {patch_size} pixels do not divide {height} x {width}")
-    rows, columns = height // patch_size, width // patch_size
-    places = np.arange(height * width).reshape(rows, patch_size, columns, patch_size)
-    places = places.transpose(0, 2, 1, 3).reshape(rows * columns, patch_size**2)  # (S, P^2)
+    (height, width), (patch_height, patch_width) = image_size, sizes.pair(patch_size)
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"patches of {sizes.text(patch_size)} pixels do not divide {height} x {width}"
+        )
+    rows, columns = height // patch_height, width // patch_width
+    places = np.arange(height * width).reshape(rows, patch_height, columns, patch_width)
+    places = places.transpose(0, 2, 1, 3).reshape(rows * columns, -1)  # (S, P^2)
     moved = places[shuffled(rows * columns, seed=seed, share=share)]
     if shuffle_within:
-        moved = moved[:, shuffled(patch_size**2, seed=seed, stream=1)]
+        moved = moved[:, shuffled(patch_height * patch_width, seed=seed, stream=1)]
     order = np.empty(height * width, np.int64)
     order[places] = moved
     return order

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 from typing import Any
 
+from mixer import sizes
 from mixer.data.preprocessing.ops import OPS, Kind, Op
 from mixer.errors import UserError, check_choice
 
@@ -64,6 +65,11 @@ class Specification:
         return _check_sizes(self.calls)
 
     @property
+    def channels(self) -> int | None:
+        """Number of channels of the images; None for a part without the op that decodes them."""
+        return self.calls[0].arguments.get("channels") if self.calls else None
+
+    @property
     def parts(self) -> "Parts":
         """The part for the host, and the part that a device can compute after it.
 
@@ -108,23 +114,28 @@ class Parts:
 
 
 def parse(
-    spec: str | Specification, image_size: tuple[int | None, int | None] = (None, None)
+    spec: str | Specification,
+    image_size: tuple[int | None, int | None] = (None, None),
+    *,
+    channels: int | None = None,
 ) -> Specification:
     """Parses the text of a specification such as "decode|random_crop(32, pad=4)|flip_lr".
 
     Args:
-      spec: the text; for a parsed specification, only `image_size` is checked.
+      spec: the text; for a parsed specification, only `image_size` and `channels` are checked.
       image_size: required (H, W) of the preprocessed images; None: any.
+      channels: required number of channels of the images; None: any.
 
     Raises:
-      UserError: an op is unknown, an argument is invalid, the order of ops is invalid, or images
-        have another size.
+      UserError: an op is unknown, an argument is invalid, the order of ops is invalid, an op needs
+        RGB images, or images have another size or another number of channels.
     """
     if isinstance(spec, str):
         try:
             calls = tuple(_make_call(text, place) for place, text in enumerate(spec.split("|")))
             _check_order(calls)
             _check_sizes(calls)
+            _check_channels(calls)
         except ValueError as error:
             raise UserError(f"preprocessing {spec!r}: {error}") from None
         spec = Specification(calls)
@@ -135,7 +146,31 @@ def parse(
             f"preprocessing {str(spec)!r} produces images of {output_size[0]} x {output_size[1]}; "
             f"expected image_size={height if height == width else image_size}"
         )
+    if channels not in (None, spec.channels):
+        raise UserError(
+            f"preprocessing {str(spec)!r} produces images of {spec.channels} channel(s); expected "
+            f"model.in_channels={channels}"
+        )
     return spec
+
+
+def with_channels(spec: str, channels: int) -> str:
+    """Returns a specification whose images have `channels` channels, as its decoding op says.
+
+    A text that gives the op's argument `channels` itself, an empty text, and a text for the default
+    of 3 channels (RGB) do not change.
+
+    Raises:
+      UserError: as in `parse`.
+    """
+    if not spec or channels == sizes.RGB_CHANNELS:
+        return spec
+    first, *others = parse(spec).calls
+    call = _parse_text(first.text)
+    if len(call.args) == len(first.arguments) or any(w.arg == "channels" for w in call.keywords):
+        return spec
+    call.keywords.append(ast.keyword("channels", ast.Constant(channels)))
+    return str(parse("|".join([ast.unparse(call), *(other.text for other in others)])))
 
 
 def pixel_range(preprocess: str | None) -> tuple[float, float]:
@@ -229,6 +264,16 @@ def _check_order(calls: tuple[Call, ...]) -> None:
         raise ValueError("no image op may follow value_range")
 
 
+def _check_channels(calls: tuple[Call, ...]) -> None:
+    channels = calls[0].arguments["channels"]
+    for call in calls:
+        if call.op.needs_rgb and channels != sizes.RGB_CHANNELS:
+            raise ValueError(
+                f"{call.op.name} needs RGB images; the images have {channels} channel(s), as in "
+                f"model.in_channels={channels}"
+            )
+
+
 def _check_sizes(calls: tuple[Call, ...]) -> tuple[int, int] | None:
     """Returns (H, W) of the images after the calls; None if it depends on the images.
 
@@ -240,19 +285,26 @@ def _check_sizes(calls: tuple[Call, ...]) -> tuple[int, int] | None:
         name, size = call.op.name, call.arguments.get("size")
         if size is None:
             continue
-        sides = (size, size) if isinstance(size, int) else tuple(size)
+        sides = sizes.pair(size)
         if call.op.kind is Kind.WINDOW:
-            room = short_side and short_side + 2 * call.arguments.get("pad", 0)
-            if room and size > room:
+            padding = 2 * call.arguments.get("pad", 0)
+            if short_side and min(sides) > short_side + padding:
+                room = short_side + padding
                 raise ValueError(f"{name}: size={size} is larger than the image, {room} pixels")
+            if image_size and any(
+                side > room + padding for side, room in zip(sides, image_size, strict=True)
+            ):
+                room = " x ".join(str(side + padding) for side in image_size)
+                raise ValueError(f"{name}: size={size} is larger than the image, {room}")
         if call.op.kind is Kind.PERMUTATION and image_size not in (None, sides):
             raise ValueError(
                 f"{name}: size={size} differs from the image, {image_size[0]} x {image_size[1]}"
             )
         patch_size = call.arguments.get("patch_size", 1)
-        if any(side % patch_size for side in sides):
+        if any(side % patch for side, patch in zip(sides, sizes.pair(patch_size), strict=True)):
             raise ValueError(
-                f"{name}: patches of {patch_size} pixels do not divide {sides[0]} x {sides[1]}"
+                f"{name}: patches of {sizes.text(patch_size)} pixels do not divide {sides[0]} x "
+                f"{sides[1]}"
             )
         image_size, short_side = (None if name == "resize_small" else sides), min(sides)
     return image_size

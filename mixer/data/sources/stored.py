@@ -55,7 +55,8 @@ class Source:
       fingerprint: a hash that changes when the examples or their labels change.
       example_id: maps a number to the name that messages and exclusion lists use.
       load: graph function from an example's number, or from its record if there are `files`, to the
-        example: {"image": encoded bytes, "label": () int32} or, with `max_labels`,
+        example: {"image": encoded bytes, or (H, W, `channels`) uint8 if the data set stores arrays,
+        "label": () int32} or, with `max_labels`,
         {"image", "label": (M,) int32 padded with -1, "label_weight": (M,) float32}.
       files: (path, first record, number of records) of each stored file, if records can only be
         read sequentially; empty if any example can be loaded by its number.
@@ -66,6 +67,7 @@ class Source:
       count_classes: maps numbers to how many of them have each class, (C,) int64; None if labels
         are stored with the images.
       stored: maps numbers to the files that hold them.
+      channels: number of channels of images that are stored as arrays; None for encoded images.
     """
 
     name: str
@@ -80,15 +82,17 @@ class Source:
     faults: Mapping[int, str] = dataclasses.field(default_factory=dict)
     count_classes: Callable[[np.ndarray], np.ndarray] | None = None
     stored: Callable[[np.ndarray], folder_lib.StoredFiles] | None = None
+    channels: int | None = None
 
     @property
-    def example_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def example_spec(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         """The arrays that `load` returns: name -> (shape, dtype)."""
+        image = ((), "string") if self.channels is None else ((None, None, self.channels), "uint8")
         if self.max_labels is None:
-            return {"image": ((), "string"), "label": ((), "int32")}
+            return {"image": image, "label": ((), "int32")}
         shape = (self.max_labels,)
         return {
-            "image": ((), "string"),
+            "image": image,
             "label": (shape, "int32"),
             "label_weight": (shape, "float32"),
         }
@@ -304,7 +308,7 @@ class _Parser:
     """Parses only the required features from the records of a TFDS data set.
 
     Attributes:
-      features: the required features, as TFDS deserializes them; images stay encoded.
+      features: the required features, as TFDS deserializes them; images stay encoded, if they are.
       image_key, label_key: names of the image and the label.
       derived: the computed label; None if the label is stored.
       scale: factor for the pixel values; None: unchanged.
@@ -332,8 +336,9 @@ class _Parser:
         return tuple((feature.feature if self.has_several else feature).names)
 
     def parse(self, record: tf.Tensor) -> Example:
-        """Returns the image's encoded bytes, and its label () or labels (n,), int32."""
-        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        """Returns the image's encoded bytes or array, and its label () or labels (n,), int32."""
+        is_encoded = isinstance(self.features[self.image_key], tfds.features.Image)
+        decoders = {self.image_key: tfds.decode.SkipDecoding()} if is_encoded else {}
         example = self.features.deserialize_example(record, decoders=decoders)
         label = self.derived.compute(example) if self.derived else example[self.label_key]
         image = example[self.image_key]
@@ -425,6 +430,7 @@ def tfds_source(
         stored=lambda indices: folder_lib.StoredFiles(
             epath.Path(builder.data_dir), shards, None, len(parser.class_names)
         ),
+        channels=_array_channels(info.features[image_key]),
     )
     num_bytes, num_examples = (
         sum(getattr(info.splits[split], field) for split in info.splits)
@@ -491,13 +497,24 @@ def _check_keys(builder: tfds.core.DatasetBuilder, image_key: str, label_key: st
     choices += [
         key for key, derived in labels_lib.DERIVED.items() if derived.dataset == builder.name
     ]
-    is_image = isinstance(features.get(image_key), tfds.features.Image)
-    if not is_image or label_key not in choices:
+    image = features.get(image_key)
+    is_array = type(image) is tfds.features.Tensor and len(image.shape) == 3
+    if is_array and (image.np_dtype != np.uint8 or image.shape[-1] is None):
+        raise UserError(
+            f"dataset {builder.name!r}: {image_key!r} has arrays of {image.np_dtype} and shape "
+            f"{image.shape}; expected uint8 (H, W, channels)"
+        )
+    if not (is_array or isinstance(image, tfds.features.Image)) or label_key not in choices:
         raise UserError(
             f"dataset {builder.name!r} has no image {image_key!r} with label {label_key!r}; "
             f"expected one of these in dataset.label_key: {', '.join(choices) or 'none'}."
             f"{nearest(label_key, choices)}"
         )
+
+
+def _array_channels(feature: tfds.features.FeatureConnector) -> int | None:
+    """Returns the number of channels of images that are stored as arrays; None: encoded images."""
+    return None if isinstance(feature, tfds.features.Image) else feature.shape[-1]
 
 
 def _is_label(feature) -> bool:

@@ -10,17 +10,22 @@ SPLITS = {"train": 2048, "validation": 256, "test": 256}
 PATTERN_SIDE = 4
 
 
-def make_images(ids: np.ndarray, labels: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Draws the images of examples `ids` (n,) with classes `labels` (n,): (n, H, W, 3) uint8."""
-    height, width = image_size
+def make_images(
+    ids: np.ndarray, labels: np.ndarray, image_shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Draws the images of examples `ids` (n,) with classes `labels` (n,), uint8.
+
+    `image_shape` is (H, W, channels); the result is (n, H, W, channels).
+    """
+    height, width, channels = image_shape
     rows = np.arange(height) * PATTERN_SIDE // height
     columns = np.arange(width) * PATTERN_SIDE // width
-    images = np.empty((len(ids), height, width, 3), np.uint8)
+    images = np.empty((len(ids), *image_shape), np.uint8)
     for image, example, label in zip(images, ids, labels, strict=True):
         coarse = np.random.default_rng([0, int(label)]).integers(
-            32, 224, (PATTERN_SIDE, PATTERN_SIDE, 3)
+            32, 224, (PATTERN_SIDE, PATTERN_SIDE, channels)
         )
-        noise = np.random.default_rng([1, int(example)]).integers(-32, 32, (height, width, 3))
+        noise = np.random.default_rng([1, int(example)]).integers(-32, 32, image_shape)
         image[:] = coarse[rows][:, columns] + noise
     return images
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from mixer.models.registry import ARCHITECTURES
+from mixer.sizes import Size
 
 # The reference recipe's model for CIFAR-10: github.com/omihub777/MLP-Mixer-CIFAR,
 # configs/cifar10.py.
@@ -28,7 +29,7 @@ class Case:
         logits).
       model: name of the model.
       dimensions: fields of the model for `make_model`.
-      image_size: side in pixels.
+      image_size: size in pixels.
       num_classes: number of classes.
       batch_size: images per device; they are on the device as uint8.
       dtype: dtype of the computation, "float32" or "bfloat16"; trained parameters are float32.
@@ -38,7 +39,7 @@ class Case:
     measurement: str
     model: str
     dimensions: Mapping[str, int]
-    image_size: int
+    image_size: Size
     num_classes: int
     batch_size: int
     dtype: str

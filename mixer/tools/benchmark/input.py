@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 from ml_collections import ConfigDict
 
+from mixer import sizes
 from mixer.console import Console
 from mixer.data.order import Reading
 from mixer.data.preprocessing import device as augment
@@ -199,7 +200,7 @@ def _show_feeds(
 
 def measure_rates(
     specs: dict[str, str],
-    image_size: int,
+    image_size: sizes.Size,
     on_device: dict[str, Callable[[], turns.Program]],
     *,
     step_batch_size: int,
@@ -213,7 +214,7 @@ def measure_rates(
 
     Args:
       specs: preprocessing by name; "training" is the config's.
-      image_size: side in pixels after the preprocessing.
+      image_size: size in pixels after the preprocessing.
       on_device: functions that make STEP and DEVICE_PART, as far as they are measured.
       step_batch_size: images per device and step.
       seconds: duration of a turn.
@@ -228,7 +229,7 @@ def measure_rates(
     from mixer.data.sources import stored as sources
     from mixer.data.stored_split import make_split
 
-    size = (image_size, image_size)
+    size = sizes.pair(image_size)
     with tempfile.TemporaryDirectory(prefix="mixer_benchmark_") as root:
         stored = photographs.size_for(image_size)
         mean_bytes = photographs.write(Path(root) / "train" / "photograph", stored)
@@ -272,31 +273,36 @@ def _open_stream(split: Split, busy: list[float]) -> Stream:
 
 
 @jax_side.convert_device_errors()
-def device_part(spec: str, image_size: int, batch_size: int) -> jax_side.JaxProgram:
+def device_part(spec: str, image_size: sizes.Size, batch_size: int) -> jax_side.JaxProgram:
     """Prepares the ops of `spec` that a device can compute, on one device.
 
     The images already have the final size.
     """
-    ops = augment.make_augment(parse(spec), (image_size, image_size))
+    parsed, size = parse(spec), sizes.pair(image_size)
+    ops = augment.make_augment(parsed, size)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
+    images = rng.integers(0, 256, (batch_size, *size, parsed.channels), np.uint8)
     keys = rng.integers(0, 1 << 32, (batch_size, 4), np.uint32)
     images, keys = jax.device_put((images, keys), jax.local_devices()[0])
     return jax_side.compile_call(jax.jit(ops), images, keys, devices=1)
 
 
-def training_step(model: nn.Module, image_size: int, batch_size: int) -> jax_side.JaxProgram:
+def training_step(model: nn.Module, image_size: sizes.Size, batch_size: int) -> jax_side.JaxProgram:
     """Prepares the training of a model on all devices.
 
     Args:
       model: model of the config.
-      image_size: side in pixels.
+      image_size: size in pixels.
       batch_size: images per device.
     """
     case = cases.Case(
         measurement="train",
         model="",
-        dimensions={"name": architecture_of(model).name, **dimensions(model)},
+        dimensions={
+            "name": architecture_of(model).name,
+            "in_channels": model.in_channels,
+            **dimensions(model),
+        },
         image_size=image_size,
         num_classes=model.num_classes,
         batch_size=batch_size,
@@ -323,9 +329,9 @@ def sufficiency(input_rate: float, step_rate: float, devices: int) -> dict[str, 
     return {"devices": num_fed, "wait_share": max(0.0, 1 - num_fed / devices)}
 
 
-def evaluation_rate(model: nn.Module, image_size: int, step_rate: float) -> float:
+def evaluation_rate(model: nn.Module, image_size: sizes.Size, step_rate: float) -> float:
     """Estimates images/s of a device in evaluation: forward pass at the FLOP/s of training."""
-    size = (image_size, image_size)
+    size = sizes.pair(image_size)
     return step_rate * flops.train_flops(model, size) / flops.forward_flops(model, size)
 
 

@@ -14,7 +14,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from mixer import memory
+from mixer import memory, sizes
 from mixer.errors import first_line
 from mixer.evaluation import throughput
 from mixer.models import layers
@@ -123,7 +123,7 @@ def make_plain(case: Case) -> plain.Mixer:
 
 def draw_params(case: Case) -> Any:
     """Draws initial parameters in NumPy, with a head that is not zero."""
-    shapes = param_shapes(make_mixer(case), (case.image_size, case.image_size))
+    shapes = param_shapes(make_mixer(case), sizes.pair(case.image_size))
     shapes = traverse_util.unflatten_dict(shapes, sep="/")
     rng = np.random.default_rng(0)
 
@@ -139,7 +139,8 @@ def draw_params(case: Case) -> Any:
 def _batch(case: Case, mesh: Mesh) -> dict[str, jax.Array]:
     rng = np.random.default_rng(1)
     count = case.batch_size * mesh.size
-    shape = (count, case.image_size, case.image_size, 3)
+    channels = make_mixer(case).in_channels
+    shape = (count, *sizes.pair(case.image_size), channels)
     batch = {
         "image": rng.integers(0, 256, shape, np.uint8),
         "label": rng.integers(0, case.num_classes, count, np.int32),

@@ -1,6 +1,7 @@
 """Measures training on device-resident images with a config, without creating a run."""
 
 import datetime
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mixer import memory
+from mixer import memory, sizes
 from mixer.data import resident
 from mixer.data.host_or_device import place
 from mixer.data.preprocessing.device import make_augment
@@ -76,7 +77,7 @@ def measure(
             makers | limit.makers(model.dtype), seconds=seconds, rounds=rounds, say=status.update
         )
     matmul = limit.take_figures(results)
-    per_image = flops.train_flops(model, (config.image_size, config.image_size))
+    per_image = flops.train_flops(model, sizes.pair(config.image_size))
     images = config.global_batch_size / results["loop"].devices
     loop = turns.as_json(results["loop"], images, per_image, matmul["limit"])
     figures = {
@@ -87,8 +88,8 @@ def measure(
         "total_steps": config.total_steps,
     }
     record.console.say(
-        f"training, {model.dtype}, {num_examples:,} images of {config.image_size} px on the "
-        f"device, batches of {config.global_batch_size}, {config.dataset.train_preprocess}"
+        f"training, {model.dtype}, {num_examples:,} images of {sizes.text(config.image_size)} px "
+        f"on the device, batches of {config.global_batch_size}, {config.dataset.train_preprocess}"
     )
     record.show(figures)
     if "failure" not in loop:
@@ -114,7 +115,7 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
       UserError: the images cannot stay on the device.
       ProgramError: the loop does not fit into memory.
     """
-    dataset, size = config.dataset, (config.image_size, config.image_size)
+    dataset, size = config.dataset, sizes.pair(config.image_size)
     spec = parse(dataset.train_preprocess) if dataset.train_preprocess else Specification()
     placement = place(
         spec,
@@ -134,10 +135,11 @@ def prepare(config: ConfigDict, num_examples: int) -> Loop:
     mesh = sharding.make_mesh(config.mesh)
     run.check_batch_size(config, mesh)
     steps = make_augment(spec, size) if placement.device else None
-    memory.check_room(3 * num_examples * size[0] * size[1], f"{num_examples:,} images")
+    shape = (num_examples, *size, config.model.in_channels)
+    memory.check_room(math.prod(shape), f"{num_examples:,} images")
     rng = np.random.default_rng(0)
     arrays = {
-        "image": rng.integers(0, 256, (num_examples, *size, 3), np.uint8),
+        "image": rng.integers(0, 256, shape, np.uint8),
         "label": rng.integers(0, config.model.num_classes, num_examples, np.int32),
     }
     if steps is not None:

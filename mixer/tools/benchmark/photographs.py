@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mixer import sizes
 from mixer.errors import UserError
 
 COUNT = 1024  # 110 MB, which fits into the page cache, so that the disk is not measured
@@ -13,9 +14,10 @@ IMAGENET_SIZE = (375, 500)  # (H, W), the most common size in ImageNet
 SMALL = 64  # pixels; data sets up to this image size are stored at that size
 
 
-def size_for(image_size: int) -> tuple[int, int]:
+def size_for(image_size: sizes.Size) -> tuple[int, int]:
     """Returns the size (H, W) of the photographs for a config's image size in pixels."""
-    return IMAGENET_SIZE if image_size > SMALL else (image_size, image_size)
+    size = sizes.pair(image_size)
+    return IMAGENET_SIZE if max(size) > SMALL else size
 
 
 def write(directory: Path, size: tuple[int, int]) -> float:

@@ -4,7 +4,6 @@ An architecture has one function here and one entry of `EMITTERS`. Dimensions in
 images (any number unless fixed), S tokens, C channels, D_S and D_C hidden units, P patch size.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,10 @@ import flax.linen as nn
 import numpy as np
 from onnx import NodeProto, helper
 
+from mixer import sizes
 from mixer.errors import UserError
 from mixer.models import mlp_mixer, registry
+from mixer.models.modules import patch_grid
 
 
 class Graph:
@@ -91,7 +92,7 @@ def build(
     Args:
       model: the model.
       weights: its weights by published names, float32.
-      image_size: (H, W); "images" is (b, H, W, 3) uint8.
+      image_size: (H, W); "images" is (b, H, W, channels) uint8.
       value_range: the model's input values for the pixel values 0 and 255.
       output: name of the output, "logits" or "pre_logits".
 
@@ -123,13 +124,12 @@ def emit_mixer(
 ) -> str:
     """Adds an MLP-Mixer (figure 1 of the paper); returns the name of its pre-logits (b, C)."""
     # Per-patch fully-connected.
-    patch_size = model.patch_size
-    rows, columns = (side // patch_size for side in image_size)
-    tiles = graph.reshape(
-        pixels, (rows, patch_size, columns, patch_size, 3), name="stem/patches/tiles"
-    )
+    (rows, columns), channels = patch_grid(image_size, model.patch_size), model.in_channels
+    height, width = sizes.pair(model.patch_size)
+    shape = (rows, height, columns, width, channels)
+    tiles = graph.reshape(pixels, shape, name="stem/patches/tiles")
     tiles = graph.node("Transpose", tiles, name="stem/patches/by_tile", perm=(0, 1, 3, 2, 4, 5))
-    size = math.prod((rows, columns)), 3 * patch_size**2
+    size = rows * columns, height * width * channels
     x = graph.dense(graph.reshape(tiles, size, name="stem/patches"), "stem")
     # L mixer layers.
     for i in range(model.num_blocks):

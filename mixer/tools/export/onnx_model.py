@@ -45,9 +45,9 @@ def write(
 ) -> list[Path]:
     """Writes an ONNX file, and its external data if the weights are large.
 
-    The model takes "images" (b, H, W, 3) uint8, RGB as decoded, maps them to the range that the
-    model was trained on, and returns `output` in float32. All files are complete before the first
-    is renamed to its final name.
+    The model takes "images" (b, H, W, channels) uint8, as decoded (RGB or grey), maps them to the
+    range that the model was trained on, and returns `output` in float32. All files are complete
+    before the first is renamed to its final name.
 
     Args:
       loaded: a model that computes in float32, with its parameters and its card.
@@ -122,8 +122,9 @@ def _make_model(
     batch_size: int | None,
 ) -> ModelProto:
     card, b = loaded.card, "b" if batch_size is None else batch_size
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8, (b, *card.image_size, 3))
-    pixels = jax.ShapeDtypeStruct((1, *card.image_size, 3), np.float32)
+    shape = (*card.image_size, card.in_channels)
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, (b, *shape))
+    pixels = jax.ShapeDtypeStruct((1, *shape), np.float32)
     _, out = jax.eval_shape(loaded.model.apply, {"params": loaded.params}, pixels)
     _, width = out[output].shape
     result = helper.make_tensor_value_info(output, TensorProto.FLOAT, (b, width))

@@ -102,8 +102,8 @@ def make_program(
 ) -> export.Exported:
     """Traces the model for `platforms`, none of which has to be available.
 
-    The program takes images (b, H, W, 3) uint8, RGB as decoded, maps them to the range that the
-    model was trained on, and returns `output` in float32.
+    The program takes images (b, H, W, channels) uint8, as decoded (RGB or grey), maps them to the
+    range that the model was trained on, and returns `output` in float32.
 
     Args:
       loaded: the model and its card.
@@ -126,7 +126,7 @@ def make_program(
         return loaded.model.apply({"params": params}, pixels)[1][output]
 
     b = export.symbolic_shape("b")[0] if batch_size is None else batch_size
-    images = jax.ShapeDtypeStruct((b, *loaded.card.image_size, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((b, *loaded.card.image_size, loaded.card.in_channels), jnp.uint8)
     if weights == "beside":
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
         return export.export(jax.jit(forward), platforms=platforms)(shapes, images)

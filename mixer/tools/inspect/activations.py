@@ -11,7 +11,9 @@ import numpy as np
 from flax import traverse_util
 
 from mixer.evaluation import classification
+from mixer.models.modules import patch_grid
 from mixer.models.registry import architecture_of
+from mixer.sizes import RGB_CHANNELS
 from mixer.training.step import normalize
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -80,16 +82,22 @@ def stem_filters(kernel: np.ndarray) -> np.ndarray:
     """Returns the stem's filters as pictures, largest Euclidean norm first.
 
     Args:
-      kernel: (P, P, 3, C).
+      kernel: (P, P, channels, C).
 
     Returns:
-      (C, P, P, 3) in 0..1. Each filter is divided by its largest absolute weight; grey is 0.
+      (C, P, P, 3) in 0..1. Each filter is divided by its largest absolute weight; grey is 0. If the
+      images are not RGB, the channels of a filter are grey pictures side by side, and the result is
+      (C, P, channels * P, 3).
     """
     filters = np.moveaxis(np.asarray(kernel, np.float32), 3, 0)
     order = np.argsort(-np.sum(filters**2, axis=(1, 2, 3)), kind="stable")
     filters = filters[order]
     largest = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
-    return 0.5 + 0.5 * filters / np.maximum(largest, np.finfo(np.float32).tiny)
+    filters = 0.5 + 0.5 * filters / np.maximum(largest, np.finfo(np.float32).tiny)
+    if filters.shape[-1] == RGB_CHANNELS:
+        return filters
+    pictures = np.moveaxis(filters, 3, 2).reshape(*filters.shape[:2], -1, 1)  # C, P, channels * P
+    return np.repeat(pictures, 3, axis=-1)
 
 
 def pair_units(kernel: np.ndarray, grid: tuple[int, int]) -> Units:
@@ -162,7 +170,7 @@ def activations(
     Args:
       model: the model.
       params: parameters of the model.
-      images: (n, H, W, 3) preprocessed images: uint8, or floats in the model's input range.
+      images: (n, H, W, channels) preprocessed images: uint8, or floats in the model's input range.
       batch_size: images per batch.
     """
     compute_sums = _make_compute_sums(model)
@@ -247,11 +255,11 @@ def attention_maps(
     Args:
       model: the model.
       params: parameters of the model.
-      images: (n, H, W, 3) preprocessed images: uint8, or floats in the model's input range.
+      images: (n, H, W, channels) preprocessed images: uint8, or floats in the model's input range.
       batch_size: images per batch.
     """
     architecture = architecture_of(model)
-    grid = tuple(side // model.patch_size for side in images.shape[1:3])
+    grid = patch_grid(images.shape[1:3], model.patch_size)
 
     @jax.jit
     def sum_maps(params: Any, images: jax.Array) -> list[jax.Array]:

@@ -64,6 +64,7 @@ def open_split(
         split_name,
         loaded.card.preprocess,
         image_size=loaded.card.image_size,
+        channels=loaded.card.in_channels,
         num_classes=loaded.card.num_classes or None,
         class_names=prediction.names_of(loaded.card),
     )
@@ -76,7 +77,7 @@ def open_split(
 
 
 def read_images(split: Split, indices: Sequence[int]) -> list[np.ndarray]:
-    """Reads the preprocessed images (H, W, 3) at the given indices of a split."""
+    """Reads the preprocessed images (H, W, channels) at the given indices of a split."""
     images = []
     for index in map(int, indices):
         batch = next(split.sequential_batches(start=index, stop=index + 1, batch_size=1))
@@ -85,14 +86,16 @@ def read_images(split: Split, indices: Sequence[int]) -> list[np.ndarray]:
 
 
 def read_first(split: Split, count: int) -> np.ndarray:
-    """Reads the first images (n, H, W, 3) of a split, whose order mixes the classes."""
+    """Reads the first images (n, H, W, channels) of a split, whose order mixes the classes."""
     stop = min(count, split.num_examples)
     batches = split.sequential_batches(start=0, stop=stop, batch_size=stop)
     return next(batches)["image"]
 
 
 def as_pixels(images: np.ndarray, preprocess: str | None) -> np.ndarray:
-    """Converts preprocessed images to uint8 pixels, including floats from `value_range`."""
+    """Converts RGB or grey images to RGB pixels, uint8, including floats from `value_range`."""
+    if images.shape[-1] == 1:
+        images = np.repeat(images, 3, axis=-1)
     if images.dtype == np.uint8:
         return images
     low, high = pixel_range(preprocess)

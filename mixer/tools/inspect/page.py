@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mixer import files, run_files
+from mixer import files, run_files, sizes
 from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation import classification, results, scores
@@ -215,6 +215,8 @@ def _stem(loaded: loading.Loaded, page: Page) -> str:
         "The stem's filters, largest norm first. Each filter is divided by its largest absolute "
         "weight; grey is 0."
     )
+    if loaded.card.in_channels != sizes.RGB_CHANNELS:
+        caption += " A filter's channels are side by side."
     return make_section("Stem", embed_picture(path, "the stem's filters as colour tiles", caption))
 
 
@@ -297,6 +299,9 @@ def _confusion(result: Classification, split: Split, page: Page) -> str:
 
 def _images(loaded: loading.Loaded, result: Classification, split: Split, page: Page) -> str:
     names, predictions = split.class_names, result.predictions
+    if loaded.card.in_channels not in (1, sizes.RGB_CHANNELS):
+        reason = f"they have {loaded.card.in_channels} channels"
+        return make_section("Images", page.missing("images", reason))
     parts = []
     for hit, file, title in (
         (True, "right.png", "correct guesses with the highest probability"),

@@ -23,7 +23,7 @@ def host_figures(subject: Subject, required_rate: float, checkpoint_bytes: int) 
       checkpoint_bytes: size of a checkpoint, a copy of which is written in the background.
     """
     dataset, topology = subject.config.dataset, subject.topology
-    pixels = 3 * subject.config.image_size**2
+    pixels = subject.model.in_channels * math.prod(subject.image_size)
     shuffle_bytes = 2 * dataset.shuffle_group_size * subject.image_bytes
     if subject.num_examples is not None:
         shuffle_bytes = min(shuffle_bytes, subject.num_examples * subject.image_bytes)
@@ -86,14 +86,15 @@ def _place_images(subject: Subject) -> Placement:
     spec = parse(text) if text else Specification()
 
     def measure() -> Sizes | None:
-        side = subject.stored_side if spec else config.image_size
-        image_size = spec.parts.host.image_size or (side and (side, side))
+        side = subject.stored_side
+        stored_size = (side and (side, side)) if spec else subject.image_size
+        image_size = spec.parts.host.image_size or stored_size
         if image_size is None or subject.num_examples is None:
             return None
         memory = min(topology.chip.memory, topology.chip.host_memory)
         return Sizes(
             image_size=image_size,
-            num_bytes=3 * math.prod(image_size) * subject.num_examples,
+            num_bytes=subject.model.in_channels * math.prod(image_size) * subject.num_examples,
             stored_bytes=subject.image_bytes * subject.num_examples,
             room_bytes=room(mode, memory),
         )

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from mixer import sizes
 from mixer.data.host_or_device import can_augment
 from mixer.data.preprocessing.spec import Specification, parse
 from mixer.formatting import duration, short
@@ -92,10 +93,11 @@ def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row
         )
     elif step.compiled:
         figures = f"measured on the compiled update ({step.compile_seconds:.0f} s to compile)"
-    sizes = f"{subject.config.image_size} px, {model.num_classes:,} classes, {model.dtype}"
+    image_size = sizes.text(subject.config.image_size)
+    figures = f"{image_size} px, {model.num_classes:,} classes, {model.dtype}"
     return [
         ("topology", f"{topology.name}: {topology.size} in {topology.num_hosts:,} host(s)"),
-        ("model", f"{subject.num_params:,} parameters, {sizes}"),
+        ("model", f"{subject.num_params:,} parameters, {figures}"),
         ("run", length),
         ("settings", str(step.settings)),
         ("figures", figures),

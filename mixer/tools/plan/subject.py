@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
+from mixer import sizes
 from mixer.data.sources import synthetic
 from mixer.errors import UserError
 from mixer.models.flops import layers
@@ -70,7 +71,7 @@ class Subject:
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) in pixels."""
-        return (self.config.image_size, self.config.image_size)
+        return sizes.pair(self.config.image_size)
 
     @property
     def num_params(self) -> int:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mixer.models import placement
 from mixer.models.flops import layers
+from mixer.models.modules import patch_grid
 from mixer.models.registry import architecture_of
 from mixer.parallel import sharding
 from mixer.runs import config as run
@@ -242,7 +243,7 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
     images = config.global_batch_size / (settings.data * settings.fsdp)  # per device
     microbatch = images / settings.accumulate_steps
 
-    tokens = math.prod(subject.image_size) // model.patch_size**2
+    tokens = math.prod(patch_grid(subject.image_size, model.patch_size))
     stream = tokens * model.hidden_dim * width
     hidden = architecture_of(model).hidden_values(model, subject.image_size)
     hidden *= width / settings.tensor
@@ -253,7 +254,7 @@ def estimate_step(subject: Subject, settings: Settings) -> Step:
         for table in (SAVED_COPIES, MOVED_COPIES)
     )
     activations = model.num_blocks * saved_bytes[settings.remat] + saved_bytes["working"]
-    pixels = 3 * math.prod(subject.image_size)
+    pixels = model.in_channels * math.prod(subject.image_size)
     # While a block computes, its gathered weights are in memory.
     gathered_bytes = params * settings.fsdp / model.num_blocks * (settings.fsdp > 1)
     temporary = microbatch * activations + 4 * images * pixels + params + gathered_bytes

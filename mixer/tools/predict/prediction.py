@@ -24,9 +24,11 @@ from rich.text import Text
 from mixer import files
 from mixer.data.imagenet import names as imagenet_names
 from mixer.data.preprocessing import images as image_files
+from mixer.data.preprocessing.spec import parse, with_channels
 from mixer.data.sources import folder
 from mixer.errors import UserError, check_choice, first_line, printable
 from mixer.models import layers, microbatches
+from mixer.sizes import RGB_CHANNELS
 from mixer.training.step import normalize
 from mixer.weights.card import Card
 from mixer.weights.load import Loaded
@@ -143,6 +145,8 @@ def predict(
     """
     card = loaded.card
     _check_request(card, preprocess, layer)
+    preprocess = with_channels(preprocess, card.in_channels)
+    parse(preprocess, card.image_size, channels=card.in_channels)
     batch_size = min(batch_size, len(images))
     compute = _make_compute(loaded.model, min(top, card.num_classes), layer)
     read = make_reader(preprocess, card.image_size)
@@ -151,7 +155,15 @@ def predict(
 
 
 def _check_request(card: Card, preprocess: str | None, layer: str | None) -> None:
-    """Raises UserError if preprocessing or layer are unknown, or classes need a missing head."""
+    """Raises UserError if preprocessing or layer are unknown, or classes need a missing head.
+
+    Image files have 1 or 3 channels; weights for another number of channels are an error too.
+    """
+    if card.in_channels not in (1, RGB_CHANNELS):
+        raise UserError(
+            f"{card.source} takes images of {card.in_channels} channels; image files have 1 (grey) "
+            "or 3 (RGB); apply the model to arrays with mixer.load"
+        )
     height, width = card.image_size
     if not preprocess:
         example = f"decode|resize(({height}, {width}))"
@@ -235,7 +247,7 @@ def _read_ahead(read: Callable, images: Iterable[str], count: int) -> Iterator:
 def make_reader(
     preprocess: str, image_size: tuple[int, int]
 ) -> Callable[[str], tuple[str, np.ndarray] | Unreadable]:
-    """Returns a thread-safe function `path -> (path, pixels (H, W, 3)) | Unreadable`.
+    """Returns a thread-safe function `path -> (path, pixels (H, W, channels)) | Unreadable`.
 
     Pixels are uint8 or float32. Files that `preprocessing.decoding.decode` accepts are preprocessed
     as they are; Pillow reads all others, and their pixels are preprocessed as a BMP file.
@@ -273,7 +285,7 @@ def make_reader(
         try:  # repeat eagerly, because the error message of a graph has no reason
             return path, pixels(picture).numpy()
         except tf.errors.OpError as error:
-            size = re.search(r"tensor input \[(\d+),(\d+),3\] is not compatible", str(error))
+            size = re.search(r"tensor input \[(\d+),(\d+),\d+\] is not compatible", str(error))
             if not size:
                 return Unreadable(path, first_line(error))
             height, width = image_size
