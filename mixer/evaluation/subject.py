@@ -252,7 +252,8 @@ def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
     """Returns the resolved config, with the dimensions of the weights."""
     config = config.copy_and_resolve_references()
     run.check_config(config)
-    config.model.update(card.dimensions, name=card.architecture)
+    with config.ignore_type():  # a patch size is an int or a tuple
+        config.model.update(card.dimensions, name=card.architecture)
     return run.resolve(config, initial=None)
 
 

@@ -236,13 +236,11 @@ def resolve(
     """
     config = config.copy_and_resolve_references()
     config.init_from = published.redact(config.init_from)  # saved configs must not hold secrets
-    for group, key in (
-        (config, "image_size"),
-        (config, "init_image_size"),
-        (config.model, "patch_size"),
-    ):
-        if group[key] is not None:
-            group[key] = sizes.shorten(group[key])
+    with config.ignore_type():  # a size is an int or a tuple
+        for key in ("image_size", "init_image_size"):
+            config[key] = config[key] and sizes.shorten(config[key])
+        patch_size = config.model.patch_size
+        config.model.patch_size = patch_size and sizes.shorten(patch_size)
     resolve_model(config, initial, saved_config)
     for key in ("train_preprocess", "eval_preprocess"):
         config.dataset[key] = with_channels(config.dataset[key], config.model.in_channels)

@@ -62,7 +62,7 @@ class Card:
     @property
     def in_channels(self) -> int:
         """Number of channels of the images."""
-        return self.dimensions["in_channels"]
+        return self.dimensions.get("in_channels", RGB_CHANNELS)
 
     @property
     def num_blocks(self) -> int:

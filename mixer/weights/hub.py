@@ -209,6 +209,8 @@ def _timm_resize(card: Card) -> dict[str, Any] | None:
             crop_mode, side = "center", size[0]
         case ["resize"]:
             crop_mode, side = "squash", size[0]
+        case [_, "central_crop"] if size[0] != size[1]:
+            return None
         case ["resize", "central_crop"] if isinstance(resize["size"], int):
             crop_mode, side = "squash", resize["size"]
         case ["resize_small", "central_crop"]:
