@@ -26,6 +26,7 @@ SHAPES = {
     "rectangle": (TINY | {"num_blocks": 1}, (16, 40), 2),
     "ones": (dict(patch_size=1, hidden_dim=1, num_blocks=1) | dict(tokens_mlp_dim=1), (1, 1), 1),
     "thin": (TINY | {"patch_size": 3, "hidden_dim": 5, "tokens_mlp_dim": 1}, (9, 3), 1),
+    "grey": (TINY | {"patch_size": (4, 8), "in_channels": 1}, (8, 24), 3),
     "many blocks": (TINY | {"num_blocks": 12, "hidden_dim": 4}, (8, 8), 3),
 }
 
@@ -37,9 +38,10 @@ def read(path):
 def make(name, gelu="tanh"):
     """Returns random weights without zeros, with every field of the card set."""
     dims, size, classes = SHAPES[name]
-    dims = {"channels_mlp_dim": 2} | dims
+    dims = {"channels_mlp_dim": 2, "in_channels": 3} | dims
     model = make_model(num_classes=classes, gelu=gelu, **dims)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
+    images = jnp.zeros((1, *size, model.in_channels))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     card = Card(

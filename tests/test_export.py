@@ -115,7 +115,7 @@ def test_program_with_separate_weights_runs_as_its_json_describes(
     assert description["inputs"]["weights"]["head/kernel"] == head
     assert description["output"] == {"shape": ["b", 7], "dtype": "float32"}
     assert description["jax"] == jax.__version__ and description["classes"] == list("abcdefg")
-    dims = {"patch_size": 8, "hidden_dim": 24, "num_blocks": 3}
+    dims = {"patch_size": 8, "in_channels": 3, "hidden_dim": 24, "num_blocks": 3}
     dims |= {"tokens_mlp_dim": 20, "channels_mlp_dim": 40}
     assert description["card"] == {
         "variant": None,

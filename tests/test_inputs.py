@@ -364,3 +364,20 @@ def test_multispectral_run_is_resumed_and_fine_tuned_at_another_aspect(name, tmp
     assert config.init_image_size == [8, 16]
     tuned = read(tmp_path / "tuned")
     assert tuned.card.image_size == (12, 8) and tuned.card.grid == (6, 2)
+
+
+@pytest.mark.slow
+def test_onnx_model_takes_images_of_any_shape(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
+    from mixer.tools.export import onnx_model
+
+    model = tiny()
+    params = traverse_util.unflatten_dict(draw_params(model), sep="/")
+    loaded = load.Loaded(model, params, make_card(model))
+    (path,) = onnx_model.write(loaded, tmp_path / "bands.onnx")
+    onnx.checker.check_model(str(path), full_check=True)
+    images = np.random.default_rng(1).integers(0, 256, (3, *SIZE, CHANNELS), np.uint8)
+    (logits,) = ort.InferenceSession(str(path)).run(["logits"], {"images": images})
+    expected, _ = model.apply({"params": params}, images.astype(np.float32) / 127.5 - 1)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)

@@ -94,10 +94,10 @@ def _subject_rows(subject: Subject, step: Step, run: dict[str, Any]) -> list[Row
     elif step.compiled:
         figures = f"measured on the compiled update ({step.compile_seconds:.0f} s to compile)"
     image_size = sizes.text(subject.config.image_size)
-    figures = f"{image_size} px, {model.num_classes:,} classes, {model.dtype}"
+    inputs = f"{image_size} px, {model.num_classes:,} classes, {model.dtype}"
     return [
         ("topology", f"{topology.name}: {topology.size} in {topology.num_hosts:,} host(s)"),
-        ("model", f"{subject.num_params:,} parameters, {figures}"),
+        ("model", f"{subject.num_params:,} parameters, {inputs}"),
         ("run", length),
         ("settings", str(step.settings)),
         ("figures", figures),
