@@ -69,7 +69,7 @@ def map_images(model: nn.Module, function: Callable[[jax.Array], Any], images: j
     Args:
       model: the model that `function` applies.
       function: maps images to a tree of arrays (N, ...); row i depends only on image i.
-      images: (N, H, W, 3).
+      images: (N, H, W, channels).
     """
     count = best_count(model, images.shape)
     if count == 1:

@@ -242,8 +242,7 @@ def resolve(
         patch_size = config.model.patch_size
         config.model.patch_size = patch_size and sizes.shorten(patch_size)
     resolve_model(config, initial, saved_config)
-    for key in ("train_preprocess", "eval_preprocess"):
-        config.dataset[key] = with_channels(config.dataset[key], config.model.in_channels)
+    resolve_channels(config)
     resolve_permutation(config)
     if saved_config:
         for key in run_data.SPLIT_KEYS:
@@ -316,6 +315,12 @@ def resolve_model(
     if len(dims) == len(keys):
         new_dims = grown_dimensions(architecture, dims, old_size, new_size)
         model.update({key: new_dims[key] for key in keys if new_dims[key] != dims[key]})
+
+
+def resolve_channels(config: ConfigDict) -> None:
+    """Makes both preprocessings decode images to `model.in_channels` channels."""
+    for key in ("train_preprocess", "eval_preprocess"):
+        config.dataset[key] = with_channels(config.dataset[key], config.model.in_channels)
 
 
 def resolve_permutation(config: ConfigDict) -> None:

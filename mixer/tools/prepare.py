@@ -170,6 +170,7 @@ def check(config, output: str) -> None:
     from mixer.console import Console, ProgressBar
     from mixer.data import splits as pipeline
     from mixer.data.stored_split import make_split
+    from mixer.runs import config as run
 
     if config.dataset.name == "synthetic":
         raise UserError("synthetic data has no images to check")
@@ -177,6 +178,8 @@ def check(config, output: str) -> None:
     faults: dict[str, str] = {}
     num_images = 0
     files.check_output("--output", output)
+    run.check_config(config)
+    run.resolve_channels(config)
     # Check everything except the images first, because reading all images can take hours.
     with contextlib.suppress(pipeline.Unusable):
         _open_as_training(config)
@@ -213,10 +216,8 @@ def check(config, output: str) -> None:
 
 def _open_as_training(config) -> Any:
     """Opens the splits of a config; raises UserError if training with it would."""
-    from mixer.runs import config as run
     from mixer.runs import data as run_data
 
-    run.check_config(config)
     splits = run_data.open_splits(config, None)
     if config.model.num_classes is not None:
         run_data.check_classes(config, splits.train.class_names)

@@ -42,7 +42,7 @@ def decode(image, dct="fast", channels=3):
       image: bytes of the file; or pixels that a data set stores as an array, which do not change.
       dct: JPEG's inverse DCT: "fast", as in the authors' code (TensorFlow's default), or
         "accurate", as in Pillow.
-      channels: 3, or 1 for grey (`grey`); any number for an array, which must have it.
+      channels: 3, or 1 for grey (`as_channels`); for an array, its number of channels.
     """
     image = tf.convert_to_tensor(image)
     if image.dtype == tf.string:
