@@ -19,10 +19,11 @@ from mixer.data.preprocessing import device
 from mixer.data.preprocessing.spec import parse, with_channels
 from mixer.errors import UserError
 from mixer.evaluation.suites import dataset_config
-from mixer.models import registry
+from mixer.models import flops, registry
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.tools.inspect import activations
+from mixer.tools.plan import hlo
 from mixer.tools.plan import subject as plan_subject
 from mixer.tools.predict import prediction
 from mixer.training import program
@@ -86,7 +87,7 @@ def test_patches_are_cut_by_rows_and_columns(name):
 
 @pytest.mark.parametrize("name", ["mixer", "vit"])
 def test_update_and_plan_follow_the_shape_of_the_images(name):
-    """Traces an update on grey images; the plan counts the FLOPs of the compiled forward pass."""
+    """Traces an update on grey images, and counts the FLOPs of the traced forward pass."""
     config = inputs_config(name, model__num_classes=10)
     subject = plan_subject.open_subject(config, "gpu:1xH200", utilization=0.5)
     assert subject.model.in_channels == 1 and subject.image_size == (8, 16)
@@ -97,6 +98,14 @@ def test_update_and_plan_follow_the_shape_of_the_images(name):
         "label": jax.ShapeDtypeStruct((16,), jnp.int32),
     }
     train.jit_step().eval_shape(train.state, batch)
+
+    def forward(params, images):
+        return train.model.apply({"params": params}, images)[0]
+
+    images = jax.ShapeDtypeStruct((16, 8, 16, 1), jnp.float32)
+    text = jax.jit(forward).lower(train.state.params, images).as_text("hlo")
+    expected = 16 * flops.forward_flops(train.model, (8, 16))
+    assert hlo.count(text).flops == pytest.approx(expected, rel=0.01)
     stem = next(registry.architecture_of(train.model).layer_flops(train.model, (8, 16)))
     assert stem[1] == 2 * 16 * (2 * 4 * 1) * 16  # 16 patches of 8 values, 16 channels
 
