@@ -147,6 +147,8 @@ def open_subject(
       UserError: the run, checkpoint or file does not exist, or `config` has another image size than
         the run.
     """
+    if config is not None:
+        run.check_config(config)
     name, workdir = published.redact(path), None
     if checkpoint_name is not None:
         workdir = files.parse_path("--workdir", path)
@@ -251,7 +253,6 @@ def _find_run(path: epath.PathLike) -> epath.Path | None:
 def _with_dimensions(config: ConfigDict, card: Card) -> ConfigDict:
     """Returns the resolved config, with the dimensions of the weights."""
     config = config.copy_and_resolve_references()
-    run.check_config(config)
     with config.ignore_type():  # a patch size is an int or a tuple
         config.model.update(card.dimensions, name=card.architecture)
     return run.resolve(config, initial=None)
