@@ -248,6 +248,7 @@ FOREIGN_NAMES = {
     "model.dropout": "drop drop_rate dropout_rate",
     "model.dtype": "precision amp_dtype dtype",
     "model.patch_size": "patches.size patch",
+    "model.in_channels": "in_chans channels num_channels",
     "model.num_blocks": "depth num_layers model.depth",
     "model.hidden_dim": "width embed_dim",
     "dataset.name": "input.data.name data.name",
