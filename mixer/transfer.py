@@ -267,7 +267,7 @@ def _check_all(tasks: Sequence[Task], train_examples: int | None) -> dict[str, i
     images_left = {}
     for task in tasks:
         with _naming(task.name):
-            initial = weights.get((task.config.init_from, task.config.init_image_size))
+            initial = weights.get(_weights_key(task.config))
             images_left[task.name] = _check(task, initial, train_examples)
         gc.collect()  # a split can occupy 2 GiB
     return images_left
@@ -294,15 +294,20 @@ def _check_prepared(tasks: Sequence[Task]) -> None:
         raise UserError(f"{len(commands)} data {sets} not prepared: {', '.join(commands)}")
 
 
-def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, int | None], load.StoredWeights | None]:
-    """Finds the initial weights of runs without a checkpoint, by (init_from, init_image_size)."""
-    weights: dict[tuple[str, int | None], load.StoredWeights | None] = {}
+def _find_weights(tasks: Sequence[Task]) -> dict[tuple[str, str], load.StoredWeights | None]:
+    """Finds the initial weights of runs without a checkpoint, by `_weights_key`."""
+    weights: dict[tuple[str, str], load.StoredWeights | None] = {}
     for task in tasks:
-        key = task.config.init_from, task.config.init_image_size
+        key = _weights_key(task.config)
         if key not in weights and checkpoint.last_step(task.workdir) is None:
             with _naming(task.name):
                 weights[key] = run.find_initial(task.config)
     return weights
+
+
+def _weights_key(config: ConfigDict) -> tuple[str, str]:
+    """Returns the keys of a config that identify its initial weights; a size may be a list."""
+    return config.init_from, str(config.init_image_size)
 
 
 def _check(task: Task, initial: load.StoredWeights | None, train_examples: int | None) -> int:
