@@ -59,9 +59,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_directory)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 _QUICK, _OPTIMIZED, _BITWISE = "quick", "optimized", "bitwise"
 _compilation = None
@@ -72,6 +70,10 @@ def _compile(mode: str) -> None:
     global _compilation
     if mode == _compilation:
         return
+    # Not above: the process that hands the tests to xdist's workers needs no JAX.
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     if _compilation is not None:
         jax.clear_caches()  # programs compiled in the other mode
     _compilation = mode
@@ -84,6 +86,8 @@ def _compile(mode: str) -> None:
     compilation_cache.reset_cache()  # JAX asks once whether there is one
 
 
+gc.disable()  # the imports of the tests make no garbage
+
 # If one of these files started last, one process would work on it long after the other has ended.
 LONGEST = ["test_bitwise", "test_trainer", "test_readme", "test_loading", "test_multihost"]
 
@@ -95,7 +99,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
-    """Most tests compile for longer than they compute: XLA optimizes only where numbers count."""
+    """Most tests compile for longer than they compute: XLA optimizes only where numbers count.
+
+    `_cheap_collections` collects garbage once a file; automatic collections, which trainer.train
+    enables, cost a twentieth of the time of all tests.
+    """
+    gc.disable()
     if item.get_closest_marker("bitwise"):
         _compile(_BITWISE)
     else:
@@ -112,6 +121,15 @@ def _cheap_collections():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Likewise what a shared fixture has made, such as a trained run."""
+    result = yield
+    if fixturedef.scope != "function":
+        gc.freeze()
+    return result
 
 
 def _made_once(tmp_path_factory, name, make):

@@ -385,7 +385,7 @@ def test_data_reports_rates_and_the_number_of_devices_fed(tmp_path):
     path = tmp_path / "figures.json"
     stdout = run_python(
         *("-m", "mixer.tools.benchmark", "data", "--config=configs/cifar10.py"),
-        *("--seconds=2", "--rounds=2", "--batch_size=4", f"--output={path}"),
+        *("--seconds=0.2", "--rounds=2", "--batch_size=4", f"--output={path}"),
     ).stdout
     assert re.search(r"1024 photographs of 32 x 32, [\d.]+ kB on average", stdout)
     pattern = r"training: feeds [\d.,]+ devices at [\d.,]+ images/s each \(measured\)"
@@ -410,7 +410,7 @@ def test_loop_estimates_the_time_of_the_run(tmp_path):
     path = tmp_path / "figures.json"
     stdout = run_python(
         *("-m", "mixer.tools.benchmark", "loop", "--config=configs/digits.py", "--examples=640"),
-        *("--config.total_epochs=300", "--seconds=1", "--rounds=2", f"--output={path}"),
+        *("--config.total_epochs=300", "--seconds=0.2", "--rounds=2", f"--output={path}"),
     ).stdout
     assert "640 images of 8 px on the device, batches of 64, decode|random_affine(" in stdout
     assert re.search(r"the run's 3,000 updates take 0:\d\d:\d\d at this rate", stdout)

@@ -83,11 +83,11 @@ def _assert_stopped(process, lines, signum):
 
 @pytest.mark.slow
 @pytest.mark.bitwise
-def test_run_that_is_stopped_four_times_has_the_same_bits(
+def test_run_that_is_stopped_three_times_has_the_same_bits(
     tmp_path, config, uninterrupted_run, monkeypatch
 ):
-    """SIGTERM at the first step, between two checkpoints, at a checkpoint and before the last."""
-    for step in (1, 15, 20, 39):
+    """SIGTERM at the first step, at a checkpoint and before the last step."""
+    for step in (1, 20, 39):
         with monkeypatch.context() as patch:
             raise_signal_at_step(patch, step, signal.SIGTERM)
             with pytest.raises(Stopped) as caught:

@@ -163,6 +163,13 @@ PROGRAMS = [
     ("mixer_s16_jft", ""),
     ("vit_s16_i1k", ""),
 ]
+# Those that the fast tests compile; they only lower the others.
+COMPILED = [
+    ("digits", ""),
+    ("mixer_b16_i1k", "mode=gpu8"),
+    ("mixer_b16_sam", ""),
+    ("vit_s16_i1k", ""),
+]
 # In the fast tests one recipe in bfloat16 is enough.
 SLOW_PROGRAMS = [
     ("finetune", "mode=gpu8"),
@@ -188,9 +195,9 @@ PREPROCESSINGS = [
     ("finetune", "", "eval"),
     ("finetune", "dataset=imagenet2012", "eval"),
     ("mixer_l16_i21k", "model=S/8,res=56,mode=gpu8,epochs=90,data=cifar10", "train"),
-    ("cifar10", "epochs=300", "train"),
 ]
 SLOW_PREPROCESSINGS = [
+    ("cifar10", "epochs=300", "train"),
     ("cifar10", "recipe=record,epochs=3", "train"),
     ("folder", "res=32,patch=4", "train"),
     ("folder", "res=32,patch=4", "eval"),
@@ -362,10 +369,8 @@ def test_preprocessing_gives_images_of_the_configured_size(name, arg, split):
     assert (images[0] != images[1]).any() == is_random
 
 
-@pytest.mark.parametrize(("name", "arg"), _cases(PROGRAMS, SLOW_PROGRAMS))
-def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
-    import jax
-
+def _program_and_batch(name, arg):
+    """Returns the reduced program of a case and a batch for it."""
     from mixer.parallel import sharding
     from mixer.training import program
 
@@ -373,10 +378,34 @@ def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
     run.resolve_model(config, None, None)
     run.resolve_lengths(config, None)
     train_program = program.make_program(config, sharding.make_mesh(config.mesh))
-    state, update = train_program.init_state(), train_program.jit_step()
     images = np.random.default_rng(0).integers(0, 256, (4, *train_program.image_size, 3))
-    images = images.astype(np.uint8)
-    batch = {"image": images, "label": np.arange(4)}
+    return train_program, {"image": images.astype(np.uint8), "label": np.arange(4)}
+
+
+LOWERED = [case for case in PROGRAMS if case not in COMPILED]
+
+
+@pytest.mark.parametrize(("name", "arg"), LOWERED)
+def test_update_of_shipped_config_is_lowered(name, arg):
+    """Its operations fit each other and the state; the test below compiles and runs it."""
+    import jax
+
+    train_program, batch = _program_and_batch(name, arg)
+    state, metrics = train_program.jit_step().lower(train_program.state, batch).out_info
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+    assert shapes(state) == shapes(train_program.state)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == "float32"
+
+
+@pytest.mark.parametrize(("name", "arg"), _cases(COMPILED, LOWERED + SLOW_PROGRAMS))
+def test_shipped_config_takes_two_steps_on_synthetic_data(name, arg):
+    import jax
+
+    train_program, batch = _program_and_batch(name, arg)
+    state, update = train_program.init_state(), train_program.jit_step()
     initial_params = jax.device_get(state.params)
     for _ in range(2):
         state, metrics = update(state, batch)

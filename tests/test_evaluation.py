@@ -26,6 +26,8 @@ from mixer.training import losses
 from mixer.weights import formats as weights
 from mixer.weights import load as loading
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def _config(tfds_dir, suite):
     """A config whose programs `finished_run` has compiled too."""

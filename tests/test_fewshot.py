@@ -124,8 +124,8 @@ def _folder_config(directory, **values):
 
 @pytest.fixture(
     params=[
-        *("memory", "groups", "folder", "several", "synthetic"),
-        pytest.param("labels", marks=pytest.mark.slow),
+        *("memory", "groups", "synthetic"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("folder", "several", "labels")),
     ]
 )
 def split(request, tfds_dir, tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ from mixer.tools.inspect import data as inspect_data
 from mixer.training import losses
 from mixer.weights.load import read
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 # The first images of `made`.
 PINNED = [b"class2/16.png", b"class1/33.png", b"class1/2.png", b"class2/2.png", b"class1/1.png"]
 COUNTS = {"class1": 40, "class2": 20, "class10": 10}
@@ -437,6 +439,7 @@ def test_weights_equal_repeated_images(name, loss):
 def train_config(data, **values):
     config = config_of(data, on_device="off")
     config.update(class_balance=1.0, total_steps=6, log_every_steps=1)
+    config.model.update(num_blocks=1, stoch_depth=0.0, dropout=0.0)
     config.checkpoint.every_steps = 3
     with config.unlocked():
         config.update_from_flattened_dict(values)

@@ -93,7 +93,10 @@ def patch_traced(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("tokens", [6, 8], ids=["padded", "unpadded"])
+@pytest.mark.parametrize(
+    "tokens",
+    [pytest.param(6, id="padded"), pytest.param(8, id="unpadded", marks=pytest.mark.slow)],
+)
 def test_fused_bias_of_token_dense_matches_an_added_bias(tokens, patch_traced):
     """Runs the GPU implementation on the CPU: values, and gradients of kernel and bias."""
     x, kernel, bias = _arrays((3, tokens, 5), (tokens, 4), (4,))

@@ -69,7 +69,7 @@ def test_mixup_shares_follow_the_beta_distribution(alpha):
     assert np.abs(cdf - expected).max() < 0.012  # Kolmogorov-Smirnov: false alarm 1 in 150
 
 
-@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("per_example", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cutmix_pastes_a_window_and_weights_labels_by_its_area(per_example):
     images, labels = _mix(cutmix_alpha=1.0, cutmix_prob=1.0, per_example=per_example)
     own_share = _shares(labels)

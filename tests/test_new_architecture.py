@@ -5,6 +5,7 @@ import json
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,9 +118,11 @@ ENTRY = registry.Architecture(
 )
 
 
-@pytest.fixture(autouse=True)
-def entry(monkeypatch):
-    monkeypatch.setitem(registry.ARCHITECTURES, "mean", ENTRY)
+@pytest.fixture(scope="module", autouse=True)
+def entry():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.ARCHITECTURES, "mean", ENTRY)
+        yield
 
 
 def mean_config(**values):
@@ -131,10 +134,14 @@ def mean_config(**values):
     return config
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    trainer.train(mean_config(), tmp_path / "run")
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished run; tests must not change it."""
+    path = tmp_path_factory.mktemp("mean") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixer.runs.curves.draw_curves", lambda *_: None)
+        trainer.train(mean_config(), path)
+    return path
 
 
 def test_run_is_trained_loaded_and_inspected(workdir, tmp_path):
@@ -142,7 +149,8 @@ def test_run_is_trained_loaded_and_inspected(workdir, tmp_path):
     model, params = mixer.load(workdir, log=lambda line: None)
     assert isinstance(model, MeanNet) and model.num_groups == 2
     images = np.zeros((2, 8, 8, 3), np.float32)
-    assert model.apply({"params": params}, images)[0].shape == (2, 10)
+    logits, _ = jax.eval_shape(model.apply, {"params": params}, images)
+    assert logits.shape == (2, 10)
     index = page.write(
         workdirs=[str(workdir)],
         **dict(weights=None, checkpoint_name="last", output=str(tmp_path / "page")),

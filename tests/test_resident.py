@@ -370,7 +370,8 @@ def test_resident_multi_label_run_equals_streamed_bitwise(tmp_path):
 @pytest.mark.bitwise
 def test_augmentation_on_the_device_does_not_change_the_update(tfds_dir, tmp_path, capsys):
     """XLA could fuse mixing with the augmentation and round differently."""
-    config = _config(tfds_dir, tmp_path, dataset__on_device="off")
+    config = _config(tfds_dir, tmp_path, dataset__on_device="off", eval_every_steps=None)
+    config.dataset.val_split = ""
     config.mixup.update(cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.sam_rho = 0.05
     trainer.train(config, tmp_path / "stream")

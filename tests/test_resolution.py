@@ -49,7 +49,7 @@ def random_images(n, size):
     ("grid", "factors", "gelu"),
     [
         ((2, 3), (3, 2), "tanh"),
-        ((3, 2), (1, 2), "erf"),
+        pytest.param((3, 2), (1, 2), "erf", marks=pytest.mark.slow),
         pytest.param((2, 2), (2, 2), "tanh", marks=pytest.mark.slow),
         pytest.param((2, 2), (2, 2), "erf", marks=pytest.mark.slow),
         pytest.param((2, 3), (3, 3), "tanh", marks=pytest.mark.slow),
@@ -174,7 +174,7 @@ def test_interpolation_keeps_the_output_for_equal_tokens(grid, new_grid):
     np.testing.assert_allclose(resized, np.repeat(column, resized.shape[1], 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("new_grid", [(6, 10), (2, 3)])
+@pytest.mark.parametrize("new_grid", [(6, 10), pytest.param((2, 3), marks=pytest.mark.slow)])
 def test_interpolation_matches_image_resizing(new_grid):
     """Dense_1 is resized like an image, and Dense_0 acts on tokens resized to the old grid."""
     grid = (3, 5)

@@ -171,6 +171,7 @@ def test_prepare_writes_no_config(tmp_path, tfds_dir):
     assert not (tmp_path / "new" / "config.json").exists()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_run_of_older_code_continues(tmp_path):
     """Resumes a run of commit 7a95569, from before `mixer/` had packages, at step 8 of 12.
 

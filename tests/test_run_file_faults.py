@@ -37,6 +37,7 @@ from mixer.weights import load as loading
 
 def _config(**values):
     values = dict(total_steps=4, eval_every_steps=2, checkpoint__every_steps=2) | values
+    values = dict(model__num_blocks=1, model__stoch_depth=0.0, model__dropout=0.0) | values
     config = tiny_config(**values)
     config.model.num_classes = 10
     return config
@@ -46,7 +47,9 @@ def _config(**values):
 def trained_run(tmp_path_factory):
     """A run of four steps with two checkpoints; tests must not modify it."""
     path = tmp_path_factory.mktemp("runs") / "whole"
-    trainer.train(_config(), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw_curves", lambda *_: None)
+        trainer.train(_config(), path)
     return path
 
 

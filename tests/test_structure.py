@@ -69,7 +69,8 @@ from helpers import tiny_config
 from mixer import trainer
 from mixer.evaluation import report
 from mixer.evaluation.subject import open_subject
-trainer.train(tiny_config(total_steps=4, tensorboard=True), {str(tmp_path)!r})
+config = tiny_config(total_steps=4, tensorboard=True, model__num_blocks=1, model__dropout=0.0)
+trainer.train(config, {str(tmp_path)!r})
 subjects = [lambda: open_subject({str(tmp_path)!r}, checkpoint_name="last")]
 report.evaluate(subjects, report.Options(splits=["test"]))
 """

@@ -86,7 +86,8 @@ def weights_file(tmp_path_factory):
     """Weights of a small model with the classes of ImageNet-1k and a random head."""
     dims = dict(patch_size=8, hidden_dim=8, num_blocks=1, tokens_mlp_dim=4, channels_mlp_dim=8)
     model = make_model(num_classes=1000, **dims)
-    params = model.init(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))["params"]
+    images = np.zeros((1, SIZE, SIZE, 3), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     arrays = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     rng = np.random.default_rng(0)
     arrays["head/kernel"] = rng.normal(size=(8, 1000)).astype(np.float32)

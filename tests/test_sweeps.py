@@ -78,10 +78,13 @@ def weights_file(config, tmp_path_factory):
         class_names=tuple("0123456789"),
         source="",
     )
-    keys = iter(jax.random.split(jax.random.key(0), 100))
-    params = card.model().init(next(keys), np.zeros((1, 8, 8, 3), np.float32))["params"]
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
-    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    params = jax.jit(card.model().init)(jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+    flat = {
+        name: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32)
+        for name, leaf in traverse_util.flatten_dict(jax.device_get(params), sep="/").items()
+    }
     weights.write_file(path, flat, card, layout="published")
     return path
 

@@ -45,7 +45,7 @@ def test_training_step_reduces_the_loss_and_reports_metrics():
     model = make_model(num_classes=7, **{**SMALL, **ONE_BLOCK})
     schedule = _schedule(decay="constant", warmup_steps=0, peak_lr=3e-3)
     tx = optimizer.make_optimizer(schedule, **PUBLISHED)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (14, 32, 32, 3), np.uint8), "label": np.arange(14) % 7}
@@ -213,7 +213,7 @@ def test_labels_may_be_weighted_lists_or_soft():
 def test_label_smoothing_changes_the_loss_not_the_accuracy():
     """An image without labels is not a hit, although smoothing makes its labels nonzero."""
     model = make_model(num_classes=7, **{**TINY, "num_blocks": 1})
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     schedule = lambda step: jnp.float32(0)  # noqa: E731
     tx = optimizer.make_optimizer(schedule, **PUBLISHED)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))

@@ -195,6 +195,7 @@ def test_longer_unfinished_run_is_refused_and_allowed_on_request(unfinished_run,
     assert int(final_state(unfinished_run)["step"]) == 14
 
 
+@pytest.mark.slow
 def test_intervals_may_change_and_the_best_checkpoint_survives(unfinished_run, tfds_dir):
     config = tiny_config(tfds_dir, log_every_steps=1, eval_every_steps=1)
     config.checkpoint.update(every_steps=2, keep_last=1)
@@ -281,6 +282,7 @@ def _remove_from_checkpoint(directory, keys):
         checkpointer.save(directory, state)
 
 
+@pytest.mark.slow
 def test_run_of_an_older_version_continues(unfinished_run, tfds_dir):
     """Its checkpoints lack a newer entry of the state."""
     _remove_from_checkpoint(unfinished_run / "checkpoints" / "8" / "state", ["skipped"])
