@@ -90,6 +90,7 @@ gc.disable()  # the imports of the tests make no garbage
 
 # If one of these files started last, one process would work on it long after the other has ended.
 LONGEST = ["test_bitwise", "test_trainer", "test_readme", "test_loading", "test_multihost"]
+LONGEST += ["test_train_step", "test_data", "test_config"]
 
 
 def pytest_collection_modifyitems(items):

@@ -112,12 +112,10 @@ FIXED = "decode|flip_lr|randaugment(2, 10, mode='fixed')|random_erasing(0.9, fil
 @pytest.mark.parametrize(
     ("spec", "image_size", "count"),
     [
-        pytest.param(OPS_IN_A_ROW, (16, 16), 32, marks=pytest.mark.slow, id="ops"),
         pytest.param(OPS_IN_A_ROW, (16, 16), 48, marks=OPTIMIZED, id="ops optimized"),
         pytest.param(AUTOAUGMENT, (30, 35), 160, marks=OPTIMIZED, id="autoaugment"),
         pytest.param(RANDAUGMENT.replace("3", "2"), (30, 35), 40, id="randaugment"),
         pytest.param(RANDAUGMENT, (30, 35), 64, marks=OPTIMIZED, id="randaugment optimized"),
-        pytest.param(PUBLISHED, (30, 35), 40, marks=pytest.mark.slow, id="published"),
         pytest.param(PUBLISHED, (30, 35), 160, marks=OPTIMIZED, id="published optimized"),
         pytest.param(FIXED, (30, 35), 96, marks=OPTIMIZED, id="fixed"),
     ],

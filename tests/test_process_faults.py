@@ -206,7 +206,7 @@ def test_interrupt_at_any_moment_of_the_start_is_one_line(program, tmp_path):
     arguments = ["--config=configs/digits.py", f"--workdir={tmp_path}"]
     if program[0] == "-m":
         arguments = ["x.png", "--weights=B/16-i1k"]
-    for delay_secs in np.arange(0.15, 2.5, 0.3):
+    for delay_secs in np.arange(0.15, 2.5, 0.4):
         process = subprocess.Popen(
             [sys.executable, *program, *arguments],
             cwd=ROOT,

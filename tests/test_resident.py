@@ -372,6 +372,7 @@ def test_augmentation_on_the_device_does_not_change_the_update(tfds_dir, tmp_pat
     """XLA could fuse mixing with the augmentation and round differently."""
     config = _config(tfds_dir, tmp_path, dataset__on_device="off", eval_every_steps=None)
     config.dataset.val_split = ""
+    config.model.num_blocks = 1  # mixing is next to the first layer
     config.mixup.update(cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.sam_rho = 0.05
     trainer.train(config, tmp_path / "stream")

@@ -46,7 +46,7 @@ def test_training_step_reduces_the_loss_and_reports_metrics():
     schedule = _schedule(decay="constant", warmup_steps=0, peak_lr=3e-3)
     tx = optimizer.make_optimizer(schedule, **PUBLISHED)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (14, 32, 32, 3), np.uint8), "label": np.arange(14) % 7}
     step = jax.jit(TrainStep(model, tx, schedule, losses.softmax, seed=0, **PLAIN_STEP))
