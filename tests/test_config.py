@@ -168,7 +168,6 @@ COMPILED = [
     ("digits", ""),
     ("mixer_b16_i1k", "mode=gpu8"),
     ("mixer_b16_sam", ""),
-    ("vit_s16_i1k", ""),
 ]
 # In the fast tests one recipe in bfloat16 is enough.
 SLOW_PROGRAMS = [

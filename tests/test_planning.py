@@ -202,8 +202,8 @@ def test_plan_without_a_readable_program_says_so(monkeypatch):
     monkeypatch.setattr(chips, "find", lambda name: one_chip)
     monkeypatch.setattr(chips, "tpu_devices", lambda topology: jax.devices()[:1])
     monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: PROGRAM.replace("ENTRY", ""))
-    masks = dict(model__stoch_depth=0.0, model__dropout=0.0)  # would take longer to compile
-    subject = make_subject(tiny_config(model__num_classes=4, **masks), "v5e:2x2")
+    small = dict(model__num_blocks=1, model__stoch_depth=0.0, model__dropout=0.0)
+    subject = make_subject(tiny_config(model__num_classes=4, **small), "v5e:2x2")
     settings = update.own_settings(subject)
     step = update.compile_step(subject, settings)
     estimate = update.estimate_step(subject, settings)
