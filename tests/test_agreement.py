@@ -41,7 +41,7 @@ def _errors(case):
     label = rng.integers(0, case.num_classes, case.batch_size, np.int32)
 
     def mixer(params, images):
-        return jax_side.make_mixer(case).apply({"params": params}, normalize(images))[0]
+        return case.make_model().apply({"params": params}, normalize(images))[0]
 
     def make_plain(dtype):
         model = jax_side.make_plain(case).clone(dtype=dtype)

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import mixer
-from helpers import TINY, environment, run_program, run_python, tiny_config
+from helpers import TINY, TINY_VIT, environment, run_program, run_python, tiny_config
 from mixer import memory
 from mixer.console import Console
 from mixer.errors import UserError
@@ -29,6 +29,7 @@ from mixer.tools.benchmark import (
     jax_side,
     limit,
     photographs,
+    plain,
     report,
     torch_side,
     turns,
@@ -37,6 +38,8 @@ from mixer.tools.benchmark import input as pipeline
 from mixer.tools.benchmark import loop as loop_benchmark
 
 DIMENSIONS = TINY | dict(num_blocks=1)
+# The heads have 64 channels, as `mixer.load` assumes for a timm file without a config.json.
+VIT_DIMENSIONS = TINY_VIT | dict(name="vit", num_blocks=1, hidden_dim=128, num_heads=2)
 
 # A Python with torch and timm, if they are not installed in this one.
 TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
@@ -64,8 +67,9 @@ def run_tool(*arguments, code=0):
     return result
 
 
-def test_mixer_and_plain_have_the_same_parameters():
-    case = tiny_case()
+@pytest.mark.parametrize("dimensions", [DIMENSIONS, VIT_DIMENSIONS], ids=["mixer", "vit"])
+def test_ours_and_plain_have_the_same_parameters(dimensions):
+    case = tiny_case(dimensions=dimensions)
     images = jnp.zeros((1, 16, 16, 3))
     shapes = jax.eval_shape(jax_side.make_plain(case).init, jax.random.key(0), images)["params"]
     assert jax.tree.map(jnp.shape, jax_side.draw_params(case)) == jax.tree.map(jnp.shape, shapes)
@@ -84,10 +88,15 @@ def test_measured_training_steps_reduce_the_loss(name):
     assert steps == 1 and seconds > 0
 
 
-def test_mixer_and_plain_give_the_same_logits():
+@pytest.mark.parametrize(
+    "dimensions",
+    [DIMENSIONS, pytest.param(VIT_DIMENSIONS, marks=pytest.mark.slow)],
+    ids=["mixer", "vit"],
+)
+def test_ours_and_plain_give_the_same_logits(dimensions):
     logits = {}
     for name in ("ours", "plain"):
-        case = tiny_case("infer", gelu="erf")
+        case = tiny_case("infer", gelu="erf", dimensions=dimensions)
         program = jax_side.prepare_infer(name, case, sharding.make_mesh({"data": -1}))
         logits[name] = program.call()
         assert logits[name].shape == (4 * jax.device_count(), 7)
@@ -223,9 +232,8 @@ import torch
 from safetensors.torch import save_file
 from mixer.tools.benchmark.torch_child import make_timm
 
-request = dict(num_classes=7, image_size=16, gelu="tanh", dimensions=DIMENSIONS)
 torch.manual_seed(0)
-model = make_timm(request, torch.device("cpu")).eval()
+model = make_timm(REQUEST, torch.device("cpu")).eval()
 torch.nn.init.normal_(model.head.weight)
 images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
 with torch.no_grad():
@@ -237,14 +245,16 @@ save_file(dict(images=images, logits=logits), sys.argv[2])
 
 
 @needs_timm
-def test_timm_computes_the_same_function(tmp_path):
-    """A mixer that loads timm's parameters computes timm's logits."""
+@pytest.mark.parametrize("dimensions", [DIMENSIONS, VIT_DIMENSIONS], ids=["mixer", "vit"])
+def test_timm_computes_the_same_function(tmp_path, dimensions):
+    """A model that loads timm's parameters computes timm's logits."""
+    case = tiny_case(dimensions=dimensions)
     weights, values = tmp_path / "timm.safetensors", tmp_path / "values.safetensors"
-    code = SAVE_TIMM.replace("DIMENSIONS", repr(DIMENSIONS))
+    code = SAVE_TIMM.replace("REQUEST", repr(torch_side.timm_model(case)))
     command = [TORCH_PYTHON, "-c", code, weights, values]
     subprocess.run(command, env=environment(), check=True)
     model, params = mixer.load(weights, image_size=16, gelu="tanh", log=lambda line: None)
-    assert {name: getattr(model, name) for name in DIMENSIONS} == DIMENSIONS
+    assert model == case.make_model()
     tensors = safetensors.numpy.load_file(values)
     logits, _ = model.apply({"params": params}, tensors["images"].transpose(0, 2, 3, 1))
     np.testing.assert_allclose(logits, tensors["logits"], atol=1e-4)
@@ -335,6 +345,12 @@ def test_invalid_flags_are_one_line_errors(arguments, message):
     result = run_tool(*arguments, code=2)
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
+
+
+def test_model_without_a_counterpart_is_an_error(monkeypatch):
+    monkeypatch.delitem(plain.MODULES, "vit")
+    result = run_tool("infer", "--models=ViT-B/16", "--against=plain", code=2)
+    assert "--against=plain" in result.stderr and "ViT-B/16" in result.stderr
 
 
 def test_python_without_torch_is_an_error(tmp_path):

@@ -171,8 +171,8 @@ def test_file_is_written_and_read_in_its_layouts(workdir, tmp_path):
     with pytest.raises(UserError, match=r"'timm'.*published"):
         formats.write_file(tmp_path / "x.safetensors", arrays, loaded.card, layout="timm")
     with pytest.raises(UserError, match=r"resize=grow.*MeanNet.*interpolate"):
-        mixer.load(path, image_size=16, log=lambda line: None)
-    mixer.load(path, image_size=16, resize="interpolate", log=lambda line: None)
+        mixer.load(path, image_size=16, resize="grow", log=lambda line: None)
+    mixer.load(path, image_size=16, log=lambda line: None)  # the only method
     mean_checkpoint = dataclasses.replace(published.CHECKPOINTS["B/16-i1k"], architecture="mean")
     with pytest.raises(UserError, match=r"B/16.*T/2"):
         mean_checkpoint.num_params  # noqa: B018

@@ -24,6 +24,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 onnx_model = pytest.importorskip("mixer.tools.export.onnx_model")
 
+SLOW = pytest.mark.slow
 WEIGHTS = GOLDENS / "mixer_tiny_official.npz"
 TOOL = "mixer.tools.export"
 
@@ -72,6 +73,34 @@ def test_onnxruntime_matches_the_model(tmp_path, options, output):
     (images,), (result,) = session.get_inputs(), session.get_outputs()
     assert images.shape == ["b", *loaded.card.image_size, 3] and images.type == "tensor(uint8)"
     assert result.shape == ["b", 7 if output == "logits" else 24]
+
+
+VIT_CASES = {
+    "bv_map": dict(gelu="erf"),  # attention pooling, positions of patches
+    "official_token": dict(image_size=(32, 48)),
+    "official_gap": dict(),
+    "bv_gap_sincos": dict(image_size=(48, 32), num_classes=0),
+    "bv_tok": dict(gelu="erf"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "bv_map" else pytest.param(kind, marks=SLOW) for kind in VIT_CASES]
+)
+def test_onnxruntime_matches_the_vision_transformer(tmp_path, kind):
+    path, options = GOLDENS / f"vit_tiny_{kind}.npz", VIT_CASES[kind]
+    if kind == "bv_gap_sincos":  # its positions fit any size
+        loaded = read(path, image_size=(32, 32))
+        formats.write_file(
+            tmp_path / "x.npz", sharding.by_name(loaded.params), loaded.card, layout="published"
+        )
+        path = tmp_path / "x.npz"
+    loaded = read(path, **options)
+    output = "logits" if loaded.card.num_classes else "pre_logits"
+    (path,) = onnx_model.write(loaded, tmp_path / "tiny.onnx", output=output)
+    check(path, loaded, output=output)
+    names = {tensor.name for tensor in onnx.load(path).graph.initializer}
+    assert names >= set(sharding.by_name(loaded.params)) - set(registry.HEAD)
 
 
 def test_tiny_weights_distinguish_the_forms_of_gelu(tmp_path):
@@ -194,8 +223,9 @@ def test_invalid_arguments_are_errors(tmp_path, monkeypatch):
             onnx_model.check(tmp_path / name)
     with pytest.raises(UserError, match="--output=pre_logits"):
         onnx_model.write(read(num_classes=0), tmp_path / "tiny.onnx")
-    monkeypatch.setattr(onnx_model.onnx_graphs, "EMITTERS", {"other": None})
-    with pytest.raises(UserError, match=r"MLP-Mixer.*other"):
+    entry = dataclasses.replace(registry.ARCHITECTURES["mixer"], onnx_graph=None)
+    monkeypatch.setitem(registry.ARCHITECTURES, "mixer", entry)
+    with pytest.raises(UserError, match=r"MLP-Mixer.*Vision Transformer"):
         onnx_model.write(read(), tmp_path / "tiny.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["old.onnx.data"]
 
@@ -226,17 +256,19 @@ def test_failed_write_leaves_no_files(tmp_path, monkeypatch):
 # The paper's sizes.
 
 
-def random_weights(variant, gelu, path):
+def random_weights(variant, gelu, path, **fields):
     """Writes weights of a variant, all random, to a file."""
-    model = registry.make_model(variant, num_classes=1000)
+    model = registry.make_model(variant, num_classes=1000, **fields)
+    architecture = registry.architecture_of(model)
     rng = np.random.default_rng(0)
     arrays = {}
     for name, leaf in registry.param_shapes(model, (224, 224)).items():
         values = rng.standard_normal(leaf.shape, np.float32)
         fan_in = np.prod(leaf.shape[:-1]) if name.endswith("kernel") else 100
         arrays[name] = values / np.float32(np.sqrt(fan_in)) + name.endswith("scale")
+    dims = registry.dimensions(model) | {key: getattr(model, key) for key in architecture.options}
     card = Card(
-        **dict(architecture="mixer", variant=variant, dimensions=registry.dimensions(model)),
+        **dict(architecture=architecture.name, variant=variant, dimensions=dims),
         **dict(num_classes=1000, image_size=(224, 224), gelu=gelu, source="random"),
         **dict(preprocess=None, class_names=None),
     )
@@ -256,6 +288,16 @@ def test_onnxruntime_matches_the_papers_models(tmp_path, variant, gelu):
     paths = onnx_model.write(loaded, tmp_path / "two.onnx", max_inside_bytes=10**6)
     assert len(paths) == 2
     check(paths[0], loaded, sizes=(2,))
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("variant", ["S/32", "B/16"])
+def test_onnxruntime_matches_vision_transformers_of_the_papers_sizes(tmp_path, variant):
+    random_weights(variant, "tanh", tmp_path / "weights.npz", name="vit", pre_logits_layer=True)
+    loaded = read(tmp_path / "weights.npz")
+    (path,) = onnx_model.write(loaded, tmp_path / "model.onnx")
+    check(path, loaded, sizes=(1, 2))
 
 
 @pytest.mark.slow

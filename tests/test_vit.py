@@ -1,5 +1,6 @@
 """The Vision Transformer: the reference code's answers, sizes, names, masks, a small training."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from etils import epath
 from flax import traverse_util
 
 import helpers
@@ -18,9 +21,13 @@ from mixer.errors import UserError
 from mixer.models import flops, placement, registry, vit
 from mixer.models.registry import make_model
 from mixer.runs import config as run
+from mixer.tools import convert
 from mixer.tools.inspect import activations
 from mixer.tools.plan import hlo
 from mixer.weights import formats, hub, load
+from mixer.weights.card import Card
+
+SLOW = pytest.mark.slow
 
 # REFERENCE: parameters with 1,000 classes at 224 px: class token with a position for each patch,
 # and the mean of the tokens with fixed positions.
@@ -100,13 +107,13 @@ def test_files_of_both_code_bases_are_recognised(kind):
 def test_positions_are_interpolated_as_vision_transformer_does():
     answers = golden("official_resized")
     path = GOLDENS / "vit_tiny_official_token.npz"
-    model, params = quiet_load(path, image_size=48, resize="interpolate")
+    model, params = quiet_load(path, image_size=48)
     positions = params["Transformer"]["posembed_input"]["pos_embedding"]
     np.testing.assert_allclose(positions, answers["posemb"], atol=1e-6)
     logits, _ = jax.jit(model.apply)({"params": params}, answers["image"])
     np.testing.assert_allclose(logits, answers["logits"], atol=1e-5, rtol=0)
     with pytest.raises(UserError, match=r"resize=grow.*interpolate"):
-        quiet_load(path, image_size=64)
+        quiet_load(path, image_size=64, resize="grow")
 
 
 def write_timm(folder, **model_args):
@@ -131,13 +138,93 @@ def test_timm_files_take_their_heads_from_timms_config(tmp_path):
         quiet_load(GOLDENS / "vit_tiny_timm.safetensors")
 
 
-def test_hub_folder_is_refused(tmp_path):
-    path = GOLDENS / "vit_tiny_official_token.npz"
-    loaded = load.read(path, log=lambda line: None)
-    arrays = load.sharding.by_name(loaded.params)
-    with pytest.raises(UserError, match=r"folder.*Vision Transformer"):
-        hub.write_folder(tmp_path / "folder", arrays, loaded.card, license_name="mit", results={})
+def read_golden(kind):
+    return load.read(GOLDENS / f"vit_tiny_{kind}.npz", image_size=32, log=lambda line: None)
+
+
+SLOW_KINDS = [kind if kind == "bv_tok" else pytest.param(kind, marks=SLOW) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", SLOW_KINDS)
+def test_hub_folder_has_equal_outputs_and_timms_config(tmp_path, kind):
+    loaded = read_golden(kind)
+    convert.write(epath.Path(tmp_path / "folder"), loaded, "hub")
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    assert config["architecture"] == "vit_base_patch16_224"  # accepts all arguments
+    arguments = config["model_args"]
+    pool = {"token": "token", "gap": "avg", "map": "map"}[loaded.model.pooling]
+    expected = dict(patch_size=8, embed_dim=24, depth=3, num_heads=4, img_size=[32, 32])
+    expected |= dict(global_pool=pool, class_token=pool == "token", act_layer="gelu_tanh")
+    assert arguments == arguments | expected and "num_classes" not in arguments
+    (tmp_path / "folder/model.safetensors.json").unlink()  # config.json and the header suffice
+    again = load.read(tmp_path / "folder", log=lambda line: None)
+    assert (again.model.gelu, again.model.positions) == ("tanh", "learnt")
+    logits, _ = again.model.apply({"params": again.params}, golden(f"{kind}_outputs")["image"])
+    np.testing.assert_allclose(logits, golden(f"{kind}_outputs")["logits"], atol=1e-5, rtol=0)
+    text = (tmp_path / "folder/README.md").read_text().split("## Usage in timm")[1]
+    assert "create_model" in text and "act_layer" not in text
+    has_changed = loaded.model.positions != "learnt"
+    assert (f"positions={loaded.model.positions}" in text) == has_changed
+
+
+@pytest.mark.parametrize("variant", vit.VARIANTS)
+def test_hub_folder_uses_timms_names(variant):
+    model = make_model(variant, name="vit", num_classes=10)
+    dims = registry.dimensions(model) | dict(pooling="token", positions="learnt")
+    card = Card(
+        **dict(architecture="vit", variant=variant, num_classes=10, image_size=(224, 224)),
+        **dict(gelu="erf", preprocess=None, class_names=None, source="x"),
+        dimensions=dims | dict(pre_logits_layer=False),
+    )
+    size = {"S": "small", "B": "base", "L": "large", "H": "huge"}[variant[0]]
+    assert hub.timm_name(card) == f"vit_{size}_patch{variant[2:]}_224"
+    assert "embed_dim" not in hub.timm_config(card)["model_args"]
+
+
+def test_layer_before_the_head_is_refused_by_timm(tmp_path):
+    loaded = read_golden("official_token")
+    width = loaded.model.hidden_dim
+    card = dataclasses.replace(
+        loaded.card, dimensions={**loaded.card.dimensions, "pre_logits_layer": True}
+    )
+    params = {**loaded.params, "pre_logits": dict(kernel=np.eye(width), bias=np.zeros(width))}
+    for name, layout in (("folder", "hub"), ("x.safetensors", "timm")):
+        path = epath.Path(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}: timm.*pre_logits_layer=True"):
+            convert.write(path, load.Loaded(card.model(), params, card), layout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", SLOW_KINDS)
+def test_timm_opens_the_folder(tmp_path, kind):
+    timm = pytest.importorskip("timm")
+    import torch
+
+    loaded = read_golden(kind)
+    for gelu in ("tanh", "erf"):
+        card = dataclasses.replace(loaded.card, gelu=gelu)
+        path = tmp_path / gelu
+        convert.write(epath.Path(path), dataclasses.replace(loaded, card=card), "hub")
+        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        images = golden(f"{kind}_outputs")["image"]
+        logits = model(torch.tensor(images.transpose(0, 3, 1, 2).copy())).detach().numpy()
+        expected, _ = card.model().apply({"params": loaded.params}, images)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_sharded_timm_file_takes_its_heads_from_timms_config(tmp_path):
+    path = write_timm(tmp_path, num_heads=4)
+    expected = quiet_load(path)[1]
+    arrays = safetensors.numpy.load_file(path)
+    path.unlink()
+    names = sorted(arrays)
+    places = {}
+    for file, part in (("a.safetensors", names[:9]), ("b.safetensors", names[9:])):
+        safetensors.numpy.save_file({name: arrays[name] for name in part}, tmp_path / file)
+        places |= dict.fromkeys(part, file)
+    index = dict(metadata={}, weight_map=places)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_bits(quiet_load(tmp_path)[1], expected)
 
 
 def test_numbering_before_linen_is_read(tmp_path):
@@ -158,13 +245,11 @@ def test_files_come_back_bit_by_bit(tmp_path, kind):
     arrays = load.sharding.by_name(loaded.params)
     for layout in ("published", "legacy", "timm"):
         path = tmp_path / f"{layout}{formats.ENDINGS[layout]}"
-        if layout == "timm" and not kind.startswith("official"):
-            with pytest.raises(UserError, match=r"timm.*positions="):
-                formats.write_file(path, arrays, loaded.card, layout=layout)
-            assert not path.exists()
-            continue
         formats.write_file(path, arrays, loaded.card, layout=layout)
         again = load.read(path, log=lambda line: None)
+        if layout == "timm" and not kind.startswith("official"):  # stored as learnt positions
+            assert again.model == loaded.model.clone(positions="learnt")
+            continue
         assert_same_bits(again.params, loaded.params)
         assert again.card.as_json() == loaded.card.as_json()
 

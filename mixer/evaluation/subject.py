@@ -16,7 +16,7 @@ from mixer import files, run_files, sizes
 from mixer.data.preprocessing.spec import with_channels
 from mixer.errors import UserError
 from mixer.evaluation.evaluator import Batching
-from mixer.models.registry import num_params
+from mixer.models.registry import ARCHITECTURES, num_params
 from mixer.parallel import sharding
 from mixer.runs import config as run
 from mixer.training import program
@@ -68,7 +68,9 @@ class Subject:
     @property
     def resize(self) -> str:
         """How the weights are resized to the image size of the data, as for `mixer.load`."""
-        return "grow" if self.config is None else self.config.init_resize
+        if self.config is None:
+            return ARCHITECTURES[self.stored.card.architecture].default_resize
+        return self.config.init_resize
 
     @property
     def card(self) -> Card:

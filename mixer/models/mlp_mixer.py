@@ -373,6 +373,33 @@ def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, An
     }
 
 
+# The graph of an export to ONNX.
+
+
+def onnx_graph(graph: Any, model: MlpMixer, pixels: str, image_size: tuple[int, int]) -> str:
+    """Adds the network to an ONNX graph; returns the name of its pre-logits (b, C).
+
+    Args:
+      graph: a `mixer.tools.export.onnx_graphs.Graph`.
+      model: the model.
+      pixels: name of the input (b, H, W, in_channels).
+      image_size: (H, W).
+    """
+    # Per-patch fully-connected.
+    x = graph.patch_embedding(pixels, "stem", image_size=image_size)
+    # L mixer layers: token mixing, then channel mixing.
+    for block in map(BLOCK.format, range(model.num_blocks)):
+        for i, branch in enumerate(BRANCHES):
+            dense = graph.token_dense if branch == "token_mixing" else graph.dense
+            y = graph.layer_norm(x, f"{block}/LayerNorm_{i}")
+            y = dense(y, f"{block}/{branch}/Dense_0")
+            y = graph.gelu(y, model.gelu, name=f"{block}/{branch}/gelu")
+            y = dense(y, f"{block}/{branch}/Dense_1")
+            x = graph.node("Add", x, y, name=f"{block}/{branch}/skip")
+    # Global average pooling.
+    return graph.mean_token(graph.layer_norm(x, "pre_head_layer_norm"), name="pooling")
+
+
 # Resizing weights for another image size, leaf by leaf. In a Mixer only the token-mixing widths S
 # and D_S depend on the size. Grids are (H / P, W / P) in tokens, in row-major order: S = H W / P^2.
 

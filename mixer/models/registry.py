@@ -31,6 +31,7 @@ class Architecture:
     Attributes:
       name: value of `config.model.name`.
       title: name of the architecture in messages.
+      prefix: prefix of the variants' names where those of several architectures are listed.
       module: the Flax module. It has at least the fields of `MlpMixer` without its two MLP widths,
         and the same arguments and outputs. Its fields are keys of `config.model`, in which fields
         that other architectures lack are None unless they are set.
@@ -60,12 +61,18 @@ class Architecture:
       from_layout: (published name, array, layout, fields in the file's header or JSON) -> the array
         with the published axes.
       to_layout: (published name, array, layout) -> the inverse.
+      timm_form: (model, arrays by published name, image_size) -> (changed options, arrays) of an
+        equal model that timm may have.
       timm_arguments: (model, image_size) -> arguments of timm's class for the same model; None if
         timm has no such model.
-      resize: for the name of each method, such as "interpolate": (published name, array, grid=,
+      resize: for the name of each method, the default first: (published name, array, grid=,
         new_grid=) -> the array for images of another size.
+      onnx_graph: (graph, model, pixels, image_size) -> name of the pre-logits: adds the network to
+        a graph of `mixer.tools.export.onnx_graphs`; None: the architecture has no export to ONNX.
       timm_class: path of timm's class for the same models; "" if timm has none.
       timm_models: names of timm's models, and the arguments of its class that each name sets.
+      timm_any_model: the one of these names under which timm accepts every argument of its class,
+        with the activation as a name; "" if there is none.
     """
 
     name: str
@@ -92,13 +99,22 @@ class Architecture:
     to_layout: Callable
     timm_arguments: Callable
     resize: Mapping[str, Callable]
+    prefix: str = ""
+    onnx_graph: Callable | None = None
+    timm_form: Callable = lambda model, arrays, image_size: ({}, arrays)
     timm_class: str = ""
     timm_models: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    timm_any_model: str = ""
 
     @property
     def dimensions(self) -> tuple[str, ...]:
         """Names of the module's fields that a variant determines."""
         return tuple(next(iter(self.variants.values())))
+
+    @property
+    def default_resize(self) -> str:
+        """Name of the method that resizes weights unless another one is selected."""
+        return next(iter(self.resize))
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -133,12 +149,14 @@ _ENTRIES = (
         to_layout=mlp_mixer.to_layout,
         timm_arguments=mlp_mixer.timm_arguments,
         resize={"grow": mlp_mixer.grow, "interpolate": mlp_mixer.interpolate},
+        onnx_graph=mlp_mixer.onnx_graph,
         timm_class="timm.models.mlp_mixer.MlpMixer",
         timm_models=mlp_mixer.TIMM_MODELS,
     ),
     Architecture(
         name="vit",
         title="Vision Transformer",
+        prefix="ViT-",
         module=vit.VisionTransformer,
         variants=vit.VARIANTS,
         options=vit.OPTIONS,
@@ -165,6 +183,11 @@ _ENTRIES = (
         to_layout=vit.to_layout,
         timm_arguments=vit.timm_arguments,
         resize={"interpolate": vit.interpolate},
+        onnx_graph=vit.onnx_graph,
+        timm_form=vit.timm_form,
+        timm_class="timm.models.vision_transformer.VisionTransformer",
+        timm_models=vit.TIMM_MODELS,
+        timm_any_model="vit_base_patch16_224",
     ),
 )
 ARCHITECTURES = {entry.name: entry for entry in _ENTRIES}

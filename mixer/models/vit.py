@@ -657,11 +657,45 @@ def to_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
     return np.ascontiguousarray(array.T) if name.endswith("kernel") else array
 
 
+# timm's models by name, and the arguments of its class that each name sets (timm 1.0.31).
+_TIMM_SIZES = {"S": "small", "B": "base", "L": "large", "H": "huge"}
+TIMM_MODELS = {
+    f"vit_{_TIMM_SIZES[name[0]]}_patch{size['patch_size']}_224": dict(
+        patch_size=size["patch_size"],
+        embed_dim=size["hidden_dim"],
+        depth=size["num_blocks"],
+        num_heads=size["num_heads"],
+    )
+    for name, size in VARIANTS.items()
+}
+
+
+def timm_form(
+    model: VisionTransformer, arrays: Mapping[str, np.ndarray], image_size: tuple[int, int]
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Returns the options and the arrays of the model with a learnt position for each token.
+
+    timm has no other positions. Fixed positions become an array, and a class token without a
+    position gets zeros, so the outputs are equal.
+    """
+    arrays = dict(arrays)
+    if model.positions == "learnt":
+        return {}, arrays
+    if model.positions == "learnt_patches":
+        positions = np.asarray(arrays.pop(_POSITIONS[1]))
+    else:
+        grid = modules.patch_grid(image_size, model.patch_size)
+        positions = np.asarray(sincos2d(*grid, model.hidden_dim))[None]
+    num_first = int(model.pooling == "token")
+    arrays[_POSITIONS[0]] = np.pad(positions, ((0, 0), (num_first, 0), (0, 0)))
+    return {"positions": "learnt"}, arrays
+
+
 def timm_arguments(model: VisionTransformer, image_size: tuple[int, int]) -> dict[str, Any] | None:
     """Returns the arguments of timm's VisionTransformer for a model equal to `model`.
 
-    None: timm has no positions of patches alone under these names, no fixed positions, and no layer
-    before the head.
+    None: timm has only learnt positions of all tokens (see `timm_form`), and no layer before the
+    head.
     """
     if model.positions != "learnt" or model.pre_logits_layer:
         return None
@@ -682,6 +716,103 @@ def timm_arguments(model: VisionTransformer, image_size: tuple[int, int]) -> dic
         "act_layer": "gelu" if model.gelu == "erf" else "gelu_tanh",
         **modules.timm_channels(model.in_channels),
     }
+
+
+# The graph of an export to ONNX.
+
+
+def onnx_graph(
+    graph: Any, model: VisionTransformer, pixels: str, image_size: tuple[int, int]
+) -> str:
+    """Adds the network to an ONNX graph; returns the name of its pre-logits (b, C).
+
+    Args:
+      graph: a `mixer.tools.export.onnx_graphs.Graph`.
+      model: the model.
+      pixels: name of the input (b, H, W, in_channels).
+      image_size: (H, W).
+    """
+    # Linear projection of flattened patches, position embedding, class token.
+    x = graph.patch_embedding(pixels, "embedding", image_size=image_size)
+    grid = modules.patch_grid(image_size, model.patch_size)
+    if model.positions == "sincos2d":
+        positions = graph.constant("sincos2d", sincos2d(*grid, model.hidden_dim))
+        x = graph.node("Add", x, positions, name="embedding/positions")
+    elif model.positions == "learnt_patches":
+        x = graph.node("Add", x, graph.weight("pos_embedding"), name="embedding/positions")
+    if model.pooling == "token":
+        # Zeros before the patches, plus the token and zeros, have any batch size.
+        pads = graph.constant("cls/pads", np.array([0, 1, 0, 0, 0, 0], np.int64))
+        x = graph.node("Pad", x, pads, name="cls/patches")
+        pads = np.array([0, 0, 0, 0, math.prod(grid), 0], np.int64)
+        pads = graph.constant("cls/pads_after", pads)
+        token = graph.node("Pad", graph.weight("cls"), pads, name="cls/token")
+        x = graph.node("Add", x, token, name="cls/tokens")
+    # Transformer encoder.
+    if model.positions == "learnt":
+        positions = graph.weight("Transformer/posembed_input/pos_embedding")
+        x = graph.node("Add", x, positions, name="Transformer/posembed_input")
+    tokens = num_tokens(model, image_size)
+    for block in map(BLOCK.format, range(model.num_blocks)):
+        y = graph.layer_norm(x, f"{block}/LayerNorm_0")
+        y = _onnx_attention(graph, model, y, f"{block}/{BRANCHES[0]}", num_keys=tokens)
+        x = graph.node("Add", x, y, name=f"{block}/{BRANCHES[0]}/skip")
+        x = _onnx_mlp(graph, model, x, block, norm="LayerNorm_1")
+    x = graph.layer_norm(x, "Transformer/encoder_norm")
+    # Pooling.
+    if model.pooling == "token":
+        x = graph.first_token(x, name="pooling")
+    elif model.pooling == "gap":
+        x = graph.mean_token(x, name="pooling")
+    else:
+        attention = f"MAPHead_0/{BRANCHES[0]}"
+        probe = graph.weight("MAPHead_0/probe")
+        x = _onnx_attention(graph, model, x, attention, num_keys=tokens, probe=probe)
+        x = _onnx_mlp(graph, model, x, "MAPHead_0", norm="LayerNorm_0")
+        x = graph.first_token(x, name="pooling")
+    if model.pre_logits_layer:
+        x = graph.node("Tanh", graph.dense(x, "pre_logits"), name="pre_logits/tanh")
+    return x
+
+
+def _onnx_attention(
+    graph: Any,
+    model: VisionTransformer,
+    x: str,
+    name: str,
+    *,
+    num_keys: int,
+    probe: str | None = None,
+) -> str:
+    """Adds multi-head attention: (b, T, C) to (b, T, C), or to (b, 1, C) with a probe."""
+    num_queries = num_keys if probe is None else 1
+    head_dim = model.hidden_dim // model.num_heads
+
+    def heads(kind: str, perm: tuple[int, ...]) -> str:
+        source = probe if kind == "query" and probe is not None else x
+        num_tokens = num_queries if kind == "query" else num_keys
+        y = graph.dense(source, f"{name}/{kind}")
+        y = graph.reshape(y, (num_tokens, model.num_heads, head_dim), name=f"{name}/{kind}/heads")
+        return graph.node("Transpose", y, name=f"{name}/{kind}/by_head", perm=perm)
+
+    query, value = heads("query", (0, 2, 1, 3)), heads("value", (0, 2, 1, 3))
+    key = heads("key", (0, 2, 3, 1))  # transposed
+    logits = graph.node("MatMul", query, key, name=f"{name}/products")
+    scale = graph.constant(f"{name}/scale", np.float32(1 / math.sqrt(head_dim)))
+    logits = graph.node("Mul", logits, scale, name=f"{name}/logits")
+    weights = graph.node("Softmax", logits, name=f"{name}/weights", axis=-1)
+    y = graph.node("MatMul", weights, value, name=f"{name}/values_by_head")
+    y = graph.node("Transpose", y, name=f"{name}/values", perm=(0, 2, 1, 3))
+    y = graph.reshape(y, (num_queries, model.hidden_dim), name=f"{name}/joined")
+    return graph.dense(y, f"{name}/out")
+
+
+def _onnx_mlp(graph: Any, model: VisionTransformer, x: str, part: str, *, norm: str) -> str:
+    """Adds a LayerNorm, an MLP and its skip connection: (b, T, C) to (b, T, C)."""
+    name = f"{part}/{BRANCHES[1]}"
+    y = graph.dense(graph.layer_norm(x, f"{part}/{norm}"), f"{name}/Dense_0")
+    y = graph.dense(graph.gelu(y, model.gelu, name=f"{name}/gelu"), f"{name}/Dense_1")
+    return graph.node("Add", x, y, name=f"{name}/skip")
 
 
 # Resizing weights for another image size. Only learnt positions depend on the size.

@@ -41,10 +41,10 @@ IMAGE_SIZE = flags.DEFINE_list(
 )
 RESIZE = flags.DEFINE_enum(
     "resize",
-    "grow",
+    None,
     ["grow", "interpolate"],
     "Method for --image_size: grow (integer factors, as in the paper) or interpolate (any size; "
-    "not in the paper).",
+    "not in the paper). Default: grow for a Mixer, interpolate for a Vision Transformer.",
 )
 GELU = flags.DEFINE_enum(
     "gelu", None, ["tanh", "erf"], "GELU of the weights, if IN does not specify it correctly."
@@ -147,7 +147,7 @@ def write(
     Raises:
       UserError: the file system reports an error.
     """
-    from mixer.weights import formats
+    from mixer.weights import formats, hub
 
     try:
         if layout == "run":
@@ -166,9 +166,9 @@ def write(
     of_timm = layout in ("timm", "hub")
     # The config of a run specifies its GELU.
     default_gelu = formats.GELU_OF.get("timm" if of_timm else layout, gelu)
-    if gelu != default_gelu:
-        programs = "timm" if of_timm else "vision_transformer and big_vision"
-        note = f"note: these weights need GELU {gelu}; {programs} default to {default_gelu}"
+    if gelu != default_gelu and not (layout == "hub" and hub.names_activation(loaded.card)):
+        programs = "timm defaults" if of_timm else "vision_transformer and big_vision default"
+        note = f"note: these weights need GELU {gelu}; {programs} to {default_gelu}"
         print(note, file=sys.stderr)
 
 

@@ -122,7 +122,8 @@ def _read_fields(path: epath.Path) -> dict[str, Any]:
     """Returns the model's fields in the JSON sidecar of a file, or else in timm's config.json."""
     if (sidecar := read_card(path)) is not None:
         return sidecar
-    values = read_json(path.with_name("config.json")) if path.suffix == ".safetensors" else None
+    is_npz = path.suffix.lower() == ".npz"
+    values = None if is_npz else read_json(path.with_name("config.json"))
     fields = values.get("model_args") if isinstance(values, dict) else None
     return fields if isinstance(fields, dict) else {}
 
@@ -189,12 +190,29 @@ def recognise(shapes: Shapes, source: epath.PathLike) -> tuple[str, str]:
     )
 
 
+def timm_form(
+    arrays: Mapping[str, Any], card: Card, *, source: epath.PathLike
+) -> tuple[Mapping[str, Any], Card]:
+    """Returns the arrays and the card of an equal model that timm has.
+
+    Raises:
+      UserError: timm has no such model; the message names `source`.
+    """
+    architecture = ARCHITECTURES[card.architecture]
+    options, arrays = architecture.timm_form(card.model(), arrays, card.image_size)
+    card = dataclasses.replace(card, dimensions={**card.dimensions, **options})
+    if architecture.timm_arguments(card.model(), card.image_size) is None:
+        options = ", ".join(f"{key}={card.dimensions[key]}" for key in architecture.options)
+        raise UserError(f"{source}: timm has no {architecture.title} with {options}")
+    return arrays, card
+
+
 def write_file(
     path: epath.PathLike, arrays: Mapping[str, Any], card: Card, *, layout: str
 ) -> epath.Path:
     """Writes a weight file and its JSON sidecar atomically.
 
-    The bytes depend only on the arrays.
+    The bytes depend only on the arrays. In the timm layout, the file holds `timm_form` of them.
 
     Args:
       path: path with the suffix that ENDINGS gives for the layout.
@@ -215,10 +233,9 @@ def write_file(
     check_choice("layout", layout, architecture.layouts)
     if path.suffix != ENDINGS[layout]:
         raise UserError(f"{path}: files in the {layout} layout end in {ENDINGS[layout]}")
+    if layout == "timm":
+        arrays, card = timm_form(arrays, card, source=path)
     timm_arguments = architecture.timm_arguments(card.model(), card.image_size)
-    if layout == "timm" and timm_arguments is None:
-        options = ", ".join(f"{key}={card.dimensions[key]}" for key in architecture.options)
-        raise UserError(f"{path}: timm has no {architecture.title} with {options}")
     parts: dict[str, dict[str, np.ndarray]] = {}  # the leaves of each array in the file
     for name in sorted(arrays):
         array = np.asarray(arrays[name])

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -25,7 +25,7 @@ from mixer.weights import checkpoint, fetch, formats
 from mixer.weights.card import Card
 
 WEIGHTS_NAME = fetch.HUB_NAMES[0]
-# The preprocessing of timm's Mixers, for weights without a known preprocessing.
+# For weights without a known preprocessing: that of timm's Mixers and of many of its other models.
 _DEFAULT_RESIZE = {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 # timm's (Pillow's) name of each method of a resize; other methods have no counterpart.
 _INTERPOLATIONS = {
@@ -58,14 +58,23 @@ def write_folder(
       results: results by split, as `read_results` returns them; their "data" is optional.
 
     Raises:
-      UserError: a value is NaN or infinite, or timm has no such architecture.
+      UserError: a value is NaN or infinite, or timm has no such model.
     """
     architecture = ARCHITECTURES[card.architecture]
     if not architecture.timm_class:
+        titles = [entry.title for entry in ARCHITECTURES.values() if entry.timm_class]
         raise UserError(
-            f"{path}: no Hub folder for a {architecture.title}; expected weights of an MLP-Mixer "
-            "(convert to .npz or .safetensors instead)"
+            f"{path}: no Hub folder for {architecture.title}; expected weights of "
+            f"{' or '.join(titles)} (convert to .npz instead)"
         )
+    dims = card.dimensions
+    arrays, card = formats.timm_form(arrays, card, source=path)
+    changes = [
+        f"`{key}={value}`: timm lacks this option. This folder has `{key}={card.dimensions[key]}`, "
+        "and its outputs are equal."
+        for key, value in dims.items()
+        if value != card.dimensions[key]
+    ]
     card = dataclasses.replace(card, source=_without_folder(card.source))
     results = {
         split: summary | {"data": _without_folder(summary.get("data", split))}
@@ -80,6 +89,7 @@ def write_folder(
             num_params=sharding.num_values(arrays),
             license_name=license_name,
             results=results,
+            changes=changes,
         )
         files.write_text(folder / "README.md", text)
 
@@ -153,21 +163,29 @@ def timm_config(card: Card) -> dict[str, Any]:
 
 
 def timm_name(card: Card) -> str | None:
-    """Returns the name under which timm builds a model of these dimensions; None: it has none."""
+    """Returns the name under which timm builds the model; None: it has none."""
     architecture = ARCHITECTURES[card.architecture]
     arguments = architecture.timm_arguments(card.model(), card.image_size)
     for name, fixed in architecture.timm_models.items():
         if all(arguments[key] == value for key, value in fixed.items()):
             return name
-    return None
+    return architecture.timm_any_model or None
 
 
 def _model_args(card: Card, arguments: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     """Returns the arguments that timm's function `name` does not set itself."""
-    fixed = ARCHITECTURES[card.architecture].timm_models.get(name, {})
-    # "num_classes" is in pretrained_cfg; JSON has no value for an activation function.
-    fixed = {*fixed, "num_classes", "act_layer"}
-    return {key: value for key, value in arguments.items() if key not in fixed}
+    architecture = ARCHITECTURES[card.architecture]
+    fixed = architecture.timm_models.get(name, {})
+    args = {key: value for key, value in arguments.items() if fixed.get(key) != value}
+    del args["num_classes"]  # it is in pretrained_cfg
+    if not names_activation(card):
+        del args["act_layer"]
+    return args
+
+
+def names_activation(card: Card) -> bool:
+    """Returns whether timm takes the name of an activation, which JSON can hold."""
+    return bool(ARCHITECTURES[card.architecture].timm_any_model)
 
 
 def _labels(class_names: str | tuple[str, ...] | None) -> dict[str, Any]:
@@ -228,13 +246,13 @@ def _preprocessing_note(card: Card) -> str:
     calls = _calls(card)
     if calls is None:
         return (
-            "Preprocessing: that of these weights is unknown. config.json has that of timm's "
-            "Mixers."
+            "Preprocessing: that of these weights is unknown. config.json has a bicubic resize and "
+            "a centre crop."
         )
     if _timm_resize(card) is None:
         return (
-            f"Preprocessing: config.json has no form of `{card.preprocess}`; it has that of timm's "
-            "Mixers, with the pixel range of these weights."
+            f"Preprocessing: config.json has no form of `{card.preprocess}`; it has a bicubic "
+            "resize and a centre crop, with the pixel range of these weights."
         )
     resizes = [call.arguments for call in calls if "method" in call.arguments]
     if not resizes:
@@ -263,8 +281,9 @@ def model_card(
     num_params: int,
     license_name: str,
     results: Mapping[str, Mapping[str, Any]],
+    changes: Sequence[str] = (),
 ) -> str:
-    """Returns the text of the model card, README.md."""
+    """Returns the text of the model card, README.md. `changes` describes changed options."""
     parts = [
         _front_matter(card, name=name, license_name=license_name, results=results),
         f"# {name}",
@@ -277,7 +296,7 @@ def model_card(
         "## Usage in timm",
         _timm_usage(card),
         "## What timm cannot express",
-        _timm_limits(card),
+        _timm_limits(card, changes),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -392,7 +411,7 @@ def _usage(card: Card) -> str:
 def _timm_usage(card: Card) -> str:
     if timm_name(card):
         arguments, imports = "pretrained=True", ["import timm"]
-        if card.gelu == "tanh":
+        if card.gelu == "tanh" and not names_activation(card):
             arguments += ', act_layer=timm.layers.get_act_layer("gelu_tanh")'
             imports.append("import timm.layers")
         code = [*imports, "", f'model = timm.create_model("hf-hub:OWNER/NAME", {arguments})']
@@ -423,14 +442,14 @@ def _timm_usage(card: Card) -> str:
     return "\n".join(["```python", *code, "```"] + ["", text] * bool(text))
 
 
-def _timm_limits(card: Card) -> str:
-    limits = []
+def _timm_limits(card: Card, changes: Sequence[str]) -> str:
+    limits = list(changes)
     if timm_name(card) is None:
         limits.append(
             "Dimensions: timm has no name for them, so `timm.create_model` cannot open this folder "
             "(`Unknown model`). The code above builds the model from timm's class."
         )
-    elif card.gelu == "tanh":
+    elif card.gelu == "tanh" and not names_activation(card):
         limits.append(
             "GELU: these weights need the tanh form. config.json cannot name an activation, and "
             "without `act_layer` timm computes the erf form: the logits then differ."

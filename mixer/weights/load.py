@@ -50,7 +50,7 @@ def load(
     dtype: Any = None,
     gelu: str | None = None,
     head: str = "auto",
-    resize: str = "grow",
+    resize: str | None = None,
     mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[nn.Module, Any]:
@@ -75,7 +75,8 @@ def load(
         sidecar or else the default of the code base that defines the layout.
       head: "keep": the saved head must fit; "reset": zeros; "auto": zeros if it does not fit.
       resize: how to change the image size. "grow": by integer factors, as in the paper;
-        "interpolate": to any size that the patch size divides (mixer/models/resize.py).
+        "interpolate": to any size that the patch size divides (mixer/models/resize.py). None:
+        "grow" for a Mixer, "interpolate" for a Vision Transformer.
       mesh: devices to place the parameters on; each device receives only its own shard. None: the
         default device.
       log: called with one line that lists what was recognised, what was assumed, and whether the
@@ -89,7 +90,8 @@ def load(
         message lists every mismatch.
     """
     check_choice("head", head, HEADS)
-    check_choice("resize", resize, RESIZES)
+    if resize is not None:
+        check_choice("resize", resize, RESIZES)
     options = dict(num_classes=num_classes, dtype=dtype, head=head, resize=resize, mesh=mesh)
     loaded = read(path, image_size=image_size, gelu=gelu, log=log, **options)
     return loaded.model, loaded.params
@@ -115,13 +117,14 @@ def read_stored(
     image_size: int | tuple[int, int] | None = None,
     dtype: Any = None,
     head: str = "auto",
-    resize: str = "grow",
+    resize: str | None = None,
     mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
 ) -> Loaded:
     """Reads weights that `find` has recognised, with the options of `read`."""
     size = stored.card.image_size if image_size is None else parse_size(image_size)
     check_image_size(size, stored.card.patch_size)
+    resize = resize or registry.ARCHITECTURES[stored.card.architecture].default_resize
     card = resize_card(stored, size, resize)
     classes = stored.card.num_classes if num_classes is None else num_classes
     # The arrays are checked against the model's parameters, so build the model first.

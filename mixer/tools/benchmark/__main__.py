@@ -1,7 +1,8 @@
-"""Measures how fast this machine trains and runs Mixers, compared with other implementations.
+"""Measures how fast this machine trains and runs models, compared with other implementations.
 
   python -m mixer.tools.benchmark train --models=S/32,B/16 --batch_size=8 --against=plain
   python -m mixer.tools.benchmark infer --models=B/16 --dtype=bfloat16 --against=timm_compiled
+  python -m mixer.tools.benchmark infer --models=ViT-S/16,ViT-B/16 --against=plain,timm
   python -m mixer.tools.benchmark data --config=configs/mixer_b16_i1k.py
   python -m mixer.tools.benchmark loop --config=configs/cifar10.py:epochs=300
 
@@ -30,7 +31,8 @@ MAX_INT32 = 2**31 - 1  # image indices on devices are int32
 MODELS = flags.DEFINE_list(
     "models",
     ["S/32", "B/16"],
-    "Models: S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, and cifar (patch 4).",
+    "Models: S/32 S/16 S/8 B/32 B/16 L/32 L/16 H/14, cifar (patch 4), and Vision Transformers: "
+    "ViT-S/32 ViT-S/16 ViT-B/32 ViT-B/16 ViT-L/32 ViT-L/16 ViT-H/14.",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -50,7 +52,7 @@ BATCH_SIZE = flags.DEFINE_list(
 AGAINST = flags.DEFINE_list(
     "against",
     ["plain"],
-    "plain (the paper's formulation in Flax), timm, timm_compiled (torch.compile), timm_autotuned "
+    "plain (the papers' formulations in Flax), timm, timm_compiled (torch.compile), timm_autotuned "
     "(torch.compile, max-autotune); empty: none.",
 )
 SECONDS = flags.DEFINE_float(
@@ -177,11 +179,12 @@ def _cases(measurement: str) -> list[Any]:
     selected_cases = []
     for name in MODELS.value:
         check_choice("--models", name, cases.MODELS)
-        if AGAINST.value and cases.MODELS[name].get("name", "mixer") != "mixer":
-            raise UserError(
-                f"--against={','.join(AGAINST.value)} with --models={name}; the other "
-                "implementations are MLP-Mixers; expected an empty --against="
-            )
+        for implementation in AGAINST.value:
+            if not cases.has_implementation(cases.MODELS[name], implementation):
+                raise UserError(
+                    f"--against={implementation} has no counterpart of --models={name}; expected "
+                    "another implementation, or an empty --against="
+                )
         size = IMAGE_SIZE.value or (32 if name == "cifar" else 224)
         check_image_size((size, size), cases.MODELS[name]["patch_size"])
         for batch_size in _batch_sizes():

@@ -18,7 +18,7 @@ from mixer import memory, sizes
 from mixer.errors import first_line
 from mixer.evaluation import throughput
 from mixer.models import layers
-from mixer.models.registry import make_model, param_shapes
+from mixer.models.registry import param_shapes
 from mixer.parallel import sharding
 from mixer.tools.benchmark import plain
 from mixer.tools.benchmark.cases import Case
@@ -107,23 +107,16 @@ def memory_of(program: Any) -> int | None:
     return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
 
 
-def make_mixer(case: Case) -> nn.Module:
-    """Makes this project's model for a case."""
-    return make_model(
-        **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu
-    )
-
-
-def make_plain(case: Case) -> plain.Mixer:
+def make_plain(case: Case) -> nn.Module:
     """Makes the plain model for a case, with the same parameters."""
-    return plain.Mixer(
-        **case.dimensions, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu
-    )
+    fields = dict(case.dimensions)
+    module = plain.MODULES[fields.pop("name", "mixer")]
+    return module(**fields, num_classes=case.num_classes, dtype=case.dtype, gelu=case.gelu)
 
 
 def draw_params(case: Case) -> Any:
     """Draws initial parameters in NumPy, with a head that is not zero."""
-    shapes = param_shapes(make_mixer(case), sizes.pair(case.image_size))
+    shapes = param_shapes(case.make_model(), sizes.pair(case.image_size))
     shapes = traverse_util.unflatten_dict(shapes, sep="/")
     rng = np.random.default_rng(0)
 
@@ -139,7 +132,7 @@ def draw_params(case: Case) -> Any:
 def _batch(case: Case, mesh: Mesh) -> dict[str, jax.Array]:
     rng = np.random.default_rng(1)
     count = case.batch_size * mesh.size
-    channels = make_mixer(case).in_channels
+    channels = case.make_model().in_channels
     shape = (count, *sizes.pair(case.image_size), channels)
     batch = {
         "image": rng.integers(0, 256, shape, np.uint8),
@@ -196,7 +189,7 @@ def prepare_train(name: str, case: Case, mesh: Mesh) -> JaxProgram:
             lr_multipliers=(),
         )
         step = TrainStep(
-            make_mixer(case),
+            case.make_model(),
             tx,
             schedule,
             make_loss("softmax"),
@@ -234,7 +227,7 @@ def prepare_infer(name: str, case: Case, mesh: Mesh) -> JaxProgram:
     params = jax.device_put(draw_params(case), sharding.replicated(mesh))
     images = _batch(case, mesh)["image"]
     if name == "ours":
-        predict = make_predict(make_mixer(case), mesh)
+        predict = make_predict(case.make_model(), mesh)
     else:
         model = make_plain(case)
 

@@ -8,6 +8,7 @@ need not be installed next to torch.
 """
 
 import collections
+import importlib
 import json
 import os
 import re
@@ -36,25 +37,17 @@ MODES = {
 
 
 def make_timm(request: dict[str, Any], device: torch.device) -> torch.nn.Module:
-    """Makes timm's Mixer with the dimensions and the GELU of the request.
+    """Makes timm's model with the class and the arguments of the request.
 
     Raises:
       ImportError: timm is not installed.
     """
-    from timm.layers import GELUTanh
-    from timm.models.mlp_mixer import MlpMixer
+    from timm.layers import get_act_layer
 
-    size, width = request["dimensions"], request["dimensions"]["hidden_dim"]
-    model = MlpMixer(
-        num_classes=request["num_classes"],
-        img_size=request["image_size"],
-        patch_size=size["patch_size"],
-        num_blocks=size["num_blocks"],
-        embed_dim=width,
-        # timm truncates ratio * width to an integer; adding 0.5 avoids an error by rounding.
-        mlp_ratio=tuple((size[f"{mlp}_mlp_dim"] + 0.5) / width for mlp in ("tokens", "channels")),
-        act_layer=GELUTanh if request["gelu"] == "tanh" else torch.nn.GELU,
-    )
+    module, _, name = request["timm_class"].rpartition(".")
+    arguments = request["timm_arguments"]
+    arguments = arguments | {"act_layer": get_act_layer(arguments["act_layer"])}
+    model = getattr(importlib.import_module(module), name)(**arguments)
     # In channels_last the stem writes tokens in the layout that the first block reads.
     return model.to(device).to(memory_format=torch.channels_last)
 

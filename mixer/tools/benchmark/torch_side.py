@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mixer import sizes
 from mixer.errors import UserError
+from mixer.models.registry import architecture_of
 from mixer.tools.benchmark.cases import Case
 from mixer.tools.benchmark.turns import ProgramError
 
@@ -116,6 +118,14 @@ class TorchProgram:
             self._child.close()
 
 
+def timm_model(case: Case) -> dict[str, Any]:
+    """Returns timm's class for the model of a case, and the arguments of the class."""
+    model = case.make_model()
+    architecture = architecture_of(model)
+    arguments = architecture.timm_arguments(model, sizes.pair(case.image_size))
+    return {"timm_class": architecture.timm_class, "timm_arguments": arguments}
+
+
 def start(python: str) -> Child:
     """Starts a worker that can import torch."""
     return Child([python, "-m", _MODULE])
@@ -135,7 +145,8 @@ def prepare(name: str, case: Case, python: str, device: str) -> TorchProgram:
     """
     child = start(python)
     try:
-        request = {"program": name, "device": device, **dataclasses.asdict(case)}
+        request = {"program": name, "device": device, **timm_model(case)}
+        request |= dataclasses.asdict(case)
         return TorchProgram(child, name, request, owns_child=True)
     except BaseException:
         child.close()

@@ -91,7 +91,7 @@ def _figures(case: Case, results: dict[str, turns.Result]) -> dict[str, Any]:
     matmul = limit.take_figures(results)
     is_training, image_size = case.measurement == "train", (case.image_size, case.image_size)
     count = flops.train_flops if is_training else flops.forward_flops
-    per_image = count(jax_side.make_mixer(case), image_size)
+    per_image = count(case.make_model(), image_size)
     paper_rate = None if is_training else throughput.published_rate(case.model, image_size)
     fields = dataclasses.asdict(case)
     return {

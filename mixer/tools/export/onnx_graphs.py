@@ -1,7 +1,8 @@
-"""Builds the ONNX graph of a model from its architecture's description.
+"""Builds the ONNX graph of a model.
 
-An architecture has one function here and one entry of `EMITTERS`. Dimensions in the comments: b
-images (any number unless fixed), S tokens, C channels, D_S and D_C hidden units, P patch size.
+This module has the operations that architectures share. The network's own graph is the function
+`onnx_graph` of the architecture's entry in `mixer.models.registry`. Dimensions in the docstrings: b
+images (any number unless fixed), S tokens, C channels, P patch size.
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,8 @@ import flax.linen as nn
 import numpy as np
 from onnx import NodeProto, helper
 
-from mixer import sizes
 from mixer.errors import UserError
-from mixer.models import mlp_mixer, registry
+from mixer.models import registry
 from mixer.models.modules import patch_grid
 
 
@@ -50,11 +50,30 @@ class Graph:
         shape = self.constant(f"{name}/shape", np.array((0, *shape), np.int64))
         return self.node("Reshape", x, shape, name=name)
 
+    def weight(self, name: str) -> str:
+        """Adds a parameter as a constant; returns its name."""
+        return self.constant(name, self.weights[name])
+
+    def patch_embedding(self, pixels: str, layer: str, *, image_size: tuple[int, int]) -> str:
+        """Adds the per-patch fully-connected layer: (b, H, W, channels) to (b, S, C)."""
+        height, width, channels, _ = self.weights[f"{layer}/kernel"].shape
+        rows, columns = patch_grid(image_size, (height, width))
+        shape = (rows, height, columns, width, channels)
+        tiles = self.reshape(pixels, shape, name=f"{layer}/patches/tiles")
+        tiles = self.node(
+            "Transpose", tiles, name=f"{layer}/patches/by_tile", perm=(0, 1, 3, 2, 4, 5)
+        )
+        size = rows * columns, height * width * channels
+        return self.dense(self.reshape(tiles, size, name=f"{layer}/patches"), layer)
+
     def dense(self, x: str, layer: str) -> str:
-        """Adds an affine map of the last axis: (..., I) to (..., O)."""
-        kernel = self.weights[f"{layer}/kernel"]
-        kernel = self.constant(f"{layer}/kernel", kernel.reshape(-1, kernel.shape[-1]))
-        bias = self.constant(f"{layer}/bias", self.weights[f"{layer}/bias"])
+        """Adds an affine map of the last axis: (..., I) to (..., O).
+
+        The axes of the kernel before and after the map are joined.
+        """
+        kernel, bias = (self.weights[f"{layer}/{leaf}"] for leaf in ("kernel", "bias"))
+        kernel = self.constant(f"{layer}/kernel", kernel.reshape(-1, bias.size))
+        bias = self.constant(f"{layer}/bias", bias.reshape(-1))
         product = self.node("MatMul", x, kernel, name=f"{layer}/matmul")
         return self.node("Add", product, bias, name=layer)
 
@@ -68,15 +87,21 @@ class Graph:
 
     def layer_norm(self, x: str, layer: str) -> str:
         """Adds a LayerNorm of the last axis, with Flax's epsilon."""
-        affine = [
-            self.constant(f"{layer}/{leaf}", self.weights[f"{layer}/{leaf}"])
-            for leaf in ("scale", "bias")
-        ]
+        affine = [self.weight(f"{layer}/{leaf}") for leaf in ("scale", "bias")]
         return self.node("LayerNormalization", x, *affine, name=layer, axis=-1, epsilon=1e-6)
 
     def gelu(self, x: str, kind: str, *, name: str) -> str:
         """Adds GELU; `kind` is "tanh" or "erf"."""
         return self.node("Gelu", x, name=name, approximate="tanh" if kind == "tanh" else "none")
+
+    def mean_token(self, x: str, *, name: str) -> str:
+        """Adds the mean of the tokens: (b, S, C) to (b, C)."""
+        axes = self.constant(f"{name}/axes", np.array([1], np.int64))
+        return self.node("ReduceMean", x, axes, name=name, keepdims=0)
+
+    def first_token(self, x: str, *, name: str) -> str:
+        """Adds the selection of the first token: (b, S, C) to (b, C)."""
+        return self.node("Gather", x, self.constant(f"{name}/index", 0), name=name, axis=1)
 
 
 def build(
@@ -100,9 +125,11 @@ def build(
       UserError: the architecture has no ONNX graph.
     """
     architecture = registry.architecture_of(model)
-    if architecture.name not in EMITTERS:
+    if architecture.onnx_graph is None:
+        entries = registry.ARCHITECTURES.values()
+        titles = ", ".join(entry.title for entry in entries if entry.onnx_graph is not None)
         raise UserError(
-            f"{architecture.title} has no ONNX graph; expected one of {', '.join(EMITTERS)} "
+            f"{architecture.title} has no ONNX graph; expected one of {titles} "
             "(--format=stablehlo exports every architecture)"
         )
     graph, (low, high) = Graph(weights), value_range
@@ -111,47 +138,9 @@ def build(
     offset = graph.constant("value_range/low", np.float32(low))
     pixels = graph.node("Div", pixels, scale, name="value_range/scaled")
     pixels = graph.node("Add", pixels, offset, name="value_range")
-    features = EMITTERS[architecture.name](graph, model, pixels, image_size)
+    features = architecture.onnx_graph(graph, model, pixels, image_size)
     if output == "logits":
         features = graph.dense(features, "head")
     # The result gets its name here, so that layers can be named without knowing which is the last.
     graph.node("Identity", features, name=output)
     return graph
-
-
-def emit_mixer(
-    graph: Graph, model: mlp_mixer.MlpMixer, pixels: str, image_size: tuple[int, int]
-) -> str:
-    """Adds an MLP-Mixer (figure 1 of the paper); returns the name of its pre-logits (b, C)."""
-    # Per-patch fully-connected.
-    (rows, columns), channels = patch_grid(image_size, model.patch_size), model.in_channels
-    height, width = sizes.pair(model.patch_size)
-    shape = (rows, height, columns, width, channels)
-    tiles = graph.reshape(pixels, shape, name="stem/patches/tiles")
-    tiles = graph.node("Transpose", tiles, name="stem/patches/by_tile", perm=(0, 1, 3, 2, 4, 5))
-    size = rows * columns, height * width * channels
-    x = graph.dense(graph.reshape(tiles, size, name="stem/patches"), "stem")
-    # L mixer layers.
-    for i in range(model.num_blocks):
-        x = _emit_mixer_block(graph, model, x, mlp_mixer.BLOCK.format(i))
-    # Global average pooling.
-    x = graph.layer_norm(x, "pre_head_layer_norm")
-    axes = graph.constant("pooling/axes", np.array([1], np.int64))
-    return graph.node("ReduceMean", x, axes, name="pooling", keepdims=0)
-
-
-def _emit_mixer_block(graph: Graph, model: mlp_mixer.MlpMixer, x: str, block: str) -> str:
-    """Adds a mixer layer, (b, S, C) to (b, S, C): token mixing, then channel mixing."""
-    for i, branch in enumerate(mlp_mixer.BRANCHES):
-        dense = graph.token_dense if branch == "token_mixing" else graph.dense
-        y = graph.layer_norm(x, f"{block}/LayerNorm_{i}")
-        y = dense(y, f"{block}/{branch}/Dense_0")
-        y = graph.gelu(y, model.gelu, name=f"{block}/{branch}/gelu")
-        y = dense(y, f"{block}/{branch}/Dense_1")
-        x = graph.node("Add", x, y, name=f"{block}/{branch}/skip")
-    return x
-
-
-# By the architecture's name in `registry.ARCHITECTURES`: a function that adds the network to a
-# graph and returns the name of its pre-logits (b, C). Its arguments are those of `emit_mixer`.
-EMITTERS = {"mixer": emit_mixer}
