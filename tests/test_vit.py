@@ -131,11 +131,23 @@ def test_timm_files_take_their_heads_from_timms_config(tmp_path):
     assert (model.gelu, model.num_heads, model.positions) == ("erf", 4, "learnt")
     logits, _ = jax.jit(model.apply)({"params": params}, answers["image"])
     np.testing.assert_allclose(logits, answers["logits"], atol=1e-5, rtol=0)
+    assert quiet_load(write_timm(tmp_path, num_heads=4, act_layer="gelu_tanh"))[0].gelu == "tanh"
+    with pytest.raises(UserError, match=r"act_layer.*'quick_gelu'.*gelu_tanh"):
+        quiet_load(write_timm(tmp_path, num_heads=4, act_layer="quick_gelu"))
     for heads in (5, 0, "4"):
         with pytest.raises(UserError, match=rf"num_heads={heads}.*24"):
             quiet_load(write_timm(tmp_path, num_heads=heads))
     with pytest.raises(UserError, match=r"num_heads.*24.*config\.json"):
         quiet_load(GOLDENS / "vit_tiny_timm.safetensors")
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (1024, 16), (1152, 16), (1280, 16)])
+def test_heads_of_timm_files_without_a_config(width, heads):
+    """The widths are those of timm's vit_tiny, vit_large, vit_so400m and vit_huge."""
+    name, array = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/bias", np.zeros
+    assert vit.from_layout(name, array(3 * width), "timm", {}).shape == (heads, width // heads)
+    with pytest.raises(UserError, match=r"num_heads.*1536"):  # timm's models differ
+        vit.from_layout(name, array(3 * 1536), "timm", {})
 
 
 def read_golden(kind):
@@ -316,6 +328,25 @@ def test_remat_scan_and_bfloat16_keep_parameters_and_gradients():
     np.testing.assert_allclose(logits, golden("official_token_outputs")["logits"], atol=0.2)
 
 
+def test_attention_matches_jax():
+    rng = np.random.default_rng(0)
+    shapes = (2, 3, 2, 6), (2, 5, 2, 6), (2, 5, 2, 6)
+    arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+    def compute(function):
+        def total(*arrays):
+            return jnp.sum(function(*arrays) ** 2)
+
+        return jax.jit(function)(*arrays), *jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
+
+    results = compute(vit.attend), compute(jax.nn.dot_product_attention)
+    for actual, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    query, key, value = 30 * arrays[0], 30 * arrays[1], arrays[2]  # exp would overflow
+    expected = jax.nn.dot_product_attention(query, key, value)
+    np.testing.assert_allclose(vit.attend(query, key, value), expected, atol=1e-4)
+
+
 def vit_config(**values):
     config = tiny_config(model__name="vit", **values)
     config.model.update(tokens_mlp_dim=None, channels_mlp_dim=None, mlp_dim=24, num_heads=2)
@@ -398,6 +429,21 @@ def test_flops_are_those_of_the_compiled_program(options):
     for function, expected in ((loss, flops.forward_flops), (jax.grad(loss), flops.train_flops)):
         counted = hlo.count(jax.jit(function).lower(params, images).compile().as_text()).flops
         assert counted == pytest.approx(2 * expected(model, size), rel=0.01)
+
+
+@SLOW
+def test_cost_of_the_gradient_grows_linearly_with_depth():
+    """On a CPU, XLA could repeat the sum of the residual gradients in each branch."""
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+
+    def cost(num_blocks):
+        model = tiny(num_blocks=num_blocks)
+        params = traverse_util.unflatten_dict(registry.param_shapes(model, (32, 32)), sep="/")
+        gradient = jax.grad(lambda params, x: model.apply({"params": params}, x)[0].sum())
+        return jax.jit(gradient).lower(params, images).compile().cost_analysis()["flops"]
+
+    costs = np.diff([cost(num_blocks) for num_blocks in (2, 5, 8)])
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)
 
 
 def test_heads_and_mlp_are_split_over_the_mesh():

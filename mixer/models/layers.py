@@ -93,6 +93,34 @@ def _dense_x_grad(kernel: jax.Array, grad: jax.Array) -> jax.Array:
 dense.defvjp(_dense_forward, _dense_backward)
 
 
+@jax.custom_vjp
+def residual(x: jax.Array) -> jax.Array:
+    """Returns `x`, the input of a residual branch and of its skip connection.
+
+    On a CPU, XLA would recompute the sum of the gradients of all later branches in every branch, so
+    that the time grows with the square of the depth.
+    """
+    return x
+
+
+def _residual_forward(x: jax.Array) -> tuple[jax.Array, None]:
+    return x, None
+
+
+def _residual_backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (lax.platform_dependent(grad, cpu=_computed_once, default=lambda x: x),)
+
+
+def _computed_once(x: jax.Array) -> jax.Array:
+    # XLA fuses nothing into a conditional. (On a CPU, it removes `lax.optimization_barrier` before
+    # it fuses.) Both branches return x.
+    value = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+    return lax.cond(value > 0, lambda x: x, lambda x: x * 1, x)
+
+
+residual.defvjp(_residual_forward, _residual_backward)
+
+
 def norm_dense(
     x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> jax.Array:

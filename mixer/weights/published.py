@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from mixer.data.imagenet.names import LISTS, synsets
-from mixer.errors import UserError, nearest
+from mixer.errors import UserError, check_choice, nearest
 from mixer.files import STORES
 from mixer.models.registry import make_model, num_params
 
@@ -55,12 +55,14 @@ class Facts:
         None if it is unknown or cannot express that image size.
       note: a line for the log, or "".
       image_size: (H, W) in timm's config.json; None if unknown.
+      gelu: the form of GELU in timm's config.json, "tanh" or "erf"; None if unknown.
     """
 
     class_names: str | tuple[str, ...] | None
     preprocess: Callable[[tuple[int, int]], str | None]
     note: str = ""
     image_size: tuple[int, int] | None = None
+    gelu: str | None = None
 
 
 def _released_files(folder: str, variants: str, class_names: str) -> dict[str, Published]:
@@ -227,6 +229,12 @@ _TIMM_MODEL = re.compile(
     r"(?<![a-z])(?:jx_)?(?P<kind>mixer|gmixer|resmlp|gmlp)_(?:big_)?[a-z]*\d+_[a-z0-9_]+(?:\.\w+)?"
 )
 _OTHER_MODELS = {"gmixer": "GLU-Mixer", "resmlp": "ResMLP", "gmlp": "gMLP"}
+# timm's models of a supported architecture whose default is the tanh form of GELU (timm 1.0.31).
+_TIMM_TANH = re.compile(
+    r"vit_(base_patch32_siglip(_gap)?_256|large_patch16_siglip(_gap)?_512"
+    r"|(so400m|giantopt)_patch16_siglip(_gap)?_\d+)\b"
+)
+_TIMM_GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}  # timm's names of activations
 _NOT_21K = (
     "timm's goog_in21k_ft_in1k weights are the authors' ImageNet-1k weights, not fine-tuned "
     "ImageNet-21k weights (timm pull request 651)"
@@ -280,7 +288,8 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
         mean, std = ({float(x) for x in inner[key]} for key in ("mean", "std"))
         crop_pct, interpolation = float(inner["crop_pct"]), inner["interpolation"]
         crop_mode = inner.get("crop_mode", "center")
-        image_size = _timm_image_size(fields.get("model_args", {}), inner)
+        arguments = fields.get("model_args", {})
+        image_size, activation = _timm_image_size(arguments, inner), arguments.get("act_layer")
         # The bounds are far wider than any of timm's values, and prevent infinite or huge sizes.
         bounded = all(abs(x) <= 1e3 for x in mean) and all(1e-3 <= x <= 1e3 for x in std)
         if not mean or not std or not bounded or not 0.01 <= crop_pct <= 1:
@@ -289,6 +298,10 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
         reason = repr(error)[:200]
         raise UserError(f"config.json of {source} is not a valid timm config: {reason}") from None
     refuse_other_models(name)
+    gelu = "tanh" if _TIMM_TANH.match(name) else None
+    if activation is not None:
+        check_choice(f"config.json of {source}: act_layer", str(activation), _TIMM_GELUS)
+        gelu = _TIMM_GELUS[activation]
 
     class_names = _timm_class_names(fields, inner, num_classes)
     note = _timm_note(_timm_origin(name), num_classes)
@@ -299,10 +312,10 @@ def timm_facts(fields: Mapping[str, Any], *, source: epath.PathLike, num_classes
     else:
         mean_std = mean.pop(), std.pop()
         preprocess = _timm_preprocessing(interpolation, crop_pct, mean_std, crop_mode)
-        return Facts(class_names, preprocess, note, image_size)
+        return Facts(class_names, preprocess, note, image_size, gelu)
     refused = f"config.json of {source} needs {reason}, which no preprocessing op supports"
     note = "; ".join(filter(None, (note, refused)))
-    return Facts(class_names, _no_preprocessing, note, image_size)
+    return Facts(class_names, _no_preprocessing, note, image_size, gelu)
 
 
 def _timm_image_size(

@@ -137,6 +137,7 @@ def _find_file(
         (gelu, "as requested"),
         (sidecar.get("gelu"), "its JSON"),
         (file.gelu, "its header"),
+        (facts.gelu, "its config.json"),
         (formats.GELU_OF[file.layout], f"the {file.layout} layout's"),
     )
     kind, origin = next((kind, origin) for kind, origin in gelu_sources if kind)

@@ -84,9 +84,10 @@ def write(
     loaded = loading.read(source, image_size=image_size, mesh=mesh, log=log)
     saved_results = {workdir: results.read(workdir, checkpoint_name) for workdir in workdirs}
     sections = _run_sections(saved_results, page) if workdirs else []
-    log("drawing the stem's filters and the token-mixing units")
+    log("drawing the stem's filters")
     sections.append(_stem(loaded, page))
     if kernel := architecture_of(loaded.model).token_kernel:
+        log("drawing the token-mixing units")
         sections.append(_units(loaded, kernel, page))
     metric_rows = []
     try:
