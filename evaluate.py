@@ -173,6 +173,7 @@ def _fine_tune(name: str, subject) -> None:
     from mixer.console import Console
     from mixer.evaluation.results import ReportCard
     from mixer.evaluation.subject import read_weights
+    from mixer.models.registry import ARCHITECTURES
 
     console = Console()
     height, width = subject.card.image_size
@@ -191,6 +192,10 @@ def _fine_tune(name: str, subject) -> None:
             always["dataset"], unless_given["split"] = f"vtab/{task}", 1000
         config = make_config(always=always, unless_given=unless_given)
         config.init_from = subject.path
+        config.model.name = subject.card.architecture
+        architecture = ARCHITECTURES[subject.card.architecture]
+        if config.init_resize not in architecture.resize:
+            config.init_resize = architecture.default_resize
         if DATA_DIR.value:
             config.dataset.data_dir = DATA_DIR.value
         tasks[task] = config

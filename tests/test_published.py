@@ -60,7 +60,7 @@ def test_released_file_sizes_and_shapes_are_checked(name):
 
 
 def test_released_checkpoints_have_the_right_urls_and_classes():
-    assert len(CHECKPOINTS) == 11 == len({checkpoint.url for checkpoint in CHECKPOINTS.values()})
+    assert len(CHECKPOINTS) == 16 == len({checkpoint.url for checkpoint in CHECKPOINTS.values()})
     url = "https://storage.googleapis.com/mixer_models/"
     for name, checkpoint in CHECKPOINTS.items():
         assert checkpoint.num_classes == (21843 if name.endswith("i21k") else 1000)
@@ -69,6 +69,11 @@ def test_released_checkpoints_have_the_right_urls_and_classes():
     for source in ("B/16-sam", f"{url}sam/Mixer-B_16.npz", "gs://mixer_models/sam/Mixer-B_16.npz"):
         assert published.find(source) is CHECKPOINTS["B/16-sam"]
     assert published.find("gs://mixer_models/sam/Mixer-L_16.npz") is None
+    vit_checkpoint = CHECKPOINTS["ViT-B/16-i21k"]
+    assert published.find("gs://vit_models/imagenet21k/ViT-B_16.npz") is vit_checkpoint
+    assert vit_checkpoint.url.startswith("https://storage.googleapis.com/vit_models/")
+    # 86,567,656 with 1,000 classes (REFERENCE, section 4); 20,843 more, and the layer before them.
+    assert vit_checkpoint.num_params == 86_567_656 + 20_843 * 769 + 768 * 769
     assert published.find("runs/Mixer-B_16.npz") is None
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from configs import finetune
-from helpers import GOLDENS, assert_close, final_state, run_python, tiny_config
+from helpers import GOLDENS, assert_close, final_state, run_program, run_python, tiny_config
 from mixer import trainer, transfer
 from mixer.errors import UserError
 from mixer.parallel import signals
+from mixer.runs import config as run
 from mixer.runs.log import TrainLog
 
 WEIGHTS = str(GOLDENS / "mixer_tiny_official.npz")  # for images of 32 pixels, 7 classes, 3 blocks
@@ -209,6 +210,22 @@ def test_unprepared_data_sets_are_listed_together(tmp_path):
     for name in ("dmlab", "clevr", "sun397/tfds"):
         command = f"`python -m mixer.tools.prepare tfds {name} --data_dir={tmp_path}/tfds`"
         assert text.count(command) == 1
+
+
+def test_suite_trains_the_architecture_of_the_weights(tmp_path, monkeypatch):
+    configs = []
+
+    def fine_tune(tasks, *arguments, **options):
+        configs.extend(tasks.values())
+        raise UserError("nothing is trained")
+
+    monkeypatch.setattr(transfer, "fine_tune", fine_tune)
+    path = GOLDENS / "vit_tiny_official_token.npz"
+    arguments = f"--weights={path}", "--suite=transfer", f"--output={tmp_path}", "--tasks=cifar10"
+    assert run_program("evaluate.py", *arguments).stderr.endswith("nothing is trained\n")
+    (config,) = configs
+    assert (config.model.name, config.init_resize) == ("vit", "interpolate")
+    assert run.find_initial(config).card.architecture == "vit"
 
 
 @pytest.mark.parametrize(

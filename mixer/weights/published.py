@@ -16,7 +16,9 @@ from mixer.errors import UserError, check_choice, nearest
 from mixer.files import STORES
 from mixer.models.registry import make_model, num_params
 
-BUCKET = "https://storage.googleapis.com/mixer_models/"
+STORAGE = "https://storage.googleapis.com/"
+BUCKET = f"{STORAGE}mixer_models/"
+VIT_BUCKET = f"{STORAGE}vit_models/"
 IMAGE_SIZE = 224  # of all published weights
 # Bytes of names, headers and index in an npz or safetensors file, in addition to the values.
 MAX_OVERHEAD = 1_000_000
@@ -31,17 +33,20 @@ class Published:
       architecture: key of `mixer.models.registry.ARCHITECTURES`.
       variant: such as "B/16"; the weights are for 224 x 224 pixels.
       num_classes: width of the head.
+      options: options of the architecture that differ from the defaults.
     """
 
     url: str
     architecture: str
     variant: str
     num_classes: int
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_params(self) -> int:
         """Number of parameters, including the head."""
-        model = make_model(self.variant, name=self.architecture, num_classes=self.num_classes)
+        fields = dict(name=self.architecture, num_classes=self.num_classes, **self.options)
+        model = make_model(self.variant, **fields)
         return num_params(model, (IMAGE_SIZE, IMAGE_SIZE))
 
 
@@ -86,6 +91,17 @@ CHECKPOINTS: dict[str, Published] = {
     **_released_files("imagenet21k", "B/16 L/16", "imagenet21k"),
     **_released_files("sam", "B/16 B/32", "imagenet1k"),
     **_released_files("gsam", "S/8 S/16 S/32 B/16 B/32", "imagenet1k"),
+    # The ViTs of arXiv 2010.11929. Other files of their bucket have no certain address or layout.
+    **{
+        f"ViT-{variant}-i21k": Published(
+            url=f"{VIT_BUCKET}imagenet21k/ViT-{variant.replace('/', '_')}.npz",
+            architecture="vit",
+            variant=variant,
+            num_classes=LISTS["imagenet21k"],
+            options={"pre_logits_layer": True},
+        )
+        for variant in ("B/16", "B/32", "L/16", "L/32", "H/14")
+    },
 }
 # Published top-1 accuracies on the data sets of mixer/evaluation/suites.py, with their sources.
 # "From memory" marks a figure that was not checked against the publication.
@@ -114,7 +130,7 @@ ALIASES = {
     f"{size}-{label}/16": f"{size}/16-{label}" for size in ("B", "L") for label in ("i1k", "i21k")
 }
 _AUTHORS_FILE = re.compile(r"(?:.*/)?Mixer-[SBL]_(8|16|32)\.npz")
-_SHORT_NAME = re.compile(r"[A-Za-z](-\w+)?/\d+(-\w+)?")
+_SHORT_NAME = re.compile(r"(ViT-)?[A-Za-z](-\w+)?/\d+(-\w+)?")
 
 
 def by_short_name(path: epath.PathLike) -> Published | None:
@@ -193,9 +209,9 @@ def redact(source: epath.PathLike) -> str:
 
 
 def https_url(path: str) -> str:
-    """Returns the HTTPS URL of a file in the authors' bucket, which needs no credentials."""
-    name = path.removeprefix("gs://mixer_models/")
-    return path if name == path else BUCKET + name
+    """Returns the HTTPS URL of a file in an authors' bucket, which needs no credentials."""
+    is_authors = path.startswith(("gs://mixer_models/", "gs://vit_models/"))
+    return STORAGE + path.removeprefix("gs://") if is_authors else path
 
 
 def check(published: Published, shapes: Mapping[str, tuple[int, ...]], num_bytes: int) -> None:
