@@ -141,6 +141,15 @@ def test_timm_files_take_their_heads_from_timms_config(tmp_path):
         quiet_load(GOLDENS / "vit_tiny_timm.safetensors")
 
 
+@pytest.mark.parametrize("name", ["blocks.0.ls1.gamma", "dist_token", "norm_pre.weight"])
+def test_timms_other_vision_transformers_are_refused_by_name(tmp_path, name):
+    arrays = safetensors.numpy.load_file(write_timm(tmp_path, num_heads=4))
+    arrays[name] = np.ones(24, np.float32)
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model\.safetensors.*{name}"):
+        quiet_load(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize(("width", "heads"), [(192, 3), (1024, 16), (1152, 16), (1280, 16)])
 def test_heads_of_timm_files_without_a_config(width, heads):
     """The widths are those of timm's vit_tiny, vit_large, vit_so400m and vit_huge."""

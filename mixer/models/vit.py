@@ -553,13 +553,30 @@ _POSITIONS = ("Transformer/posembed_input/pos_embedding", "pos_embedding")
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], source: Any) -> str | None:
-    """Returns the layout of a file from its array names; None if it holds no Vision Transformer."""
+    """Returns the layout of a file from its array names; None if it holds no Vision Transformer.
+
+    Raises:
+      UserError: the file holds one of timm's Vision Transformers with layers that this one lacks.
+    """
     if any(name.startswith("Transformer/") for name in shapes):
         if any("/MlpBlock_3/" in name for name in shapes):
             return "legacy"
         return "published"
-    is_timm = "patch_embed.proj.weight" in shapes
-    return "timm" if is_timm and any(".attn.qkv." in name for name in shapes) else None
+    if "patch_embed.proj.weight" not in shapes or not any(".attn.qkv." in name for name in shapes):
+        return None
+    for name in shapes:
+        if match := _TIMM_EXTRAS.search(name):
+            raise UserError(
+                f"{source} holds a Vision Transformer with {match[0]} ({name}); expected one "
+                "without, such as timm's vit_base_patch16_224"
+            )
+    return "timm"
+
+
+# Parts of timm's Vision Transformers that change the function (timm 1.0.31).
+_TIMM_EXTRAS = re.compile(
+    r"dist_token|reg_token|ls[12](?=\.gamma)|norm_pre|fc_norm|[qk]_norm|rel_pos|gamma_[12]|layers"
+)
 
 
 def leaf_names(num_blocks: int) -> Iterator[str]:
