@@ -60,6 +60,10 @@ def base() -> ConfigDict:
         num_blocks=config_dict.placeholder(int),  # L
         tokens_mlp_dim=config_dict.placeholder(int),  # mixer: D_S
         channels_mlp_dim=config_dict.placeholder(int),  # mixer: D_C
+        # mixer: number of token-mixing MLPs in a block, a divisor of hidden_dim. 1: all channels
+        # share one (the paper); hidden_dim: one for each channel (docs/paper.md, A.1). None: that
+        # of init_from, or 1 without it.
+        token_mixing_groups=config_dict.placeholder(int),
         mlp_dim=config_dict.placeholder(int),  # vit: width of the MLP
         num_heads=config_dict.placeholder(int),  # vit: attention heads, a divisor of hidden_dim
         # vit: token (class token), gap (mean of the tokens) or map (attention from a learnt probe).

@@ -121,6 +121,7 @@ CONFIG = {
         "num_blocks": _optional(COUNT),
         "tokens_mlp_dim": _optional(COUNT),
         "channels_mlp_dim": _optional(COUNT),
+        "token_mixing_groups": AddedKey(_optional(COUNT)),
         "mlp_dim": AddedKey(_optional(COUNT)),
         "num_heads": AddedKey(_optional(COUNT)),
         "pooling": AddedKey(_optional(TEXT)),

@@ -61,6 +61,28 @@ def test_token_dense_matches_dense_between_transposes(widths):
     )
 
 
+@pytest.mark.parametrize("groups", [2, 6], ids=["few", "all"])
+def test_grouped_dense_matches_a_map_for_each_group(groups):
+    arguments = _arrays((3, 5, 6), (groups, 5, 4), (groups, 4))
+
+    def reference(x, kernel, bias):
+        parts = jnp.split(x, groups, axis=2)
+        return jnp.concatenate(
+            [
+                (part.swapaxes(1, 2) @ kernel[g] + bias[g]).swapaxes(1, 2)
+                for g, part in enumerate(parts)
+            ],
+            axis=2,
+        )
+
+    def layer(x, kernel, bias):
+        return layers.join_groups(
+            layers.grouped_dense(layers.split_groups(x, groups), kernel, bias)
+        )
+
+    _compare(layer, reference, arguments)
+
+
 def _plain_norm_dense(x, scale, shift, kernel, bias):
     normal = nn.LayerNorm().apply({"params": {"scale": scale, "bias": shift}}, x)
     return normal @ kernel + bias
@@ -134,17 +156,17 @@ def test_patches_and_dense_match_a_convolution():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("apply", [layers.dense, layers.token_dense])
+@pytest.mark.parametrize("apply", [layers.dense, layers.token_dense, layers.grouped_dense])
 def test_bfloat16_parameter_gradients_accumulate_in_float32(apply):
     """Sums 16,384 ones: a sum in bfloat16 would stop at 256."""
-    n = 16_384
-    x = jnp.ones((n, 1, 1), jnp.bfloat16)
-    kernel, bias = jnp.ones((1, 1)), jnp.zeros(1)
+    n, groups = 16_384, (1,) * (apply is layers.grouped_dense)
+    x = jnp.ones((*groups, n, 1, 1), jnp.bfloat16)
+    kernel, bias = jnp.ones((*groups, 1, 1)), jnp.zeros((*groups, 1))
     value, pull = jax.vjp(apply, x, kernel, bias)
     x_grad, kernel_grad, bias_grad = pull(jnp.ones_like(value))
     assert value.dtype == x_grad.dtype == jnp.bfloat16
     assert kernel_grad.dtype == bias_grad.dtype == jnp.float32
-    assert kernel_grad[0, 0] == bias_grad[0] == n
+    assert kernel_grad.item() == bias_grad.item() == n
 
 
 def test_gelu_saves_only_its_input_for_the_backward_pass():

@@ -103,6 +103,21 @@ def test_onnxruntime_matches_the_vision_transformer(tmp_path, kind):
     assert names >= set(sharding.by_name(loaded.params)) - set(registry.HEAD)
 
 
+@pytest.mark.parametrize("groups", [24, pytest.param(4, marks=pytest.mark.slow)])
+def test_onnxruntime_matches_a_model_with_token_mixing_groups(tmp_path, groups):
+    loaded, rng = read(), np.random.default_rng(0)
+    for i in range(loaded.card.num_blocks):
+        mlp = loaded.params[f"MixerBlock_{i}"]["token_mixing"]
+        scales = rng.normal(size=groups).astype(np.float32)
+        loaded.params[f"MixerBlock_{i}"]["token_mixing"] = jax.tree.map(
+            lambda leaf, scales=scales: np.multiply.outer(scales, leaf), mlp
+        )
+    model = loaded.model.clone(token_mixing_groups=groups)
+    loaded = dataclasses.replace(loaded, model=model)
+    (path,) = onnx_model.write(loaded, tmp_path / "tiny.onnx")
+    check(path, loaded, sizes=(1, 3))
+
+
 def test_tiny_weights_distinguish_the_forms_of_gelu(tmp_path):
     """Otherwise the test above would pass with the wrong form."""
     images = pixels(read(), 2)

@@ -50,6 +50,7 @@ def lower_update(config):
     "values",
     [
         {},
+        dict(model__token_mixing_groups=8),
         dict(model__scan_blocks=True, optimizer__accumulate_steps=4),
         pytest.param(dict(optimizer__sam_rho=0.1), marks=pytest.mark.slow),
         pytest.param(
@@ -58,7 +59,7 @@ def lower_update(config):
         ),
         dict(optimizer__lr_multipliers=((r"(?!head).*", 0.0),)),
     ],
-    ids=["plain", "scan and accumulation", "sam", "lower half frozen", "head only"],
+    ids=["plain", "groups", "scan and accumulation", "sam", "lower half frozen", "head only"],
 )
 def test_closed_form_flops_match_the_lowered_update(values):
     config = small(**values)
@@ -491,8 +492,9 @@ def for_a_tpu(**values):
         {},
         dict(model__scan_blocks=True, model__remat="full", mesh__fsdp=2, mesh__tensor=2),
         dict(optimizer__accumulate_steps=2),
+        dict(model__token_mixing_groups=8, model__num_blocks=1, mesh__fsdp=2, mesh__tensor=2),
     ],
-    ids=["data", "fsdp and tensor", "accumulation"],
+    ids=["data", "fsdp and tensor", "accumulation", "groups"],
 )
 def test_compiled_tpu_update_matches_the_estimate(tpu, values):
     """The compiled update executes the estimated FLOPs and sends the estimated bytes."""

@@ -26,6 +26,8 @@ config.optimizer.peak_lr = 0.1 if optimizer == "sgd" else 1e-3
 if "vit" in sys.argv[4:]:
     config.model.update(name="vit", tokens_mlp_dim=None, channels_mlp_dim=None)
     config.model.update(mlp_dim=24, num_heads=4)
+if "groups" in sys.argv[4:]:
+    config.model.token_mixing_groups = 4
 if mixing:
     config.mixup.update(alpha=0.5, per_example=True, cutmix_alpha=1.0, cutmix_prob=0.5)
     config.optimizer.update(sam_rho=0.05, ema_decay=0.5)
@@ -79,8 +81,9 @@ LOOPS = [
         ("mixer", "sgd", "mixing", MESHES + LOOPS[:2], 1e-6),
         ("mixer", "adamw", "plain", [MESHES[-1], LOOPS[-1]], 1e-4),
         ("vit", "sgd", "mixing", MESHES[1:] + LOOPS[2:], 1e-6),
+        ("groups", "sgd", "plain", MESHES[1:], 1e-6),
     ],
-    ids=["sgd-mixing", "adamw", "vit"],
+    ids=["sgd-mixing", "adamw", "vit", "groups"],
 )
 def test_every_mesh_gives_the_losses_of_one_device(model, name, mixing, variants, tolerance):
     """Stochastic depth and dropout included; without warm-up, so that everything moves.

@@ -107,11 +107,16 @@ def test_published_throughput_is_shown_for_known_variants(tiny_model, monkeypatc
     )
     monkeypatch.setitem(VARIANTS, "S/16", dimensions)
     monkeypatch.setattr(throughput, "PUBLISHED_SIZE", (16, 16))
-    model = make_model(variant="S/16", num_classes=3, dtype="bfloat16")
-    abstract = train_state.abstract_params(model, (16, 16), mesh)
-    params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
-    options = dict(batch_sizes=(1,), mesh=mesh, seconds=0.01)
-    result = throughput.measure(model, params, (16, 16), **options)
+
+    def measure(**fields):
+        model = make_model(variant="S/16", num_classes=3, dtype="bfloat16", **fields)
+        abstract = train_state.abstract_params(model, (16, 16), mesh)
+        params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
+        options = dict(batch_sizes=(1,), mesh=mesh, seconds=0.01)
+        return throughput.measure(model, params, (16, 16), **options)
+
+    assert measure(token_mixing_groups=8)["published"] is None  # not the paper's model
+    result = measure()
     assert (result["variant"], result["published"]) == ("S/16", 3994)
     (row,) = throughput.make_table({"S/16": result}).rows
     assert row[:2] == ("S/16, 16 x 16, bfloat16", "1") and row[-1] == "3,994 (S/16)"

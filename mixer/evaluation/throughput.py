@@ -17,7 +17,7 @@ from mixer.errors import check_number
 from mixer.evaluation.tables import Table
 from mixer.models import layers
 from mixer.models.modules import check_image_size
-from mixer.models.registry import architecture_of, dimensions
+from mixer.models.registry import architecture_of, dimensions, option_values
 from mixer.parallel import sharding
 from mixer.training.step import make_predict
 
@@ -100,7 +100,9 @@ def measure(
     architecture = architecture_of(model)
     variants = architecture.variants
     variant = next((name for name in variants if variants[name] == dimensions(model)), None)
-    is_mixer = architecture.name == "mixer"
+    is_papers = (
+        architecture.name == "mixer" and option_values(model) == architecture.default_options
+    )
     return {
         "image_size": tuple(image_size),
         "dtype": model.dtype,
@@ -108,7 +110,7 @@ def measure(
         "devices": mesh.size,
         "rates": rates,
         "variant": variant,
-        "published": published_rate(variant, image_size) if is_mixer else None,
+        "published": published_rate(variant, image_size) if is_papers else None,
     }
 
 

@@ -5,7 +5,8 @@ token mixing) does more work than necessary. In this module:
 
 - token mixing is a matmul over the token axis that leaves the channels in place, so nothing is
   transposed. It is one matmul per image, or on a CPU one matmul for all images side by side; on an
-  NVIDIA GPU the matmul includes bias and GELU;
+  NVIDIA GPU the matmul includes bias and GELU. With groups of channels it is a batched matmul, and
+  on a CPU it is faster to transpose before the first and after the second;
 - the backward pass of a LayerNorm and the matmul after it stores only the normalized input, if the
   batch is larger than the kernel;
 - the gradient of GELU is computed from its input, the only array that the forward pass stores;
@@ -332,6 +333,54 @@ def _token_products(x: jax.Array, grad: jax.Array) -> jax.Array:
 
 
 token_dense.defvjp(_token_dense_forward, _token_dense_backward)
+
+
+def split_groups(x: jax.Array, num_groups: int) -> jax.Array:
+    """Splits the channels of tokens into groups of consecutive channels, and puts the tokens last.
+
+    Returns:
+      (G, N, C / G, S) for `x` (N, S, C), where G is `num_groups`.
+    """
+    n, tokens, channels = x.shape
+    return x.reshape(n, tokens, num_groups, channels // num_groups).transpose(2, 0, 3, 1)
+
+
+def join_groups(x: jax.Array) -> jax.Array:
+    """Inverts `split_groups`: (G, N, C / G, S) to (N, S, C)."""
+    groups, n, channels, tokens = x.shape
+    return x.transpose(1, 3, 0, 2).reshape(n, tokens, groups * channels)
+
+
+@jax.custom_vjp
+def grouped_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Applies an affine map to the last axis, another one for each group, in the dtype of `x`.
+
+    Args:
+      x: (G, N, C / G, I).
+      kernel: (G, I, O) float32.
+      bias: (G, O) float32.
+
+    Returns:
+      (G, N, C / G, O).
+    """
+    product = jnp.einsum("gnci,gio->gnco", x, kernel.astype(x.dtype))
+    return product + bias.astype(x.dtype)[:, None, None]
+
+
+def _grouped_dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple:
+    return grouped_dense(x, kernel, bias), (x, kernel)
+
+
+def _grouped_dense_backward(
+    residuals: tuple, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, kernel = residuals
+    x_grad = jnp.einsum("gnco,gio->gnci", grad, kernel.astype(grad.dtype))
+    kernel_grad = jnp.einsum("gnci,gnco->gio", x, grad, preferred_element_type=jnp.float32)
+    return x_grad, kernel_grad, jnp.sum(grad.astype(jnp.float32), (1, 2))
+
+
+grouped_dense.defvjp(_grouped_dense_forward, _grouped_dense_backward)
 
 
 def compiler_options(platform: str) -> dict[str, bool | int]:

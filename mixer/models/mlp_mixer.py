@@ -17,9 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mixer.errors import UserError
-from mixer.models import modules, resize
+from mixer.models import layers, modules, resize
 from mixer.parallel.sharding import BATCH, constrain
 from mixer.sizes import Size, shorten
 
@@ -35,10 +36,14 @@ VARIANTS = {
     for name in ("S/32", "S/16", "S/8", "B/32", "B/16", "L/32", "L/16", "H/14")
 }
 
+# Fields besides the dimensions that decide which parameters the network has, and their values.
+OPTIONS = {"token_mixing_groups": None}  # any divisor of C
+
 # The mesh axes that split each dimension of a parameter, for `mixer.models.placement`.
 PLACEMENT = (
     (r"stem/kernel", (None, None, None, "fsdp")),  # (P, P, 3, C)
-    # (S, D_S) and (D_S, S): few numbers of devices divide S, which is 196 at 224 px.
+    # (S, D_S) and (D_S, S): few numbers of devices divide S, which is 196 at 224 px. The axis of
+    # token-mixing groups, if there is one, comes first and is not split.
     (r"MixerBlock_\d+/token_mixing/Dense_0/kernel", (None, ("tensor", "fsdp"))),
     (r"MixerBlock_\d+/token_mixing/Dense_1/kernel", (("tensor", "fsdp"), None)),
     (r"MixerBlock_\d+/channel_mixing/Dense_0/kernel", ("fsdp", "tensor")),  # (C, D_C)
@@ -62,6 +67,9 @@ class MlpMixer(nn.Module):
         evaluation does not scale either. True divides a kept branch by its probability, as timm
         does. (timm's Mixers use the same drop rate in all blocks; here the rate always grows.)
       dropout: rate after each of the two layers of every MLP; kept values are rescaled.
+      token_mixing_groups: G, the number of token-mixing MLPs in a block, each for C / G consecutive
+        channels. 1: all channels share one (the paper). C: each channel has its own ("untied",
+        paper, appendix A.1). Above 1, their parameters have a leading axis of size G.
       head_bias_init: initial value of the head's bias (for the sigmoid loss, the authors' code uses
         -6.9 with 1,000 classes and -10 with 21,843). The head's kernel is initialised to zero.
       dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
@@ -82,11 +90,21 @@ class MlpMixer(nn.Module):
     stoch_depth: float = 0.0
     stoch_depth_rescale: bool = False
     dropout: float = 0.0
+    token_mixing_groups: int = 1
     head_bias_init: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
     scan_blocks: bool = False
     in_channels: int = 3
+
+    def __post_init__(self):
+        """Raises UserError for a number of groups that does not divide the channels."""
+        if self.hidden_dim % self.token_mixing_groups:
+            raise UserError(
+                f"model.token_mixing_groups={self.token_mixing_groups} does not divide "
+                f"model.hidden_dim={self.hidden_dim}; expected a divisor"
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -125,6 +143,7 @@ class MlpMixer(nn.Module):
         # L mixer layers.
         fields = dict(
             tokens_mlp_dim=self.tokens_mlp_dim,
+            token_mixing_groups=self.token_mixing_groups,
             channels_mlp_dim=self.channels_mlp_dim,
             gelu=self.gelu,
             dropout=self.dropout,
@@ -150,6 +169,7 @@ class MixerBlock(nn.Module):
     """A mixer layer: token mixing, then channel mixing, each with its skip connection."""
 
     tokens_mlp_dim: int
+    token_mixing_groups: int
     channels_mlp_dim: int
     gelu: str
     dropout: float
@@ -170,7 +190,11 @@ class MixerBlock(nn.Module):
         # LayerNorm, transpose, MLP 1, transpose. `layers.token_dense` needs no transposed array.
         y = nn.LayerNorm(dtype=self.dtype)(x)
         args = (self.gelu, self.dropout)
-        mlp = modules.MlpBlock(1, self.tokens_mlp_dim, *args, name="token_mixing")
+        if self.token_mixing_groups == 1:
+            mlp = modules.MlpBlock(1, self.tokens_mlp_dim, *args, name="token_mixing")
+        else:
+            groups = self.token_mixing_groups
+            mlp = GroupedMlpBlock(groups, self.tokens_mlp_dim, *args, name="token_mixing")
         y = mlp(y, modules.dropout_keys(keys, 0, self.dropout))
         y = modules.drop_branch(y, keys, 0, keep_prob, rescale=self.drop_path_rescale)
         x = constrain(x + y, BATCH, None, None)
@@ -183,6 +207,44 @@ class MixerBlock(nn.Module):
         return constrain(x + y, BATCH, None, None)
 
 
+class GroupedMlpBlock(nn.Module):
+    """Token mixing with an MLP for each group of consecutive channels (paper, appendix A.1).
+
+    The parameters are those of `modules.MlpBlock` with a leading axis (G). The matmuls are batched
+    over the groups. Unlike with one MLP for all channels, it is faster to transpose the tokens.
+    """
+
+    groups: int
+    mlp_dim: int
+    gelu: str
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Applies the MLPs: (N, S, C) to (N, S, C).
+
+        Args:
+          x: (N, S, C).
+          keys: (N,) random keys for the dropout masks, which are those of a shared MLP; None: no
+            dropout.
+        """
+        tokens = x.shape[1]
+        x = layers.split_groups(x, self.groups)  # (G, N, C / G, S)
+        affine = modules.Dense((tokens, self.mlp_dim), groups=self.groups, name="Dense_0")()
+        x = checkpoint_name(layers.grouped_dense(x, *affine), "dense")
+        x = constrain(x, None, BATCH, None, "tensor")
+        x = layers.gelu(x, self.gelu)
+        if keys is not None:
+            x = modules.dropout(layers.join_groups(x), self.dropout, modules.fold(keys, 0))
+            x = layers.split_groups(x, self.groups)
+        affine = modules.Dense((self.mlp_dim, tokens), groups=self.groups, name="Dense_1")()
+        x = checkpoint_name(layers.grouped_dense(x, *affine), "dense")
+        x = layers.join_groups(x)
+        if keys is not None:
+            x = modules.dropout(x, self.dropout, modules.fold(keys, 1))
+        return x
+
+
 # Functions of the network's shape.
 
 
@@ -190,6 +252,7 @@ def layer_flops(model: MlpMixer, image_size: tuple[int, int]) -> Iterator[tuple[
     """Yields (name, FLOPs of one image's forward pass) of each layer with parameters, in order.
 
     The FLOPs are multiplications and additions of matmuls, 2 * S * D_in * D_out; a norm has none.
+    They do not depend on the number of token-mixing groups.
     """
     tokens = math.prod(modules.patch_grid(image_size, model.patch_size))
     token_mlp = 2.0 * model.hidden_dim * tokens * model.tokens_mlp_dim
@@ -214,19 +277,20 @@ def hidden_values(model: MlpMixer, image_size: tuple[int, int]) -> int:
 
 
 def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[str, int]:
-    """Infers the dimensions, by the model's field names, from the shapes of its parameters.
+    """Infers dimensions and options, by the model's field names, from the shapes of its parameters.
 
-    "num_tokens" is S; "num_classes" is 0 if there is no head.
+    "num_tokens" is S; "num_classes" is 0 if there is no head. "token_mixing_groups" is absent if
+    all channels share the token-mixing MLPs, so that weights of such models are described as they
+    were before there were groups.
 
     Raises:
       UserError: an array that determines dimensions is missing, is empty, or has other axes.
     """
-    axes = {
-        "stem/kernel": 4,
-        "MixerBlock_0/token_mixing/Dense_0/kernel": 2,
-        "MixerBlock_0/channel_mixing/Dense_0/kernel": 2,
-    }
+    token_kernel = "MixerBlock_0/token_mixing/Dense_0/kernel"
+    axes = {"stem/kernel": 4, token_kernel: 2, "MixerBlock_0/channel_mixing/Dense_0/kernel": 2}
     faults = [f"{name}: missing" for name in axes if name not in shapes]
+    if len(shapes.get(token_kernel, ())) == 3:  # with groups
+        axes[token_kernel] = 3
     for name, ndim in (axes | {"head/kernel": 2}).items():
         if name in shapes and len(shapes[name]) != ndim:
             faults.append(f"{name}: {shapes[name]} does not have {ndim} axes")
@@ -235,7 +299,7 @@ def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[
     if faults:
         raise UserError(f"{source} is not a complete MLP-Mixer: {'; '.join(faults)}")
     patch_height, patch_width, in_channels, hidden_dim = shapes["stem/kernel"]
-    num_tokens, tokens_mlp_dim = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
+    *groups, num_tokens, tokens_mlp_dim = shapes[token_kernel]
     _, channels_mlp_dim = shapes["MixerBlock_0/channel_mixing/Dense_0/kernel"]
     return {
         "patch_size": shorten((patch_height, patch_width)),
@@ -244,6 +308,7 @@ def read_dimensions(shapes: Mapping[str, tuple[int, ...]], source: Any) -> dict[
         "num_blocks": modules.count_blocks(shapes),
         "tokens_mlp_dim": tokens_mlp_dim,
         "channels_mlp_dim": channels_mlp_dim,
+        **({"token_mixing_groups": groups[0]} if groups else {}),
         "num_tokens": num_tokens,
         "num_classes": shapes.get("head/kernel", (0,))[-1],
     }
@@ -324,18 +389,27 @@ def from_layout(name: str, array: np.ndarray, layout: str, fields: Mapping[str, 
     if layout == "timm" and name.endswith("kernel"):
         return array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
     if "_mixing/Dense_" in name:  # the legacy layout has leading axes of size 1
-        shape = list(array.shape)
-        while 1 in shape and len(shape) > (2 if name.endswith("kernel") else 1):
-            shape.remove(1)
-        return array.reshape(shape)
+        while array.ndim > (2 if name.endswith("kernel") else 1) and len(array) == 1:
+            array = array[0]
     return array
 
 
 def to_layout(name: str, array: np.ndarray, layout: str) -> np.ndarray:
-    """Converts an array from the published axes to those of `layout`; inverts `from_layout`."""
+    """Converts an array from the published axes to those of `layout`; inverts `from_layout`.
+
+    Raises:
+      UserError: the array has token-mixing groups, which the legacy layout lacks.
+    """
     if layout == "timm" and name.endswith("kernel"):
         return np.ascontiguousarray(array.transpose((3, 2, 0, 1) if array.ndim == 4 else None))
-    return array[None] if layout == "legacy" and "_mixing/Dense_" in name else array
+    if layout == "legacy" and "_mixing/Dense_" in name:
+        if array.ndim > 1 + name.endswith("kernel"):
+            raise UserError(
+                f"the legacy layout has no MLP-Mixer with token_mixing_groups={len(array)}; "
+                "expected the published layout"
+            )
+        return array[None]
+    return array
 
 
 # timm's models by name, and the arguments of its class that each name sets (timm 1.0.31).
@@ -349,10 +423,11 @@ TIMM_MODELS = {
 }
 
 
-def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any]:
+def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, Any] | None:
     """Returns the arguments of timm.models.mlp_mixer.MlpMixer for a model equal to `model`.
 
-    `act_layer` is a name that timm.layers.get_act_layer accepts.
+    None: timm has no token-mixing groups. `act_layer` is a name that timm.layers.get_act_layer
+    accepts.
     """
 
     def ratio(width: int) -> float:  # timm truncates ratio * embed_dim
@@ -361,6 +436,8 @@ def timm_arguments(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, An
             value = math.nextafter(value, math.inf)
         return value
 
+    if model.token_mixing_groups > 1:
+        return None
     return {
         "num_classes": model.num_classes,
         "img_size": list(image_size),
@@ -401,7 +478,8 @@ def onnx_graph(graph: Any, model: MlpMixer, pixels: str, image_size: tuple[int, 
 
 
 # Resizing weights for another image size, leaf by leaf. In a Mixer only the token-mixing widths S
-# and D_S depend on the size. Grids are (H / P, W / P) in tokens, in row-major order: S = H W / P^2.
+# and D_S depend on the size, and the MLP of each group of channels is resized alike. Grids are
+# (H / P, W / P) in tokens, in row-major order: S = H W / P^2.
 
 
 def _token_mixing_leaf(name: str) -> str | None:
@@ -433,16 +511,21 @@ def grow(
     if leaf == "Dense_0/bias":  # D_S
         return np.tile(array, k_h * k_w)
     if leaf == "Dense_1/bias":  # S
-        return np.tile(array.reshape(h, w), (k_h, k_w)).reshape(-1)
-    grown = np.zeros([side * k_h * k_w for side in array.shape], array.dtype)
+        *groups, _ = array.shape
+        return np.tile(array.reshape(*groups, h, w), (k_h, k_w)).reshape(*groups, -1)
+    *groups, rows, columns = array.shape
+    grown = np.zeros((*groups, rows * k_h * k_w, columns * k_h * k_w), array.dtype)
     # Index a token of the large image by (row of its tile, row in the tile, column of its tile,
-    # column in the tile), and a hidden unit by (tile, old unit).
+    # column in the tile), and a hidden unit by (tile, old unit). The groups come first.
+    count = math.prod(groups)
     if leaf == "Dense_0/kernel":  # S, D_S
-        blocks = grown.reshape(k_h, h, k_w, w, k_h * k_w, -1).transpose(0, 2, 4, 1, 3, 5)
-        block = array.reshape(h, w, -1)
+        blocks = grown.reshape(count, k_h, h, k_w, w, k_h * k_w, columns)
+        blocks = blocks.transpose(1, 3, 5, 0, 2, 4, 6)
+        block = array.reshape(count, h, w, columns)
     else:  # D_S, S
-        blocks = grown.reshape(k_h * k_w, -1, k_h, h, k_w, w).transpose(2, 4, 0, 1, 3, 5)
-        block = array.reshape(-1, h, w)
+        blocks = grown.reshape(count, k_h * k_w, rows, k_h, h, k_w, w)
+        blocks = blocks.transpose(3, 5, 1, 0, 2, 4, 6)
+        block = array.reshape(count, rows, h, w)
     for row in range(k_h):
         for column in range(k_w):
             blocks[row, column, row * k_w + column] = block
@@ -473,4 +556,4 @@ def interpolate(
         matrices = [matrix.T for matrix in resize.resampling(new_grid, grid)]
     else:
         matrices = resize.resampling(grid, new_grid)
-    return resize.resample(array, matrices, grid=grid, axis=1 if leaf == "Dense_1/kernel" else 0)
+    return resize.resample(array, matrices, grid=grid, axis=-2 if leaf == "Dense_0/kernel" else -1)

@@ -80,17 +80,28 @@ def count_blocks(names: Iterable[str]) -> int:
 
 
 class Dense(nn.Module):
-    """The parameters of an affine map from `shape[:-1]` to `shape[-1]`, as in `nn.Dense`."""
+    """The parameters of an affine map from `shape[:-1]` to `shape[-1]`, as in `nn.Dense`.
+
+    With `groups` above 1, they are those of as many independent maps, stacked in a leading axis.
+    """
 
     shape: tuple[int, ...]
+    groups: int = 1
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         """Returns kernel and bias, float32."""
-        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
-        return kernel, self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
+
+        def draw(key: jax.Array, init: Callable, shape: tuple[int, ...]) -> jax.Array:
+            if self.groups == 1:
+                return init(key, shape, jnp.float32)
+            keys = jax.random.split(key, self.groups)
+            return jax.vmap(lambda key: init(key, shape, jnp.float32))(keys)
+
+        kernel = self.param("kernel", draw, self.kernel_init, self.shape)
+        return kernel, self.param("bias", draw, self.bias_init, self.shape[-1:])
 
 
 class Norm(nn.Module):

@@ -20,8 +20,9 @@ from mixer.parallel import sharding
 
 # The first matching pattern applies. It must match a leaf's full name, or the end of the name after
 # a "/", because the optimizer's moments and the average end in the parameters' names. A rule lists
-# the mesh axes that split each dimension; None: the dimension is not split. Leaves without a rule
-# of an architecture (biases of width C, and norms) are small and replicated.
+# the mesh axes that split each of the last dimensions; None: the dimension is not split. Leading
+# dimensions, and leaves without a rule of an architecture (biases of width C, and norms, which are
+# small), are not split.
 RULES = (
     *(rule for architecture in ARCHITECTURES.values() for rule in architecture.placement),
     (r"head/kernel", ("fsdp", None)),  # (C, K)
@@ -42,7 +43,9 @@ def _rule(name: str) -> int:
 def _spec(name: str, ndim: int) -> PartitionSpec:
     axes = RULES[_rule(name)][1]
     # A leaf with a parameter's name may lack its shape, such as a moment that is not stored.
-    return PartitionSpec(*axes) if len(axes) <= ndim else PartitionSpec()
+    if not axes or len(axes) > ndim:
+        return PartitionSpec()
+    return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:

@@ -32,11 +32,12 @@ class Architecture:
       name: value of `config.model.name`.
       title: name of the architecture in messages.
       prefix: prefix of the variants' names where those of several architectures are listed.
-      module: the Flax module. It has at least the fields of `MlpMixer` without its two MLP widths,
-        and the same arguments and outputs. Its fields are keys of `config.model`, in which fields
-        that other architectures lack are None unless they are set.
+      module: the Flax module. It has at least the fields of `MlpMixer` without its two MLP widths
+        and its groups, and the same arguments and outputs. Its fields are keys of `config.model`,
+        in which fields that other architectures lack are None unless they are set.
       variants: for each named size, the dimensions by the module's field names.
-      options: other fields that decide which parameters the module has, and their values.
+      options: other fields that decide which parameters the module has, and their values; None: a
+        positive integer.
       block: pattern of the name of a block's parameters.
       branches: names of a block's two residual branches: across tokens, then within each token.
       token_kernel: pattern of the name of the kernel (S, units) that mixes a block's tokens; None
@@ -50,8 +51,9 @@ class Architecture:
       cast_leaves: pattern of the parameters that a model in bfloat16 rounds to bfloat16.
       layer_flops: (model, image_size) -> (name, FLOPs of one image's forward pass) of each layer.
       hidden_values: (model, image_size) -> number of values in a block's hidden layers, per image.
-      read_dimensions: (shapes of parameters, source) -> dimensions, options, "in_channels",
-        "num_tokens" (patches; None if no parameter depends on them) and "num_classes".
+      read_dimensions: (shapes of parameters, source) -> dimensions, options (an absent one has its
+        default value), "in_channels", "num_tokens" (patches; None if no parameter depends on them)
+        and "num_classes".
       layouts: layouts of files with such weights: "published", "legacy" or "timm".
       recognise: (shapes in a file, source) -> its layout; None: not this architecture.
       leaf_names: number of blocks -> iterator over the published names of all parameters that
@@ -79,7 +81,7 @@ class Architecture:
     title: str
     module: type[nn.Module]
     variants: Mapping[str, Mapping[str, int]]
-    options: Mapping[str, tuple]
+    options: Mapping[str, tuple | None]
     block: str
     branches: tuple[str, str]
     token_kernel: str | None
@@ -117,6 +119,11 @@ class Architecture:
         return next(iter(self.resize))
 
     @property
+    def default_options(self) -> dict[str, Any]:
+        """The module's default value of each of the `options`."""
+        return {key: getattr(self.module, key) for key in self.options}
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Names of all fields of the module."""
         names = (field.name for field in dataclasses.fields(self.module))
@@ -129,7 +136,7 @@ _ENTRIES = (
         title="MLP-Mixer",
         module=mlp_mixer.MlpMixer,
         variants=mlp_mixer.VARIANTS,
-        options={},
+        options=mlp_mixer.OPTIONS,
         block=mlp_mixer.BLOCK,
         branches=mlp_mixer.BRANCHES,
         token_kernel=f"{mlp_mixer.BLOCK}/token_mixing/Dense_0/kernel",
@@ -256,13 +263,20 @@ def _check_fields(architecture: Architecture, fields: Mapping[str, Any]) -> None
         if key in fields:
             check_choice(f"model.{key}", fields[key], choices)
     for key, choices in architecture.options.items():
-        if key in fields:
+        if key in fields and choices is None:
+            check_number(f"model.{key}", fields[key], minimum=1, limit=2**31, integer=True)
+        elif key in fields:
             check_choice(f"model.{key}", str(fields[key]), map(str, choices))
 
 
 def dimensions(model: nn.Module) -> dict[str, int]:
     """Returns the fields of a model that a variant determines."""
     return {key: getattr(model, key) for key in architecture_of(model).dimensions}
+
+
+def option_values(model: nn.Module) -> dict[str, Any]:
+    """Returns the other fields of a model that decide which parameters it has."""
+    return {key: getattr(model, key) for key in architecture_of(model).options}
 
 
 def find_variant(architecture: Architecture, dims: Mapping[str, int]) -> str | None:

@@ -189,8 +189,8 @@ def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
     """Returns the unread weights that a new run starts from; None if `init_from` is not set.
 
     Raises:
-      UserError: there are no weights, or they are of another architecture, another number of
-        channels or another image size than the config says.
+      UserError: there are no weights, or they are of another architecture, another value of one of
+        its options, another number of channels or another image size than the config says.
     """
     if not config.init_from:
         return None
@@ -201,6 +201,13 @@ def find_initial(config: ConfigDict) -> loading.StoredWeights | None:
             f"model.name={config.model.name}, but init_from={weights.path} holds weights for "
             f"model.name={name}"
         )
+    stored_options = ARCHITECTURES[name].default_options | weights.card.dimensions
+    for key in ARCHITECTURES[name].options:
+        if config.model[key] not in (None, stored_options[key]):
+            raise UserError(
+                f"model.{key}={config.model[key]}, but init_from={weights.path} holds weights for "
+                f"model.{key}={stored_options[key]}"
+            )
     if weights.card.in_channels != config.model.in_channels:
         raise UserError(
             f"model.in_channels={config.model.in_channels}, but init_from={weights.path} holds "
@@ -283,13 +290,13 @@ def resolve_model(
     architecture = ARCHITECTURES[config.model.name]
     if saved_values:
         gelu, size = saved_values["model"]["gelu"], saved_values.get("init_image_size")
-        options = saved_values["model"]
+        options = run_files.complete(saved_values)["model"]
     elif initial:
         gelu, size = initial.card.gelu, sizes.shorten(initial.card.image_size)
-        options = initial.card.dimensions
+        options = architecture.default_options | initial.card.dimensions
     else:
         gelu, size = "tanh", None
-        options = {key: getattr(architecture.module, key) for key in architecture.options}
+        options = architecture.default_options
     for key in architecture.options:
         if config.model[key] is None:
             config.model[key] = options[key]

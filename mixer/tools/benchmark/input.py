@@ -26,7 +26,7 @@ from mixer.data.splits import Split
 from mixer.errors import UserError
 from mixer.evaluation.tables import Table, print_table
 from mixer.models import flops
-from mixer.models.registry import architecture_of, dimensions
+from mixer.models.registry import architecture_of, dimensions, option_values
 from mixer.parallel import sharding
 from mixer.tools.benchmark import cases, jax_side, photographs, report, turns
 from mixer.training import program
@@ -302,6 +302,7 @@ def training_step(model: nn.Module, image_size: sizes.Size, batch_size: int) -> 
             "name": architecture_of(model).name,
             "in_channels": model.in_channels,
             **dimensions(model),
+            **option_values(model),
         },
         image_size=image_size,
         num_classes=model.num_classes,

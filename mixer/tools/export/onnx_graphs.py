@@ -78,12 +78,24 @@ class Graph:
         return self.node("Add", product, bias, name=layer)
 
     def token_dense(self, x: str, layer: str) -> str:
-        """Adds an affine map of the token axis: (b, I, C) to (b, O, C)."""
-        matrix = np.ascontiguousarray(self.weights[f"{layer}/kernel"].T)  # (O, I)
+        """Adds an affine map of the token axis: (b, I, C) to (b, O, C).
+
+        A kernel (G, I, O) has a map for each group of C / G consecutive channels.
+        """
+        kernel, bias = (self.weights[f"{layer}/{leaf}"] for leaf in ("kernel", "bias"))
+        matrix = np.ascontiguousarray(kernel.swapaxes(-1, -2))  # (O, I)
         matrix = self.constant(f"{layer}/kernel", matrix)
-        bias = self.constant(f"{layer}/bias", self.weights[f"{layer}/bias"][:, None])
+        bias = self.constant(f"{layer}/bias", bias[..., None])
+        if kernel.ndim == 2:
+            product = self.node("MatMul", matrix, x, name=f"{layer}/matmul")
+            return self.node("Add", product, bias, name=layer)
+        groups, num_in, num_out = kernel.shape
+        x = self.reshape(x, (num_in, groups, -1), name=f"{layer}/split")
+        x = self.node("Transpose", x, name=f"{layer}/by_group", perm=(0, 2, 1, 3))
         product = self.node("MatMul", matrix, x, name=f"{layer}/matmul")
-        return self.node("Add", product, bias, name=layer)
+        y = self.node("Add", product, bias, name=f"{layer}/bias_added")  # (b, G, O, C / G)
+        y = self.node("Transpose", y, name=f"{layer}/by_token", perm=(0, 2, 1, 3))
+        return self.reshape(y, (num_out, -1), name=layer)
 
     def layer_norm(self, x: str, layer: str) -> str:
         """Adds a LayerNorm of the last axis, with Flax's epsilon."""

@@ -223,17 +223,19 @@ def _stem(loaded: loading.Loaded, page: Page) -> str:
 
 def _units(loaded: loading.Loaded, kernel: str, page: Page) -> str:
     grid, params = loaded.card.grid, sharding.by_name(loaded.params)
-    units = [
-        inspection.pair_units(np.asarray(params[kernel.format(i)]), grid)
-        for i in range(loaded.card.num_blocks)
-    ]
+    kernels = [params[kernel.format(i)] for i in range(loaded.card.num_blocks)]
+    groups = ""
+    if kernels[0].ndim == 3:
+        groups = f"These are the units of the first of {len(kernels[0]):,} groups of channels. "
+        kernels = [kernel[0] for kernel in kernels]
+    units = [inspection.pair_units(np.asarray(kernel), grid) for kernel in kernels]
     parts = [
         "<p>Input weights of the hidden units on the grid of "
         f"{grid[0]} x {grid[1]} patches: red is positive, blue is negative, and each unit is "
-        "divided by its largest absolute weight. Units of opposite phase are paired greedily; the "
-        "pairs are sorted from low to high spatial frequency. The titles give the median cosine "
-        "similarity of the pairs (-1: exactly opposite), and the same figure for shuffled "
-        "weights.</p>"
+        f"divided by its largest absolute weight. {groups}Units of opposite phase are paired "
+        "greedily; the pairs are sorted from low to high spatial frequency. The titles give the "
+        "median cosine similarity of the pairs (-1: exactly opposite), and the same figure for "
+        "shuffled weights.</p>"
     ]
     for blocks in pictures.unit_figures(units):
         path = page.directory / f"units_{blocks.start:02}.png"
