@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from configs import common, finetune
+from configs import cifar10, common, finetune
 from helpers import ROOT, run_program, run_python
 from mixer.errors import UserError
 from mixer.models import vit
@@ -122,7 +122,14 @@ PRETRAINING = [
 ]
 SHIPPED = {
     "digits": [""],
-    "cifar10": ["", "folder=/data/cifar10", "epochs=300", "recipe=ours", "recipe=record,epochs=3"],
+    "cifar10": [
+        "",
+        "folder=/data/cifar10",
+        "epochs=300",
+        "recipe=ours",
+        "recipe=record,epochs=3",
+        *(f"model={name}" for name in cifar10.MODELS),
+    ],
     "folder": ["", "res=32,patch=4"],
     "finetune": [
         "",
@@ -171,6 +178,8 @@ COMPILED = [
 ]
 # In the fast tests one recipe in bfloat16 is enough.
 SLOW_PROGRAMS = [
+    ("cifar10", "model=small_untied"),
+    ("cifar10", "model=small_vit"),
     ("finetune", "mode=gpu8"),
     ("mixer_b16_sam", "mode=gpu8"),
     ("mixer_s16_jft", "mode=gpu8"),
@@ -308,6 +317,8 @@ def reduce_config(name, arg):
         config.model.update(hidden_dim=16, mlp_dim=24, num_heads=2)
     else:
         config.model.update(hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
+        if config.model.token_mixing_groups:
+            config.model.token_mixing_groups = 16
     for stem in ("total", "eval_every"):
         for unit in ("steps", "epochs", "examples"):
             config[f"{stem}_{unit}"] = None

@@ -184,6 +184,18 @@ def test_cifar_model_has_the_parameter_count_of_the_record(arg):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_132_170
 
 
+def test_small_cifar_models_cost_the_same():
+    from mixer.models import flops
+    from mixer.training import program
+
+    costs = []
+    for name in ("small_mixer", "small_untied", "small_vit"):
+        config = build("cifar10", f"model={name}")
+        config.model.num_classes = 10
+        costs.append(flops.forward_flops(program.build_model(config), (32, 32)) / 1e6)
+    assert costs == pytest.approx([30.3] * 3, abs=0.05)
+
+
 # Fine-tuning.
 
 
