@@ -74,7 +74,7 @@ def test_patches_are_cut_by_rows_and_columns(name):
     model = tiny(name)
     params = traverse_util.unflatten_dict(draw_params(model), sep="/")
     images = np.random.default_rng(1).normal(size=(2, *SIZE, CHANNELS)).astype(np.float32)
-    _, out = model.apply({"params": params}, images)
+    _, out = jax.jit(model.apply)({"params": params}, images)
     stem = params["stem" if name == "mixer" else "embedding"]
     tiles = images.reshape(2, 4, 2, 3, 4, CHANNELS)
     expected = np.einsum("nrycxk,yxkd->nrcd", tiles, stem["kernel"]) + stem["bias"]
@@ -251,7 +251,7 @@ def test_device_ops_equal_the_host_for_any_shape():
     host = make_preprocess(text, (4, 12))
     expected = [host({"image": x}, seed)["image"] for x, seed in zip(images, seeds, strict=True)]
     augment = device.make_augment(parse(text), (6, 11))
-    actual = augment(jnp.asarray(images), philox.make_key(seeds[:, 0], seeds[:, 1]))
+    actual = jax.jit(augment)(jnp.asarray(images), philox.make_key(seeds[:, 0], seeds[:, 1]))
     np.testing.assert_array_equal(actual, np.stack(expected))
 
 

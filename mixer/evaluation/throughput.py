@@ -100,7 +100,7 @@ def measure(
     architecture = architecture_of(model)
     variants = architecture.variants
     variant = next((name for name in variants if variants[name] == dimensions(model)), None)
-    is_papers = (
+    is_in_paper = (
         architecture.name == "mixer" and option_values(model) == architecture.default_options
     )
     return {
@@ -110,7 +110,7 @@ def measure(
         "devices": mesh.size,
         "rates": rates,
         "variant": variant,
-        "published": published_rate(variant, image_size) if is_papers else None,
+        "published": published_rate(variant, image_size) if is_in_paper else None,
     }
 
 

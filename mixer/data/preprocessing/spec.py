@@ -165,12 +165,13 @@ def with_channels(spec: str, channels: int) -> str:
     """
     if not spec or channels == sizes.RGB_CHANNELS:
         return spec
-    first, *others = parse(spec).calls
-    call = _parse_text(first.text)
-    if len(call.args) == len(first.arguments) or any(w.arg == "channels" for w in call.keywords):
+    decoding, *later_calls = parse(spec).calls
+    node = _parse_text(decoding.text)
+    names = {keyword.arg for keyword in node.keywords}
+    if len(node.args) == len(decoding.arguments) or "channels" in names:
         return spec
-    call.keywords.append(ast.keyword("channels", ast.Constant(channels)))
-    return str(parse("|".join([ast.unparse(call), *(other.text for other in others)])))
+    node.keywords.append(ast.keyword("channels", ast.Constant(channels)))
+    return str(parse("|".join([ast.unparse(node), *(call.text for call in later_calls)])))
 
 
 def pixel_range(preprocess: str | None) -> tuple[float, float]:
