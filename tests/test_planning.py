@@ -492,7 +492,7 @@ def for_a_tpu(**values):
         {},
         dict(model__scan_blocks=True, model__remat="full", mesh__fsdp=2, mesh__tensor=2),
         dict(optimizer__accumulate_steps=2),
-        dict(model__token_mixing_groups=8, model__num_blocks=1, mesh__fsdp=2, mesh__tensor=2),
+        dict(model__token_mixing_groups=8, mesh__fsdp=2, mesh__tensor=2),
     ],
     ids=["data", "fsdp and tensor", "accumulation", "groups"],
 )
