@@ -373,10 +373,10 @@ def _fits(image_size: Sequence[int], num_tokens: int, patch_size: sizes.Size) ->
 
 def _square_side(num_tokens: int, patch_size: sizes.Size) -> int | None:
     """Returns the side in pixels of a square image of `num_tokens` patches, or None."""
-    patch = sizes.pair(patch_size)
-    side = math.isqrt(num_tokens * math.prod(patch))
-    is_square = side**2 == num_tokens * math.prod(patch)
-    return side if is_square and all(side % sides == 0 for sides in patch) else None
+    patch_sides = sizes.pair(patch_size)
+    side = math.isqrt(num_tokens * math.prod(patch_sides))
+    is_divisible = all(side % patch_side == 0 for patch_side in patch_sides)
+    return side if is_divisible and _fits((side, side), num_tokens, patch_size) else None
 
 
 def _describe(card: Card, gelu: str) -> str:

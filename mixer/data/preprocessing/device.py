@@ -108,7 +108,7 @@ def permute_pixels(images, size, seed=0):
 
 
 def _check_sides(images, size):
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = sizes.pair(size)
     if images.shape[1:3] != sides:
         raise ValueError(
             f"permutation size {list(sides)} differs from the image, {list(images.shape[1:3])}"

@@ -80,7 +80,7 @@ def resize(image, size, method="bilinear", antialias=False, published=False):
     does ("bilinear", "bicubic"; timm's preprocessing). Without it, as in the authors' code, it
     interpolates between the pixels next to each point. "area" always averages.
     """
-    size = (size, size) if isinstance(size, int) else size
+    size = sizes.pair(size)
     image = tf.ensure_shape(image, [None, None, image.shape[-1]])
     if method == "bilinear" and not antialias:
         # The kernel is twice as fast on float32; for large images the copy costs as much.
@@ -236,13 +236,13 @@ def permute_patches(image, size, patch_size, seed=0):
       patch_size: P, pixels: side of a square, or its height and width.
       seed: seed; `size`, `patch_size` and `seed` determine the permutations.
     """
-    sides = (size, size) if isinstance(size, int) else size
+    sides = sizes.pair(size)
     return _reorder(image, sides, permutation.patch_order(sides, patch_size, seed=seed))
 
 
 def permute_pixels(image, size, seed=0):
     """Shuffles all pixels by one permutation, which `size` and `seed` determine."""
-    sides = (size, size) if isinstance(size, int) else size
+    sides = sizes.pair(size)
     return _reorder(image, sides, permutation.pixel_order(sides, seed=seed))
 
 

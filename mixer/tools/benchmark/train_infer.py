@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mixer import sizes
 from mixer.errors import UserError
 from mixer.evaluation import throughput
 from mixer.models import flops
@@ -89,7 +90,7 @@ def _makers(
 def _figures(case: Case, results: dict[str, turns.Result]) -> dict[str, Any]:
     """Returns the results of a case as JSON."""
     matmul = limit.take_figures(results)
-    is_training, image_size = case.measurement == "train", (case.image_size, case.image_size)
+    is_training, image_size = case.measurement == "train", sizes.pair(case.image_size)
     count = flops.train_flops if is_training else flops.forward_flops
     per_image = count(case.make_model(), image_size)
     paper_rate = None if is_training else throughput.published_rate(case.model, image_size)
