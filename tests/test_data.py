@@ -119,7 +119,8 @@ def test_digits_are_a_fixed_split_of_the_scans(tfds_dir):
 
 
 @pytest.fixture(
-    params=["memory", "groups", pytest.param("folder", marks=pytest.mark.slow), "synthetic"]
+    params=["groups", "synthetic"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("memory", "folder")]
 )
 def train_split(request, tfds_dir, image_folder, monkeypatch):
     """A training split, once for each way of reading."""

@@ -124,8 +124,11 @@ def _folder_config(directory, **values):
 
 @pytest.fixture(
     params=[
-        *("memory", "groups", "synthetic"),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("folder", "several", "labels")),
+        *("groups", "synthetic"),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("memory", "folder", "several", "labels")
+        ),
     ]
 )
 def split(request, tfds_dir, tmp_path, monkeypatch):

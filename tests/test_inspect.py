@@ -242,6 +242,7 @@ def test_curves_of_any_length_are_drawn(tmp_path, count):
         assert (tmp_path / name).stat().st_size < 150_000
 
 
+@pytest.mark.slow
 def test_long_curves_are_thin_lines_with_a_thick_mean(tmp_path, monkeypatch):
     figures = []
     draw = FigureCanvasAgg.draw

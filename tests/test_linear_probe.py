@@ -404,6 +404,7 @@ def _evaluate_suite(weights_file, root, output, *arguments):
     return run_program("evaluate.py", "--suite=omnibenchmark", *paths, *arguments)
 
 
+@pytest.mark.slow
 def test_interrupted_suite_resumes_with_the_remaining_realms(tmp_path, weights_file, monkeypatch):
     """The first run fails after one of two realms; the second computes the other."""
     root, output = tmp_path / "realms", tmp_path / "out"

@@ -144,6 +144,7 @@ def workdir(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_run_is_trained_loaded_and_inspected(workdir, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "mean"
     model, params = mixer.load(workdir, log=lambda line: None)

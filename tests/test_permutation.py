@@ -174,6 +174,7 @@ def test_saved_config_has_the_op_and_the_same_command_resumes(permuted_run):
         trainer.train(changed_config, path)
 
 
+@pytest.mark.slow
 def test_evaluation_prediction_and_converted_weights_agree(permuted_run, tmp_path, tfds_dir):
     path, _ = permuted_run
     # The test images as files, and the evaluation's predictions.

@@ -525,6 +525,7 @@ def test_faithful_mode_keeps_the_quirks_that_fixed_mode_corrects():
             np.testing.assert_array_equal(repaired, image)
 
 
+@pytest.mark.slow
 def test_randaugment_draws_every_operation_and_sign():
     mode = "fixed"
     image = tf.constant(_photo(20, 24))
@@ -587,6 +588,7 @@ def test_autoaugment_levels_match_pillow(sign):
             assert share <= max_share, (name, level)
 
 
+@pytest.mark.slow
 def test_autoaugment_draws_every_sub_policy():
     image = tf.constant(np.random.default_rng(0).integers(0, 200, (20, 20, 3), np.uint8))
     apply = functools.cache(

@@ -152,6 +152,7 @@ def test_real_labels_of_an_unknown_file_are_an_error():
 # The suite.
 
 
+@pytest.mark.slow
 def test_imagenet_suite_evaluates_its_four_sets(imagenet, weights_file, tmp_path, capsys):
     results, predictions = _evaluate(
         weights_file, tmp_path, suite=["imagenet"], data_dir=str(imagenet)
@@ -202,6 +203,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_folder_of_validation_images_matches_tfds(folder, imagenet, weights_file, tmp_path, capsys):
     """A folder gives the same results as TFDS, in any order of images."""
     results, predictions = _evaluate(

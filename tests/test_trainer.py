@@ -83,6 +83,7 @@ def test_metrics_are_recorded_at_every_log_step(finished_run):
     assert [row["step"] for row in rows if "test/top1" in row] == [12]
 
 
+@pytest.mark.slow
 def test_restart_runs_the_evaluation_that_crashed(tmp_path, tfds_dir, finished_run, monkeypatch):
     """A fault in an evaluator loses no training, and the next start runs the evaluation."""
     config = tiny_config(tfds_dir, checkpoint__every_steps=6)

@@ -158,6 +158,7 @@ def test_finished_tasks_are_not_run_again(finished_tasks, tmp_path, monkeypatch)
     }
 
 
+@pytest.mark.slow
 def test_interrupted_transfer_resumes_with_the_same_result(finished_tasks, tmp_path, monkeypatch):
     """SIGTERM arrives at the third step of the second task."""
     directory, result, *_ = finished_tasks

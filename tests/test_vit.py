@@ -290,6 +290,7 @@ def test_wrong_fields_are_named(fields, message):
         tiny(**fields)
 
 
+@pytest.mark.slow
 def test_masks_depend_on_the_place_in_the_global_batch_and_on_the_key_only():
     images = np.repeat(golden("official_token_outputs")["image"], 4, axis=0)
     model = tiny(stoch_depth=0.5, dropout=0.3)
@@ -422,10 +423,8 @@ def test_attention_maps_are_those_of_the_formula(kind):
     assert activations.attention_maps(mixer_model, helpers.golden_params(), images) is None
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param(dict(pooling="gap", positions="sincos2d"), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, dict(pooling="gap", positions="sincos2d")])
 def test_flops_are_those_of_the_compiled_program(options):
     model, size = tiny(hidden_dim=64, mlp_dim=128, **options), (64, 64)
     images = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
