@@ -553,6 +553,8 @@ def test_process_0_detects_starved_and_dead_processes(monkeypatch):
     watch, clock, lines = _watch()
     failures = []
     monkeypatch.setattr(watch, "end", failures.append)
+    # A process waits a second before it ends, in case that it fails too.
+    monkeypatch.setattr(threading.Event, "wait", lambda event, timeout: event.is_set())
 
     def beat_others(*, dead_processes):
         for process in {1, 2} - dead_processes:

@@ -269,6 +269,7 @@ def test_missing_weight_file_does_not_stop_the_report_of_a_run(workdir, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_results_of_other_checkpoints_get_separate_files(workdir):
     last_results = json.loads((workdir / "results.json").read_text())
     openers = [lambda: open_subject(str(workdir), checkpoint_name="8")]

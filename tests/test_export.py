@@ -73,6 +73,7 @@ numpy.savez("out.npz", **{str(n): call(*arguments, images[:n]) for n in (1, 3, 8
     return np.load(folder / "out.npz")
 
 
+@pytest.mark.slow
 def test_program_with_weights_runs_as_documented(tmp_path, images):
     arguments = ("mixer.tools.export", WEIGHTS, tmp_path / "B16.stablehlo")
     result = run_program(*arguments)

@@ -513,6 +513,7 @@ def test_balance_counts_the_labels_of_a_stored_set(tfds_dir):
 # Weights with more classes than the data.
 
 
+@pytest.mark.slow
 def test_part_of_the_classes_is_evaluated(made, balanced_run, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(made / "class2", part / "class2")
@@ -541,6 +542,7 @@ def test_part_of_the_classes_is_evaluated(made, balanced_run, tmp_path):
     assert split["mean_per_class"] == np.mean([rows[0]["accuracy"], rows[2]["accuracy"]])
 
 
+@pytest.mark.slow
 def test_part_of_the_classes_is_drawn(made, balanced_run, tmp_path):
     """`inspect` takes a folder without splits as a whole."""
     shutil.copytree(made / "class2", tmp_path / "part" / "class2")
@@ -550,6 +552,7 @@ def test_part_of_the_classes_is_drawn(made, balanced_run, tmp_path):
     assert set(split.labels().tolist()) == {2}
 
 
+@pytest.mark.slow
 def test_classes_that_the_weights_lack_are_named(made, balanced_run, tmp_path):
     renamed_data = shutil.copytree(made, tmp_path / "other")
     (renamed_data / "class2").rename(renamed_data / "fox")

@@ -238,6 +238,7 @@ def test_colours_become_grey_as_in_pillow():
         np.testing.assert_array_equal(pixels[..., 0], np.asarray(picture.convert("L")))
 
 
+@pytest.mark.slow
 def test_device_ops_equal_the_host_for_any_shape():
     from mixer.data.preprocessing.host import make_preprocess
 

@@ -203,6 +203,7 @@ def test_weights_above_the_limit_become_external_data(tmp_path):
     assert all(int(entry["offset"]) % 4096 == 0 for entry in external)
 
 
+@pytest.mark.slow
 def test_run_in_bfloat16_is_exported_in_float32(tmp_path, finished_run):
     shutil.copytree(finished_run, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())

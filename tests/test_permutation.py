@@ -159,6 +159,7 @@ def permuted_run(tmp_path_factory, tfds_dir):
     return path, config
 
 
+@pytest.mark.slow
 def test_saved_config_has_the_op_and_the_same_command_resumes(permuted_run):
     path, config = permuted_run
     saved_dataset = json.loads((path / "config.json").read_text())["dataset"]

@@ -226,6 +226,7 @@ def test_ops_of_a_stream_that_run_on_the_device(spec, augment_on, backend, devic
     assert str(decision.host) == spec.removesuffix(f"|{device}" if device else "")
 
 
+@pytest.mark.slow
 def test_reason_against_residence_is_named(tmp_path, monkeypatch):
     config = _folder(tmp_path, [8, 8, 8, 9])
     with pytest.raises(
