@@ -719,7 +719,10 @@ def test_report_cards_show_names_literally(run_copy, tmp_path, capsys):
     assert "<img src=x> [b] | *run*" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [*NAMES, "caf\udce9"])
+@pytest.mark.parametrize(
+    "name",
+    ["$\\frac{", "caf\udce9", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)],
+)
 def test_names_are_not_formulas_in_plots(tmp_path, name):
     rows = [{"step": step, "train/loss": 1.0, "val/top1": 0.5} for step in (1, 2)]
     curves.draw_curves(rows, tmp_path / "curves.png", name)

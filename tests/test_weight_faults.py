@@ -222,12 +222,21 @@ LENGTH = b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n"
 @pytest.mark.parametrize(
     "answer",
     [
-        _respond(LENGTH, _send_slowly(b"x")),
-        _respond(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", _send_slowly(b"0")),
-        _respond(b"HTTP/1.0 200 OK\r\nX-Long: ", _send_slowly(b"x")),
-        _respond(b"", _send_slowly(b"", secs=1)),
+        pytest.param(_respond(LENGTH, _send_slowly(b"x")), id="bytes"),
+        pytest.param(
+            _respond(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", _send_slowly(b"0")),
+            id="chunk",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            _respond(b"HTTP/1.0 200 OK\r\nX-Long: ", _send_slowly(b"x")),
+            id="header",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            _respond(b"", _send_slowly(b"", secs=1)), id="nothing", marks=pytest.mark.slow
+        ),
     ],
-    ids=["bytes", "chunk", "header", "nothing"],
 )
 def test_slow_download_is_aborted(server, monkeypatch, answer):
     monkeypatch.setattr(download, "SLOW_SECS", 0.4)
