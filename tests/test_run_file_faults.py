@@ -721,7 +721,11 @@ def test_report_cards_show_names_literally(run_copy, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["$\\frac{", "caf\udce9", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)],
+    [
+        "$\\frac{",
+        "caf\udce9",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if "$" not in name),
+    ],
 )
 def test_names_are_not_formulas_in_plots(tmp_path, name):
     rows = [{"step": step, "train/loss": 1.0, "val/top1": 0.5} for step in (1, 2)]
