@@ -39,7 +39,7 @@ def config(tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DIR", str(tfds_dir))
     config = tiny_digits.get_config()
     assert config.mixup.alpha and config.model.stoch_depth and config.optimizer.ema_decay
-    assert config.optimizer.accumulate_steps > 1 and "random" in config.dataset.train_preprocess
+    assert config.optimizer.accumulate_steps > 1 and "flip" in config.dataset.train_preprocess
     return config
 
 
