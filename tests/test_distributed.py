@@ -186,6 +186,7 @@ def _wait(workers):
 # Real processes.
 
 
+@pytest.mark.slow
 def test_two_processes_agree_stop_together_and_report_the_failure(tmp_path):
     for index in range(2):
         (tmp_path / str(index)).mkdir()

@@ -233,6 +233,7 @@ def test_invalid_eval_suite_is_an_error(tfds_dir):
 # The report card.
 
 
+@pytest.mark.slow
 def test_missing_weight_file_does_not_stop_the_report_of_a_run(workdir, tmp_path, capsys):
     with pytest.raises(UserError, match=r"1 of 2.*nothing\.npz"):
         _evaluate(tmp_path / "nothing.npz", workdir, splits=["val", "test"], save_predictions=True)
@@ -321,6 +322,7 @@ def test_results_are_replaced_when_a_weight_file_changes(workdir, tmp_path):
     assert list(json.loads(out.read_text())["splits"]) == ["digits_val"]
 
 
+@pytest.mark.slow
 def test_results_on_other_data_are_named_after_the_data_set(workdir):
     test_results = json.loads((workdir / "results.json").read_text())["splits"]["test"]
     config, _ = run.read_run(workdir)

@@ -540,6 +540,7 @@ print("same", len(kernel.addressable_shards))
     assert result.stdout.splitlines()[-1] == "same 8"
 
 
+@pytest.mark.slow
 def test_load_needs_no_tensorflow_and_prints_one_line(plain_run):
     code = f"""
 import sys
@@ -583,6 +584,7 @@ print((peak() - initial_peak) / {(tmp_path / "b16.npz").stat().st_size})
     assert 0.5 < share < 1.3
 
 
+@pytest.mark.slow
 def test_weights_that_exceed_memory_are_an_error(plain_run, tmp_path, monkeypatch):
     import psutil
 

@@ -101,6 +101,7 @@ def test_restart_runs_the_evaluation_that_crashed(tmp_path, tfds_dir, finished_r
     _assert_same_record(tmp_path, finished_run)
 
 
+@pytest.mark.slow
 def test_restart_skips_a_damaged_newest_checkpoint(run_copy, tfds_dir, finished_run, capsys):
     shutil.rmtree(run_copy / "checkpoints" / "12" / "state" / "d")
     trainer.train(tiny_config(tfds_dir), run_copy)
@@ -242,6 +243,7 @@ def test_lengths_in_epochs_and_examples_become_steps(tmp_path):
     assert int(final_state(tmp_path)["step"]) == 16
 
 
+@pytest.mark.slow
 def test_ema_and_parameters_are_both_evaluated(run_copy):
     from mixer.evaluation import report
     from mixer.evaluation.subject import open_subject
@@ -481,6 +483,7 @@ def command(tmp_path_factory, tfds_dir):
     return cwd / "runs" / "tiny", process.stdout
 
 
+@pytest.mark.slow
 def test_plain_output_ends_with_accuracy_and_run_directory(command):
     path, out = command
     assert "\x1b" not in out and "\r" not in out
@@ -491,6 +494,7 @@ def test_plain_output_ends_with_accuracy_and_run_directory(command):
     assert any(re.match(r"step 8/12 .*images/s .*data wait .*memory .*left", li) for li in lines)
 
 
+@pytest.mark.slow
 def test_evaluate_prints_a_table_and_writes_json(command):
     path, out = command
     process = run_program("evaluate.py", "--workdir=runs/tiny", cwd=path.parent.parent)

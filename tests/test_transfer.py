@@ -67,6 +67,7 @@ def _result(name, count, top1):
 # Results.
 
 
+@pytest.mark.slow
 def test_task_results_equal_the_results_of_their_runs(finished_tasks):
     directory, result, *_ = finished_tasks
     assert [task.name for task in result.tasks] == ["a", "b/x"]
@@ -82,6 +83,7 @@ def test_task_results_equal_the_results_of_their_runs(finished_tasks):
         assert int(final_state(directory / folder)["step"]) == 4
 
 
+@pytest.mark.slow
 def test_record_is_written_after_each_task(finished_tasks):
     directory, result, _, records, _ = finished_tasks
     assert [list(record["tasks"]) for record in records] == [["a"], ["a", "b/x"]]
@@ -91,11 +93,13 @@ def test_record_is_written_after_each_task(finished_tasks):
     assert final_record == records[1] == json.loads(json.dumps(result.summary()))
 
 
+@pytest.mark.slow
 def test_finished_task_frees_its_device_arrays(finished_tasks):
     *_, arrays = finished_tasks
     assert len(arrays) == 2 and max(arrays) <= 0
 
 
+@pytest.mark.slow
 def test_log_reports_start_end_and_remaining_time_of_each_task(finished_tasks):
     _, result, lines, *_ = finished_tasks
     assert "2 tasks" in lines[0]
@@ -140,6 +144,7 @@ def test_table_has_every_task_and_mean():
 # Resumption.
 
 
+@pytest.mark.slow
 def test_finished_tasks_are_not_run_again(finished_tasks, tmp_path, monkeypatch):
     directory, result, *_ = finished_tasks
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
@@ -193,6 +198,7 @@ def _refused(tasks, directory, message, **options):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_finished_task_with_another_config_is_refused_by_name(finished_tasks):
     directory, *_ = finished_tasks
     for change in (dict(optimizer__peak_lr=1.0), dict(total_steps=8), dict(global_batch_size=8)):
