@@ -39,7 +39,7 @@ def config(tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DIR", str(tfds_dir))
     config = tiny_digits.get_config()
     assert config.mixup.alpha and config.model.stoch_depth and config.optimizer.ema_decay
-    assert config.optimizer.accumulate_steps > 1 and "flip" in config.dataset.train_preprocess
+    assert config.optimizer.accumulate_steps > 1 and "random" in config.dataset.train_preprocess
     return config
 
 
@@ -83,11 +83,11 @@ def _assert_stopped(process, lines, signum):
 
 @pytest.mark.slow
 @pytest.mark.bitwise
-def test_run_that_is_stopped_twice_has_the_same_bits(
+def test_run_that_is_stopped_three_times_has_the_same_bits(
     tmp_path, config, uninterrupted_run, monkeypatch
 ):
-    """SIGTERM at the first step and at a checkpoint."""
-    for step in (1, 20):
+    """SIGTERM at the first step, at a checkpoint and before the last step."""
+    for step in (1, 20, 39):
         with monkeypatch.context() as patch:
             raise_signal_at_step(patch, step, signal.SIGTERM)
             with pytest.raises(Stopped) as caught:
@@ -137,8 +137,8 @@ def test_stopped_and_continued_run_has_the_bits_of_a_resident_one(
 def test_killed_and_interrupted_process_resumes_bitwise(
     tmp_path, tfds_dir, config, uninterrupted_run
 ):
-    """Ctrl-C, then SIGKILL near a checkpoint; then to the end."""
-    for signum, step in ((signal.SIGINT, 10), (signal.SIGKILL, 20)):
+    """SIGKILL before the first checkpoint, Ctrl-C, SIGKILL near a checkpoint; then to the end."""
+    for signum, step in ((signal.SIGKILL, 2), (signal.SIGINT, 10), (signal.SIGKILL, 20)):
         process = _start(tmp_path, tfds_dir)
         lines = _read_until_step(process, step)
         time.sleep(0.05 * step % 0.13)
