@@ -101,7 +101,6 @@ def test_restart_runs_the_evaluation_that_crashed(tmp_path, tfds_dir, finished_r
     _assert_same_record(tmp_path, finished_run)
 
 
-@pytest.mark.slow
 def test_restart_skips_a_damaged_newest_checkpoint(run_copy, tfds_dir, finished_run, capsys):
     shutil.rmtree(run_copy / "checkpoints" / "12" / "state" / "d")
     trainer.train(tiny_config(tfds_dir), run_copy)
